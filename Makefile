@@ -1,0 +1,27 @@
+# make demo: the demo study, end to end.   make test: the whole test suite.   make check: lint, format, types.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+UV_ENV := UV_CONSTRAINT=constraints.txt $(if $(wildcard $(PIP_FIND_LINKS)),UV_FIND_LINKS=$(PIP_FIND_LINKS))
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/depthmup transfer configs/digits_resnet.yaml
+
+test: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS)
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/.installed-%: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv
+	$(UV_ENV) $(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[$*]'
+	touch $@
+
+clean:
+	rm -rf runs shards
+
+.PHONY: demo test check clean

@@ -1,0 +1,26 @@
+"""The data's configuration. Nothing here imports torch."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+NOT_IDENTITY = {"identity": False}  # on a field that does not change a result: no part of a run's hash
+Positive = Annotated[int, Field(gt=0)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """`name` says which data set it is and belongs to a run's identity; where its files lie does not."""
+
+    name: str
+    root: str = field(metadata=NOT_IDENTITY)  # folder of shards with index.json
+    source: str | None = field(default=None, metadata=NOT_IDENTITY)  # packed into root when root has no index
+    validation_share: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the source, when it has no split of its own
+    minival: Annotated[float, Field(ge=0, lt=1)] = 0.01  # share of train that is held out for tuning
+    augment: Literal["none", "crop_flip", "resized_crop_flip"] = "none"
+    mean: Annotated[float, Field(ge=0, le=1)] = 0.5  # pixel values scaled to [0, 1], then (x - mean) / std
+    std: Annotated[float, Field(gt=0)] = 0.5
+    num_streams: Positive = 64
+    window: Positive = 64  # samples shuffled together inside a stream
+    num_workers: Annotated[int, Field(ge=0)] = field(default=0, metadata=NOT_IDENTITY)

@@ -1,0 +1,88 @@
+"""Which sample comes when: a pure function of (seed, epoch, position), the same for any number of ranks and workers.
+
+An epoch's samples stand in a ring: the shards in an order permuted by (seed, epoch), one after the other. From a start
+point drawn likewise, C canonical streams take equal contiguous slices, with sample-exact bounds from the index. Every
+global batch of B samples takes B / C from each stream. Inside a stream fixed windows are permuted, so a resume
+re-reads at most one window a stream. What B does not divide is left out, and moves with the start point.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from data.errors import UserError
+from data.index import Span
+
+
+def random_generator(*key: int) -> np.random.Generator:
+    """A generator whose state depends on nothing but the integers `key`."""
+    return np.random.default_rng(np.random.SeedSequence(key))
+
+
+@dataclass(frozen=True)
+class State:
+    """Where training stands in its data: `position` samples of epoch `epoch` are consumed, over all ranks."""
+
+    seed: int
+    epoch: int = 0
+    position: int = 0
+
+
+class EpochOrder:
+    """The order of one epoch over `spans`."""
+
+    def __init__(
+        self, spans: Sequence[Span], *, seed: int, epoch: int, num_streams: int, global_batch_size: int, window: int
+    ) -> None:
+        """Raises UserError when `num_streams` does not divide the batch or the data holds less than one batch."""
+        if global_batch_size % num_streams:
+            raise UserError(f"data.num_streams {num_streams} must divide data.global_batch_size {global_batch_size}")
+        self.seed, self.epoch, self.window = seed, epoch, window
+        self.global_batch_size = global_batch_size
+        self.per_stream_batch = global_batch_size // num_streams
+        total = sum(span.samples for span in spans)
+        self.num_steps = total // global_batch_size
+        if self.num_steps == 0:
+            raise UserError(f"{total} training samples are less than one global batch of {global_batch_size}")
+        self.stream_length = self.num_steps * self.per_stream_batch
+        generator = random_generator(seed, epoch)
+        self.spans = [spans[i] for i in generator.permutation(len(spans))]
+        self.start = int(generator.integers(total))
+        self.ends = np.cumsum([span.samples for span in self.spans])
+        self.total = total
+
+    def contiguous(self, stream: int, first: int, last: int) -> list[Span]:
+        """Positions [first, last) of a stream before shuffling, as spans in the order in which they are read."""
+        spans = []
+        position = (self.start + stream * self.stream_length + first) % self.total
+        remaining = last - first
+        while remaining:
+            number = int(np.searchsorted(self.ends, position, side="right"))
+            span = self.spans[number]
+            inside = position - int(self.ends[number] - span.samples)
+            taken = min(remaining, span.samples - inside)
+            spans.append(Span(span.shard, span.first + inside, taken))
+            remaining -= taken
+            position = (position + taken) % self.total
+        return spans
+
+    def window_bounds(self, window: int) -> tuple[int, int]:
+        """First and last (exclusive) stream position of a window."""
+        return window * self.window, min((window + 1) * self.window, self.stream_length)
+
+    def permutation(self, stream: int, window: int) -> np.ndarray:
+        """Order in which the window's samples are served, int64 of the window's length."""
+        first, last = self.window_bounds(window)
+        return random_generator(self.seed, self.epoch, stream, window).permutation(last - first)
+
+
+def streams_of(rank: int, world_size: int, worker: int, num_workers: int, num_streams: int) -> list[int]:
+    """The streams that one worker of one rank serves. Raises UserError when they do not divide evenly."""
+    readers = world_size * max(num_workers, 1)
+    if num_streams % readers:
+        raise UserError(
+            f"data.num_streams {num_streams} must be a multiple of ranks x workers "
+            f"({world_size} x {max(num_workers, 1)}): lower data.num_workers or raise data.num_streams"
+        )
+    return list(range(num_streams))[rank::world_size][worker :: max(num_workers, 1)]

@@ -1,0 +1,79 @@
+"""The paper's convolutional ResNet: constant width, no normalisation by default, k convs per residual branch.
+
+    stem conv3x3 -> stages of blocks, max-pool between stages -> mean pool -> readout
+    block:  x + branch_multiplier * (ReLU -> [norm] -> conv3x3) repeated k times
+
+Bordelon et al. (arXiv 2309.16620), section 2 and appendix on the experiments. Without normalisation the effect of
+depth on the learning rate is in plain sight, which is why this net is the first evidence for or against a transfer.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.config import ConvResNetConfig
+from models.family import ONES, ZEROS, Family, Init, ParameterRule
+from models.parameterization import Role
+
+
+class ChannelLayerNorm(nn.LayerNorm):
+    """LayerNorm over the channels of a (batch, channels, height, width) tensor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 2, 3, 1)  # (batch, height, width, channels)
+        return super().forward(x).permute(0, 3, 1, 2)
+
+
+NORMS = {"none": nn.Identity, "batch": nn.BatchNorm2d, "layer": ChannelLayerNorm}
+
+
+class Block(nn.Module):
+    """x + drop_path(branch(x)); the slot `drop_path` is where the branch multiplier sits."""
+
+    def __init__(self, width: int, convs: int, norm: str) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(NORMS[norm](width) if norm != "none" else nn.Identity() for _ in range(convs))
+        self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1, bias=False) for _ in range(convs))
+        self.drop_path = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = x
+        for norm, conv in zip(self.norms, self.convs, strict=True):
+            branch = conv(F.relu(norm(branch)))
+        return x + self.drop_path(branch)  # (batch, width, height, width)
+
+
+class ConvResNet(nn.Module):
+    """(batch, in_channels, image_size, image_size) images -> (batch, num_classes) logits."""
+
+    def __init__(self, config: ConvResNetConfig) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(config.in_channels, config.width, 3, padding=1, bias=False)
+        blocks_per_stage = config.depth // config.num_stages
+        self.stages = nn.ModuleList(
+            nn.Sequential(*(Block(config.width, config.convs_per_branch, config.norm) for _ in range(blocks_per_stage)))
+            for _ in range(config.num_stages)
+        )
+        self.fc = nn.Linear(config.width, config.num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)  # (batch, width, height, width)
+        for index, stage in enumerate(self.stages):
+            x = stage(F.max_pool2d(x, 2) if index else x)
+        return self.fc(torch.relu(x).mean((2, 3)))  # (batch, num_classes)
+
+
+CONV_RESNET = Family(
+    name="conv_resnet",
+    build=ConvResNet,
+    rules=(
+        ParameterRule(r"stem\.weight", Role.INPUT, Init("normal_fan_in", 1.0)),
+        ParameterRule(r"stages\.\d+\.\d+\.convs\.\d+\.weight", Role.BRANCH_HIDDEN, Init("normal_fan_in", 1.0)),
+        ParameterRule(r"stages\.\d+\.\d+\.norms\.\d+\.weight", Role.BRANCH_VECTOR, ONES),
+        ParameterRule(r"stages\.\d+\.\d+\.norms\.\d+\.bias", Role.BRANCH_VECTOR, ZEROS),
+        ParameterRule(r"fc\.weight", Role.READOUT, Init("normal_fan_in", 1.0)),
+        ParameterRule(r"fc\.bias", Role.VECTOR, ZEROS),
+    ),
+    branches=(r"stages\.\d+\.\d+\.drop_path",),
+    readout="fc",
+)

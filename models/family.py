@@ -1,0 +1,104 @@
+"""What a model family states about itself: how to build it, and the role and init of each of its parameters."""
+
+import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from models.parameterization import Role
+
+
+@dataclass(frozen=True)
+class Init:
+    """A base model's init. `scale` is a standard deviation, a constant, or a gain on 1 / sqrt(fan)."""
+
+    kind: Literal["constant", "normal", "normal_fan_in", "normal_fan_out", "uniform_fan_in"]
+    scale: float
+
+    def base_std(self, base_shape: tuple[int, ...]) -> float:
+        """Standard deviation at base size for a weight of `base_shape` (out, in, *kernel)."""
+        kernel = math.prod(base_shape[2:])
+        match self.kind:
+            case "constant":
+                return 0.0
+            case "normal":
+                return self.scale
+            case "normal_fan_in" | "uniform_fan_in":
+                return self.scale / math.sqrt(base_shape[1] * kernel)
+            case "normal_fan_out":
+                return self.scale / math.sqrt(base_shape[0] * kernel)
+
+
+ZEROS, ONES = Init("constant", 0.0), Init("constant", 1.0)
+
+
+@dataclass(frozen=True)
+class ParameterRule:
+    """Every parameter whose whole name matches the regular expression `pattern` has this role and this base init."""
+
+    pattern: str
+    role: Role
+    init: Init
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row per family: the scaling code knows families only through this."""
+
+    name: str
+    build: Callable[[Any], nn.Module]  # ModelConfig -> module, on the current default device
+    rules: tuple[ParameterRule, ...]
+    branches: tuple[str, ...]  # regular expressions: modules at the end of a residual branch, scaled on their output
+    readout: str  # name of the module whose input gets the readout multiplier
+    attention: str | None = None  # regular expression: modules whose output is the queries
+    head_dims: Callable[[Any], tuple[int, int]] | None = None  # config -> (head_dim, base_head_dim)
+
+
+class UnmatchedParameterError(ValueError):
+    """A parameter that no rule, or more than one rule, gives a role."""
+
+
+def match_rules(names: Iterable[str], rules: tuple[ParameterRule, ...]) -> dict[str, ParameterRule]:
+    """The one rule of each parameter name. Raises UnmatchedParameterError for names with none or several."""
+    compiled = [(re.compile(rule.pattern), rule) for rule in rules]
+    matched: dict[str, ParameterRule] = {}
+    problems = []
+    for name in names:
+        hits = [rule for pattern, rule in compiled if pattern.fullmatch(name)]
+        if len(hits) == 1:
+            matched[name] = hits[0]
+        elif not hits:
+            problems.append(f"{name}: no rule gives it a role")
+        else:
+            problems.append(f"{name}: matched by {' and '.join(repr(rule.pattern) for rule in hits)}")
+    if problems:
+        raise UnmatchedParameterError(
+            "parameters without exactly one role (add or narrow a ParameterRule): " + "; ".join(problems)
+        )
+    return matched
+
+
+def modules_matching(model: nn.Module, pattern: str) -> list[str]:
+    """Names of the modules whose whole name matches the regular expression `pattern`; raises ValueError for none."""
+    names = [name for name, _ in model.named_modules() if re.fullmatch(pattern, name)]
+    if not names:
+        raise ValueError(f"no module of {type(model).__name__} matches {pattern!r}")
+    return names
+
+
+def base_shape(shape: torch.Size, role: Role, width_ratio: float) -> tuple[int, ...]:
+    """The weight's shape in the model of base width: dimensions that grow with width are divided by N."""
+    grows = {
+        Role.INPUT: (True, False),
+        Role.HIDDEN: (True, True),
+        Role.BRANCH_HIDDEN: (True, True),
+        Role.VECTOR: (True, False),
+        Role.BRANCH_VECTOR: (True, False),
+        Role.READOUT: (False, True),
+    }[role]
+    head = tuple(round(size / width_ratio) if grow else size for size, grow in zip(shape[:2], grows, strict=False))
+    return head + tuple(shape[2:])

@@ -1,0 +1,53 @@
+"""Initial weights as a pure function of (seed, parameter name): the same for every world size, wrapping and device."""
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor, nn
+
+from models.family import ParameterRule, base_shape
+from models.parameterization import Scale
+
+
+def generator_for(seed: int, name: str) -> torch.Generator:
+    """A CPU generator whose state depends on nothing but `seed` and `name`."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def draw(name: str, shape: torch.Size, rule: ParameterRule, scale: Scale, seed: int) -> Tensor:
+    """Initial value of one parameter, float32 on the CPU: the base model's init times sqrt(init variance factor)."""
+    if rule.init.kind == "constant":
+        return torch.full(shape, rule.init.scale)
+    variance = scale.factors(rule.role, "sgd").init_variance
+    std = rule.init.base_std(base_shape(shape, rule.role, scale.width_ratio)) * math.sqrt(variance)
+    generator = generator_for(seed, name)
+    if rule.init.kind == "uniform_fan_in":
+        return (torch.rand(shape, generator=generator) * 2 - 1) * (math.sqrt(3) * std)  # std of U(-b, b) is b / sqrt(3)
+    return torch.randn(shape, generator=generator) * std
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, rules: dict[str, ParameterRule], scale: Scale, seed: int) -> None:
+    """Fills every parameter of `model` in place and resets buffers. `rules`: parameter name -> its rule.
+
+    Raises RuntimeError when a parameter is still not finite afterwards, which means that nothing initialised it.
+    """
+    for name, parameter in model.named_parameters():
+        parameter.copy_(draw(name, parameter.shape, rules[name], scale, seed))
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            module.reset_running_stats()
+    forgotten = [name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]
+    if forgotten:
+        raise RuntimeError(f"no initialiser filled {', '.join(forgotten)}")
+
+
+def materialize(model: nn.Module, device: torch.device | str) -> None:
+    """Moves a meta model to `device`, filled with NaN so that a forgotten initialiser cannot pass unseen."""
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point():
+                tensor.fill_(math.nan)

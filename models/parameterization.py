@@ -1,0 +1,198 @@
+"""The scaling rules as data: which factor each role of parameter gets when width and depth grow.
+
+`TABLE` is the table of the papers, one row a role, one formula a cell, in
+    N      = width / base_width            (m_N)
+    L      = depth / base_depth            (m_L)
+    alpha  = depth exponent of the residual branches
+Every factor is relative to the base model and is 1 at N = L = 1, where the model is the ordinary one with ordinary
+optimizer settings. The absolute form of Bordelon et al. (beta / sqrt(L)) is the same with base_depth = 1.
+
+Sources: Bordelon et al. (arXiv 2309.16620) and Tensor Programs VI (2310.02244) for depth, Tensor Programs V
+(2203.03466, table 8) for width, CompleteP (2505.01618, table 1) for alpha = 1 and AdamW's epsilon and weight decay.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal
+
+
+class Role(str, Enum):
+    """What a parameter is to the scaling rules. Decided by name, once, in the family's table."""
+
+    INPUT = "input"  # patch embedding, stem conv, position embedding, class token: fan-in does not grow
+    BRANCH_HIDDEN = "branch_hidden"  # matrix or conv inside a residual branch
+    HIDDEN = "hidden"  # matrix or conv outside of branches: downsampling shortcut, transition
+    BRANCH_VECTOR = "branch_vector"  # norm gain, bias, depthwise conv inside a branch
+    VECTOR = "vector"  # norm gain, bias, depthwise conv outside of branches
+    READOUT = "readout"  # the classifier's matrix
+
+
+Formula = Callable[[float, float, float], float]  # (N, L, alpha) -> factor on the base value
+
+
+@dataclass(frozen=True)
+class Row:
+    """One role's factors. Variances multiply the base init variance, the others the base hyperparameter."""
+
+    init_variance_sp: Formula
+    init_variance: Formula
+    multiplier: Formula
+    lr_sgd: Formula
+    lr_adam: Formula
+    eps_adam: Formula
+    weight_decay: Formula  # of torch's AdamW, whose decay is coupled to the learning rate
+
+
+def one(N: float, L: float, a: float) -> float:
+    return 1.0
+
+
+def zero(N: float, L: float, a: float) -> float:
+    return 0.0
+
+
+# fmt: off
+TABLE: dict[Role, Row] = {
+    Role.INPUT: Row(
+        init_variance_sp=one, init_variance=one, multiplier=one,
+        lr_sgd=lambda N, L, a: N,
+        lr_adam=one,
+        eps_adam=lambda N, L, a: 1 / N,
+        weight_decay=one,
+    ),
+    Role.BRANCH_HIDDEN: Row(
+        init_variance_sp=lambda N, L, a: 1 / N, init_variance=lambda N, L, a: 1 / N, multiplier=one,
+        lr_sgd=lambda N, L, a: L ** (2 * a - 1),
+        lr_adam=lambda N, L, a: 1 / N * L ** (a - 1),
+        eps_adam=lambda N, L, a: 1 / N * L ** -a,
+        weight_decay=lambda N, L, a: N,
+    ),
+    Role.HIDDEN: Row(
+        init_variance_sp=lambda N, L, a: 1 / N, init_variance=lambda N, L, a: 1 / N, multiplier=one,
+        lr_sgd=one,
+        lr_adam=lambda N, L, a: 1 / N,
+        eps_adam=lambda N, L, a: 1 / N,
+        weight_decay=lambda N, L, a: N,
+    ),
+    Role.BRANCH_VECTOR: Row(
+        init_variance_sp=one, init_variance=one, multiplier=one,
+        lr_sgd=lambda N, L, a: N * L ** (2 * a - 1),
+        lr_adam=lambda N, L, a: L ** (a - 1),
+        eps_adam=lambda N, L, a: 1 / N * L ** -a,
+        weight_decay=zero,
+    ),
+    Role.VECTOR: Row(
+        init_variance_sp=one, init_variance=one, multiplier=one,
+        lr_sgd=lambda N, L, a: N,
+        lr_adam=one,
+        eps_adam=one,
+        weight_decay=zero,
+    ),
+    Role.READOUT: Row(
+        init_variance_sp=lambda N, L, a: 1 / N, init_variance=one, multiplier=lambda N, L, a: 1 / N,
+        lr_sgd=lambda N, L, a: N,
+        lr_adam=one,
+        eps_adam=one,
+        weight_decay=one,
+    ),
+}
+# fmt: on
+
+BRANCH_ROLES = (Role.BRANCH_HIDDEN, Role.BRANCH_VECTOR)
+
+
+@dataclass(frozen=True)
+class Parameterization:
+    """One choice of rules. The presets are rows; each disputed exponent stays a field that a config can override.
+
+    alpha            depth exponent: branches are multiplied by beta * L^-alpha
+    adam_depth_lr    exponent of L in Adam's learning rate inside branches; None is alpha - 1 (Tensor Programs VI,
+                     CompleteP), 0 is what Bordelon et al. are reported to have used
+    eps_scaling      "table", or "branch" (CompleteP's table: residual blocks only), or "none" (Tensor Programs V)
+    weight_decay_scaling   exponent of N in a hidden matrix's coupled weight decay: 1 keeps lr * decay constant
+    beta, gamma0     tunable constants that transfer: branch scale and feature-learning strength
+    """
+
+    name: str
+    width_rules: bool
+    depth_rules: bool
+    alpha: float
+    adam_depth_lr: float | None = None
+    eps_scaling: Literal["table", "branch", "none"] = "table"
+    weight_decay_scaling: float = 1.0
+    beta: float = 1.0
+    gamma0: float = 1.0
+
+
+PRESETS: dict[str, Parameterization] = {
+    preset.name: preset
+    for preset in (
+        Parameterization("sp", width_rules=False, depth_rules=False, alpha=0.0),
+        Parameterization("mup", width_rules=True, depth_rules=False, alpha=0.0),
+        Parameterization("depth_mup", width_rules=True, depth_rules=True, alpha=0.5),
+        Parameterization("completep", width_rules=True, depth_rules=True, alpha=1.0),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What one role's parameters get at one size, as factors on the base values (all without unit)."""
+
+    init_variance: float
+    lr: float
+    eps: float
+    weight_decay: float
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A parameterization at one size: N = width / base_width and L = depth / base_depth."""
+
+    parameterization: Parameterization
+    width_ratio: float
+    depth_ratio: float
+
+    @property
+    def _N(self) -> float:
+        return self.width_ratio if self.parameterization.width_rules else 1.0
+
+    @property
+    def _L(self) -> float:
+        return self.depth_ratio if self.parameterization.depth_rules else 1.0
+
+    def branch_multiplier(self) -> float:
+        """beta * L^-alpha, on the output of every residual branch (2309.16620, eq. 1)."""
+        return self.parameterization.beta * self._L**-self.parameterization.alpha
+
+    def readout_multiplier(self) -> float:
+        """1 / (gamma0 * N), on the input of the readout (2203.03466, table 8; gamma0: 2309.16620, eq. 2)."""
+        return TABLE[Role.READOUT].multiplier(self._N, self._L, 0.0) / self.parameterization.gamma0
+
+    def attention_multiplier(self, head_dim: int, base_head_dim: int) -> float:
+        """sqrt(d0 / d), which turns timm's 1 / sqrt(d) into sqrt(d0) / d (2203.03466, definition 4.1)."""
+        return (base_head_dim / head_dim) ** 0.5 if self.parameterization.width_rules else 1.0
+
+    def factors(self, role: Role, optimizer: Literal["sgd", "adamw"]) -> Factors:
+        """The factors of `role` under `optimizer`, the disputed exponents resolved."""
+        p, row, N, L = self.parameterization, TABLE[role], self._N, self._L
+        in_branch = role in BRANCH_ROLES
+        variance = row.init_variance if p.width_rules else row.init_variance_sp
+        # Init follows the real fan-in in every parameterization, so `sp` too sees the true width ratio here.
+        init_variance = variance(self.width_ratio, L, p.alpha)
+        if optimizer == "sgd":
+            lr = row.lr_sgd(N, L, p.alpha) * p.gamma0**2
+            # SGD's decay is coupled to the learning rate as well: lr * decay stays constant.
+            weight_decay = 0.0 if row.weight_decay(1, 1, 0) == 0 else p.gamma0**2 / lr
+            return Factors(init_variance, lr, 1.0, weight_decay)
+        lr = row.lr_adam(N, L, p.alpha)
+        if in_branch and p.adam_depth_lr is not None:
+            lr *= L ** (p.adam_depth_lr - (p.alpha - 1))
+        if p.eps_scaling == "none" or (p.eps_scaling == "branch" and not in_branch):
+            eps = 1.0
+        else:
+            eps = row.eps_adam(N, L, p.alpha)
+        decays = row.weight_decay(1, 1, 0) != 0
+        weight_decay = row.weight_decay(N, L, p.alpha) ** p.weight_decay_scaling if decays else 0.0
+        return Factors(init_variance, lr, eps, weight_decay)

@@ -1,0 +1,181 @@
+"""One run's configuration: YAML and dotted overrides -> frozen dataclasses, or one clear error.
+
+`run_hash` is a run's identity: its directory, its wandb id, and how the launcher knows that it is done. Paths, logging
+and hardware do not enter it: their fields carry `identity: False`.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+
+from data.config import NOT_IDENTITY, DataConfig, Positive
+from data.errors import UserError
+from models.config import AnyModelConfig, Number, OptimizerConfig, ParameterizationConfig
+
+Switch = BeforeValidator(lambda value: "off" if value is False else value)  # YAML 1.1 reads a bare `off` as false
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Shape of the learning rate over the run; `warmup` and `decay` are shares of its steps."""
+
+    name: Literal["cosine", "constant", "wsd"] = "cosine"
+    warmup: Annotated[Number, Field(ge=0, lt=1)] = 0.1
+    decay: Annotated[Number, Field(gt=0, le=1)] = 0.2  # wsd: the share at the end that falls linearly to zero
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Users state samples; steps are derived: samples // global_batch_size."""
+
+    samples: Positive
+    global_batch_size: Positive
+    label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+    clip_norm: Annotated[Number, Field(gt=0)] | None = None
+    evaluate: tuple[Literal["minival", "val"], ...] = ("minival",)  # at the end of the run
+    device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata=NOT_IDENTITY)
+    log_every: Positive = field(default=10, metadata=NOT_IDENTITY)  # steps
+    checkpoint_every: Positive = field(default=1000, metadata=NOT_IDENTITY)  # steps
+
+    def __post_init__(self) -> None:
+        if self.samples < self.global_batch_size:
+            raise ValueError(f"samples {self.samples} is less than one global batch of {self.global_batch_size}")
+
+    @property
+    def num_steps(self) -> int:
+        return self.samples // self.global_batch_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackConfig:
+    wandb: Annotated[Literal["off", "offline", "online"], Switch] = "off"
+    project: str = "depthmup"
+    group: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that one run needs."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    model: AnyModelConfig
+    parameterization: ParameterizationConfig = field(default_factory=ParameterizationConfig)
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    data: DataConfig
+    train: TrainConfig
+    track: TrackConfig = field(default_factory=TrackConfig, metadata=NOT_IDENTITY)
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+def identity(config: Any) -> Any:
+    """The configuration as plain data, without the fields that do not change a result."""
+    if dataclasses.is_dataclass(config):
+        return {
+            f.name: identity(getattr(config, f.name))
+            for f in dataclasses.fields(config)
+            if f.metadata.get("identity", True)
+        }
+    return list(config) if isinstance(config, tuple) else config
+
+
+def run_hash(config: RunConfig) -> str:
+    """12 hexadecimal digits, the same for every way of writing the same run."""
+    return hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:12]
+
+
+# ---------------------------------------------------------------- reading
+
+Config = TypeVar("Config")
+
+
+def set_dotted(raw: dict[str, Any], override: str) -> None:
+    """Applies one `section.key=value`; the value is read as YAML."""
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise UserError(f"{override!r}: overrides look like model.depth=48 or optimizer.lr=2**-9")
+    *sections, key = path.strip().split(".")
+    for section in sections:
+        raw = raw.setdefault(section, {})
+        if not isinstance(raw, dict):
+            raise UserError(f"{override!r}: {section} is not a section")
+    try:
+        raw[key] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"{override!r}: cannot read the value {text!r}") from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: expected sections (model:, optimizer:, ...), found {type(raw).__name__}")
+    return raw
+
+
+def field_names(cls: Any, location: tuple[Any, ...]) -> list[str]:
+    """Names of the fields that are allowed beside `location` in the dataclass `cls`, for a suggestion."""
+    candidates = [cls]
+    for key in location[:-1]:
+        if key in FAMILIES:  # a discriminated union adds its tag to the location
+            candidates = [candidate for candidate in candidates if candidate.family == key]
+        else:
+            candidates = [found for c in candidates for found in dataclasses_in(get_type_hints(c).get(key))]
+    return sorted({f.name for candidate in candidates for f in dataclasses.fields(candidate)})
+
+
+FAMILIES = tuple(family.family for family in get_args(get_args(AnyModelConfig)[0]))
+
+
+def dataclasses_in(hint: Any) -> list[Any]:
+    if dataclasses.is_dataclass(hint):
+        return [hint]
+    if get_origin(hint) in (Union, types.UnionType, Annotated, tuple):
+        return [found for argument in get_args(hint) for found in dataclasses_in(argument)]
+    return []
+
+
+def describe(error: Any, cls: Any) -> str:
+    """One pydantic error as 'key: what is wrong'."""
+    location = tuple(error["loc"])
+    key = ".".join(str(part) for part in location if part not in FAMILIES) or "config"
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        nearest = difflib.get_close_matches(str(location[-1]), field_names(cls, location), n=1, cutoff=0.5)
+        allowed = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(field_names(cls, location))}"
+        return f"{key}: unknown key; {allowed}"
+    if error["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
+        return f"{key}: missing"
+    message = error["msg"].removeprefix("Value error, ")
+    value = error.get("input")
+    return f"{key}: {message}" + (f" (got {value!r})" if isinstance(value, str | int | float | bool) else "")
+
+
+def from_plain(cls: type[Config], raw: dict[str, Any], source: str) -> Config:
+    """Plain data -> `cls`. Raises UserError that names `source`, every bad key and the nearest valid name."""
+    try:
+        return TypeAdapter(cls).validate_python(raw)
+    except ValidationError as error:
+        problems = [describe(item, cls) for item in error.errors(include_url=False)]
+        raise UserError(f"{source}: " + "; ".join(problems)) from None
+
+
+def to_plain(config: Any) -> Any:
+    """A config as plain data that `from_plain` reads back."""
+    return json.loads(TypeAdapter(type(config)).dump_json(config))
+
+
+def to_yaml(config: Any) -> str:
+    return yaml.safe_dump(to_plain(config), sort_keys=False)

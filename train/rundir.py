@@ -1,0 +1,71 @@
+"""A run's directory is the truth about it. Nothing here needs torch, so the launcher can read a thousand of them.
+
+config.yaml  metrics.jsonl  checkpoints/step-N/  weights.safetensors  done.json | failed.json  log-RANK.txt
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.index import write_atomically
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def weights(self) -> Path:
+        return self.path / "weights.safetensors"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log-0.txt"
+
+    @property
+    def lock(self) -> Path:
+        return self.path / "lock"
+
+    def write_done(self, result: dict[str, Any]) -> None:
+        """Marks the run done: the last thing that a run writes. `result["outcome"]` is completed or diverged."""
+        write_atomically(self.path / "done.json", json.dumps(result, indent=1).encode())
+        (self.path / "failed.json").unlink(missing_ok=True)
+
+    def write_failed(self, reason: dict[str, Any]) -> None:
+        write_atomically(self.path / "failed.json", json.dumps(reason, indent=1).encode())
+
+    def read_marker(self, name: str) -> dict[str, Any] | None:
+        try:
+            return json.loads((self.path / name).read_text())
+        except FileNotFoundError:
+            return None
+
+    def done(self) -> dict[str, Any] | None:
+        return self.read_marker("done.json")
+
+    def failed(self) -> dict[str, Any] | None:
+        return self.read_marker("failed.json")
+
+    def last_metrics(self) -> dict[str, Any] | None:
+        """The last whole line of metrics.jsonl, read from the file's end."""
+        try:
+            with open(self.metrics, "rb") as file:
+                size = file.seek(0, 2)
+                file.seek(max(0, size - 4096))
+                lines = file.read().split(b"\n")[:-1]
+        except FileNotFoundError:
+            return None
+        return json.loads(lines[-1]) if lines and lines[-1] else None
