@@ -1,0 +1,48 @@
+"""How long work shows itself: a bar on a terminal, a plain line now and then elsewhere."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+PLAIN_SECONDS = 15.0  # between two plain lines
+
+
+class Display:
+    """Shows a share done and a line of text."""
+
+    def __init__(self, console: Console, what: str, progress: Progress | None) -> None:
+        self.console, self.what, self.progress = console, what, progress
+        self.task = progress.add_task(what, total=1.0, text="") if progress else None
+        self.shown_at, self.shown = -PLAIN_SECONDS, ""
+
+    def update(self, share: float, text: str, final: bool = False) -> None:
+        """`share` in [0, 1]. `final` prints the last plain line whatever the time."""
+        if self.progress is not None and self.task is not None:
+            self.progress.update(self.task, completed=share, text=text)
+        elif text != self.shown and (final or time.monotonic() - self.shown_at > PLAIN_SECONDS):
+            self.console.print(f"{self.what} {share:4.0%}  {text}", highlight=False)
+            self.shown_at, self.shown = time.monotonic(), text
+
+
+@contextmanager
+def display(console: Console, what: str) -> Iterator[Display]:
+    """A Display for the time of the block."""
+    if not console.is_terminal:
+        yield Display(console, what, None)
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(24), TextColumn("{task.percentage:3.0f}%"))
+    with Progress(*columns, TimeElapsedColumn(), TextColumn("{task.fields[text]}"), console=console) as progress:
+        yield Display(console, what, progress)
+
+
+def duration(seconds: float) -> str:
+    """'42 s', '3 min 05 s' or '2 h 10 min'."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
