@@ -82,7 +82,7 @@ def fit_optimum(x: np.ndarray, y: np.ndarray) -> Optimum:
     if not finite.any():
         return Optimum(None, math.inf, None)
     best = int(np.where(finite, y, math.inf).argmin())
-    censored = "low" if best == 0 else "high" if best == len(x) - 1 else None
+    censored: Literal["low", "high"] | None = "low" if best == 0 else "high" if best == len(x) - 1 else None
     near = np.array([i for i in range(max(best - 2, 0), min(best + 3, len(x))) if finite[i]])
     if censored or len(near) < 3:
         return Optimum(float(x[best]), float(y[best]), censored)

@@ -28,7 +28,7 @@ COLUMNS = (
     "drift",
     "interval",
     "loss",
-    "loss at base lr",
+    "loss at base optimum",
     "regret",
     "notes",
 )
