@@ -83,7 +83,6 @@ def transfer(config: Path, overrides: tuple[str, ...]) -> None:
     study, console = open_study(config, overrides), new_console()
     pending = study.pending()
     if pending:
-        study.write()
         prepare_data(study, console)
         jobs = launch(study, pending)
         try:
@@ -108,7 +107,6 @@ def launch_command(config: Path, overrides: tuple[str, ...]) -> None:
     if not pending:
         console.print(f"All {len(study.runs)} runs are done.")
         return
-    study.write()
     prepare_data(study, console)
     jobs = launch(study, pending)
     console.print(f"{len(pending)} runs submitted: jobs {', '.join(job.job_id for job in jobs)}", highlight=False)

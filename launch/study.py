@@ -1,5 +1,6 @@
 """A study's runs: the grid written out, each run with its identity and its directory."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,6 +55,13 @@ class Study:
     def pending(self) -> list[PlannedRun]:
         return [run for run in self.runs if not run.directory.done()]
 
+    def check_writable(self) -> None:
+        """Raises UserError when the study's folder could not be made. Makes nothing."""
+        root = self.file.directory.absolute()
+        nearest = next(path for path in (root, *root.parents) if path.exists())
+        if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
+            raise UserError(f"{root}: {nearest} is not writable; set study.directory to a folder that is")
+
     def write(self) -> None:
         """Writes the study's own file and every run's configuration. Raises UserError for an unwritable folder."""
         root = self.file.directory
@@ -66,7 +74,7 @@ class Study:
                     run.directory.config.write_text(to_yaml(run.config))
         except OSError as error:
             raise UserError(
-                f"{root}: cannot write the study there ({error.strerror}); set study.directory to a writable folder"
+                f"{root}: cannot write there ({error.strerror}); set study.directory to a folder that is writable"
             ) from None
 
 

@@ -17,6 +17,7 @@ POLL_SECONDS = 0.5
 
 def prepare_data(study: Study, console: Console) -> Index:
     """The data set's index; packs data.source first where there are no shards. Raises UserError."""
+    study.check_writable()
     data = study.file.data
     root = Path(data.root)
     if data.source and not (root / INDEX_NAME).exists():
@@ -42,10 +43,11 @@ def prepare_data(study: Study, console: Console) -> Index:
 
 
 def launch(study: Study, runs: Sequence[PlannedRun]) -> list[Any]:
-    """Submits `runs`, the costliest first so that the slots end together. Failed runs start afresh."""
+    """Writes the study and submits `runs`, the costliest first so that the slots end together. Failed runs go again."""
     from launch.submit import submit
 
     flops = count_flops(study.runs)
+    study.write()
     ordered = sorted(runs, key=lambda run: -flops[run.size][1])
     for run in ordered:
         (run.directory.path / "failed.json").unlink(missing_ok=True)

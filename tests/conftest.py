@@ -1,0 +1,57 @@
+"""Fixtures that several test files share: real shards of scikit-learn's digits, and small configurations on them."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here and in every child process
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from data.pack import pack
+from train.config import RunConfig, from_plain
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of digits in several small shards, with train and val splits."""
+    root = tmp_path_factory.mktemp("shards") / "digits"
+    pack("sklearn:digits", root, validation_share=0.2, shard_samples=300)
+    return root
+
+
+@pytest.fixture
+def run_settings(digits: Path) -> dict[str, Any]:
+    """A run of 12 steps as plain data: change it, then `from_plain(RunConfig, ...)`."""
+    return {
+        "model": {
+            "family": "conv_resnet",
+            **{"width": 8, "depth": 3, "base_width": 8, "base_depth": 3},
+            **{"num_classes": 10, "image_size": 8, "in_channels": 1},
+        },
+        "optimizer": {"name": "sgd", "lr": 0.0625},
+        "data": {"name": "digits", "root": str(digits), "minival": 0.1, "num_streams": 16},
+        "train": {"samples": 12 * 32, "global_batch_size": 32, "device": "cpu", "log_every": 2, "checkpoint_every": 4},
+    }
+
+
+@pytest.fixture
+def run_config(run_settings: dict[str, Any]) -> RunConfig:
+    return from_plain(RunConfig, run_settings, "test")
+
+
+@pytest.fixture
+def study_file(run_settings: dict[str, Any], tmp_path: Path) -> Path:
+    """A study of 12 runs (two parameterizations, two depths, three rates, one seed) as a YAML file."""
+    run_settings["study"] = {
+        "name": "tiny",
+        "directory": str(tmp_path / "runs"),
+        "parameterizations": ["sp", "depth_mup"],
+        "sizes": [{"width": 8, "depth": 3}, {"width": 8, "depth": 6}],
+        "values": ["2**-6", "2**-5", "2**-4"],
+    }
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(run_settings))
+    return path

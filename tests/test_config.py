@@ -1,0 +1,98 @@
+"""Configuration: what is accepted, what is refused and how, and what makes two runs the same run."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from data.errors import UserError
+from launch.config import read_run, read_study
+from train.config import RunConfig, from_plain, run_hash, set_dotted, to_yaml
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.wdth=3", "model.wdth: unknown key; did you mean 'width'"),
+        ("optimiser.lr=1", "optimiser: unknown key; did you mean 'optimizer'"),
+        ("model.head_dim=4", "model.head_dim: unknown key"),
+        ("model.family=resnot", "does not match any of the expected tags"),
+        ("model.width=broad", "model.width: Input should be a valid integer"),
+        ("optimizer.lr=0", "optimizer.lr: Input should be greater than 0"),
+        ("optimizer.lr=.nan", "optimizer.lr: Input should be a finite number"),
+        ("model.depth=4", "depth 4 must be a multiple of num_stages 3: use 3 or 6"),
+        ("train.samples=5", "samples 5 is less than one global batch of 32"),
+    ],
+)
+def test_a_bad_key_or_value_is_refused_with_its_name_and_the_mend(
+    run_settings: dict[str, Any], override: str, message: str
+) -> None:
+    set_dotted(run_settings, override)
+    with pytest.raises(UserError) as error:
+        from_plain(RunConfig, run_settings, "my.yaml")
+    assert "my.yaml: " in str(error.value)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_vit_width_that_the_head_dim_does_not_divide_is_refused_with_the_nearest_widths(
+    run_settings: dict[str, Any],
+) -> None:
+    run_settings["model"] = {
+        **{"family": "vit", "width": 100, "depth": 2, "base_width": 64, "base_depth": 2},
+        **{"head_dim": 64, "patch_size": 4, "image_size": 8},
+    }
+    with pytest.raises(UserError, match="width 100 must be a multiple of head_dim 64: use 64 or 128"):
+        from_plain(RunConfig, run_settings, "my.yaml")
+
+
+def test_every_mistake_is_named_at_once(run_settings: dict[str, Any]) -> None:
+    run_settings["model"]["wdth"] = 3
+    run_settings["optimizer"]["lr"] = -1
+    with pytest.raises(UserError, match=r"model\.wdth.*optimizer\.lr"):
+        from_plain(RunConfig, run_settings, "my.yaml")
+
+
+def test_a_saved_configuration_reads_back_as_the_same_run(run_config: RunConfig) -> None:
+    again = from_plain(RunConfig, yaml.safe_load(to_yaml(run_config)), "saved")
+    assert again == run_config
+    assert run_hash(again) == run_hash(run_config)
+
+
+@pytest.mark.parametrize(
+    ("override", "same"),
+    [
+        ("optimizer.lr=2**-4", True),  # another way of writing the same number
+        ("data.root=/elsewhere", True),
+        ("data.num_workers=2", True),
+        ("track.wandb=offline", True),
+        ("train.device=auto", True),
+        ("train.log_every=7", True),
+        ("optimizer.lr=2**-5", False),
+        ("seed=1", False),
+        ("model.depth=6", False),
+        ("parameterization.name=sp", False),
+        ("train.samples=1000", False),
+        ("data.name=other", False),
+        ("schedule.warmup=0.2", False),
+    ],
+)
+def test_a_run_is_identified_by_what_changes_its_result_only(
+    run_settings: dict[str, Any], run_config: RunConfig, override: str, same: bool
+) -> None:
+    set_dotted(run_settings, override)
+    changed = from_plain(RunConfig, run_settings, "test")
+    assert (run_hash(changed) == run_hash(run_config)) == same
+
+
+def test_overrides_reach_into_sections_and_powers_of_two_are_numbers(study_file: Path) -> None:
+    config = read_run(study_file, ("optimizer.lr=2**-9", "model.depth=48", "track.wandb=off"))
+    assert config.optimizer.lr == 2**-9
+    assert config.model.depth == 48
+    assert config.track.wandb == "off"
+
+
+def test_a_study_must_start_with_its_base(study_file: Path) -> None:
+    with pytest.raises(UserError, match="must be the base"):
+        read_study(study_file, ("study.sizes=[{width: 8, depth: 6}]",))

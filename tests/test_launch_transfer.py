@@ -1,0 +1,147 @@
+"""The main job, as a user runs it: the installed command, real submitit processes, real shards."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+COMMAND = [
+    sys.executable,
+    "-c",
+    f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); from launch.cli import main; main()",
+]
+
+
+def depthmup(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, check=False)
+
+
+def run_directories(study_file: Path) -> list[Path]:
+    return sorted((study_file.parent / "runs" / "tiny" / "runs").iterdir())
+
+
+def test_a_study_runs_to_its_report_and_a_second_call_only_reports(study_file: Path) -> None:
+    first = depthmup("transfer", study_file)
+    assert first.returncode == 0, first.stderr
+    assert "12 of 12 done" in first.stdout
+    for name in ("sp", "depth_mup"):
+        assert f"\n{name}: " in first.stdout
+    directories = run_directories(study_file)
+    assert len(directories) == 12
+    finished = {path: (path / "done.json").stat().st_mtime_ns for path in directories}
+
+    second = depthmup("transfer", study_file)
+    assert second.returncode == 0
+    assert "Report: " in second.stdout
+    assert {path: (path / "done.json").stat().st_mtime_ns for path in run_directories(study_file)} == finished
+
+    root = directories[0].parent.parent
+    report = json.loads((root / "report.json").read_text())
+    assert len(report["runs"]) == 12
+    assert {row["depth"] for row in csv.DictReader((root / "report.csv").open())} == {"3", "6"}
+    page = (root / "report.html").read_text()
+    assert "<svg" in page
+    assert 'src="http' not in page
+    assert 'href="http' not in page
+
+    # At the base size every parameterization is the same ordinary model.
+    base = {(run["parameterization"], run["value"]): run["metric"] for run in report["runs"] if run["depth"] == 3}
+    for value in {value for _, value in base}:
+        assert base["sp", value] == base["depth_mup", value]
+
+    status = depthmup("status", study_file)
+    assert status.stdout.strip() == "12 done"
+    assert depthmup("launch", study_file).stdout.strip() == "All 12 runs are done."
+
+
+def test_an_interrupted_study_continues_where_it_was(study_file: Path) -> None:
+    arguments = [*COMMAND, "transfer", str(study_file), "launch.slots=1"]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    runs = study_file.parent / "runs" / "tiny" / "runs"
+    deadline = time.monotonic() + 120
+    while not list(runs.glob("*/done.json")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does on Ctrl-C
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "again to continue" in output
+    done = {path: path.stat().st_mtime_ns for path in runs.glob("*/done.json")}
+    assert 0 < len(done) < 12
+
+    again = depthmup("transfer", study_file)
+    assert again.returncode == 0, again.stderr
+    assert len(list(runs.glob("*/done.json"))) == 12
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+
+
+def test_a_failed_run_is_named_and_the_others_finish(study_file: Path) -> None:
+    depthmup("transfer", study_file, "launch.cluster=debug", "study.values=[2**-6, 2**-5, 2**-4]")
+    broken, *others = run_directories(study_file)
+    (broken / "done.json").unlink()
+    (broken / "config.yaml").write_text("model: {}\n")
+    failed = depthmup("transfer", study_file)
+    assert failed.returncode == 2
+    assert broken.name in failed.stderr
+    assert "failed" in depthmup("status", study_file).stdout
+    assert all((path / "done.json").exists() for path in others)
+
+
+def test_plan_prints_every_run_with_its_cost_and_launches_nothing(study_file: Path) -> None:
+    planned = depthmup("plan", study_file)
+    assert planned.returncode == 0
+    assert "12 runs (0 done)" in planned.stdout
+    assert planned.stdout.count("depth_mup") == 6
+    assert not (study_file.parent / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["model.wdth=3"], "did you mean 'width'"),
+        (["study.sizes=[{width: 8, depth: 3}, {width: 8, depth: 4}]"], "multiple of num_stages"),
+        (["study.values=[0, 1, 2]"], "greater than 0"),
+        (["data.root=nowhere"], "depthmup pack"),
+        (["data.root=nowhere", "data.source=nothing/there"], "no such folder or tar"),
+        (["data.root=nowhere", "data.source=empty"], "no images"),
+        (["study.directory=/proc/nowhere"], "set study.directory to a folder that is"),
+        (["model.num_classes=7"], "has 10 classes, but model.num_classes is 7"),
+    ],
+)
+def test_a_users_mistake_is_one_line_exit_2_and_starts_nothing(
+    study_file: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    failed = depthmup("transfer", study_file, *arguments, cwd=tmp_path)
+    assert failed.returncode == 2
+    assert message in failed.stderr
+    assert failed.stderr.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_missing_shard_is_named(study_file: Path, digits: Path) -> None:
+    shard = next(digits.glob("train-*.tar"))
+    hidden = shard.rename(shard.with_suffix(".hidden"))
+    try:
+        failed = depthmup("transfer", study_file)
+    finally:
+        hidden.rename(shard)
+    assert failed.returncode == 2
+    assert shard.name in failed.stderr
+
+
+def test_help_has_an_example_and_does_not_import_torch() -> None:
+    for name in ("transfer", "plan", "launch", "status", "report", "train", "pack"):
+        shown = depthmup(name, "--help")
+        assert shown.returncode == 0
+        assert f"depthmup {name}" in shown.stdout
+    code = "import sys; sys.argv = ['depthmup', '--help']; from launch.cli import cli; cli(standalone_mode=False); "
+    subprocess.run([sys.executable, "-c", code + "assert 'torch' not in sys.modules"], check=True, capture_output=True)
