@@ -12,11 +12,8 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
-COMMAND = [
-    sys.executable,
-    "-c",
-    f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); from launch.cli import main; main()",
-]
+START = f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); from launch.cli import main; main()"
+COMMAND = [sys.executable, "-c", START]
 
 
 def depthmup(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
