@@ -23,4 +23,6 @@ class DataConfig:
     std: Annotated[float, Field(gt=0)] = 0.5
     num_streams: Positive = 64
     window: Positive = 64  # samples shuffled together inside a stream
+    backend: Literal["fast", "pil"] = "fast"  # pil is the reference that fast is compared with
+    in_memory: bool = field(default=False, metadata=NOT_IDENTITY)  # decode once, keep the pixels: for small data sets
     num_workers: Annotated[int, Field(ge=0)] = field(default=0, metadata=NOT_IDENTITY)

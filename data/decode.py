@@ -1,63 +1,83 @@
-"""One image file -> uint8 pixels. Floating point starts on the device, after the copy."""
+"""One image file -> uint8 pixels (channels, height, width). Floating point starts on the device, after the copy.
+
+Two backends give the same pictures: `fast` (libjpeg-turbo through simplejpeg, torch's uint8 antialiased resize) and
+`pil`, the reference. What is no plain JPEG (PNG, WebP, CMYK) is read by PIL in both.
+"""
 
 import io
 
 import numpy as np
+import simplejpeg
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from data.errors import UserError
-from data.reader import RawSample
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485  # PIL's own limit against decompression bombs
 
 
-def decode(sample: RawSample, channels: int) -> Image.Image:
-    """The image in grey (1 channel) or RGB (3). Raises UserError for a file that is not a readable image."""
+class BadImage(Exception):
+    """An image file that cannot be decoded; the message is the reason, in words that do not name the file."""
+
+
+def from_array(pixels: np.ndarray) -> Tensor:
+    """(height, width[, channels]) -> (channels, height, width), the same memory."""
+    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    return Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy())
+
+
+def check_pixels(height: int, width: int) -> None:
+    if height * width > MAX_PIXELS:
+        raise BadImage(f"more than {MAX_PIXELS} pixels")
+
+
+def decode_pil(content: bytes, channels: int) -> Tensor:
     try:
-        return Image.open(io.BytesIO(sample.image)).convert("L" if channels == 1 else "RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"sample {sample.key}: not a readable image ({error})") from None
+        image: Image.Image = Image.open(io.BytesIO(content))
+        check_pixels(image.height, image.width)
+        if image.mode.startswith("I"):  # 16 bits a pixel: PIL's own conversion would clip instead of scale
+            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+        return from_array(np.array(image.convert("L" if channels == 1 else "RGB")))
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise BadImage(f"not a readable image ({type(error).__name__})") from None
 
 
-def to_tensor(image: Image.Image) -> Tensor:
-    pixels = np.asarray(image)
-    return torch.from_numpy(pixels.reshape(image.height, image.width, -1).copy()).permute(2, 0, 1)  # (c, height, width)
+def decode(content: bytes, channels: int, backend: str) -> Tensor:
+    """(channels, height, width) uint8: grey (1 channel) or RGB (3). Raises BadImage.
+
+    EXIF orientation is not applied: torchvision's and timm's loaders do not either, and published results rest on that.
+    """
+    if backend == "fast" and content[:2] == b"\xff\xd8":
+        try:
+            height, width, colorspace, _ = simplejpeg.decode_jpeg_header(content)
+            check_pixels(height, width)
+            if colorspace in ("YCbCr", "RGB", "Gray"):
+                return from_array(simplejpeg.decode_jpeg(content, "GRAY" if channels == 1 else "RGB"))
+        except ValueError:  # simplejpeg is stricter than PIL, whose verdict counts
+            pass
+    return decode_pil(content, channels)
 
 
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """The central square, resized to `size`; an image of that size already is left as it is."""
-    if image.size == (size, size):
-        return image
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+def crop_resize(image: Tensor, box: tuple[int, int, int, int], size: int, backend: str) -> Tensor:
+    """Rows [top, top + height), columns [left, left + width) of `image`, bicubic to (channels, size, size)."""
+    top, left, height, width = box
+    crop = image[:, top : top + height, left : left + width]
+    if (height, width) == (size, size):
+        return crop
+    if backend == "pil":
+        return from_array(np.array(to_pil(crop).resize((size, size), Image.Resampling.BICUBIC)))
+    return F.interpolate(crop[None], (size, size), mode="bicubic", antialias=True)[0]
 
 
-def random_resized_crop(image: Image.Image, size: int, random: np.random.Generator) -> Image.Image:
-    """A box of 8 to 100 % of the area and aspect ratio 3/4 to 4/3, resized (Szegedy et al., arXiv 1409.4842)."""
-    for _ in range(10):
-        area = image.width * image.height * random.uniform(0.08, 1.0)
-        ratio = np.exp(random.uniform(np.log(3 / 4), np.log(4 / 3)))
-        width, height = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
-        if 0 < width <= image.width and 0 < height <= image.height:
-            left = int(random.integers(image.width - width + 1))
-            top = int(random.integers(image.height - height + 1))
-            return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
-    return center_crop(image, size)
+def center_box(height: int, width: int) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of the central square."""
+    side = min(height, width)
+    return (height - side) // 2, (width - side) // 2, side, side
 
 
-def augment(image: Image.Image, recipe: str, size: int, random: np.random.Generator) -> Tensor:
-    """(channels, size, size) uint8. `recipe`: none, crop_flip (pad by 1/8, crop, flip) or resized_crop_flip."""
-    if recipe == "none":
-        return to_tensor(center_crop(image, size))
-    if recipe == "crop_flip":
-        padding = max(size // 8, 1)
-        left, top = (int(offset) for offset in random.integers(-padding, padding + 1, size=2))
-        image = center_crop(image, size).transform(
-            (size, size), Image.Transform.AFFINE, (1, 0, left, 0, 1, top), Image.Resampling.NEAREST
-        )
-    else:
-        image = random_resized_crop(image, size, random)
-    if random.integers(2):
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return to_tensor(image)
+def center_crop(image: Tensor, size: int, backend: str) -> Tensor:
+    """The central square, resized to `size`."""
+    return crop_resize(image, center_box(image.shape[1], image.shape[2]), size, backend)

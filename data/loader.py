@@ -2,31 +2,23 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from data import memory
+from data.augment import NUM_DRAWS, augment, prepare
+from data.batch import Batch, collate, decode_sample
 from data.config import DataConfig
-from data.decode import augment, center_crop, decode, to_tensor
-from data.errors import UserError
+from data.decode import center_crop
 from data.index import Index, Span
-from data.order import EpochOrder, State, random_generator, streams_of
-from data.reader import RawSample, read_span
+from data.order import EpochOrder, State, streams_of
+from data.reader import read_span
 
-
-@dataclass(frozen=True)
-class Batch:
-    """images: (batch, channels, size, size) uint8; labels: (batch,) int64."""
-
-    images: Tensor
-    labels: Tensor
-
-
-def check_labels(sample: RawSample, num_classes: int) -> None:
-    if sample.label >= num_classes:
-        raise UserError(f"sample {sample.key}: label {sample.label}, but model.num_classes is {num_classes}")
+CPU = torch.device("cpu")
+Prepared = tuple[Tensor, np.ndarray, int]  # image (channels, size, size), its random numbers, its label
 
 
 @dataclass
@@ -52,18 +44,19 @@ class TrainingStream(IterableDataset):
             window=self.config.window,
         )
 
-    def stream(self, order: EpochOrder, stream: int, position: int) -> Iterator[tuple[Tensor, int]]:
+    def stream(self, order: EpochOrder, stream: int, position: int) -> Iterator[Prepared]:
         """Decoded samples of one stream, from stream position `position` on."""
-        for window in range(position // order.window, -(-order.stream_length // order.window)):
+        config = self.config
+        for window in range(position // order.window, order.num_windows):
             first, last = order.window_bounds(window)
             raw = [s for span in order.contiguous(stream, first, last) for s in read_span(self.index.root, span)]
             permutation = order.permutation(stream, window)
+            draws = order.draws(stream, window, NUM_DRAWS[config.augment])
             for served in range(max(position - first, 0), last - first):
                 sample = raw[permutation[served]]
-                check_labels(sample, len(self.index.classes))
-                random = random_generator(order.seed, order.epoch, stream, first + served, 1)
-                image = decode(sample, self.channels)
-                yield augment(image, self.config.augment, self.image_size, random), sample.label
+                image = decode_sample(sample, len(self.index.classes), self.channels, config.backend)
+                image = prepare(image, config.augment, self.image_size, draws[served], config.backend)
+                yield image, draws[served], sample.label
 
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()
@@ -75,14 +68,22 @@ class TrainingStream(IterableDataset):
             step = position // self.global_batch_size
             streams = [self.stream(order, stream, step * order.per_stream_batch) for stream in mine]
             for _ in range(step, order.num_steps):
-                samples = [next(stream) for stream in streams for _ in range(order.per_stream_batch)]
-                yield collate(samples)
+                images, draws, labels = zip(
+                    *[next(stream) for stream in streams for _ in range(order.per_stream_batch)], strict=True
+                )
+                batch = collate(images, labels)
+                yield Batch(augment(batch.images, self.config.augment, torch.from_numpy(np.stack(draws))), batch.labels)
             epoch, position = epoch + 1, 0
 
-
-def collate(samples: Sequence[tuple[Tensor, int]]) -> Batch:
-    images, labels = zip(*samples, strict=True)
-    return Batch(torch.stack(images), torch.tensor(labels))
+    def from_memory(self, device: torch.device) -> Iterator[Batch]:
+        """The batches that iterating gives, from pixels that are decoded once, on `device` where they fit."""
+        store = memory.open_store(self.config, self.index, "train", self.image_size, self.channels, device)
+        mine = streams_of(self.rank, self.world_size, 0, 0, self.config.num_streams)
+        epoch, position = self.state.epoch, self.state.position
+        while True:
+            step = position // self.global_batch_size
+            yield from memory.training_steps(store, self.config, self.order(epoch), mine, step, self.image_size)
+            epoch, position = epoch + 1, 0
 
 
 def merge_worker_parts(parts: Sequence[Batch], per_stream_batch: int) -> Batch:
@@ -100,22 +101,27 @@ def merge_worker_parts(parts: Sequence[Batch], per_stream_batch: int) -> Batch:
 class TrainingLoader:
     """Endless batches of one rank; `state` is where the global stream stands after the batches taken so far."""
 
-    def __init__(self, stream: TrainingStream) -> None:
-        self.stream = stream
+    def __init__(self, stream: TrainingStream, device: torch.device = CPU) -> None:
+        self.stream, self.device = stream, device
         self.state = stream.state
         self.steps_per_epoch = stream.order(stream.state.epoch).num_steps
         config = stream.config
         streams_of(stream.rank, stream.world_size, 0, config.num_workers, config.num_streams)  # refuse early
 
-    def __iter__(self) -> Iterator[Batch]:
+    def local_batches(self) -> Iterator[Batch]:
         config = self.stream.config
+        if config.in_memory:
+            yield from self.stream.from_memory(self.device)
         loader = DataLoader(
-            self.stream, batch_size=None, num_workers=config.num_workers, pin_memory=torch.cuda.is_available()
+            self.stream, batch_size=None, num_workers=config.num_workers, pin_memory=self.device.type == "cuda"
         )
         parts = iter(loader)
         per_stream_batch = self.stream.global_batch_size // config.num_streams
         while True:
-            batch = merge_worker_parts([next(parts) for _ in range(max(config.num_workers, 1))], per_stream_batch)
+            yield merge_worker_parts([next(parts) for _ in range(max(config.num_workers, 1))], per_stream_batch)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.local_batches():
             position = self.state.position + self.stream.global_batch_size
             ended = position >= self.steps_per_epoch * self.stream.global_batch_size
             self.state = replace(self.state, epoch=self.state.epoch + ended, position=0 if ended else position)
@@ -144,22 +150,24 @@ def evaluation_batches(
     channels: int,
     rank: int = 0,
     world_size: int = 1,
+    device: torch.device = CPU,
 ) -> Iterator[Batch]:
     """Every sample of `split` (val or minival) exactly once over all ranks, in order; the last batch may be short."""
-    samples: list[tuple[Tensor, int]] = []
-    for span in share(index.spans(split, config.minival), rank, world_size):
+    spans = share(index.spans(split, config.minival), rank, world_size)
+    if config.in_memory and spans:
+        store = memory.open_store(config, index, split, image_size, channels, device)
+        rows = store.row_numbers(spans)
+        yield from (store.take(rows[first : first + batch_size]) for first in range(0, len(rows), batch_size))
+        return
+    images: list[Tensor] = []
+    labels: list[int] = []
+    for span in spans:
         for raw in read_span(index.root, span):
-            check_labels(raw, len(index.classes))
-            samples.append((to_tensor(center_crop(decode(raw, channels), image_size)), raw.label))
-            if len(samples) == batch_size:
-                yield collate(samples)
-                samples = []
-    if samples:
-        yield collate(samples)
-
-
-def to_float(batch: Batch, config: DataConfig, device: Any) -> tuple[Tensor, Tensor]:
-    """uint8 pixels to normalised float32 on `device`: (batch, channels, size, size), and the labels."""
-    images = batch.images.to(device, non_blocking=True).float()
-    labels = batch.labels.to(device, non_blocking=True)
-    return (images / 255 - config.mean) / config.std, labels
+            image = decode_sample(raw, len(index.classes), channels, config.backend)
+            images.append(center_crop(image, image_size, config.backend))
+            labels.append(raw.label)
+            if len(images) == batch_size:
+                yield collate(images, labels)
+                images, labels = [], []
+    if images:
+        yield collate(images, labels)

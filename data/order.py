@@ -46,16 +46,21 @@ class EpochOrder:
         if self.num_steps == 0:
             raise UserError(f"{total} training samples are less than one global batch of {global_batch_size}")
         self.stream_length = self.num_steps * self.per_stream_batch
+        self.num_windows = -(-self.stream_length // window)
         generator = random_generator(seed, epoch)
         self.spans = [spans[i] for i in generator.permutation(len(spans))]
         self.start = int(generator.integers(total))
         self.ends = np.cumsum([span.samples for span in self.spans])
         self.total = total
 
+    def stream_start(self, stream: int) -> int:
+        """Where a stream begins in the ring of the epoch's samples."""
+        return (self.start + stream * self.stream_length) % self.total
+
     def contiguous(self, stream: int, first: int, last: int) -> list[Span]:
         """Positions [first, last) of a stream before shuffling, as spans in the order in which they are read."""
         spans = []
-        position = (self.start + stream * self.stream_length + first) % self.total
+        position = (self.stream_start(stream) + first) % self.total
         remaining = last - first
         while remaining:
             number = int(np.searchsorted(self.ends, position, side="right"))
@@ -75,6 +80,11 @@ class EpochOrder:
         """Order in which the window's samples are served, int64 of the window's length."""
         first, last = self.window_bounds(window)
         return random_generator(self.seed, self.epoch, stream, window).permutation(last - first)
+
+    def draws(self, stream: int, window: int, count: int) -> np.ndarray:
+        """`count` uniform numbers in [0, 1) for each sample of the window, in the order served: float64."""
+        first, last = self.window_bounds(window)
+        return random_generator(self.seed, self.epoch, stream, window, 1).random((last - first, count))
 
 
 def streams_of(rank: int, world_size: int, worker: int, num_workers: int, num_streams: int) -> list[int]:

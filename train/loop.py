@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from data.batch import to_float
 from data.errors import UserError
 from data.index import Index
-from data.loader import TrainingLoader, TrainingStream, evaluation_batches, to_float
+from data.loader import TrainingLoader, TrainingStream, evaluation_batches
 from data.order import State
 from models.build import ScaledModel, build
 from models.flops import num_parameters
@@ -51,7 +52,13 @@ def evaluate(network: nn.Module, config: RunConfig, index: Index, split: str, de
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, top-1, top-5, images
     model = config.model
     batches = evaluation_batches(
-        config.data, index, split, config.train.global_batch_size, model.image_size, model.in_channels
+        config.data,
+        index,
+        split,
+        config.train.global_batch_size,
+        model.image_size,
+        model.in_channels,
+        device=device,
     )
     for batch in batches:
         images, labels = to_float(batch, config.data, device)
@@ -130,7 +137,7 @@ def run(config: RunConfig, path: Path) -> dict[str, Any]:
         print(f"resumed from {saved.name}", file=log)
     batch_size, num_steps = config.train.global_batch_size, config.train.num_steps
     stream = TrainingStream(config.data, index, state, batch_size, config.model.image_size, config.model.in_channels)
-    loader = TrainingLoader(stream)
+    loader = TrainingLoader(stream, device)
     tracker = None
     if config.track.wandb != "off":
         tracker = WandbTracker(config.track, config, run_hash(config), path)
