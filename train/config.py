@@ -40,10 +40,22 @@ class TrainConfig:
     global_batch_size: Positive
     label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = 0.0
     clip_norm: Annotated[Number, Field(gt=0)] | None = None
+    drop_path: Annotated[Number, Field(ge=0, lt=1)] = 0.0  # stochastic depth of the last block; linear from 0
+    ema: Annotated[Number, Field(gt=0, lt=1)] | None = None  # decay a step of the average of the weights, in fp32
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on a GPU that has it, else fp32
+    bf16_residual: bool = (
+        False  # a ViT's residual stream in bf16 too: faster, but small branch outputs are rounded away
+    )
     evaluate: tuple[Literal["minival", "val"], ...] = ("minival",)  # at the end of the run
+    evaluate_every: Positive | None = field(default=None, metadata=NOT_IDENTITY)  # steps; null: at the end only
     device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata=NOT_IDENTITY)
+    compile: Annotated[Literal["off", "block", "model"], Switch] = field(default="off", metadata=NOT_IDENTITY)
+    channels_last: bool | None = field(default=None, metadata=NOT_IDENTITY)  # null: on a GPU, for networks of convs
+    activation_checkpointing: bool = field(default=False, metadata=NOT_IDENTITY)  # recompute blocks: less memory
     log_every: Positive = field(default=10, metadata=NOT_IDENTITY)  # steps
     checkpoint_every: Positive = field(default=1000, metadata=NOT_IDENTITY)  # steps
+    keep_last: Positive = field(default=2, metadata=NOT_IDENTITY)  # checkpoints
+    keep_every: Positive | None = field(default=None, metadata=NOT_IDENTITY)  # steps: these checkpoints stay for good
 
     def __post_init__(self) -> None:
         if self.samples < self.global_batch_size:
@@ -55,8 +67,39 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How a run is spread over processes: hardware, no part of its identity.
+
+    engine: `auto` is `none` for one process and `ddp` for several. `fsdp` shards parameters, gradients and optimizer
+    state block by block; `deepspeed` does as much of it as `zero_stage` says (0 nothing ... 3 everything).
+    """
+
+    engine: Literal["auto", "none", "ddp", "fsdp", "deepspeed"] = "auto"
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    micro_batch_size: Positive | None = None  # images a process takes at once; null: its whole share of the batch
+    init_timeout: Positive = 120  # seconds for the processes to find each other
+    step_timeout: Positive = 300  # seconds that a step waits for the others, once the first step is done
+
+    def micro_batches(self, global_batch_size: int, world_size: int) -> int:
+        """Number of forward and backward passes a step. Raises ValueError when sizes do not divide."""
+        if global_batch_size % world_size:
+            raise ValueError(
+                f"train.global_batch_size {global_batch_size} must be a multiple of the {world_size} processes"
+            )
+        local = global_batch_size // world_size
+        size = self.micro_batch_size or local
+        if local % size:
+            raise ValueError(
+                f"parallel.micro_batch_size {size} must divide the {local} images that each of {world_size} "
+                f"process(es) takes of a global batch of {global_batch_size}"
+            )
+        return local // size
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrackConfig:
     wandb: Annotated[Literal["off", "offline", "online"], Switch] = "off"
+    tensorboard: bool = False
     project: str = "depthmup"
     group: str | None = None
 
@@ -73,6 +116,7 @@ class RunConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     data: DataConfig
     train: TrainConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig, metadata=NOT_IDENTITY)
     track: TrackConfig = field(default_factory=TrackConfig, metadata=NOT_IDENTITY)
     seed: Annotated[int, Field(ge=0)] = 0
 

@@ -1,0 +1,140 @@
+"""The processes of one run: who they are (torchrun or srun), how they meet, and how they agree to stop."""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from data.errors import UserError
+from train.config import ParallelConfig
+from train.interrupt import Interrupt
+
+FIRST_STEP_TIMEOUT = timedelta(minutes=30)  # compilation and a cold file system happen in the first step
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of its run. The default is a run of one process."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    host: str = "localhost"
+    port: int = 29500
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def first_host(nodes: str) -> str:
+    """First host of Slurm's short form: 'gpu[03-07,12],cpu1' -> 'gpu03'."""
+    match = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\])?([^,]*)", nodes)
+    assert match, nodes
+    return match[1] + (match[2] or "") + match[3]
+
+
+def world_from_environment(environment: "os._Environ[str] | dict[str, str]" = os.environ) -> World:
+    """Reads torchrun's variables, else those of an srun with several tasks; else a run of one process."""
+    e = environment
+    if "RANK" in e and "WORLD_SIZE" in e:
+        host, port = e.get("MASTER_ADDR", "localhost"), int(e.get("MASTER_PORT", "29500"))
+        return World(int(e["RANK"]), int(e["WORLD_SIZE"]), int(e.get("LOCAL_RANK", "0")), host, port)
+    if "SLURM_STEP_ID" in e and int(e.get("SLURM_NTASKS", "1")) > 1:
+        nodes = e.get("SLURM_STEP_NODELIST") or e.get("SLURM_JOB_NODELIST", "localhost")
+        port = 20000 + int(e["SLURM_JOB_ID"]) * 16 % 20000 + int(e["SLURM_STEP_ID"]) % 16
+        host, port = e.get("MASTER_ADDR", first_host(nodes)), int(e.get("MASTER_PORT", port))
+        return World(int(e["SLURM_PROCID"]), int(e["SLURM_NTASKS"]), int(e["SLURM_LOCALID"]), host, port)
+    return World()
+
+
+def pick_device(name: str, world: World) -> torch.device:
+    """This process's device. Raises UserError when a GPU is asked for and there is none."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("train.device is cuda, but torch sees no GPU: use train.device=cpu or auto")
+    visible = torch.cuda.device_count()
+    if world.local_rank >= visible > 1:
+        raise UserError(f"process {world.rank} is number {world.local_rank} on its node, which has {visible} GPUs")
+    return torch.device("cuda", world.local_rank % visible)  # srun --gpus-per-task shows each task just its own
+
+
+def set_timeout(timeout: timedelta) -> None:
+    """Sets how long a collective of the default group may wait for the other processes."""
+    if dist.is_initialized():
+        dist.distributed_c10d._set_pg_timeout(timeout, dist.group.WORLD)  # torch has no public setter
+
+
+@contextmanager
+def process_group(world: World, device: torch.device, config: ParallelConfig, engine: str) -> Iterator[None]:
+    """The default process group while the block runs; none for engine `none`.
+
+    Raises UserError that names host and port when the processes do not find each other in `init_timeout`.
+    """
+    if engine == "none":
+        yield
+        return
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=config.init_timeout)
+    try:
+        if world.size == 1:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        else:
+            os.environ |= {"MASTER_ADDR": world.host, "MASTER_PORT": str(world.port)}
+            dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timeout)
+        dist.all_reduce(torch.zeros(1, device=device))  # everybody is here, or it fails now
+    except RuntimeError as error:  # torch's DistError and what gloo and nccl throw are RuntimeErrors
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"process {world.rank} of {world.size} found no others at {world.host}:{world.port} within "
+            f"{config.init_timeout} s: set MASTER_ADDR and MASTER_PORT to a reachable host and a free port ({reason})"
+        ) from None
+    set_timeout(FIRST_STEP_TIMEOUT)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Mean over the processes, the same tensor everywhere."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return values
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+class StopVote:
+    """All processes stop after the same step when any of them was asked to.
+
+    The votes of one step are counted while the next one computes, on the CPU, so that nobody waits for them.
+    """
+
+    def __init__(self, interrupt: Interrupt) -> None:
+        self.interrupt = interrupt
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.votes: torch.Tensor | None = None
+        self.counting: dist.Work | None = None
+
+    def stop(self) -> bool:
+        """Called by every process after every step."""
+        if self.group is None:
+            return self.interrupt.requested
+        if self.counting:
+            self.counting.wait()
+        decided = self.votes is not None and bool(self.votes)
+        self.votes = torch.tensor(int(self.interrupt.requested))
+        self.counting = dist.all_reduce(self.votes, dist.ReduceOp.MAX, group=self.group, async_op=True)
+        return decided

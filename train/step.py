@@ -1,0 +1,94 @@
+"""One optimizer step, and how a network is made ready for it: precision, memory format, recomputation, compilation."""
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from data.errors import UserError
+from train.config import TrainConfig
+from train.engine import Engine
+
+
+def take_step(
+    engine: Engine,
+    images: Tensor,
+    targets: Tensor,
+    *,
+    micro_batches: int = 1,
+    autocast_dtype: torch.dtype | None = None,
+    label_smoothing: float = 0.0,
+    clip_norm: float | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """One step on this process's share of a global batch; never waits for the device.
+
+    images: (batch, channels, size, size) float; targets: (batch,) classes or (batch, classes) probabilities.
+    Returns (mean loss, norm of the gradients before clipping or None), both on the device.
+    """
+    engine.zero_grad()
+    total = torch.zeros((), device=images.device)
+    parts = zip(images.chunk(micro_batches), targets.chunk(micro_batches), strict=True)
+    for number, (micro_images, micro_targets) in enumerate(parts, start=1):
+        engine.start_micro_batch(last=number == micro_batches)
+        with autocast(images.device, autocast_dtype):
+            logits = engine.module(micro_images)  # (micro batch, classes)
+            loss = F.cross_entropy(logits.float(), micro_targets, label_smoothing=label_smoothing) / micro_batches
+        engine.backward(loss)
+        total += loss.detach()
+    norm = engine.clip(clip_norm) if clip_norm else None
+    engine.step()
+    return total, norm
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[None]:
+    return torch.autocast(device.type, dtype) if dtype else nullcontext()  # type: ignore[return-value]
+
+
+def autocast_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:
+    """bfloat16 or None for float32. Raises UserError when the GPU has no bf16."""
+    has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if config.precision == "bf16" and not has_bf16:
+        raise UserError(f"train.precision is bf16, which {torch.cuda.get_device_name(device)} lacks: use fp32")
+    wanted = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda" and has_bf16)
+    return torch.bfloat16 if wanted else None
+
+
+def set_backends(device: torch.device) -> None:
+    """TF32 for what stays in float32, and cudnn tries its algorithms once for each shape. CPU runs are untouched."""
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+
+
+def is_convolutional(network: nn.Module) -> bool:
+    """More convs than linear layers: a ResNet, but not a ViT with its one patch embedding."""
+    convs = sum(isinstance(module, nn.Conv2d) for module in network.modules())
+    return convs > sum(isinstance(module, nn.Linear) for module in network.modules())
+
+
+def prepare(
+    network: nn.Module, blocks: list[str], config: TrainConfig, device: torch.device, dtype: torch.dtype | None
+) -> bool:
+    """Memory format, recomputation and compilation, in place and before wrapping, so that names stay.
+
+    Returns whether images are to be channels_last.
+    """
+    channels_last = config.channels_last
+    if channels_last is None:
+        channels_last = device.type == "cuda" and is_convolutional(network)
+    if channels_last:
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
+    if dtype and config.bf16_residual:
+        network.get_submodule(blocks[0]).register_forward_pre_hook(lambda module, inputs: (inputs[0].to(dtype),))
+    for block in map(network.get_submodule, blocks):
+        if config.activation_checkpointing:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+        if config.compile == "block":
+            block.compile()
+    if config.compile == "model":
+        network.compile()
+    return channels_last

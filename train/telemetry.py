@@ -1,0 +1,134 @@
+"""What a metrics line says beyond the loss: throughput, MFU, memory, and the RMS of gradients and updates per role."""
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from train.distributed import mean_over_ranks, sum_over_ranks
+
+# Dense peak, FLOP/s: (bf16, TF32 or fp32 on tensor cores), from the makers' data sheets, without sparsity. The first name
+# that is part of the device's name counts.
+PEAK_FLOPS: tuple[tuple[str, float, float], ...] = (
+    ("B200", 2250e12, 1125e12),
+    ("H200", 989e12, 494.7e12),
+    ("H100 PCIe", 756e12, 378e12),
+    ("H100 NVL", 835e12, 417.5e12),
+    ("H100", 989e12, 494.7e12),
+    ("GH200", 989e12, 494.7e12),
+    ("A100", 312e12, 156e12),
+    ("L40S", 362e12, 183e12),
+    ("A40", 149.7e12, 74.8e12),
+    ("L4", 121e12, 60e12),
+    ("RTX 4090", 165.2e12, 82.6e12),
+)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype | None) -> float | None:
+    """The device's dense peak in FLOP/s for `dtype` (None: float32), or None for a device that is not in the table."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    row = next((row for row in PEAK_FLOPS if row[0] in name), None)
+    return None if row is None else row[1] if dtype == torch.bfloat16 else row[2]
+
+
+def memory_gb(device: torch.device) -> float:
+    """Most memory that was ever held, in GB: the allocator's on a GPU, the process's on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+@dataclass
+class LossWindow:
+    """Losses since the last log line, kept on the device: reading them is the host's only wait for it."""
+
+    pending: list[Tensor]
+    read: list[float] = field(default_factory=list)
+
+    def finite(self) -> bool:
+        """Reads what is pending (mean over the processes) and says whether all of it is finite."""
+        if self.pending:
+            self.read += mean_over_ranks(torch.stack(self.pending)).tolist()
+            self.pending.clear()
+        return all(math.isfinite(value) for value in self.read)
+
+    def drain(self, last_step: int) -> tuple[list[float], int | None]:
+        """(losses as floats, step of the first one that is not finite). The same on every process."""
+        self.finite()
+        values, self.read = self.read, []
+        bad = next((i for i, value in enumerate(values) if not math.isfinite(value)), None)
+        return values, None if bad is None else last_step - len(values) + 1 + bad
+
+
+@dataclass
+class Clock:
+    """Seconds since the last log line, and how many of them went into waiting for data."""
+
+    step: int
+    since: float = field(default_factory=time.monotonic)
+    waited: float = 0.0
+
+    def wait(self, get: "Callable[[], object]") -> "object":
+        start = time.monotonic()
+        value = get()
+        self.waited += time.monotonic() - start
+        return value
+
+    def lap(self, step: int, batch_size: int) -> tuple[float, float]:
+        """(images per second, share of the time spent waiting for data) since the last call."""
+        now = time.monotonic()
+        elapsed = max(now - self.since, 1e-9)
+        rates = (step - self.step) * batch_size / elapsed, self.waited / elapsed
+        self.step, self.since, self.waited = step, now, 0.0
+        return rates
+
+
+class RoleStatistics:
+    """RMS of gradients and of updates for each role of parameters. An update costs a copy of the weights, so it is
+    measured on log steps only."""
+
+    def __init__(self, network: nn.Module, role_of: dict[str, str]) -> None:
+        """`role_of`: parameter name -> its role."""
+        self.by_role: dict[str, list[nn.Parameter]] = {}
+        for name, parameter in network.named_parameters():
+            self.by_role.setdefault(role_of[name], []).append(parameter)
+        self.sharded = any(isinstance(p, DTensor) for p in network.parameters())
+        self.before: dict[str, list[Tensor]] = {}
+
+    @torch.no_grad()
+    def before_step(self) -> None:
+        self.before = {role: [local(p).clone() for p in parameters] for role, parameters in self.by_role.items()}
+
+    @torch.no_grad()
+    def after_step(self) -> dict[str, float]:
+        """{"grad_rms/ROLE": ..., "update_rms/ROLE": ...}; waits for the device."""
+        squares: list[Tensor] = []
+        for role, parameters in self.by_role.items():
+            updates = torch._foreach_sub([local(p) for p in parameters], self.before[role])
+            squares += [square_sum([local(p.grad) for p in parameters if p.grad is not None]), square_sum(updates)]
+        self.before = {}
+        totals = torch.stack(squares)
+        values = (sum_over_ranks(totals) if self.sharded else totals).tolist()
+        line = {}
+        for index, (role, parameters) in enumerate(self.by_role.items()):
+            count = sum(p.numel() for p in parameters)
+            line[f"grad_rms/{role}"] = math.sqrt(values[2 * index] / count)
+            line[f"update_rms/{role}"] = math.sqrt(values[2 * index + 1] / count)
+        return line
+
+
+def local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def square_sum(tensors: list[Tensor]) -> Tensor:
+    return torch.stack([norm.float() ** 2 for norm in torch._foreach_norm(tensors)]).sum()
