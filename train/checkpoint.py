@@ -1,65 +1,242 @@
-"""Checkpoints: checkpoints/step-N/, written under a temporary name, made durable, then renamed into place.
+"""Checkpoints: checkpoints/step-N/, written in the background under a temporary name, made durable, then renamed.
 
 A directory named step-N is therefore complete; a kill leaves at most a temporary one, which the next save removes.
+It holds tensors by qualified name (torch.distributed.checkpoint), so that it loads into any engine and any number of
+processes, and state.json: the step, the data's position, losses that are not logged yet, the run's identity and a
+checksum of every file.
 """
 
+import errno
 import json
 import os
+import pickle
 import re
 import shutil
+import zlib
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
+from data.errors import UserError
+from data.index import write_atomically
 from data.order import State
 
 STEP = re.compile(r"step-(\d+)")
+METADATA_CLASSES = {  # all that a checkpoint's .metadata, a pickle, may name: nothing that runs
+    *(("torch.distributed.checkpoint.metadata", name) for name in (
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
+        "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING")),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch", "Size"), ("torch", "float32"), ("torch", "bfloat16"), ("torch", "float64"), ("torch", "int64"),
+    ("torch", "float16"), ("torch", "bool"), ("torch", "uint8"), ("torch", "int32"), ("torch", "strided"),
+    ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath"),
+}  # fmt: skip
 
 
-def newest(checkpoints: Path) -> Path | None:
-    """The complete checkpoint with the highest step."""
+class MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in METADATA_CLASSES:
+            raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
+        return super().find_class(module, name)
+
+
+class Reader(dcp.FileSystemReader):
+    """torch's reader, except that its pickled table of contents cannot run code."""
+
+    def read_metadata(self, *arguments: Any, **settings: Any) -> Any:
+        with open(Path(self.path) / ".metadata", "rb") as file:
+            metadata = MetadataUnpickler(file).load()
+        if getattr(metadata, "storage_meta", None) is None:
+            metadata.storage_meta = dcp.metadata.StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands, beside its tensors."""
+
+    step: int
+    data: State
+    losses: list[float]  # of the steps since the last metrics line
+
+
+def complete(checkpoints: Path) -> list[Path]:
+    """The complete checkpoints, newest first."""
     if not checkpoints.is_dir():
-        return None
-    complete = [(int(match[1]), path) for path in checkpoints.iterdir() if (match := STEP.fullmatch(path.name))]
-    return max(complete)[1] if complete else None
+        return []
+    found = [(int(match[1]), path) for path in checkpoints.iterdir() if (match := STEP.fullmatch(path.name))]
+    return [path for _, path in sorted(found, reverse=True)]
 
 
-def fsync_tree(directory: Path) -> None:
-    for path in (*directory.rglob("*"), directory):
-        descriptor = os.open(path, os.O_RDONLY)
+def checksum(path: Path) -> list[int]:
+    """[size in bytes, CRC-32]."""
+    size, crc = 0, 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            size, crc = size + len(block), zlib.crc32(block, crc)
+    return [size, crc]
+
+
+def fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
         os.fsync(descriptor)
+    finally:
         os.close(descriptor)
 
 
-def save(
-    checkpoints: Path, step: int, network: nn.Module, optimizer: torch.optim.Optimizer, state: State, keep: int = 2
-) -> None:
-    """Writes step-`step` and removes all but the newest `keep` checkpoints."""
-    temporary = checkpoints / f"tmp-step-{step}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    model_state, optimizer_state = get_state_dict(network, optimizer)
-    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=temporary, no_dist=True)
-    (temporary / "state.json").write_text(json.dumps({"step": step, "data": vars(state)}))
-    fsync_tree(temporary)
-    os.rename(temporary, checkpoints / f"step-{step}")
-    steps = sorted(int(match[1]) for path in checkpoints.iterdir() if (match := STEP.fullmatch(path.name)))
-    for old in steps[:-keep]:
-        shutil.rmtree(checkpoints / f"step-{old}")
+def fault(path: Path, rank: int, world_size: int) -> str | None:
+    """Why the checkpoint cannot be used, or None. Each process reads its share of the files."""
+    try:
+        files = json.loads((path / "state.json").read_text())["files"]
+        for number, (name, expected) in enumerate(sorted(files.items())):
+            if number % world_size == rank and checksum(path / name) != expected:
+                return f"{name} is not what was written"
+    except (OSError, ValueError, KeyError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
-def load(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, State]:
-    """Restores the network and the optimizer's moments; returns (steps done, data state)."""
-    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    model_state, optimizer_state = get_state_dict(network, optimizer)
-    content: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
-    dcp.load(content, checkpoint_id=path, no_dist=True)
-    set_state_dict(network, optimizer, model_state_dict=content["model"], optim_state_dict=content["optimizer"])
-    for group, settings in zip(optimizer.param_groups, groups, strict=True):
-        group.update(settings)  # hyperparameters come from the config, never from a checkpoint
-    saved = json.loads((path / "state.json").read_text())
-    return saved["step"], State(**saved["data"])
+def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"model": {"depth": 3}} -> {"model.depth": 3}"""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+def check_identity(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raises UserError with every differing key when the checkpoint belongs to another run."""
+    before, now = flat(saved), flat(json.loads(json.dumps(wanted)))
+    differing = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    if differing:
+        shown = "; ".join(f"{key}: {before.get(key)} there, {now.get(key)} here" for key in differing)
+        raise UserError(f"{path} is a checkpoint of another run ({shown}): use another directory, or that config")
+
+
+def copy_to_cpu(state: Any) -> Any:
+    """A copy that later steps do not change: of this process's shards where tensors are sharded."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    return {key: copy_to_cpu(value) for key, value in state.items()}
+
+
+class Checkpoints:
+    """Saves and loads one run's checkpoints. Every process of the run holds one and calls the same methods."""
+
+    def __init__(
+        self,
+        directory: Path,
+        identity: dict[str, Any],
+        log: Callable[[str], None],
+        keep_last: int,
+        keep_every: int | None,
+    ) -> None:
+        self.directory, self.identity, self.log = directory, identity, log
+        self.keep_last, self.keep_every = keep_last, keep_every
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.rank = dist.get_rank() if self.group else 0
+        self.world_size = dist.get_world_size() if self.group else 1
+        self.writer = ThreadPoolExecutor(1, "checkpoint")
+        self.pending: Future[None] | None = None
+
+    def together(self, mine: Any) -> list[Any]:
+        """What every process has to say, in the order of ranks."""
+        if not self.group:
+            return [mine]
+        everybody: list[Any] = [None] * self.world_size
+        dist.all_gather_object(everybody, mine, group=self.group)
+        return everybody
+
+    def save(self, progress: Progress, tensors: Any) -> None:
+        """Copies the tensors and returns; a thread writes them. A save that is still under way is waited for."""
+        self.wait()
+        self.pending = self.writer.submit(self.write, progress, copy_to_cpu(tensors))
+
+    def wait(self) -> None:
+        """Returns when the last save is durable, or has failed and said so in the log."""
+        if self.pending:
+            self.pending.result()
+            self.pending = None
+
+    def write(self, progress: Progress, tensors: Any) -> None:
+        final = self.directory / f"step-{progress.step}"
+        temporary = self.directory / f"tmp-step-{progress.step}"
+        if self.rank == 0:
+            for stale in self.directory.glob("tmp-step-*"):
+                shutil.rmtree(stale)
+        self.together(None)
+        error, files = None, {}
+        try:
+            writer = dcp.FileSystemWriter(temporary)
+            dcp.save(tensors, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
+            mine = [*temporary.glob(f"__{self.rank}_*"), *([temporary / ".metadata"] if self.rank == 0 else [])]
+            files = {path.name: checksum(path) for path in mine}
+        except (
+            OSError,
+            RuntimeError,
+            CheckpointException,
+        ) as raised:
+            # torch's writer raises RuntimeError on a full disk
+            error = str(raised).strip().splitlines()[0]
+        answers = self.together((error, files))
+        error = next((error for error, _ in answers if error), None)
+        if self.rank == 0 and not error:
+            error = self.publish(progress, temporary, final, {k: v for _, files in answers for k, v in files.items()})
+        if self.rank == 0 and error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            self.log(f"warning: no checkpoint of step {progress.step}, the older ones stay ({error})")
+        self.together(None)
+
+    def publish(self, progress: Progress, temporary: Path, final: Path, files: dict[str, list[int]]) -> str | None:
+        """Durable under its final name, then the pointer, then the older ones go. Returns what went wrong."""
+        content = {**asdict(progress), "identity": self.identity, "files": files}
+        try:
+            (temporary / "state.json").write_text(json.dumps(content))
+            for path in (*temporary.iterdir(), temporary):
+                fsync(path)
+            shutil.rmtree(final, ignore_errors=True)  # a corrupt one that was passed over
+            os.rename(temporary, final)
+            fsync(self.directory)
+            write_atomically(self.directory / "latest", final.name.encode())
+        except OSError as error:
+            return os.strerror(error.errno) if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
+        for old in complete(self.directory)[self.keep_last :]:
+            step = int(old.name.removeprefix("step-"))
+            if not (self.keep_every and step % self.keep_every == 0):
+                shutil.rmtree(old)
+        return None
+
+    def load_newest(self, template: Callable[[], Any]) -> tuple[Progress, Any] | None:
+        """The newest checkpoint that is whole, or None when there is none to load.
+
+        template: gives tensors of the right names, shapes and shards, which are overwritten. Raises UserError when the
+        checkpoint belongs to another run, or when there are checkpoints and all are broken.
+        """
+        found = complete(self.directory)
+        for path in found:
+            problems = [problem for problem in self.together(fault(path, self.rank, self.world_size)) if problem]
+            if problems:
+                self.log(f"warning: {path.name} is corrupt and passed over ({problems[0]})")
+                continue
+            content = json.loads((path / "state.json").read_text())
+            check_identity(path, content["identity"], self.identity)
+            tensors = template()
+            dcp.load(tensors, storage_reader=Reader(path), process_group=self.group, no_dist=self.group is None)
+            self.log(f"resumed from {path.name}")
+            return Progress(content["step"], State(**content["data"]), content["losses"]), tensors
+        if found:
+            raise UserError(f"{self.directory}: every checkpoint is corrupt; delete the folder to start anew")
+        return None
+
+    def close(self) -> None:
+        self.wait()
+        self.writer.shutdown()

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from data.errors import UserError
 from train.config import ParallelConfig
-from train.interrupt import Interrupt
+from train.interrupt import Interrupt, Interrupted
 
 FIRST_STEP_TIMEOUT = timedelta(minutes=30)  # compilation and a cold file system happen in the first step
 
@@ -98,8 +98,11 @@ def process_group(world: World, device: torch.device, config: ParallelConfig, en
     set_timeout(FIRST_STEP_TIMEOUT)
     try:
         yield
-    finally:
-        dist.destroy_process_group()
+    except Exception as error:
+        if world.size == 1 or isinstance(error, Interrupted):
+            dist.destroy_process_group()  # otherwise the others may be gone, and the process is about to end
+        raise
+    dist.destroy_process_group()
 
 
 def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:

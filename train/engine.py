@@ -1,4 +1,4 @@
-"""Four ways to spread one run over processes, behind one interface: wrap, backward, clip, step, state.
+"""Four ways to spread one run over processes, behind one interface: wrap, backward, step (with clipping), state.
 
 All of them take the same parameter groups and give the same losses. The loop and the checkpoints see `network`, whose
 parameter names are those of the plain model, and `optimizer`, whose groups are found by name.
@@ -45,15 +45,18 @@ class Engine:
     def zero_grad(self) -> None:
         self.optimizer.zero_grad()
 
-    def clip(self, max_norm: float) -> Tensor:
-        """Scales all gradients so that their norm is at most `max_norm`; returns the norm before, on the device."""
-        return whole(nn.utils.clip_grad_norm_(self.network.parameters(), max_norm))
+    def step(self, clip_norm: float | None) -> Tensor | None:
+        """Updates the weights. Scales all gradients first so that their norm is at most `clip_norm`, and returns the
+        norm before that, on the device; None when there is nothing to clip."""
+        norm = None
+        if clip_norm:
+            norm = whole(nn.utils.clip_grad_norm_(self.network.parameters(), clip_norm))
+        self.optimizer.step()
+        return norm
 
     def gradient_norm(self) -> Tensor:
+        """Norm of the gradients that the last step used."""
         return whole(nn.utils.get_total_norm([p.grad for p in self.network.parameters() if p.grad is not None]))
-
-    def step(self) -> None:
-        self.optimizer.step()
 
     def state(self) -> TensorState:
         """Tensors of the model and the optimizer by qualified name. Hyperparameters are no part of it: the
@@ -64,6 +67,7 @@ class Engine:
         }
 
     def load_state(self, state: TensorState) -> None:
+        """Puts back what `state` gave, of any engine and number of processes."""
         set_model_state_dict(self.network, state["model"])
         settings = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
         groups = get_optimizer_state_dict(self.network, self.optimizer)["param_groups"]

@@ -1,37 +1,43 @@
 """One run, from its configuration to its done marker."""
 
 import math
+import os
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data.batch import to_float
 from data.errors import UserError
 from data.index import Index
-from data.loader import TrainingLoader, TrainingStream, evaluation_batches
+from data.loader import TrainingLoader, TrainingStream
 from data.order import State
-from models.build import ScaledModel, build
-from models.flops import num_parameters
+from models.build import FAMILIES, ScaledModel, build, build_meta
+from models.family import modules_matching
+from models.flops import num_parameters, training_flops
 from models.optimizer import build_optimizer, parameter_groups
-from train import checkpoint
-from train.config import RunConfig, run_hash, to_yaml
-from train.metrics import MetricsWriter, WandbTracker, mean_loss
+from train.average import WeightAverage
+from train.checkpoint import Checkpoints, Progress
+from train.config import RunConfig, identity, run_hash, to_yaml
+from train.distributed import StopVote, World, pick_device, process_group, set_timeout
+from train.engine import Engine, average_buffers, choose, make_engine
+from train.evaluate import evaluate
+from train.interrupt import Interrupt, Interrupted
+from train.metrics import MetricsWriter, mean_loss, open_trackers
 from train.rundir import RunDirectory
 from train.schedule import schedule, set_learning_rate
+from train.step import StepResult, autocast_dtype, block_names, prepare, seed_step, set_backends, take_step
+from train.stochastic_depth import install_stochastic_depth
+from train.telemetry import Clock, LossWindow, RoleStatistics, memory_gb, peak_flops
 
 FINAL_SHARE = 0.1  # the reported training loss is the mean over this share of the steps, at the end
-
-
-def pick_device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("train.device is cuda, but torch sees no GPU: use train.device=cpu or auto")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+Watch = Callable[[dict[str, Any]], None]
 
 
 def open_data(config: RunConfig) -> Index:
@@ -45,61 +51,12 @@ def open_data(config: RunConfig) -> Index:
     return index
 
 
-@torch.no_grad()
-def evaluate(network: nn.Module, config: RunConfig, index: Index, split: str, device: torch.device) -> dict[str, float]:
-    """Mean loss, top-1 and top-5 accuracy over `split`, each image counted once."""
-    network.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, top-1, top-5, images
-    model = config.model
-    batches = evaluation_batches(
-        config.data,
-        index,
-        split,
-        config.train.global_batch_size,
-        model.image_size,
-        model.in_channels,
-        device=device,
-    )
-    for batch in batches:
-        images, labels = to_float(batch, config.data, device)
-        logits = network(images).float()
-        hits = logits.topk(min(5, model.num_classes), dim=1).indices == labels[:, None]  # (batch, 5)
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        sums += torch.stack([loss.double(), hits[:, 0].sum(), hits.sum(), torch.tensor(len(labels), device=device)])
-    network.train()
-    loss_sum, top1, top5, images_seen = sums.tolist()
-    return {
-        f"{split}_loss": loss_sum / images_seen,
-        f"{split}_top1": top1 / images_seen,
-        f"{split}_top5": top5 / images_seen,
-        f"{split}_images": int(images_seen),
-    }
-
-
-def gradient_norm(network: nn.Module) -> Tensor:
-    return nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
-
-
-@dataclass
-class LossWindow:
-    """Losses since the last log line, kept on the device: reading them is the only wait of the host for it."""
-
-    losses: list[Tensor]
-
-    def drain(self, last_step: int) -> tuple[list[float], int | None]:
-        """(losses as floats, step of the first one that is not finite)."""
-        values = torch.stack(self.losses).tolist()
-        self.losses.clear()
-        bad = next((i for i, value in enumerate(values) if not math.isfinite(value)), None)
-        return values, None if bad is None else last_step - len(values) + 1 + bad
-
-
-def describe(config: RunConfig, scaled: ScaledModel, groups: list[dict[str, Any]], device: torch.device) -> str:
+def describe(config: RunConfig, scaled: ScaledModel, groups: list[dict[str, Any]], place: str) -> str:
     """What a run is, for its log: never leaves open which parameterization and base it has."""
     model, p = config.model, scaled.scale.parameterization
     lines = [
         f"run {run_hash(config)}: {model.family} width {model.width} depth {model.depth}, "
-        f"{num_parameters(scaled.network):,} parameters, on {device}",
+        f"{num_parameters(scaled.network):,} parameters, {place}",
         f"parameterization {p.name}, base width {model.base_width} depth {model.base_depth}, "
         f"branch multiplier {scaled.scale.branch_multiplier():.4g}, "
         f"readout multiplier {scaled.scale.readout_multiplier():.4g}",
@@ -112,87 +69,263 @@ def describe(config: RunConfig, scaled: ScaledModel, groups: list[dict[str, Any]
     return "\n".join(lines)
 
 
-def run(config: RunConfig, path: Path) -> dict[str, Any]:
-    """Trains `config` in directory `path`, resuming what is there; returns the content of done.json."""
-    directory = RunDirectory(path)
-    if done := directory.done():
+def branch_names(scaled: ScaledModel, config: RunConfig) -> list[str]:
+    return [n for p in FAMILIES[config.model.family].branches for n in modules_matching(scaled.network, p)]
+
+
+def save_weights(path: Path, weights: dict[str, Tensor]) -> None:
+    """Writes whole, contiguous tensors; `path` is either complete or absent."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary)
+    os.replace(temporary, path)
+
+
+def run(
+    config: RunConfig,
+    path: Path,
+    world: World = World(),  # noqa: B008  (a frozen value)
+    interrupt: Interrupt | None = None,
+    watch: Watch | None = None,
+) -> dict[str, Any]:
+    """Trains `config` in directory `path`, resuming what is there; returns the content of done.json.
+
+    Every process of a distributed run calls it with its own `world`. `interrupt` is looked at after every step: when
+    any process has it set, all save and raise Interrupted. `watch` gets every metrics line. A loss that is not finite
+    ends the run with `outcome: diverged`; anything else that goes wrong is raised, a user's mistake as UserError.
+    """
+    if done := RunDirectory(path).done():
         return done
-    path.mkdir(parents=True, exist_ok=True)
-    directory.config.write_text(to_yaml(config))
+    try:
+        engine_name = choose(config.parallel, world.size)
+        micro_batches = config.parallel.micro_batches(config.train.global_batch_size, world.size)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    device = pick_device(config.train.device, world)
+    with process_group(world, device, config.parallel, engine_name), ExitStack() as closing:
+        try:
+            this = Run(config, path, world, device, engine_name, micro_batches, closing, watch)
+            return this.train(interrupt or Interrupt())
+        except Exception as error:
+            if world.size > 1 and not isinstance(error, Interrupted):
+                closing.pop_all()  # the others may be gone, and waiting for them would hide the reason
+            raise
 
-    # data and model
-    device = pick_device(config.train.device)
-    index = open_data(config)
-    scaled = build(config.model, config.parameterization, config.seed, device)
-    network = scaled.network
-    groups = parameter_groups(network, scaled.rules, scaled.scale, config.optimizer)
-    optimizer = build_optimizer(groups, config.optimizer)
-    log = directory.log.open("a", buffering=1)
-    print(describe(config, scaled, groups, device), file=log)
 
-    # resume
-    step, state = 0, State(seed=config.seed)
-    if saved := checkpoint.newest(directory.checkpoints):
-        step, state = checkpoint.load(saved, network, optimizer)
-        print(f"resumed from {saved.name}", file=log)
-    batch_size, num_steps = config.train.global_batch_size, config.train.num_steps
-    stream = TrainingStream(config.data, index, state, batch_size, config.model.image_size, config.model.in_channels)
-    loader = TrainingLoader(stream, device)
-    tracker = None
-    if config.track.wandb != "off":
-        tracker = WandbTracker(config.track, config, run_hash(config), path)
-    metrics = MetricsWriter(directory.metrics, step, tracker)
+class Run:
+    """The parts of one run. `closing` takes what has to be closed."""
 
-    # loop
-    window, diverged_at = LossWindow([]), None
-    started, logged_at, logged_step, data_wait = time.monotonic(), time.monotonic(), step, 0.0
-    batches = iter(loader)
-    while step < num_steps:
-        waited_from = time.monotonic()
-        images, labels = to_float(next(batches), config.data, device)
-        data_wait += time.monotonic() - waited_from
-        set_learning_rate(optimizer, config.optimizer.lr, schedule(config.schedule, step, num_steps))
-        loss = F.cross_entropy(network(images), labels, label_smoothing=config.train.label_smoothing)
-        optimizer.zero_grad()
-        loss.backward()
-        if config.train.clip_norm:
-            grad_norm = nn.utils.clip_grad_norm_(network.parameters(), config.train.clip_norm)
-        optimizer.step()
-        window.losses.append(loss.detach())
-        step += 1
+    def __init__(
+        self,
+        config: RunConfig,
+        path: Path,
+        world: World,
+        device: torch.device,
+        engine_name: str,
+        micro_batches: int,
+        closing: ExitStack,
+        watch: Watch | None,
+    ) -> None:
+        self.config, self.world, self.device, self.micro_batches, self.watch = (
+            config,
+            world,
+            device,
+            micro_batches,
+            watch,
+        )
+        self.directory = RunDirectory(path)
+        path.mkdir(parents=True, exist_ok=True)
+        self.log_file = closing.enter_context(self.directory.rank_log(world.rank).open("a", buffering=1))
 
-        saves = step % config.train.checkpoint_every == 0 and step < num_steps
-        if step % config.train.log_every == 0 or step == num_steps or saves:  # no loss is pending when a save begins
-            losses, diverged_at = window.drain(step)
-            now = time.monotonic()
-            metrics.write(
-                {
-                    "step": step,
-                    "samples": step * batch_size,
-                    "loss": sum(losses) / len(losses),
-                    "lr": optimizer.param_groups[0]["lr"] / optimizer.param_groups[0]["lr_mult"],
-                    "grad_norm": float(grad_norm if config.train.clip_norm else gradient_norm(network)),
-                    "images_per_second": (step - logged_step) * batch_size / (now - logged_at),
-                    "data_wait": data_wait / (now - logged_at),
-                }
+        # data and model
+        self.index = open_data(config)
+        set_backends(device)
+        self.dtype = autocast_dtype(config.train, device)
+        scaled = build(config.model, config.parameterization, config.seed, device)
+        branches = branch_names(scaled, config)
+        blocks = block_names(branches)
+        install_stochastic_depth(scaled.network, branches, blocks, config.train.drop_path)
+        self.channels_last = prepare(scaled.network, blocks, config.train, device, self.dtype)
+        shape = (config.model.in_channels, config.model.image_size, config.model.image_size)
+        self.flops = training_flops(build_meta(config.model, config.parameterization).network, shape)
+
+        # engine and optimizer
+        self.groups: list[dict[str, Any]] = []
+
+        def make_optimizer(network: nn.Module) -> torch.optim.Optimizer:
+            self.groups = parameter_groups(network, scaled.rules, scaled.scale, config.optimizer)
+            place = f"{engine_name} on {world.size} x {device.type}, {micro_batches} micro-batch(es), {self.dtype}"
+            self.log(describe(config, scaled, self.groups, place))
+            return build_optimizer(self.groups, config.optimizer)
+
+        self.engine: Engine = make_engine(
+            engine_name,
+            scaled.network,
+            make_optimizer,
+            blocks=blocks,
+            config=config.parallel,
+            autocast_dtype=self.dtype,
+            clip_norm=config.train.clip_norm,
+            micro_batches=micro_batches,
+            micro_batch_size=config.train.global_batch_size // world.size // micro_batches,
+        )
+        self.average = None
+        if config.train.ema:
+            self.average = WeightAverage(scaled.network, config.train.ema)
+        roles = {name: rule.role.value for name, rule in scaled.rules.items()}
+        self.roles = RoleStatistics(scaled.network, roles) if engine_name != "deepspeed" else None
+
+        # resume
+        self.checkpoints = Checkpoints(
+            self.directory.checkpoints, identity(config), self.log, config.train.keep_last, config.train.keep_every
+        )
+        closing.callback(self.checkpoints.close)
+        progress = Progress(0, State(seed=config.seed), [])
+        if loaded := self.checkpoints.load_newest(self.tensors):
+            progress, tensors = loaded
+            self.engine.load_state(tensors)
+        self.step, self.window = progress.step, LossWindow([], progress.losses)
+        stream = TrainingStream(
+            config.data,
+            self.index,
+            progress.data,
+            config.train.global_batch_size,
+            config.model.image_size,
+            config.model.in_channels,
+            world.rank,
+            world.size,
+        )
+        self.loader = TrainingLoader(stream, device)
+        self.metrics = None
+        if world.is_main:
+            self.directory.config.write_text(to_yaml(config))
+            self.metrics = MetricsWriter(self.directory.metrics, self.step, open_trackers(config, path, self.step))
+            closing.callback(self.metrics.close)
+
+    def log(self, text: str) -> None:
+        print(text, file=self.log_file)
+
+    def tensors(self) -> dict[str, Any]:
+        """Everything that a checkpoint holds. The average shares its tensors with it, so loading fills it in place."""
+        state = self.engine.state()
+        return {**state, "average": self.average.weights} if self.average else dict(state)
+
+    def save(self) -> None:
+        """Saves a checkpoint of the present step, unless a loss is not finite: then there is nothing worth keeping."""
+        if not self.window.finite():
+            return
+        average_buffers(self.engine.network)
+        if self.metrics:
+            self.metrics.flush()
+        self.checkpoints.save(Progress(self.step, self.loader.state, self.window.read[:]), self.tensors())
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in self.loader:
+            images, labels = to_float(batch, self.config.data, self.device)
+            if self.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            yield images, labels
+
+    def train(self, interrupt: Interrupt) -> dict[str, Any]:
+        """The loop, then evaluation and the done marker."""
+        config, engine, num_steps = self.config, self.engine, self.config.train.num_steps
+        batches, vote, clock = self.batches(), StopVote(interrupt), Clock(self.step)
+        first_step, started, diverged_at = self.step, time.monotonic(), None
+        while self.step < num_steps:
+            images, labels = clock.wait(lambda: next(batches))
+            seed_step(config.seed, self.step, self.world.rank)
+            set_learning_rate(engine.optimizer, config.optimizer.lr, schedule(config.schedule, self.step, num_steps))
+            logs = (self.step + 1) % config.train.log_every == 0 or self.step + 1 == num_steps
+            if logs and self.roles:
+                self.roles.before_step()
+            result = take_step(
+                engine,
+                images,
+                labels,
+                micro_batches=self.micro_batches,
+                autocast_dtype=self.dtype,
+                label_smoothing=config.train.label_smoothing,
+                clip_norm=config.train.clip_norm,
             )
-            logged_at, logged_step, data_wait = now, step, 0.0
-            if diverged_at is not None:
+            if self.average:
+                self.average.update(self.step)
+            self.window.pending.append(result.loss)
+            self.step += 1
+            if self.step == first_step + 1:
+                set_timeout(timedelta(seconds=config.parallel.step_timeout))
+            if logs and (diverged_at := self.write_metrics(result, clock)) is not None:
                 break
-        if saves:
-            checkpoint.save(directory.checkpoints, step, network, optimizer, loader.state)
+            if self.step % config.train.checkpoint_every == 0 and self.step < num_steps:
+                self.save()
+            if vote.stop() and self.step < num_steps:
+                self.save()
+                self.checkpoints.wait()
+                raise Interrupted(f"stopped after step {self.step} of {num_steps}, as asked")
+        self.checkpoints.wait()
+        return self.finish(diverged_at, time.monotonic() - started)
 
-    # close
-    result: dict[str, Any] = {"outcome": "completed", "step": step, "samples": step * batch_size}
-    if diverged_at is not None:
-        result |= {"outcome": "diverged", "step": diverged_at}
-    else:
-        result["train_loss"] = mean_loss(directory.metrics, math.ceil(num_steps * (1 - FINAL_SHARE)))
-        for split in config.train.evaluate:
-            result |= evaluate(network, config, index, split, device)
-        save_file({name: t.contiguous().cpu() for name, t in network.state_dict().items()}, directory.weights)
-    result["seconds"] = time.monotonic() - started
-    metrics.close()
-    log.close()
-    directory.write_done(result)
-    return result
+    def write_metrics(self, result: StepResult, clock: Clock) -> int | None:
+        """Writes one metrics line; returns the step of the first loss since the last one that is not finite.
+
+        The only place in the loop where the host waits for the device.
+        """
+        config, engine = self.config, self.engine
+        losses, diverged_at = self.window.drain(self.step)
+        images_per_second, data_wait = clock.lap(self.step, config.train.global_batch_size)
+        line: dict[str, Any] = {
+            "step": self.step,
+            "samples": self.step * config.train.global_batch_size,
+            "loss": sum(losses) / len(losses),
+            "lr": engine.optimizer.param_groups[0]["lr"] / engine.optimizer.param_groups[0]["lr_mult"],
+            "grad_norm": float(engine.gradient_norm() if result.grad_norm is None else result.grad_norm),
+            "logit_rms": float(result.logits.float().square().mean().sqrt()),
+            "images_per_second": images_per_second,
+            "data_wait": data_wait,
+            "memory": memory_gb(self.device),
+        }
+        if peak := peak_flops(self.device, self.dtype):
+            line["mfu"] = self.flops * images_per_second / (peak * self.world.size)
+        if self.roles:
+            line |= self.roles.after_step()
+        every = config.train.evaluate_every
+        if every and self.step % every == 0 and self.step < config.train.num_steps:
+            line |= self.evaluate()
+        if self.metrics:
+            self.metrics.write(line)
+        if self.watch:
+            self.watch(line)
+        return diverged_at
+
+    def evaluate(self) -> dict[str, float]:
+        """Metrics of every split in `train.evaluate`; with an average of the weights also its own, as SPLIT_ema_..."""
+        found: dict[str, float] = {}
+        arguments = (self.config, self.index, self.world, self.device, self.dtype, self.channels_last)
+        for split in self.config.train.evaluate:
+            found |= evaluate(self.engine, split, *arguments)
+            if self.average:
+                with self.average.swapped_in():
+                    averaged = evaluate(self.engine, split, *arguments)
+                found |= {key.replace(split, f"{split}_ema", 1): value for key, value in averaged.items()}
+        return found
+
+    def finish(self, diverged_at: int | None, seconds: float) -> dict[str, Any]:
+        """Evaluates, writes the weights, and marks the run done."""
+        result: dict[str, Any] = {"outcome": "completed", "step": self.step}
+        if diverged_at is not None:
+            result = {"outcome": "diverged", "step": diverged_at}
+        result["samples"] = self.step * self.config.train.global_batch_size
+        if diverged_at is None:
+            result |= self.evaluate()
+            weights = self.engine.full_weights()
+            if self.average:
+                with self.average.swapped_in():
+                    averaged = self.engine.full_weights()
+            if self.world.is_main:
+                after = math.ceil(self.step * (1 - FINAL_SHARE))
+                result["train_loss"] = mean_loss(self.directory.metrics, after)
+                save_weights(self.directory.weights, weights)
+                if self.average:
+                    save_weights(self.directory.average, averaged)
+        result["seconds"] = seconds
+        if self.world.is_main:
+            self.directory.write_done(result)
+        return result

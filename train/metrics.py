@@ -1,12 +1,15 @@
-"""One JSON object a line in metrics.jsonl, and the same to wandb when the config asks for it."""
+"""One JSON object a line in metrics.jsonl, and the same to wandb or TensorBoard when the config asks for it."""
 
 import json
 import math
+import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from data.errors import UserError
-from train.config import RunConfig, TrackConfig, to_plain
+from data.index import write_atomically
+from train.config import RunConfig, TrackConfig, run_hash, to_plain
 
 
 def truncate_after(path: Path, step: int) -> None:
@@ -18,7 +21,7 @@ def truncate_after(path: Path, step: int) -> None:
         if not line.endswith("\n") or json.loads(line)["step"] > step:
             break
         kept.append(line)
-    path.write_text("".join(kept))
+    write_atomically(path, "".join(kept).encode())
 
 
 def mean_loss(path: Path, after_step: int) -> float:
@@ -33,25 +36,37 @@ def mean_loss(path: Path, after_step: int) -> float:
     return losses / steps
 
 
+class Tracker(Protocol):
+    """A place beside the file that gets every line, too."""
+
+    def log(self, line: dict[str, Any]) -> None: ...
+
+    def finish(self) -> None: ...
+
+
 class MetricsWriter:
     """Appends to metrics.jsonl from `resumed_step` on."""
 
-    def __init__(self, path: Path, resumed_step: int, tracker: "WandbTracker | None" = None) -> None:
+    def __init__(self, path: Path, resumed_step: int, trackers: Sequence[Tracker] = ()) -> None:
         truncate_after(path, resumed_step)
         self.file = path.open("a", buffering=1)
-        self.tracker = tracker
+        self.trackers = trackers
 
     def write(self, line: dict[str, float]) -> None:
         """`line["step"]` is the number of steps done."""
         strict = {key: value if math.isfinite(value) else None for key, value in line.items()}  # JSON has no NaN
         self.file.write(json.dumps(strict, allow_nan=False) + "\n")
-        if self.tracker:
-            self.tracker.log(strict)
+        for tracker in self.trackers:
+            tracker.log(strict)
+
+    def flush(self) -> None:
+        """Makes the lines durable: before a checkpoint that goes on from them."""
+        os.fsync(self.file.fileno())
 
     def close(self) -> None:
         self.file.close()
-        if self.tracker:
-            self.tracker.finish()
+        for tracker in self.trackers:
+            tracker.finish()
 
 
 class WandbTracker:
@@ -79,3 +94,34 @@ class WandbTracker:
 
     def finish(self) -> None:
         self.run.finish()
+
+
+class TensorBoardTracker:
+    """Event files in the run's directory; on a resume, what lies after the resumed step is hidden."""
+
+    def __init__(self, directory: Path, resumed_step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError(
+                "track.tensorboard needs tensorboard: pip install 'depthmup[tensorboard]', or set it to false"
+            ) from None
+        self.writer = SummaryWriter(str(directory / "tensorboard"), purge_step=resumed_step + 1)
+
+    def log(self, line: dict[str, Any]) -> None:
+        for key, value in line.items():
+            if key != "step" and value is not None:
+                self.writer.add_scalar(key, value, line["step"])
+
+    def finish(self) -> None:
+        self.writer.close()
+
+
+def open_trackers(config: RunConfig, directory: Path, resumed_step: int) -> list[Tracker]:
+    """The trackers that `config.track` asks for. Raises UserError when one is not installed."""
+    trackers: list[Tracker] = []
+    if config.track.wandb != "off":
+        trackers.append(WandbTracker(config.track, config, run_hash(config), directory))
+    if config.track.tensorboard:
+        trackers.append(TensorBoardTracker(directory, resumed_step))
+    return trackers

@@ -1,14 +1,23 @@
 """A run's directory is the truth about it. Nothing here needs torch, so the launcher can read a thousand of them.
 
-config.yaml  metrics.jsonl  checkpoints/step-N/  weights.safetensors  done.json | failed.json  log-RANK.txt
+config.yaml  metrics.jsonl  checkpoints/step-N/  weights.safetensors  weights_ema.safetensors
+done.json | failed.json  log-RANK.txt
 """
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data.index import write_atomically
+
+# Exit codes of `python -m train`, which a launcher reads.
+EXIT_DONE = 0
+EXIT_FAILED = 1  # see failed.json
+EXIT_USER_ERROR = 2  # one line on standard error says what to mend
+EXIT_DIVERGED = 3  # done.json says so too: a result, but not what was wanted from a single run
+EXIT_REQUEUE = 75  # stopped by a signal, checkpoint saved: start it again (EX_TEMPFAIL of sysexits.h)
 
 
 @dataclass(frozen=True)
@@ -32,8 +41,15 @@ class RunDirectory:
         return self.path / "weights.safetensors"
 
     @property
+    def average(self) -> Path:
+        return self.path / "weights_ema.safetensors"
+
+    @property
     def log(self) -> Path:
-        return self.path / "log-0.txt"
+        return self.rank_log(0)
+
+    def rank_log(self, rank: int) -> Path:
+        return self.path / f"log-{rank}.txt"
 
     @property
     def lock(self) -> Path:
@@ -46,6 +62,17 @@ class RunDirectory:
 
     def write_failed(self, reason: dict[str, Any]) -> None:
         write_atomically(self.path / "failed.json", json.dumps(reason, indent=1).encode())
+
+    def write_first_failure(self, reason: dict[str, Any]) -> None:
+        """As `write_failed`, unless another process has: it failed first, and the others fail because of it."""
+        temporary = self.path / f".failed.json.{os.getpid()}"
+        temporary.write_text(json.dumps(reason, indent=1))
+        try:
+            os.link(temporary, self.path / "failed.json")
+        except FileExistsError:
+            pass  # the first one says why
+        finally:
+            temporary.unlink()
 
     def read_marker(self, name: str) -> dict[str, Any] | None:
         try:

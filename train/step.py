@@ -1,8 +1,10 @@
 """One optimizer step, and how a network is made ready for it: precision, memory format, recomputation, compilation."""
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,6 +13,15 @@ from torch.utils.checkpoint import checkpoint
 from data.errors import UserError
 from train.config import TrainConfig
 from train.engine import Engine
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Of this process's share, still on the device."""
+
+    loss: Tensor  # mean, ()
+    grad_norm: Tensor | None  # of all processes, before clipping; None without clipping
+    logits: Tensor  # of the last micro-batch, (images, classes)
 
 
 def take_step(
@@ -22,11 +33,10 @@ def take_step(
     autocast_dtype: torch.dtype | None = None,
     label_smoothing: float = 0.0,
     clip_norm: float | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> StepResult:
     """One step on this process's share of a global batch; never waits for the device.
 
     images: (batch, channels, size, size) float; targets: (batch,) classes or (batch, classes) probabilities.
-    Returns (mean loss, norm of the gradients before clipping or None), both on the device.
     """
     engine.zero_grad()
     total = torch.zeros((), device=images.device)
@@ -38,9 +48,14 @@ def take_step(
             loss = F.cross_entropy(logits.float(), micro_targets, label_smoothing=label_smoothing) / micro_batches
         engine.backward(loss)
         total += loss.detach()
-    norm = engine.clip(clip_norm) if clip_norm else None
-    engine.step()
-    return total, norm
+    norm = engine.step(clip_norm)
+    return StepResult(total, norm, logits.detach())
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Random numbers inside the network (stochastic depth) depend on (seed, step, rank) alone, so that a run that is
+    resumed draws those of a run that never stopped, and no generator's state has to be saved."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1))
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[None]:
@@ -68,6 +83,11 @@ def is_convolutional(network: nn.Module) -> bool:
     """More convs than linear layers: a ResNet, but not a ViT with its one patch embedding."""
     convs = sum(isinstance(module, nn.Conv2d) for module in network.modules())
     return convs > sum(isinstance(module, nn.Linear) for module in network.modules())
+
+
+def block_names(branches: list[str]) -> list[str]:
+    """The residual blocks that hold the modules `branches` (the ends of residual branches), in their order."""
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in branches))
 
 
 def prepare(

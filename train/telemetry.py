@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor
 
 from train.distributed import mean_over_ranks, sum_over_ranks
 
-# Dense peak, FLOP/s: (bf16, TF32 or fp32 on tensor cores), from the makers' data sheets, without sparsity. The first name
-# that is part of the device's name counts.
+# Dense peak, FLOP/s: (bf16, TF32 or fp32 on tensor cores), from the makers' data sheets, without sparsity. The
+# first name that is part of the device's name counts.
 PEAK_FLOPS: tuple[tuple[str, float, float], ...] = (
     ("B200", 2250e12, 1125e12),
     ("H200", 989e12, 494.7e12),

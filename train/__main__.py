@@ -1,0 +1,82 @@
+"""One process of one run: `torchrun --nproc-per-node 8 -m train CONFIG DIRECTORY`, or srun with one task a GPU.
+
+Exit codes are those of train.rundir. A process that fails says why in failed.json and ends at once, without waiting for
+the others: they, or the launcher (srun --kill-on-bad-exit=1), end because of it.
+"""
+
+import argparse
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import NoReturn
+
+from data.errors import UserError
+from train.config import RunConfig, from_plain, read_yaml, run_hash, set_dotted
+from train.interrupt import Interrupt, Interrupted
+from train.rundir import EXIT_DIVERGED, EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, EXIT_USER_ERROR, RunDirectory
+
+
+def read_config(path: Path, overrides: list[str]) -> RunConfig:
+    raw = read_yaml(path)
+    for override in overrides:
+        set_dotted(raw, override)
+    return from_plain(RunConfig, raw, str(path))
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process without the clean-up of process groups, which can wait for ever for a process that is gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def train(config: RunConfig, directory: RunDirectory) -> int:
+    from train.display import watch_terminal
+    from train.distributed import world_from_environment
+    from train.loop import run
+
+    world = world_from_environment()
+    directory.path.mkdir(parents=True, exist_ok=True)
+    if world.is_main:
+        (directory.path / "failed.json").unlink(missing_ok=True)
+    try:
+        with Interrupt.on_signals() as interrupt, watch_terminal(config, world) as watch:
+            result = run(config, directory.path, world, interrupt, watch)
+    except Interrupted as stopped:
+        if world.is_main:
+            print(stopped, file=sys.stderr)
+        return EXIT_REQUEUE
+    except Exception as error:
+        reason = {"rank": world.rank, "error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+        directory.write_first_failure(reason)
+        with directory.rank_log(world.rank).open("a") as log:
+            log.write(reason["traceback"])
+        if isinstance(error, UserError):
+            if world.is_main:
+                print(f"error: {error}", file=sys.stderr)
+            return EXIT_USER_ERROR
+        traceback.print_exc()
+        return EXIT_FAILED
+    if world.is_main:
+        summary = ", ".join(f"{key} {value:.4g}" for key, value in result.items() if isinstance(value, int | float))
+        print(f"{result['outcome']}: {summary} ({directory.path})")
+    return EXIT_DIVERGED if result["outcome"] == "diverged" else EXIT_DONE
+
+
+def main() -> NoReturn:
+    parser = argparse.ArgumentParser(prog="python -m train", description=__doc__)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("directory", type=Path, nargs="?", help="the run's directory [default: runs/HASH]")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    arguments = parser.parse_args()
+    try:
+        config = read_config(arguments.config, arguments.overrides)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        leave(EXIT_USER_ERROR)
+    leave(train(config, RunDirectory(arguments.directory or Path("runs") / run_hash(config))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""DeepSpeed's ZeRO as an engine. It gets our torch optimizer and our learning rates, and does nothing but shard.
+
+Its own checkpoints are pickles that do not load into another world size or stage, so they are not used: weights and
+moments are gathered one parameter at a time and saved by qualified name, like those of every other engine.
+"""
+
+import math
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from data.errors import UserError
+from train.engine import Engine, OptimizerFactory, TensorState
+
+STEP = "step"  # Adam's count of steps: a number, the same for all parameters
+
+
+def import_deepspeed(device: torch.device) -> Any:
+    """Raises UserError when DeepSpeed is not installed."""
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        import deepspeed
+    except ImportError:
+        raise UserError(
+            "parallel.engine is deepspeed, which is not installed: pip install 'depthmup[deepspeed]', or use fsdp"
+        ) from None
+    if device.type == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo serves; this one is compiled for a minute
+    return deepspeed
+
+
+class ZeroRedundancy(Engine):
+    """DeepSpeed ZeRO, stage 0 to 3."""
+
+    name = "deepspeed"
+
+    def __init__(
+        self,
+        network: nn.Module,
+        make_optimizer: OptimizerFactory,
+        *,
+        stage: int,
+        autocast_dtype: torch.dtype | None,
+        clip_norm: float | None,
+        micro_batches: int,
+        micro_batch_size: int,
+    ) -> None:
+        deepspeed = import_deepspeed(next(network.parameters()).device)
+        settings = {
+            "train_micro_batch_size_per_gpu": micro_batch_size,
+            "gradient_accumulation_steps": micro_batches,
+            "gradient_clipping": (clip_norm or 0.0) if stage else 0.0,
+            "zero_optimization": {"stage": stage},
+            "zero_allow_untested_optimizer": True,
+            "torch_autocast": {"enabled": autocast_dtype is not None, "dtype": "bfloat16"},
+        }
+        self.stage, self.network = stage, network
+        self.module, self.optimizer, _, _ = deepspeed.initialize(
+            model=network, optimizer=make_optimizer(network), config=settings, dist_init_required=False
+        )
+        self.norm = torch.zeros(())
+
+    def start_micro_batch(self, last: bool) -> None:
+        self.module.set_gradient_accumulation_boundary(last)
+
+    def backward(self, loss: Tensor) -> None:
+        self.module.backward(loss, scale_wrt_gas=False)
+
+    def zero_grad(self) -> None:
+        """DeepSpeed's step does it."""
+
+    def step(self, clip_norm: float | None) -> Tensor | None:
+        if self.stage == 0:  # plain averaged gradients, whose norm DeepSpeed does not tell
+            parameters = list(self.network.parameters())
+            self.norm = nn.utils.clip_grad_norm_(parameters, clip_norm or math.inf)
+            self.module.step()
+        else:
+            self.module.step()
+            self.norm = torch.as_tensor(self.module.get_global_grad_norm())
+        return self.norm
+
+    def gradient_norm(self) -> Tensor:
+        return self.norm
+
+    def materialize_optimizer(self) -> list[str]:
+        """Gives every flat shard zero moments where it has none yet; returns the names of what the optimizer keeps."""
+        base = getattr(self.optimizer, "optimizer", self.optimizer)
+        probe = nn.Parameter(torch.zeros(1))
+        probe.grad = torch.zeros(1)
+        example = type(base)([probe], **base.defaults)
+        example.step()
+        keys = [key for key, value in example.state[probe].items() if isinstance(value, Tensor)]
+        zero = self.optimizer
+        for flat in zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups:
+            for key in keys:
+                zeros = torch.zeros(()) if key == STEP else torch.zeros_like(flat)
+                base.state[flat].setdefault(key, zeros)
+        if self.stage in (1, 2):
+            zero._lazy_init_hp_params_optimizer_state()
+        return keys
+
+    def state(self) -> TensorState:
+        if self.stage == 0:
+            return super().state()
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        keys, base = self.materialize_optimizer(), self.optimizer.optimizer
+        steps = next((state[STEP] for state in base.state.values() if STEP in state), None)
+        model: dict[str, Tensor] = dict(self.network.named_buffers())
+        moments: dict[str, dict[str, Tensor]] = {}
+        for name, parameter in self.network.named_parameters():
+            model[name] = safe_get_full_fp32_param(parameter)
+            moments[name] = {key: safe_get_full_optimizer_state(parameter, key) for key in keys if key != STEP}
+            if steps is not None:
+                moments[name][STEP] = steps
+        return {"model": model, "optimizer": moments}
+
+    def load_state(self, state: TensorState) -> None:
+        if self.stage == 0:
+            super().load_state(state)
+            return
+        import deepspeed
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        self.materialize_optimizer()
+        with torch.no_grad():
+            for name, buffer in self.network.named_buffers():
+                buffer.copy_(state["model"][name])
+            for name, parameter in self.network.named_parameters():
+                weight, moments = state["model"][name], state["optimizer"][name]
+                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.stage == 3):
+                    parameter.data.copy_(weight)
+                safe_set_full_fp32_param(parameter, weight)
+                for key, value in moments.items():
+                    if key == STEP:
+                        for flat_state in self.optimizer.optimizer.state.values():
+                            flat_state[STEP].copy_(value)
+                    else:
+                        safe_set_full_optimizer_state(parameter, value, key)
+
+    def full_weights(self) -> dict[str, Tensor]:
+        weights = super().full_weights() if self.stage < 3 else self.state()["model"]
+        return {name: tensor.cpu() for name, tensor in weights.items()} if dist.get_rank() == 0 else {}
