@@ -73,11 +73,11 @@ def set_timeout(timeout: timedelta) -> None:
 
 @contextmanager
 def process_group(world: World, device: torch.device, config: ParallelConfig, engine: str) -> Iterator[None]:
-    """The default process group while the block runs; none for engine `none`.
+    """The default process group while the block runs; none for engine `none`, and one that exists already is used.
 
     Raises UserError that names host and port when the processes do not find each other in `init_timeout`.
     """
-    if engine == "none":
+    if engine == "none" or dist.is_initialized():
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

@@ -4,6 +4,7 @@ Its own checkpoints are pickles that do not load into another world size or stag
 moments are gathered one parameter at a time and saved by qualified name, like those of every other engine.
 """
 
+import inspect
 import math
 import os
 from typing import Any
@@ -91,7 +92,8 @@ class ZeroRedundancy(Engine):
         base = getattr(self.optimizer, "optimizer", self.optimizer)
         probe = nn.Parameter(torch.zeros(1))
         probe.grad = torch.zeros(1)
-        example = type(base)([probe], **base.defaults)
+        known = inspect.signature(type(base)).parameters
+        example = type(base)([probe], **{key: value for key, value in base.defaults.items() if key in known})
         example.step()
         keys = [key for key, value in example.state[probe].items() if isinstance(value, Tensor)]
         zero = self.optimizer

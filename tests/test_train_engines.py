@@ -1,0 +1,119 @@
+"""Every engine trains the same run: same groups, same learning rates, same losses, on one process and on two."""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from train_configs import CONV_RESNET, VIT, pack_digits, run_config
+from train_processes import run_function
+
+from train.config import ParallelConfig, RunConfig
+
+ENGINES = {
+    "ddp": ("parallel.engine=ddp",),
+    "fsdp": ("parallel.engine=fsdp",),
+    **{f"zero{n}": ("parallel.engine=deepspeed", f"parallel.zero_stage={n}") for n in range(4)},
+}
+CASES = {
+    f"{model['family']}-{parameterization}-{optimizer}": (model, parameterization, optimizer)
+    for model, parameterization, optimizer in itertools.product(
+        (VIT, CONV_RESNET), ("sp", "depth_mup"), ("sgd", "adamw")
+    )
+}
+LEARNING_RATE = {"sgd": 0.05, "adamw": 0.002}
+
+
+def config_of(shards: str, case: str, *overrides: str) -> RunConfig:
+    model, parameterization, optimizer = CASES[case]
+    return run_config(
+        shards,
+        f"parameterization.name={parameterization}",
+        f"optimizer.name={optimizer}",
+        f"optimizer.lr={LEARNING_RATE[optimizer]}",
+        "optimizer.weight_decay=0.0001",
+        "train.clip_norm=0.5",
+        *overrides,
+        model=model,
+    )
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def cases_of(engine: str) -> list[str]:
+    """All, but for the ZeRO stages that share their code with stage 2 only half: each value of each choice once."""
+    half = [case for case in CASES if case.endswith(("sp-sgd", "depth_mup-adamw"))]
+    return half if engine in ("zero0", "zero1", "zero3") else list(CASES)
+
+
+def engines_of(case: str) -> list[str]:
+    return [engine for engine in ENGINES if case in cases_of(engine)]
+
+
+def wrapped_groups(run: Path) -> list[dict[str, object]]:
+    """What the optimizer says of its groups after the last step, without their tensors."""
+    return json.loads((run / "groups.json").read_text())
+
+
+def record_groups() -> None:
+    """Lets every run leave groups.json in its directory."""
+    from train import loop
+
+    finish = loop.Run.finish
+
+    def recording(self: loop.Run, *arguments: Any) -> dict[str, Any]:
+        keys = ("name", "lr", "lr_mult", "weight_decay", "eps")
+        found = [{k: g[k] for k in keys if k in g} for g in self.engine.optimizer.param_groups]
+        (self.directory.path / "groups.json").write_text(json.dumps(found))
+        return finish(self, *arguments)
+
+    loop.Run.finish = recording  # type: ignore[method-assign]
+
+
+def train_all(shards: str, out: str) -> None:
+    """In each of two processes: every case on every engine, in two micro-batches."""
+    import torch
+
+    from train.distributed import process_group, world_from_environment
+    from train.loop import run
+
+    world = world_from_environment()
+    record_groups()
+    with process_group(world, torch.device("cpu"), ParallelConfig(), "ddp"):
+        for name, overrides in ENGINES.items():
+            for case in cases_of(name):
+                config = config_of(shards, case, "parallel.micro_batch_size=8", *overrides)
+                run(config, Path(out) / name / case, world)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from train.loop import run
+
+    out = tmp_path_factory.mktemp("engines")
+    shards = pack_digits(out / "shards")
+    record_groups()
+    for case in CASES:
+        run(config_of(str(shards), case), out / "none" / case)
+    run_function("test_train_engines", "train_all", 2, str(shards), str(out))
+    return out
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_losses_of_every_engine_on_two_processes_equal_those_of_one_process(runs: Path, case: str) -> None:
+    expected = losses(runs / "none" / case)
+    assert len(expected) == 20
+    assert expected[-1] < expected[0]
+    for engine in engines_of(case):
+        assert losses(runs / engine / case) == pytest.approx(expected, rel=1e-5), engine
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_parameter_group_is_lost_or_merged_by_wrapping(runs: Path, case: str) -> None:
+    expected = wrapped_groups(runs / "none" / case)
+    assert len({(group["lr_mult"], group["weight_decay"]) for group in expected}) > 1
+    for engine in engines_of(case):
+        assert wrapped_groups(runs / engine / case) == expected, engine

@@ -1,0 +1,211 @@
+"""A run that is killed at any moment and started again ends bit for bit as one that never stopped."""
+
+import json
+import os
+import random
+import resource
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from train_configs import pack_digits, run_config
+
+from data.errors import UserError
+from train import checkpoint
+from train.config import RunConfig
+from train.interrupt import Interrupt, Interrupted
+from train.loop import run
+
+TIMED = {"images_per_second", "data_wait", "memory", "mfu"}  # what a clock or the process decides
+
+
+def config_of(shards: Path, *overrides: str) -> RunConfig:
+    """AdamW, stochastic depth and an average of the weights; metrics every 3 steps, a checkpoint every 4."""
+    return run_config(
+        shards,
+        "optimizer.name=adamw",
+        "optimizer.lr=0.002",
+        "train.drop_path=0.2",
+        "train.ema=0.9",
+        "train.clip_norm=1",
+        "train.log_every=3",
+        "train.checkpoint_every=4",
+        "train.samples=1600",
+        *overrides,
+    )
+
+
+def metrics(directory: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMED} for line in lines]
+
+
+def assert_same_end(directory: Path, whole: Path) -> None:
+    assert metrics(directory) == metrics(whole)
+    for name in ("weights.safetensors", "weights_ema.safetensors"):
+        assert (directory / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pack_digits(tmp_path_factory.mktemp("resume") / "shards")
+
+
+@pytest.fixture(scope="module")
+def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that never stopped."""
+    directory = tmp_path_factory.mktemp("resume") / "whole"
+    run(config_of(shards), directory)
+    return directory
+
+
+def in_child(action: Callable[[], object], kill_after: float | None = None) -> bool:
+    """Does `action` in a fork of this process; returns whether it came to its end before it was killed."""
+    child = os.fork()
+    if child == 0:
+        try:
+            if kill_after is not None:
+                threading.Timer(kill_after, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            action()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return not os.WIFSIGNALED(status)
+
+
+def kill_at_call(module: Any, name: str, number: int) -> None:
+    """SIGKILL at the `number`-th call of `module.name`, before it does anything."""
+    function, calls = getattr(module, name), iter(range(1, 10**6))
+
+    def dying(*arguments: Any, **settings: Any) -> Any:
+        if next(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **settings)
+
+    setattr(module, name, dying)
+
+
+def test_killed_at_20_random_points_and_resumed(shards: Path, whole: Path, tmp_path: Path) -> None:
+    config = config_of(shards)
+    start = time.monotonic()
+    assert in_child(lambda: run(config, tmp_path / "timed"))
+    seconds, kills, attempt = time.monotonic() - start, 0, 0
+    generator = random.Random(0)
+    while kills < 20:
+        attempt += 1
+        directory = tmp_path / f"attempt-{attempt}"
+        while not in_child(lambda: run(config, directory), kill_after=generator.uniform(0.05, 1) * seconds):  # noqa: B023
+            kills += 1
+        assert_same_end(directory, whole)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "number"),
+    [
+        (checkpoint.dcp, "save", 2),  # inside a checkpoint write, before the tensors
+        (checkpoint, "checksum", 3),  # after them
+        (checkpoint, "fsync", 5),  # not durable yet
+        (os, "rename", 5),  # between tmp and rename
+        (checkpoint, "write_atomically", 2),  # between rename and pointer
+        (checkpoint.shutil, "rmtree", 4),
+    ],
+)
+def test_killed_inside_a_checkpoint_write(
+    shards: Path, whole: Path, tmp_path: Path, module: Any, name: str, number: int
+) -> None:
+    def killed() -> None:
+        kill_at_call(module, name, number)
+        run(config_of(shards), tmp_path)
+
+    assert not in_child(killed)
+    run(config_of(shards), tmp_path)
+    assert_same_end(tmp_path, whole)
+
+
+def test_a_stop_between_two_checkpoints_loses_nothing(shards: Path, whole: Path, tmp_path: Path) -> None:
+    """The losses of steps that no metrics line holds yet come back with the checkpoint."""
+    interrupt = Interrupt()
+
+    def watch(line: dict[str, Any]) -> None:
+        if line["step"] == 9:
+            threading.Timer(0.0, interrupt.request).start()
+
+    with pytest.raises(Interrupted, match="stopped after step"):
+        run(config_of(shards), tmp_path, interrupt=interrupt, watch=watch)
+    run(config_of(shards), tmp_path)
+    assert_same_end(tmp_path, whole)
+
+
+def test_a_full_disk_leaves_the_older_checkpoint_and_the_run_goes_on(shards: Path, whole: Path, tmp_path: Path) -> None:
+    """The limit on a file's size makes the kernel refuse the write as a full disk does."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def watch(line: dict[str, Any]) -> None:
+        if line["step"] == 9:  # step 8 is saved, step 12 cannot be
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        if line["step"] == 15:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    try:
+        run(config_of(shards, "train.keep_last=100"), tmp_path, watch=watch)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    log = (tmp_path / "log-0.txt").read_text()
+    assert "warning: no checkpoint of step 12, the older ones stay" in log
+    kept = {path.name for path in checkpoint.complete(tmp_path / "checkpoints")}
+    assert "step-8" in kept
+    assert "step-12" not in kept
+    assert_same_end(tmp_path, whole)
+
+
+def test_a_corrupt_checkpoint_is_passed_over_for_an_older_one(shards: Path, whole: Path, tmp_path: Path) -> None:
+    config = config_of(shards)
+
+    def killed() -> None:
+        kill_at_call(checkpoint.Checkpoints, "save", 4)
+        run(config, tmp_path)
+
+    assert not in_child(killed)
+    newest, older = checkpoint.complete(tmp_path / "checkpoints")[:2]
+    tensors = bytearray((newest / "__0_0.distcp").read_bytes())
+    tensors[len(tensors) // 2] ^= 1
+    (newest / "__0_0.distcp").write_bytes(tensors)
+    run(config, tmp_path)
+    log = (tmp_path / "log-0.txt").read_text()
+    assert f"warning: {newest.name} is corrupt and passed over" in log
+    assert f"resumed from {older.name}" in log
+    assert_same_end(tmp_path, whole)
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_the_difference(
+    shards: Path, whole: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "checkpoints").symlink_to(whole / "checkpoints")
+    with pytest.raises(
+        UserError, match=r"another run \(model.depth: 6 there, 9 here; parameterization.name: depth_mup"
+    ):
+        run(config_of(shards, "model.depth=9", "parameterization.name=sp"), tmp_path)
+
+
+def test_no_code_in_a_checkpoint_is_run(whole: Path, tmp_path: Path) -> None:
+    import pickle
+
+    class Attack:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "attacked"),)
+
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Attack()))
+    with pytest.raises(pickle.UnpicklingError, match=r"posix.mkdir has no place in a checkpoint"):
+        checkpoint.Reader(tmp_path).read_metadata()
+    assert not (tmp_path / "attacked").exists()
+
+
+def test_keep_last_and_keep_every(shards: Path, tmp_path: Path) -> None:
+    run(config_of(shards, "train.keep_last=1", "train.keep_every=16"), tmp_path)
+    assert {p.name for p in checkpoint.complete(tmp_path / "checkpoints")} == {"step-16", "step-32", "step-48"}

@@ -1,0 +1,29 @@
+"""Small runs on the packed digits, for the tests of train."""
+
+from pathlib import Path
+from typing import Any
+
+from data.pack import pack
+from train.config import RunConfig, from_plain, set_dotted
+
+VIT = {"family": "vit", "width": 16, "depth": 4, "base_width": 8, "base_depth": 2, "num_heads": 2, "patch_size": 2}
+CONV_RESNET = {"family": "conv_resnet", "width": 8, "depth": 6, "base_width": 4, "base_depth": 3}
+DIGITS = {"num_classes": 10, "image_size": 8, "in_channels": 1}
+
+
+def pack_digits(root: Path) -> Path:
+    pack("sklearn:digits", root, validation_share=0.2, shard_samples=128)
+    return root
+
+
+def run_config(shards: Path | str, *overrides: str, model: dict[str, Any] = CONV_RESNET) -> RunConfig:
+    """20 steps of 32 images, every step logged."""
+    raw = {
+        "model": {**model, **DIGITS},
+        "optimizer": {"name": "sgd", "lr": 0.05},
+        "data": {"name": "digits", "root": str(shards), "num_streams": 4},
+        "train": {"samples": 640, "global_batch_size": 32, "log_every": 1, "device": "cpu", "evaluate": ["val"]},
+    }
+    for override in overrides:
+        set_dotted(raw, override)
+    return from_plain(RunConfig, raw, "test")
