@@ -4,10 +4,10 @@
     python benchmarks/train_throughput.py --models tiny --compile off      # on a CPU
 
 Images are synthetic uint8 pixels that lie on the device already, so no loader takes part: figures for the step alone.
-`ours` is what train.loop does for each step: learning rate, normalisation, micro-batches, backward, clipping, optimizer,
-loss window, read every 10 steps. `bare` is ten plain lines around the same timm network, built without multipliers. Both
-alternate in rounds; the table shows medians. FLOPs are counted on the network (a multiply-add is 2, backward is twice
-forward, no recomputation counted); MFU is FLOP/s over the device's dense peak.
+`ours` is what train.loop does for each step: learning rate, normalisation, micro-batches, backward, clipping,
+optimizer, loss window, read every 10 steps. `bare` is ten plain lines around the same timm network, built without
+multipliers. Both alternate in rounds; the table shows medians. FLOPs are counted on the network (a multiply-add is 2,
+backward is twice forward, no recomputation counted); MFU is FLOP/s over the device's dense peak.
 """
 
 import argparse

@@ -1,0 +1,137 @@
+"""Runs of several processes as a cluster treats them: signals, dead processes, other world sizes, bad set-ups."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from train_configs import pack_digits, run_config
+from train_processes import environment, start
+
+from train.config import to_yaml
+from train.distributed import World, first_host, world_from_environment
+from train.rundir import EXIT_DIVERGED, EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, EXIT_USER_ERROR, RunDirectory
+
+STEPS = 400
+OVERRIDES = ("optimizer.name=adamw", "optimizer.lr=0.002", "train.clip_norm=1", "train.checkpoint_every=10")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 400 steps as a YAML file."""
+    directory = tmp_path_factory.mktemp("processes")
+    path = directory / "run.yaml"
+    shards = pack_digits(directory / "shards")
+    path.write_text(to_yaml(run_config(shards, f"train.samples={STEPS * 32}", *OVERRIDES)))
+    return path
+
+
+def train(config: Path, directory: Path, *overrides: str, world_size: int = 1) -> list["subprocess.Popen[str]"]:
+    return start(["-m", "train", str(config), str(directory), *overrides], world_size)
+
+
+def wait_for_step(directory: Path, step: int) -> None:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        if (line := RunDirectory(directory).last_metrics()) and line["step"] >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{directory} did not reach step {step}")
+
+
+def finish(processes: list["subprocess.Popen[str]"], timeout: float = 120) -> tuple[list[int], str]:
+    """(exit codes, everything that was printed)."""
+    try:
+        output = "".join(process.communicate(timeout=timeout)[0] for process in processes)
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], output
+
+
+def losses(directory: Path) -> list[float]:
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    return [line["loss"] for line in lines]
+
+
+def test_stopped_and_killed_runs_go_on_with_other_engines_and_world_sizes(config: Path, tmp_path: Path) -> None:
+    """fsdp x 2, SIGUSR2 to one process -> ZeRO 2 x 2, one process killed -> ddp x 2, SIGTERM -> one process."""
+    processes = train(config, tmp_path, "parallel.engine=fsdp", world_size=2)
+    wait_for_step(tmp_path, 25)
+    processes[1].send_signal(signal.SIGUSR2)
+    codes, output = finish(processes)
+    assert codes == [EXIT_REQUEUE, EXIT_REQUEUE], output
+    assert "as asked" in output
+
+    processes = train(config, tmp_path, "parallel.engine=deepspeed", world_size=2)
+    wait_for_step(tmp_path, 120)
+    processes[1].kill()
+    codes, output = finish(processes)
+    assert codes == [EXIT_FAILED, -signal.SIGKILL], output
+    failed = RunDirectory(tmp_path).failed()
+    assert failed
+    assert failed["rank"] == 0
+    assert "Traceback" in failed["traceback"]
+
+    processes = train(config, tmp_path, "parallel.engine=ddp", world_size=2)
+    wait_for_step(tmp_path, 200)
+    processes[0].send_signal(signal.SIGTERM)
+    codes, output = finish(processes)
+    assert codes == [EXIT_REQUEUE, EXIT_REQUEUE], output
+
+    codes, output = finish(train(config, tmp_path))
+    assert codes == [EXIT_DONE], output
+    assert RunDirectory(tmp_path).failed() is None
+    log = (tmp_path / "log-0.txt").read_text()
+    assert log.count("resumed from step-") == 3
+
+    whole = tmp_path / "whole"
+    assert finish(train(config, whole))[0] == [EXIT_DONE]
+    assert losses(tmp_path) == pytest.approx(losses(whole), rel=1e-3)  # 400 steps of Adam widen 1e-7 of rounding
+
+
+def test_a_run_that_diverges_on_two_processes_ends_on_both_and_says_where(config: Path, tmp_path: Path) -> None:
+    overrides = ("optimizer.name=sgd", "optimizer.lr=1e6", "train.clip_norm=null", "train.log_every=5")
+    codes, output = finish(train(config, tmp_path, *overrides, world_size=2))
+    assert codes == [EXIT_DIVERGED, EXIT_DIVERGED], output
+    done = RunDirectory(tmp_path).done()
+    assert done
+    assert done["outcome"] == "diverged"
+    assert 1 <= done["step"] <= 10
+    assert not (tmp_path / "weights.safetensors").exists()
+
+
+def test_a_port_in_use_and_other_mistakes_end_with_one_line_and_exit_2(config: Path, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "train", str(config), str(tmp_path), "parallel.init_timeout=5"],
+            env=environment(0, 2, port),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        codes, output = finish([process])
+    assert codes == [EXIT_USER_ERROR], output
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert f"localhost:{port}" in errors[0]
+    assert "Traceback" not in output
+
+
+def test_the_processes_of_torchrun_and_srun_are_recognised() -> None:
+    torchrun = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "7"}
+    assert world_from_environment(torchrun) == World(3, 8, 1, "a", 7)
+    srun = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "12"}
+    world = world_from_environment({**srun, "SLURM_STEP_NODELIST": "gpu[03-04,9],cpu1"})
+    assert (world.rank, world.size, world.local_rank, world.host) == (5, 8, 1, "gpu03")
+    assert world_from_environment({**srun, "SLURM_NTASKS": "1"}) == World()
+    assert world_from_environment({}) == World()
+    assert [first_host(nodes) for nodes in ("a1", "a1,b2", "a[7,9]-ib", "n[001-128]")] == ["a1", "a1", "a7-ib", "n001"]
