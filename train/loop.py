@@ -36,7 +36,7 @@ def pick_device(name: str) -> torch.device:
 
 def open_data(config: RunConfig) -> Index:
     """The data set's index. Raises UserError when it does not fit the model or a shard is missing."""
-    index = Index.load(Path(config.data.root))
+    index = Index.load(config.data.root, config.data.trust)
     index.check_files()
     if len(index.classes) != config.model.num_classes:
         raise UserError(
@@ -174,6 +174,7 @@ def run(config: RunConfig, path: Path) -> dict[str, Any]:
                     "grad_norm": float(grad_norm if config.train.clip_norm else gradient_norm(network)),
                     "images_per_second": (step - logged_step) * batch_size / (now - logged_at),
                     "data_wait": data_wait / (now - logged_at),
+                    "bad_samples": loader.bad.total(),
                 }
             )
             logged_at, logged_step, data_wait = now, step, 0.0
@@ -192,6 +193,8 @@ def run(config: RunConfig, path: Path) -> dict[str, Any]:
             result |= evaluate(network, config, index, split, device)
         save_file({name: t.contiguous().cpu() for name, t in network.state_dict().items()}, directory.weights)
     result["seconds"] = time.monotonic() - started
+    for line in loader.bad.lines():
+        print(f"bad samples: {line}", file=log)
     metrics.close()
     log.close()
     directory.write_done(result)

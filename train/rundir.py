@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.index import write_atomically
+from data.storage import write_atomically
 
 
 @dataclass(frozen=True)
