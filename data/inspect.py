@@ -14,7 +14,7 @@ from data.errors import UserError
 from data.index import Index, Shard, Span
 from data.order import random_generator
 from data.reader import BadSample, read_sample
-from data.scan import process_pool
+from data.scan import parallel_map
 
 ORIENTATION = 0x0112  # the EXIF tag
 SHEET_COLUMNS, SHEET_ROWS, SHEET_PIXELS = 10, 6, 96
@@ -58,13 +58,12 @@ def inspect_split(
 ) -> Findings:
     """Findings of all shards of a split, decoded by several processes. `progress`: (shards done, shards in all)."""
     total, shards = Findings(), index.splits[split]
-    with process_pool(processes) as pool:
-        for done, found in enumerate(pool.map(inspect_shard, [index] * len(shards), shards), 1):
-            total.labels.update(found.labels)
-            total.sizes += found.sizes
-            total.rotated += found.rotated
-            total.bad += found.bad
-            progress(done, len(shards))
+    for done, found in enumerate(parallel_map(inspect_shard, processes, [index] * len(shards), shards), 1):
+        total.labels.update(found.labels)
+        total.sizes += found.sizes
+        total.rotated += found.rotated
+        total.bad += found.bad
+        progress(done, len(shards))
     return total
 
 

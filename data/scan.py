@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import webdataset
@@ -18,6 +18,7 @@ from data.errors import UserError
 from data.index import INDEX_NAME, NO_LABEL, Index, Members, Shard, load_members, sidecar
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp")
+Result = TypeVar("Result")
 Progress = Callable[[int, int], None]  # (shards done, shards in all)
 
 
@@ -100,9 +101,19 @@ def find_shards(source: str) -> list[str]:
     return shards
 
 
-def process_pool(processes: int | None) -> ProcessPoolExecutor:
+def process_pool(processes: int) -> ProcessPoolExecutor:
     """Fresh processes: no threads or locks of this one are copied."""
-    return ProcessPoolExecutor(processes or len(os.sched_getaffinity(0)), mp_context=get_context("forkserver"))
+    return ProcessPoolExecutor(processes, mp_context=get_context("forkserver"))
+
+
+def parallel_map(function: Callable[..., Result], processes: int | None, *arguments: Sequence[Any]) -> Iterator[Result]:
+    """`map` in order, over `processes` processes (as many as cores are free to use), or here when one is enough."""
+    processes = min(processes or len(os.sched_getaffinity(0)), len(arguments[0]))
+    if processes <= 1:
+        yield from map(function, *arguments)
+        return
+    with process_pool(processes) as pool:
+        yield from pool.map(function, *arguments)
 
 
 def index_shards(
@@ -135,10 +146,9 @@ def index_shards(
         raise UserError(f"{outside}: shards must lie in the folder of their index ({folder})")
     folder.mkdir(parents=True, exist_ok=True)
     shards = []
-    with process_pool(processes) as pool:
-        for shard in pool.map(scan_and_save, locations, names, [folder] * len(names)):
-            shards.append(shard)
-            progress(len(shards), len(names))
+    for shard in parallel_map(scan_and_save, processes, locations, names, [folder] * len(names)):
+        shards.append(shard)
+        progress(len(shards), len(names))
     splits: dict[str, list[Shard]] = {}
     for shard, name in zip(shards, short, strict=True):
         splits.setdefault("val" if name.startswith(("val", "test")) else "train", []).append(shard)
