@@ -1,8 +1,8 @@
 """A batch, and how it becomes the network's input."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,33 +10,45 @@ from torch import Tensor
 from data.config import DataConfig
 from data.decode import BadImage, decode
 from data.errors import UserError
-from data.reader import RawSample
+from data.index import Index, Span
+from data.reader import BadSample, read_sample
+
+Sample = TypeVar("Sample")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """images: (batch, channels, size, size) uint8; labels: (batch,) int64."""
+    """images: (batch, channels, size, size) uint8; labels: (batch,) int64; `bad`: samples that could not be used."""
 
     images: Tensor
     labels: Tensor
+    bad: tuple[BadSample, ...] = ()
 
 
-def check_labels(sample: RawSample, num_classes: int) -> None:
-    if sample.label >= num_classes:
-        raise UserError(f"sample {sample.key}: label {sample.label}, but model.num_classes is {num_classes}")
-
-
-def decode_sample(sample: RawSample, num_classes: int, channels: int, backend: str) -> Tensor:
-    """The sample's pixels, (channels, height, width) uint8. Raises UserError for what is no image or has no class."""
-    check_labels(sample, num_classes)
+def decode_sample(index: Index, span: Span, number: int, channels: int, backend: str) -> tuple[Tensor, int]:
+    """Pixels (channels, height, width) uint8 and label of sample `number` of `span`. Raises BadSample."""
+    sample = read_sample(index, span, number)
     try:
-        return decode(sample.image, channels, backend)
+        return decode(sample.image, channels, backend), sample.label
     except BadImage as error:
-        raise UserError(f"sample {sample.key}: {error}") from None
+        raise BadSample(sample.shard, sample.key, str(error)) from None
 
 
-def collate(images: Sequence[Tensor], labels: Sequence[int]) -> Batch:
-    return Batch(torch.stack(list(images)), torch.tensor(labels))
+def first_good(candidates: Sequence[Callable[[], Sample]], bad: list[BadSample]) -> Sample:
+    """The first candidate that is no bad sample: a bad one's place is taken by the next of its window, so the order of
+    all others stays. The one whose place it is, is added to `bad`. Raises UserError when all are bad."""
+    for number, candidate in enumerate(candidates):
+        try:
+            return candidate()
+        except BadSample as error:
+            last = error
+            if number == 0:
+                bad.append(error)
+    raise UserError(f"{last}; and so are all {len(candidates)} samples that are shuffled with it")
+
+
+def collate(images: Sequence[Tensor], labels: Sequence[int], bad: Sequence[BadSample] = ()) -> Batch:
+    return Batch(torch.stack(list(images)), torch.tensor(labels), tuple(bad))
 
 
 def to_float(batch: Batch, config: DataConfig, device: Any) -> tuple[Tensor, Tensor]:

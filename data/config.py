@@ -24,5 +24,7 @@ class DataConfig:
     num_streams: Positive = 64
     window: Positive = 64  # samples shuffled together inside a stream
     backend: Literal["fast", "pil"] = "fast"  # pil is the reference that fast is compared with
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = field(default=0.001, metadata=NOT_IDENTITY)  # of an epoch
+    trust: bool = field(default=False, metadata=NOT_IDENTITY)  # lets an index name files outside its own folder
     in_memory: bool = field(default=False, metadata=NOT_IDENTITY)  # decode once, keep the pixels: for small data sets
     num_workers: Annotated[int, Field(ge=0)] = field(default=0, metadata=NOT_IDENTITY)

@@ -41,7 +41,9 @@ def decode_pil(content: bytes, channels: int) -> Tensor:
         if image.mode.startswith("I"):  # 16 bits a pixel: PIL's own conversion would clip instead of scale
             image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
         return from_array(np.array(image.convert("L" if channels == 1 else "RGB")))
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError:
+        raise BadImage(f"more than {MAX_PIXELS} pixels") from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise BadImage(f"not a readable image ({type(error).__name__})") from None
 
 

@@ -1,36 +1,29 @@
-"""The index of a folder of WebDataset shards: what lies where, so that an order can be planned without reading a tar.
+"""The index of WebDataset shards: what lies where, so that an order is planned and a sample read without reading a tar.
 
 index.json               classes, and per split the shards with their counts, sizes and checksums
-train-000000.index.npz   one shard: byte offset of each sample and its label (int64 arrays `offsets`, `labels`)
+train-000000.index.npz   one shard, an array entry for each sample: `offsets` and `sizes` of the image in bytes,
+                         `labels` (-1: none), `names` of the tar member
 """
 
 import io
 import json
-import os
+import zipfile
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
+from data import storage
 from data.errors import UserError
 
 INDEX_NAME = "index.json"
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes `content` to a temporary file beside `path`, makes it durable, and renames it into place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+NO_LABEL = -1
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar: its file name, number of samples, size in bytes and SHA-256."""
+    """One tar: its file name (or URL), number of samples, size in bytes and SHA-256."""
 
     name: str
     samples: int
@@ -42,7 +35,7 @@ class Shard:
 class Span:
     """`samples` consecutive samples of a shard, from its sample number `first`."""
 
-    shard: str
+    shard: Shard
     first: int
     samples: int
 
@@ -51,50 +44,70 @@ class Span:
 class Index:
     """All shards of a data set. `splits` maps a split's name (train, val) to its shards in order."""
 
-    root: Path
+    root: str
     classes: tuple[str, ...]
     splits: dict[str, tuple[Shard, ...]]
 
     @classmethod
-    def load(cls, root: Path) -> "Index":
-        """Reads `root`/index.json. Raises UserError when there is none or it is not an index."""
-        path = root / INDEX_NAME
+    def load(cls, root: str | Path, trust: bool = False) -> "Index":
+        """Reads index.json of the folder or URL `root`.
+
+        Raises UserError when there is none, it is not an index, or (unless `trust`) it names files outside `root`.
+        """
+        path = storage.join(str(root), INDEX_NAME)
         try:
-            raw = json.loads(path.read_text())
+            raw = json.loads(storage.read_whole(path))
             splits = {name: tuple(Shard(**shard) for shard in shards) for name, shards in raw["splits"].items()}
-            return cls(root, tuple(raw["classes"]), splits)
+            index = cls(str(root), tuple(raw["classes"]), splits)
+            names = [Path(shard.name) for shard in index.shards if not storage.is_remote(shard.name)]
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(
                 f"{path}: no such file. Make shards from a folder of images with 'depthmup pack SOURCE {root}', "
-                f"or set data.source in the config"
+                f"index shards that exist with 'depthmup index {root}', or set data.source in the config"
             ) from None
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: not an index of shards ({error!r}); delete it and pack again") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: not an index of shards ({error!r}); delete it and pack or index again") from None
+        outside = next((name for name in names if name.is_absolute() or ".." in name.parts), None)
+        if outside and not trust:
+            raise UserError(f"{path}: names {outside}, outside of {root}. If you trust this index, set data.trust=true")
+        return index
+
+    @property
+    def shards(self) -> list[Shard]:
+        return [shard for shards in self.splits.values() for shard in shards]
+
+    def location(self, shard: Shard) -> str:
+        return storage.join(self.root, shard.name)
 
     def save(self) -> None:
         raw = {
             "classes": self.classes,
             "splits": {name: [asdict(shard) for shard in shards] for name, shards in self.splits.items()},
         }
-        write_atomically(self.root / INDEX_NAME, (json.dumps(raw, indent=1) + "\n").encode())
+        storage.write_atomically(Path(self.root) / INDEX_NAME, (json.dumps(raw, indent=1) + "\n").encode())
 
     def check_files(self) -> None:
-        """Raises UserError when a shard is missing or does not have the size that the index states."""
-        for shard in (shard for shards in self.splits.values() for shard in shards):
-            path = self.root / shard.name
+        """Raises UserError when a local shard is missing or does not have the size that the index states."""
+        for shard in self.shards:
+            location = self.location(shard)
+            if storage.is_remote(location):
+                continue
+            path = Path(location)
             if not path.exists():
                 raise UserError(f"{path}: missing, though {INDEX_NAME} lists it. Restore it or pack again")
             if path.stat().st_size != shard.size:
                 raise UserError(
                     f"{path}: {path.stat().st_size} bytes, but {INDEX_NAME} says {shard.size}. "
-                    f"Restore the shard or pack again"
+                    f"Restore the shard, or pack or index again"
                 )
 
     def spans(self, split: str, minival: float) -> list[Span]:
         """The spans of `train`, `minival` (the last share `minival` of the training samples) or `val`."""
         source = "val" if split == "val" else "train"
         if source not in self.splits:
-            raise UserError(f"{self.root / INDEX_NAME}: no split {source!r}, only {', '.join(self.splits)}")
+            raise UserError(
+                f"{storage.join(self.root, INDEX_NAME)}: no split {source!r}, only {', '.join(self.splits)}"
+            )
         shards = self.splits[source]
         total = sum(shard.samples for shard in shards)
         held_out = round(total * minival) if source == "train" else 0
@@ -103,26 +116,45 @@ class Index:
         for shard in shards:
             first, last = max(start - seen, 0), min(stop - seen, shard.samples)
             if last > first:
-                spans.append(Span(shard.name, first, last - first))
+                spans.append(Span(shard, first, last - first))
             seen += shard.samples
         if not spans:
             raise UserError(f"split {split!r} of {self.root} is empty (data.minival is {minival})")
         return spans
 
 
-def save_offsets(tar: Path, offsets: list[int], labels: list[int]) -> None:
-    """Writes the sidecar of one shard: byte offset and label of each sample."""
-    content = io.BytesIO()
-    np.savez(content, offsets=np.array(offsets, np.int64), labels=np.array(labels, np.int64))
-    write_atomically(tar.with_suffix(".index.npz"), content.getvalue())
+@dataclass(frozen=True)
+class Members:
+    """What a shard's sidecar says of its samples: arrays of equal length."""
+
+    offsets: np.ndarray
+    sizes: np.ndarray
+    labels: np.ndarray
+    names: np.ndarray
+
+    def save(self, path: Path) -> None:
+        content = io.BytesIO()
+        np.savez_compressed(content, offsets=self.offsets, sizes=self.sizes, labels=self.labels, names=self.names)
+        storage.write_atomically(path, content.getvalue())
+
+
+def sidecar(root: str, shard_name: str) -> str:
+    """Where a shard's sidecar lies: beside index.json for a remote shard, else beside the tar."""
+    name = shard_name.rpartition("/")[2] if "://" in shard_name else shard_name
+    return storage.join(root, name.removesuffix(".tar") + ".index.npz")
 
 
 @lru_cache(maxsize=256)
-def load_offsets(tar: Path) -> np.ndarray:
-    """Byte offset of each sample of one shard, int64. Raises UserError when the sidecar is missing."""
-    path = tar.with_suffix(".index.npz")
+def load_members(root: str, shard: Shard) -> Members:
+    """The sidecar of one shard. Raises UserError when it is missing, broken, or of another number of samples."""
+    location = sidecar(root, shard.name)
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return arrays["offsets"]
+        with np.load(io.BytesIO(storage.read_whole(location)), allow_pickle=False) as arrays:
+            members = Members(*(arrays[key] for key in ("offsets", "sizes", "labels", "names")))
     except FileNotFoundError:
-        raise UserError(f"{path}: missing. Pack the shards again") from None
+        raise UserError(f"{location}: missing. Make it with 'depthmup index {root}'") from None
+    except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{location}: not a shard's index ({error}). Delete it and run 'depthmup index'") from None
+    if len(members.names) != shard.samples:
+        raise UserError(f"{location}: {len(members.names)} samples, but {INDEX_NAME} says {shard.samples}")
+    return members

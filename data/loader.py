@@ -1,7 +1,9 @@
 """Batches for training and evaluation: the order of data.order, read by worker processes where asked for."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -10,12 +12,13 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from data import memory
 from data.augment import NUM_DRAWS, augment, prepare
-from data.batch import Batch, collate, decode_sample
+from data.batch import Batch, collate, decode_sample, first_good
 from data.config import DataConfig
 from data.decode import center_crop
+from data.errors import UserError
 from data.index import Index, Span
 from data.order import EpochOrder, State, streams_of
-from data.reader import read_span
+from data.reader import BadSample, prefetch
 
 CPU = torch.device("cpu")
 Prepared = tuple[Tensor, np.ndarray, int]  # image (channels, size, size), its random numbers, its label
@@ -44,19 +47,27 @@ class TrainingStream(IterableDataset):
             window=self.config.window,
         )
 
-    def stream(self, order: EpochOrder, stream: int, position: int) -> Iterator[Prepared]:
-        """Decoded samples of one stream, from stream position `position` on."""
+    def stream(self, order: EpochOrder, stream: int, position: int, bad: list[BadSample]) -> Iterator[Prepared]:
+        """Decoded samples of one stream, from stream position `position` on; bad ones are added to `bad`."""
         config = self.config
         for window in range(position // order.window, order.num_windows):
             first, last = order.window_bounds(window)
-            raw = [s for span in order.contiguous(stream, first, last) for s in read_span(self.index.root, span)]
-            permutation = order.permutation(stream, window)
+            spans = order.contiguous(stream, first, last)
+            for span in spans:
+                prefetch(self.index, span)
+            places = [(span, number) for span in spans for number in range(span.samples)]
+            candidates = [
+                partial(decode_sample, self.index, span, number, self.channels, config.backend)
+                for span, number in (places[place] for place in order.permutation(stream, window))
+            ]
             draws = order.draws(stream, window, NUM_DRAWS[config.augment])
             for served in range(max(position - first, 0), last - first):
-                sample = raw[permutation[served]]
-                image = decode_sample(sample, len(self.index.classes), self.channels, config.backend)
-                image = prepare(image, config.augment, self.image_size, draws[served], config.backend)
-                yield image, draws[served], sample.label
+                image, label = first_good(candidates[served:] + candidates[:served], bad)
+                yield (
+                    prepare(image, config.augment, self.image_size, draws[served], config.backend),
+                    draws[served],
+                    label,
+                )
 
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()
@@ -66,13 +77,16 @@ class TrainingStream(IterableDataset):
         while True:
             order = self.order(epoch)
             step = position // self.global_batch_size
-            streams = [self.stream(order, stream, step * order.per_stream_batch) for stream in mine]
+            bad: list[BadSample] = []
+            streams = [self.stream(order, stream, step * order.per_stream_batch, bad) for stream in mine]
             for _ in range(step, order.num_steps):
                 images, draws, labels = zip(
                     *[next(stream) for stream in streams for _ in range(order.per_stream_batch)], strict=True
                 )
-                batch = collate(images, labels)
-                yield Batch(augment(batch.images, self.config.augment, torch.from_numpy(np.stack(draws))), batch.labels)
+                batch = collate(images, labels, bad)
+                bad.clear()
+                augmented = augment(batch.images, self.config.augment, torch.from_numpy(np.stack(draws)))
+                yield replace(batch, images=augmented)
             epoch, position = epoch + 1, 0
 
     def from_memory(self, device: torch.device) -> Iterator[Batch]:
@@ -95,17 +109,50 @@ def merge_worker_parts(parts: Sequence[Batch], per_stream_batch: int) -> Batch:
         streams = torch.stack([tensor.unflatten(0, (-1, per_stream_batch)) for tensor in tensors], dim=1)
         return streams.flatten(0, 2)  # stream k of worker w is the rank's stream k * num_workers + w
 
-    return Batch(interleave([part.images for part in parts]), interleave([part.labels for part in parts]))
+    return Batch(
+        interleave([part.images for part in parts]),
+        interleave([part.labels for part in parts]),
+        tuple(bad for part in parts for bad in part.bad),
+    )
+
+
+class BadCount:
+    """Counts bad samples by shard and reason. Raises UserError past `max_bad_fraction` of `samples`."""
+
+    def __init__(self, max_bad_fraction: float, samples: int) -> None:
+        self.allowed, self.max_bad_fraction, self.samples = max_bad_fraction * samples, max_bad_fraction, samples
+        self.counts: Counter[tuple[str, str]] = Counter()
+        self.in_epoch = 0
+
+    def add(self, bad: Sequence[BadSample]) -> None:
+        self.counts.update((sample.shard, sample.reason) for sample in bad)
+        self.in_epoch += len(bad)
+        if self.in_epoch > self.allowed:
+            raise UserError(
+                f"{self.in_epoch} of {self.samples} samples are bad, more than data.max_bad_fraction "
+                f"{self.max_bad_fraction}: {'; '.join(self.lines()[:5])}. 'depthmup inspect' lists them"
+            )
+
+    def total(self) -> int:
+        return self.counts.total()
+
+    def lines(self) -> list[str]:
+        """'train-000001.tar: 2 x empty file', the most frequent first."""
+        return [f"{shard}: {count} x {reason}" for (shard, reason), count in self.counts.most_common()]
 
 
 class TrainingLoader:
-    """Endless batches of one rank; `state` is where the global stream stands after the batches taken so far."""
+    """Endless batches of one rank; `state` is where the global stream stands after the batches taken so far, and
+    `bad` counts the samples that another of their window had to stand in for."""
 
     def __init__(self, stream: TrainingStream, device: torch.device = CPU) -> None:
         self.stream, self.device = stream, device
         self.state = stream.state
         self.steps_per_epoch = stream.order(stream.state.epoch).num_steps
         config = stream.config
+        self.bad = BadCount(
+            config.max_bad_fraction, self.steps_per_epoch * stream.global_batch_size // stream.world_size
+        )
         streams_of(stream.rank, stream.world_size, 0, config.num_workers, config.num_streams)  # refuse early
 
     def local_batches(self) -> Iterator[Batch]:
@@ -122,9 +169,12 @@ class TrainingLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self.local_batches():
+            self.bad.add(batch.bad)
             position = self.state.position + self.stream.global_batch_size
             ended = position >= self.steps_per_epoch * self.stream.global_batch_size
             self.state = replace(self.state, epoch=self.state.epoch + ended, position=0 if ended else position)
+            if ended:
+                self.bad.in_epoch = 0
             yield batch
 
 
@@ -152,22 +202,43 @@ def evaluation_batches(
     world_size: int = 1,
     device: torch.device = CPU,
 ) -> Iterator[Batch]:
-    """Every sample of `split` (val or minival) exactly once over all ranks, in order; the last batch may be short."""
+    """Every sample of `split` (val or minival) exactly once over all ranks, in order; the last batch may be short.
+
+    Bad samples are left out, and stand in the batches' `bad`; past data.max_bad_fraction of them, UserError.
+    """
     spans = share(index.spans(split, config.minival), rank, world_size)
+    count = BadCount(config.max_bad_fraction, sum(span.samples for span in spans))
+    for batch in evaluated(config, index, split, spans, batch_size, image_size, channels, device):
+        count.add(batch.bad)
+        if len(batch.labels):
+            yield batch
+
+
+def evaluated(
+    config: DataConfig,
+    index: Index,
+    split: str,
+    spans: Sequence[Span],
+    batch_size: int,
+    image_size: int,
+    channels: int,
+    device: torch.device,
+) -> Iterator[Batch]:
     if config.in_memory and spans:
         store = memory.open_store(config, index, split, image_size, channels, device)
         rows = store.row_numbers(spans)
-        yield from (store.take(rows[first : first + batch_size]) for first in range(0, len(rows), batch_size))
+        yield from (store.take_good(rows[first : first + batch_size]) for first in range(0, len(rows), batch_size))
         return
-    images: list[Tensor] = []
-    labels: list[int] = []
-    for span in spans:
-        for raw in read_span(index.root, span):
-            image = decode_sample(raw, len(index.classes), channels, config.backend)
+    places = [(span, number) for span in spans for number in range(span.samples)]
+    for first in range(0, len(places), batch_size):
+        images, labels, bad = [], [], []
+        for span, number in places[first : first + batch_size]:
+            try:
+                image, label = decode_sample(index, span, number, channels, config.backend)
+            except BadSample as error:
+                bad.append(error)
+                continue
             images.append(center_crop(image, image_size, config.backend))
-            labels.append(raw.label)
-            if len(images) == batch_size:
-                yield collate(images, labels)
-                images, labels = [], []
-    if images:
-        yield collate(images, labels)
+            labels.append(label)
+        none = torch.empty(0, channels, image_size, image_size, dtype=torch.uint8)
+        yield collate(images, labels, bad) if images else Batch(none, torch.empty(0, dtype=torch.int64), tuple(bad))

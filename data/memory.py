@@ -1,22 +1,21 @@
 """Small data sets in memory: decoded once to one uint8 tensor, shared by all runs of a process; the same batches."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from data.augment import NUM_DRAWS, augment, prepare
-from data.batch import Batch, collate, decode_sample
+from data.batch import Batch, collate, decode_sample, first_good
 from data.config import DataConfig
 from data.decode import center_crop
 from data.errors import UserError
-from data.index import Index, Span
+from data.index import Index, Shard, Span
 from data.order import EpochOrder
-from data.reader import read_span
+from data.reader import BadSample
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,8 @@ class PixelStore:
 
     images: Tensor
     labels: Tensor
-    rows: dict[str, int]
+    rows: dict[Shard, int]
+    bad: dict[int, BadSample]  # by row; their pixels are black
 
     def row_numbers(self, spans: Sequence[Span]) -> np.ndarray:
         """Rows of all samples of `spans`, one span after the other."""
@@ -38,6 +38,23 @@ class PixelStore:
         numbers = torch.from_numpy(rows).to(self.images.device)
         return Batch(self.images[numbers], self.labels[numbers])
 
+    def take_good(self, rows: np.ndarray) -> Batch:
+        """The samples of `rows` without the bad ones."""
+        bad = [self.bad[row] for row in rows.tolist() if row in self.bad]
+        kept = rows[[row not in self.bad for row in rows.tolist()]] if bad else rows
+        return replace(self.take(kept), bad=tuple(bad))
+
+    def replace_bad(self, rows: np.ndarray) -> np.ndarray:
+        """A window's rows, with each bad one replaced by the next good one."""
+
+        def check(row: int) -> int:
+            if row in self.bad:
+                raise self.bad[row]
+            return row
+
+        checks = [partial(check, row) for row in rows.tolist()]
+        return np.array([first_good(checks[number:] + checks[:number], []) for number in range(len(rows))])
+
 
 def pick_device(num_bytes: int, device: torch.device) -> torch.device:
     """`device` where the pixels take at most half of its free memory, else the host."""
@@ -45,33 +62,44 @@ def pick_device(num_bytes: int, device: torch.device) -> torch.device:
     return device if fits else torch.device("cpu")
 
 
+@dataclass(frozen=True)
+class Source:
+    """An index as a key of the cache; the spans beside it hold the shards' checksums."""
+
+    index: Index
+
+    def __hash__(self) -> int:
+        return hash((self.index.root, self.index.classes))
+
+
 @lru_cache(maxsize=4)  # train, minival and val of one data set, and one more
 def decode_all(
-    root: Path,
-    checksums: tuple[str, ...],  # part of the cache's key: shards that were packed anew are decoded anew
-    spans: tuple[Span, ...],
-    num_classes: int,
-    size: int | None,
-    channels: int,
-    backend: str,
-    device: torch.device,
+    source: "Source", spans: tuple[Span, ...], size: int | None, channels: int, backend: str, device: torch.device
 ) -> PixelStore:
-    images: list[Tensor] = []
+    images: list[Tensor | None] = []
     labels: list[int] = []
-    rows = {}
+    rows, bad = {}, {}
     for span in spans:
         rows[span.shard] = len(images) - span.first
-        for sample in read_span(root, span):
-            image = decode_sample(sample, num_classes, channels, backend)
-            images.append(image if size is None else center_crop(image, size, backend))
-            labels.append(sample.label)
-    if any(image.shape != images[0].shape for image in images):
+        for number in range(span.samples):
+            try:
+                image, label = decode_sample(source.index, span, number, channels, backend)
+                images.append(image if size is None else center_crop(image, size, backend))
+                labels.append(label)
+            except BadSample as error:
+                bad[len(images)] = error
+                images.append(None)
+                labels.append(0)
+    good = next((image for image in images if image is not None), None)
+    if good is None:
+        raise UserError(f"{source.index.root}: no readable image in it, the first: {bad[0]}")
+    if any(image is not None and image.shape != good.shape for image in images):
         raise UserError(
             "data.in_memory with augment resized_crop_flip needs images of one size: set data.in_memory=false"
         )
-    batch = collate(images, labels)
+    batch = collate([torch.zeros_like(good) if image is None else image for image in images], labels)
     device = pick_device(batch.images.nbytes, device)
-    return PixelStore(batch.images.to(device), batch.labels.to(device), rows)
+    return PixelStore(batch.images.to(device), batch.labels.to(device), rows, bad)
 
 
 def open_store(
@@ -79,19 +107,12 @@ def open_store(
 ) -> PixelStore:
     """The pixels of a split, decoded by the first call in this process.
 
-    Raises UserError for an image that cannot be decoded, and for random resized crops of images of different sizes.
+    Raises UserError when no image can be decoded, and for random resized crops of images of different sizes.
     """
     originals = split == "train" and config.augment == "resized_crop_flip"
-    return decode_all(
-        index.root,
-        tuple(shard.sha256 for shards in index.splits.values() for shard in shards),
-        tuple(index.spans(split, config.minival)),
-        len(index.classes),
-        None if originals else image_size,
-        channels,
-        config.backend,
-        device,
-    )
+    spans = tuple(index.spans(split, config.minival))
+    size = None if originals else image_size
+    return decode_all(Source(index), spans, size, channels, config.backend, device)
 
 
 def training_steps(
@@ -103,22 +124,26 @@ def training_steps(
     step_length = order.per_stream_batch
     rows = np.empty((len(streams), 0), np.int64)  # samples in the order served that no batch has taken yet
     draws = np.empty((len(streams), 0, num_draws))
+    intended = rows  # the samples whose turn it is: the same, but for bad ones
     position = first_step * step_length
     skip = position % order.window
     for window in range(position // order.window, order.num_windows):
         first, last = order.window_bounds(window)
-        new_rows, new_draws = [], []
+        new_rows, new_draws, new_intended = [], [], []
         for stream in streams:
             unshuffled = ring[(order.stream_start(stream) + np.arange(first, last)) % order.total]
-            new_rows.append(unshuffled[order.permutation(stream, window)])
+            new_intended.append(unshuffled[order.permutation(stream, window)])
+            new_rows.append(store.replace_bad(new_intended[-1]) if store.bad else new_intended[-1])
             new_draws.append(order.draws(stream, window, num_draws))
+        intended = np.concatenate([intended, np.stack(new_intended)[:, skip:]], axis=1)
         rows = np.concatenate([rows, np.stack(new_rows)[:, skip:]], axis=1)
         draws = np.concatenate([draws, np.stack(new_draws)[:, skip:]], axis=1)
         skip = 0
         while rows.shape[1] >= step_length:
             taken = rows[:, :step_length].reshape(-1)
             taken_draws = draws[:, :step_length].reshape(len(taken), num_draws)
-            rows, draws = rows[:, step_length:], draws[:, step_length:]
+            bad = [store.bad[row] for row in intended[:, :step_length].reshape(-1).tolist() if row in store.bad]
+            intended, rows, draws = intended[:, step_length:], rows[:, step_length:], draws[:, step_length:]
             batch = store.take(taken)
             images = batch.images
             if config.augment == "resized_crop_flip":
@@ -128,4 +153,5 @@ def training_steps(
                         for image, drawn in zip(images.cpu(), taken_draws, strict=True)
                     ]
                 ).to(images.device)
-            yield Batch(augment(images, config.augment, torch.from_numpy(taken_draws).to(images.device)), batch.labels)
+            images = augment(images, config.augment, torch.from_numpy(taken_draws).to(images.device))
+            yield Batch(images, batch.labels, tuple(bad))

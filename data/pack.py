@@ -2,30 +2,49 @@
 
 import hashlib
 import io
+import json
 import os
 import re
 from collections.abc import Callable, Sequence
+from concurrent.futures import as_completed
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import webdataset
-from PIL import Image
+from PIL import Image, ImageOps
 
+from data import storage
 from data.errors import UserError
-from data.index import INDEX_NAME, Index, Shard, save_offsets
+from data.index import INDEX_NAME, Index, Shard, sidecar
 from data.order import random_generator
-from data.sources import SourceImage, open_source
+from data.scan import process_pool, scan
+from data.sources import SourceImage, open_source, read_list
 
 Progress = Callable[[int, int], None]  # (images done, images in all)
+IMAGES_PER_PROCESS = 2000  # less is packed before another process has started
+PLAN_NAME = ".pack.json"
 
 
-def unreadable(content: bytes) -> str | None:
-    """Why PIL cannot read this image file, or None when it can."""
-    try:
-        with Image.open(io.BytesIO(content)) as image:
+@dataclass(frozen=True)
+class PackedShard:
+    """One shard that is written (None when no image of it was readable), and a line per unreadable image."""
+
+    shard: Shard | None
+    bad: list[str]
+
+
+def convert(content: bytes, resize: int | None, quality: int) -> bytes:
+    """The image as it is packed: with `resize` as a JPEG whose shorter side is at most that. Raises what PIL raises."""
+    with Image.open(io.BytesIO(content)) as image:
+        if resize is None:
             image.verify()
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        return str(error) or type(error).__name__
-    return None
+            return content
+        upright = ImageOps.exif_transpose(image).convert("RGB")
+    scale = min(resize / min(upright.size), 1)
+    size = (max(round(upright.width * scale), 1), max(round(upright.height * scale), 1))
+    output = io.BytesIO()
+    upright.resize(size, Image.Resampling.BICUBIC).save(output, "jpeg", quality=quality)
+    return output.getvalue()
 
 
 def sample_key(image: SourceImage) -> str:
@@ -33,42 +52,60 @@ def sample_key(image: SourceImage) -> str:
     return re.sub(r"[^\w/-]", "_", str(Path(image.path).with_suffix("")))
 
 
-def write_shard(path: Path, images: Sequence[SourceImage], labels: dict[str, int], bad: list[str]) -> Shard | None:
-    """Writes one tar under a temporary name, then its offsets, and renames it; unreadable images go to `bad`."""
+def record_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}.json")
+
+
+def write_shard(
+    path: Path, images: Sequence[SourceImage], labels: dict[str, int], resize: int | None, quality: int
+) -> PackedShard:
+    """Writes one tar under a temporary name, then its sidecar, renames it, and records that it is done."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    offsets, sample_labels = [], []
+    bad: list[str] = []
+    keys: set[str] = set()
     with open(temporary, "wb") as file:
         with webdataset.TarWriter(file, encoder=False, mtime=0) as writer:
             for image in images:
-                content = image.read()
-                if reason := unreadable(content):
-                    bad.append(f"{image.path}: {reason}")
+                try:
+                    content = convert(image.read(), resize, quality)
+                except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+                    bad.append(f"{image.path}: {str(error) or type(error).__name__}")
                     continue
-                offsets.append(writer.tarstream.offset)
-                sample_labels.append(labels[image.class_name])
-                extension = Path(image.path).suffix.lower().lstrip(".")
-                writer.write({"__key__": sample_key(image), "cls": str(sample_labels[-1]).encode(), extension: content})
+                key = sample_key(image)
+                while key in keys:  # 1.jpg beside 1.png
+                    key += "_"
+                keys.add(key)
+                extension = "jpg" if resize else Path(image.path).suffix.lower().lstrip(".")
+                writer.write({"__key__": key, "cls": str(labels[image.class_name]).encode(), extension: content})
         file.flush()
         os.fsync(file.fileno())
-    if not offsets:
+    shard = None
+    if keys:
+        members, size, sha256 = scan(str(temporary))
+        members.save(Path(sidecar(str(path.parent), path.name)))
+        os.replace(temporary, path)
+        shard = Shard(path.name, len(keys), size, sha256)
+    else:
         temporary.unlink()
+    packed = PackedShard(shard, bad)
+    storage.write_atomically(record_path(path), json.dumps(asdict(packed)).encode())
+    return packed
+
+
+def read_record(path: Path) -> PackedShard | None:
+    """What a killed pack has left of a shard: None when it was not done."""
+    try:
+        raw = json.loads(record_path(path).read_text())
+    except FileNotFoundError:
         return None
-    save_offsets(path, offsets, sample_labels)
-    os.replace(temporary, path)
-    with open(path, "rb") as file:
-        checksum = (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else (hashlib.sha256(file.read()).hexdigest())
-        )
-    return Shard(path.name, len(offsets), path.stat().st_size, checksum)
+    return PackedShard(Shard(**raw["shard"]) if raw["shard"] else None, raw["bad"])
 
 
 def split_images(images: Sequence[SourceImage], validation_share: float, seed: int) -> dict[str, list[SourceImage]]:
     """Images per split, shuffled once by `seed`. Without splits of its own the source gives its last share to val."""
     named = any(image.split for image in images)
     if named and validation_share:
-        raise UserError("the source has train and val folders of its own: leave validation_share at 0")
+        raise UserError("the source has train and val images of its own: leave validation_share at 0")
     shuffled = [images[i] for i in random_generator(seed).permutation(len(images))]
     if named:
         return {split: chosen for split in ("train", "val") if (chosen := [i for i in shuffled if i.split == split])}
@@ -79,49 +116,115 @@ def split_images(images: Sequence[SourceImage], validation_share: float, seed: i
     return splits
 
 
-def pack(
-    source: str,
-    out: str | Path,
-    *,
-    validation_share: float = 0.0,
-    shard_samples: int = 1024,
-    seed: int = 0,
-    max_bad: int = 100,
-    progress: Progress = lambda done, total: None,
-) -> tuple[Index, list[str]]:
-    """Packs `source` into `out`, keeping the image files' bytes. Returns the index and a line per unreadable image.
+def divide(images: Sequence[SourceImage], shard_samples: int, shard_bytes: int | None) -> list[list[SourceImage]]:
+    """Consecutive parts of at most `shard_samples` images and, where given, `shard_bytes` bytes."""
+    parts: list[list[SourceImage]] = [[]]
+    size = 0
+    for image in images:
+        if parts[-1] and (len(parts[-1]) == shard_samples or (shard_bytes and size + image.size > shard_bytes)):
+            parts.append([])
+            size = 0
+        parts[-1].append(image)
+        size += image.size
+    return parts
 
-    A folder that is packed already is left as it is. Raises UserError for a missing or empty source, an unwritable
-    folder, and for more than `max_bad` unreadable images.
-    """
-    out = Path(out)
-    if (out / INDEX_NAME).exists():
-        return Index.load(out), []
-    images = open_source(source)
-    splits = split_images(images, validation_share, seed)
-    classes = sorted({image.class_name for image in images})
-    labels = {name: number for number, name in enumerate(classes)}
+
+def prepare_folder(out: Path, plan: dict[str, object]) -> None:
+    """Makes `out` ready for `plan`; what a killed pack of the same plan left is kept, half-written files go."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         if not os.access(out, os.W_OK):
             raise PermissionError("not writable")
     except OSError as error:
         raise UserError(f"{out}: cannot write shards there ({error.strerror or error})") from None
-    bad: list[str] = []
-    shards: dict[str, tuple[Shard, ...]] = {}
-    done = 0
-    for split, chosen in splits.items():
-        written = []
-        for number, first in enumerate(range(0, len(chosen), shard_samples)):
-            part = chosen[first : first + shard_samples]
-            shard = write_shard(out / f"{split}-{number:06d}.tar", part, labels, bad)
-            if len(bad) > max_bad:
-                raise UserError(f"{source}: more than {max_bad} unreadable images, the first: {bad[0]}")
-            if shard:
-                written.append(shard)
-            done += len(part)
-            progress(done, len(images))
-        shards[split] = tuple(written)
-    index = Index(out, tuple(classes), shards)
+    path = out / PLAN_NAME
+    if path.exists() and json.loads(path.read_text()) != plan:
+        raise UserError(
+            f"{out}: holds part of another pack (other source or options). Empty it, or choose another folder"
+        )
+    for leftover in out.glob(".*.tmp"):
+        leftover.unlink()
+    storage.write_atomically(path, json.dumps(plan).encode())
+
+
+def pack(
+    source: str,
+    out: str | Path,
+    *,
+    validation_share: float = 0.0,
+    validation_list: Path | None = None,
+    class_names: Path | None = None,
+    shard_samples: int = 1024,
+    shard_bytes: int | None = None,
+    resize: int | None = None,
+    quality: int = 90,
+    seed: int = 0,
+    max_bad: int = 100,
+    processes: int | None = None,
+    progress: Progress = lambda done, total: None,
+) -> tuple[Index, list[str]]:
+    """Packs `source` into `out`. Returns the index and a line per unreadable image.
+
+    The image files' bytes are kept, unless `resize` (pixels of the shorter side) asks for JPEGs of `quality`. A folder
+    that is packed already is left as it is; after a kill, finished shards are. Raises UserError for a missing or empty
+    source, an unwritable folder, and for more than `max_bad` unreadable images.
+    """
+    out = Path(out)
+    if (out / INDEX_NAME).exists():
+        return Index.load(out), []
+    images = open_source(source, validation_list)
+    splits = split_images(images, validation_share, seed)
+    classes = sorted({image.class_name for image in images})
+    labels = {name: number for number, name in enumerate(classes)}
+    listing = hashlib.sha256("\n".join(f"{i.path} {i.size} {i.class_name} {i.split}" for i in images).encode())
+    plan = {
+        "images": listing.hexdigest(),
+        "share": validation_share,
+        "seed": seed,
+        "resize": resize,
+        "quality": quality,
+    }
+    prepare_folder(out, plan | {"shard_samples": shard_samples, "shard_bytes": shard_bytes})
+
+    tasks = {
+        out / f"{split}-{number:06d}.tar": part
+        for split, chosen in splits.items()
+        for number, part in enumerate(divide(chosen, shard_samples, shard_bytes))
+    }
+    finished = {path: record for path in tasks if (record := read_record(path))}
+    done = sum(len(tasks[path]) for path in finished)
+
+    def finish(path: Path, packed: PackedShard) -> None:
+        nonlocal done
+        finished[path] = packed
+        done += len(tasks[path])
+        progress(done, len(images))
+        bad = [line for record in finished.values() for line in record.bad]
+        if len(bad) > max_bad:
+            raise UserError(f"{source}: more than {max_bad} unreadable images, the first: {bad[0]}")
+
+    waiting = [path for path in tasks if path not in finished]
+    processes = processes or min(len(os.sched_getaffinity(0)), len(images) // IMAGES_PER_PROCESS)
+    if min(processes, len(waiting)) <= 1:
+        for path in waiting:
+            finish(path, write_shard(path, tasks[path], labels, resize, quality))
+    else:
+        with process_pool(min(processes, len(waiting))) as pool:
+            futures = {pool.submit(write_shard, path, tasks[path], labels, resize, quality): path for path in waiting}
+            try:
+                for future in as_completed(futures):
+                    finish(futures[future], future.result())
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    names = read_list(class_names, "'CLASS NAME'") if class_names else {}
+    shards = {
+        split: tuple(s for path in tasks if path.name.startswith(f"{split}-") and (s := finished[path].shard))
+        for split in splits
+    }
+    index = Index(str(out), tuple(f"{name} {names[name]}" if name in names else name for name in classes), shards)
     index.save()
-    return index, bad
+    for path in [*map(record_path, tasks), out / PLAN_NAME]:
+        path.unlink()
+    return index, [line for path in tasks for line in finished[path].bad]

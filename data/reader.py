@@ -1,49 +1,64 @@
-"""Samples out of tar shards, through webdataset, from any sample number on."""
+"""Single samples out of tar shards, by the byte offsets of the index."""
 
-from collections.abc import Iterator
+import tarfile
 from dataclasses import dataclass
-from pathlib import Path
 
-import webdataset
+from data import storage
+from data.index import NO_LABEL, Index, Span, load_members
 
-from data.errors import UserError
-from data.index import Span, load_offsets
+BLOCK = 512  # of a tar: each member has one such header before its content
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp")
+
+class BadSample(Exception):
+    """A sample that cannot be used. `shard` and `key` name it; `reason` is the same for all of its kind."""
+
+    def __init__(self, shard: str, key: str, reason: str) -> None:
+        super().__init__(shard, key, reason)  # all three, so that it can be sent from a worker process
+        self.shard, self.key, self.reason = shard, key, reason
+
+    def __str__(self) -> str:
+        return f"{self.shard}: {self.key}: {self.reason}"
 
 
 @dataclass(frozen=True)
 class RawSample:
     """An undecoded sample: its key, the image file's bytes and the class label."""
 
+    shard: str
     key: str
     image: bytes
     label: int
 
 
-def parse(sample: dict) -> RawSample:
-    """A webdataset sample -> RawSample. Raises UserError when the image or a whole-number label is missing."""
-    image = next((sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample), None)
-    if image is None:
-        raise UserError(f"{sample['__url__']}: sample {sample['__key__']} has no image ({', '.join(IMAGE_EXTENSIONS)})")
-    label = sample.get("cls", b"").strip()
-    if not label.isdigit():
-        raise UserError(f"{sample['__url__']}: sample {sample['__key__']} needs a member .cls with its class number")
-    return RawSample(sample["__key__"], image, int(label))
+def read_sample(index: Index, span: Span, number: int) -> RawSample:
+    """Sample `number` of `span`. Raises BadSample, and UserError when the shard cannot be read at all."""
+    shard, members = span.shard, load_members(index.root, span.shard)
+    row = span.first + number
+    name, offset, size = members.names[row].decode(), int(members.offsets[row]), int(members.sizes[row])
+    label = int(members.labels[row])
+    content = storage.read_range(index.location(shard), shard.sha256, shard.size, offset - BLOCK, size + BLOCK)
+    try:
+        header = tarfile.TarInfo.frombuf(content[:BLOCK], "utf-8", "surrogateescape")
+        agrees = header.size == size and name.startswith(header.name) and len(content) == size + BLOCK
+    except tarfile.HeaderError:
+        agrees = False
+    reason = None
+    if not agrees:
+        reason = "the index disagrees with the shard"
+    elif size == 0:
+        reason = "empty file"
+    elif label == NO_LABEL:
+        reason = "no whole number in a member .cls"
+    elif label >= len(index.classes):
+        reason = f"label {label}, but there are {len(index.classes)} classes"
+    if reason:
+        raise BadSample(shard.name, name, reason)
+    return RawSample(shard.name, name, content[BLOCK:], label)
 
 
-def read_span(root: Path, span: Span) -> Iterator[RawSample]:
-    """The samples of `span`, in the shard's own order; seeks to the first one, so nothing before it is read."""
-    path = root / span.shard
-    offsets = load_offsets(path)
-    if span.first + span.samples > len(offsets):
-        raise UserError(f"{path}: the index has {len(offsets)} samples, {span.first + span.samples} are wanted")
-    with open(path, "rb") as file:
-        file.seek(int(offsets[span.first]))
-        files = ({**item, "__url__": str(path)} for item in webdataset.tariterators.tar_file_iterator(file))
-        samples = webdataset.tariterators.group_by_keys(files)
-        for number in range(span.samples):
-            sample = next(samples, None)
-            if sample is None:
-                raise UserError(f"{path}: ends after {span.first + number} samples; the index has {len(offsets)}")
-            yield parse(sample)
+def prefetch(index: Index, span: Span) -> None:
+    """Has the span read ahead as a whole, before its samples are read in another order."""
+    members = load_members(index.root, span.shard)
+    first, last = span.first, span.first + span.samples - 1
+    start, stop = int(members.offsets[first]), int(members.offsets[last] + members.sizes[last])
+    storage.prefetch(index.location(span.shard), span.shard.sha256, start, stop - start)

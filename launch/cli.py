@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from data.errors import UserError
+from launch import shards
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,7 +22,6 @@ EXAMPLES = {
     "status": "depthmup status configs/digits_resnet.yaml",
     "report": "depthmup report configs/digits_resnet.yaml",
     "train": "depthmup train configs/digits_resnet.yaml optimizer.lr=2**-5 model.depth=27",
-    "pack": "depthmup pack photos/ shards/photos --validation-share 0.1",
 }
 
 
@@ -156,31 +156,8 @@ def train(config: Path, overrides: tuple[str, ...], directory: Path | None) -> N
         sys.exit(1)
 
 
-@command("pack")
-@click.argument("source")
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option("--validation-share", default=0.0, show_default=True, help="Share held out where SOURCE has no splits.")
-@click.option("--shard-samples", default=1024, show_default=True, help="Images per shard.")
-@click.option("--seed", default=0, show_default=True, help="Seed of the one shuffle before packing.")
-def pack(source: str, out: Path, validation_share: float, shard_samples: int, seed: int) -> None:
-    """Pack SOURCE (a folder of class folders, a tar of one, or sklearn:digits) into shards in OUT."""
-    from data.pack import pack as pack_images
-    from launch.progress import display
-
-    console = new_console()
-    with display(console, f"packing {source}") as shown:
-        index, bad = pack_images(
-            source,
-            out,
-            validation_share=validation_share,
-            shard_samples=shard_samples,
-            seed=seed,
-            progress=lambda done, total: shown.update(done / total, f"{done} of {total} images", final=done == total),
-        )
-    for line in bad:
-        console.print(f"left out, not readable: {line}")
-    for split, shards in index.splits.items():
-        console.print(f"{split}: {sum(s.samples for s in shards)} images in {len(shards)} shards", highlight=False)
+for data_command in (shards.pack, shards.index, shards.inspect):
+    cli.add_command(data_command)
 
 
 def main() -> None:

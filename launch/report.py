@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from data.index import write_atomically
+from data.storage import write_atomically
 from launch.analysis import CONFIDENCE, Analysis, Comparison, Result, analyse, rule
 from launch.study import Study
 

@@ -33,7 +33,7 @@ def prepare_data(study: Study, console: Console) -> Index:
             _, bad = pack(data.source, root, validation_share=data.validation_share, progress=progress)
         for line in bad:
             console.print(f"left out, not readable: {line}")
-    index = Index.load(root)
+    index = Index.load(data.root, data.trust)
     if len(index.classes) != study.file.model.num_classes:
         raise UserError(
             f"{root} has {len(index.classes)} classes, but model.num_classes is {study.file.model.num_classes}"

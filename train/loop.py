@@ -42,7 +42,7 @@ Watch = Callable[[dict[str, Any]], None]
 
 def open_data(config: RunConfig) -> Index:
     """The data set's index. Raises UserError when it does not fit the model or a shard is missing."""
-    index = Index.load(Path(config.data.root))
+    index = Index.load(config.data.root, config.data.trust)
     index.check_files()
     if len(index.classes) != config.model.num_classes:
         raise UserError(
@@ -280,6 +280,7 @@ class Run:
             "logit_rms": float(result.logits.float().square().mean().sqrt()),
             "images_per_second": images_per_second,
             "data_wait": data_wait,
+            "bad_samples": self.loader.bad.total(),
             "memory": memory_gb(self.device),
         }
         if peak := peak_flops(self.device, self.dtype):
@@ -326,6 +327,8 @@ class Run:
                 if self.average:
                     save_weights(self.directory.average, averaged)
         result["seconds"] = seconds
+        for line in self.loader.bad.lines():
+            self.log(f"bad samples: {line}")
         if self.world.is_main:
             self.directory.write_done(result)
         return result

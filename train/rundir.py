@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.index import write_atomically
+from data.storage import write_atomically
 
 # Exit codes of `python -m train`, which a launcher reads.
 EXIT_DONE = 0

@@ -1,0 +1,216 @@
+"""Images per second of one thread in one process: this loader beside others, on the same photographs.
+
+    OMP_NUM_THREADS=1 python benchmarks/loader.py PHOTOS [--repeats 5]
+
+PHOTOS is a folder (or tar) of class folders of JPEG files; they are repeated to 512 samples. Each loader delivers uint8
+or float batches of 64 random resized crops of 224 pixels, ready for the network, and all take turns, so that a busy
+machine slows all alike. Medians over the turns. litdata and opencv are compared when they are installed.
+"""
+
+import argparse
+import importlib.util
+import io
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+import webdataset
+from PIL import Image
+
+from data.augment import NUM_DRAWS, prepare
+from data.batch import to_float
+from data.config import DataConfig
+from data.decode import decode
+from data.index import Index, Span
+from data.loader import TrainingLoader, TrainingStream
+from data.order import EpochOrder, State
+from data.pack import pack
+from data.reader import read_sample
+from models import torchvision_ops  # noqa: F401  before torchvision: mends its import beside a CPU build of torch
+
+SIZE, BATCH, SAMPLES = 224, 64, 512
+
+
+def make_shards(photos: str, folder: Path) -> Index:
+    """The photographs, repeated, in shards of 128."""
+    from data.sources import open_source
+
+    images = open_source(photos)
+    for number in range(SAMPLES):
+        image = images[number % len(images)]
+        path = folder / "images" / image.class_name / f"{number:04d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(image.read())
+    return pack(str(folder / "images"), folder / "shards", shard_samples=128)[0]
+
+
+def own(index: Index, backend: str) -> Iterator[object]:
+    config = DataConfig(
+        name="photos", root=index.root, augment="resized_crop_flip", backend=backend, minival=0, num_streams=16
+    )
+    for batch in TrainingLoader(TrainingStream(config, index, State(0), BATCH, SIZE, 3)):
+        yield to_float(batch, config, "cpu")
+
+
+def bare(index: Index) -> Iterator[object]:
+    """Decodes and crops the same bytes with the same library; nothing is read, ordered or flipped."""
+    samples = [read_sample(index, Span(s, 0, s.samples), n).image for s in index.shards for n in range(s.samples)]
+    random, config = np.random.default_rng(0), DataConfig(name="photos", root=index.root)
+    while True:
+        images = []
+        for number in random.integers(len(samples), size=BATCH):
+            draws = random.random(NUM_DRAWS["resized_crop_flip"])
+            images.append(prepare(decode(samples[number], 3, "fast"), "resized_crop_flip", SIZE, draws, "fast"))
+        batch = torch.stack(images)
+        yield (batch.float() / 255 - config.mean) / config.std
+
+
+def as_users_write_it(index: Index) -> Iterator[object]:
+    """webdataset, PIL, torchvision's transforms (timm's are the same code), default collate."""
+    from torchvision import transforms
+
+    transform = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(SIZE, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(0.5, 0.5),
+        ]
+    )
+    shards = [index.location(shard) for shard in index.shards]
+    dataset = (
+        webdataset.WebDataset(shards, shardshuffle=4)
+        .shuffle(64)
+        .decode("pil")
+        .to_tuple("jpg", "cls")
+        .map_tuple(transform, int)
+        .repeat()
+    )
+    return iter(torch.utils.data.DataLoader(dataset, batch_size=BATCH))
+
+
+def opencv(index: Index) -> Iterator[object]:
+    """webdataset's reader, opencv's decode and area resize, uint8 until the batch is whole."""
+    import cv2
+
+    from data.augment import random_box
+
+    cv2.setNumThreads(1)
+    shards = [index.location(shard) for shard in index.shards]
+    random = np.random.default_rng(0)
+
+    def crop(content: bytes) -> torch.Tensor:
+        image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
+        top, left, height, width = random_box(*image.shape[:2], random.random(40))
+        small = cv2.resize(image[top : top + height, left : left + width], (SIZE, SIZE), interpolation=cv2.INTER_AREA)
+        return torch.from_numpy(cv2.cvtColor(small, cv2.COLOR_BGR2RGB)).permute(2, 0, 1)
+
+    dataset = (
+        webdataset.WebDataset(shards, shardshuffle=4).shuffle(64).to_tuple("jpg", "cls").map_tuple(crop, int).repeat()
+    )
+    for images, _ in torch.utils.data.DataLoader(dataset, batch_size=BATCH):
+        yield (images.float() / 255 - 0.5) / 0.5
+
+
+def litdata(index: Index, folder: Path) -> Iterator[object]:
+    """litdata's streaming of the same JPEG bytes; PIL and torchvision's uint8 transforms, floats for the whole batch."""
+    from litdata import StreamingDataLoader, StreamingDataset
+    from litdata.streaming import BinaryWriter
+    from torchvision import transforms
+
+    crop = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(SIZE, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.RandomHorizontalFlip(),
+            transforms.PILToTensor(),
+        ]
+    )
+
+    class Photos(StreamingDataset):
+        def __getitem__(self, number: object) -> tuple[torch.Tensor, int]:
+            sample = super().__getitem__(number)
+            return crop(Image.open(io.BytesIO(sample["image"])).convert("RGB")), sample["label"]
+
+    writer = BinaryWriter(str(folder), chunk_bytes="64MB")
+    samples = [read_sample(index, Span(s, 0, s.samples), n) for s in index.shards for n in range(s.samples)]
+    for number, sample in enumerate(samples):
+        writer.add_item(number, {"image": sample.image, "label": sample.label})
+    writer.done()
+    writer.merge()
+    while True:
+        for images, _ in StreamingDataLoader(Photos(str(folder), shuffle=True), batch_size=BATCH):
+            yield (images.float() / 255 - 0.5) / 0.5
+
+
+def measure(loaders: dict[str, Iterator[object]], repeats: int, batches: int) -> dict[str, float]:
+    """Median images per second of each, in turns."""
+    rates: dict[str, list[float]] = {name: [] for name in loaders}
+    for loader in loaders.values():
+        next(loader)
+    for _ in range(repeats):
+        for name, loader in loaders.items():
+            started = time.process_time()  # of this process: other work on the machine does not count
+            for _ in islice(loader, batches):
+                pass
+            rates[name].append(batches * BATCH / (time.process_time() - started))
+    return {name: statistics.median(values) for name, values in rates.items()}
+
+
+def seconds(action: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
+
+
+def plan_for_many_readers() -> None:
+    from data.index import Shard
+
+    spans = [Span(Shard(f"{number}.tar", 1281, 0, ""), 0, 1281) for number in range(10_000)]
+    order = EpochOrder(spans, seed=0, epoch=0, num_streams=32768, global_batch_size=32768, window=64)
+    for stream in range(0, 32768, 4096 * 8):
+        order.contiguous(stream, *order.window_bounds(0))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("photos")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--batches", type=int, default=4, help="in one turn")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        index = make_shards(arguments.photos, folder)
+        started = time.perf_counter()
+        loaders = {"depthmup": own(index, "fast")}
+        next(loaders["depthmup"])
+        print(f"first batch after {time.perf_counter() - started:.2f} s")
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for _ in islice(loaders["depthmup"], SAMPLES // BATCH * 3):
+            pass
+        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        print(f"highest memory after one batch {before / 1024:.0f} MB, after three epochs {after / 1024:.0f} MB")
+        print(f"order planned for one of 4,096 x 8 readers, 10,000 shards: {seconds(plan_for_many_readers):.3f} s")
+        loaders |= {
+            "depthmup, data.backend: pil": own(index, "pil"),
+            "bare loop, same decoder": bare(index),
+            "webdataset + PIL + torchvision": as_users_write_it(index),
+        }
+        if importlib.util.find_spec("cv2"):
+            loaders["webdataset + opencv (area)"] = opencv(index)
+        if importlib.util.find_spec("litdata"):
+            loaders["litdata + PIL + torchvision"] = litdata(index, folder / "litdata")
+        rates = measure(loaders, arguments.repeats, arguments.batches)
+        for loader, rate in rates.items():
+            print(f"{loader:32} {rate:6.0f} images/s  {rate / rates['webdataset + PIL + torchvision']:5.2f}")
+        print(f"depthmup / bare loop: {rates['depthmup'] / rates['bare loop, same decoder']:.2f}")
+
+
+if __name__ == "__main__":
+    main()

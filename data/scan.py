@@ -1,0 +1,160 @@
+"""`depthmup index`: one pass over tar shards that exist already, local or remote."""
+
+import hashlib
+import os
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import webdataset
+from braceexpand import braceexpand
+
+from data import storage
+from data.errors import UserError
+from data.index import INDEX_NAME, NO_LABEL, Index, Members, Shard, load_members, sidecar
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp")
+Result = TypeVar("Result")
+Progress = Callable[[int, int], None]  # (shards done, shards in all)
+
+
+class HashingReader:
+    """A file that is read once from front to end, with its size and SHA-256."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.sha256, self.size = file, hashlib.sha256(), 0
+
+    def read(self, size: int = -1) -> bytes:
+        content = self.file.read(size)
+        self.sha256.update(content)
+        self.size += len(content)
+        return content
+
+
+def open_stream(location: str) -> Any:
+    if not storage.is_remote(location):
+        return open(location, "rb")
+    system, path = storage.file_system(location)
+    return system.open(path, "rb", cache_type="readahead")
+
+
+def members_of(file: HashingReader, location: str) -> Iterator[dict[str, Any]]:
+    """webdataset's file samples, with (offset, size, content) for data; only labels have their content read."""
+    with tarfile.open(fileobj=file, mode="r|", bufsize=1 << 20) as archive:  # type: ignore[call-overload]  # it only reads
+        for member in archive:
+            if member.isreg() and not member.name.startswith("__"):
+                label = member.name.endswith(".cls")
+                extracted = archive.extractfile(member) if label else None
+                content = extracted.read() if extracted else b""
+                name = member.name
+                yield {"fname": name, "__url__": location, "data": (name, member.offset_data, member.size, content)}
+
+
+def scan(location: str) -> tuple[Members, int, str]:
+    """(members, size in bytes, SHA-256) of a tar. Raises UserError when it is no whole tar of samples."""
+
+    def attempt() -> tuple[Members, int, str]:
+        rows = []
+        with open_stream(location) as stream:
+            file = HashingReader(stream)
+            for sample in webdataset.tariterators.group_by_keys(members_of(file, location)):
+                image = next((sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample), None)
+                if image is None:
+                    raise UserError(f"{location}: {sample['__key__']} has no image ({', '.join(IMAGE_EXTENSIONS)})")
+                label = sample["cls"][3].strip() if "cls" in sample else b""
+                number = int(label) if label.isdigit() and len(label) < 10 else NO_LABEL
+                rows.append((image[1], image[2], number, image[0].encode("utf-8", "surrogateescape")))
+            while file.read(1 << 20):
+                pass
+        if not rows:
+            raise UserError(f"{location}: no samples in it")
+        numbers = np.array([row[:3] for row in rows], np.int64)
+        members = Members(numbers[:, 0], numbers[:, 1], numbers[:, 2], np.array([row[3] for row in rows]))
+        return members, file.size, file.sha256.hexdigest()
+
+    try:
+        return storage.retry(location, attempt) if storage.is_remote(location) else attempt()
+    except (OSError, ValueError, tarfile.TarError) as error:
+        raise UserError(f"{location}: not a whole tar of samples ({error})") from None
+
+
+def scan_and_save(location: str, name: str, out: Path) -> Shard:
+    members, size, sha256 = scan(location)
+    members.save(Path(sidecar(str(out), name)))
+    return Shard(name, len(members.names), size, sha256)
+
+
+def find_shards(source: str) -> list[str]:
+    """The tars of a folder, or what a brace pattern stands for. Raises UserError when there are none."""
+    if not storage.is_remote(source) and Path(source).is_dir():
+        shards = sorted(str(path) for path in Path(source).glob("*.tar") if not path.name.startswith("."))
+    else:
+        shards = list(braceexpand(source))
+    if not shards:
+        raise UserError(f"{source}: no .tar files there")
+    if missing := [shard for shard in shards if not storage.is_remote(shard) and not Path(shard).is_file()]:
+        raise UserError(f"{missing[0]}: no such file")
+    return shards
+
+
+def process_pool(processes: int) -> ProcessPoolExecutor:
+    """Fresh processes: no threads or locks of this one are copied."""
+    return ProcessPoolExecutor(processes, mp_context=get_context("forkserver"))
+
+
+def parallel_map(function: Callable[..., Result], processes: int | None, *arguments: Sequence[Any]) -> Iterator[Result]:
+    """`map` in order, over `processes` processes (as many as cores are free to use), or here when one is enough."""
+    processes = min(processes or len(os.sched_getaffinity(0)), len(arguments[0]))
+    if processes <= 1:
+        yield from map(function, *arguments)
+        return
+    with process_pool(processes) as pool:
+        yield from pool.map(function, *arguments)
+
+
+def index_shards(
+    source: str,
+    out: str | Path | None = None,
+    *,
+    classes: Sequence[str] = (),
+    processes: int | None = None,
+    progress: Progress = lambda done, total: None,
+) -> Index:
+    """Writes index.json and a sidecar for each tar of `source` (a folder, or a pattern of paths or URLs) into `out`.
+
+    Shards whose name starts with val or test are the split val. Without `classes` the labels are numbers 0 ... highest.
+    A folder that has an index is left as it is. Raises UserError for what is missing or no whole tar.
+    """
+    if out is None and (storage.is_remote(source) or not Path(source).is_dir()):
+        raise UserError(f"{source}: say with --out in which folder its index shall be written")
+    folder = Path(out or source)
+    if (folder / INDEX_NAME).exists():
+        return Index.load(folder)
+    locations = find_shards(source)
+    names = [
+        location if storage.is_remote(location) else os.path.relpath(location, folder.resolve())
+        for location in locations
+    ]
+    short = [name.rpartition("/")[2] for name in names]
+    if len(set(short)) < len(short):
+        raise UserError(f"{source}: two shards have the same file name; index them into folders of their own")
+    if outside := next((name for name in names if name.startswith("..")), None):
+        raise UserError(f"{outside}: shards must lie in the folder of their index ({folder})")
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = []
+    for shard in parallel_map(scan_and_save, processes, locations, names, [folder] * len(names)):
+        shards.append(shard)
+        progress(len(shards), len(names))
+    splits: dict[str, list[Shard]] = {}
+    for shard, name in zip(shards, short, strict=True):
+        splits.setdefault("val" if name.startswith(("val", "test")) else "train", []).append(shard)
+    if not classes:
+        highest = max(int(load_members(str(folder), shard).labels.max()) for shard in shards)
+        classes = [str(number) for number in range(highest + 1)]
+    index = Index(str(folder), tuple(classes), {split: tuple(chosen) for split, chosen in splits.items()})
+    index.save()
+    return index

@@ -1,0 +1,146 @@
+"""The commands on data: pack, index, inspect."""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from data.index import Index
+from launch.progress import Display, display, duration
+
+COUNT = click.IntRange(min=1)
+FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
+
+
+def reporter(shown: Display, unit: str) -> Callable[[int, int], None]:
+    """Shows (done, total) with the rate and the time that is left."""
+    started = time.monotonic()
+
+    def report(done: int, total: int) -> None:
+        rate = done / max(time.monotonic() - started, 1e-9)
+        text = f"{done} of {total} {unit}, {rate:.0f}/s, {duration((total - done) / rate)} left"
+        shown.update(done / total, text, final=done == total)
+
+    return report
+
+
+def print_splits(index: Index, console: Console) -> None:
+    for split, shards in index.splits.items():
+        console.print(f"{split}: {sum(s.samples for s in shards)} images in {len(shards)} shards", highlight=False)
+
+
+def new_console() -> Console:
+    return Console(soft_wrap=not sys.stdout.isatty())
+
+
+@click.command(epilog="Example: depthmup pack photos/ shards/photos --validation-share 0.1")
+@click.argument("source")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--validation-share",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.0,
+    show_default=True,
+    help="Share held out where SOURCE has no splits.",
+)
+@click.option("--validation-list", type=FILE, help="Lines 'IMAGE CLASS': these images are the validation split.")
+@click.option("--class-names", type=FILE, help="Lines 'CLASS NAME': readable names of the class folders.")
+@click.option("--shard-samples", type=COUNT, default=1024, show_default=True, help="Most images in a shard.")
+@click.option("--shard-megabytes", type=COUNT, help="Most megabytes of images in a shard.")
+@click.option("--resize", type=COUNT, metavar="PIXELS", help="Shrink to this shorter side, as JPEG.")
+@click.option(
+    "--quality", type=click.IntRange(1, 100), default=90, show_default=True, help="Of the JPEGs, with --resize."
+)
+@click.option("--seed", default=0, show_default=True, help="Seed of the one shuffle before packing.")
+@click.option(
+    "--max-bad", type=click.IntRange(min=0), default=100, show_default=True, help="Unreadable images to leave out."
+)
+@click.option("--processes", type=COUNT, help="[default: one for each core and 2000 images]")
+def pack(
+    source: str,
+    out: Path,
+    validation_share: float,
+    validation_list: Path | None,
+    class_names: Path | None,
+    shard_samples: int,
+    shard_megabytes: int | None,
+    resize: int | None,
+    quality: int,
+    seed: int,
+    max_bad: int,
+    processes: int | None,
+) -> None:
+    """Pack SOURCE (a folder of class folders, a tar of one, or sklearn:digits) into shards in OUT.
+
+    Goes on where an earlier call was killed.
+    """
+    from data.pack import pack as pack_images
+
+    console = new_console()
+    with display(console, f"packing {source}") as shown:
+        index, bad = pack_images(
+            source,
+            out,
+            validation_share=validation_share,
+            validation_list=validation_list,
+            class_names=class_names,
+            shard_samples=shard_samples,
+            shard_bytes=shard_megabytes and shard_megabytes * 1_000_000,
+            resize=resize,
+            quality=quality,
+            seed=seed,
+            max_bad=max_bad,
+            processes=processes,
+            progress=reporter(shown, "images"),
+        )
+    for line in bad:
+        console.print(f"left out, not readable: {line}", highlight=False)
+    print_splits(index, console)
+
+
+@click.command(epilog="Example: depthmup index 's3://bucket/train-{000000..001299}.tar' --out shards/imagenet")
+@click.argument("shards")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder for the index [default: SHARDS, when it is a folder]."
+)
+@click.option("--classes", type=FILE, help="One class name a line, in the order of the labels.")
+@click.option("--processes", type=COUNT, help="[default: one for each core]")
+def index(shards: str, out: Path | None, classes: Path | None, processes: int | None) -> None:
+    """Index SHARDS that exist already: a folder of tars, or a pattern of paths or URLs. Reads each of them once."""
+    from data.scan import index_shards
+
+    console = new_console()
+    names = classes.read_text().splitlines() if classes else ()
+    with display(console, f"indexing {shards}") as shown:
+        made = index_shards(shards, out, classes=names, processes=processes, progress=reporter(shown, "shards"))
+    print_splits(made, console)
+
+
+@click.command(epilog="Example: depthmup inspect shards/photos --sheet photos.png")
+@click.argument("shards")
+@click.option(
+    "--sheet", type=click.Path(path_type=Path), help="Write a contact sheet of the first split to this PNG file."
+)
+@click.option("--processes", type=COUNT, help="[default: one for each core]")
+def inspect(shards: str, sheet: Path | None, processes: int | None) -> None:
+    """Decode all images of the folder SHARDS: counts, classes, sizes, bad samples. Ends 1 when there is a bad one."""
+    from data.inspect import contact_sheet, inspect_split, summary
+
+    console = new_console()
+    opened = Index.load(shards)
+    opened.check_files()
+    bad = 0
+    for split in opened.splits:
+        with display(console, f"reading {split}") as shown:
+            found = inspect_split(opened, split, reporter(shown, "shards"), processes)
+        for line in summary(opened, split, found):
+            console.print(line, highlight=False, markup=False)
+        bad += len(found.bad)
+    if sheet:
+        contact_sheet(opened, next(iter(opened.splits)), sheet)
+        console.print(f"contact sheet: {sheet}", highlight=False)
+    if bad:
+        sys.exit(1)

@@ -1,0 +1,209 @@
+"""Bad shards and images: counted by shard and reason, or refused with one clear line; nothing hangs or is skipped."""
+
+import contextlib
+import io
+import os
+import struct
+import tarfile
+import zlib
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from image_sets import config
+from PIL import Image
+
+from data.decode import BadImage, decode
+from data.errors import UserError
+from data.index import Index, load_members
+from data.loader import TrainingLoader, TrainingStream, evaluation_batches
+from data.order import State
+from data.scan import index_shards, scan
+
+
+def encode(image: Image.Image, kind: str, **options) -> bytes:
+    content = io.BytesIO()
+    image.save(content, kind, **options)
+    return content.getvalue()
+
+
+def picture(width=16, height=16) -> Image.Image:
+    ramp = np.linspace(0, 255, height * width).astype(np.uint8).reshape(height, width)
+    return Image.fromarray(np.stack([ramp, ramp.T.reshape(height, width), 255 - ramp], axis=2))
+
+
+def huge_png(side: int) -> bytes:
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+        + chunk(b"IEND", b"")
+    )
+
+
+def write_tar(path: Path, samples: list[tuple[str, bytes, bytes | None]]) -> None:
+    """Each sample: name of the image member, its bytes, the content of .cls or None."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, image, label in samples:
+            for member, content in ((name, image), (name.partition(".")[0] + ".cls", label)):
+                if content is not None:
+                    info = tarfile.TarInfo(member)
+                    info.size = len(content)
+                    archive.addfile(info, io.BytesIO(content))
+
+
+JPEG = encode(picture(), "jpeg")
+BAD = {
+    "truncated.jpg": (JPEG[: len(JPEG) // 2], b"0", "not a readable image"),
+    "garbage.jpg": (b"\xff\xd8garbage" * 9, b"0", "not a readable image"),
+    "empty.jpg": (b"", b"0", "empty file"),
+    "bomb.png": (huge_png(20_000), b"0", "more than 89478485 pixels"),
+    "unlabelled.jpg": (JPEG, None, "no whole number in a member .cls"),
+    "worded.jpg": (JPEG, b"dog", "no whole number in a member .cls"),
+    "negative.jpg": (JPEG, b"-1", "no whole number in a member .cls"),
+    "high.jpg": (JPEG, b"7", "label 7, but there are 2 classes"),
+}
+
+
+@pytest.fixture
+def rotten(tmp_path) -> Index:
+    samples = [(f"good{number}.jpg", JPEG, b"%d" % (number % 2)) for number in range(40)]
+    for place, (name, (content, label, _)) in enumerate(BAD.items()):
+        samples.insert(place * 5, (name, content, label))
+    write_tar(tmp_path / "train-0.tar", samples)
+    return index_shards(str(tmp_path), classes=["a", "b"], processes=1)
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_bad_samples_are_counted_by_shard_and_reason_and_the_epoch_keeps_its_length(rotten, in_memory):
+    options = config(rotten, minival=0, num_streams=4, window=12, max_bad_fraction=0.2, in_memory=in_memory)
+    loader = TrainingLoader(TrainingStream(options, rotten, State(0), 8, 16, 3))
+    batches = list(islice(loader, 6))  # one epoch of all 48
+    assert all(batch.images.shape == (8, 3, 16, 16) for batch in batches)
+    assert {bad.key: bad.reason.partition(" (")[0] for batch in batches for bad in batch.bad} == {
+        name: reason for name, (_, _, reason) in BAD.items()
+    }
+    assert loader.bad.total() == len(BAD)
+    assert "train-0.tar: 1 x empty file" in loader.bad.lines()
+    good = list(evaluation_batches(options, rotten, "train", 7, 16, 3))
+    assert sum(len(batch.labels) for batch in good) == 40
+
+
+def test_stand_ins_are_the_same_streamed_and_in_memory(rotten):
+    def images(in_memory):
+        options = config(rotten, minival=0, num_streams=4, window=5, max_bad_fraction=1.0, in_memory=in_memory)
+        stream = TrainingStream(options, rotten, State(0, position=8), 8, 16, 3)
+        return [(b.images, b.labels, [str(bad) for bad in b.bad]) for b in islice(TrainingLoader(stream), 9)]
+
+    for (a, labels, bad), (b, other_labels, other_bad) in zip(images(False), images(True), strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(labels, other_labels)
+        assert bad == other_bad
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_past_the_allowed_fraction_the_run_ends_with_the_counts(rotten, num_workers):
+    options = config(rotten, minival=0, num_streams=4, window=12, max_bad_fraction=0.05, num_workers=num_workers)
+    with pytest.raises(UserError, match=r"max_bad_fraction 0\.05.*train-0\.tar: 1 x"):
+        list(islice(TrainingLoader(TrainingStream(options, rotten, State(0), 8, 16, 3)), 6))
+    with pytest.raises(UserError, match="max_bad_fraction"):
+        list(evaluation_batches(options, rotten, "train", 7, 16, 3))
+
+
+def test_a_shard_that_changed_under_its_index_is_found(rotten):
+    path = Path(rotten.root) / "train-0.tar"
+    content = bytearray(path.read_bytes())
+    start = int(load_members(rotten.root, rotten.shards[0]).offsets[1])
+    content[start - 512 : start - 400] = os.urandom(112)  # the header of good0
+    path.write_bytes(content)
+    options = config(rotten, minival=0, num_streams=4, window=12, max_bad_fraction=1.0)
+    loader = TrainingLoader(TrainingStream(options, rotten, State(0), 8, 16, 3))
+    list(islice(loader, 6))
+    assert loader.bad.counts[("train-0.tar", "the index disagrees with the shard")] == 1
+    path.write_bytes(content[:-512])
+    with pytest.raises(UserError, match=r"train-0\.tar: \d+ bytes, but index\.json says"):
+        rotten.check_files()
+    path.unlink()
+    with pytest.raises(UserError, match="missing"):
+        rotten.check_files()
+
+
+@pytest.mark.parametrize("cut", [0.3, 0.7])
+def test_a_truncated_tar_is_refused_by_the_index(tmp_path, cut):
+    write_tar(tmp_path / "a.tar", [(f"{n}.jpg", JPEG, b"0") for n in range(20)])
+    content = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(content[: int(len(content) * cut) // 512 * 512 + 100])
+    with pytest.raises(UserError, match=r"a\.tar: not a whole tar"):
+        index_shards(str(tmp_path), processes=1)
+
+
+def test_unusual_images_are_read_as_pil_reads_them():
+    image = picture()
+    sixteen = Image.fromarray((np.asarray(image.convert("L")).astype(np.uint16) << 8) + 7)
+    rotated = image.getexif()
+    rotated[0x0112] = 6
+    for content in (
+        encode(image.convert("CMYK"), "jpeg"),
+        encode(image.convert("L"), "jpeg"),
+        encode(image.convert("P"), "png"),
+        encode(image.convert("RGBA"), "png"),
+        encode(image, "webp"),
+        encode(image, "jpeg", exif=rotated.tobytes()),
+        encode(sixteen, "png"),
+    ):
+        for channels in (1, 3):
+            fast, pil = decode(content, channels, "fast"), decode(content, channels, "pil")
+            assert fast.shape == pil.shape == (channels, 16, 16)
+            assert (fast.float() - pil.float()).abs().mean() < 1
+    grey = decode(encode(sixteen, "png"), 1, "pil")[0].numpy()
+    assert np.array_equal(grey, np.asarray(image.convert("L")))
+
+
+def test_fast_and_reference_backend_give_the_same_pictures():
+    """Mean absolute difference below 0.1 grey levels over decode, crop and resize of a smooth picture."""
+    from data.decode import crop_resize
+
+    content = encode(picture(200, 150), "jpeg", quality=90)
+    fast, pil = (
+        crop_resize(decode(content, 3, backend), (20, 10, 110, 150), 64, backend).float() for backend in ("fast", "pil")
+    )
+    assert (fast - pil).abs().mean() < 0.1
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_fuzzed_images_decode_or_are_called_bad(data):
+    content = bytearray(data.draw(st.sampled_from([JPEG, encode(picture(), "png"), encode(picture(), "webp")])))
+    for place, value in data.draw(
+        st.lists(st.tuples(st.integers(0, len(content) - 1), st.integers(0, 255)), max_size=9)
+    ):
+        content[place] = value
+    content = content[: data.draw(st.integers(0, len(content)))]
+    for backend in ("fast", "pil"):
+        with contextlib.suppress(BadImage):
+            assert decode(bytes(content), 3, backend).shape[0] == 3
+
+
+@given(st.data())
+@settings(max_examples=100, deadline=None)
+def test_fuzzed_tars_are_scanned_or_refused(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "fuzzed.tar"
+    write_tar(path, [(f"{n}.jpg", JPEG[:300], b"0") for n in range(3)])
+    content = bytearray(path.read_bytes())
+    for place, value in data.draw(st.lists(st.tuples(st.integers(0, 6000), st.integers(0, 255)), max_size=20)):
+        content[place] = value
+    path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    try:
+        members, _, _ = scan(str(path))
+    except UserError:
+        return
+    assert len(members.names) == len(members.offsets) <= 3

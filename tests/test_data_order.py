@@ -1,0 +1,167 @@
+"""The order of samples: exact, elastic, resumable; and what is read follows it."""
+
+from dataclasses import replace
+from itertools import islice
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from image_sets import config, make_shards
+
+from data.errors import UserError
+from data.index import Shard, Span
+from data.loader import TrainingLoader, TrainingStream, evaluation_batches, share
+from data.order import EpochOrder, State, streams_of
+
+
+@st.composite
+def planned_epochs(draw):
+    """An order over random shard sizes, and a divisor of its number of streams."""
+    sizes = draw(st.lists(st.integers(1, 40), min_size=1, max_size=30))
+    num_streams = draw(st.sampled_from([1, 2, 4, 12, 64]))
+    per_stream = draw(st.integers(1, max(1, min(4, sum(sizes) // num_streams))))
+    spans = [Span(Shard(f"{number}.tar", size, 0, ""), 0, size) for number, size in enumerate(sizes)]
+    if sum(sizes) < num_streams * per_stream:
+        spans.append(Span(Shard("last.tar", 300, 0, ""), 0, 300))
+    return EpochOrder(
+        spans,
+        seed=draw(st.integers(0, 9)),
+        epoch=draw(st.integers(0, 9)),
+        num_streams=num_streams,
+        global_batch_size=num_streams * per_stream,
+        window=draw(st.integers(1, 20)),
+    ), num_streams
+
+
+def served(order, stream):
+    """The stream's samples in the order served, as (shard, number)."""
+    samples = []
+    for window in range(order.num_windows):
+        spans = order.contiguous(stream, *order.window_bounds(window))
+        read = [(span.shard.name, span.first + number) for span in spans for number in range(span.samples)]
+        samples += [read[place] for place in order.permutation(stream, window)]
+    return samples
+
+
+@given(planned_epochs())
+@settings(max_examples=150, deadline=None)
+def test_an_epoch_serves_every_sample_at_most_once_and_leaves_out_less_than_a_batch(planned):
+    order, num_streams = planned
+    samples = [sample for stream in range(num_streams) for sample in served(order, stream)]
+    assert len(set(samples)) == len(samples) == order.num_steps * order.global_batch_size
+    assert order.total - len(samples) < order.global_batch_size
+
+
+@given(planned_epochs(), st.sampled_from([1, 2, 3, 4, 6, 12, 64]), st.integers(0, 4))
+@settings(max_examples=150, deadline=None)
+def test_readers_share_all_streams_or_are_refused_when_they_do_not_divide(planned, world_size, num_workers):
+    _, num_streams = planned
+    readers = [(rank, worker) for rank in range(world_size) for worker in range(max(num_workers, 1))]
+    if num_streams % len(readers):
+        with pytest.raises(UserError, match=r"data\.num_streams"):
+            streams_of(0, world_size, 0, num_workers, num_streams)
+        return
+    parts = [streams_of(rank, world_size, worker, num_workers, num_streams) for rank, worker in readers]
+    assert sorted(stream for part in parts for stream in part) == list(range(num_streams))
+    assert len({len(part) for part in parts}) == 1
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=20), st.integers(1, 64))
+@settings(max_examples=150, deadline=None)
+def test_evaluation_gives_each_sample_to_exactly_one_rank(sizes, world_size):
+    spans = [Span(Shard(f"{number}.tar", size, 0, ""), 3, size) for number, size in enumerate(sizes)]
+    parts = [share(spans, rank, world_size) for rank in range(world_size)]
+    read = [(s.shard.name, s.first + n) for part in parts for s in part for n in range(s.samples)]
+    assert read == [(s.shard.name, s.first + n) for s in spans for n in range(s.samples)]
+
+
+def test_what_an_epoch_leaves_out_changes_from_epoch_to_epoch():
+    spans = [Span(Shard(f"{number}.tar", 10, 0, ""), 0, 10) for number in range(3)]
+    left_out = []
+    for epoch in range(20):
+        order = EpochOrder(spans, seed=0, epoch=epoch, num_streams=4, global_batch_size=8, window=5)
+        taken = {sample for stream in range(4) for sample in served(order, stream)}
+        left_out.append({(span.shard.name, n) for span in spans for n in range(10)} - taken)
+    assert all(len(rest) == 6 for rest in left_out)
+    assert len(set().union(*left_out)) == 30
+
+
+def test_the_order_is_the_same_in_all_versions():
+    """A change of the order would silently spoil the resume of runs that are under way."""
+    spans = [Span(Shard(f"{number}.tar", 5, 0, ""), 0, 5) for number in range(3)]
+    order = EpochOrder(spans, seed=1, epoch=2, num_streams=2, global_batch_size=4, window=3)
+    found = " ".join(f"{shard[0]}{number}" for stream in range(2) for shard, number in served(order, stream))
+    assert found == "24 00 01 02 03 04 12 11 10 13 14 20"
+
+
+def test_planning_reads_only_what_one_reader_needs():
+    """4,096 ranks x 8 workers over 10,000 shards: one reader plans its first window from the index alone."""
+    spans = [Span(Shard(f"{number}.tar", 1281, 0, ""), 0, 1281) for number in range(10_000)]
+    order = EpochOrder(spans, seed=0, epoch=0, num_streams=32768, global_batch_size=32768, window=64)
+    [stream] = streams_of(4095, 4096, 7, 8, 32768)
+    assert sum(span.samples for span in order.contiguous(stream, 0, 64)) == 64
+
+
+def global_batches(index, settings, state, steps, world_size=1):
+    """The batches of all ranks, put together stream by stream: (images, labels) of each step."""
+    loaders = [
+        TrainingLoader(TrainingStream(settings, index, state, 16, 8, 3, rank, world_size)) for rank in range(world_size)
+    ]
+    collected = []
+    for parts in islice(zip(*loaders, strict=True), steps):
+        per_stream = 16 // settings.num_streams
+
+        def together(tensors, per_stream=per_stream):
+            return torch.stack([t.unflatten(0, (-1, per_stream)) for t in tensors], dim=1).flatten(0, 2)
+
+        images, labels = together([p.images for p in parts]), together([p.labels for p in parts])
+        collected.append((images, labels, loaders[0].state))
+    return collected
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return make_shards(tmp_path_factory.mktemp("photos"), samples=150, size=None, shard_samples=61)
+
+
+@pytest.mark.parametrize("augment", ["crop_flip", "resized_crop_flip"])
+def test_global_batches_are_bit_identical_for_worlds_and_workers_and_after_a_resume(photos, augment):
+    settings = config(photos, num_streams=8, window=6, augment=augment, minival=0)
+    steps = 12  # 9 in the first epoch
+    expected = global_batches(photos, settings, State(seed=3), steps)
+    for world_size, num_workers in [(1, 2), (2, 2), (4, 0), (8, 0)]:
+        got = global_batches(photos, replace(settings, num_workers=num_workers), State(seed=3), steps, world_size)
+        for (images, labels, at), (other_images, other_labels, other_at) in zip(expected, got, strict=True):
+            assert torch.equal(images, other_images)
+            assert torch.equal(labels, other_labels)
+            assert at == other_at
+    for done in (1, 5, 8, 9, 10):
+        resumed = global_batches(photos, settings, expected[done - 1][2], steps - done, world_size=2)
+        for (images, labels, _), (other_images, other_labels, _) in zip(expected[done:], resumed, strict=True):
+            assert torch.equal(images, other_images)
+            assert torch.equal(labels, other_labels)
+
+
+def test_a_resume_reads_no_more_than_one_window_a_stream_again(photos, monkeypatch):
+    from data import batch
+
+    read = []
+    original = batch.read_sample
+    monkeypatch.setattr(batch, "read_sample", lambda *arguments: read.append(arguments) or original(*arguments))
+    settings = config(photos, num_streams=8, window=6, minival=0)
+    global_batches(photos, settings, State(seed=3, position=7 * 16), 1)
+    assert len(read) == 16  # by offset: not even the window
+
+
+def test_evaluation_counts_every_image_once_on_any_world_size(photos):
+    settings = config(photos, minival=0.3)
+    one = torch.cat([b.images for b in evaluation_batches(settings, photos, "minival", 7, 8, 3)])
+    assert len(one) == 45
+    for world_size in (2, 7, 64):
+        parts = [
+            b.images
+            for rank in range(world_size)
+            for b in evaluation_batches(settings, photos, "minival", 7, 8, 3, rank, world_size)
+        ]
+        assert torch.equal(torch.cat(parts), one)

@@ -1,0 +1,154 @@
+"""Shards behind a real HTTP server and a real S3 server that fail, stall and cut connections."""
+
+import re
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from image_sets import config, make_shards
+
+from data import storage
+from data.errors import UserError
+from data.index import Index
+from data.loader import TrainingLoader, TrainingStream
+from data.order import State
+from data.scan import index_shards
+
+
+@pytest.fixture
+def shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(storage, "BLOCK", 4096)
+    monkeypatch.setattr(storage, "TIMEOUT", 1.0)
+    return make_shards(tmp_path, samples=60)
+
+
+class Server(ThreadingHTTPServer):
+    """Serves a folder with ranges. `faults` are taken one a request: an HTTP status, 'stall' or 'cut'."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.folder, self.faults, self.requests = folder, [], []
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        server = self.server
+        server.requests.append(self.path)
+        fault = server.faults.pop(0) if server.faults else None
+        path = server.folder / self.path.lstrip("/")
+        if isinstance(fault, int) or not path.is_file():
+            return self.send_error(fault or 404)
+        if fault == "stall":
+            time.sleep(2.5)
+        content = path.read_bytes()
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        self.send_response(206 if wanted else 200)
+        if wanted:
+            first, last = int(wanted[1]), min(int(wanted[2]), len(content) - 1)
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
+            content = content[first : last + 1]
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content[: len(content) // 2] if fault == "cut" else content)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def server(shards):
+    server = Server(Path(shards.root))
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def epoch(index, num_workers=0):
+    options = config(index, minival=0, num_streams=4, window=8, num_workers=num_workers)
+    return list(islice(TrainingLoader(TrainingStream(options, index, State(0), 8, 8, 3)), 7))
+
+
+def test_an_http_server_that_fails_stalls_and_cuts_gives_the_local_batches(shards, server):
+    expected = epoch(shards)
+    server.faults = [503, "cut", None, "stall", 500, "cut"]
+    got = epoch(Index.load(server.url))
+    assert all(torch.equal(a.images, b.images) for a, b in zip(expected, got, strict=True))
+    asked = len(server.requests)
+    for num_workers in (0, 2):  # workers read ahead into the next epoch
+        again = epoch(Index.load(server.url), num_workers)
+        assert all(torch.equal(a.images, b.images) for a, b in zip(expected, again, strict=True))
+        if num_workers == 0:
+            requests = server.requests[asked:]
+    assert [path for path in requests if path.endswith(".tar")] == []  # all from the cache
+
+
+def test_the_cache_stays_under_its_cap(shards, server, monkeypatch):
+    monkeypatch.setattr(storage, "CACHE_BYTES", 20_000)
+    got = epoch(Index.load(server.url))
+    assert all(torch.equal(a.images, b.images) for a, b in zip(epoch(shards), got, strict=True))
+    assert 0 < sum(path.stat().st_size for path in storage.CACHE.iterdir()) <= 20_000
+
+
+def test_a_server_that_stays_down_or_lacks_a_file_ends_with_one_clear_error(shards, server, monkeypatch):
+    index = Index.load(server.url)
+    server.faults = [503] * 100
+    with pytest.raises(UserError, match=r"127\.0\.0\.1.*5 tries failed.*503"):
+        epoch(index)
+    server.faults = []
+    with pytest.raises(UserError, match="no such file"):
+        Index.load(server.url + "/nothing")
+
+
+def test_shards_of_an_http_server_are_indexed_by_pattern(shards, server, tmp_path):
+    names = ",".join(shard.name for shard in shards.shards)
+    server.faults = [503]
+    made = index_shards(f"{server.url}/{{{names}}}", tmp_path / "index", processes=1)
+    assert [(s.samples, s.size, s.sha256) for s in made.shards] == [
+        (s.samples, s.size, s.sha256) for s in shards.shards
+    ]
+    assert torch.equal(epoch(Index.load(made.root))[3].labels, epoch(made)[3].labels)
+
+
+def test_an_s3_server_gives_the_local_batches(shards, monkeypatch):
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    moto.start()
+    try:
+        address = "http://{}:{}".format(*moto.get_host_and_port())
+        for key, value in (
+            ("AWS_ENDPOINT_URL", address),
+            ("AWS_ACCESS_KEY_ID", "test"),
+            ("AWS_SECRET_ACCESS_KEY", "test"),
+            ("AWS_DEFAULT_REGION", "us-east-1"),
+        ):
+            monkeypatch.setenv(key, value)
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="bucket")
+        for path in Path(shards.root).iterdir():
+            client.upload_file(str(path), "bucket", f"set/{path.name}")
+        monkeypatch.setattr(storage, "TIMEOUT", 20.0)
+        got = epoch(Index.load("s3://bucket/set"))
+        assert all(torch.equal(a.images, b.images) for a, b in zip(epoch(shards), got, strict=True))
+        with pytest.raises(UserError, match="no such file"):
+            Index.load("s3://bucket/nothing")
+    finally:
+        moto.stop()
