@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from data.errors import UserError
-from data.index import write_atomically
+from data.storage import write_atomically
 from data.order import State
 
 STEP = re.compile(r"step-(\d+)")

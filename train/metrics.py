@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from data.errors import UserError
-from data.index import write_atomically
+from data.storage import write_atomically
 from train.config import RunConfig, TrackConfig, run_hash, to_plain
 
 
