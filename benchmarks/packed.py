@@ -1,0 +1,239 @@
+"""Packed replicas against one run alone: images x replicas per second, and memory.
+
+    python -m benchmarks.packed              # from the root of the repository; under six minutes on a GPU
+    python -m benchmarks.packed --quick      # one small row per network; what a CPU can do
+
+Needs torch, timm, pydantic and PyYAML. The images are random and lie on the device, so that only the steps are timed:
+`alone` is the step of train.loop, `packed` that of train.replicas. Both are timed in turns; each figure is a median.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data.config import DataConfig
+from models.build import build
+from models.config import ConvResNetConfig, OptimizerConfig, VisionTransformerConfig
+from models.optimizer import build_optimizer, parameter_groups
+from train.config import RunConfig, TrainConfig
+from train.replicas import CONVOLUTIONS, Replicas
+from train.schedule import schedule, set_learning_rate
+
+BATCH, NUM_STEPS, ROUNDS = 64, 1000, 3
+Step = Callable[[], Tensor]
+
+
+def config(family: str, width: int, image_size: int, lr: float, seed: int = 0) -> RunConfig:
+    size = {"width": width, "depth": 6, "base_width": 32, "base_depth": 3, "num_classes": 10, "image_size": image_size}
+    model: Any = (
+        VisionTransformerConfig(**size, head_dim=16, patch_size=4)
+        if family == "vit"
+        else ConvResNetConfig(**size, convs_per_branch=1)
+    )
+    optimizer = OptimizerConfig(name="adamw" if family == "vit" else "sgd", lr=lr, weight_decay=1e-4)
+    train = TrainConfig(samples=BATCH * NUM_STEPS, global_batch_size=BATCH)
+    return RunConfig(model=model, optimizer=optimizer, data=DataConfig(name="none", root="."), train=train, seed=seed)
+
+
+def rates(first: RunConfig, num_replicas: int) -> list[RunConfig]:
+    return [
+        replace(first, optimizer=replace(first.optimizer, lr=first.optimizer.lr * 2 ** (-k / 4)))
+        for k in range(num_replicas)
+    ]
+
+
+def batches(run: RunConfig, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Eight batches on the device, over and over: uint8 pixels to float as train.loop does it."""
+    generator = torch.Generator().manual_seed(run.seed)
+    model = run.model
+    shape = (BATCH, model.in_channels, model.image_size, model.image_size)
+    pixels = [torch.randint(256, shape, generator=generator, dtype=torch.uint8).to(device) for _ in range(8)]
+    labels = [torch.randint(model.num_classes, (BATCH,), generator=generator).to(device) for _ in range(8)]
+    while True:
+        for images, classes in zip(pixels, labels, strict=True):
+            yield (images.float() / 255 - 0.5) / 0.5, classes
+
+
+def alone(run: RunConfig, device: torch.device, dtype: torch.dtype | None) -> Step:
+    """The step of train.loop, one replica."""
+    scaled = build(run.model, run.parameterization, run.seed, device)
+    memory = torch.contiguous_format
+    if device.type == "cuda" and run.model.family != "vit":
+        memory = torch.channels_last
+        scaled.network.to(memory_format=memory)  # type: ignore[call-overload]  # torch's stub lacks it
+    groups = parameter_groups(scaled.network, scaled.rules, scaled.scale, run.optimizer)
+    optimizer = build_optimizer(groups, run.optimizer)
+    stream = batches(run, device)
+    done = 0
+
+    def step() -> Tensor:
+        nonlocal done
+        images, labels = next(stream)
+        set_learning_rate(optimizer, run.optimizer.lr, schedule(run.schedule, done, run.train.num_steps))
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            loss = F.cross_entropy(scaled.network(images.contiguous(memory_format=memory)).float(), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        done += 1
+        return loss.detach()[None]
+
+    return step
+
+
+def packed(runs: list[RunConfig], device: torch.device, dtype: torch.dtype | None, variant: str = "default") -> Step:
+    """The step of train.replicas; `variant`: default, eager (no CUDA graph), vmap (torch's own batching rules),
+    compiled, or one of the ways to convolve."""
+    replicas = Replicas(runs, device, dtype, variant if variant in CONVOLUTIONS else None)
+    if variant == "eager":
+        replicas.step_function = replicas.eager_step
+    if variant in ("vmap", "compiled"):
+        replicas.mode = nullcontext()  # type: ignore[assignment]  # no mode at all
+    if variant == "compiled":
+        replicas.forward = torch.compile(replicas.forward)  # type: ignore[method-assign]
+        replicas.update = torch.compile(replicas.update)  # type: ignore[method-assign]
+    stream = batches(runs[0], device)
+
+    def step() -> Tensor:
+        images, labels = next(stream)
+        return replicas.step(images[None], labels[None])
+
+    return step
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def prepare(make: Callable[[], Step], device: torch.device) -> tuple[Step, float]:
+    """The step after its warm-up, and the peak of memory that building and warming it took, in bytes (0 on a CPU)."""
+    before = 0
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    step = make()
+    for _ in range(8 if device.type == "cuda" else 2):
+        step()
+    synchronize(device)
+    return step, torch.cuda.max_memory_allocated() - before if device.type == "cuda" else 0.0
+
+
+def seconds_per_step(steps: list[Step], device: torch.device, count: int) -> list[float]:
+    """Median over rounds in which the steps take turns."""
+    times: list[list[float]] = [[] for _ in steps]
+    for _ in range(ROUNDS):
+        for step, mine in zip(steps, times, strict=True):
+            synchronize(device)
+            started = time.perf_counter()
+            for _ in range(count):
+                step()
+            synchronize(device)
+            mine.append((time.perf_counter() - started) / count)
+    return [statistics.median(mine) for mine in times]
+
+
+def row(
+    first: RunConfig, num_replicas: int, device: torch.device, count: int, variant: str, dtype: torch.dtype | None
+) -> str:
+    """One line of the table. A variant that fails is reported as such: the table says what works where."""
+    model = first.model
+    name = f"{model.family} {model.image_size}px {'bf16' if dtype else 'fp32'}"
+    line = f"{name:22} {model.width:>5} {num_replicas:>3} {variant:12}"
+    runs = rates(first, num_replicas)
+    try:
+        one, one_bytes = prepare(lambda: alone(first, device, dtype), device)
+        many, many_bytes = prepare(lambda: packed(runs, device, dtype, variant), device)
+        one_seconds, many_seconds = seconds_per_step([one, many], device, count)
+    except Exception as error:
+        return f"{line} failed: {type(error).__name__}: {' '.join(str(error).split())[:120]}"
+    alone_rate, packed_rate = BATCH / one_seconds, BATCH * num_replicas / many_seconds
+    memory = f"{many_bytes / one_bytes:7.2f} = {many_bytes / one_bytes / num_replicas:.2f} K" if one_bytes else ""
+    return f"{line} {alone_rate:>12,.0f} {packed_rate:>12,.0f} {packed_rate / alone_rate:>7.2f} {memory}"
+
+
+def disagreement(first: RunConfig, device: torch.device, variant: str, steps: int) -> float:
+    """Largest relative difference between the last losses, packed and alone, in full fp32."""
+    runs = rates(first, 3)
+    together = packed(runs, device, None, variant)
+    single = [alone(run, device, None) for run in runs]
+    for _ in range(steps):
+        losses = together()
+        expected = torch.cat([step() for step in single])
+    return float(((losses - expected).abs() / expected.abs()).max())
+
+
+def plan(quick: bool) -> Iterator[tuple[RunConfig, int, str, torch.dtype | None]]:
+    """(first replica, K, variant, autocast type), what matters most first."""
+    bf16 = torch.bfloat16
+    vit, small, large = ("vit", 32, 1e-3), ("conv_resnet", 8, 0.05), ("conv_resnet", 32, 0.05)
+    if quick:
+        for family, image_size, lr in (vit, small):
+            for num_replicas in (2, 8):
+                yield config(family, 32, image_size, lr), num_replicas, "default", None
+        return
+    for num_replicas in (8, 16):
+        for family, image_size, lr in (vit, small, large):
+            for width in (32, 64, 128, 256):
+                yield config(family, width, image_size, lr), num_replicas, "default", bf16
+    for family, image_size, lr in (large, small):
+        for width in (64, 128):
+            for variant in CONVOLUTIONS:
+                yield config(family, width, image_size, lr), 8, variant, bf16
+    for family, image_size, lr in (vit, small, large):
+        for width in (32, 64, 128):
+            yield config(family, width, image_size, lr), 8, "default", None
+    for family, image_size, lr in (vit, small, large):
+        for variant in ("eager", "vmap"):
+            yield config(family, 64, image_size, lr), 8, variant, bf16
+    for family, image_size, lr in (vit, large):
+        yield config(family, 64, image_size, lr), 8, "compiled", bf16
+    for variant in CONVOLUTIONS:
+        for num_replicas in (8, 16):
+            yield config("conv_resnet", 32, 32, 0.05), num_replicas, variant, None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true", help="one small row per network")
+    parser.add_argument("--seconds", type=float, default=330, help="start no further row after this many seconds")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    started = time.monotonic()
+    what = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"device: {what}, torch {torch.__version__}, depth 6, batch {BATCH}", flush=True)
+
+    print("largest relative difference of the losses, packed against alone, in fp32 (TF32 off)")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    for family, image_size, lr in (("vit", 32, 1e-3), ("conv_resnet", 8, 0.05)):
+        for variant in ("default",) if family == "vit" else CONVOLUTIONS:
+            difference = disagreement(
+                config(family, 32, image_size, lr), device, variant, 10 if arguments.quick else 50
+            )
+            print(f"  {family:12} {variant:9} {difference:.1e}", flush=True)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+
+    print(
+        f"{'network':22} {'width':>5} {'K':>3} {'variant':9} {'alone img/s':>12} {'packed img/s':>12} {'ratio':>7} memory"
+    )
+    for first, num_replicas, variant, dtype in plan(arguments.quick):
+        if time.monotonic() - started > arguments.seconds:
+            print(f"stopped after {arguments.seconds:.0f} s; rows above are complete")
+            break
+        print(row(first, num_replicas, device, 3 if device.type == "cpu" else 30, variant, dtype), flush=True)
+    print(f"{time.monotonic() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
