@@ -224,9 +224,7 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
 
-    print(
-        f"{'network':22} {'width':>5} {'K':>3} {'variant':9} {'alone img/s':>12} {'packed img/s':>12} {'ratio':>7} memory"
-    )
+    print(f"{'network':22} {'width':>5} {'K':>3} {'variant':12} {'alone':>12} {'packed':>12} {'ratio':>7} memory")
     for first, num_replicas, variant, dtype in plan(arguments.quick):
         if time.monotonic() - started > arguments.seconds:
             print(f"stopped after {arguments.seconds:.0f} s; rows above are complete")
