@@ -1,0 +1,276 @@
+"""A pack of K runs gives each of them the results and the files that it would have had alone."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from data.errors import UserError
+from models.conv_resnet import Block
+from train import checkpoint, pack
+from train.config import RunConfig, from_plain
+from train.loop import run
+from train.pack import largest_pack, replica_bytes, run_pack
+from train.packing import packable
+from train.replicas import CONVOLUTIONS, Replicas
+
+CPU = torch.device("cpu")
+NETWORKS = {
+    "vit": {"family": "vit", "head_dim": 8, "patch_size": 4, "qk_norm": True},
+    "conv_resnet, no norm": {"family": "conv_resnet", "norm": "none"},
+    "conv_resnet, LayerNorm": {"family": "conv_resnet", "norm": "layer", "convs_per_branch": 2},
+    "conv_resnet, BatchNorm": {"family": "conv_resnet", "norm": "batch"},
+}
+RATES = {"sgd": 0.02, "adamw": 0.004}
+DIVERGES = 1e37  # a learning rate after which no weight is finite
+
+Change = Callable[[dict[str, Any]], None]
+
+
+@pytest.fixture
+def make(run_settings: dict[str, Any]) -> Callable[..., RunConfig]:
+    """A run on the digits: `make(network, optimizer, steps, **overrides)`, overrides with `__` for the dot."""
+
+    def make(network: str, optimizer: str = "sgd", steps: int = 12, **overrides: Any) -> RunConfig:
+        size = {"width": 16, "depth": 3, "base_width": 8, "base_depth": 3}
+        raw = {
+            "model": {**size, **NETWORKS[network], "num_classes": 10, "image_size": 8, "in_channels": 1},
+            "optimizer": {"name": optimizer, "lr": RATES[optimizer], "weight_decay": 1e-4},
+            "data": {**run_settings["data"], "augment": "crop_flip", "in_memory": True},
+            "train": {**run_settings["train"], "samples": steps * 16, "global_batch_size": 16, "clip_norm": 1.0},
+        }
+        for key, value in overrides.items():
+            *sections, name = key.split("__")
+            target: dict[str, Any] = raw
+            for section in sections:
+                target = target.setdefault(section, {})
+            target[name] = value
+        return from_plain(RunConfig, raw, "test")
+
+    return make
+
+
+def metrics(path: Path, key: str) -> list[Any]:
+    return [json.loads(line)[key] for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("optimizer", RATES)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_each_replica_ends_as_it_would_alone_while_one_diverges(
+    network: str, optimizer: str, make: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    rate = RATES[optimizer]
+    make = partial(make, network, optimizer, 50, train__checkpoint_every=40, train__log_every=10)
+    configs = [
+        make(),
+        make(optimizer__lr=rate * DIVERGES),
+        make(optimizer__lr=rate / 2, optimizer__weight_decay=0.0, schedule__name="constant"),
+        make(optimizer__momentum=0.5, parameterization={"name": "mup", "gamma0": 1.5}),
+        make(seed=1, train__clip_norm=None, parameterization={"beta": 0.5}),
+    ]
+    alone = [run(config, tmp_path / f"alone-{number}") for number, config in enumerate(configs)]
+    packed = run_pack(configs, [tmp_path / f"packed-{number}" for number in range(len(configs))])
+
+    assert [result["outcome"] for result in packed] == ["completed", "diverged"] + ["completed"] * 3
+    for number, (one, other) in enumerate(zip(alone, packed, strict=True)):
+        single, together = tmp_path / f"alone-{number}", tmp_path / f"packed-{number}"
+        assert one.keys() == other.keys()
+        for key in one.keys() - {"seconds"}:
+            assert other[key] == pytest.approx(one[key], rel=1e-4), key
+        assert {p.name for p in single.iterdir()} == {p.name for p in together.iterdir()}
+        for key in ("step", "samples", "loss", "lr"):
+            assert metrics(together, key) == pytest.approx(metrics(single, key), rel=1e-4), key
+        if one["outcome"] == "completed":
+            assert (
+                load_file(together / "weights.safetensors").keys() == load_file(single / "weights.safetensors").keys()
+            )
+
+
+def test_a_replica_alone_can_go_on_from_a_packs_checkpoint(make: Callable[..., RunConfig], tmp_path: Path) -> None:
+    for optimizer in RATES:
+        configs = [make("vit", optimizer), make("vit", optimizer, optimizer__momentum=0.0, seed=3)]
+        paths = [tmp_path / optimizer / str(number) for number in range(2)]
+        run_pack(configs, paths)
+        for config, path in zip(configs, paths, strict=True):
+            before = json.loads((path / "done.json").read_text())
+            (path / "done.json").unlink()
+            assert (path / "checkpoints" / "step-8").is_dir()
+            assert run(config, path)["train_loss"] == pytest.approx(before["train_loss"], rel=1e-5)
+            assert metrics(path, "step") == [2, 4, 6, 8, 10, 12]
+
+
+def test_a_pack_killed_between_two_saves_ends_bit_for_bit_as_without(
+    make: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs = [make("conv_resnet, BatchNorm", "adamw", seed=s, optimizer__lr=lr) for s, lr in ((0, 0.01), (1, 0.002))]
+    whole, broken = ([tmp_path / name / str(n) for n in range(2)] for name in ("whole", "broken"))
+    run_pack(configs, whole)
+
+    save, saves = checkpoint.save, []
+
+    def dies_at_the_fourth(*args: Any, **kwargs: Any) -> None:
+        saves.append(args)
+        if len(saves) == 4:  # replica 0 has step 8, replica 1 has not
+            raise KeyboardInterrupt
+        save(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "save", dies_at_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        run_pack(configs, broken)
+    monkeypatch.undo()
+    assert (broken[0] / "checkpoints" / "step-8").exists()
+    assert not (broken[1] / "checkpoints" / "step-8").exists()
+
+    run_pack(configs, broken)
+    for one, other in zip(whole, broken, strict=True):
+        assert metrics(other, "loss") == metrics(one, "loss")
+        expected = load_file(one / "weights.safetensors")
+        assert all(torch.equal(w, expected[name]) for name, w in load_file(other / "weights.safetensors").items())
+
+
+def test_a_pack_whose_process_is_killed_goes_on_and_leaves_a_finished_replica_alone(
+    make: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    configs = [make("conv_resnet, no norm", steps=400, optimizer__lr=rate) for rate in (0.01, 0.02, 0.04)]
+    whole, broken = ([tmp_path / name / str(n) for n in range(3)] for name in ("whole", "broken"))
+    run_pack(configs, whole)
+    for config, path in zip(configs, broken, strict=True):
+        path.mkdir(parents=True)
+        shutil.copy(whole[0].parent / path.name / "config.yaml", path)
+        assert config is not None
+    program = (
+        "import sys; from pathlib import Path; from train.config import *; from train.pack import run_pack\n"
+        "paths = [Path(p) for p in sys.argv[1:]]\n"
+        "run_pack([from_plain(RunConfig, read_yaml(p / 'config.yaml'), str(p)) for p in paths], paths)"
+    )
+    root = Path(__file__).parents[1]
+    child = subprocess.Popen([sys.executable, "-c", program, *map(str, broken)], cwd=root, env=dict(os.environ))
+    deadline = time.monotonic() + 120
+    while not (broken[2] / "checkpoints" / "step-20").exists():
+        assert child.poll() is None, "the pack ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert not (broken[0] / "done.json").exists()
+
+    shutil.rmtree(broken[1])  # the middle one was finished by someone else meanwhile
+    shutil.copytree(whole[1], broken[1])
+    stamp = (broken[1] / "done.json").stat().st_mtime_ns
+    results = run_pack(configs, broken)
+    assert (broken[1] / "done.json").stat().st_mtime_ns == stamp
+    for number in range(3):
+        assert results[number]["train_loss"] == pytest.approx(
+            json.loads((whole[number] / "done.json").read_text())["train_loss"], rel=1e-5
+        )
+        assert metrics(broken[number], "step") == metrics(whole[number], "step")
+    assert "resumed from step-" in (broken[0] / "log-0.txt").read_text()
+
+
+def test_bf16_replicas_learn_like_bf16_runs(make: Callable[..., RunConfig]) -> None:
+    """Rounding differs between batched and single kernels, so bf16 is compared in its own precision."""
+    for network in ("vit", "conv_resnet, no norm"):
+        configs = [make(network, optimizer__lr=rate) for rate in (0.01, 0.02)]
+        images = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        labels = torch.arange(16) % 10
+        exact, rounded = Replicas(configs, CPU), Replicas(configs, CPU, torch.bfloat16)
+        for _ in range(5):
+            losses = exact.step(images[None], labels[None])
+            low = rounded.step(images[None], labels[None])
+        assert torch.allclose(low, losses, rtol=2e-2)
+        assert not torch.equal(low, losses)
+        assert rounded.groups[0].values.dtype == torch.float32
+
+
+def test_all_ways_to_convolve_give_the_same_gradients(make: Callable[..., RunConfig]) -> None:
+    configs = [make("conv_resnet, LayerNorm", seed=seed) for seed in range(3)]
+    images = torch.randn(3, 4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(12).view(3, 4) % 10
+    norms: list[Tensor] = []
+    for method in CONVOLUTIONS:
+        replicas = Replicas(configs, CPU, convolution=method)
+        replicas.step(images, labels)
+        norms.append(replicas.gradient_norms())
+    assert all(torch.allclose(norm, norms[0], rtol=1e-5) for norm in norms)
+
+
+def test_what_cannot_be_packed_is_named(make: Callable[..., RunConfig], tmp_path: Path) -> None:
+    base = make("vit", parameterization={"name": "sp"})
+    packs = [
+        make("vit", seed=5),
+        make("vit", optimizer__lr=1.0, optimizer__momentum=0.1, optimizer__eps=1e-6, schedule__warmup=0.3),
+        make("vit", model__base_width=16, parameterization={"name": "completep", "alpha": 0.7}),
+    ]
+    assert [packable(base, other) for other in packs] == [[], [], []]
+    other = make("vit", "adamw", steps=14, model__width=24, data__window=8)
+    assert packable(base, other) == ["data.window", "model.width", "optimizer.name", "train.samples"]
+    assert packable(base, replace(base, track=replace(base.track, wandb="offline"))) == ["track.wandb"]
+    tracked = replace(base, track=replace(base.track, wandb="offline"))
+    assert packable(tracked, tracked) == ["track.wandb"]
+    with pytest.raises(UserError, match=r"runs 0 and 1 cannot be packed together: data.window, model.width"):
+        run_pack([base, other], [tmp_path / "a", tmp_path / "b"])
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_pack_larger_than_memory_says_how_many_fit(
+    make: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make("vit")
+    one = replica_bytes(config, CPU)
+    monkeypatch.setattr(pack, "free_bytes", lambda device: round(one * 2.5 / pack.MEMORY_SHARE))
+    assert largest_pack(config, CPU) == 2
+    with pytest.raises(UserError, match=r"a pack of 3 .* at most 2 fit, set train.pack=2"):
+        run_pack([make("vit", seed=seed) for seed in range(3)], [tmp_path / str(n) for n in range(3)])
+
+
+@pytest.mark.parametrize("network", ["vit", "conv_resnet, no norm", "conv_resnet, BatchNorm"])
+def test_a_pack_keeps_at_most_k_times_what_one_run_keeps(network: str, make: Callable[..., RunConfig]) -> None:
+    """What a forward pass keeps for the backward pass is what grows; plus 10 %."""
+    num_replicas, config = 4, make(network)
+    replicas = Replicas([make(network, seed=seed) for seed in range(num_replicas)], CPU)
+    weights = sum(group.values.nbytes for group in replicas.groups)
+    kept: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    images = torch.zeros(num_replicas, 16, 1, 8, 8)
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        logits = replicas.forward(images)
+    own = {group.values.untyped_storage().data_ptr() for group in replicas.groups}
+    packed = sum(size for pointer, size in kept.items() if pointer not in own) + 4 * weights
+    assert logits.shape == (num_replicas, 16, 10)
+    assert packed <= 1.1 * num_replicas * replica_bytes(config, CPU)
+
+
+def test_a_module_that_does_not_batch_is_named(
+    make: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Gate(nn.Identity):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum() > 0 else -x
+
+    build_block = Block.__init__
+
+    def with_gate(self: Block, *args: Any) -> None:
+        build_block(self, *args)
+        self.drop_path = Gate()
+
+    monkeypatch.setattr(Block, "__init__", with_gate)
+    configs = [make("conv_resnet, no norm", seed=seed) for seed in range(2)]
+    with pytest.raises(UserError, match=r"module 'stages.0.0.drop_path' \(Gate\) does not batch over replicas"):
+        run_pack(configs, [tmp_path / "a", tmp_path / "b"])

@@ -1,0 +1,77 @@
+"""Which runs may share a pack, told from their configurations alone. Without torch, so thousands are grouped fast."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from train.config import RunConfig
+
+# What may differ between the replicas of a pack: numbers that meet the stacked weights one replica at a time.
+PACKABLE_SECTIONS = ("parameterization", "schedule")
+PACKABLE_FIELDS = {
+    "seed",
+    "model.base_width",
+    "model.base_depth",
+    "optimizer.lr",
+    "optimizer.momentum",
+    "optimizer.betas",
+    "optimizer.eps",
+    "optimizer.weight_decay",
+    "optimizer.weight_decay_mode",
+    "train.clip_norm",
+}
+# What the packed step honours with one value for all replicas. A field that is in neither list is one that the packed
+# step knows nothing of: it must have its default, or a pack would quietly leave it out.
+HONOURED_SECTIONS = ("model", "optimizer", "data")
+HONOURED_FIELDS = {
+    "train.samples",
+    "train.global_batch_size",
+    "train.label_smoothing",
+    "train.evaluate",
+    "train.device",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.pack",
+    "track.project",
+    "track.group",
+}
+OPTIMIZERS = ("sgd", "adamw")
+
+
+def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted name, value, default) of every field of a configuration, nested ones too."""
+    for field in dataclasses.fields(config):
+        name, value = f"{prefix}{field.name}", getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from walk(value, f"{name}.")
+        else:
+            factory = field.default_factory
+            yield name, value, field.default if factory is dataclasses.MISSING else factory()
+
+
+def may_differ(name: str) -> bool:
+    return name in PACKABLE_FIELDS or name.partition(".")[0] in PACKABLE_SECTIONS
+
+
+def unknown_to_packs(config: RunConfig) -> set[str]:
+    """Names of the fields that the packed step does not honour and that are not at their default."""
+    unknown = {
+        name
+        for name, value, default in walk(config)
+        if value != default
+        and not may_differ(name)
+        and name not in HONOURED_FIELDS
+        and name.partition(".")[0] not in HONOURED_SECTIONS
+    }
+    return unknown | ({"optimizer.name"} if config.optimizer.name not in OPTIMIZERS else set())
+
+
+def packable(a: RunConfig, b: RunConfig) -> list[str]:
+    """Names of the fields that keep `a` and `b` out of one pack, sorted; empty when they can share one.
+
+    They are fields that differ and may not, and fields that no pack honours (so `packable(a, a)` may be non-empty).
+    """
+    of_a = {name: value for name, value, _ in walk(a)}
+    of_b = {name: value for name, value, _ in walk(b)}
+    names = {name for name in of_a.keys() | of_b.keys() if of_a.get(name) != of_b.get(name) and not may_differ(name)}
+    return sorted(names | unknown_to_packs(a) | unknown_to_packs(b))
