@@ -23,8 +23,9 @@ from data.config import DataConfig
 from models.build import build
 from models.config import ConvResNetConfig, OptimizerConfig, VisionTransformerConfig
 from models.optimizer import build_optimizer, parameter_groups
+from train.batched import CONVOLUTIONS
 from train.config import RunConfig, TrainConfig
-from train.replicas import CONVOLUTIONS, Replicas
+from train.replicas import Replicas
 from train.schedule import schedule, set_learning_rate
 
 BATCH, NUM_STEPS, ROUNDS = 64, 1000, 3

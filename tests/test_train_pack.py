@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from data.errors import UserError
 from models.conv_resnet import Block
 from train import checkpoint, pack
+from train.batched import CONVOLUTIONS
 from train.config import RunConfig, from_plain
 from train.loop import run
 from train.pack import largest_pack, replica_bytes, run_pack
 from train.packing import packable
-from train.replicas import CONVOLUTIONS, Replicas
+from train.replicas import Replicas
 
 CPU = torch.device("cpu")
 NETWORKS = {
@@ -34,7 +35,7 @@ NETWORKS = {
     "conv_resnet, LayerNorm": {"family": "conv_resnet", "norm": "layer", "convs_per_branch": 2},
     "conv_resnet, BatchNorm": {"family": "conv_resnet", "norm": "batch"},
 }
-RATES = {"sgd": 0.02, "adamw": 0.004}
+RATES = {"sgd": 0.005, "adamw": 0.004}
 DIVERGES = 1e37  # a learning rate after which no weight is finite
 
 Change = Callable[[dict[str, Any]], None]
@@ -64,7 +65,11 @@ def make(run_settings: dict[str, Any]) -> Callable[..., RunConfig]:
 
 
 def metrics(path: Path, key: str) -> list[Any]:
-    return [json.loads(line)[key] for line in (path / "metrics.jsonl").read_text().splitlines()]
+    """One column of metrics.jsonl, with -1 for what was not finite."""
+    return [
+        -1 if json.loads(line)[key] is None else json.loads(line)[key]
+        for line in (path / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 @pytest.mark.parametrize("optimizer", RATES)
@@ -89,7 +94,7 @@ def test_each_replica_ends_as_it_would_alone_while_one_diverges(
         single, together = tmp_path / f"alone-{number}", tmp_path / f"packed-{number}"
         assert one.keys() == other.keys()
         for key in one.keys() - {"seconds"}:
-            assert other[key] == pytest.approx(one[key], rel=1e-4), key
+            assert other[key] == (one[key] if key == "outcome" else pytest.approx(one[key], rel=1e-4)), key
         assert {p.name for p in single.iterdir()} == {p.name for p in together.iterdir()}
         for key in ("step", "samples", "loss", "lr"):
             assert metrics(together, key) == pytest.approx(metrics(single, key), rel=1e-4), key
@@ -144,7 +149,7 @@ def test_a_pack_killed_between_two_saves_ends_bit_for_bit_as_without(
 def test_a_pack_whose_process_is_killed_goes_on_and_leaves_a_finished_replica_alone(
     make: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
-    configs = [make("conv_resnet, no norm", steps=400, optimizer__lr=rate) for rate in (0.01, 0.02, 0.04)]
+    configs = [make("conv_resnet, no norm", steps=100, optimizer__lr=rate) for rate in (0.01, 0.02, 0.04)]
     whole, broken = ([tmp_path / name / str(n) for n in range(3)] for name in ("whole", "broken"))
     run_pack(configs, whole)
     for config, path in zip(configs, broken, strict=True):

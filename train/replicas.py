@@ -1,7 +1,7 @@
 """K replicas of one network as one: parameters stacked on a leading axis, one batched step for all of them.
 
 Knows no files and no data sets; train.pack gives every replica its run directory. The forward pass is the network's
-own, under `torch.func.vmap`; three of its functions are batched by hand (`HandBatched`). The K losses do not share a
+own, under `torch.func.vmap`, with a few functions batched by hand (train.batched). The K losses do not share a
 parameter, so the gradient of their sum is each replica's own. On a GPU the whole step (forward, backward, update) is
 one CUDA graph after a few eager steps: a tiny network's step is otherwise nothing but the time to launch its kernels.
 """
@@ -14,149 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call, vmap
-from torch.overrides import TorchFunctionMode
 
 from data.errors import UserError
 from models.build import ScaledModel, build, build_meta
 from models.multiplier import OutputMultiplier, scale_input, scale_output
 from models.optimizer import parameter_groups
+from train.batched import HandBatched, default_convolution
 from train.config import RunConfig
 from train.schedule import schedule
 
 EAGER_STEPS = 3  # before a CUDA graph is captured: libraries choose their kernels and workspaces in them
 MOMENTS = {"sgd": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}  # torch's names of the moments
-CONVOLUTIONS = ("grouped", "grouped_last", "product", "loop")  # ways to do K convolutions at once, see `convolve`
 SETTINGS = ("lr", "weight_decay", "eps")  # of an optimizer's group, that may differ between replicas
-
-
-# ---------------------------------------------------------------- functions batched by hand
-
-
-class BatchedAttention(torch.autograd.Function):
-    """Scaled dot-product attention with the replicas folded into the batch, which has kernels on every device."""
-
-    @staticmethod
-    def forward(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(query, key, value)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Nothing is saved: `vmap` below is what runs, and autograd sees the functions that it calls."""
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *qkv: Tensor) -> tuple[Tensor, int]:
-        query, key, value = (t.movedim(dim or 0, 0) for t, dim in zip(qkv, in_dims, strict=True))
-        out = F.scaled_dot_product_attention(query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1))
-        return out.unflatten(0, query.shape[:2]), 0  # from (K * batch, heads, tokens, head_dim)
-
-
-class ProductConvolution(torch.autograd.Function):
-    """Convolutions of stride 1 with odd kernel and 'same' padding, K at once, as one batched matrix product.
-
-    images (K, in, batch, height, width), weights (K, out, in, k, k) -> (K, out, batch, height, width). The patches are
-    laid out again in the backward pass, so that no more is kept than by an ordinary convolution.
-    """
-
-    @staticmethod
-    def patches(images: Tensor, kernel: int) -> Tensor:
-        """(K, channels, batch, height, width) -> (K, channels * kernel^2, batch * height * width)"""
-        height, width = images.shape[-2:]
-        padded = F.pad(images, [kernel // 2] * 4)
-        shifted = [padded[..., i : i + height, j : j + width] for i in range(kernel) for j in range(kernel)]
-        return torch.stack(shifted, 2).flatten(3).flatten(1, 2)
-
-    @staticmethod
-    def product(images: Tensor, weights: Tensor) -> Tensor:
-        out = torch.bmm(weights.flatten(2), ProductConvolution.patches(images, weights.shape[-1]))
-        return out.unflatten(2, images.shape[2:])
-
-    @staticmethod
-    def forward(ctx: Any, images: Tensor, weights: Tensor) -> Tensor:
-        ctx.save_for_backward(images, weights)
-        return ProductConvolution.product(images, weights)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        images, weights = ctx.saved_tensors
-        gradient = gradients[0]
-        to_images = ProductConvolution.product(gradient, weights.transpose(1, 2).flip(3, 4))
-        patches = ProductConvolution.patches(images, weights.shape[-1])
-        to_weights = torch.bmm(gradient.flatten(2), patches.transpose(1, 2))
-        return to_images, to_weights.view_as(weights)
-
-
-def convolve(images: Tensor, weights: Tensor, method: str) -> Tensor:
-    """K convolutions, 'same' padding, stride 1: (K, batch, in, h, w), (K, out, in, k, k) -> (K, batch, out, h, w)."""
-    num_replicas, padding = len(weights), weights.shape[-1] // 2
-    if method == "product":
-        # Channels before the batch: so every layer's output is the next one's input as it stands in memory.
-        return ProductConvolution.apply(images.transpose(1, 2).contiguous(), weights).transpose(1, 2)
-    if method == "loop":
-        pairs = zip(images.unbind(), weights.unbind(), strict=True)
-        return torch.stack([F.conv2d(x, w, padding=padding) for x, w in pairs])
-    memory = torch.channels_last if method == "grouped_last" else torch.contiguous_format
-    grouped = images.transpose(0, 1).flatten(1, 2).contiguous(memory_format=memory)  # (batch, K * in, height, width)
-    kernels = weights.flatten(0, 1).contiguous(memory_format=memory)
-    out = F.conv2d(grouped, kernels, padding=padding, groups=num_replicas)
-    return out.unflatten(1, (num_replicas, -1)).transpose(0, 1)
-
-
-def batched_convolution(method: str) -> type[torch.autograd.Function]:
-    """What replaces a convolution inside vmap; `method` is one of CONVOLUTIONS."""
-
-    class BatchedConvolution(torch.autograd.Function):
-        @staticmethod
-        def forward(images: Tensor, weight: Tensor) -> Tensor:
-            return F.conv2d(images, weight, padding=weight.shape[-1] // 2)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-            """Nothing is saved: see BatchedAttention."""
-
-        @staticmethod
-        def vmap(info: Any, in_dims: tuple[int | None, ...], images: Tensor, weights: Tensor) -> tuple[Tensor, int]:
-            weights = weights.movedim(in_dims[1] or 0, 0)
-            if in_dims[0] is None:  # images shared by the replicas: one convolution with K times the channels
-                out = F.conv2d(images, weights.flatten(0, 1), padding=weights.shape[-1] // 2)
-                return out.unflatten(1, (info.batch_size, -1)), 1
-            return convolve(images.movedim(in_dims[0], 0), weights, method), 0
-
-    return BatchedConvolution
-
-
-class HandBatched(TorchFunctionMode):
-    """Inside this mode and `vmap`, attention and the plain convolutions take the hand-batched functions above."""
-
-    def __init__(self, method: str) -> None:
-        super().__init__()
-        self.convolution = batched_convolution(method)
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            settings = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False} | kwargs
-            if len(args) == 3 and settings == {"attn_mask": None, "dropout_p": 0.0, "is_causal": False}:
-                return BatchedAttention.apply(*args)
-        if func is F.conv2d and len(args) == 7 and not kwargs:
-            images, weight, bias, stride, padding, dilation, groups = args
-            kernel = weight.shape[-1]
-            plain = (stride, padding, dilation, groups) == ((1, 1), (kernel // 2,) * 2, (1, 1), 1)
-            if plain and bias is None and weight.shape[-2] == kernel and kernel % 2:
-                return self.convolution.apply(*in_autocast_type(images, weight))
-        return func(*args, **kwargs)
-
-
-def in_autocast_type(*tensors: Tensor) -> list[Tensor]:
-    """What autocast would do at the call of a library's convolution."""
-    device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
-        return list(tensors)
-    return [t.to(torch.get_autocast_dtype(device_type)) for t in tensors]
-
-
-# ---------------------------------------------------------------- the stack
 
 
 @dataclass
@@ -340,9 +209,7 @@ class Replicas:
             name = entered[-1] if entered else ""
             kind = type(self.network.get_submodule(name)).__name__
             reason = str(error).splitlines()[0]
-            raise UserError(
-                f"module {name or 'network'!r} ({kind}) does not batch: {reason} Use train.pack=1"
-            ) from None
+            raise UserError(f"module {name!r} ({kind}) does not batch over replicas: {reason}") from None
         finally:
             for handle in handles:
                 handle.remove()
@@ -435,8 +302,3 @@ class GraphedStep:
             with torch.cuda.graph(self.graph):
                 self.function(*self.inputs)
         self.graph.replay()
-
-
-def default_convolution(device: torch.device) -> str:
-    """The method of `convolve` that a measurement found fastest there (docs/packed.md)."""
-    return "product" if device.type == "cuda" else "grouped"
