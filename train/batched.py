@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 CONVOLUTIONS = ("grouped", "grouped_last", "product", "loop")  # ways to do K convolutions at once, see `convolve`
+BATCH_NORM_KEYS = ("weight", "bias", "training", "momentum", "eps")
 PLAIN_POOL = {"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False}.items()
 
 
@@ -78,6 +79,27 @@ class BatchedLayerNorm(torch.autograd.Function):
     ) -> tuple[Tensor, int]:
         x, weight, bias = (t.movedim(dim or 0, 0) for t, dim in zip((x, weight, bias), in_dims, strict=False))
         return LayerNorm.apply(x, weight, bias, eps), 0
+
+
+class BatchedBatchNorm(torch.autograd.Function):
+    """BatchNorm with the replicas among the channels: one ordinary BatchNorm, whose statistics are per replica."""
+
+    @staticmethod
+    def forward(images: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, *settings: Any) -> Tensor:
+        return F.batch_norm(images, mean, variance, weight, bias, *settings)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Nothing is saved: see BatchedAttention."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
+        stacked = [t.movedim(dim or 0, 0) for t, dim in zip(inputs[:5], in_dims, strict=False)]
+        images = stacked[0].transpose(0, 1).flatten(1, 2)  # (batch, K * channels, height, width)
+        statistics = [t.view(-1) for t in stacked[1:3]]  # views: BatchNorm updates them in place
+        weights = [t.flatten() for t in stacked[3:]]
+        out = F.batch_norm(images, *statistics, *weights, *inputs[5:])
+        return out.unflatten(1, (info.batch_size, -1)).transpose(0, 1), 0
 
 
 class ProductConvolution(torch.autograd.Function):
@@ -208,6 +230,8 @@ class HandBatched(TorchFunctionMode):
         if func is F.layer_norm and len(args) == 2 and len(args[1]) == 1 and kwargs["weight"] is not None:
             x = args[0].float() if torch.is_autocast_enabled(args[0].device.type) else args[0]  # as autocast does
             return BatchedLayerNorm.apply(x, kwargs["weight"], kwargs["bias"], kwargs["eps"])
+        if func is F.batch_norm and len(args) == 3 and args[1] is not None and kwargs["weight"] is not None:
+            return BatchedBatchNorm.apply(*args, *(kwargs[key] for key in BATCH_NORM_KEYS))
         if func is F.max_pool2d and len(args) == 2 and isinstance(args[1], int) and kwargs.items() <= PLAIN_POOL:
             return self.pool.apply(*args)
         if func is F.conv2d and len(args) == 7 and not kwargs:

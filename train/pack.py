@@ -31,6 +31,7 @@ from train.replicas import MOMENTS, Replicas
 from train.rundir import RunDirectory
 from train.schedule import schedule
 
+LARGEST_CPU_BATCH = 16  # on a CPU packs of larger batches are hardly faster than run after run (docs/packed.md)
 MEMORY_SHARE = 0.8  # of what is free: the rest is for workspaces and what lives for a moment in the backward pass
 
 
@@ -86,6 +87,14 @@ def free_bytes(device: torch.device) -> int:
 def largest_pack(config: RunConfig, device: torch.device) -> int:
     """Most replicas of `config` that fit into the memory that is free on `device`; 0 when not even one does."""
     return int(free_bytes(device) * MEMORY_SHARE / replica_bytes(config, device))
+
+
+def pack_size(config: RunConfig, device: torch.device) -> int:
+    """How many such runs to train together: train.pack, but no more than fit, and one by one where packs do not pay
+    (docs/packed.md)."""
+    if device.type == "cpu" and config.train.global_batch_size > LARGEST_CPU_BATCH:
+        return 1
+    return min(config.train.pack, max(largest_pack(config, device), 1))
 
 
 def check_pack(configs: Sequence[RunConfig]) -> None:
