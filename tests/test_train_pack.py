@@ -20,9 +20,11 @@ from torch import Tensor, nn
 
 from data.errors import UserError
 from models.conv_resnet import Block
-from train import checkpoint, pack
+from train import pack
 from train.batched import CONVOLUTIONS
+from train.checkpoint import Checkpoints
 from train.config import RunConfig, from_plain
+from train.interrupt import Interrupt, Interrupted
 from train.loop import run
 from train.pack import largest_pack, pack_size, replica_bytes, run_pack
 from train.packing import packable
@@ -96,7 +98,7 @@ def test_each_replica_ends_as_it_would_alone_while_one_diverges(
         for key in one.keys() - {"seconds"}:
             assert other[key] == (one[key] if key == "outcome" else pytest.approx(one[key], rel=1e-4)), key
         assert {p.name for p in single.iterdir()} == {p.name for p in together.iterdir()}
-        for key in ("step", "samples", "loss", "lr"):
+        for key in ("step", "samples", "loss", "lr", "logit_rms"):
             assert metrics(together, key) == pytest.approx(metrics(single, key), rel=1e-4), key
         if one["outcome"] == "completed":
             assert (
@@ -120,11 +122,12 @@ def test_a_replica_alone_can_go_on_from_a_packs_checkpoint(make: Callable[..., R
 def test_a_pack_killed_between_two_saves_ends_bit_for_bit_as_without(
     make: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    configs = [make("conv_resnet, BatchNorm", "adamw", seed=s, optimizer__lr=lr) for s, lr in ((0, 0.01), (1, 0.002))]
+    make = partial(make, "conv_resnet, BatchNorm", "adamw", train__log_every=3)  # losses are pending at a save
+    configs = [make(seed=seed, optimizer__lr=rate) for seed, rate in ((0, 0.01), (1, 0.002))]
     whole, broken = ([tmp_path / name / str(n) for n in range(2)] for name in ("whole", "broken"))
     run_pack(configs, whole)
 
-    save, saves = checkpoint.save, []
+    save, saves = Checkpoints.save, []
 
     def dies_at_the_fourth(*args: Any, **kwargs: Any) -> None:
         saves.append(args)
@@ -132,7 +135,7 @@ def test_a_pack_killed_between_two_saves_ends_bit_for_bit_as_without(
             raise KeyboardInterrupt
         save(*args, **kwargs)
 
-    monkeypatch.setattr(checkpoint, "save", dies_at_the_fourth)
+    monkeypatch.setattr(Checkpoints, "save", dies_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
         run_pack(configs, broken)
     monkeypatch.undo()
@@ -183,6 +186,29 @@ def test_a_pack_whose_process_is_killed_goes_on_and_leaves_a_finished_replica_al
         )
         assert metrics(broken[number], "step") == metrics(whole[number], "step")
     assert "resumed from step-" in (broken[0] / "log-0.txt").read_text()
+
+
+def test_a_pack_that_is_asked_to_stop_saves_all_replicas_and_goes_on(
+    make: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    class AfterFive(Interrupt):
+        looks = 0
+
+        @property
+        def requested(self) -> bool:  # type: ignore[override]  # a flag that sets itself
+            self.looks += 1
+            return self.looks == 5
+
+        @requested.setter
+        def requested(self, value: bool) -> None: ...
+
+    configs = [make("conv_resnet, no norm", seed=seed) for seed in range(2)]
+    paths = [tmp_path / str(number) for number in range(2)]
+    with pytest.raises(Interrupted, match="stopped after step 5 of 12"):
+        run_pack(configs, paths, AfterFive())
+    assert all((path / "checkpoints" / "step-5").is_dir() for path in paths)
+    assert [result["step"] for result in run_pack(configs, paths)] == [12, 12]
+    assert metrics(paths[1], "step") == [2, 4, 6, 8, 10, 12]
 
 
 def test_bf16_replicas_learn_like_bf16_runs(make: Callable[..., RunConfig]) -> None:

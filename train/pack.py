@@ -5,13 +5,14 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor
 
 from data.batch import to_float
@@ -20,16 +21,22 @@ from data.index import Index
 from data.loader import TrainingLoader, TrainingStream, evaluation_batches
 from data.order import State
 from models.build import build, build_meta
+from models.flops import training_flops
 from models.init import materialize
 from models.optimizer import build_optimizer, parameter_groups
-from train import checkpoint
-from train.config import RunConfig, to_yaml
-from train.loop import FINAL_SHARE, describe, open_data, pick_device, run
-from train.metrics import MetricsWriter, mean_loss
+from train.checkpoint import Checkpoints, Progress, complete, fault
+from train.config import RunConfig, identity, to_yaml
+from train.distributed import World, pick_device
+from train.engine import Engine
+from train.interrupt import Interrupt, Interrupted
+from train.loop import FINAL_SHARE, describe, open_data, run, save_weights
+from train.metrics import MetricsWriter, mean_loss, open_trackers
 from train.packing import packable
 from train.replicas import MOMENTS, Replicas
 from train.rundir import RunDirectory
 from train.schedule import schedule
+from train.step import autocast, autocast_dtype, set_backends
+from train.telemetry import Clock, memory_gb, peak_flops
 
 LARGEST_CPU_BATCH = 16  # on a CPU packs of larger batches are hardly faster than run after run (docs/packed.md)
 MEMORY_SHARE = 0.8  # of what is free: the rest is for workspaces and what lives for a moment in the backward pass
@@ -41,13 +48,12 @@ class Member:
 
     config: RunConfig
     directory: RunDirectory
-    log: TextIO
+    checkpoints: Checkpoints
     metrics: MetricsWriter
     active: bool = True  # neither diverged nor completed
 
     def finish(self, result: dict[str, Any]) -> None:
-        self.metrics.close()
-        self.log.close()
+        self.checkpoints.wait()
         self.directory.write_done(result)
         self.active = False
 
@@ -72,7 +78,9 @@ def replica_bytes(config: RunConfig, device: torch.device) -> int:
     images = torch.zeros(batch, model.in_channels, model.image_size, model.image_size, device=device)
     labels = torch.zeros(batch, dtype=torch.int64, device=device)
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        loss = F.cross_entropy(network(images), labels)  # the graph keeps what was counted until here
+        with autocast(device, autocast_dtype(config.train, device)):
+            logits = network(images)
+        loss = F.cross_entropy(logits.float(), labels)  # the graph keeps what was counted until here
     del loss
     weights = sum(parameter.nbytes for parameter in network.parameters())
     return sum(kept.values()) + weights * (3 + len(MOMENTS[config.optimizer.name]))
@@ -110,57 +118,57 @@ def check_pack(configs: Sequence[RunConfig]) -> None:
 # ---------------------------------------------------------------- checkpoints, one for each replica
 
 
-def saved_steps(directory: RunDirectory) -> set[int]:
-    if not directory.checkpoints.is_dir():
-        return set()
-    matches = (checkpoint.STEP.fullmatch(path.name) for path in directory.checkpoints.iterdir())
-    return {int(match[1]) for match in matches if match}
-
-
 def common_step(directories: Sequence[RunDirectory]) -> int:
-    """The newest step of which every replica has a checkpoint, else 0. A kill between two replicas' saves leaves some
-    of them one checkpoint ahead: theirs is taken away, as the pack goes through that step again."""
-    step = max(set.intersection(*(saved_steps(directory) for directory in directories)), default=0)
-    for directory in directories:
-        for later in saved_steps(directory):
+    """The newest step of which every replica has a whole checkpoint, else 0. A kill between two replicas' saves leaves
+    some of them one checkpoint ahead: theirs is taken away, as the pack goes through that step again."""
+    whole = [
+        {int(path.name.removeprefix("step-")): path for path in complete(d.checkpoints) if not fault(path, 0, 1)}
+        for d in directories
+    ]
+    step = max(set.intersection(*(set(found) for found in whole)), default=0)
+    for found in whole:
+        for later in found:
             if later > step:
-                shutil.rmtree(directory.checkpoints / f"step-{later}")
+                shutil.rmtree(found[later])
     return step
 
 
-def empty_run(config: RunConfig) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+def empty_run(config: RunConfig) -> Engine:
     """A network and an optimizer on the CPU, as the run alone has them, to be filled."""
     scaled = build_meta(config.model, config.parameterization)
     materialize(scaled.network, "cpu")
     groups = parameter_groups(scaled.network, scaled.rules, scaled.scale, config.optimizer)
-    return scaled.network, build_optimizer(groups, config.optimizer)
+    return Engine(scaled.network, lambda network: build_optimizer(groups, config.optimizer))
 
 
-def save_replica(replicas: Replicas, number: int, directory: RunDirectory, step: int, state: State) -> None:
-    config = replicas.configs[number]
-    network, optimizer = empty_run(config)
-    network.load_state_dict(replicas.weights(number))
+def save_replica(replicas: Replicas, number: int, member: Member, progress: Progress) -> None:
+    config, engine = member.config, empty_run(member.config)
+    engine.network.load_state_dict(replicas.weights(number))
     moments = replicas.moments(number)
     if config.optimizer.name == "adamw" or config.optimizer.momentum:  # SGD without momentum keeps nothing
-        for name, parameter in network.named_parameters():
-            optimizer.state[parameter] = {key: moment.cpu().clone() for key, moment in moments[name].items()}
+        for name, parameter in engine.network.named_parameters():
+            engine.optimizer.state[parameter] = {key: moment.cpu().clone() for key, moment in moments[name].items()}
             if config.optimizer.name == "adamw":
-                optimizer.state[parameter]["step"] = torch.tensor(float(step))
-    checkpoint.save(directory.checkpoints, step, network, optimizer, state)
+                engine.optimizer.state[parameter]["step"] = torch.tensor(float(progress.step))
+    member.metrics.flush()
+    member.checkpoints.save(progress, engine.state())
 
 
 @torch.no_grad()
-def load_replica(replicas: Replicas, number: int, directory: RunDirectory, step: int) -> State:
-    network, optimizer = empty_run(replicas.configs[number])
-    _, state = checkpoint.load(directory.checkpoints / f"step-{step}", network, optimizer)
-    for name, tensor in network.state_dict().items():
+def load_replica(replicas: Replicas, number: int, checkpoints: Checkpoints) -> Progress:
+    engine = empty_run(replicas.configs[number])
+    loaded = checkpoints.load_newest(engine.state)
+    assert loaded is not None  # common_step has seen it
+    progress, tensors = loaded
+    engine.load_state(tensors)
+    for name, tensor in engine.network.state_dict().items():
         replicas.weights(number)[name].copy_(tensor)
     moments = replicas.moments(number)
-    for name, parameter in network.named_parameters():
+    for name, parameter in engine.network.named_parameters():
         for key, moment in moments[name].items():
-            if key in optimizer.state[parameter]:
-                moment.copy_(optimizer.state[parameter][key])
-    return state
+            if key in engine.optimizer.state[parameter]:
+                moment.copy_(engine.optimizer.state[parameter][key])
+    return progress
 
 
 # ---------------------------------------------------------------- evaluation
@@ -198,124 +206,163 @@ def evaluate(replicas: Replicas, index: Index, split: str) -> list[dict[str, flo
 # ---------------------------------------------------------------- the pack
 
 
-def run_pack(configs: Sequence[RunConfig], paths: Sequence[Path]) -> list[dict[str, Any]]:
+def run_pack(
+    configs: Sequence[RunConfig], paths: Sequence[Path], interrupt: Interrupt | None = None
+) -> list[dict[str, Any]]:
     """Trains the runs `configs` in the directories `paths`, all at once; returns the content of each done.json.
 
     Resumes what is there: runs that are done are left alone, the others go on from the newest step of which all of
-    them have a checkpoint. Raises UserError when they cannot be packed together, do not fit into memory, or the
-    network has an operation that does not batch.
+    them have a checkpoint. `interrupt` is looked at after every step: when set, all save and Interrupted is raised.
+    Raises UserError when the runs cannot be packed together, do not fit into memory, or the network has an operation
+    that does not batch.
     """
     check_pack(configs)
+    interrupt = interrupt or Interrupt()
     pending = [(c, path) for c, path in zip(configs, paths, strict=True) if not RunDirectory(path).done()]
     if len(pending) == 1:
-        run(*pending[0])
+        run(*pending[0], interrupt=interrupt)
     elif pending:
-        train([c for c, _ in pending], [RunDirectory(path) for _, path in pending])
+        with ExitStack() as closing:
+            Pack([c for c, _ in pending], [RunDirectory(path) for _, path in pending], closing).train(interrupt)
     return [RunDirectory(path).done() or {} for path in paths]
 
 
-def train(configs: Sequence[RunConfig], directories: Sequence[RunDirectory]) -> None:
-    """Trains runs none of which is done, to their done markers."""
-    first = configs[0]
-    device = pick_device(first.train.device)
-    index = open_data(first)
-    if len(configs) > (largest := largest_pack(first, device)):
-        raise UserError(
-            f"a pack of {len(configs)} needs more memory than is free on {device}: at most {largest} fit, "
-            f"set train.pack={max(largest, 1)}"
-        )
-    replicas = Replicas(configs, device)
+class Pack:
+    """Runs none of which is done. `closing` takes what has to be closed."""
 
-    # resume
-    step = common_step(directories)
-    states = {seed: State(seed=seed) for seed in replicas.seeds}
-    members = []
-    for number, (config, directory) in enumerate(zip(configs, directories, strict=True)):
-        directory.path.mkdir(parents=True, exist_ok=True)
-        directory.config.write_text(to_yaml(config))
-        log = directory.log.open("a", buffering=1)
-        scaled = build_meta(config.model, config.parameterization)
-        groups = parameter_groups(scaled.network, scaled.rules, scaled.scale, config.optimizer)
-        print(describe(config, scaled, groups, device), file=log)
-        print(f"replica {number} of a pack of {len(configs)}", file=log)
-        if step:
-            states[config.seed] = load_replica(replicas, number, directory, step)
-            print(f"resumed from step-{step}", file=log)
-        members.append(Member(config, directory, log, MetricsWriter(directory.metrics, step)))
-    replicas.steps_done.fill_(step)
-    batch_size, num_steps = first.train.global_batch_size, first.train.num_steps
-    model = first.model
-    loaders = {
-        seed: TrainingLoader(
-            TrainingStream(first.data, index, state, batch_size, model.image_size, model.in_channels), device
-        )
-        for seed, state in states.items()
-    }
-
-    # loop
-    losses: list[Tensor] = []  # (K,) of each step since the last log line, on the device
-    started, logged_at, logged_step, data_wait = time.monotonic(), time.monotonic(), step, 0.0
-    streams = [iter(loaders[seed]) for seed in replicas.seeds]
-    while step < num_steps and any(member.active for member in members):
-        waited_from = time.monotonic()
-        batches = [to_float(next(stream), first.data, device) for stream in streams]
-        data_wait += time.monotonic() - waited_from
-        losses.append(
-            replicas.step(
-                torch.stack([images for images, _ in batches]), torch.stack([labels for _, labels in batches])
+    def __init__(self, configs: Sequence[RunConfig], directories: Sequence[RunDirectory], closing: ExitStack) -> None:
+        self.config = first = configs[0]
+        self.device = device = pick_device(first.train.device, World())
+        self.index = open_data(first)
+        set_backends(device)
+        dtype = autocast_dtype(first.train, device)
+        if len(configs) > (largest := largest_pack(first, device)):
+            raise UserError(
+                f"a pack of {len(configs)} needs more memory than is free on {device}: at most {largest} fit, "
+                f"set train.pack={max(largest, 1)}"
             )
-        )
-        step += 1
+        self.replicas = Replicas(configs, device, dtype)
+        shape = (first.model.in_channels, first.model.image_size, first.model.image_size)
+        self.flops = training_flops(build_meta(first.model, first.parameterization).network, shape)
+        self.peak = peak_flops(device, dtype)
 
-        saves = step % first.train.checkpoint_every == 0 and step < num_steps
-        if step % first.train.log_every == 0 or step == num_steps or saves:  # no loss is pending when a save begins
-            now = time.monotonic()
-            line = {
-                "step": step,
-                "samples": step * batch_size,
-                "images_per_second": (step - logged_step) * batch_size / (now - logged_at),
-                "data_wait": data_wait / (now - logged_at),
+        # resume
+        self.step = common_step(directories)
+        states = {seed: State(seed=seed) for seed in self.replicas.seeds}
+        self.pending: list[Tensor] = []  # losses (K,) of each step that are still on the device
+        self.read: list[list[float]] = []  # per replica, the losses since the last log line that have been read
+        self.members: list[Member] = []
+        for number, (config, directory) in enumerate(zip(configs, directories, strict=True)):
+            directory.path.mkdir(parents=True, exist_ok=True)
+            log = closing.enter_context(directory.log.open("a", buffering=1))
+            scaled = build_meta(config.model, config.parameterization)
+            groups = parameter_groups(scaled.network, scaled.rules, scaled.scale, config.optimizer)
+            place = f"replica {number} of a pack of {len(configs)} on {device.type}, {dtype}"
+            print(describe(config, scaled, groups, place), file=log)
+            keep = first.train.keep_last, first.train.keep_every
+            checkpoints = Checkpoints(directory.checkpoints, identity(config), partial(print, file=log), *keep)
+            closing.callback(checkpoints.close)
+            progress = Progress(0, State(seed=config.seed), [])
+            if self.step:
+                progress = load_replica(self.replicas, number, checkpoints)
+            states[config.seed] = progress.data
+            self.read.append(progress.losses)
+            directory.config.write_text(to_yaml(config))
+            metrics = MetricsWriter(directory.metrics, self.step, open_trackers(config, directory.path, self.step))
+            closing.callback(metrics.close)
+            self.members.append(Member(config, directory, checkpoints, metrics))
+        self.replicas.steps_done.fill_(self.step)
+        self.loaders = {seed: self.loader(state) for seed, state in states.items()}
+
+    def loader(self, state: State) -> TrainingLoader:
+        config, model = self.config, self.config.model
+        batch_size = config.train.global_batch_size
+        stream = TrainingStream(config.data, self.index, state, batch_size, model.image_size, model.in_channels)
+        return TrainingLoader(stream, self.device)
+
+    @property
+    def active(self) -> list[tuple[int, Member]]:
+        return [(number, member) for number, member in enumerate(self.members) if member.active]
+
+    def train(self, interrupt: Interrupt) -> None:
+        """The loop, then evaluation and the done markers."""
+        config, num_steps = self.config.train, self.config.train.num_steps
+        streams = [iter(self.loaders[seed]) for seed in self.replicas.seeds]
+        clock, started = Clock(self.step), time.monotonic()
+        while self.step < num_steps and self.active:
+            waiting = time.monotonic()
+            batches = [to_float(next(stream), self.config.data, self.device) for stream in streams]
+            clock.waited += time.monotonic() - waiting
+            images, labels = (torch.stack(tensors) for tensors in zip(*batches, strict=True))
+            self.pending.append(self.replicas.step(images, labels))
+            self.step += 1
+            if self.step % config.log_every == 0 or self.step == num_steps:
+                self.write_metrics(clock, time.monotonic() - started)
+            if self.step % config.checkpoint_every == 0 and self.step < num_steps:
+                self.save()
+            if interrupt.requested and self.step < num_steps and self.active:
+                self.save()
+                for _, member in self.active:
+                    member.checkpoints.wait()
+                raise Interrupted(f"stopped after step {self.step} of {num_steps}, as asked")
+        self.finish(time.monotonic() - started)
+
+    def read_losses(self) -> None:
+        if self.pending:
+            for mine, losses in zip(self.read, torch.stack(self.pending).T.tolist(), strict=True):
+                mine += losses
+            self.pending.clear()
+
+    def save(self) -> None:
+        """A checkpoint of each replica whose losses are finite: the others are about to be recorded as diverged."""
+        self.read_losses()
+        for number, member in self.active:
+            if all(map(math.isfinite, self.read[number])):
+                state = self.loaders[member.config.seed].state
+                save_replica(self.replicas, number, member, Progress(self.step, state, self.read[number][:]))
+
+    def write_metrics(self, clock: Clock, seconds: float) -> None:
+        """One line of metrics for each replica that still runs; marks those done whose loss is not finite."""
+        self.read_losses()
+        batch_size = self.config.train.global_batch_size
+        images_per_second, data_wait = clock.lap(self.step, batch_size)
+        norms, logits = self.replicas.gradient_norms().flatten().tolist(), self.replicas.logit_rms.tolist()
+        for number, member in self.active:
+            losses = self.read[number]
+            line: dict[str, Any] = {
+                "step": self.step,
+                "samples": self.step * batch_size,
+                "loss": sum(losses) / len(losses),
+                "lr": member.config.optimizer.lr
+                * schedule(member.config.schedule, self.step - 1, self.config.train.num_steps),
+                "grad_norm": norms[number],
+                "logit_rms": logits[number],
+                "images_per_second": images_per_second,
+                "data_wait": data_wait,
+                "memory": memory_gb(self.device),
             }
-            write_lines(replicas, members, torch.stack(losses), line, time.monotonic() - started)
-            losses.clear()
-            logged_at, logged_step, data_wait = now, step, 0.0
-        if saves:
-            for number, member in enumerate(members):
-                if member.active:
-                    state = loaders[member.config.seed].state
-                    save_replica(replicas, number, member.directory, step, state)
+            if self.peak:
+                line["mfu"] = self.flops * images_per_second / self.peak
+            member.metrics.write(line)
+            bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
+            if bad is not None:
+                step = self.step - len(losses) + 1 + bad
+                samples = self.step * batch_size
+                member.finish({"outcome": "diverged", "step": step, "samples": samples, "seconds": seconds})
+        self.read = [[] for _ in self.members]
 
-    # close
-    if any(member.active for member in members):
-        results: list[dict[str, Any]] = [{} for _ in members]
-        for split in first.train.evaluate:
-            results = [result | more for result, more in zip(results, evaluate(replicas, index, split), strict=True)]
-        for number, member in enumerate(members):
-            if not member.active:
-                continue
-            result: dict[str, Any] = {"outcome": "completed", "step": step, "samples": step * batch_size}
-            result["train_loss"] = mean_loss(member.directory.metrics, math.ceil(num_steps * (1 - FINAL_SHARE)))
-            save_file({name: t.cpu().clone() for name, t in replicas.weights(number).items()}, member.directory.weights)
-            member.finish(result | results[number] | {"seconds": time.monotonic() - started})
-
-
-def write_lines(
-    replicas: Replicas, members: Sequence[Member], losses: Tensor, line: dict[str, Any], seconds: float
-) -> None:
-    """One line of metrics for each replica that still runs; closes those whose loss, (steps, K), is not finite."""
-    num_steps = replicas.configs[0].train.num_steps
-    norms = replicas.gradient_norms().flatten().tolist()
-    for number, (member, column) in enumerate(zip(members, losses.T.tolist(), strict=True)):
-        if not member.active:
-            continue
-        peak = member.config.optimizer.lr
-        own = {
-            "loss": sum(column) / len(column),
-            "lr": peak * schedule(member.config.schedule, line["step"] - 1, num_steps),
-            "grad_norm": norms[number],
-        }
-        member.metrics.write(line | own)
-        bad = next((i for i, loss in enumerate(column) if not math.isfinite(loss)), None)
-        if bad is not None:
-            step = line["step"] - len(column) + 1 + bad
-            member.finish({"outcome": "diverged", "step": step, "samples": line["samples"], "seconds": seconds})
+    def finish(self, seconds: float) -> None:
+        """Evaluates, writes the weights, and marks the runs done."""
+        if not self.active:
+            return
+        found: list[dict[str, float]] = [{} for _ in self.members]
+        for split in self.config.train.evaluate:
+            more = evaluate(self.replicas, self.index, split)
+            found = [before | metrics for before, metrics in zip(found, more, strict=True)]
+        samples = self.step * self.config.train.global_batch_size
+        for number, member in self.active:
+            result: dict[str, Any] = {"outcome": "completed", "step": self.step, "samples": samples, **found[number]}
+            result["train_loss"] = mean_loss(member.directory.metrics, math.ceil(self.step * (1 - FINAL_SHARE)))
+            weights = {name: tensor.cpu().clone() for name, tensor in self.replicas.weights(number).items()}
+            save_weights(member.directory.weights, weights)
+            member.finish(result | {"seconds": seconds})

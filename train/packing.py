@@ -22,18 +22,24 @@ PACKABLE_FIELDS = {
 }
 # What the packed step honours with one value for all replicas. A field that is in neither list is one that the packed
 # step knows nothing of: it must have its default, or a pack would quietly leave it out.
-HONOURED_SECTIONS = ("model", "optimizer", "data")
+HONOURED_SECTIONS = ("model", "data")
 HONOURED_FIELDS = {
+    "optimizer.name",
+    "optimizer.nesterov",
     "train.samples",
     "train.global_batch_size",
     "train.label_smoothing",
+    "train.precision",
     "train.evaluate",
     "train.device",
     "train.log_every",
     "train.checkpoint_every",
+    "train.keep_last",
+    "train.keep_every",
     "train.pack",
     "track.project",
     "track.group",
+    "track.tensorboard",
 }
 OPTIMIZERS = ("sgd", "adamw")
 

@@ -147,6 +147,7 @@ class Replicas:
         self.steps_done = torch.zeros(1, dtype=torch.int64, device=device)
         self.alive = torch.ones(len(configs), 1, dtype=torch.bool, device=device)
         self.losses = torch.zeros(len(configs), device=device)
+        self.logit_rms = torch.zeros(len(configs), device=device)
         self.gradients: Sequence[Tensor] = []
         self.step_function = GraphedStep(self.eager_step) if device.type == "cuda" else self.eager_step
         self.check_batches()
@@ -233,6 +234,7 @@ class Replicas:
         losses = each.view(labels.shape).mean(1)
         self.gradients = torch.autograd.grad(losses.sum(), [group.values for group in self.groups])
         self.losses.copy_(losses.detach())
+        self.logit_rms.copy_(logits.detach().square().view(len(self.losses), -1).mean(1).sqrt())
         self.update()
 
     def gradient_norms(self) -> Tensor:
