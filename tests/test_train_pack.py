@@ -211,6 +211,18 @@ def test_a_pack_that_is_asked_to_stop_saves_all_replicas_and_goes_on(
     assert metrics(paths[1], "step") == [2, 4, 6, 8, 10, 12]
 
 
+def test_a_frozen_replica_keeps_its_weights_while_the_others_learn(make: Callable[..., RunConfig]) -> None:
+    for optimizer in RATES:
+        replicas = Replicas([make("vit", optimizer, seed=seed) for seed in range(2)], CPU)
+        images, labels = torch.randn(2, 4, 1, 8, 8), torch.arange(8).view(2, 4)
+        replicas.step(images, labels)
+        replicas.alive[1] = False
+        before = [{name: w.clone() for name, w in replicas.weights(number).items()} for number in range(2)]
+        replicas.step(images, labels)
+        assert all(torch.equal(w, before[1][name]) for name, w in replicas.weights(1).items())
+        assert not torch.equal(replicas.weights(0)["head.weight"], before[0]["head.weight"])
+
+
 def test_bf16_replicas_learn_like_bf16_runs(make: Callable[..., RunConfig]) -> None:
     """Rounding differs between batched and single kernels, so bf16 is compared in its own precision."""
     for network in ("vit", "conv_resnet, no norm"):
