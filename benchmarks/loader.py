@@ -10,7 +10,6 @@ machine slows all alike. Medians over the turns. litdata and opencv are compared
 import argparse
 import importlib.util
 import io
-import resource
 import statistics
 import tempfile
 import time
@@ -19,12 +18,13 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 import webdataset
 from PIL import Image
 
 from data.augment import NUM_DRAWS, prepare
-from data.batch import to_float
+from data.batch import Batch, to_float
 from data.config import DataConfig
 from data.decode import decode
 from data.index import Index, Span
@@ -67,8 +67,7 @@ def bare(index: Index) -> Iterator[object]:
         for number in random.integers(len(samples), size=BATCH):
             draws = random.random(NUM_DRAWS["resized_crop_flip"])
             images.append(prepare(decode(samples[number], 3, "fast"), "resized_crop_flip", SIZE, draws, "fast"))
-        batch = torch.stack(images)
-        yield (batch.float() / 255 - config.mean) / config.std
+        yield to_float(Batch(torch.stack(images), torch.zeros(BATCH)), config, "cpu")
 
 
 def as_users_write_it(index: Index) -> Iterator[object]:
@@ -115,13 +114,13 @@ def opencv(index: Index) -> Iterator[object]:
         webdataset.WebDataset(shards, shardshuffle=4).shuffle(64).to_tuple("jpg", "cls").map_tuple(crop, int).repeat()
     )
     for images, _ in torch.utils.data.DataLoader(dataset, batch_size=BATCH):
-        yield (images.float() / 255 - 0.5) / 0.5
+        yield images.float().mul_(1 / 127.5).sub_(1)
 
 
 def litdata(index: Index, folder: Path) -> Iterator[object]:
-    """litdata's streaming of the same JPEG bytes; PIL and torchvision's uint8 transforms, floats for the whole batch."""
+    """litdata's streaming of the same JPEG bytes; PIL and torchvision, uint8 until the batch is whole."""
     from litdata import StreamingDataLoader, StreamingDataset
-    from litdata.streaming import BinaryWriter
+    from litdata.streaming.writer import BinaryWriter
     from torchvision import transforms
 
     crop = transforms.Compose(
@@ -145,7 +144,7 @@ def litdata(index: Index, folder: Path) -> Iterator[object]:
     writer.merge()
     while True:
         for images, _ in StreamingDataLoader(Photos(str(folder), shuffle=True), batch_size=BATCH):
-            yield (images.float() / 255 - 0.5) / 0.5
+            yield images.float().mul_(1 / 127.5).sub_(1)
 
 
 def measure(loaders: dict[str, Iterator[object]], repeats: int, batches: int) -> dict[str, float]:
@@ -160,6 +159,21 @@ def measure(loaders: dict[str, Iterator[object]], repeats: int, batches: int) ->
                 pass
             rates[name].append(batches * BATCH / (time.process_time() - started))
     return {name: statistics.median(values) for name, values in rates.items()}
+
+
+def worker_memory(index: Index) -> str:
+    """Memory that a worker process has for itself, MB, at the end of each epoch."""
+    config = DataConfig(
+        name="photos", root=index.root, augment="resized_crop_flip", minival=0, num_streams=16, num_workers=1
+    )
+    batches = iter(TrainingLoader(TrainingStream(config, index, State(0), BATCH, SIZE, 3)))
+    used = []
+    for _ in range(4):
+        for _ in islice(batches, SAMPLES // BATCH):
+            pass
+        [worker] = psutil.Process().children()
+        used.append(f"{worker.memory_full_info().uss / 1e6:.0f}")
+    return ", ".join(used)
 
 
 def seconds(action: Callable[[], object]) -> float:
@@ -191,11 +205,7 @@ def main() -> None:
         loaders = {"depthmup": own(index, "fast")}
         next(loaders["depthmup"])
         print(f"first batch after {time.perf_counter() - started:.2f} s")
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        for _ in islice(loaders["depthmup"], SAMPLES // BATCH * 3):
-            pass
-        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        print(f"highest memory after one batch {before / 1024:.0f} MB, after three epochs {after / 1024:.0f} MB")
+        print(f"memory of one worker after each of 4 epochs: {worker_memory(index)} MB")
         print(f"order planned for one of 4,096 x 8 readers, 10,000 shards: {seconds(plan_for_many_readers):.3f} s")
         loaders |= {
             "depthmup, data.backend: pil": own(index, "pil"),
