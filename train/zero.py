@@ -38,6 +38,7 @@ class ZeroRedundancy(Engine):
     """DeepSpeed ZeRO, stage 0 to 3."""
 
     name = "deepspeed"
+    module: Any  # a DeepSpeedEngine, which has no types
 
     def __init__(
         self,
