@@ -106,7 +106,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_losses_of_every_engine_on_two_processes_equal_those_of_one_process(runs: Path, case: str) -> None:
     expected = losses(runs / "none" / case)
     assert len(expected) == 20
-    assert expected[-1] < expected[0]
+    assert len(set(expected)) == 20
     for engine in engines_of(case):
         assert losses(runs / engine / case) == pytest.approx(expected, rel=1e-5), engine
 

@@ -16,13 +16,13 @@ from train.config import to_yaml
 from train.distributed import World, first_host, world_from_environment
 from train.rundir import EXIT_DIVERGED, EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, EXIT_USER_ERROR, RunDirectory
 
-STEPS = 400
+STEPS = 240
 OVERRIDES = ("optimizer.name=adamw", "optimizer.lr=0.002", "train.clip_norm=1", "train.checkpoint_every=10")
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 400 steps as a YAML file."""
+    """A run of 240 steps as a YAML file."""
     directory = tmp_path_factory.mktemp("processes")
     path = directory / "run.yaml"
     shards = pack_digits(directory / "shards")
@@ -69,7 +69,7 @@ def test_stopped_and_killed_runs_go_on_with_other_engines_and_world_sizes(config
     assert "as asked" in output
 
     processes = train(config, tmp_path, "parallel.engine=deepspeed", world_size=2)
-    wait_for_step(tmp_path, 120)
+    wait_for_step(tmp_path, 70)
     processes[1].kill()
     codes, output = finish(processes)
     assert codes == [EXIT_FAILED, -signal.SIGKILL], output
@@ -79,7 +79,7 @@ def test_stopped_and_killed_runs_go_on_with_other_engines_and_world_sizes(config
     assert "Traceback" in failed["traceback"]
 
     processes = train(config, tmp_path, "parallel.engine=ddp", world_size=2)
-    wait_for_step(tmp_path, 200)
+    wait_for_step(tmp_path, 120)
     processes[0].send_signal(signal.SIGTERM)
     codes, output = finish(processes)
     assert codes == [EXIT_REQUEUE, EXIT_REQUEUE], output
@@ -92,11 +92,11 @@ def test_stopped_and_killed_runs_go_on_with_other_engines_and_world_sizes(config
 
     whole = tmp_path / "whole"
     assert finish(train(config, whole))[0] == [EXIT_DONE]
-    assert losses(tmp_path) == pytest.approx(losses(whole), rel=1e-3)  # 400 steps of Adam widen 1e-7 of rounding
+    assert losses(tmp_path) == pytest.approx(losses(whole), rel=1e-3)  # 240 steps of Adam widen 1e-7 of rounding
 
 
 def test_a_run_that_diverges_on_two_processes_ends_on_both_and_says_where(config: Path, tmp_path: Path) -> None:
-    overrides = ("optimizer.name=sgd", "optimizer.lr=1e6", "train.clip_norm=null", "train.log_every=5")
+    overrides = ("optimizer.name=sgd", "optimizer.lr=1e30", "train.clip_norm=null", "train.log_every=5")
     codes, output = finish(train(config, tmp_path, *overrides, world_size=2))
     assert codes == [EXIT_DIVERGED, EXIT_DIVERGED], output
     done = RunDirectory(tmp_path).done()

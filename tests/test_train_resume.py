@@ -183,9 +183,7 @@ def test_a_corrupt_checkpoint_is_passed_over_for_an_older_one(shards: Path, whol
     assert_same_end(tmp_path, whole)
 
 
-def test_a_checkpoint_of_another_model_is_refused_with_the_diff(
-    shards: Path, whole: Path, tmp_path: Path
-) -> None:
+def test_a_checkpoint_of_another_model_is_refused_with_the_diff(shards: Path, whole: Path, tmp_path: Path) -> None:
     (tmp_path / "checkpoints").symlink_to(whole / "checkpoints")
     with pytest.raises(
         UserError, match=r"another run \(model.depth: 6 there, 9 here; parameterization.name: depth_mup"

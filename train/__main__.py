@@ -51,7 +51,7 @@ def train(config: RunConfig, directory: RunDirectory) -> int:
         reason = {"rank": world.rank, "error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
         directory.write_first_failure(reason)
         with directory.rank_log(world.rank).open("a") as log:
-            log.write(reason["traceback"])
+            traceback.print_exc(file=log)
         if isinstance(error, UserError):
             if world.is_main:
                 print(f"error: {error}", file=sys.stderr)

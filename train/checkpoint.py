@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from data.errors import UserError
-from data.storage import write_atomically
 from data.order import State
+from data.storage import write_atomically
 
 STEP = re.compile(r"step-(\d+)")
 METADATA_CLASSES = {  # all that a checkpoint's .metadata, a pickle, may name: nothing that runs

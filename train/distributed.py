@@ -54,7 +54,7 @@ def world_from_environment(environment: "os._Environ[str] | dict[str, str]" = os
 
 
 def pick_device(name: str, world: World) -> torch.device:
-    """This process's device. Raises UserError when a GPU is asked for and there is none."""
+    """This process's device, made the current one. Raises UserError when a GPU is asked for and there is none."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -62,7 +62,9 @@ def pick_device(name: str, world: World) -> torch.device:
     visible = torch.cuda.device_count()
     if world.local_rank >= visible > 1:
         raise UserError(f"process {world.rank} is number {world.local_rank} on its node, which has {visible} GPUs")
-    return torch.device("cuda", world.local_rank % visible)  # srun --gpus-per-task shows each task just its own
+    device = torch.device("cuda", world.local_rank % visible)  # srun --gpus-per-task shows each task just its own
+    torch.cuda.set_device(device)
+    return device
 
 
 def set_timeout(timeout: timedelta) -> None:

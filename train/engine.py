@@ -5,7 +5,7 @@ parameter names are those of the plain model, and `optimizer`, whose groups are 
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,7 @@ class Engine:
     """One process. The other engines override what differs."""
 
     name = "none"
+    optimizer: Any  # torch.optim.Optimizer, or DeepSpeed's wrapper of one
 
     def __init__(self, network: nn.Module, make_optimizer: OptimizerFactory) -> None:
         self.network = network  # plain parameter names
@@ -63,7 +64,7 @@ class Engine:
         configuration alone sets them."""
         return {
             "model": get_model_state_dict(self.network),
-            "optimizer": get_optimizer_state_dict(self.network, self.optimizer)["state"],
+            "optimizer": cast(dict[str, Any], get_optimizer_state_dict(self.network, self.optimizer)["state"]),
         }
 
     def load_state(self, state: TensorState) -> None:
@@ -77,7 +78,8 @@ class Engine:
 
     def full_weights(self) -> dict[str, Tensor]:
         """Parameters and buffers on the CPU of rank 0, whole; other ranks get an empty dict."""
-        return get_model_state_dict(self.network, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return cast(dict[str, Tensor], get_model_state_dict(self.network, options=options))
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -170,6 +170,8 @@ class Run:
         )
         self.average = None
         if config.train.ema:
+            if engine_name == "deepspeed" and config.parallel.zero_stage == 3:
+                raise UserError("train.ema cannot see ZeRO 3's shards: use parallel.engine=fsdp, or zero_stage 2")
             self.average = WeightAverage(scaled.network, config.train.ema)
         roles = {name: rule.role.value for name, rule in scaled.rules.items()}
         self.roles = RoleStatistics(scaled.network, roles) if engine_name != "deepspeed" else None

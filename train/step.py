@@ -59,7 +59,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[None]:
-    return torch.autocast(device.type, dtype) if dtype else nullcontext()  # type: ignore[return-value]
+    return torch.autocast(device.type, dtype) if dtype else nullcontext()
 
 
 def autocast_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:
@@ -106,7 +106,7 @@ def prepare(
         network.get_submodule(blocks[0]).register_forward_pre_hook(lambda module, inputs: (inputs[0].to(dtype),))
     for block in map(network.get_submodule, blocks):
         if config.activation_checkpointing:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         if config.compile == "block":
             block.compile()
     if config.compile == "model":

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,9 @@ def memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+T = TypeVar("T")
+
+
 @dataclass
 class LossWindow:
     """Losses since the last log line, kept on the device: reading them is the host's only wait for it."""
@@ -77,7 +81,7 @@ class Clock:
     since: float = field(default_factory=time.monotonic)
     waited: float = 0.0
 
-    def wait(self, get: "Callable[[], object]") -> "object":
+    def wait(self, get: Callable[[], T]) -> T:
         start = time.monotonic()
         value = get()
         self.waited += time.monotonic() - start
@@ -130,5 +134,5 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def square_sum(tensors: list[Tensor]) -> Tensor:
+def square_sum(tensors: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
     return torch.stack([norm.float() ** 2 for norm in torch._foreach_norm(tensors)]).sum()

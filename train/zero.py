@@ -38,6 +38,7 @@ class ZeroRedundancy(Engine):
     """DeepSpeed ZeRO, stage 0 to 3."""
 
     name = "deepspeed"
+    module: Any  # a DeepSpeedEngine, which has no types
 
     def __init__(
         self,
@@ -51,6 +52,12 @@ class ZeroRedundancy(Engine):
         micro_batch_size: int,
     ) -> None:
         deepspeed = import_deepspeed(next(network.parameters()).device)
+        optimizer = make_optimizer(network)
+        if not isinstance(optimizer, torch.optim.SGD | torch.optim.AdamW):
+            raise UserError(
+                f"{type(optimizer).__name__} looks at whole matrices, which ZeRO's flat shards do not show it: "
+                "use parallel.engine=fsdp or ddp"
+            )
         settings = {
             "train_micro_batch_size_per_gpu": micro_batch_size,
             "gradient_accumulation_steps": micro_batches,
@@ -61,7 +68,7 @@ class ZeroRedundancy(Engine):
         }
         self.stage, self.network = stage, network
         self.module, self.optimizer, _, _ = deepspeed.initialize(
-            model=network, optimizer=make_optimizer(network), config=settings, dist_init_required=False
+            model=network, optimizer=optimizer, config=settings, dist_init_required=False
         )
         self.norm = torch.zeros(())
 
