@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from models.errors import ModelError
 from models.parameterization import Role
 
 
@@ -46,19 +47,38 @@ class ParameterRule:
 
 
 @dataclass(frozen=True)
+class Slot:
+    """Modules of one kind whose output gets a multiplier, such as the ends of all attention branches.
+
+    An export folds the multiplier into a slot's own weights or, when it has none, into those of `last`.
+    """
+
+    output: str  # regular expression on module names
+    last: str  # template over the match: the last module with weights before the slot
+    share: float = 1.0  # of `last`'s rows: 1/3 for the queries in timm's qkv
+
+
+@dataclass(frozen=True)
+class Roles:
+    """What the scaling rules have to know about a network: the role of each parameter, and where multipliers sit."""
+
+    parameters: tuple[ParameterRule, ...]
+    branches: tuple[Slot, ...]  # the ends of residual branches
+    readout: str  # name of the module whose input gets the readout multiplier
+    queries: tuple[Slot, ...] = ()  # modules whose output is the queries
+    keys: str | None = None  # regular expression: whose output is the keys; only the coordinate check looks at them
+
+
+@dataclass(frozen=True)
 class Family:
     """One row per family: the scaling code knows families only through this."""
 
     name: str
     build: Callable[[Any], nn.Module]  # ModelConfig -> module, on the current default device
-    rules: tuple[ParameterRule, ...]
-    branches: tuple[str, ...]  # regular expressions: modules at the end of a residual branch, scaled on their output
-    readout: str  # name of the module whose input gets the readout multiplier
-    attention: str | None = None  # regular expression: modules whose output is the queries
-    head_dims: Callable[[Any], tuple[int, int]] | None = None  # config -> (head_dim, base_head_dim)
+    roles: Callable[[Any], Roles]  # ModelConfig -> roles
 
 
-class UnmatchedParameterError(ValueError):
+class UnmatchedParameterError(ModelError):
     """A parameter that no rule, or more than one rule, gives a role."""
 
 
@@ -76,17 +96,19 @@ def match_rules(names: Iterable[str], rules: tuple[ParameterRule, ...]) -> dict[
         else:
             problems.append(f"{name}: matched by {' and '.join(repr(rule.pattern) for rule in hits)}")
     if problems:
+        shown = problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])
         raise UnmatchedParameterError(
-            "parameters without exactly one role (add or narrow a ParameterRule): " + "; ".join(problems)
+            "parameters without exactly one role; give each name one ParameterRule(pattern, role, init), "
+            "see docs/your-model.md: " + "; ".join(shown)
         )
     return matched
 
 
 def modules_matching(model: nn.Module, pattern: str) -> list[str]:
-    """Names of the modules whose whole name matches the regular expression `pattern`; raises ValueError for none."""
+    """Names of the modules whose whole name matches the regular expression `pattern`; raises ModelError for none."""
     names = [name for name, _ in model.named_modules() if re.fullmatch(pattern, name)]
     if not names:
-        raise ValueError(f"no module of {type(model).__name__} matches {pattern!r}")
+        raise ModelError(f"no module of {type(model).__name__} matches {pattern!r}")
     return names
 
 
@@ -98,6 +120,8 @@ def base_shape(shape: torch.Size, role: Role, width_ratio: float) -> tuple[int, 
         Role.BRANCH_HIDDEN: (True, True),
         Role.VECTOR: (True, False),
         Role.BRANCH_VECTOR: (True, False),
+        Role.SCALAR: (False, False),
+        Role.BRANCH_SCALAR: (False, False),
         Role.READOUT: (False, True),
     }[role]
     head = tuple(round(size / width_ratio) if grow else size for size, grow in zip(shape[:2], grows, strict=False))

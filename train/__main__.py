@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from data.errors import UserError
+from models.errors import ModelError
 from train.config import RunConfig, from_plain, read_yaml, run_hash, set_dotted
 from train.interrupt import Interrupt, Interrupted
 from train.rundir import EXIT_DIVERGED, EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, EXIT_USER_ERROR, RunDirectory
@@ -52,7 +53,7 @@ def train(config: RunConfig, directory: RunDirectory) -> int:
         directory.write_first_failure(reason)
         with directory.rank_log(world.rank).open("a") as log:
             traceback.print_exc(file=log)
-        if isinstance(error, UserError):
+        if isinstance(error, UserError | ModelError):
             if world.is_main:
                 print(f"error: {error}", file=sys.stderr)
             return EXIT_USER_ERROR

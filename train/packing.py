@@ -18,6 +18,8 @@ PACKABLE_FIELDS = {
     "optimizer.eps",
     "optimizer.weight_decay",
     "optimizer.weight_decay_mode",
+    "optimizer.batch_ratio",
+    "optimizer.samples_ratio",
     "train.clip_norm",
 }
 # What the packed step honours with one value for all replicas. A field that is in neither list is one that the packed

@@ -137,7 +137,7 @@ class Replicas:
 
         optimizers = [c.optimizer for c in configs]
         self.momentum = column([o.momentum for o in optimizers], device)
-        self.betas = [column([o.betas[i] for o in optimizers], device) for i in (0, 1)]
+        self.betas = [column([o.scaled_betas[i] for o in optimizers], device) for i in (0, 1)]
         clips = [c.train.clip_norm for c in configs]
         self.clip = column([clip or float("inf") for clip in clips], device) if any(clips) else None
         num_steps = configs[0].train.num_steps
