@@ -18,11 +18,11 @@ from train.distributed import mean_over_ranks, sum_over_ranks
 # first name that is part of the device's name counts.
 PEAK_FLOPS: tuple[tuple[str, float, float], ...] = (
     ("B200", 2250e12, 1125e12),
+    ("GH200", 989e12, 494.7e12),
     ("H200", 989e12, 494.7e12),
     ("H100 PCIe", 756e12, 378e12),
     ("H100 NVL", 835e12, 417.5e12),
     ("H100", 989e12, 494.7e12),
-    ("GH200", 989e12, 494.7e12),
     ("A100", 312e12, 156e12),
     ("L40S", 362e12, 183e12),
     ("A40", 149.7e12, 74.8e12),
