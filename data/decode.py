@@ -58,7 +58,7 @@ def decode(content: bytes, channels: int, backend: str) -> Tensor:
             check_pixels(height, width)
             if colorspace in ("YCbCr", "RGB", "Gray"):
                 return from_array(simplejpeg.decode_jpeg(content, "GRAY" if channels == 1 else "RGB"))
-        except ValueError:  # simplejpeg is stricter than PIL, whose verdict counts
+        except (ValueError, KeyError):  # stricter than PIL, whose verdict counts; KeyError: an odd chroma subsampling
             pass
     return decode_pil(content, channels)
 
