@@ -1,0 +1,49 @@
+"""What is trained, and how it scales: `models.apply` for a network of your own, `models.build` for the families here.
+
+Names are loaded at first use, so that reading a configuration (models.config) needs no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from models.build import ScaledModel, apply
+    from models.config import OptimizerConfig, ParameterizationConfig, Size
+    from models.family import Branch, Init, ParameterRule, Roles
+    from models.optimizer import build_optimizer, parameter_groups
+    from models.parameterization import Role
+
+HOME = {
+    "ScaledModel": "build",
+    "apply": "build",
+    "OptimizerConfig": "config",
+    "ParameterizationConfig": "config",
+    "Size": "config",
+    "Branch": "family",
+    "Init": "family",
+    "ParameterRule": "family",
+    "Roles": "family",
+    "build_optimizer": "optimizer",
+    "parameter_groups": "optimizer",
+    "Role": "parameterization",
+}
+__all__ = [
+    "Branch",
+    "Init",
+    "OptimizerConfig",
+    "ParameterRule",
+    "ParameterizationConfig",
+    "Role",
+    "Roles",
+    "ScaledModel",
+    "Size",
+    "apply",
+    "build_optimizer",
+    "parameter_groups",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOME:
+        raise AttributeError(f"module 'models' has no attribute {name!r}")
+    return getattr(import_module(f"models.{HOME[name]}"), name)

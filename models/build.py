@@ -1,19 +1,21 @@
-"""From a configuration to a network with its multipliers, roles and initial weights."""
+"""From a configuration, or a network of the user's own, to a network with multipliers, roles and initial weights."""
 
+import re
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from models.config import AnyModelConfig, ParameterizationConfig
+from models.config import AnyModelConfig, ParameterizationConfig, Size
 from models.conv_resnet import CONV_RESNET
-from models.family import Family, ParameterRule, match_rules, modules_matching
+from models.family import Family, ParameterRule, Roles, match_rules, modules_matching
 from models.init import initialize, materialize
 from models.multiplier import Multiplier, scale_input, scale_output
 from models.parameterization import Scale
+from models.resnet import RESNET
 from models.vit import VIT
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (VIT, CONV_RESNET)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (VIT, RESNET, CONV_RESNET)}
 
 
 @dataclass(frozen=True)
@@ -22,28 +24,45 @@ class ScaledModel:
 
     network: nn.Module
     scale: Scale
+    roles: Roles
     rules: dict[str, ParameterRule]  # parameter name -> role and base init
+    branches: dict[str, str]  # module at the end of a residual branch -> module that an export folds into
     multipliers: dict[str, Multiplier]  # module name -> its multiplier, where it is not 1
 
 
-def scale_of(config: AnyModelConfig, parameterization: ParameterizationConfig) -> Scale:
-    return Scale(parameterization.resolve(), config.width_ratio, config.depth_ratio)
+def scale_of(size: Size, base: Size, parameterization: ParameterizationConfig) -> Scale:
+    ratios = size.width / base.width, size.depth / base.depth, size.head_dim / base.head_dim
+    return Scale(parameterization.resolve(), *ratios)
 
 
-def install_multipliers(
-    network: nn.Module, family: Family, config: AnyModelConfig, scale: Scale
-) -> dict[str, Multiplier]:
-    """Puts branch, attention and readout multipliers on the family's slots; returns those that are not 1."""
+def find_branches(network: nn.Module, roles: Roles) -> dict[str, str]:
+    """Module at the end of each residual branch -> the last module with weights inside it."""
+    return {
+        name: match.expand(branch.last)
+        for branch in roles.branches
+        for name in modules_matching(network, branch.output)
+        if (match := re.fullmatch(branch.output, name))
+    }
+
+
+def scaled_model(network: nn.Module, roles: Roles, scale: Scale) -> ScaledModel:
+    """Gives every parameter its role and puts the multipliers on `network`. All names are checked before any change.
+
+    Raises UnmatchedParameterError, or ValueError for a pattern that no module matches.
+    """
+    rules = match_rules((name for name, _ in network.named_parameters()), roles.parameters)
+    branches = find_branches(network, roles)
+    queries = modules_matching(network, roles.queries) if roles.queries else []
+    if roles.readout not in dict(network.named_modules()):
+        raise ValueError(f"no module of {type(network).__name__} is called {roles.readout!r} (the readout)")
     installed: dict[str, Multiplier | None] = {}
-    for pattern in family.branches:
-        for name in modules_matching(network, pattern):
-            installed[name] = scale_output(network, name, scale.branch_multiplier())
-    if family.attention and family.head_dims:
-        attention = scale.attention_multiplier(*family.head_dims(config))
-        for name in modules_matching(network, family.attention):
-            installed[name] = scale_output(network, name, attention)
-    installed[family.readout] = scale_input(network, family.readout, scale.readout_multiplier())
-    return {name: multiplier for name, multiplier in installed.items() if multiplier is not None}
+    for name in branches:
+        installed[name] = scale_output(network, name, scale.branch_multiplier())
+    for name in queries:
+        installed[name] = scale_output(network, name, scale.attention_multiplier())
+    installed[roles.readout] = scale_input(network, roles.readout, scale.readout_multiplier())
+    multipliers = {name: multiplier for name, multiplier in installed.items() if multiplier is not None}
+    return ScaledModel(network, scale, roles, rules, branches, multipliers)
 
 
 def build_meta(config: AnyModelConfig, parameterization: ParameterizationConfig) -> ScaledModel:
@@ -51,9 +70,8 @@ def build_meta(config: AnyModelConfig, parameterization: ParameterizationConfig)
     family = FAMILIES[config.family]
     with torch.device("meta"):
         network = family.build(config)
-    scale = scale_of(config, parameterization)
-    rules = match_rules((name for name, _ in network.named_parameters()), family.rules)
-    return ScaledModel(network, scale, rules, install_multipliers(network, family, config, scale))
+    scale = scale_of(config.size, config.base_size, parameterization)
+    return scaled_model(network, family.roles(config), scale)
 
 
 def build(
@@ -63,4 +81,17 @@ def build(
     scaled = build_meta(config, parameterization)
     materialize(scaled.network, device)
     initialize(scaled.network, scaled.rules, scaled.scale, seed)
+    return scaled
+
+
+def apply(
+    parameterization: ParameterizationConfig, network: nn.Module, *, size: Size, base: Size, roles: Roles, seed: int = 0
+) -> ScaledModel:
+    """Scales a network of the user's own from `base` to its `size`: installs multipliers, draws initial weights anew.
+
+    Raises ValueError for a parameter without exactly one role or a pattern that matches no module; `network` is then
+    as it was. Train it with `models.parameter_groups`.
+    """
+    scaled = scaled_model(network, roles, scale_of(size, base, parameterization))
+    initialize(network, scaled.rules, scaled.scale, seed)
     return scaled

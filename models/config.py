@@ -28,6 +28,15 @@ Positive = Annotated[int, Field(gt=0)]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Size:
+    """What the scaling rules compare between a model and its base. `head_dim` matters only where it grows."""
+
+    width: Positive
+    depth: Positive
+    head_dim: Positive = 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Size and shape of a model. At the base size every scaling factor is 1."""
 
@@ -40,49 +49,88 @@ class ModelConfig:
     in_channels: Literal[1, 3] = 3
 
     @property
-    def width_ratio(self) -> float:
-        """N = width / base_width."""
-        return self.width / self.base_width
+    def size(self) -> Size:
+        return Size(width=self.width, depth=self.depth)
 
     @property
-    def depth_ratio(self) -> float:
-        """L = depth / base_depth."""
-        return self.depth / self.base_depth
+    def base_size(self) -> Size:
+        return Size(width=self.base_width, depth=self.base_depth)
+
+
+def check_multiple(name: str, value: int, divisor: int, what: str) -> None:
+    """Raises ValueError, with the nearest values that fit, unless `divisor` divides `value`."""
+    if value % divisor:
+        lower = value // divisor * divisor
+        nearest = f"{lower} or {lower + divisor}" if lower else str(divisor)
+        raise ValueError(f"{name} {value} must be a multiple of {what} {divisor}: use {nearest}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class VisionTransformerConfig(ModelConfig):
-    """timm's ViT. Give `head_dim` to let the number of heads grow with width, or `num_heads` to let the head dim
-    grow (Bordelon et al.)."""
+    """timm's ViT called `timm_name`, at this width and depth; a key that is null is as timm has it under that name.
+
+    Give `head_dim` to let the number of heads grow with width, or `num_heads` to let the head dim grow (Bordelon et
+    al.). Block types other than timm's plain one, and attention pooling, have no rules and are refused.
+    """
 
     family: Literal["vit"] = "vit"
-    patch_size: Positive = 16
+    timm_name: str = "vit_base_patch16_224"
     head_dim: Positive | None = None
     num_heads: Positive | None = None
-    mlp_ratio: Annotated[Number, Field(gt=0)] = 4.0
-    qk_norm: bool = False
-    class_token: bool = True
-    global_pool: Literal["token", "avg"] = "token"
+    patch_size: Positive | None = None
+    mlp_ratio: Annotated[Number, Field(gt=0)] | None = None
+    qk_norm: bool | None = None
+    class_token: bool | None = None
+    global_pool: Literal["token", "avg"] | None = None
+    layer_scale: Annotated[Number, Field(ge=0)] | None = None  # initial value; 0 leaves LayerScale out
 
     def __post_init__(self) -> None:
         if (self.head_dim is None) == (self.num_heads is None):
             raise ValueError("give exactly one of head_dim (heads grow with width) and num_heads (head dim grows)")
-        if self.global_pool == "token" and not self.class_token:
-            raise ValueError("global_pool 'token' needs class_token: true (or use global_pool: avg)")
-        if self.image_size % self.patch_size:
+        if self.class_token is False and self.global_pool != "avg":
+            raise ValueError("class_token: false needs global_pool: avg")
+        if self.patch_size and self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} must be a multiple of patch_size {self.patch_size}")
         what, divisor = ("head_dim", self.head_dim) if self.head_dim else ("num_heads", self.num_heads)
         assert divisor is not None
-        for name, width in (("width", self.width), ("base_width", self.base_width)):
-            if width % divisor:
-                lower = width // divisor * divisor
-                nearest = f"{lower} or {lower + divisor}" if lower else str(divisor)
-                raise ValueError(f"{name} {width} must be a multiple of {what} {divisor}: use {nearest}")
+        check_multiple("width", self.width, divisor, what)
+        check_multiple("base_width", self.base_width, divisor, what)
 
     def heads(self, width: int) -> tuple[int, int]:
         """(number of heads, head dim) at `width`."""
         num_heads = self.num_heads or width // (self.head_dim or 1)
         return num_heads, width // num_heads
+
+    @property
+    def size(self) -> Size:
+        return Size(width=self.width, depth=self.depth, head_dim=self.heads(self.width)[1])
+
+    @property
+    def base_size(self) -> Size:
+        return Size(width=self.base_width, depth=self.base_depth, head_dim=self.heads(self.base_width)[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResNetConfig(ModelConfig):
+    """timm's ResNet, or its ResNetV2 (`preactivation`). `width` is the channels of the stem and of the first stage's
+    3x3 convs, 64 in ResNet-50; `depth` counts residual blocks and is a multiple of the pattern `blocks`."""
+
+    family: Literal["resnet"] = "resnet"
+    block: Literal["basic", "bottleneck"] = "basic"
+    blocks: tuple[Positive, Positive, Positive, Positive] = (1, 1, 1, 1)  # per stage
+    preactivation: bool = False
+    norm: Literal["batch", "group", "none"] = "batch"
+    num_groups: Positive = 32
+
+    def __post_init__(self) -> None:
+        check_multiple("depth", self.depth, sum(self.blocks), f"the blocks in {list(self.blocks)},")
+        divisor, what = (self.num_groups, "num_groups") if self.norm == "group" else (8, "timm's channel step")
+        for name, width in (("width", self.width), ("base_width", self.base_width)):
+            check_multiple(name, width, divisor, what)
+
+    @property
+    def blocks_per_stage(self) -> tuple[int, ...]:
+        return tuple(count * self.depth // sum(self.blocks) for count in self.blocks)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,16 +143,39 @@ class ConvResNetConfig(ModelConfig):
     norm: Literal["none", "batch", "layer"] = "none"
 
     def __post_init__(self) -> None:
-        for name, depth in (("depth", self.depth), ("base_depth", self.base_depth)):
-            if depth % self.num_stages:
-                lower = depth // self.num_stages * self.num_stages
-                nearest = f"{lower} or {lower + self.num_stages}" if lower else str(self.num_stages)
-                raise ValueError(f"{name} {depth} must be a multiple of num_stages {self.num_stages}: use {nearest}")
+        check_multiple("depth", self.depth, self.num_stages, "num_stages")
+        check_multiple("base_depth", self.base_depth, self.num_stages, "num_stages")
         if self.image_size < 2 ** (self.num_stages - 1):
             raise ValueError(f"image_size {self.image_size} cannot be halved between {self.num_stages} stages")
 
 
-AnyModelConfig = Annotated[VisionTransformerConfig | ConvResNetConfig, Field(discriminator="family")]
+VIT_16 = {"family": "vit", "head_dim": 64, "patch_size": 16, "image_size": 224}
+RESNET_BOTTLENECK = {"family": "resnet", "block": "bottleneck", "width": 64, "image_size": 224}
+NAMED_SIZES: dict[str, dict[str, Any]] = {
+    "vit_s16": VIT_16 | {"width": 384, "depth": 12},
+    "vit_b16": VIT_16 | {"width": 768, "depth": 12},
+    "vit_l16": VIT_16 | {"width": 1024, "depth": 24},
+    "resnet50": RESNET_BOTTLENECK | {"blocks": [3, 4, 6, 3], "depth": 16},
+    "resnet101": RESNET_BOTTLENECK | {"blocks": [3, 4, 23, 3], "depth": 33},
+    "resnet152": RESNET_BOTTLENECK | {"blocks": [3, 8, 36, 3], "depth": 50},
+}
+
+
+def expand_named_size(raw: Any) -> Any:
+    """Replaces the key `named` by the keys of that row of NAMED_SIZES; keys that are stated beside it win."""
+    if not isinstance(raw, dict) or "named" not in raw:
+        return raw
+    stated = {key: value for key, value in raw.items() if key != "named"}
+    if raw["named"] not in NAMED_SIZES:
+        raise ValueError(f"unknown named size {raw['named']!r}; known: {', '.join(NAMED_SIZES)}")
+    return NAMED_SIZES[raw["named"]] | stated
+
+
+AnyModelConfig = Annotated[
+    VisionTransformerConfig | ResNetConfig | ConvResNetConfig,
+    Field(discriminator="family"),
+    BeforeValidator(expand_named_size),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,9 +202,13 @@ class OptimizerConfig:
 
     weight_decay_mode: `independent` shrinks a weight by weight_decay * schedule(step) a step, whatever the learning
     rate; `coupled` is torch's own rule (lr * weight_decay), with the table's factor.
+    muon: torch's Muon for hidden matrices, with AdamW's update size, so that one `lr` serves it and AdamW, which
+    trains the rest; `momentum` is Muon's (0.95 is usual), `betas` and `eps` are AdamW's.
+    batch_ratio, samples_ratio: global batch size and sample budget over the proxy's. They move AdamW's learning rate,
+    decay, eps and betas by the rules of Complete(d)P (arXiv 2512.22382); at 1 nothing moves.
     """
 
-    name: Literal["sgd", "adamw"] = "adamw"
+    name: Literal["sgd", "adamw", "muon"] = "adamw"
     lr: Annotated[Number, Field(gt=0)]
     momentum: Annotated[Number, Field(ge=0, lt=1)] = 0.9
     nesterov: bool = False
@@ -141,3 +216,22 @@ class OptimizerConfig:
     eps: Annotated[Number, Field(gt=0)] = 1e-8
     weight_decay: Annotated[Number, Field(ge=0)] = 0.0
     weight_decay_mode: Literal["independent", "coupled"] = "independent"
+    batch_ratio: Annotated[Number, Field(gt=0)] = 1.0
+    samples_ratio: Annotated[Number, Field(gt=0)] = 1.0
+
+    def __post_init__(self) -> None:
+        if self.noise_ratio != 1 and self.name != "adamw":
+            raise ValueError(f"batch_ratio and samples_ratio have rules for adamw only, not for {self.name}")
+        if min(self.scaled_betas) < 0:
+            raise ValueError(f"batch_ratio / samples_ratio {self.noise_ratio:g} makes a beta of {self.betas} negative")
+
+    @property
+    def noise_ratio(self) -> float:
+        """m_B / m_D: the share of a run's samples that one step sees, over the proxy's."""
+        return self.batch_ratio / self.samples_ratio
+
+    @property
+    def scaled_betas(self) -> tuple[float, float]:
+        """1 - beta grows with m_B / m_D (2512.22382)."""
+        first, second = (1 - (1 - beta) * self.noise_ratio for beta in self.betas)
+        return first, second

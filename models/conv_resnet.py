@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import ConvResNetConfig
-from models.family import ONES, ZEROS, Family, Init, ParameterRule
+from models.family import ONES, ZEROS, Branch, Family, Init, ParameterRule, Roles
 from models.parameterization import Role
 
 
@@ -63,17 +63,20 @@ class ConvResNet(nn.Module):
         return self.fc(torch.relu(x).mean((2, 3)))  # (batch, num_classes)
 
 
-CONV_RESNET = Family(
-    name="conv_resnet",
-    build=ConvResNet,
-    rules=(
-        ParameterRule(r"stem\.weight", Role.INPUT, Init("normal_fan_in", 1.0)),
-        ParameterRule(r"stages\.\d+\.\d+\.convs\.\d+\.weight", Role.BRANCH_HIDDEN, Init("normal_fan_in", 1.0)),
-        ParameterRule(r"stages\.\d+\.\d+\.norms\.\d+\.weight", Role.BRANCH_VECTOR, ONES),
-        ParameterRule(r"stages\.\d+\.\d+\.norms\.\d+\.bias", Role.BRANCH_VECTOR, ZEROS),
-        ParameterRule(r"fc\.weight", Role.READOUT, Init("normal_fan_in", 1.0)),
-        ParameterRule(r"fc\.bias", Role.VECTOR, ZEROS),
-    ),
-    branches=(r"stages\.\d+\.\d+\.drop_path",),
-    readout="fc",
-)
+def roles(config: ConvResNetConfig) -> Roles:
+    block = r"stages\.\d+\.\d+"
+    return Roles(
+        parameters=(
+            ParameterRule(r"stem\.weight", Role.INPUT, Init("normal_fan_in", 1.0)),
+            ParameterRule(rf"{block}\.convs\.\d+\.weight", Role.BRANCH_HIDDEN, Init("normal_fan_in", 1.0)),
+            ParameterRule(rf"{block}\.norms\.\d+\.weight", Role.BRANCH_VECTOR, ONES),
+            ParameterRule(rf"{block}\.norms\.\d+\.bias", Role.BRANCH_VECTOR, ZEROS),
+            ParameterRule(r"fc\.weight", Role.READOUT, Init("normal_fan_in", 1.0)),
+            ParameterRule(r"fc\.bias", Role.SCALAR, ZEROS),
+        ),
+        branches=(Branch(rf"({block})\.drop_path", rf"\1.convs.{config.convs_per_branch - 1}"),),
+        readout="fc",
+    )
+
+
+CONV_RESNET = Family(name="conv_resnet", build=ConvResNet, roles=roles)

@@ -46,16 +46,30 @@ class ParameterRule:
 
 
 @dataclass(frozen=True)
+class Branch:
+    """The residual branches of one kind, by the module at the end of each."""
+
+    output: str  # regular expression: modules whose output the branch multiplier scales
+    last: str  # template over the match: the module whose weight and bias end the branch; an export folds into it
+
+
+@dataclass(frozen=True)
+class Roles:
+    """What the scaling rules have to know about a network: the role of each parameter, and where multipliers sit."""
+
+    parameters: tuple[ParameterRule, ...]
+    branches: tuple[Branch, ...]
+    readout: str  # name of the module whose input gets the readout multiplier
+    queries: str | None = None  # regular expression: modules whose output is the queries; None for no attention
+
+
+@dataclass(frozen=True)
 class Family:
     """One row per family: the scaling code knows families only through this."""
 
     name: str
     build: Callable[[Any], nn.Module]  # ModelConfig -> module, on the current default device
-    rules: tuple[ParameterRule, ...]
-    branches: tuple[str, ...]  # regular expressions: modules at the end of a residual branch, scaled on their output
-    readout: str  # name of the module whose input gets the readout multiplier
-    attention: str | None = None  # regular expression: modules whose output is the queries
-    head_dims: Callable[[Any], tuple[int, int]] | None = None  # config -> (head_dim, base_head_dim)
+    roles: Callable[[Any], Roles]  # ModelConfig -> roles
 
 
 class UnmatchedParameterError(ValueError):
@@ -76,8 +90,10 @@ def match_rules(names: Iterable[str], rules: tuple[ParameterRule, ...]) -> dict[
         else:
             problems.append(f"{name}: matched by {' and '.join(repr(rule.pattern) for rule in hits)}")
     if problems:
+        shown = problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])
         raise UnmatchedParameterError(
-            "parameters without exactly one role (add or narrow a ParameterRule): " + "; ".join(problems)
+            "parameters without exactly one role; give each name one ParameterRule(pattern, role, init), "
+            "see docs/your-model.md: " + "; ".join(shown)
         )
     return matched
 
@@ -98,6 +114,8 @@ def base_shape(shape: torch.Size, role: Role, width_ratio: float) -> tuple[int, 
         Role.BRANCH_HIDDEN: (True, True),
         Role.VECTOR: (True, False),
         Role.BRANCH_VECTOR: (True, False),
+        Role.SCALAR: (False, False),
+        Role.BRANCH_SCALAR: (False, False),
         Role.READOUT: (False, True),
     }[role]
     head = tuple(round(size / width_ratio) if grow else size for size, grow in zip(shape[:2], grows, strict=False))

@@ -20,7 +20,7 @@ def draw(name: str, shape: torch.Size, rule: ParameterRule, scale: Scale, seed: 
     """Initial value of one parameter, float32 on the CPU: the base model's init times sqrt(init variance factor)."""
     if rule.init.kind == "constant":
         return torch.full(shape, rule.init.scale)
-    variance = scale.factors(rule.role, "sgd").init_variance
+    variance = scale.init_variance(rule.role)
     std = rule.init.base_std(base_shape(shape, rule.role, scale.width_ratio)) * math.sqrt(variance)
     generator = generator_for(seed, name)
     if rule.init.kind == "uniform_fan_in":
@@ -30,17 +30,17 @@ def draw(name: str, shape: torch.Size, rule: ParameterRule, scale: Scale, seed: 
 
 @torch.no_grad()
 def initialize(model: nn.Module, rules: dict[str, ParameterRule], scale: Scale, seed: int) -> None:
-    """Fills every parameter of `model` in place and resets buffers. `rules`: parameter name -> its rule.
+    """Fills every parameter of `model` in place and resets running statistics. `rules`: parameter name -> its rule.
 
-    Raises RuntimeError when a parameter is still not finite afterwards, which means that nothing initialised it.
+    Raises RuntimeError when a parameter or buffer is not finite afterwards, which means that nothing initialised it.
     """
     for name, parameter in model.named_parameters():
         parameter.copy_(draw(name, parameter.shape, rules[name], scale, seed))
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._NormBase):
             module.reset_running_stats()
-    forgotten = [name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]
-    if forgotten:
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    if forgotten := [name for name, tensor in tensors if not torch.isfinite(tensor).all()]:
         raise RuntimeError(f"no initialiser filled {', '.join(forgotten)}")
 
 

@@ -1,46 +1,103 @@
 """Optimizer settings per role: few groups, each with the factors of the table multiplied in."""
 
-from typing import Any
+import math
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from models.config import OptimizerConfig
 from models.family import ParameterRule
-from models.parameterization import Factors, Role, Scale
+from models.parameterization import TABLE, Factors, Role, Scale
+
+Algorithm = Literal["sgd", "adamw", "muon"]
 
 
-def group_settings(factors: Factors, config: OptimizerConfig) -> dict[str, float]:
-    """lr_mult, peak lr, eps and weight decay of the parameters that have these factors."""
-    lr = config.lr * factors.lr
+def group_settings(factors: Factors, config: OptimizerConfig, algorithm: Algorithm) -> dict[str, Any]:
+    """lr_mult, peak lr, weight decay and AdamW's eps of the parameters that have these factors.
+
+    With m_B / m_D the batch-and-samples ratio of Complete(d)P (2512.22382): lr and decay times its root, eps over it.
+    """
+    noise_root = math.sqrt(config.noise_ratio)
+    lr_mult = factors.lr * noise_root
+    lr = config.lr * lr_mult
     if factors.weight_decay == 0:
         weight_decay = 0.0
     elif config.weight_decay_mode == "independent":
-        weight_decay = config.weight_decay / lr  # torch multiplies by the learning rate, which cancels
+        # torch multiplies by the learning rate, which cancels; what a step takes off is lr * decay, hence the ratio
+        weight_decay = config.weight_decay * config.noise_ratio / lr
     else:
-        weight_decay = config.weight_decay * factors.weight_decay
-    settings = {"lr": lr, "lr_mult": factors.lr, "weight_decay": weight_decay}
-    if config.name == "adamw":
-        settings["eps"] = config.eps * factors.eps
+        weight_decay = config.weight_decay * factors.weight_decay * noise_root
+    settings: dict[str, Any] = {"lr": lr, "lr_mult": lr_mult, "weight_decay": weight_decay}
+    if algorithm == "adamw":
+        settings["eps"] = config.eps * factors.eps / noise_root
     return settings
+
+
+def trained_by_muon(role: Role, parameter: Tensor) -> bool:
+    """Muon orthogonalises matrices: those whose rows and columns both grow. Convolutions stay with AdamW."""
+    return TABLE[role].lr_muon is not None and parameter.ndim == 2
 
 
 def parameter_groups(
     model: nn.Module, rules: dict[str, ParameterRule], scale: Scale, config: OptimizerConfig
 ) -> list[dict[str, Any]]:
-    """Parameter groups for a torch optimizer; roles with equal settings share one, so there are at most six.
+    """Parameter groups for a torch optimizer; roles with equal settings share one, so there are at most eight.
 
-    Each group has `name` (its roles), `params`, `lr` (peak), `lr_mult`, `weight_decay` and, for AdamW, `eps`.
+    Each group has `name` (its roles), `algorithm`, `params`, `lr` (peak), `lr_mult`, `weight_decay` and, for AdamW,
+    `eps`. Raises ValueError when muon would find no matrix to train.
     """
-    merged: dict[tuple[tuple[str, float], ...], dict[str, Any]] = {}
+    merged: dict[tuple[tuple[str, Any], ...], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         role: Role = rules[name].role
-        settings = group_settings(scale.factors(role, config.name), config)
+        algorithm: Algorithm = config.name
+        if algorithm == "muon" and not trained_by_muon(role, parameter):
+            algorithm = "adamw"
+        settings = group_settings(scale.factors(role, algorithm), config, algorithm) | {"algorithm": algorithm}
         group = merged.setdefault(tuple(settings.items()), {"roles": [], "params": [], **settings})
         group["params"].append(parameter)
         if role.value not in group["roles"]:
             group["roles"].append(role.value)
-    return [{"name": "+".join(sorted(group.pop("roles"))), **group} for group in merged.values()]
+    groups = [{"name": "+".join(sorted(group.pop("roles"))), **group} for group in merged.values()]
+    if config.name == "muon" and all(group["algorithm"] == "adamw" for group in groups):
+        raise ValueError(
+            f"optimizer.name muon has no rule for {type(model).__name__}: it trains matrices, and this network has "
+            "none that grows on both sides; use adamw or sgd"
+        )
+    return groups
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """torch's Muon for the groups whose `algorithm` is muon, torch's AdamW for the others, as one optimizer: one list
+    of groups, one state, one checkpoint."""
+
+    def __init__(self, groups: list[dict[str, Any]], config: OptimizerConfig, fused: bool | None) -> None:
+        if not hasattr(torch.optim, "Muon"):
+            raise ValueError(f"optimizer.name muon needs torch 2.9 or newer, this is {torch.__version__}: use adamw")
+        super().__init__(groups, {"lr": config.lr})
+        muon = [group for group in self.param_groups if group["algorithm"] == "muon"]
+        adamw = [group for group in self.param_groups if group["algorithm"] == "adamw"]
+        self.parts: list[torch.optim.Optimizer] = [
+            torch.optim.Muon(muon, lr=config.lr, momentum=config.momentum, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(adamw, lr=config.lr, betas=config.scaled_betas, fused=fused),
+        ]
+        self.share()
+
+    def share(self) -> None:
+        """Lets the parts work on this optimizer's own groups and state."""
+        for part, algorithm in zip(self.parts, ("muon", "adamw"), strict=True):
+            part.param_groups = [group for group in self.param_groups if group["algorithm"] == algorithm]
+            part.state = self.state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # load_state_dict ends here, with new groups and a new state
+        self.share()
+
+    def step(self, closure: Any = None) -> Any:
+        loss = closure() if closure else None
+        for part in self.parts:
+            part.step()
+        return loss
 
 
 def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -48,4 +105,6 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> to
     fused = all(parameter.is_cuda for group in groups for parameter in group["params"]) or None
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
+    if config.name == "muon":
+        return MuonWithAdamW(groups, config, fused)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.scaled_betas, fused=fused)

@@ -9,6 +9,10 @@ optimizer settings. The absolute form of Bordelon et al. (beta / sqrt(L)) is the
 
 Sources: Bordelon et al. (arXiv 2309.16620) and Tensor Programs VI (2310.02244) for depth, Tensor Programs V
 (2203.03466, table 8) for width, CompleteP (2505.01618, table 1) for alpha = 1 and AdamW's epsilon and weight decay.
+
+Muon's cells are for torch's `match_rms_adamw`, which multiplies a matrix's update by 0.2 sqrt(max(rows, columns)) and
+so carries N^(1/2): N^(-1/2) here is the factor 1 of the original Muon in width (2603.00541), and L^(alpha - 1) lets L
+branches, each multiplied by L^-alpha, move the stream by a step that does not depend on L.
 """
 
 from collections.abc import Callable
@@ -25,6 +29,8 @@ class Role(str, Enum):
     HIDDEN = "hidden"  # matrix or conv outside of branches: downsampling shortcut, transition
     BRANCH_VECTOR = "branch_vector"  # norm gain, bias, depthwise conv inside a branch
     VECTOR = "vector"  # norm gain, bias, depthwise conv outside of branches
+    BRANCH_SCALAR = "branch_scalar"  # in a branch, no dimension grows: QK-norm gain of a fixed head dim
+    SCALAR = "scalar"  # outside of branches, no dimension grows: the classifier's bias
     READOUT = "readout"  # the classifier's matrix
 
 
@@ -42,6 +48,7 @@ class Row:
     lr_adam: Formula
     eps_adam: Formula
     weight_decay: Formula  # of torch's AdamW, whose decay is coupled to the learning rate
+    lr_muon: Formula | None = None  # None: AdamW trains this role beside Muon
 
 
 def one(N: float, L: float, a: float) -> float:
@@ -67,6 +74,7 @@ TABLE: dict[Role, Row] = {
         lr_adam=lambda N, L, a: 1 / N * L ** (a - 1),
         eps_adam=lambda N, L, a: 1 / N * L ** -a,
         weight_decay=lambda N, L, a: N,
+        lr_muon=lambda N, L, a: N ** -0.5 * L ** (a - 1),
     ),
     Role.HIDDEN: Row(
         init_variance_sp=lambda N, L, a: 1 / N, init_variance=lambda N, L, a: 1 / N, multiplier=one,
@@ -74,6 +82,7 @@ TABLE: dict[Role, Row] = {
         lr_adam=lambda N, L, a: 1 / N,
         eps_adam=lambda N, L, a: 1 / N,
         weight_decay=lambda N, L, a: N,
+        lr_muon=lambda N, L, a: N ** -0.5,
     ),
     Role.BRANCH_VECTOR: Row(
         init_variance_sp=one, init_variance=one, multiplier=one,
@@ -89,6 +98,20 @@ TABLE: dict[Role, Row] = {
         eps_adam=one,
         weight_decay=zero,
     ),
+    Role.BRANCH_SCALAR: Row(
+        init_variance_sp=one, init_variance=one, multiplier=one,
+        lr_sgd=lambda N, L, a: L ** (2 * a - 1),
+        lr_adam=lambda N, L, a: L ** (a - 1),
+        eps_adam=lambda N, L, a: L ** -a,
+        weight_decay=zero,
+    ),
+    Role.SCALAR: Row(
+        init_variance_sp=one, init_variance=one, multiplier=one,
+        lr_sgd=one,
+        lr_adam=one,
+        eps_adam=one,
+        weight_decay=zero,
+    ),
     Role.READOUT: Row(
         init_variance_sp=lambda N, L, a: 1 / N, init_variance=one, multiplier=lambda N, L, a: 1 / N,
         lr_sgd=lambda N, L, a: N,
@@ -99,7 +122,7 @@ TABLE: dict[Role, Row] = {
 }
 # fmt: on
 
-BRANCH_ROLES = (Role.BRANCH_HIDDEN, Role.BRANCH_VECTOR)
+BRANCH_ROLES = (Role.BRANCH_HIDDEN, Role.BRANCH_VECTOR, Role.BRANCH_SCALAR)
 
 
 @dataclass(frozen=True)
@@ -107,7 +130,7 @@ class Parameterization:
     """One choice of rules. The presets are rows; each disputed exponent stays a field that a config can override.
 
     alpha            depth exponent: branches are multiplied by beta * L^-alpha
-    adam_depth_lr    exponent of L in Adam's learning rate inside branches; None is alpha - 1 (Tensor Programs VI,
+    adam_depth_lr    exponent of L in AdamW's learning rate inside branches; None is alpha - 1 (Tensor Programs VI,
                      CompleteP), 0 is what Bordelon et al. are reported to have used
     eps_scaling      "table", or "branch" (CompleteP's table: residual blocks only), or "none" (Tensor Programs V)
     weight_decay_scaling   exponent of N in a hidden matrix's coupled weight decay: 1 keeps lr * decay constant
@@ -138,9 +161,8 @@ PRESETS: dict[str, Parameterization] = {
 
 @dataclass(frozen=True)
 class Factors:
-    """What one role's parameters get at one size, as factors on the base values (all without unit)."""
+    """What an optimizer gets for one role at one size, as factors on the base values (all without unit)."""
 
-    init_variance: float
     lr: float
     eps: float
     weight_decay: float
@@ -148,11 +170,12 @@ class Factors:
 
 @dataclass(frozen=True)
 class Scale:
-    """A parameterization at one size: N = width / base_width and L = depth / base_depth."""
+    """A parameterization at one size: ratios of width, depth and attention head dim to the base model's."""
 
     parameterization: Parameterization
     width_ratio: float
     depth_ratio: float
+    head_dim_ratio: float = 1.0
 
     @property
     def _N(self) -> float:
@@ -170,22 +193,30 @@ class Scale:
         """1 / (gamma0 * N), on the input of the readout (2203.03466, table 8; gamma0: 2309.16620, eq. 2)."""
         return TABLE[Role.READOUT].multiplier(self._N, self._L, 0.0) / self.parameterization.gamma0
 
-    def attention_multiplier(self, head_dim: int, base_head_dim: int) -> float:
-        """sqrt(d0 / d), which turns timm's 1 / sqrt(d) into sqrt(d0) / d (2203.03466, definition 4.1)."""
-        return (base_head_dim / head_dim) ** 0.5 if self.parameterization.width_rules else 1.0
+    def attention_multiplier(self) -> float:
+        """sqrt(d0 / d), which turns the usual 1 / sqrt(d) into sqrt(d0) / d (2203.03466, definition 4.1)."""
+        return self.head_dim_ratio**-0.5 if self.parameterization.width_rules else 1.0
 
-    def factors(self, role: Role, optimizer: Literal["sgd", "adamw"]) -> Factors:
+    def init_variance(self, role: Role) -> float:
+        """Factor on the base init variance. Init follows the real fan-in also under `sp`, which sees the true N."""
+        row, p = TABLE[role], self.parameterization
+        formula = row.init_variance if p.width_rules else row.init_variance_sp
+        return formula(self.width_ratio, self._L, p.alpha)
+
+    def factors(self, role: Role, optimizer: Literal["sgd", "adamw", "muon"]) -> Factors:
         """The factors of `role` under `optimizer`, the disputed exponents resolved."""
         p, row, N, L = self.parameterization, TABLE[role], self._N, self._L
-        in_branch = role in BRANCH_ROLES
-        variance = row.init_variance if p.width_rules else row.init_variance_sp
-        # Init follows the real fan-in in every parameterization, so `sp` too sees the true width ratio here.
-        init_variance = variance(self.width_ratio, L, p.alpha)
+        decays = row.weight_decay(1, 1, 0) != 0
         if optimizer == "sgd":
             lr = row.lr_sgd(N, L, p.alpha) * p.gamma0**2
             # SGD's decay is coupled to the learning rate as well: lr * decay stays constant.
-            weight_decay = 0.0 if row.weight_decay(1, 1, 0) == 0 else p.gamma0**2 / lr
-            return Factors(init_variance, lr, 1.0, weight_decay)
+            return Factors(lr=lr, eps=1.0, weight_decay=p.gamma0**2 / lr if decays else 0.0)
+        if optimizer == "muon" and row.lr_muon:
+            weight_decay = (
+                row.lr_muon(N, 1, p.alpha) ** -p.weight_decay_scaling
+            )  # lr * decay is constant in N, as below
+            return Factors(lr=row.lr_muon(N, L, p.alpha), eps=1.0, weight_decay=weight_decay if decays else 0.0)
+        in_branch = role in BRANCH_ROLES
         lr = row.lr_adam(N, L, p.alpha)
         if in_branch and p.adam_depth_lr is not None:
             lr *= L ** (p.adam_depth_lr - (p.alpha - 1))
@@ -193,6 +224,5 @@ class Scale:
             eps = 1.0
         else:
             eps = row.eps_adam(N, L, p.alpha)
-        decays = row.weight_decay(1, 1, 0) != 0
         weight_decay = row.weight_decay(N, L, p.alpha) ** p.weight_decay_scaling if decays else 0.0
-        return Factors(init_variance, lr, eps, weight_decay)
+        return Factors(lr=lr, eps=eps, weight_decay=weight_decay)

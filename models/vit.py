@@ -1,56 +1,100 @@
 """timm's VisionTransformer as a family: parameter names, forward pass and base-size behaviour are timm's own."""
 
-from functools import partial
+import difflib
+from typing import Any
 
 from torch import nn
 
 from models.config import VisionTransformerConfig
-from models.family import ONES, ZEROS, Family, Init, ParameterRule
+from models.family import ONES, ZEROS, Branch, Family, Init, ParameterRule, Roles
 from models.parameterization import Role
 
 
+def timm_arguments(config: VisionTransformerConfig) -> dict[str, Any]:
+    """What timm.create_model is told beside the name: the size, and what else the config states."""
+    arguments = {
+        "img_size": config.image_size,
+        "in_chans": config.in_channels,
+        "num_classes": config.num_classes,
+        "embed_dim": config.width,
+        "depth": config.depth,
+        "num_heads": config.heads(config.width)[0],
+        "patch_size": config.patch_size,
+        "mlp_ratio": config.mlp_ratio,
+        "qk_norm": config.qk_norm,
+        "class_token": config.class_token,
+        "global_pool": config.global_pool,
+        "init_values": config.layer_scale,
+    }
+    return {key: value for key, value in arguments.items() if value is not None}
+
+
 def build(config: VisionTransformerConfig) -> nn.Module:
+    """The timm ViT called `config.timm_name` at this width and depth, with what else the config states.
+
+    Raises ValueError for a name that timm does not know as a VisionTransformer, or whose LayerScale has no value.
+    """
     import models.torchvision_ops  # noqa: F401  isort: skip  (must run before timm)
+    import timm
+    from timm.layers import LayerScale
     from timm.models.vision_transformer import VisionTransformer
 
-    return VisionTransformer(
-        img_size=config.image_size,
-        patch_size=config.patch_size,
-        in_chans=config.in_channels,
-        num_classes=config.num_classes,
-        global_pool=config.global_pool,
-        class_token=config.class_token,
-        embed_dim=config.width,
-        depth=config.depth,
-        num_heads=config.heads(config.width)[0],
-        mlp_ratio=config.mlp_ratio,
-        qk_norm=config.qk_norm,
-        norm_layer=partial(nn.LayerNorm, eps=1e-6),
-        weight_init="reset",  # every parameter is initialised by models.init
-    )
+    names = timm.list_models(module="vision_transformer")
+    if config.timm_name not in names:
+        nearest = difflib.get_close_matches(config.timm_name, names, n=3, cutoff=0)
+        raise ValueError(f"model.timm_name: timm has no ViT {config.timm_name!r}; nearest: {', '.join(nearest)}")
+    # weight_init: every parameter is initialised by models.init, so timm need not
+    network = timm.create_model(config.timm_name, weight_init="reset", **timm_arguments(config))
+    if not isinstance(network, VisionTransformer):
+        raise ValueError(f"model.timm_name: {config.timm_name} is a {type(network).__name__}, not a VisionTransformer")
+    if config.layer_scale is None and any(isinstance(module, LayerScale) for module in network.modules()):
+        raise ValueError(
+            f"model.layer_scale: {config.timm_name} has LayerScale; state its initial value (timm's is mostly 1e-5), "
+            "or 0 to leave it out"
+        )
+    patch_size = network.patch_embed.patch_size[0]
+    if config.image_size % patch_size:
+        raise ValueError(
+            f"model.image_size {config.image_size} must be a multiple of {config.timm_name}'s patch size {patch_size}"
+        )
+    return network
 
 
 TIMM = Init("normal", 0.02)  # timm's trunc_normal_(std=0.02) cuts at 100 standard deviations: a normal
+BRANCH_MATRIX = r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(fc[12]|fc1_[gx]))"
+BRANCH_NORM = r"blocks\.\d+\.(norm[12]|attn\.norm|mlp\.norm)"
+OUTER_NORM = r"patch_embed\.norm|norm_pre|norm|fc_norm"
+QK_NORM = r"blocks\.\d+\.attn\.[qk]_norm"
 
-VIT = Family(
-    name="vit",
-    build=build,
-    rules=(
-        ParameterRule(r"patch_embed\.proj\.weight", Role.INPUT, Init("uniform_fan_in", 3**-0.5)),
-        ParameterRule(r"patch_embed\.proj\.bias", Role.VECTOR, ZEROS),
-        ParameterRule(r"pos_embed", Role.INPUT, TIMM),
-        ParameterRule(r"cls_token|reg_token", Role.INPUT, Init("normal", 1e-6)),
-        ParameterRule(r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])\.weight", Role.BRANCH_HIDDEN, TIMM),
-        ParameterRule(r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])\.bias", Role.BRANCH_VECTOR, ZEROS),
-        ParameterRule(r"blocks\.\d+\.(norm[12]|attn\.[qk]_norm)\.weight", Role.BRANCH_VECTOR, ONES),
-        ParameterRule(r"blocks\.\d+\.(norm[12]|attn\.[qk]_norm)\.bias", Role.BRANCH_VECTOR, ZEROS),
-        ParameterRule(r"(norm|fc_norm)\.weight", Role.VECTOR, ONES),
-        ParameterRule(r"(norm|fc_norm)\.bias", Role.VECTOR, ZEROS),
-        ParameterRule(r"head\.weight", Role.READOUT, TIMM),
-        ParameterRule(r"head\.bias", Role.VECTOR, ZEROS),
-    ),
-    branches=(r"blocks\.\d+\.ls[12]",),
-    readout="head",
-    attention=r"blocks\.\d+\.attn\.q_norm",
-    head_dims=lambda config: (config.heads(config.width)[1], config.heads(config.base_width)[1]),
-)
+
+def roles(config: VisionTransformerConfig) -> Roles:
+    # QK-norm's gain is shared by all heads: with a fixed head dim no dimension of it grows.
+    qk_norm = Role.BRANCH_SCALAR if config.head_dim else Role.BRANCH_VECTOR
+    return Roles(
+        parameters=(
+            ParameterRule(r"patch_embed\.proj\.weight", Role.INPUT, Init("uniform_fan_in", 3**-0.5)),
+            ParameterRule(r"patch_embed\.proj\.bias", Role.VECTOR, ZEROS),
+            ParameterRule(r"pos_embed", Role.INPUT, TIMM),
+            ParameterRule(r"cls_token|reg_token", Role.INPUT, Init("normal", 1e-6)),
+            ParameterRule(rf"{BRANCH_MATRIX}\.weight", Role.BRANCH_HIDDEN, TIMM),
+            ParameterRule(rf"{BRANCH_MATRIX}\.bias", Role.BRANCH_VECTOR, ZEROS),
+            ParameterRule(rf"{BRANCH_NORM}\.weight", Role.BRANCH_VECTOR, ONES),
+            ParameterRule(rf"{BRANCH_NORM}\.bias", Role.BRANCH_VECTOR, ZEROS),
+            ParameterRule(rf"{QK_NORM}\.weight", qk_norm, ONES),
+            ParameterRule(rf"{QK_NORM}\.bias", qk_norm, ZEROS),
+            ParameterRule(r"blocks\.\d+\.ls[12]\.gamma", Role.BRANCH_VECTOR, Init("constant", config.layer_scale or 0)),
+            ParameterRule(rf"({OUTER_NORM})\.weight", Role.VECTOR, ONES),
+            ParameterRule(rf"({OUTER_NORM})\.bias", Role.VECTOR, ZEROS),
+            ParameterRule(r"head\.weight", Role.READOUT, TIMM),
+            ParameterRule(r"head\.bias", Role.SCALAR, ZEROS),
+        ),
+        branches=(
+            Branch(r"(blocks\.\d+)\.ls1", r"\1.attn.proj"),
+            Branch(r"(blocks\.\d+)\.ls2", r"\1.mlp.fc2"),
+        ),
+        readout="head",
+        queries=r"blocks\.\d+\.attn\.q_norm",
+    )
+
+
+VIT = Family(name="vit", build=build, roles=roles)
