@@ -61,6 +61,7 @@ class Roles:
     branches: tuple[Branch, ...]
     readout: str  # name of the module whose input gets the readout multiplier
     queries: str | None = None  # regular expression: modules whose output is the queries; None for no attention
+    keys: str | None = None  # the same for the keys, which only the coordinate check looks at
 
 
 @dataclass(frozen=True)

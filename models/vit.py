@@ -94,6 +94,7 @@ def roles(config: VisionTransformerConfig) -> Roles:
         ),
         readout="head",
         queries=r"blocks\.\d+\.attn\.q_norm",
+        keys=r"blocks\.\d+\.attn\.k_norm",
     )
 
 

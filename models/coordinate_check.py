@@ -1,0 +1,281 @@
+"""Coordinate check: do activations and their updates keep their size when the model grows?
+
+The model is trained for a few steps on one fixed batch at several widths, then at several depths, and the RMS of what
+flows through it is measured: every position of the residual stream, every branch's output, attention logits, logits,
+and the weights of each role. Per quantity the log2-log2 slope of its RMS over size is compared with the slope that the
+feature-learning limit demands (`TARGETS`), which does not depend on the optimizer. The idea is that of Tensor Programs
+V (2203.03466, appendix D.1), taken over depth as in CompleteP (2505.01618, figure 5).
+
+A parameterization without a rule (`sp` over width, `mup` over depth) is held to the same limit, so that it fails.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.build import ScaledModel, build
+from models.config import AnyModelConfig, OptimizerConfig, ParameterizationConfig
+from models.family import modules_matching
+from models.optimizer import build_optimizer, parameter_groups
+from models.parameterization import Role
+
+Axis = Literal["width", "depth"]
+Span = tuple[float, float]  # lowest and highest slope that the limit allows
+Allowed = Callable[[float], Span]  # alpha -> span
+
+
+def slope(value: float) -> Allowed:
+    return lambda alpha: (value, value)
+
+
+def span(low: float, high: float) -> Allowed:
+    return lambda alpha: (low, high)
+
+
+def as_multiplier(alpha: float) -> Span:
+    return -alpha, -alpha
+
+
+def as_update(alpha: float) -> Span:
+    """L branches, each L^-alpha strong, move the stream together by a step of constant size."""
+    return alpha - 1, alpha - 1
+
+
+def branch_update(alpha: float) -> Span:
+    """Of order 1/L through the branch's own weights, of order L^-alpha through the stream that moves below it."""
+    return min(-1.0, -alpha), max(-1.0, -alpha)
+
+
+def attention_update(alpha: float) -> Span:
+    """The same two sources, before the branch multiplier."""
+    return min(alpha - 1, 0.0), max(alpha - 1, 0.0)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Slopes of log2 RMS over log2 width and over log2 depth: of the value at step 0 (None: not judged), and of its
+    update at later steps."""
+
+    width: Allowed | None
+    depth: Allowed | None
+    update_width: Allowed
+    update_depth: Allowed
+
+
+FLAT = slope(0.0)
+# fmt: off
+TARGETS: dict[str, Target] = {
+    #                                  width         depth          update: width    depth
+    "stream input":             Target(FLAT,         FLAT,          FLAT,            FLAT),
+    "stream":                   Target(FLAT,         FLAT,          FLAT,            FLAT),
+    "branch":                   Target(FLAT,         as_multiplier, FLAT,            branch_update),
+    # logits are a mean over a random readout at first, attention logits a mean over the head dim: noise that shrinks
+    "logits":                   Target(slope(-0.5),  FLAT,          FLAT,            FLAT),
+    "attention logits":         Target(slope(-0.5),  FLAT,          span(-0.5, 0.0), attention_update),
+    "attention logits, fixed head dim": Target(FLAT, FLAT,          span(-0.5, 0.0), attention_update),
+    Role.INPUT.value:           Target(None,         None,          FLAT,            FLAT),
+    Role.BRANCH_HIDDEN.value:   Target(None,         None,          slope(-1.0),     as_update),
+    Role.HIDDEN.value:          Target(None,         None,          slope(-1.0),     FLAT),
+    Role.BRANCH_VECTOR.value:   Target(None,         None,          FLAT,            as_update),
+    Role.VECTOR.value:          Target(None,         None,          FLAT,            FLAT),
+    # a QK-norm gain is shared by heads that disagree at first: its SGD update starts N^-1/2 low
+    Role.BRANCH_SCALAR.value:   Target(None,         None,          span(-0.5, 0.0), as_update),
+    Role.SCALAR.value:          Target(None,         None,          FLAT,            FLAT),
+    Role.READOUT.value:         Target(None,         None,          FLAT,            FLAT),
+}
+# Muon's update of a matrix has full rank: not its RMS but its spectral norm is constant, N^1/2 times as large.
+MUON_TARGETS = TARGETS | {
+    Role.BRANCH_HIDDEN.value:   Target(None,         None,          slope(-0.5),     as_update),
+    Role.HIDDEN.value:          Target(None,         None,          slope(-0.5),     FLAT),
+}
+# fmt: on
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a check runs: sizes as multiples of the base, steps of training, images, and the band around a slope."""
+
+    factors: tuple[int, ...] = (1, 2, 4, 8)
+    steps: int = 8
+    batch_size: int = 16
+    num_seeds: int = 2
+    band: float = 0.3
+
+
+@dataclass(frozen=True)
+class Line:
+    """One judged slope: RMS of `quantity` at `factors` times the base, at step 0 the value, later the update."""
+
+    axis: Axis
+    quantity: str
+    step: int
+    factors: tuple[int, ...]
+    rms: tuple[float, ...]  # geometric mean over seeds, at the position whose slope is furthest off
+    slope: float
+    allowed: Span
+    band: float  # on either side of `allowed`
+
+    @property
+    def passed(self) -> bool:
+        low, high = self.allowed
+        return low - self.band <= self.slope <= high + self.band  # False for a slope that is not a number
+
+
+Values = dict[str, dict[int, Tensor]]  # quantity -> position -> what flows there
+
+
+@contextmanager
+def recording(scaled: ScaledModel) -> Iterator[Values]:
+    """Fills the yielded dict, anew in each forward pass, with what the network's positions put out."""
+    modules, values = dict(scaled.network.named_modules()), Values()
+
+    def record(quantity: str, position: int) -> Callable[[nn.Module, Any, Tensor], None]:
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            values.setdefault(quantity, {})[position] = output.detach().clone()
+
+        return hook
+
+    def record_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        values["stream input"] = {0: inputs[0].detach().clone()}
+
+    blocks = list(dict.fromkeys(name.rpartition(".")[0] for name in scaled.branches))
+    watched = {"stream": blocks, "branch": list(scaled.branches), "logits": [""]}
+    for quantity, pattern in (("queries", scaled.roles.queries), ("keys", scaled.roles.keys)):
+        watched[quantity] = modules_matching(scaled.network, pattern) if pattern else []
+    handles = [modules[blocks[0]].register_forward_pre_hook(record_input)]
+    for quantity, names in watched.items():
+        handles += [modules[name].register_forward_hook(record(quantity, i)) for i, name in enumerate(names)]
+    try:
+        yield values
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def observe(scaled: ScaledModel, values: Values, attention: str) -> Values:
+    """A copy of `values` with attention logits in place of queries and keys, and the weights of each role."""
+    observed = {quantity: dict(at) for quantity, at in values.items() if quantity not in ("queries", "keys")}
+    if "queries" in values:
+        observed[attention] = {
+            i: q @ values["keys"][i].transpose(-2, -1) / math.sqrt(q.shape[-1])  # (batch, heads, tokens, tokens)
+            for i, q in values["queries"].items()
+        }
+    weights: dict[str, list[Tensor]] = {}
+    for name, parameter in scaled.network.named_parameters():
+        weights.setdefault(scaled.rules[name].role.value, []).append(parameter.detach().flatten())
+    return observed | {role: {0: torch.cat(tensors)} for role, tensors in weights.items()}
+
+
+def rms(tensor: Tensor) -> float:
+    return float(tensor.float().square().mean().sqrt())
+
+
+def fixed_batch(config: AnyModelConfig, settings: Settings, seed: int) -> tuple[Tensor, Tensor]:
+    """Images that a network can tell apart, a coarse pattern per class under noise, and their labels."""
+    generator = torch.Generator().manual_seed(seed)
+    size, channels = config.image_size, config.in_channels
+    labels = torch.randint(config.num_classes, (settings.batch_size,), generator=generator)
+    patterns = torch.randn((config.num_classes, channels, 4, 4), generator=generator)
+    noise = torch.randn((settings.batch_size, channels, size, size), generator=generator)
+    return F.interpolate(patterns[labels], size=(size, size)) + 0.5 * noise, labels
+
+
+Measured = dict[tuple[str, int], list[float]]  # (quantity, step) -> RMS at each position
+
+
+def measure(
+    config: AnyModelConfig,
+    parameterization: ParameterizationConfig,
+    optimizer_config: OptimizerConfig,
+    settings: Settings,
+    seed: int,
+) -> Measured:
+    """RMS of every quantity at step 0, and of its change after 1 and after `settings.steps` steps.
+
+    The loss sees the logits minus those of step 0. These shrink with width (see TARGETS), and with them the first
+    gradients would change from width to width for a reason that has nothing to do with the rules.
+    """
+    scaled = build(config, parameterization, seed)
+    groups = parameter_groups(scaled.network, scaled.rules, scaled.scale, optimizer_config)
+    optimizer = build_optimizer(groups, optimizer_config)
+    images, labels = fixed_batch(config, settings, seed)
+    attention = "attention logits" + ("" if getattr(config, "num_heads", None) else ", fixed head dim")
+    measured: Measured = {}
+    initial: Values = {}
+    with recording(scaled) as values:
+        for step in range(settings.steps + 1):
+            logits = scaled.network(images)
+            if step == 0:
+                initial = observe(scaled, values, attention)
+                measured |= {(q, 0): [rms(at[i]) for i in sorted(at)] for q, at in initial.items()}
+            elif step in (1, settings.steps):
+                now = observe(scaled, values, attention)
+                measured |= {(q, step): [rms(at[i] - initial[q][i]) for i in sorted(at)] for q, at in now.items()}
+            optimizer.zero_grad()
+            F.cross_entropy(logits - initial["logits"][0], labels).backward()
+            optimizer.step()
+    return measured
+
+
+def at_positions(values: list[float], count: int) -> list[float]:
+    """`count` of `values`, at the same relative depth in a deeper network: the last of each run of equal length."""
+    return [values[(i + 1) * len(values) // count - 1] for i in range(count)]
+
+
+def judge(
+    axis: Axis, runs: Sequence[Sequence[Measured]], settings: Settings, targets: dict[str, Target], alpha: float
+) -> list[Line]:
+    """`runs[size][seed]` -> one line per quantity and step that has a target."""
+    lines = []
+    log_factors = np.log2(settings.factors)
+    centred = log_factors - log_factors.mean()
+    for (quantity, step), base_values in runs[0][0].items():
+        target = targets[quantity]
+        formula = getattr(target, f"update_{axis}" if step else axis)
+        values = np.array([[at_positions(run[quantity, step], len(base_values)) for run in size] for size in runs])
+        if formula is None or not values.any():  # nothing flows: a branch that starts at zero
+            continue
+        low, high = formula(alpha)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            log_rms = np.log2(values).mean(axis=1)  # (sizes, positions)
+            slopes = centred @ log_rms / (centred @ centred)  # least squares; not a number where a run diverged
+        deviation = np.where(np.isfinite(slopes), np.maximum(low - slopes, slopes - high), np.inf)
+        worst = int(deviation.argmax())
+        shown = tuple(float(value) for value in 2 ** log_rms[:, worst])
+        lines.append(
+            Line(axis, quantity, step, settings.factors, shown, float(slopes[worst]), (low, high), settings.band)
+        )
+    return lines
+
+
+def check(
+    config: AnyModelConfig,
+    parameterization: ParameterizationConfig,
+    optimizer: OptimizerConfig,
+    settings: Settings,
+    progress: Callable[[str], None] = lambda size: None,
+) -> list[Line]:
+    """Trains the model at multiples of its base width, then of its base depth, and judges every slope.
+
+    Raises ValueError when a size does not fit the model. `progress` is told each size before it runs.
+    """
+    alpha = parameterization.resolve().alpha
+    targets = MUON_TARGETS if optimizer.name == "muon" else TARGETS
+    base = replace(config, width=config.base_width, depth=config.base_depth)
+    lines: list[Line] = []
+    axes: tuple[Axis, ...] = ("width", "depth")
+    for axis in axes:
+        runs = []
+        for size in [replace(base, **{axis: getattr(base, axis) * factor}) for factor in settings.factors]:
+            progress(f"{axis} {getattr(size, axis)}")
+            seeds = range(settings.num_seeds)
+            runs.append([measure(size, parameterization, optimizer, settings, seed) for seed in seeds])
+        lines += judge(axis, runs, settings, targets, alpha)
+    return lines
