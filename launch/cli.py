@@ -9,6 +9,7 @@ import click
 
 from data.errors import UserError
 from launch import shards
+from models.errors import ModelError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,6 +23,8 @@ EXAMPLES = {
     "status": "depthmup status configs/digits_resnet.yaml",
     "report": "depthmup report configs/digits_resnet.yaml",
     "train": "depthmup train configs/digits_resnet.yaml optimizer.lr=2**-5 model.depth=27",
+    "check": "depthmup check configs/digits_vit.yaml parameterization.name=completep",
+    "export": "depthmup export runs/0123456789ab vit.safetensors",
 }
 
 
@@ -156,6 +159,40 @@ def train(config: Path, overrides: tuple[str, ...], directory: Path | None) -> N
         sys.exit(1)
 
 
+@command("check")
+@with_config
+@click.option("--factors", default="1,2,4,8", show_default=True, help="Sizes, as multiples of base width and depth.")
+@click.option("--steps", default=8, show_default=True, help="Training steps; slopes are judged after 1 and after all.")
+@click.option("--seeds", default=2, show_default=True, help="Seeds that each point is averaged over.")
+@click.option("--batch-size", default=16, show_default=True, help="Images in the one fixed batch.")
+@click.option(
+    "--plot", type=click.Path(path_type=Path), default="check.png", show_default=True, help="The plot's file."
+)
+def check(
+    config: Path, overrides: tuple[str, ...], factors: str, steps: int, seeds: int, batch_size: int, plot: Path
+) -> None:
+    """Coordinate check: do activations and updates keep their size over width and depth? Ends 1 when a slope is off.
+
+    Uses random images. For a large model give a small base: model.base_width=64 model.image_size=32.
+    """
+    from launch.check import run_check
+
+    if not run_check(config, overrides, factors, steps, seeds, batch_size, plot, new_console()):
+        sys.exit(1)
+
+
+@command("export")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+def export(run: Path, out: Path) -> None:
+    """Write RUN's weights to OUT (safetensors) for timm.create_model, every multiplier folded in."""
+    from launch.export import export_run
+
+    name, arguments = export_run(run, out)
+    given = "".join(f", {key}={value!r}" for key, value in arguments.items())
+    click.echo(f"{out}: load it into timm.create_model({name!r}{given})")
+
+
 for data_command in (shards.pack, shards.index, shards.inspect):
     cli.add_command(data_command)
 
@@ -164,6 +201,6 @@ def main() -> None:
     """The `depthmup` command: 0 on success, 2 with one line on a user's mistake."""
     try:
         cli()
-    except UserError as error:
+    except (UserError, ModelError) as error:
         click.echo(f"depthmup: {error}", err=True)
         sys.exit(2)

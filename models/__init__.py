@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from models.build import ScaledModel, apply
     from models.config import OptimizerConfig, ParameterizationConfig, Size
-    from models.family import Branch, Init, ParameterRule, Roles
+    from models.errors import ModelError
+    from models.family import Init, ParameterRule, Roles, Slot
     from models.optimizer import build_optimizer, parameter_groups
     from models.parameterization import Role
 
@@ -19,7 +20,8 @@ HOME = {
     "OptimizerConfig": "config",
     "ParameterizationConfig": "config",
     "Size": "config",
-    "Branch": "family",
+    "ModelError": "errors",
+    "Slot": "family",
     "Init": "family",
     "ParameterRule": "family",
     "Roles": "family",
@@ -28,8 +30,8 @@ HOME = {
     "Role": "parameterization",
 }
 __all__ = [
-    "Branch",
     "Init",
+    "ModelError",
     "OptimizerConfig",
     "ParameterRule",
     "ParameterizationConfig",
@@ -37,6 +39,7 @@ __all__ = [
     "Roles",
     "ScaledModel",
     "Size",
+    "Slot",
     "apply",
     "build_optimizer",
     "parameter_groups",

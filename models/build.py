@@ -1,6 +1,5 @@
 """From a configuration, or a network of the user's own, to a network with multipliers, roles and initial weights."""
 
-import re
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +7,8 @@ from torch import nn
 
 from models.config import AnyModelConfig, ParameterizationConfig, Size
 from models.conv_resnet import CONV_RESNET
-from models.family import Family, ParameterRule, Roles, match_rules, modules_matching
+from models.errors import ModelError
+from models.family import Family, ParameterRule, Roles, Slot, match_rules, modules_matching
 from models.init import initialize, materialize
 from models.multiplier import Multiplier, scale_input, scale_output
 from models.parameterization import Scale
@@ -26,7 +26,7 @@ class ScaledModel:
     scale: Scale
     roles: Roles
     rules: dict[str, ParameterRule]  # parameter name -> role and base init
-    branches: dict[str, str]  # module at the end of a residual branch -> module that an export folds into
+    branches: tuple[str, ...]  # modules at the ends of residual branches
     multipliers: dict[str, Multiplier]  # module name -> its multiplier, where it is not 1
 
 
@@ -35,26 +35,20 @@ def scale_of(size: Size, base: Size, parameterization: ParameterizationConfig) -
     return Scale(parameterization.resolve(), *ratios)
 
 
-def find_branches(network: nn.Module, roles: Roles) -> dict[str, str]:
-    """Module at the end of each residual branch -> the last module with weights inside it."""
-    return {
-        name: match.expand(branch.last)
-        for branch in roles.branches
-        for name in modules_matching(network, branch.output)
-        if (match := re.fullmatch(branch.output, name))
-    }
+def find_slots(network: nn.Module, slots: tuple[Slot, ...]) -> dict[str, Slot]:
+    """Name of each module in `slots` -> its slot. Raises ModelError for a slot that matches no module."""
+    return {name: slot for slot in slots for name in modules_matching(network, slot.output)}
 
 
 def scaled_model(network: nn.Module, roles: Roles, scale: Scale) -> ScaledModel:
     """Gives every parameter its role and puts the multipliers on `network`. All names are checked before any change.
 
-    Raises UnmatchedParameterError, or ValueError for a pattern that no module matches.
+    Raises UnmatchedParameterError, or ModelError for a pattern that no module matches.
     """
     rules = match_rules((name for name, _ in network.named_parameters()), roles.parameters)
-    branches = find_branches(network, roles)
-    queries = modules_matching(network, roles.queries) if roles.queries else []
+    branches, queries = find_slots(network, roles.branches), find_slots(network, roles.queries)
     if roles.readout not in dict(network.named_modules()):
-        raise ValueError(f"no module of {type(network).__name__} is called {roles.readout!r} (the readout)")
+        raise ModelError(f"no module of {type(network).__name__} is called {roles.readout!r} (the readout)")
     installed: dict[str, Multiplier | None] = {}
     for name in branches:
         installed[name] = scale_output(network, name, scale.branch_multiplier())
@@ -62,11 +56,11 @@ def scaled_model(network: nn.Module, roles: Roles, scale: Scale) -> ScaledModel:
         installed[name] = scale_output(network, name, scale.attention_multiplier())
     installed[roles.readout] = scale_input(network, roles.readout, scale.readout_multiplier())
     multipliers = {name: multiplier for name, multiplier in installed.items() if multiplier is not None}
-    return ScaledModel(network, scale, roles, rules, branches, multipliers)
+    return ScaledModel(network, scale, roles, rules, tuple(branches), multipliers)
 
 
 def build_meta(config: AnyModelConfig, parameterization: ParameterizationConfig) -> ScaledModel:
-    """The network on the meta device: shapes, roles and multipliers, no memory. Raises ValueError for a bad size."""
+    """The network on the meta device: shapes, roles and multipliers, no memory. Raises ModelError for a bad model."""
     family = FAMILIES[config.family]
     with torch.device("meta"):
         network = family.build(config)
@@ -89,7 +83,7 @@ def apply(
 ) -> ScaledModel:
     """Scales a network of the user's own from `base` to its `size`: installs multipliers, draws initial weights anew.
 
-    Raises ValueError for a parameter without exactly one role or a pattern that matches no module; `network` is then
+    Raises ModelError for a parameter without exactly one role or a pattern that matches no module; `network` is then
     as it was. Train it with `models.parameter_groups`.
     """
     scaled = scaled_model(network, roles, scale_of(size, base, parameterization))

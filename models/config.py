@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from models.errors import ModelError
 from models.parameterization import PRESETS, Parameterization
 
 POWER = re.compile(r"\s*([+-]?[\d.]+)\s*(?:\*\*|\^)\s*([+-]?[\d.]+)\s*")
@@ -58,11 +59,11 @@ class ModelConfig:
 
 
 def check_multiple(name: str, value: int, divisor: int, what: str) -> None:
-    """Raises ValueError, with the nearest values that fit, unless `divisor` divides `value`."""
+    """Raises ModelError, with the nearest values that fit, unless `divisor` divides `value`."""
     if value % divisor:
         lower = value // divisor * divisor
         nearest = f"{lower} or {lower + divisor}" if lower else str(divisor)
-        raise ValueError(f"{name} {value} must be a multiple of {what} {divisor}: use {nearest}")
+        raise ModelError(f"{name} {value} must be a multiple of {what} {divisor}: use {nearest}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,11 +87,11 @@ class VisionTransformerConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         if (self.head_dim is None) == (self.num_heads is None):
-            raise ValueError("give exactly one of head_dim (heads grow with width) and num_heads (head dim grows)")
+            raise ModelError("give exactly one of head_dim (heads grow with width) and num_heads (head dim grows)")
         if self.class_token is False and self.global_pool != "avg":
-            raise ValueError("class_token: false needs global_pool: avg")
+            raise ModelError("class_token: false needs global_pool: avg")
         if self.patch_size and self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} must be a multiple of patch_size {self.patch_size}")
+            raise ModelError(f"image_size {self.image_size} must be a multiple of patch_size {self.patch_size}")
         what, divisor = ("head_dim", self.head_dim) if self.head_dim else ("num_heads", self.num_heads)
         assert divisor is not None
         check_multiple("width", self.width, divisor, what)
@@ -146,7 +147,7 @@ class ConvResNetConfig(ModelConfig):
         check_multiple("depth", self.depth, self.num_stages, "num_stages")
         check_multiple("base_depth", self.base_depth, self.num_stages, "num_stages")
         if self.image_size < 2 ** (self.num_stages - 1):
-            raise ValueError(f"image_size {self.image_size} cannot be halved between {self.num_stages} stages")
+            raise ModelError(f"image_size {self.image_size} cannot be halved between {self.num_stages} stages")
 
 
 VIT_16 = {"family": "vit", "head_dim": 64, "patch_size": 16, "image_size": 224}
@@ -167,7 +168,7 @@ def expand_named_size(raw: Any) -> Any:
         return raw
     stated = {key: value for key, value in raw.items() if key != "named"}
     if raw["named"] not in NAMED_SIZES:
-        raise ValueError(f"unknown named size {raw['named']!r}; known: {', '.join(NAMED_SIZES)}")
+        raise ModelError(f"unknown named size {raw['named']!r}; known: {', '.join(NAMED_SIZES)}")
     return NAMED_SIZES[raw["named"]] | stated
 
 
@@ -221,9 +222,9 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         if self.noise_ratio != 1 and self.name != "adamw":
-            raise ValueError(f"batch_ratio and samples_ratio have rules for adamw only, not for {self.name}")
+            raise ModelError(f"batch_ratio and samples_ratio have rules for adamw only, not for {self.name}")
         if min(self.scaled_betas) < 0:
-            raise ValueError(f"batch_ratio / samples_ratio {self.noise_ratio:g} makes a beta of {self.betas} negative")
+            raise ModelError(f"batch_ratio / samples_ratio {self.noise_ratio:g} makes a beta of {self.betas} negative")
 
     @property
     def noise_ratio(self) -> float:

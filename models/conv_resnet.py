@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import ConvResNetConfig
-from models.family import ONES, ZEROS, Branch, Family, Init, ParameterRule, Roles
+from models.family import ONES, ZEROS, Family, Init, ParameterRule, Roles, Slot
 from models.parameterization import Role
 
 
@@ -74,7 +74,7 @@ def roles(config: ConvResNetConfig) -> Roles:
             ParameterRule(r"fc\.weight", Role.READOUT, Init("normal_fan_in", 1.0)),
             ParameterRule(r"fc\.bias", Role.SCALAR, ZEROS),
         ),
-        branches=(Branch(rf"({block})\.drop_path", rf"\1.convs.{config.convs_per_branch - 1}"),),
+        branches=(Slot(rf"({block})\.drop_path", rf"\1.convs.{config.convs_per_branch - 1}"),),
         readout="fc",
     )
 

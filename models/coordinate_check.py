@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.build import ScaledModel, build
+from models.build import ScaledModel, build, find_slots
 from models.config import AnyModelConfig, OptimizerConfig, ParameterizationConfig
 from models.family import modules_matching
 from models.optimizer import build_optimizer, parameter_groups
@@ -60,13 +60,13 @@ def attention_update(alpha: float) -> Span:
 
 @dataclass(frozen=True)
 class Target:
-    """Slopes of log2 RMS over log2 width and over log2 depth: of the value at step 0 (None: not judged), and of its
-    update at later steps."""
+    """Slopes of log2 RMS over log2 width and over log2 depth: of the value at step 0, and of its update at later
+    steps. None is not judged."""
 
     width: Allowed | None
     depth: Allowed | None
     update_width: Allowed
-    update_depth: Allowed
+    update_depth: Allowed | None
 
 
 FLAT = slope(0.0)
@@ -90,10 +90,13 @@ TARGETS: dict[str, Target] = {
     Role.SCALAR.value:          Target(None,         None,          FLAT,            FLAT),
     Role.READOUT.value:         Target(None,         None,          FLAT,            FLAT),
 }
-# Muon's update of a matrix has full rank: not its RMS but its spectral norm is constant, N^1/2 times as large.
+# Muon gives a matrix's update a constant spectral norm: its RMS falls like N^-1/2 at full rank, like 1/N at fixed rank.
+# It orthogonalises q, k and v as one matrix, in which the share of q and k changes with depth.
 MUON_TARGETS = TARGETS | {
-    Role.BRANCH_HIDDEN.value:   Target(None,         None,          slope(-0.5),     as_update),
-    Role.HIDDEN.value:          Target(None,         None,          slope(-0.5),     FLAT),
+    "attention logits":         replace(TARGETS["attention logits"], update_depth=None),
+    "attention logits, fixed head dim": replace(TARGETS["attention logits, fixed head dim"], update_depth=None),
+    Role.BRANCH_HIDDEN.value:   Target(None,         None,          span(-1, -0.5),  as_update),
+    Role.HIDDEN.value:          Target(None,         None,          span(-1, -0.5),  FLAT),
 }
 # fmt: on
 
@@ -147,8 +150,9 @@ def recording(scaled: ScaledModel) -> Iterator[Values]:
 
     blocks = list(dict.fromkeys(name.rpartition(".")[0] for name in scaled.branches))
     watched = {"stream": blocks, "branch": list(scaled.branches), "logits": [""]}
-    for quantity, pattern in (("queries", scaled.roles.queries), ("keys", scaled.roles.keys)):
-        watched[quantity] = modules_matching(scaled.network, pattern) if pattern else []
+    watched["queries"] = list(find_slots(scaled.network, scaled.roles.queries))
+    if scaled.roles.keys:
+        watched["keys"] = modules_matching(scaled.network, scaled.roles.keys)
     handles = [modules[blocks[0]].register_forward_pre_hook(record_input)]
     for quantity, names in watched.items():
         handles += [modules[name].register_forward_hook(record(quantity, i)) for i, name in enumerate(names)]
@@ -162,7 +166,7 @@ def recording(scaled: ScaledModel) -> Iterator[Values]:
 def observe(scaled: ScaledModel, values: Values, attention: str) -> Values:
     """A copy of `values` with attention logits in place of queries and keys, and the weights of each role."""
     observed = {quantity: dict(at) for quantity, at in values.items() if quantity not in ("queries", "keys")}
-    if "queries" in values:
+    if "queries" in values and "keys" in values:
         observed[attention] = {
             i: q @ values["keys"][i].transpose(-2, -1) / math.sqrt(q.shape[-1])  # (batch, heads, tokens, tokens)
             for i, q in values["queries"].items()
@@ -264,7 +268,7 @@ def check(
 ) -> list[Line]:
     """Trains the model at multiples of its base width, then of its base depth, and judges every slope.
 
-    Raises ValueError when a size does not fit the model. `progress` is told each size before it runs.
+    Raises ModelError when a size does not fit the model. `progress` is told each size before it runs.
     """
     alpha = parameterization.resolve().alpha
     targets = MUON_TARGETS if optimizer.name == "muon" else TARGETS

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from models.errors import ModelError
 from models.parameterization import Role
 
 
@@ -46,11 +47,15 @@ class ParameterRule:
 
 
 @dataclass(frozen=True)
-class Branch:
-    """The residual branches of one kind, by the module at the end of each."""
+class Slot:
+    """Modules of one kind whose output gets a multiplier, such as the ends of all attention branches.
 
-    output: str  # regular expression: modules whose output the branch multiplier scales
-    last: str  # template over the match: the module whose weight and bias end the branch; an export folds into it
+    An export folds the multiplier into a slot's own weights or, when it has none, into those of `last`.
+    """
+
+    output: str  # regular expression on module names
+    last: str  # template over the match: the last module with weights before the slot
+    share: float = 1.0  # of `last`'s rows: 1/3 for the queries in timm's qkv
 
 
 @dataclass(frozen=True)
@@ -58,10 +63,10 @@ class Roles:
     """What the scaling rules have to know about a network: the role of each parameter, and where multipliers sit."""
 
     parameters: tuple[ParameterRule, ...]
-    branches: tuple[Branch, ...]
+    branches: tuple[Slot, ...]  # the ends of residual branches
     readout: str  # name of the module whose input gets the readout multiplier
-    queries: str | None = None  # regular expression: modules whose output is the queries; None for no attention
-    keys: str | None = None  # the same for the keys, which only the coordinate check looks at
+    queries: tuple[Slot, ...] = ()  # modules whose output is the queries
+    keys: str | None = None  # regular expression: whose output is the keys; only the coordinate check looks at them
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ class Family:
     roles: Callable[[Any], Roles]  # ModelConfig -> roles
 
 
-class UnmatchedParameterError(ValueError):
+class UnmatchedParameterError(ModelError):
     """A parameter that no rule, or more than one rule, gives a role."""
 
 
@@ -100,10 +105,10 @@ def match_rules(names: Iterable[str], rules: tuple[ParameterRule, ...]) -> dict[
 
 
 def modules_matching(model: nn.Module, pattern: str) -> list[str]:
-    """Names of the modules whose whole name matches the regular expression `pattern`; raises ValueError for none."""
+    """Names of the modules whose whole name matches the regular expression `pattern`; raises ModelError for none."""
     names = [name for name, _ in model.named_modules() if re.fullmatch(pattern, name)]
     if not names:
-        raise ValueError(f"no module of {type(model).__name__} matches {pattern!r}")
+        raise ModelError(f"no module of {type(model).__name__} matches {pattern!r}")
     return names
 
 

@@ -16,12 +16,17 @@ def generator_for(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
+def init_std(shape: torch.Size, rule: ParameterRule, scale: Scale) -> float:
+    """The base model's standard deviation times sqrt(init variance factor)."""
+    base_std = rule.init.base_std(base_shape(shape, rule.role, scale.width_ratio))
+    return base_std * math.sqrt(scale.init_variance(rule.role))
+
+
 def draw(name: str, shape: torch.Size, rule: ParameterRule, scale: Scale, seed: int) -> Tensor:
-    """Initial value of one parameter, float32 on the CPU: the base model's init times sqrt(init variance factor)."""
+    """Initial value of one parameter, float32 on the CPU: noise of `init_std`, or a constant."""
     if rule.init.kind == "constant":
         return torch.full(shape, rule.init.scale)
-    variance = scale.init_variance(rule.role)
-    std = rule.init.base_std(base_shape(shape, rule.role, scale.width_ratio)) * math.sqrt(variance)
+    std = init_std(shape, rule, scale)
     generator = generator_for(seed, name)
     if rule.init.kind == "uniform_fan_in":
         return (torch.rand(shape, generator=generator) * 2 - 1) * (math.sqrt(3) * std)  # std of U(-b, b) is b / sqrt(3)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from models.config import OptimizerConfig
+from models.errors import ModelError
 from models.family import ParameterRule
 from models.parameterization import TABLE, Factors, Role, Scale
 
@@ -45,7 +46,7 @@ def parameter_groups(
     """Parameter groups for a torch optimizer; roles with equal settings share one, so there are at most eight.
 
     Each group has `name` (its roles), `algorithm`, `params`, `lr` (peak), `lr_mult`, `weight_decay` and, for AdamW,
-    `eps`. Raises ValueError when muon would find no matrix to train.
+    `eps`. Raises ModelError when muon would find no matrix to train.
     """
     merged: dict[tuple[tuple[str, Any], ...], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
@@ -60,7 +61,7 @@ def parameter_groups(
             group["roles"].append(role.value)
     groups = [{"name": "+".join(sorted(group.pop("roles"))), **group} for group in merged.values()]
     if config.name == "muon" and all(group["algorithm"] == "adamw" for group in groups):
-        raise ValueError(
+        raise ModelError(
             f"optimizer.name muon has no rule for {type(model).__name__}: it trains matrices, and this network has "
             "none that grows on both sides; use adamw or sgd"
         )
@@ -73,7 +74,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     def __init__(self, groups: list[dict[str, Any]], config: OptimizerConfig, fused: bool | None) -> None:
         if not hasattr(torch.optim, "Muon"):
-            raise ValueError(f"optimizer.name muon needs torch 2.9 or newer, this is {torch.__version__}: use adamw")
+            raise ModelError(f"optimizer.name muon needs torch 2.9 or newer, this is {torch.__version__}: use adamw")
         super().__init__(groups, {"lr": config.lr})
         muon = [group for group in self.param_groups if group["algorithm"] == "muon"]
         adamw = [group for group in self.param_groups if group["algorithm"] == "adamw"]

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from models.config import ResNetConfig
-from models.family import ONES, ZEROS, Branch, Family, Init, ParameterRule, Roles
+from models.family import ONES, ZEROS, Family, Init, ParameterRule, Roles, Slot
 from models.parameterization import Role
 
 
@@ -114,7 +114,7 @@ def roles(config: ResNetConfig) -> Roles:
             ParameterRule(rf"{name}\.weight", Role.READOUT, readout_init),
             ParameterRule(rf"{name}\.bias", Role.SCALAR, ZEROS),
         ),
-        branches=(Branch(rf"({block})\.drop_path", rf"\1.{norm if ends_in_norm else 'conv'}{last}"),),
+        branches=(Slot(rf"({block})\.drop_path", rf"\1.{norm if ends_in_norm else 'conv'}{last}"),),
         readout=readout,
     )
 

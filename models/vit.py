@@ -6,7 +6,8 @@ from typing import Any
 from torch import nn
 
 from models.config import VisionTransformerConfig
-from models.family import ONES, ZEROS, Branch, Family, Init, ParameterRule, Roles
+from models.errors import ModelError
+from models.family import ONES, ZEROS, Family, Init, ParameterRule, Roles, Slot
 from models.parameterization import Role
 
 
@@ -32,29 +33,29 @@ def timm_arguments(config: VisionTransformerConfig) -> dict[str, Any]:
 def build(config: VisionTransformerConfig) -> nn.Module:
     """The timm ViT called `config.timm_name` at this width and depth, with what else the config states.
 
-    Raises ValueError for a name that timm does not know as a VisionTransformer, or whose LayerScale has no value.
+    Raises ModelError for a name that timm does not know as a VisionTransformer, or whose LayerScale has no value.
     """
     import models.torchvision_ops  # noqa: F401  isort: skip  (must run before timm)
     import timm
     from timm.layers import LayerScale
     from timm.models.vision_transformer import VisionTransformer
 
-    names = timm.list_models(module="vision_transformer")
+    names = timm.list_models(module="vision_transformer") + timm.list_models(module="deit")
     if config.timm_name not in names:
         nearest = difflib.get_close_matches(config.timm_name, names, n=3, cutoff=0)
-        raise ValueError(f"model.timm_name: timm has no ViT {config.timm_name!r}; nearest: {', '.join(nearest)}")
+        raise ModelError(f"model.timm_name: timm has no ViT {config.timm_name!r}; nearest: {', '.join(nearest)}")
     # weight_init: every parameter is initialised by models.init, so timm need not
     network = timm.create_model(config.timm_name, weight_init="reset", **timm_arguments(config))
     if not isinstance(network, VisionTransformer):
-        raise ValueError(f"model.timm_name: {config.timm_name} is a {type(network).__name__}, not a VisionTransformer")
+        raise ModelError(f"model.timm_name: {config.timm_name} is a {type(network).__name__}, not a VisionTransformer")
     if config.layer_scale is None and any(isinstance(module, LayerScale) for module in network.modules()):
-        raise ValueError(
+        raise ModelError(
             f"model.layer_scale: {config.timm_name} has LayerScale; state its initial value (timm's is mostly 1e-5), "
             "or 0 to leave it out"
         )
     patch_size = network.patch_embed.patch_size[0]
     if config.image_size % patch_size:
-        raise ValueError(
+        raise ModelError(
             f"model.image_size {config.image_size} must be a multiple of {config.timm_name}'s patch size {patch_size}"
         )
     return network
@@ -89,11 +90,11 @@ def roles(config: VisionTransformerConfig) -> Roles:
             ParameterRule(r"head\.bias", Role.SCALAR, ZEROS),
         ),
         branches=(
-            Branch(r"(blocks\.\d+)\.ls1", r"\1.attn.proj"),
-            Branch(r"(blocks\.\d+)\.ls2", r"\1.mlp.fc2"),
+            Slot(r"(blocks\.\d+)\.ls1", r"\1.attn.proj"),
+            Slot(r"(blocks\.\d+)\.ls2", r"\1.mlp.fc2"),
         ),
         readout="head",
-        queries=r"blocks\.\d+\.attn\.q_norm",
+        queries=(Slot(r"(blocks\.\d+\.attn)\.q_norm", r"\1.qkv", share=1 / 3),),
         keys=r"blocks\.\d+\.attn\.k_norm",
     )
 

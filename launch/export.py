@@ -1,0 +1,44 @@
+"""`depthmup export`: a finished run's weights as a plain timm network's."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from data.errors import UserError
+from models.build import build_meta
+from models.export import folded_state
+from models.timm_registry import timm_call
+from train.config import RunConfig, from_plain, read_yaml, to_plain
+from train.rundir import RunDirectory
+
+
+def export_run(run: Path, out: Path) -> tuple[str, dict[str, Any]]:
+    """Writes `out`; returns the name and arguments for timm.create_model, which are in the file's metadata too.
+
+    Raises UserError for a directory without a run's weights, ModelError where a multiplier cannot be folded.
+    """
+    directory = RunDirectory(run)
+    if not directory.weights.exists():
+        raise UserError(f"{run}: no {directory.weights.name} there; a run writes it when it is completed")
+    config = from_plain(RunConfig, read_yaml(directory.config), str(directory.config))
+    scaled = build_meta(config.model, config.parameterization)
+    try:
+        scaled.network.load_state_dict(load_file(directory.weights), strict=True, assign=True)
+    except RuntimeError as error:
+        raise UserError(f"{directory.weights}: not the weights of this run's model: {error}") from None
+    name, arguments = timm_call(config.model)
+    metadata = {
+        "format": "pt",
+        "timm": json.dumps({"model_name": name, "arguments": arguments}),
+        "model": json.dumps(to_plain(config.model)),
+        "parameterization": json.dumps(to_plain(config.parameterization)),
+    }
+    state = {key: tensor.contiguous() for key, tensor in folded_state(scaled).items()}
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save_file(state, out, metadata)
+    except OSError as error:
+        raise UserError(f"{out}: cannot write there: {error.strerror}") from None
+    return name, arguments

@@ -1,0 +1,43 @@
+"""How timm.create_model makes each of the families, and the entries it lacks. Importing this module registers them."""
+
+from typing import Any
+
+from torch import nn
+
+import models.torchvision_ops  # noqa: F401  isort: skip  (must run before timm)
+from timm.models import register_model
+
+from models.config import AnyModelConfig, ConvResNetConfig, ResNetConfig, VisionTransformerConfig
+from models.conv_resnet import ConvResNet
+from models.resnet import build as build_resnet
+from models.vit import timm_arguments
+
+
+@register_model
+def depthmup_conv_resnet(pretrained: bool = False, **arguments: Any) -> nn.Module:
+    """The paper's net. `arguments` are ConvResNetConfig's, those of the base size left out."""
+    return ConvResNet(ConvResNetConfig(**arguments_with_base(arguments)))
+
+
+@register_model
+def depthmup_resnet(pretrained: bool = False, **arguments: Any) -> nn.Module:
+    """timm's ResNet or ResNetV2 at any width. `arguments` are ResNetConfig's, those of the base size left out."""
+    return build_resnet(ResNetConfig(**arguments_with_base(arguments)))
+
+
+def arguments_with_base(arguments: dict[str, Any]) -> dict[str, Any]:
+    """timm adds arguments of its own, about pretrained weights; a plain network is its own base."""
+    own = {key: value for key, value in arguments.items() if not key.startswith(("pretrained", "cache_dir"))}
+    return own | {"base_width": own["width"], "base_depth": own["depth"]}
+
+
+def timm_call(config: AnyModelConfig) -> tuple[str, dict[str, Any]]:
+    """Name and arguments with which timm.create_model makes the plain network of `config`."""
+    if isinstance(config, VisionTransformerConfig):
+        return config.timm_name, timm_arguments(config)
+    if isinstance(config, ResNetConfig) and config.width == 64 and config.norm == "batch" and not config.preactivation:
+        arguments = {"num_classes": config.num_classes, "in_chans": config.in_channels}
+        name = "resnet50" if config.block == "bottleneck" else "resnet18"
+        return name, {"layers": list(config.blocks_per_stage), **arguments}
+    stated = {key: value for key, value in vars(config).items() if key not in ("family", "base_width", "base_depth")}
+    return f"depthmup_{config.family}", stated

@@ -1,0 +1,161 @@
+"""A finished run exports to a plain timm network with the same logits; a network of one's own is scaled by `apply`."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import models.torchvision_ops  # isort: skip  (must run before timm)
+import timm
+import torch
+from click.testing import CliRunner
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import models
+from launch.cli import cli
+from launch.export import export_run
+from models import Init, ParameterizationConfig, ParameterRule, Role, Roles, Size, Slot
+from models.build import build
+from models.coordinate_check import rms
+from models.export import folded_state
+from train.config import RunConfig, from_plain, to_yaml
+
+VIT = {"family": "vit", "patch_size": 8, "image_size": 32, "num_heads": 4}
+RESNET = {
+    "family": "resnet",
+    "image_size": 32,
+    "width": 32,
+    "base_width": 16,
+    "depth": 8,
+    "base_depth": 4,
+    "num_groups": 8,
+}
+MODELS = [
+    VIT,
+    VIT | {"qk_norm": True},
+    VIT | {"timm_name": "deit3_small_patch16_224", "layer_scale": 0.1},
+    RESNET,
+    RESNET | {"width": 64},
+    RESNET | {"block": "bottleneck", "norm": "group"},
+    RESNET | {"norm": "none"},
+    RESNET | {"preactivation": True, "norm": "group"},
+    {"family": "conv_resnet", "depth": 6, "base_depth": 3, "image_size": 8, "norm": "layer", "convs_per_branch": 2},
+]
+
+
+def finished_run(directory: Path, model: dict[str, Any]) -> tuple[Path, nn.Module, RunConfig]:
+    """What a run leaves behind, with every weight and running statistic moved off its initial value."""
+    sizes = {"width": 64, "depth": 4, "base_width": 32, "base_depth": 2, "num_classes": 10}
+    config = from_plain(
+        RunConfig,
+        {
+            "model": sizes | model,
+            "parameterization": {"gamma0": 2.0, "beta": 0.8},
+            "optimizer": {"lr": 1.0},
+            "data": {"name": "x", "root": "x"},
+            "train": {"samples": 1, "global_batch_size": 1},
+        },
+        "test",
+    )
+    network = build(config.model, config.parameterization, seed=0).network
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for tensor in network.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.add_(
+                    0.02 * torch.randn_like(tensor).abs() if tensor.min() > 0 else 0.02 * torch.randn_like(tensor)
+                )
+    directory.mkdir()
+    (directory / "config.yaml").write_text(to_yaml(config))
+    save_file(network.state_dict(), directory / "weights.safetensors")
+    return directory, network.eval(), config
+
+
+@pytest.mark.parametrize("model", MODELS, ids=range(len(MODELS)))
+def test_timm_loads_an_export_strictly_and_computes_the_same_logits(model: dict[str, Any], tmp_path: Path) -> None:
+    run, network, config = finished_run(tmp_path / "run", model)
+    out = tmp_path / "out.safetensors"
+    name, arguments = export_run(run, out)
+    plain = timm.create_model(name, checkpoint_path=str(out), **json.loads(json.dumps(arguments))).eval()
+    assert plain.load_state_dict(load_file(out), strict=True)
+    images = torch.randn(4, 3, config.model.image_size, config.model.image_size)
+    with torch.no_grad():
+        ours, theirs = network(images), plain(images)
+    assert rms(ours - theirs) <= 1e-5 * rms(ours)
+    with safe_open(out, "pt") as file:
+        metadata = {key: json.loads(text) for key, text in file.metadata().items() if key != "format"}
+    assert metadata["timm"] == {"model_name": name, "arguments": json.loads(json.dumps(arguments))}
+    assert (metadata["model"]["width"], metadata["parameterization"]["name"]) == (config.model.width, "depth_mup")
+
+
+def test_the_command_says_how_to_load_and_refuses_what_is_no_run(tmp_path: Path) -> None:
+    run, _, _ = finished_run(tmp_path / "run", VIT)
+    result = CliRunner().invoke(cli, ["export", str(run), str(tmp_path / "out.safetensors")])
+    assert result.exit_code == 0
+    assert "timm.create_model('vit_base_patch16_224', img_size=32" in result.output
+    assert "a run writes it when it is completed" in str(
+        CliRunner().invoke(cli, ["export", str(tmp_path), str(tmp_path / "x")]).exception
+    )
+
+
+class PostNorm(nn.Module):
+    """A block whose branch ends in a norm without gain: no weight can take a multiplier up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.norm = nn.Linear(8, 8), nn.LayerNorm(8, elementwise_affine=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.norm(self.fc(x))
+
+
+def test_a_fold_that_is_impossible_names_the_module() -> None:
+    init = Init("normal_fan_in", 1.0)
+    roles = Roles(
+        parameters=(
+            ParameterRule(r"0\.fc\.(weight|bias)", Role.BRANCH_HIDDEN, Init("normal", 0.1)),
+            ParameterRule(r"1\.weight", Role.READOUT, init),
+            ParameterRule(r"1\.bias", Role.SCALAR, Init("constant", 0.0)),
+        ),
+        branches=(Slot(r"(\d)\.norm", r"\1.norm"),),
+        readout="1",
+    )
+    network = nn.Sequential(PostNorm(), nn.Linear(8, 2))
+    sizes = {"size": Size(width=8, depth=4), "base": Size(width=8, depth=1)}
+    scaled = models.apply(ParameterizationConfig(), network, **sizes, roles=roles)
+    with pytest.raises(ValueError, match=r"0\.norm is a LayerNorm whose output does not scale"):
+        folded_state(scaled)
+
+
+def test_apply_changes_nothing_when_a_parameter_has_no_role() -> None:
+    network = nn.Sequential(PostNorm(), nn.Linear(8, 2))
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    roles = Roles(parameters=(), branches=(Slot(r"(\d)\.norm", r"\1.norm"),), readout="1")
+    with pytest.raises(ValueError, match=r"0\.fc\.weight: no rule gives it a role"):
+        models.apply(
+            ParameterizationConfig(), network, size=Size(width=8, depth=4), base=Size(width=4, depth=1), roles=roles
+        )
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+    assert not any(module._forward_hooks for module in network.modules())
+
+
+def test_the_example_of_the_page_on_your_own_model_runs_and_gives_the_tables_factors() -> None:
+    page = Path(__file__).parents[1] / "docs" / "your-model.md"
+    (example,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    names: dict[str, Any] = {"__name__": "example"}
+    exec(compile(example, str(page), "exec"), names)
+    scaled, optimizer = names["scaled"], names["optimizer"]
+    assert scaled.multipliers["head"].value == 64 / 256
+    assert scaled.multipliers["blocks.23.down"].value == pytest.approx((3 / 24) ** 0.5)
+    lr_mult = {group["name"]: group["lr_mult"] for group in optimizer.param_groups}
+    assert lr_mult["branch_hidden"] == pytest.approx((1 / 4) * (1 / 8) ** 0.5)
+    x = torch.randn(16, 64)
+    scaled.network(x).square().mean().backward()
+    optimizer.step()
+    plain = names["Net"](256, 24)
+    plain.load_state_dict(folded_state(scaled))
+    torch.testing.assert_close(plain(x), scaled.network(x), rtol=1e-5, atol=1e-5)

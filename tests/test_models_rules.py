@@ -1,0 +1,333 @@
+"""The scaling rules against timm, against the `mup` package and against the published tables, name by name."""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import mup
+import pytest
+import torch
+from torch import nn
+
+from models.build import build, build_meta
+from models.config import (
+    AnyModelConfig,
+    ConvResNetConfig,
+    OptimizerConfig,
+    ParameterizationConfig,
+    ResNetConfig,
+    VisionTransformerConfig,
+)
+from models.family import UnmatchedParameterError, match_rules
+from models.flops import training_flops
+from models.init import init_std, initialize, materialize
+from models.optimizer import build_optimizer, parameter_groups
+from models.parameterization import PRESETS, Role, Scale
+
+VIT = VisionTransformerConfig(
+    width=64, depth=4, base_width=32, base_depth=2, num_heads=4, patch_size=8, image_size=32, num_classes=10
+)
+RESNET = ResNetConfig(width=32, depth=8, base_width=16, base_depth=4, image_size=32, num_classes=10)
+CONV_RESNET = ConvResNetConfig(width=16, depth=6, base_width=8, base_depth=3, image_size=8, num_classes=10)
+EVERY_MODEL = [
+    VIT,
+    replace(VIT, num_heads=None, head_dim=16, qk_norm=True, class_token=False, global_pool="avg"),
+    replace(VIT, num_heads=None, head_dim=16, timm_name="deit3_small_patch16_224", layer_scale=1e-6),
+    *(
+        replace(RESNET, preactivation=preactivation, block=block, norm=norm, num_groups=8)
+        for preactivation in (False, True)
+        for block in ("basic", "bottleneck")
+        for norm in ("batch", "group", "none")
+    ),
+    *(replace(CONV_RESNET, convs_per_branch=k, norm=norm) for k in (1, 2) for norm in ("none", "batch", "layer")),
+]
+
+
+def at_base(config: AnyModelConfig) -> AnyModelConfig:
+    return replace(config, width=config.base_width, depth=config.base_depth)
+
+
+def images(config: AnyModelConfig, count: int = 2) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn((count, config.in_channels, config.image_size, config.image_size), generator=generator)
+
+
+@pytest.mark.parametrize("config", EVERY_MODEL, ids=range(len(EVERY_MODEL)))
+def test_a_model_of_any_size_trains_one_step_with_few_groups(config: AnyModelConfig) -> None:
+    scaled = build(config, ParameterizationConfig(), seed=0)
+    optimizer_config = OptimizerConfig(lr=1e-3, weight_decay=0.1)
+    groups = parameter_groups(scaled.network, scaled.rules, scaled.scale, optimizer_config)
+    before = {name: p.detach().clone() for name, p in scaled.network.named_parameters()}
+    scaled.network(images(config)).square().mean().backward()
+    build_optimizer(groups, optimizer_config).step()
+    assert all(torch.isfinite(p).all() for p in scaled.network.parameters())
+    assert not torch.equal(
+        before[f"{scaled.roles.readout}.weight"], scaled.network.get_submodule(scaled.roles.readout).weight
+    )
+    assert len(groups) <= 8
+    assert sum(len(group["params"]) for group in groups) == len(before)
+
+
+def test_at_base_size_the_network_is_timms_own_bit_for_bit() -> None:
+    import timm
+
+    calls: list[tuple[AnyModelConfig, str, dict[str, Any]]] = [
+        (
+            at_base(VIT),
+            "vit_base_patch16_224",
+            {"embed_dim": 32, "depth": 2, "num_heads": 4, "patch_size": 8, "img_size": 32},
+        ),
+        (
+            ResNetConfig(width=64, depth=16, base_width=64, base_depth=16, blocks=(3, 4, 6, 3), block="bottleneck"),
+            "resnet50",
+            {},
+        ),
+        (ResNetConfig(width=64, depth=8, base_width=64, base_depth=8, blocks=(2, 2, 2, 2)), "resnet18", {}),
+        (
+            ResNetConfig(
+                width=64,
+                depth=16,
+                base_width=64,
+                base_depth=16,
+                blocks=(3, 4, 6, 3),
+                block="bottleneck",
+                preactivation=True,
+            ),
+            "resnetv2_50",
+            {},
+        ),
+    ]
+    for config, name, arguments in calls:
+        config = replace(config, num_classes=10, image_size=32)
+        scaled = build(config, ParameterizationConfig(name="completep"), seed=0)
+        plain = timm.create_model(name, num_classes=10, **arguments)
+        plain.load_state_dict(scaled.network.state_dict(), strict=True)
+        assert not scaled.multipliers
+        assert torch.equal(scaled.network(images(config)), plain(images(config))), name
+
+
+def test_named_sizes_are_timms_networks() -> None:
+    import timm
+
+    from train.config import RunConfig, from_plain
+
+    names = {
+        "vit_s16": "vit_small_patch16_224",
+        "vit_b16": "vit_base_patch16_224",
+        "vit_l16": "vit_large_patch16_224",
+        "resnet50": "resnet50",
+        "resnet101": "resnet101",
+        "resnet152": "resnet152",
+    }
+    rest = {
+        "optimizer": {"lr": 1.0},
+        "data": {"name": "x", "root": "x"},
+        "train": {"samples": 1, "global_batch_size": 1},
+    }
+    for named, timm_name in names.items():
+        model = {"named": named, "base_width": 64, "base_depth": 4}
+        config = from_plain(RunConfig, {"model": model, **rest}, "test").model
+        network = build_meta(config, ParameterizationConfig()).network
+        with torch.device("meta"):
+            plain = timm.create_model(timm_name)
+        shapes = {name: tensor.shape for name, tensor in plain.state_dict().items()}
+        assert {name: tensor.shape for name, tensor in network.state_dict().items()} == shapes, named
+
+
+def mup_network(config: AnyModelConfig) -> nn.Module:
+    """The plain network of `config` with the readout that `mup` asks for."""
+    network = build(config, ParameterizationConfig(name="sp"), seed=0).network
+    for module in list(network.modules()):
+        for name, child in list(module.named_children()):
+            if name in ("head", "fc") and isinstance(child, nn.Linear):
+                setattr(module, name, mup.MuReadout(child.in_features, child.out_features))
+            if isinstance(child, nn.Module):
+                child._forward_pre_hooks.clear()
+                child._forward_hooks.clear()
+    return network
+
+
+@pytest.mark.parametrize(
+    "config", [VIT, replace(VIT, num_heads=None, head_dim=16, qk_norm=True), RESNET], ids=("vit", "qk", "resnet")
+)
+def test_width_rules_are_those_of_the_mup_package(config: AnyModelConfig) -> None:
+    config = replace(config, depth=config.base_depth)
+    scaled = build_meta(config, ParameterizationConfig(name="mup"))
+    base, delta = (
+        mup_network(replace(config, width=config.base_width * k, base_width=config.base_width)) for k in (1, 3)
+    )
+    theirs = mup.set_base_shapes(mup_network(config), base, delta=delta, rescale_params=False)
+    names = {id(parameter): name for name, parameter in theirs.named_parameters()}
+
+    ratio = config.width / config.base_width
+    assert scaled.multipliers[scaled.roles.readout].value == 1 / theirs.get_submodule(scaled.roles.readout).width_mult()
+    for name, optimizer in (("sgd", mup.MuSGD), ("adamw", mup.MuAdamW)):
+        their_groups = optimizer(theirs.parameters(), lr=0.1, weight_decay=1.0).param_groups
+        their_lr = {names[id(p)]: group["lr"] for group in their_groups for p in group["params"]}
+        ours = parameter_groups(scaled.network, scaled.rules, scaled.scale, OptimizerConfig(name=name, lr=0.1))
+        our_names = {id(p): n for n, p in scaled.network.named_parameters()}
+        our_lr = {our_names[id(p)]: group["lr"] for group in ours for p in group["params"]}
+        assert our_lr == pytest.approx(their_lr), name
+        assert len(set(our_lr.values())) > 1
+
+    initialisers = {
+        "normal": lambda p, s: mup.init.normal_(p, std=s),
+        "normal_fan_out": lambda p, s: mup.init.kaiming_normal_(p, mode="fan_out", nonlinearity="relu"),
+        "uniform_fan_in": lambda p, s: mup.init.kaiming_uniform_(p, a=5**0.5),
+    }
+    torch.manual_seed(0)
+    for name, parameter in theirs.named_parameters():
+        rule = scaled.rules[name]
+        if rule.init.kind == "constant":
+            continue
+        draws = []
+        for _ in range(max(1, 20_000 // parameter.numel())):
+            initialisers[rule.init.kind](parameter, rule.init.scale)
+            draws.append(parameter.detach().flatten().clone())
+        assert torch.cat(draws).std().item() == pytest.approx(
+            init_std(parameter.shape, rule, scaled.scale), rel=0.04
+        ), name
+    assert ratio == 2
+
+
+def test_completep_gives_the_published_table() -> None:
+    """CompleteP (2505.01618), table 1, at m_N = 4 and m_L = 8."""
+    N, L = 4.0, 8.0
+    scale = Scale(replace(PRESETS["completep"], eps_scaling="branch"), N, L)
+    hidden, norm = scale.factors(Role.BRANCH_HIDDEN, "adamw"), scale.factors(Role.BRANCH_VECTOR, "adamw")
+    assert scale.branch_multiplier() == 1 / L
+    assert scale.readout_multiplier() == 1 / N
+    assert (hidden.lr, hidden.eps, hidden.weight_decay) == (1 / N, 1 / (N * L), N)
+    assert (norm.lr, norm.weight_decay) == (1, 0)
+    assert scale.init_variance(Role.BRANCH_HIDDEN) == 1 / N
+    for role in (Role.INPUT, Role.VECTOR, Role.READOUT):
+        factors = scale.factors(role, "adamw")
+        assert (factors.lr, factors.eps, scale.init_variance(role)) == (1, 1, 1), role
+
+
+def test_the_papers_absolute_form_is_the_relative_form() -> None:
+    """beta / sqrt(L) and lr / sqrt(L) with a base of depth 1 is the model of base depth 2 with the base's constants."""
+    depth, base_depth, beta, lr = 12, 3, 0.7, 0.01
+    absolute = Scale(replace(PRESETS["depth_mup"], beta=beta * base_depth**0.5), 1, depth)
+    relative = Scale(replace(PRESETS["depth_mup"], beta=beta), 1, depth / base_depth)
+    assert absolute.branch_multiplier() == pytest.approx(beta * base_depth**0.5 / depth**0.5)
+    assert absolute.branch_multiplier() == pytest.approx(relative.branch_multiplier())
+    absolute_lr = lr * base_depth**0.5 * absolute.factors(Role.BRANCH_HIDDEN, "adamw").lr
+    assert absolute_lr == pytest.approx(lr * relative.factors(Role.BRANCH_HIDDEN, "adamw").lr)
+    assert absolute.factors(Role.BRANCH_HIDDEN, "sgd").lr == 1  # 2309.16620: SGD needs no depth factor at alpha = 1/2
+
+
+def test_presets_without_depth_rules_ignore_depth_and_sp_ignores_width() -> None:
+    for name in ("sp", "mup"):
+        for role in Role:
+            for optimizer in ("sgd", "adamw", "muon"):
+                assert Scale(PRESETS[name], 4, 1).factors(role, optimizer) == Scale(PRESETS[name], 4, 9).factors(
+                    role, optimizer
+                )
+        assert Scale(PRESETS[name], 4, 9).branch_multiplier() == 1
+    sp = Scale(PRESETS["sp"], 4, 9, 4)
+    assert (sp.readout_multiplier(), sp.attention_multiplier()) == (1, 1)
+    assert {sp.factors(role, "adamw").lr for role in Role} == {1}
+
+
+def test_gamma0_and_weight_decay_and_batch_ratios() -> None:
+    scaled = build_meta(CONV_RESNET, ParameterizationConfig(gamma0=2.0))
+    assert scaled.multipliers["fc"].value == pytest.approx(1 / 2 / 2)
+    make = partial(parameter_groups, scaled.network, scaled.rules, scaled.scale)
+    sgd = make(OptimizerConfig(name="sgd", lr=0.1))
+    assert {group["lr_mult"] for group in sgd if "branch_hidden" in group["name"]} == {4.0}  # gamma0^2
+
+    def decay_per_step(config: OptimizerConfig) -> set[float]:
+        return {round(group["lr"] * group["weight_decay"], 12) for group in make(config) if group["weight_decay"]}
+
+    assert decay_per_step(OptimizerConfig(lr=0.1, weight_decay=0.01)) == {0.01}
+    assert decay_per_step(OptimizerConfig(name="sgd", lr=0.1, weight_decay=0.01)) == {0.01}
+    coupled = OptimizerConfig(lr=0.1, weight_decay=0.01, weight_decay_mode="coupled", betas=(0.9, 0.99))
+    larger = replace(coupled, batch_ratio=8.0, samples_ratio=2.0)  # m_B / m_D = 4
+    for before, after in zip(make(coupled), make(larger), strict=True):
+        assert after["lr"] == pytest.approx(2 * before["lr"])
+        assert after["eps"] == pytest.approx(before["eps"] / 2)
+        assert after["weight_decay"] == pytest.approx(2 * before["weight_decay"])
+    assert larger.scaled_betas == pytest.approx((0.6, 0.96))
+
+
+def test_muon_trains_matrices_and_adamw_the_rest_through_a_checkpoint() -> None:
+    config = OptimizerConfig(name="muon", lr=0.01, momentum=0.95)
+
+    def train(steps: int, saved: tuple[Any, Any] | None = None) -> tuple[Any, Any]:
+        scaled = build(VIT, ParameterizationConfig(), seed=0)
+        optimizer = build_optimizer(parameter_groups(scaled.network, scaled.rules, scaled.scale, config), config)
+        if saved:
+            scaled.network.load_state_dict(saved[0])
+            optimizer.load_state_dict(saved[1])
+        for _ in range(steps):
+            optimizer.zero_grad()
+            scaled.network(images(VIT)).square().sum().backward()
+            optimizer.step()
+        names = {id(p): n for n, p in scaled.network.named_parameters()}
+        by_muon = {names[id(p)] for g in optimizer.param_groups if g["algorithm"] == "muon" for p in g["params"]}
+        assert by_muon == {
+            n for n in names.values() if n.startswith("blocks") and n.endswith("weight") and "norm" not in n
+        }
+        return scaled.network.state_dict(), optimizer.state_dict()
+
+    straight, resumed = train(4)[0], train(2, train(2))[0]
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    conv = build_meta(CONV_RESNET, ParameterizationConfig())
+    with pytest.raises(ValueError, match="muon has no rule for ConvResNet"):
+        parameter_groups(conv.network, conv.rules, conv.scale, config)
+
+
+def test_muon_on_an_old_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.optim, "Muon")
+    scaled = build(VIT, ParameterizationConfig(), seed=0)
+    config = OptimizerConfig(name="muon", lr=0.01)
+    with pytest.raises(ValueError, match=r"needs torch 2\.9"):
+        build_optimizer(parameter_groups(scaled.network, scaled.rules, scaled.scale, config), config)
+
+
+def test_initial_weights_depend_on_seed_and_name_alone() -> None:
+    shallow = build(replace(VIT, depth=2), ParameterizationConfig(name="mup"), seed=3).network.state_dict()
+    deep = build(replace(VIT, depth=4), ParameterizationConfig(name="mup"), seed=3).network.state_dict()
+    torch.randn(7)  # the global generator plays no part
+    assert all(torch.equal(shallow[name], deep[name]) for name in shallow)
+    other = build(replace(VIT, depth=2), ParameterizationConfig(name="mup"), seed=4).network.state_dict()
+    assert not torch.equal(shallow["head.weight"], other["head.weight"])
+
+
+def test_a_forgotten_parameter_or_buffer_is_an_error() -> None:
+    scaled = build_meta(VIT, ParameterizationConfig())
+    scaled.network.register_buffer("table", torch.zeros(3, device="meta"), persistent=False)
+    materialize(scaled.network, "cpu")
+    with pytest.raises(RuntimeError, match="no initialiser filled table"):
+        initialize(scaled.network, scaled.rules, scaled.scale, seed=0)
+
+
+def test_a_name_with_no_role_or_with_two_is_an_error() -> None:
+    rules = build_meta(VIT, ParameterizationConfig()).roles.parameters
+    with pytest.raises(UnmatchedParameterError, match=r"blocks\.0\.extra: no rule .*"):
+        match_rules(["head.weight", "blocks.0.extra"], rules)
+    with pytest.raises(UnmatchedParameterError, match=r"head\.weight: matched by"):
+        match_rules(["head.weight"], (*rules, *rules))
+
+
+def test_bad_sizes_and_names_are_refused_with_what_would_do() -> None:
+    with pytest.raises(ValueError, match="width 40 must be a multiple of head_dim 16: use 32 or 48"):
+        replace(VIT, num_heads=None, head_dim=16, width=40)
+    with pytest.raises(ValueError, match="depth 6 must be a multiple of the blocks"):
+        replace(RESNET, depth=6)
+    with pytest.raises(ValueError, match="depth 4 must be a multiple of num_stages 3: use 3 or 6"):
+        replace(CONV_RESNET, depth=4)
+    with pytest.raises(ValueError, match="nearest: vit_small_patch16_224"):
+        build_meta(replace(VIT, timm_name="vit_smal_patch16_224"), ParameterizationConfig())
+    with pytest.raises(ValueError, match="state its initial value"):
+        build_meta(replace(VIT, timm_name="deit3_small_patch16_224"), ParameterizationConfig())
+    with pytest.raises(ValueError, match="attn_pool"):
+        build_meta(replace(VIT, timm_name="vit_base_patch16_siglip_224"), ParameterizationConfig())
+
+
+def test_flops_of_a_vit_are_its_matrix_products_attention_included() -> None:
+    D, T, depth, classes, patch = 64, 17, 4, 10, 8
+    block = 2 * T * (12 * D * D) + 2 * 2 * T * T * D  # qkv, proj, mlp; then q k' and attention times v
+    forward = depth * block + 2 * (T - 1) * D * 3 * patch**2 + 2 * D * classes
+    assert training_flops(build_meta(VIT, ParameterizationConfig()).network, (3, 32, 32)) == 3 * forward
