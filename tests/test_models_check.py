@@ -20,7 +20,7 @@ from models.coordinate_check import Line, Settings, check
 from models.parameterization import Role, Scale
 
 CONV_RESNET = ConvResNetConfig(
-    width=16, depth=3, base_width=16, base_depth=3, num_classes=10, image_size=8, in_channels=1
+    width=32, depth=3, base_width=32, base_depth=3, num_classes=10, image_size=8, in_channels=1
 )
 VIT = VisionTransformerConfig(
     **{"width": 32, "depth": 3, "base_width": 32, "base_depth": 3, "num_heads": 4, "patch_size": 4},
