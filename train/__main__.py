@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from data.errors import UserError
+from models.errors import ModelError
 from train.config import RunConfig, from_plain, read_yaml, run_hash, set_dotted
 from train.interrupt import Interrupt, Interrupted
 from train.rundir import EXIT_DIVERGED, EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, EXIT_USER_ERROR, RunDirectory
@@ -72,7 +73,7 @@ def main() -> NoReturn:
     arguments = parser.parse_args()
     try:
         config = read_config(arguments.config, arguments.overrides)
-    except UserError as error:
+    except (UserError, ModelError) as error:
         print(f"error: {error}", file=sys.stderr)
         leave(EXIT_USER_ERROR)
     leave(train(config, RunDirectory(arguments.directory or Path("runs") / run_hash(config))))

@@ -121,6 +121,10 @@ class RunConfig:
     track: TrackConfig = field(default_factory=TrackConfig, metadata=NOT_IDENTITY)
     seed: Annotated[int, Field(ge=0)] = 0
 
+    def __post_init__(self) -> None:
+        if self.optimizer.name == "muon" and self.parallel.engine == "deepspeed":
+            raise ValueError("optimizer.name muon needs whole matrices, which deepspeed flattens: use ddp")
+
 
 def identity(config: Any) -> Any:
     """The configuration as plain data, without the fields that do not change a result."""

@@ -18,8 +18,7 @@ from data.errors import UserError
 from data.index import Index
 from data.loader import TrainingLoader, TrainingStream
 from data.order import State
-from models.build import FAMILIES, ScaledModel, build, build_meta
-from models.family import modules_matching
+from models.build import ScaledModel, build, build_meta
 from models.flops import num_parameters, training_flops
 from models.optimizer import build_optimizer, parameter_groups
 from train.average import WeightAverage
@@ -67,10 +66,6 @@ def describe(config: RunConfig, scaled: ScaledModel, groups: list[dict[str, Any]
         for g in groups
     ]
     return "\n".join(lines)
-
-
-def branch_names(scaled: ScaledModel, config: RunConfig) -> list[str]:
-    return [n for p in FAMILIES[config.model.family].branches for n in modules_matching(scaled.network, p)]
 
 
 def save_weights(path: Path, weights: dict[str, Tensor]) -> None:
@@ -141,7 +136,7 @@ class Run:
         set_backends(device)
         self.dtype = autocast_dtype(config.train, device)
         scaled = build(config.model, config.parameterization, config.seed, device)
-        branches = branch_names(scaled, config)
+        branches = list(scaled.branches)
         blocks = block_names(branches)
         install_stochastic_depth(scaled.network, branches, blocks, config.train.drop_path)
         self.channels_last = prepare(scaled.network, blocks, config.train, device, self.dtype)
