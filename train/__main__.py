@@ -53,7 +53,7 @@ def train(config: RunConfig, directory: RunDirectory) -> int:
         directory.write_first_failure(reason)
         with directory.rank_log(world.rank).open("a") as log:
             traceback.print_exc(file=log)
-        if isinstance(error, UserError):
+        if isinstance(error, UserError | ModelError):
             if world.is_main:
                 print(f"error: {error}", file=sys.stderr)
             return EXIT_USER_ERROR
@@ -73,7 +73,7 @@ def main() -> NoReturn:
     arguments = parser.parse_args()
     try:
         config = read_config(arguments.config, arguments.overrides)
-    except (UserError, ModelError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         leave(EXIT_USER_ERROR)
     leave(train(config, RunDirectory(arguments.directory or Path("runs") / run_hash(config))))
