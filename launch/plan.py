@@ -3,7 +3,8 @@
 from rich.console import Console
 from rich.table import Table
 
-from launch.study import Study, count_flops
+from launch.cost import count_flops
+from launch.study import Study
 
 
 def quantity(value: float) -> str:
