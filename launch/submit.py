@@ -22,7 +22,7 @@ from launch.config import LaunchConfig
 from launch.jobs import Submission
 from launch.study import PlannedRun, Study
 from launch.worker import Slot
-from train.rundir import EXIT_INTERRUPTED
+from train.rundir import EXIT_REQUEUE
 
 MINUTES_PER_YEAR = 60 * 24 * 365
 
@@ -48,7 +48,7 @@ def submit_local(runs: Sequence[PlannedRun], config: LaunchConfig, folder: Path)
 
 # ---------------------------------------------------------------- Slurm
 
-# A worker ends with EXIT_INTERRUPTED once it has saved, or by the signal when that comes before it listens. The batch
+# A worker ends with EXIT_REQUEUE once it has saved, or by the signal when that comes before it listens. The batch
 # script asks for the requeue, since a process of the step could be killed by that very requeue before it has asked.
 # A job that Slurm no longer calls RUNNING was requeued by another, or cancelled. TERM is trapped so that the script
 # outlives its step, and slurmctld may be away for a moment.
@@ -60,7 +60,7 @@ SETUP = (
 TEARDOWN = (
     "code=$?",
     "case $code in",
-    f"{EXIT_INTERRUPTED}|{128 + signal.SIGUSR2}|{128 + signal.SIGTERM})",
+    f"{EXIT_REQUEUE}|{128 + signal.SIGUSR2}|{128 + signal.SIGTERM})",
     "  for try in 1 2 3 4 5; do",
     "    state=$(squeue --noheader --job=$SLURM_JOB_ID --format=%T) && break || sleep 5",
     "  done",

@@ -22,7 +22,7 @@ from data.storage import write_atomically
 from launch import snapshot
 from train.config import RunConfig, from_plain, read_yaml
 from train.interrupt import Interrupt, Interrupted
-from train.rundir import EXIT_INTERRUPTED, RunDirectory
+from train.rundir import EXIT_REQUEUE, RunDirectory
 
 MAX_ATTEMPTS = 5  # that begin at the same step: more would go on for ever
 OUT_OF_MEMORY = re.compile(r"oom.kill|out of memory|exceeded (job|step)? ?memory limit", re.IGNORECASE)
@@ -47,10 +47,10 @@ def work(directories: Sequence[RunDirectory]) -> int:
         for directory in directories:
             try:
                 if interrupt.requested:
-                    return EXIT_INTERRUPTED
+                    return EXIT_REQUEUE
                 run_if_free(directory, interrupt)
             except Interrupted:
-                return EXIT_INTERRUPTED
+                return EXIT_REQUEUE
     return 1 if any(directory.failed() for directory in directories) else 0
 
 
@@ -80,7 +80,7 @@ def run_if_free(directory: RunDirectory, interrupt: Interrupt) -> None:
             begin_attempt(directory)
             from train.loop import run
 
-            run(read_config(directory), directory.path, interrupt)
+            run(read_config(directory), directory.path, interrupt=interrupt)
         except Interrupted:
             note(directory, "interrupted")
             raise
@@ -165,7 +165,7 @@ def run_side_by_side(file: Path, count: int) -> int:
             subprocess.Popen([sys.executable, "-m", "launch.worker", str(file), "--slot"]) for _ in range(count)
         ]
         codes = [process.wait() for process in processes]
-    return EXIT_INTERRUPTED if EXIT_INTERRUPTED in codes else max(abs(code) for code in codes)
+    return EXIT_REQUEUE if EXIT_REQUEUE in codes else max(abs(code) for code in codes)
 
 
 def record_end(directories: Sequence[RunDirectory], code: int, log: Path, details: dict[str, Any]) -> None:
