@@ -64,10 +64,12 @@ def steps(run_directory: Path) -> list[int]:
     return [json.loads(line)["step"] for line in lines]
 
 
-def started_at(run_directory: Path) -> list[int]:
-    """The step at which each attempt began."""
-    lines = [json.loads(line) for line in (run_directory / "attempts.jsonl").read_text().splitlines()]
-    return [line["step"] for line in lines if line["event"] == "started"]
+def events(run_directory: Path) -> dict[str, list[dict[str, Any]]]:
+    """The lines of attempts.jsonl by event."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for line in map(json.loads, (run_directory / "attempts.jsonl").read_text().splitlines()):
+        found.setdefault(line["event"], []).append(line)
+    return found
 
 
 def done(run_directory: Path) -> bool:
@@ -102,7 +104,7 @@ def wave(cluster: Cluster, digits: Path, tmp_path_factory: pytest.TempPathFactor
         "data": {"name": "digits", "root": str(digits), "minival": 0.1, "num_streams": 16},
         "train": {"samples": STEPS * 32, "global_batch_size": 32, "device": "cpu", "log_every": 50},
     }
-    content["train"]["checkpoint_every"] = 200
+    content["train"]["checkpoint_every"] = 50
     launching = {"cluster": "slurm", "cpus_per_task": NODE, "timeout_min": 60}
     sizes = [{"width": 8, "depth": 3}]
     grid = {"parameterizations": ["mup"], "sizes": sizes, "values": [2**-9, 2**-8, 2**-7, 2**-6], "extend": 0}
@@ -117,7 +119,7 @@ def wave(cluster: Cluster, digits: Path, tmp_path_factory: pytest.TempPathFactor
     study = launch(cluster, folder / "study.yaml", {**content, "study": {"name": "study", **grid}, "launch": low})
 
     for path in (*study.runs, *cancelled.runs):
-        wait_for(lambda path=path: len(steps(path)) > 2)
+        wait_for(lambda path=path: list(path.glob("checkpoints/step-*")))
     cluster.stop_controller()  # running jobs go on without it
     cluster.start_controller()
 
@@ -132,6 +134,8 @@ def wave(cluster: Cluster, digits: Path, tmp_path_factory: pytest.TempPathFactor
 
     wait_for(lambda: (study.runs[KILLED] / "failed.json").exists())
     after_kill = [study.depthmup("status"), study.depthmup("retry")]
+    wait_for(lambda: "interrupted" in events(limited.runs[0]), 150)
+    cluster.call("scontrol", "update", f"jobid={limited.element(0)}", "timelimit=60", root=True)  # once is enough
     wait_for(lambda: done(cancelled.runs[0]) or not cluster.queued("cancelled"), 150)
     cancelled.depthmup("launch")  # submits nothing where the job had itself requeued
     for path in (*study.runs, *cancelled.runs, *limited.runs):
@@ -154,7 +158,7 @@ def test_no_run_is_lost_and_no_step_is_missing_or_done_twice(wave: Wave) -> None
 
 def test_what_was_interrupted_goes_on_from_its_checkpoint(wave: Wave) -> None:
     for path in all_runs(wave):
-        starts = started_at(path)
+        starts = [line["step"] for line in events(path)["started"]]
         assert len(starts) >= 2, path
         assert starts == sorted(starts), path
         assert starts[-1] > 0, path
