@@ -90,14 +90,6 @@ def max_array_size() -> int:
     return int(match[1]) if match else 1001  # Slurm's default
 
 
-def check(script: Path) -> None:
-    """Asks Slurm whether it would take `script`, without submitting it. Raises UserError with its words."""
-    try:
-        call("sbatch", "--test-only", str(script))
-    except SlurmError as error:
-        raise refusal(error) from None
-
-
 def sbatch(script: Path, pass_fds: Sequence[int] = ()) -> str:
     """Submits `script`; returns the job id. Raises SlurmError."""
     return call("sbatch", "--parsable", str(script), pass_fds=pass_fds).strip().split(";")[0]

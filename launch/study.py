@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import UserError
-from data.storage import write_atomically
+from data.storage import is_remote, write_atomically
 from launch.config import Size, StudyFile, label
 from train.config import RunConfig, from_plain, identity, read_yaml, run_hash, set_dotted, to_plain, to_yaml
 from train.rundir import RunDirectory
@@ -87,7 +87,8 @@ class Study:
         base: dict[str, Any] = to_plain(self.file)
         for section in ("study", "launch"):
             del base[section]
-        base["data"]["root"] = str(Path(self.file.data.root).absolute())
+        if not is_remote(self.file.data.root):
+            base["data"]["root"] = str(Path(self.file.data.root).absolute())
         return base
 
     def pending(self) -> list[PlannedRun]:

@@ -16,10 +16,11 @@ from rich.console import Console
 
 from data.errors import UserError
 from data.index import INDEX_NAME, Index
+from data.storage import write_atomically
 from launch import slurm, states
 from launch import snapshot as code_snapshot
 from launch.cost import count_flops
-from launch.jobs import Submission, launching
+from launch.jobs import launching
 from launch.progress import display, duration
 from launch.states import State
 from launch.study import PlannedRun, Study
@@ -82,48 +83,47 @@ def launch(study: Study, only: Sequence[State] = UNFINISHED) -> Launched:
             return Launched([], [], [])
         flops = count_flops(study.runs)
         runs.sort(key=lambda run: -flops[run.size][1])
-        study.write()
         if config.cluster == "slurm":
-            return Launched(runs, launch_arrays(study, runs, lock), [])
+            try:
+                return Launched(runs, launch_arrays(study, runs, lock), [])
+            except slurm.SlurmError as error:
+                raise UserError(f"Slurm does not answer ({error}): nothing was submitted, try again later") from None
         from launch.submit import submit_local
 
+        study.write()
         forget_failures(runs)
         return Launched(runs, [], submit_local(runs, config, study.file.directory / "jobs" / "local"))
 
 
 def launch_arrays(study: Study, runs: Sequence[PlannedRun], lock: int) -> list[str]:
     """Submits `runs` to Slurm; returns the job ids. Raises UserError when Slurm refuses, and leaves nothing behind."""
-    from launch import submit
+    from launch.submit import prepare_arrays, submit_arrays
 
-    submissions = write_arrays(study, runs)
+    root = study.file.directory
+    limit = slurm.max_array_size()  # first: without Slurm nothing is written
+    study.write()
+    code = code_snapshot.take(root / "code")
+    name = f"depthmup-{study.file.study.name}"
+    submissions = prepare_arrays(runs, study.file.launch, root / "jobs", name, code, limit)
+    forgotten = forget_failures(runs)
     try:
-        slurm.check(submissions[0].script)
-        forget_failures(runs)
-        submit.submit_arrays(submissions, lock)
+        submit_arrays(submissions, lock)
     except UserError:
         for submission in submissions:
             shutil.rmtree(submission.path)
+        for path, content in forgotten.items():
+            write_atomically(path, content)
         raise
     return [submission.job_id or "" for submission in submissions]
 
 
-def write_arrays(study: Study, runs: Sequence[PlannedRun]) -> list[Submission]:
-    """The submissions of `runs`, written but not submitted."""
-    from launch import submit
-
-    root = study.file.directory
-    try:
-        limit = slurm.max_array_size()
-    except slurm.SlurmError as error:
-        raise UserError(f"Slurm does not answer ({error}): nothing was submitted, try again later") from None
-    code = code_snapshot.take(root / "code")
-    name = f"depthmup-{study.file.study.name}"
-    return submit.prepare_arrays(runs, study.file.launch, root / "jobs", name, code, limit)
-
-
-def forget_failures(runs: Sequence[PlannedRun]) -> None:
-    for run in runs:
-        (run.directory.path / "failed.json").unlink(missing_ok=True)
+def forget_failures(runs: Sequence[PlannedRun]) -> dict[Path, bytes]:
+    """Removes the failed markers of `runs`, so that they go again; returns what they held."""
+    paths = (run.directory.path / "failed.json" for run in runs)
+    held = {path: path.read_bytes() for path in paths if path.exists()}
+    for path in held:
+        path.unlink()
+    return held
 
 
 def cancel(study: Study) -> tuple[list[str], list[int]]:

@@ -73,6 +73,9 @@ class Cluster:
     def start_controller(self) -> None:
         self.call("slurmctld", root=True)
         wait_for(self.controller_is_up)
+        wait_for(
+            lambda: not {"unk", "down"} & {state.strip("*") for state in self.call("sinfo", "-h", "-o", "%t").split()}
+        )
 
     def controller_is_up(self) -> bool:
         ping = subprocess.run(["scontrol", "ping"], env=self.environment, capture_output=True, check=False)

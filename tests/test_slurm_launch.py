@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from slurm_cluster import Cluster
+from slurm_cluster import Cluster, wait_for
 
 SBATCH = """#!/bin/sh
-case "$*" in *--test-only*) exec {sbatch} "$@";; esac
 case $WHEN in
 before) kill -9 $PPID; exit 1;;
 during) kill -9 $PPID; sleep 1; exec {sbatch} "$@";;
@@ -77,7 +76,8 @@ def test_nothing_is_submitted_twice_when_the_launcher_is_killed_at_any_point(
 def test_what_slurm_refuses_is_said_in_its_words_with_the_key_and_leaves_nothing(
     cluster: Cluster, held: Path, override: str, words: str, key: str
 ) -> None:
-    refused = cluster.depthmup("launch", held, override, "launch.runs_per_job=1")
+    held_jobs_are_not_checked = "launch.sbatch={}"
+    refused = cluster.depthmup("launch", held, override, held_jobs_are_not_checked)
     assert refused.returncode == 2
     assert len(refused.stderr.strip().splitlines()) == 1
     assert words in refused.stderr
@@ -113,6 +113,19 @@ def test_probe_proposes_a_profile_that_launch_takes(cluster: Cluster, held: Path
     unknown = cluster.depthmup("launch", held, "--cluster", "other")
     assert unknown.returncode == 2
     assert "mine" in unknown.stderr
+
+
+def test_a_run_over_two_nodes_meets_and_finishes(cluster: Cluster, study_file: Path) -> None:
+    content = yaml.safe_load(study_file.read_text())
+    del content["study"]
+    content["launch"] = {"cluster": "slurm", "nodes": 2, "tasks_per_node": 1}
+    study_file.write_text(yaml.safe_dump(content))
+    folder = study_file.parent
+    launched = cluster.depthmup("launch", study_file, cwd=folder)
+    assert launched.returncode == 0, launched.stderr
+    done = wait_for(lambda: list(folder.glob("runs/tiny/runs/*/done.json")))[0]
+    assert "ddp on 2 x cpu" in (done.parent / "log-0.txt").read_text()
+    assert (done.parent / "log-1.txt").exists()
 
 
 def test_without_sbatch_on_path_one_line_says_so(study_file: Path) -> None:
