@@ -89,9 +89,9 @@ def test_another_study_in_the_same_folder_is_refused_by_the_key_that_differs(stu
     Study(study_file, read_study(study_file)).write()
     with pytest.raises(UserError, match=r"holds another study \(train.samples is 384 there and 640 here"):
         Study(study_file, read_study(study_file, ("train.samples=640",))).write()
+    old = study_file.parent / "runs" / "tiny" / "study.yaml"
+    old.write_text(old.read_text() + "forgotten_key: 1\n")
     with pytest.raises(UserError, match="another version"):
-        old = study_file.parent / "runs" / "tiny" / "study.yaml"
-        old.write_text(old.read_text() + "forgotten_key: 1\n")
         Study(study_file, read_study(study_file)).write()
 
 
