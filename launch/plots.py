@@ -67,7 +67,8 @@ def against_size(analysis: Analysis, study: StudyConfig, what: str) -> Figure | 
     ]
     if not axes_shown:
         return None
-    figure, axes = plt.subplots(1, len(axes_shown), figsize=(PANEL[0] * len(axes_shown), PANEL[1]), squeeze=False)
+    size = (PANEL[0] * len(axes_shown), PANEL[1])
+    figure, axes = plt.subplots(1, len(axes_shown), figsize=size, sharey=True, squeeze=False)
     for axis, name in zip(axes[0], axes_shown, strict=True):
         for number, judgement in enumerate(analysis.judgements):
             own = [c for c in analysis.comparisons if c.curve.parameterization == judgement.parameterization]
