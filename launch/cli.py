@@ -1,5 +1,6 @@
 """The command line. Commands import what they need when they run, so that `--help` is quick."""
 
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,13 +16,17 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from launch.study import Study
+    from launch.transfer import Launched
 
 EXAMPLES = {
     "transfer": "depthmup transfer configs/digits_resnet.yaml study.directory=/scratch/runs",
     "plan": "depthmup plan configs/digits_resnet.yaml",
-    "launch": "depthmup launch configs/digits_resnet.yaml launch.cluster=slurm launch.partition=gpu",
+    "launch": "depthmup launch configs/digits_resnet.yaml --cluster slurm launch.partition=gpu",
+    "retry": "depthmup retry configs/digits_resnet.yaml launch.memory_gb=32",
+    "cancel": "depthmup cancel configs/digits_resnet.yaml",
     "status": "depthmup status configs/digits_resnet.yaml",
     "report": "depthmup report configs/digits_resnet.yaml",
+    "scale": "depthmup scale configs/digits_resnet.yaml model.width=128 model.depth=27 train.samples=51200",
     "train": "depthmup train configs/digits_resnet.yaml optimizer.lr=2**-5 model.depth=27",
     "check": "depthmup check configs/digits_vit.yaml parameterization.name=completep",
     "export": "depthmup export runs/0123456789ab vit.safetensors",
@@ -41,16 +46,18 @@ def command(name: str, **settings: Any) -> Callable[[Callable[..., None]], click
     return cli.command(name, epilog=f"Example: {EXAMPLES[name]}", **settings)
 
 
-config_arguments = [
-    click.argument("config", type=click.Path(path_type=Path)),
-    click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]..."),
-]
-
-
 def with_config(function: Callable[..., None]) -> Callable[..., None]:
-    for argument in reversed(config_arguments):
-        function = argument(function)
-    return function
+    """The arguments CONFIG [KEY=VALUE]... and the option --cluster, which is a short form of launch.cluster=..."""
+
+    @click.argument("config", type=click.Path(path_type=Path))
+    @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+    @click.option("--cluster", help="local, debug, slurm, or the name of a profile in configs/cluster.")
+    @functools.wraps(function)
+    def wrapped(config: Path, overrides: tuple[str, ...], cluster: str | None, **options: Any) -> None:
+        chosen = (f"launch.cluster={cluster}",) if cluster else ()
+        function(config=config, overrides=(*overrides, *chosen), **options)
+
+    return wrapped
 
 
 def new_console() -> "Console":
@@ -60,10 +67,11 @@ def new_console() -> "Console":
 
 
 def open_study(config: Path, overrides: tuple[str, ...]) -> "Study":
-    from launch.config import read_study
+    """A study, or one run as a study of one."""
+    from launch.config import read_study_or_run
     from launch.study import Study
 
-    return Study(config, read_study(config, overrides))
+    return Study(config, read_study_or_run(config, overrides))
 
 
 def show_report(study: "Study", console: "Console") -> None:
@@ -77,42 +85,98 @@ def show_report(study: "Study", console: "Console") -> None:
     console.print(f"Report: {study.file.directory / 'report.html'} (also .csv and .json)")
 
 
+def finish(study: "Study", console: "Console") -> None:
+    """Everything up to the last run: data, runs, and rounds of more values where an optimum is on the grid's edge."""
+    from launch.transfer import grow, launch, prepare_data, wait
+
+    while study.pending():
+        prepare_data(study, console)
+        launched = launch(study)
+        try:
+            wait(study, launched, console)
+        except KeyboardInterrupt:
+            for job in launched.jobs:
+                job.cancel()
+            console.print(f"\nInterrupted. Run 'depthmup transfer {study.path}' again to continue.")
+            sys.exit(130)
+        if added := grow(study):
+            console.print(f"{added} runs more: an optimum is on the edge of its grid (study.extend)")
+
+
 @command("transfer")
 @with_config
-def transfer(config: Path, overrides: tuple[str, ...]) -> None:
+@click.option("--target", type=click.Path(path_type=Path), help="Then scale to this target's YAML, and train it.")
+def transfer(config: Path, overrides: tuple[str, ...], target: Path | None) -> None:
     """Run a whole study: pack data, train every run, report. Continues what is there."""
-    from launch.transfer import launch, prepare_data, wait
-
     study, console = open_study(config, overrides), new_console()
-    pending = study.pending()
-    if pending:
-        prepare_data(study, console)
-        jobs = launch(study, pending)
-        try:
-            wait(study, jobs, console)
-        except KeyboardInterrupt:
-            if study.file.launch.cluster != "slurm":
-                for job in jobs:
-                    job.cancel()
-            console.print(f"\nInterrupted. Run 'depthmup transfer {config}' again to continue.")
-            sys.exit(130)
+    finish(study, console)
     show_report(study, console)
+    if target:
+        scaled = study.file.directory / f"{target.stem}.yaml"
+        write_scaled(study, scaled, target, (), console)
+        large = open_study(scaled, (f"study.directory={study.file.directory}",))
+        finish(large, console)
+        done = large.runs[0].directory.done() or {}
+        numbers = ", ".join(f"{key} {value:.4g}" for key, value in done.items() if isinstance(value, int | float))
+        console.print(f"Target {done['outcome']}: {numbers} ({large.runs[0].directory.path})", highlight=False)
+
+
+def print_launched(study: "Study", launched: "Launched", console: "Console") -> None:
+    if launched.job_ids:
+        console.print(f"{len(launched.runs)} runs submitted: jobs {', '.join(launched.job_ids)}", highlight=False)
+    elif launched.jobs:
+        pids = ", ".join(job.job_id for job in launched.jobs)
+        console.print(f"{len(launched.runs)} runs started: processes {pids}", highlight=False)
+    else:
+        left = len(study.pending())
+        console.print(
+            f"Nothing to submit: {len(study.runs) - left} runs are done, {left} wait or run.", highlight=False
+        )
 
 
 @command("launch")
 @with_config
-def launch_command(config: Path, overrides: tuple[str, ...]) -> None:
-    """Submit the runs of a study that are not done, print their job ids, and return."""
-    from launch.transfer import launch, prepare_data
+@click.option("--dry-run", is_flag=True, help="Print the sbatch script and submit nothing.")
+def launch_command(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
+    """Submit the runs that are not done, print their job ids, and return. CONFIG: a study, or one run."""
+    from launch.transfer import grow, launch, prepare_data
 
     study, console = open_study(config, overrides), new_console()
-    pending = study.pending()
-    if not pending:
+    if dry_run:
+        from launch.submit import dry_run_script
+
+        click.echo(dry_run_script(study))
+        return
+    if not study.pending() and not grow(study):
         console.print(f"All {len(study.runs)} runs are done.")
         return
     prepare_data(study, console)
-    jobs = launch(study, pending)
-    console.print(f"{len(pending)} runs submitted: jobs {', '.join(job.job_id for job in jobs)}", highlight=False)
+    print_launched(study, launch(study), console)
+
+
+@command("retry")
+@with_config
+def retry(config: Path, overrides: tuple[str, ...]) -> None:
+    """Submit again only what failed or was lost; says why it did, and which key may help."""
+    from launch.states import take
+    from launch.status import print_troubles
+    from launch.transfer import launch
+
+    study, console = open_study(config, overrides), new_console()
+    print_troubles(take(study), console)
+    print_launched(study, launch(study, only=("failed", "lost")), console)
+
+
+@command("cancel")
+@with_config
+def cancel_command(config: Path, overrides: tuple[str, ...]) -> None:
+    """Stop all jobs of a study. Runs keep their checkpoints; 'launch' continues them."""
+    from launch.transfer import cancel
+
+    console = new_console()
+    job_ids, pids = cancel(open_study(config, overrides))
+    stopped = [*(f"job {job_id}" for job_id in job_ids), *(f"process {pid}" for pid in pids)]
+    console.print(f"Stopped: {', '.join(stopped)}" if stopped else "Nothing waits or runs.", highlight=False)
 
 
 @command("plan")
@@ -126,11 +190,17 @@ def plan(config: Path, overrides: tuple[str, ...]) -> None:
 
 @command("status")
 @with_config
-def status(config: Path, overrides: tuple[str, ...]) -> None:
+@click.option("--watch", is_flag=True, help="Show it again every 10 seconds until nothing waits or runs.")
+@click.option("--all", "everything", is_flag=True, help="Show every run, not only those that need a look.")
+def status(config: Path, overrides: tuple[str, ...], watch: bool, everything: bool) -> None:
     """Show which runs are done, running, waiting or failed, with the last loss and error."""
-    from launch.status import print_status
+    from launch.status import print_status, watch_status
 
-    print_status(open_study(config, overrides), new_console())
+    study, console = open_study(config, overrides), new_console()
+    if watch:
+        watch_status(study, console, everything)
+    else:
+        print_status(study, console, everything)
 
 
 @command("report")
@@ -138,6 +208,66 @@ def status(config: Path, overrides: tuple[str, ...]) -> None:
 def report(config: Path, overrides: tuple[str, ...]) -> None:
     """Write the HTML page, CSV and JSON of what is finished, and print table and verdicts."""
     show_report(open_study(config, overrides), new_console())
+
+
+@command("scale")
+@with_config
+@click.option("--target", type=click.Path(path_type=Path), help="YAML with the target's sections, as model and train.")
+@click.option("--out", type=click.Path(path_type=Path), help="File to write [default: CONFIG's name + _target.yaml].")
+@click.option("--parameterization", help="Which one to transfer [default: the best one that transfers].")
+@click.option("--scale-batch", is_flag=True, help="Scale AdamW for the target's batch and samples too.")
+@click.option("--force", is_flag=True, help="Use an inconclusive study all the same.")
+def scale_command(
+    config: Path,
+    overrides: tuple[str, ...],
+    target: Path | None,
+    out: Path | None,
+    parameterization: str | None,
+    scale_batch: bool,
+    force: bool,
+) -> None:
+    """Write the large run's configuration with the study's hyperparameters. KEY=VALUE changes the target's keys."""
+    from launch.config import read_study
+    from launch.study import Study
+
+    changes = [o for o in overrides if not o.startswith(("study.directory=", "study.name="))]
+    study = Study(config, read_study(config, tuple(o for o in overrides if o not in changes)))
+    console = new_console()
+    path = out or config.with_name(f"{config.stem}_target.yaml")
+    write_scaled(study, path, target, tuple(changes), console, parameterization, scale_batch, force)
+
+
+def write_scaled(
+    study: "Study",
+    path: Path,
+    target: Path | None,
+    changes: tuple[str, ...],
+    console: "Console",
+    parameterization: str | None = None,
+    scale_batch: bool = False,
+    force: bool = False,
+) -> None:
+    from launch.report import collect
+    from launch.scale import read_changes, scale, write_target
+
+    scaled = scale(collect(study), read_changes(target, changes), parameterization, scale_batch, force)
+    write_target(scaled, path)
+    for fact in scaled.facts:
+        console.print(fact, highlight=False)
+    console.print(f"Written: {path}. Start it with: depthmup launch {path}", highlight=False)
+
+
+@cli.group("cluster")
+def cluster() -> None:
+    """About the Slurm cluster that this machine belongs to."""
+
+
+@cluster.command("probe", epilog="Example: depthmup cluster probe > configs/cluster/mine.yaml")
+def probe() -> None:
+    """Propose a profile for configs/cluster from what sinfo says."""
+    from launch.probe import propose
+
+    click.echo(propose(), nl=False)
 
 
 @command("train")

@@ -52,10 +52,11 @@ class StudyConfig:
     parameterizations: Annotated[tuple[Preset, ...], Field(min_length=1)]
     sizes: Annotated[tuple[Size, ...], Field(min_length=1)]
     hyperparameter: str = "optimizer.lr"
-    values: Octaves | Annotated[tuple[Annotated[Number, Field(gt=0)], ...], Field(min_length=3)]
+    values: Octaves | Annotated[tuple[Annotated[Number, Field(gt=0)], ...], Field(min_length=1)]
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
     metric: Literal["minival_loss", "train_loss"] = "minival_loss"
     tolerance: Annotated[Number, Field(gt=0)] = 1.0  # octaves by which an optimum may drift and still transfer
+    extend: Annotated[int, Field(ge=0)] = 2  # rounds in which a grid grows by two values where its best is on the edge
 
     @property
     def grid(self) -> tuple[float, ...]:
@@ -65,16 +66,46 @@ class StudyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchConfig:
-    """Where runs execute. `slots` is how many run side by side on this machine; 0 is one per core, or per GPU."""
+    """Where runs execute. Hardware: no part of any run's identity.
+
+    One job is one array element: `runs_per_job` runs one after another, `runs_per_gpu` of them side by side. A job of
+    several tasks (nodes, tasks_per_node) trains one run over all of them.
+    """
 
     cluster: Literal["local", "debug", "slurm"] = "local"
-    slots: Annotated[int, Field(ge=0)] = 0
+    slots: Annotated[int, Field(ge=0)] = 0  # local: runs side by side; 0 is one per GPU, or one per core
     partition: str | None = None
     account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    nodes: Positive = 1  # of one job
     gpus_per_node: Annotated[int, Field(ge=0)] = 0
+    tasks_per_node: Positive | None = None  # null: one per GPU
     cpus_per_task: Positive = 1
+    memory_gb: Positive | None = None  # per node; null: the cluster's default
     timeout_min: Positive = 240
-    max_running: Positive = 64
+    signal_delay_s: Positive = 120  # Slurm's warning before the time limit: a step and a checkpoint must fit in
+    max_running: Positive = 64  # jobs at once
+    max_attempts: Positive = 5  # of a run that ended without a word, or that got no further
+    runs_per_job: Positive = 1
+    runs_per_gpu: Positive = 1
+    setup: tuple[str, ...] = ()  # shell lines before the job: module load, source, export
+    python: str | None = None  # null: the interpreter that launches; in a container usually `python`
+    container_image: str | None = None  # srun --container-image (pyxis, enroot)
+    container_mounts: str | None = None
+    sbatch: dict[str, str | int | bool] = field(default_factory=dict)  # further #SBATCH options by their names
+
+    def __post_init__(self) -> None:
+        if self.tasks > 1 and (self.runs_per_job > 1 or self.runs_per_gpu > 1):
+            raise ValueError(
+                f"a job of {self.tasks} tasks trains one run: runs_per_job and runs_per_gpu must be 1 with nodes, "
+                "gpus_per_node or tasks_per_node above 1"
+            )
+
+    @property
+    def tasks(self) -> int:
+        """Processes of one run."""
+        return self.nodes * (self.tasks_per_node or max(self.gpus_per_node, 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,10 +131,35 @@ def label(parameterization: ParameterizationConfig) -> str:
     return " ".join([parameterization.name, *overrides])
 
 
+PLACES = ("local", "debug", "slurm")
+PROFILES = Path("configs/cluster")
+
+
+def apply_profile(raw: dict[str, Any], path: Path) -> None:
+    """Replaces `launch.cluster: NAME` by the keys of the profile NAME.yaml; the file's own launch keys win.
+
+    Looked for in the folder cluster/ beside the configuration, then in configs/cluster/. Raises UserError.
+    """
+    launch = raw.get("launch")
+    if not isinstance(launch, dict) or (name := launch.get("cluster", "local")) in PLACES:
+        return
+    folders = (path.parent / "cluster", PROFILES)
+    found = next((file for folder in folders if (file := folder / f"{name}.yaml").exists()), None)
+    if found is None:
+        known = sorted({*PLACES, *(file.stem for folder in folders for file in folder.glob("*.yaml"))})
+        raise UserError(
+            f"cluster {name!r}: no {name}.yaml in {' or '.join(map(str, folders))}; known: {', '.join(known)}"
+        )
+    profile = read_yaml(found)
+    from_plain(LaunchConfig, {"cluster": "slurm", **profile}, str(found))
+    raw["launch"] = {**profile, **launch, "cluster": profile.get("cluster", "slurm")}
+
+
 def read_raw(path: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
     raw = read_yaml(path)
     for override in overrides:
         set_dotted(raw, override)
+    apply_profile(raw, path)
     return raw
 
 
@@ -119,7 +175,29 @@ def read_study(path: Path, overrides: tuple[str, ...] = ()) -> StudyFile:
             f"{path}: the first of study.sizes ({base}) must be the base, model.base_width {file.model.base_width} and "
             f"model.base_depth {file.model.base_depth}"
         )
+    if len(file.study.grid) < 3:
+        raise UserError(f"{path}: study.values needs at least 3 values, found {len(file.study.grid)}")
     return file
+
+
+def read_study_or_run(path: Path, overrides: tuple[str, ...] = ()) -> StudyFile:
+    """A study's file, or one run's configuration as a study of that one run, named like the file. Raises UserError."""
+    raw = read_raw(path, overrides)
+    given = raw.pop("study", {})
+    if set(given) - {"name", "directory"}:
+        return read_study(path, overrides)
+    run = from_plain(RunConfig, {key: value for key, value in raw.items() if key != "launch"}, str(path))
+    study = {
+        "name": path.stem,
+        "parameterizations": [vars(run.parameterization)],
+        "sizes": [{"width": run.model.width, "depth": run.model.depth}],
+        "values": [run.optimizer.lr],
+        "seeds": [run.seed],
+        "metric": "minival_loss" if "minival" in run.train.evaluate else "train_loss",
+        "extend": 0,
+        **given,
+    }
+    return from_plain(StudyFile, {**raw, "study": study}, str(path))
 
 
 def read_run(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:

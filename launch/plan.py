@@ -3,7 +3,8 @@
 from rich.console import Console
 from rich.table import Table
 
-from launch.study import Study, count_flops
+from launch.cost import count_flops
+from launch.study import Study
 
 
 def quantity(value: float) -> str:
@@ -15,16 +16,18 @@ def quantity(value: float) -> str:
 
 
 def print_plan(study: Study, console: Console) -> None:
-    """One line per run, then the totals per size."""
+    """One line per run, then the totals per size. 80 columns."""
     flops = count_flops(study.runs)
-    table = Table(box=None, pad_edge=False)
-    for heading in ("run", "parameterization", "width", "depth", study.file.study.hyperparameter, "seed", "FLOPs"):
-        table.add_column(heading, justify="right" if heading in ("width", "depth", "seed", "FLOPs") else "left")
-    for run in study.runs:
-        cells = (str(run.size.width), str(run.size.depth), f"{run.value:.4g}", str(run.seed))
-        name = run.directory.path.name + (" done" if run.directory.done() else "")
-        table.add_row(name, run.parameterization, *cells, quantity(flops[run.size][1]))
-    console.print(table)
+    runs = [(run, run.directory.done()) for run in study.runs]
+    # text rather than a rich table, which takes seconds for thousands of rows
+    width = max(len(run.parameterization) for run, _ in runs)
+    name = study.file.study.hyperparameter.split(".")[-1]
+    lines = [f"{'run':12}  {'':{width}}  width  depth  {name:>9}  seed   FLOPs"]
+    for run, done in runs:
+        shape = f"{run.size.width:5}  {run.size.depth:5}"
+        cells = f"{run.value:9.4g}  {run.seed:4}  {quantity(flops[run.size][1]):>6}{'  done' if done else ''}"
+        lines.append(f"{run.directory.path.name}  {run.parameterization:{width}}  {shape}  {cells}")
+    console.out("\n".join(lines), highlight=False)
 
     totals = Table(box=None, pad_edge=False)
     for heading in ("size", "parameters", "runs", "FLOPs a run", "FLOPs"):
@@ -35,5 +38,14 @@ def print_plan(study: Study, console: Console) -> None:
         everything += count * each
         totals.add_row(str(size), f"{parameters:,}", str(count), quantity(each), quantity(count * each))
     console.print("\n", totals, sep="")
-    done = len(study.runs) - len(study.pending())
-    console.print(f"\n{len(study.runs)} runs ({done} done), {quantity(everything)}FLOPs in all", highlight=False)
+    finished = [done for _, done in runs if done]
+    console.print(f"\n{len(runs)} runs ({len(finished)} done), {quantity(everything)}FLOPs in all", highlight=False)
+    largest = max(each for _, each in flops.values())
+    console.print(f"{everything / largest:.3g} times the cost of one run of the largest size", highlight=False)
+    if finished:
+        hours = sum(done.get("seconds", 0.0) for done in finished) / 3600
+        estimate = hours * everything / sum(flops[run.size][1] for run, done in runs if done)
+        console.print(f"about {estimate:.2g} hours of training in all, as the runs that are done took", highlight=False)
+    if study.file.study.extend:
+        rounds = study.file.study.extend
+        console.print(f"and 2 values more, up to {rounds} times, for a curve whose best is on the edge (study.extend)")

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import jinja2
-import matplotlib
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from data.errors import UserError
 from data.storage import write_atomically
+from launch import plots
 from launch.analysis import CONFIDENCE, Analysis, Comparison, Result, analyse, rule
+from launch.cost import count_flops
+from launch.plan import quantity
 from launch.study import Study
-
-matplotlib.use("agg")
-import matplotlib.pyplot as plt
 
 COLUMNS = (
     "parameterization",
@@ -58,7 +58,12 @@ def collect(study: Study) -> Report:
             state = f"failed: {failed['error']}" if failed else "not finished"
             unfinished.append(f"{run.directory.path.name} {run.parameterization}, {run.size}, seed {run.seed}: {state}")
             continue
-        metric = done[study.file.study.metric] if done["outcome"] == "completed" else math.inf
+        metric = done.get(study.file.study.metric) if done["outcome"] == "completed" else math.inf
+        if metric is None:
+            raise UserError(
+                f"{run.directory.path}: done.json has no {study.file.study.metric}; add minival to train.evaluate, or, "
+                "if another version wrote it, delete the folder to train it again"
+            )
         results.append(Result(run.parameterization, run.size, run.value, run.seed, metric))
     analysis = analyse(results, study.file.study.sizes[0], study.file.study.tolerance)
     return Report(study, results, analysis, unfinished)
@@ -135,10 +140,35 @@ def print_report(report: Report, console: Console) -> None:
         console.print(f"{len(report.unfinished)} runs are not in this report, the first: {report.unfinished[0]}")
 
 
+# ---------------------------------------------------------------- cost
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the finished runs took."""
+
+    flops: float
+    hours: float  # of processes that trained, as the done markers say
+    target_flops: float  # of one run of the largest size, all samples
+
+    @property
+    def share(self) -> str:
+        return f"{self.flops / self.target_flops:.3g} times one run of the largest size"
+
+
+def cost(report: Report) -> Cost:
+    """Counts FLOPs of the finished runs at their full length."""
+    flops = count_flops(report.study.runs)
+    finished = [(run, done) for run in report.study.runs if (done := run.directory.done())]
+    seconds = sum(done.get("seconds", 0.0) for _, done in finished)
+    total = sum(flops[run.size][1] for run, _ in finished)
+    return Cost(total, seconds / 3600, max(each for _, each in flops.values()))
+
+
 # ---------------------------------------------------------------- files
 
 
-def as_json(report: Report) -> dict[str, Any]:
+def as_json(report: Report, spent: Cost) -> dict[str, Any]:
     """Everything the page shows, as plain data; infinite numbers become null."""
 
     def plain(value: float | None) -> float | None:
@@ -178,66 +208,84 @@ def as_json(report: Report) -> dict[str, Any]:
         "sizes": sizes,
         "runs": runs,
         "unfinished": report.unfinished,
+        "cost": vars(spent),
     }
 
 
-def plot_svg(report: Report) -> str:
-    """Metric against log2 of the hyperparameter: one panel per parameterization, one curve per size."""
+def run_rows(report: Report) -> list[dict[str, str]]:
+    """Every finished run with a link to its folder, relative to the report's."""
+    found = []
+    for run in report.study.runs:
+        if done := run.directory.done():
+            value = done.get(report.study.file.study.metric, math.inf)
+            name = run.directory.path.name
+            link = f"runs/{name}/"
+            cells = (run.parameterization, str(run.size.width), str(run.size.depth), f"{run.value:.4g}", str(run.seed))
+            keys = ("parameterization", "width", "depth", "value", "seed")
+            found.append({"run": name, "link": link, **dict(zip(keys, cells, strict=True)), "metric": number(value)})
+    return found
+
+
+def markdown(report: Report, spent: Cost) -> str:
+    """The report for a paper's appendix."""
     study = report.study.file.study
-    names = [judgement.parameterization for judgement in report.analysis.judgements]
-    figure, axes = plt.subplots(1, len(names), figsize=(5.2 * len(names), 4.2), sharey=True, squeeze=False)
-    finite = [r.metric for r in report.results if math.isfinite(r.metric)]
-    floor, ceiling = (min(finite), max(finite)) if finite else (0.1, 1.0)
-    colours = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(study.sizes)))
-    for axis, name in zip(axes[0], names, strict=True):
-        for colour, size in zip(colours, study.sizes, strict=True):
-            for curve in (c for c in report.analysis.curves if c.parameterization == name and c.size == size):
-                shown = np.isfinite(curve.mean)
-                axis.plot(curve.x[shown], curve.mean[shown], "-", color=colour, label=str(size), linewidth=1.6)
-                for metrics in curve.metric:
-                    axis.plot(curve.x, metrics, ".", color=colour, markersize=3, alpha=0.6)
-                    lost = ~np.isfinite(metrics)
-                    axis.plot(curve.x[lost], np.full(lost.sum(), ceiling * 1.25), "x", color=colour, markersize=5)
-                if curve.optimum.x is not None:
-                    marker = "<" if curve.optimum.censored == "low" else ">" if curve.optimum.censored else "o"
-                    axis.plot(
-                        curve.optimum.x, curve.optimum.metric, marker, color=colour, markersize=9, markeredgecolor="k"
-                    )
-        axis.axhline(ceiling * 1.25, color="0.85", linewidth=0.8, zorder=0)
-        axis.set(title=name, xlabel=f"log2 {study.hyperparameter}", yscale="log", ylim=(floor * 0.8, ceiling * 1.4))
-        axis.grid(alpha=0.25)
-    axes[0][0].set_ylabel(study.metric.replace("_", " "))
-    axes[0][-1].legend(fontsize=8, loc="best")
-    figure.tight_layout()
-    image = io.StringIO()
-    figure.savefig(image, format="svg")
-    plt.close(figure)
-    return image.getvalue()[image.getvalue().index("<svg") :]
+    lines = [f"# {study.name}", "", facts(report, spent), ""]
+    lines += [f"- **{j.parameterization}: {j.verdict}.** {j.reason}." for j in report.analysis.judgements]
+    lines += ["", f"Rule: {report.rule}", "", "![curves](curves.png)", ""]
+    lines += [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
+    lines += [f"| {' | '.join(row[column] for column in COLUMNS)} |" for row in rows(report)]
+    lines += ["", *(f"- not in this report: {line}" for line in report.unfinished)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def facts(report: Report, spent: Cost) -> str:
+    """What was run, in two sentences."""
+    file, study = report.study.file, report.study.file.study
+    diverged = sum(not math.isfinite(result.metric) for result in report.results)
+    return (
+        f"{file.model.family}, {file.optimizer.name}, {file.schedule.name} schedule with "
+        f"{100 * file.schedule.warmup:.0f} % warm-up, {file.train.samples} samples in batches of "
+        f"{file.train.global_batch_size} ({file.train.num_steps} steps), data set {file.data.name}, "
+        f"{100 * file.data.minival:g} % of the training set held out as minival, seeds "
+        f"{', '.join(map(str, study.seeds))}. {len(report.results)} runs, {diverged} of them diverged; "
+        f"{quantity(spent.flops)}FLOPs ({spent.share}), {spent.hours:.2f} hours of training processes."
+    )
 
 
 def write_report(report: Report) -> None:
-    """Writes report.html, report.csv and report.json into the study's folder."""
-    root = report.study.file.directory
+    """Writes report.html, .md, .csv and .json and the figures into the study's folder."""
+    root, study = report.study.file.directory, report.study.file.study
     table = io.StringIO()
     writer = csv.DictWriter(table, COLUMNS)
     writer.writeheader()
     writer.writerows(rows(report))
+    spent = cost(report)
+    figures = {
+        "curves": plots.curves(report.analysis, study) if report.analysis.judgements else None,
+        "drift": plots.against_size(report.analysis, study, "drift"),
+        "loss": plots.against_size(report.analysis, study, "loss"),
+    }
+    svg = {
+        name: jinja2.utils.markupsafe.Markup(plots.save(figure, root / f"{name}.png"))
+        for name, figure in figures.items()
+        if figure
+    }
     write_atomically(root / "report.csv", table.getvalue().encode())
-    write_atomically(root / "report.json", json.dumps(as_json(report), indent=1, allow_nan=False).encode())
+    write_atomically(root / "report.json", json.dumps(as_json(report, spent), indent=1, allow_nan=False).encode())
+    write_atomically(root / "report.md", markdown(report, spent).encode())
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("launch", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     page = environment.get_template("report.html.j2").render(
-        study=report.study.file.study,
-        file=report.study.file,
+        study=study,
+        facts=facts(report, spent),
         columns=COLUMNS,
         rows=rows(report),
+        runs=run_rows(report),
         judgements=report.analysis.judgements,
         rule=report.rule,
         unfinished=report.unfinished,
         confidence=f"{CONFIDENCE:.0%}",
-        plot=jinja2.utils.markupsafe.Markup(plot_svg(report)),
-        num_runs=len(report.results),
-        num_diverged=sum(not math.isfinite(result.metric) for result in report.results),
+        svg=svg,
     )
     write_atomically(root / "report.html", page.encode())

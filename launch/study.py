@@ -1,15 +1,18 @@
 """A study's runs: the grid written out, each run with its identity and its directory."""
 
+import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from data.errors import UserError
+from data.storage import is_remote, write_atomically
 from launch.config import Size, StudyFile, label
-from train.config import RunConfig, from_plain, run_hash, set_dotted, to_plain, to_yaml
+from train.config import RunConfig, from_plain, identity, read_yaml, run_hash, set_dotted, to_plain, to_yaml
 from train.rundir import RunDirectory
 
 
@@ -25,6 +28,15 @@ class PlannedRun:
     directory: RunDirectory
 
 
+def with_value(config: RunConfig, key: str, value: Any) -> RunConfig:
+    """`config` with the dotted `key` set to a value that was checked before."""
+    section, name = key.split(".")
+    return replace(config, **{section: replace(getattr(config, section), **{name: value})})
+
+
+COMPARED = ("model", "optimizer", "schedule", "data", "train")
+
+
 class Study:
     """A study's file and the runs that follow from it."""
 
@@ -38,19 +50,46 @@ class Study:
         return list(by_hash.values())
 
     def _grid(self) -> Iterator[PlannedRun]:
-        study, base = self.file.study, to_plain(self.file)
+        """Every size and every value is checked once, not every pair of them: a plan of thousands is quick."""
+        study, added, runs = self.file.study, self.added_values(), self.file.directory / "runs"
+        checked: dict[float, Any] = {}
+        for parameterization, size in product(study.parameterizations, study.sizes):
+            name = label(parameterization)
+            values = sorted({*study.grid, *added.get((name, size), ())})
+            config = self._checked(parameterization, size, values[0])
+            for value in values:
+                if value not in checked:
+                    valid: Any = self._checked(parameterization, size, value)
+                    for part in study.hyperparameter.split("."):
+                        valid = getattr(valid, part)
+                    checked[value] = valid
+            for value, seed in product(values, study.seeds):
+                one = replace(with_value(config, study.hyperparameter, checked[value]), seed=seed)
+                yield PlannedRun(name, size, value, seed, one, RunDirectory(runs / run_hash(one)))
+
+    def _checked(self, parameterization: Any, size: Size, value: float) -> RunConfig:
+        """The run's configuration, read as if from a file. Raises UserError."""
+        raw = {**self._base, "model": {**self._base["model"], **vars(size)}}
+        # A study may sweep a field of the parameterization itself (beta, gamma0).
+        raw["parameterization"] = dict(vars(parameterization))
+        raw["optimizer"] = dict(self._base["optimizer"])
+        hyperparameter = self.file.study.hyperparameter
+        if hyperparameter.count(".") != 1:
+            raise UserError(
+                f"{self.path}: study.hyperparameter {hyperparameter!r} must be SECTION.KEY, as optimizer.lr"
+            )
+        set_dotted(raw, f"{hyperparameter}={value!r}")
+        return from_plain(RunConfig, raw, f"{self.path} ({size}, {hyperparameter} {value:g})")
+
+    @cached_property
+    def _base(self) -> dict[str, Any]:
+        """The file without its study, as plain data, with absolute paths: jobs run in another folder."""
+        base: dict[str, Any] = to_plain(self.file)
         for section in ("study", "launch"):
             del base[section]
-        for parameterization, size in product(study.parameterizations, study.sizes):
-            for value, seed in product(study.grid, study.seeds):
-                raw = {**base, "seed": seed, "model": {**base["model"], **vars(size)}}
-                # A study may sweep a field of the parameterization itself (beta, gamma0).
-                raw["parameterization"] = dict(vars(parameterization))
-                raw["optimizer"] = dict(base["optimizer"])
-                set_dotted(raw, f"{study.hyperparameter}={value!r}")
-                config = from_plain(RunConfig, raw, f"{self.path} ({size}, {study.hyperparameter} {value:g})")
-                directory = RunDirectory(self.file.directory / "runs" / run_hash(config))
-                yield PlannedRun(label(parameterization), size, value, seed, config, directory)
+        if not is_remote(self.file.data.root):
+            base["data"]["root"] = str(Path(self.file.data.root).absolute())
+        return base
 
     def pending(self) -> list[PlannedRun]:
         return [run for run in self.runs if not run.directory.done()]
@@ -62,33 +101,84 @@ class Study:
         if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
             raise UserError(f"{root}: {nearest} is not writable; set study.directory to a folder that is")
 
+    # ------------------------------------------------------------ growing the grid
+
+    @property
+    def _added_file(self) -> Path:
+        return self.file.directory / "added_values.json"
+
+    def _added_rounds(self) -> list[list[dict[str, Any]]]:
+        """Per round of growth: which values were added to which curve."""
+        return json.loads(self._added_file.read_text()) if self._added_file.exists() else []
+
+    def added_values(self) -> dict[tuple[str, Size], list[float]]:
+        """Values beyond study.values, per (parameterization, size)."""
+        found: dict[tuple[str, Size], list[float]] = {}
+        for entry in (entry for growth in self._added_rounds() for entry in growth):
+            size = Size(width=entry["width"], depth=entry["depth"])
+            found.setdefault((entry["parameterization"], size), []).extend(entry["values"])
+        return found
+
+    def grow(self, edges: Mapping[tuple[str, Size], str]) -> int:
+        """Adds two values on the `low` or `high` side of each curve in `edges`; returns how many runs that makes.
+
+        0 when there is nothing to add or study.extend rounds were made. Durable: every later command sees the values.
+        """
+        rounds, before = self._added_rounds(), len(self.runs)
+        if not edges or len(rounds) >= self.file.study.extend:
+            return 0
+        growth, known = [], self.added_values()
+        for (parameterization, size), side in edges.items():
+            grid = sorted({*self.file.study.grid, *known.get((parameterization, size), ())})
+            edge, step = (grid[0], grid[0] / grid[1]) if side == "low" else (grid[-1], grid[-1] / grid[-2])
+            values = [edge * step, edge * step**2]
+            growth.append({"parameterization": parameterization, **vars(size), "values": values})
+        write_atomically(self._added_file, json.dumps([*rounds, growth], indent=1).encode())
+        del self.runs
+        return len(self.runs) - before
+
+    # ------------------------------------------------------------ writing
+
+    def refuse_other_study(self) -> None:
+        """Raises UserError when the directory holds a study that differs in more than its grid."""
+        file = self.file.directory / "study.yaml"
+        if not file.exists():
+            return
+        try:
+            old = comparable(from_plain(StudyFile, read_yaml(file), str(file)))
+        except UserError as error:
+            raise UserError(f"{error} (written by another version? choose another study.name, or delete it)") from None
+        new = comparable(self.file)
+        different = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
+        if different:
+            key = different[0]
+            raise UserError(
+                f"{self.file.directory} holds another study ({key} is {old.get(key)} there and {new.get(key)} here"
+                f"{f', and {len(different) - 1} more' if different[1:] else ''}): choose another study.name"
+            )
+
     def write(self) -> None:
         """Writes the study's own file and every run's configuration. Raises UserError for an unwritable folder."""
+        self.refuse_other_study()
         root = self.file.directory
         try:
             root.mkdir(parents=True, exist_ok=True)
-            (root / "study.yaml").write_text(to_yaml(self.file))
-            for run in self.runs:
-                if not run.directory.config.exists():
-                    run.directory.path.mkdir(parents=True, exist_ok=True)
-                    run.directory.config.write_text(to_yaml(run.config))
+            write_atomically(root / "study.yaml", to_yaml(self.file).encode())
+            for run in self.pending():
+                content = to_yaml(run.config)
+                run.directory.path.mkdir(parents=True, exist_ok=True)
+                if not run.directory.config.exists() or run.directory.config.read_text() != content:
+                    run.directory.config.write_text(content)
         except OSError as error:
             raise UserError(
                 f"{root}: cannot write there ({error.strerror}); set study.directory to a folder that is writable"
             ) from None
 
 
-def count_flops(runs: list[PlannedRun]) -> dict[Size, tuple[int, int]]:
-    """Per size: (parameters, FLOPs of one run: forward and backward over all its samples)."""
-    from models.build import build_meta  # torch, which most commands do not need
-    from models.flops import num_parameters, training_flops
-
-    counted = {}
-    for run in runs:
-        if run.size not in counted:
-            model = run.config.model
-            network = build_meta(model, run.config.parameterization).network
-            shape = (model.in_channels, model.image_size, model.image_size)
-            steps = run.config.train.num_steps * run.config.train.global_batch_size
-            counted[run.size] = (num_parameters(network), training_flops(network, shape) * steps)
-    return counted
+def comparable(file: StudyFile) -> dict[str, Any]:
+    """What must be the same in all runs of a study, by dotted key: all but grid, hardware and logging."""
+    plain = identity(file)
+    found = {f"{section}.{key}": value for section in COMPARED for key, value in plain[section].items()}
+    for key in ("model.width", "model.depth", file.study.hyperparameter):
+        found.pop(key, None)
+    return {**found, "study.hyperparameter": file.study.hyperparameter}

@@ -1,15 +1,28 @@
-"""Runs -> submitit jobs."""
+"""Runs -> jobs: slots on this machine, or arrays on Slurm.
 
+submitit writes the sbatch script and starts the local slots. On Slurm the job's command is our own worker and not a
+pickle: submitit moves its pickles into place after sbatch has returned, so a launcher that is killed in between leaves
+an array that fails; ours reads the list of run directories that was written before.
+"""
+
+import math
 import os
+import shlex
+import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import submitit
 
+from data.errors import UserError
+from launch import slurm, snapshot
 from launch.config import LaunchConfig
-from launch.study import PlannedRun
+from launch.jobs import Submission
+from launch.study import PlannedRun, Study
 from launch.worker import Slot
+from train.rundir import EXIT_REQUEUE
 
 MINUTES_PER_YEAR = 60 * 24 * 365
 
@@ -23,32 +36,126 @@ def num_slots(config: LaunchConfig) -> int:
     return gpus or len(os.sched_getaffinity(0))
 
 
-def executor_for(config: LaunchConfig, folder: Path) -> submitit.AutoExecutor:
+def submit_local(runs: Sequence[PlannedRun], config: LaunchConfig, folder: Path) -> list[submitit.Job[Any]]:
+    """Starts as many slots as run side by side; each works through the same list of runs."""
     executor = submitit.AutoExecutor(folder=folder, cluster=config.cluster)
-    if config.cluster == "slurm":
-        executor.update_parameters(
-            timeout_min=config.timeout_min,
-            gpus_per_node=config.gpus_per_node,
-            cpus_per_task=config.cpus_per_task,
-            slurm_partition=config.partition,
-            slurm_account=config.account,
-            slurm_array_parallelism=config.max_running,
-            # srun no longer inherits sbatch's value since Slurm 22.05
-            slurm_setup=["export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK"],
-        )
-    else:
-        executor.update_parameters(timeout_min=MINUTES_PER_YEAR)
-    return executor
-
-
-def submit(runs: Sequence[PlannedRun], config: LaunchConfig, folder: Path) -> list[submitit.Job[Any]]:
-    """Submits `runs`: on Slurm one array with a run each, elsewhere as many slots as run side by side."""
+    executor.update_parameters(timeout_min=MINUTES_PER_YEAR)
     directories = [run.directory.path.absolute() for run in runs]
-    executor = executor_for(config, folder)
-    if config.cluster == "slurm":
-        return executor.map_array(
-            lambda slot: slot(), [Slot([directory], config.cpus_per_task) for directory in directories]
-        )
     count = 1 if config.cluster == "debug" else min(num_slots(config), len(directories))
     os.environ["OMP_NUM_THREADS"] = "1"  # two threads a process on busy cores were 3 to 6 times slower than one
     return [executor.submit(Slot(directories)) for _ in range(count)]
+
+
+# ---------------------------------------------------------------- Slurm
+
+# A worker ends with EXIT_REQUEUE once it has saved, or by the signal when that comes before it listens. The batch
+# script asks for the requeue, since a process of the step could be killed by that very requeue before it has asked.
+# A job that Slurm no longer calls RUNNING was requeued by another, or cancelled. TERM is trapped so that the script
+# outlives its step, and slurmctld may be away for a moment.
+SETUP = (
+    "trap : TERM",
+    "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK",  # srun no longer inherits sbatch's value since Slurm 22.05
+    "export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{cpus}}} PYTHONUNBUFFERED=1",
+)
+TEARDOWN = (
+    "code=$?",
+    "case $code in",
+    f"{EXIT_REQUEUE}|{128 + signal.SIGUSR2}|{128 + signal.SIGTERM})",
+    "  for try in 1 2 3 4 5; do",
+    "    state=$(squeue --noheader --job=$SLURM_JOB_ID --format=%T) && break || sleep 5",
+    "  done",
+    '  [ "$state" = RUNNING ] && scontrol requeue $SLURM_JOB_ID;;',
+    "0) ;;",
+    "*) {worker} --ended $code;;",
+    "esac",
+    "exit $code",
+)
+
+
+def script_text(submission: Submission, config: LaunchConfig, code: Path, max_running: int) -> str:
+    """The sbatch script for all tasks of `submission`, which runs the worker from the snapshot `code`."""
+    executor = submitit.SlurmExecutor(folder=submission.path)
+    worker = f"{config.python or shlex.quote(sys.executable)} -m launch.worker {shlex.quote(str(submission.file))}"
+    container = {"--container-image": config.container_image, "--container-mounts": config.container_mounts}
+    executor.update_parameters(
+        job_name=submission.name,
+        comment="depthmup",
+        partition=config.partition,
+        account=config.account,
+        qos=config.qos,
+        constraint=config.constraint,
+        time=config.timeout_min,
+        nodes=config.nodes,
+        ntasks_per_node=config.tasks // config.nodes,
+        gpus_per_node=config.gpus_per_node or None,
+        cpus_per_task=config.cpus_per_task,
+        mem=f"{config.memory_gb}GB" if config.memory_gb else None,
+        signal_delay_s=config.signal_delay_s,
+        array_parallelism=max_running,
+        stderr_to_stdout=True,
+        wckey=None,
+        srun_args=["--kill-on-bad-exit=1", *(f"{key}={value}" for key, value in container.items() if value)],
+        setup=[
+            *config.setup,
+            *(line.format(cpus=config.cpus_per_task) for line in SETUP),
+            f"cd {shlex.quote(str(code.absolute()))}",
+        ],
+        teardown=[line.format(worker=worker) if "{worker}" in line else line for line in TEARDOWN],
+        additional_parameters={"requeue": True, **config.sbatch},
+    )
+    executor.parameters["map_count"] = len(submission.tasks)  # as submitit's own map_array does
+    return executor._make_submission_file_text(worker, uid="")
+
+
+def group(runs: Sequence[PlannedRun], size: int) -> list[list[str]]:
+    """The names of `runs` in lists of `size`: one list per job."""
+    names = [run.directory.path.name for run in runs]
+    return [names[i : i + size] for i in range(0, len(names), size)]
+
+
+def prepare_arrays(
+    runs: Sequence[PlannedRun], config: LaunchConfig, jobs: Path, name: str, code: Path, max_array_size: int
+) -> list[Submission]:
+    """Writes a submission with its script for every array that is needed; submits nothing."""
+    tasks = group(runs, config.runs_per_job)
+    chunks = [tasks[i : i + max_array_size] for i in range(0, len(tasks), max_array_size)]
+    details = {key: getattr(config, key) for key in ("memory_gb", "timeout_min", "runs_per_gpu", "runs_per_job")}
+    submissions = []
+    for chunk in chunks:
+        submission = Submission.create(jobs.absolute(), name, chunk, details)
+        submission.script.write_text(script_text(submission, config, code, math.ceil(config.max_running / len(chunks))))
+        submissions.append(submission)
+    return submissions
+
+
+def dry_run_script(study: Study) -> str:
+    """The script of the first array that a launch now would submit; touches nothing. Raises UserError."""
+    config, jobs = study.file.launch, study.file.directory.absolute() / "jobs"
+    if config.cluster != "slurm":
+        raise UserError(
+            f"--dry-run shows an sbatch script, and launch.cluster is {config.cluster}: add --cluster slurm"
+        )
+    tasks = group(study.pending(), config.runs_per_job)
+    if not tasks:
+        raise UserError("every run is done: there is nothing to submit")
+    submission = Submission(jobs / f"depthmup-{study.file.study.name}-DRYRUN", tasks, {})
+    return script_text(
+        submission, config, study.file.directory / "code" / snapshot.digest(snapshot.sources()), config.max_running
+    )
+
+
+def submit_arrays(submissions: Sequence[Submission], lock: int) -> None:
+    """Submits every array, or none: what Slurm took is cancelled when it refuses a later one. Raises UserError."""
+    taken: list[str] = []
+    for submission in submissions:
+        try:
+            job_id = slurm.sbatch(submission.script, pass_fds=(lock,))
+        except slurm.SlurmError as error:
+            # a time-out may hide that the job was taken
+            ids = {task.name: task.job_id for task in slurm.queue()}
+            if submission.name not in ids:
+                slurm.cancel(taken)
+                raise slurm.refusal(error) from None
+            job_id = ids[submission.name]
+        submission.write_job_id(job_id)
+        taken.append(job_id)

@@ -1,7 +1,14 @@
 """The main job: data, plan, launch, wait. Whatever is there already is used."""
 
+import json
+import os
+import shutil
+import signal
+import socket
 import time
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +16,18 @@ from rich.console import Console
 
 from data.errors import UserError
 from data.index import INDEX_NAME, Index
+from data.storage import write_atomically
+from launch import slurm, states
+from launch import snapshot as code_snapshot
+from launch.cost import count_flops
+from launch.jobs import launching
 from launch.progress import display, duration
-from launch.study import PlannedRun, Study, count_flops
+from launch.states import State
+from launch.study import PlannedRun, Study
 
 POLL_SECONDS = 0.5
+SLURM_POLL_SECONDS = 10.0
+UNFINISHED: tuple[State, ...] = ("new", "lost", "failed")
 
 
 def prepare_data(study: Study, console: Console) -> Index:
@@ -42,42 +57,144 @@ def prepare_data(study: Study, console: Console) -> Index:
     return index
 
 
-def launch(study: Study, runs: Sequence[PlannedRun]) -> list[Any]:
-    """Writes the study and submits `runs`, the costliest first so that the slots end together. Failed runs go again."""
-    from launch.submit import submit
+@dataclass(frozen=True)
+class Launched:
+    """What was submitted: the runs, the ids of Slurm arrays, and on this machine the jobs themselves."""
 
-    flops = count_flops(study.runs)
+    runs: list[PlannedRun]
+    job_ids: list[str]
+    jobs: list[Any]
+
+
+def launch(study: Study, only: Sequence[State] = UNFINISHED) -> Launched:
+    """Writes the study and submits every run whose state is in `only`, the costliest first. Failed runs go again.
+
+    What waits or runs already is left alone, also when an earlier launcher was killed. Raises UserError, and has then
+    submitted nothing.
+    """
+    config = study.file.launch
+    study.refuse_other_study()
+    with launching(study.file.directory) as lock:
+        snapshot = states.take(study)
+        if snapshot.slurm_error:
+            raise UserError(f"Slurm does not answer ({snapshot.slurm_error}): nothing was submitted, try again later")
+        runs = [found.run for found in snapshot.of(*only)]
+        if not runs:
+            return Launched([], [], [])
+        flops = count_flops(study.runs)
+        runs.sort(key=lambda run: -flops[run.size][1])
+        if config.cluster == "slurm":
+            try:
+                return Launched(runs, launch_arrays(study, runs, lock), [])
+            except slurm.SlurmError as error:
+                raise UserError(f"Slurm does not answer ({error}): nothing was submitted, try again later") from None
+        from launch.submit import submit_local
+
+        study.write()
+        forget_failures(runs)
+        return Launched(runs, [], submit_local(runs, config, study.file.directory / "jobs" / "local"))
+
+
+def launch_arrays(study: Study, runs: Sequence[PlannedRun], lock: int) -> list[str]:
+    """Submits `runs` to Slurm; returns the job ids. Raises UserError when Slurm refuses, and leaves nothing behind."""
+    from launch.submit import prepare_arrays, submit_arrays
+
+    root = study.file.directory
+    limit = slurm.max_array_size()  # first: without Slurm nothing is written
     study.write()
-    ordered = sorted(runs, key=lambda run: -flops[run.size][1])
-    for run in ordered:
-        (run.directory.path / "failed.json").unlink(missing_ok=True)
-    return list(submit(ordered, study.file.launch, study.file.directory / "jobs"))
+    code = code_snapshot.take(root / "code")
+    name = f"depthmup-{study.file.study.name}"
+    submissions = prepare_arrays(runs, study.file.launch, root / "jobs", name, code, limit)
+    forgotten = forget_failures(runs)
+    try:
+        submit_arrays(submissions, lock)
+    except UserError:
+        for submission in submissions:
+            shutil.rmtree(submission.path)
+        for path, content in forgotten.items():
+            write_atomically(path, content)
+        raise
+    return [submission.job_id or "" for submission in submissions]
 
 
-def wait(study: Study, jobs: Sequence[Any], console: Console) -> None:
-    """Shows progress until every job has ended. Raises UserError when runs are left over."""
+def forget_failures(runs: Sequence[PlannedRun]) -> dict[Path, bytes]:
+    """Removes the failed markers of `runs`, so that they go again; returns what they held."""
+    paths = (run.directory.path / "failed.json" for run in runs)
+    held = {path: path.read_bytes() for path in paths if path.exists()}
+    for path in held:
+        path.unlink()
+    return held
+
+
+def cancel(study: Study) -> tuple[list[str], list[int]]:
+    """Stops everything of the study; returns (Slurm job ids, process ids here). Runs keep what they saved."""
+    with launching(study.file.directory):
+        snapshot = states.take(study)
+        if snapshot.slurm_error:
+            raise UserError(f"Slurm does not answer ({snapshot.slurm_error}): nothing was cancelled, try again later")
+        active = snapshot.of("running", "waiting")
+        job_ids = sorted({found.task.job_id for found in active if found.task})
+        slurm.cancel(job_ids)
+        pids = []
+        for found in active:
+            if found.task is None:
+                holder = json.loads(found.run.directory.lock.read_text())
+                if holder["host"] == socket.gethostname():
+                    os.kill(holder["pid"], signal.SIGTERM)
+                    pids.append(holder["pid"])
+    return job_ids, pids
+
+
+def wait(study: Study, launched: Launched, console: Console) -> None:
+    """Shows progress until nothing waits or runs. On Slurm, runs whose job ended without a word are submitted again.
+
+    Raises UserError when runs are left over.
+    """
+    config, on_slurm = study.file.launch, study.file.launch.cluster == "slurm"
     flops = count_flops(study.runs)
-    pending = study.pending()
-    total = sum(flops[run.size][1] for run in pending)
+    left = study.pending()
+    total = sum(flops[run.size][1] for run in left)
     started = time.monotonic()
-    left, failed = pending, 0
     with display(console, "runs") as shown:
         while True:
-            ended = all(job.done() for job in jobs)  # asked before the markers are read, so that none is missed
-            left = [run for run in left if not run.directory.done()]
-            failed = sum(run.directory.failed() is not None for run in left)
-            running = sum(run.directory.log.exists() for run in left) - failed
-            share = 1 - sum(flops[run.size][1] for run in left) / total
+            ended = not on_slurm and all(job.done() for job in launched.jobs)  # asked before the markers are read
+            snapshot = states.take(study)
+            ended = ended or (on_slurm and not snapshot.slurm_error and not snapshot.of("running", "waiting"))
+            counts = snapshot.counts()
+            left = [found.run for found in snapshot.runs if found.state not in ("done", "diverged")]
+            share = 1 - sum(flops[run.size][1] for run in left) / total if total else 1.0
             elapsed = time.monotonic() - started
             eta = f"ETA {duration(elapsed / share - elapsed)}" if share > 0.02 else "ETA ..."
-            text = f"{len(study.runs) - len(left)} of {len(study.runs)} done, {running} running, {eta}"
-            shown.update(share, text + (f", {failed} failed" if failed else ""), final=ended)
+            text = f"{len(study.runs) - len(left)} of {len(study.runs)} done, {counts.get('running', 0)} running, {eta}"
+            text += f", {counts['failed']} failed" if "failed" in counts else ""
+            text += ", Slurm does not answer" if snapshot.slurm_error else ""
+            if on_slurm and not snapshot.slurm_error and resubmit_lost(study, snapshot, config.max_attempts):
+                continue
+            shown.update(share, text, final=ended)
             if ended:
                 break
-            time.sleep(POLL_SECONDS)
+            time.sleep(SLURM_POLL_SECONDS if on_slurm else POLL_SECONDS)
     if left:
-        first = left[0].directory.failed() or {"error": "its job ended without a word; see the folder jobs"}
+        first = next(found for found in states.take(study).runs if found.run in left)
         raise UserError(
-            f"{len(left)} of {len(study.runs)} runs did not finish ({left[0].directory.path}: {first['error']}). "
+            f"{len(left)} of {len(study.runs)} runs did not finish ({first.run.directory.path}: {first.remark}). "
             f"Run the same command again to resume them"
         )
+
+
+def resubmit_lost(study: Study, snapshot: states.Snapshot, max_attempts: int) -> int:
+    """Submits lost runs again unless that was done `max_attempts` times; returns their number."""
+    counts = Counter(name for s in snapshot.submissions for names in s.tasks for name in names)
+    lost = snapshot.of("lost")
+    if not lost or max(counts[found.run.directory.path.name] for found in lost) >= max_attempts:
+        return 0
+    return len(launch(study, only=("lost",)).runs)
+
+
+def grow(study: Study) -> int:
+    """Adds values to every finished curve whose optimum is on the edge of its grid; returns the number of new runs."""
+    from launch.report import collect
+
+    curves = collect(study).analysis.curves
+    edges = {(c.parameterization, c.size): c.optimum.censored for c in curves if c.optimum.censored}
+    return study.grow(edges)

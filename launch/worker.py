@@ -1,21 +1,36 @@
-"""What runs inside a job: one slot that works through a list of run directories."""
+"""What runs inside a job: a slot that works through a list of run directories.
 
+It carries no state: the run directories are the truth, so it may be started again at will. On Slurm every task of every
+array element runs `python -m launch.worker SUBMISSION.json`, from the code that was copied at submission.
+"""
+
+import argparse
 import fcntl
+import json
 import os
+import re
+import socket
+import subprocess
+import sys
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, TextIO
 
+from data.storage import write_atomically
+from launch import snapshot
 from train.config import RunConfig, from_plain, read_yaml
-from train.rundir import RunDirectory
+from train.interrupt import Interrupt, Interrupted
+from train.rundir import EXIT_REQUEUE, RunDirectory
+
+MAX_ATTEMPTS = 5  # that begin at the same step: more would go on for ever
+OUT_OF_MEMORY = re.compile(r"oom.kill|out of memory|exceeded (job|step)? ?memory limit", re.IGNORECASE)
 
 
 class Slot:
-    """A job's callable. It carries no state: the run directories are the truth, so it may be started again at will.
-
-    Several slots may hold the same list: each takes the next run that is neither done nor locked by another slot. The
-    lock belongs to the process, so it ends with it however the process ends.
-    """
+    """A local job's callable. Several slots may hold the same list: each takes the next run that is neither done nor
+    locked by another slot. The lock belongs to the process, so it ends with it however the process ends."""
 
     def __init__(self, directories: Sequence[Path], threads: int = 1) -> None:
         self.directories = [str(directory) for directory in directories]
@@ -23,23 +38,183 @@ class Slot:
 
     def __call__(self) -> None:
         os.environ["OMP_NUM_THREADS"] = str(self.threads)  # before torch is imported
-        for directory in self.directories:
-            run_if_free(RunDirectory(Path(directory)))
+        work([RunDirectory(Path(directory)) for directory in self.directories])
 
 
-def run_if_free(directory: RunDirectory) -> None:
+def work(directories: Sequence[RunDirectory]) -> int:
+    """Trains one after another; returns the exit code: interrupted, 1 when a run failed, 0."""
+    with Interrupt.on_signals() as interrupt:
+        for directory in directories:
+            try:
+                if interrupt.requested:
+                    return EXIT_REQUEUE
+                run_if_free(directory, interrupt)
+            except Interrupted:
+                return EXIT_REQUEUE
+    return 1 if any(directory.failed() for directory in directories) else 0
+
+
+def lock(directory: RunDirectory) -> TextIO | None:
+    """The run's lock with our process in it, or None when another process holds it."""
+    file = open(directory.lock, "a+")  # noqa: SIM115 - it is open as long as the run is ours
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    file.truncate(0)
+    file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+    file.flush()
+    return file
+
+
+def run_if_free(directory: RunDirectory, interrupt: Interrupt) -> None:
     """Trains the run unless it is done or another process has it. A failure is recorded, and does not end the slot."""
-    with open(directory.lock, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return
+    held = lock(directory)
+    if held is None:
+        return
+    with held:
         if directory.done() or directory.failed():
             return
-        from train.loop import run
-
         try:
-            config = from_plain(RunConfig, read_yaml(directory.config), str(directory.config))
-            run(config, directory.path)
+            begin_attempt(directory)
+            from train.loop import run
+
+            run(read_config(directory), directory.path, interrupt=interrupt)
+        except Interrupted:
+            note(directory, "interrupted")
+            raise
         except Exception as error:
-            directory.write_failed({"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()})
+            fail(directory, f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
+
+
+def read_config(directory: RunDirectory) -> RunConfig:
+    return from_plain(RunConfig, read_yaml(directory.config), str(directory.config))
+
+
+# ---------------------------------------------------------------- attempts
+
+
+def note(directory: RunDirectory, event: str, **details: Any) -> None:
+    """Adds a line to attempts.jsonl."""
+    line = {"event": event, "time": time.time(), **details}
+    with open(directory.path / "attempts.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def attempts(directory: RunDirectory) -> list[dict[str, Any]]:
+    """The attempts to train the run, the oldest first; a half-written line is left out."""
+    try:
+        lines = (directory.path / "attempts.jsonl").read_text().split("\n")[:-1]
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines]
+
+
+def fail(directory: RunDirectory, error: str, **details: Any) -> None:
+    """Marks the run failed. What comes after this line of attempts.jsonl was asked for by a person."""
+    note(directory, "failed")
+    directory.write_failed({"error": error, **details})
+
+
+def newest_step(directory: RunDirectory) -> int:
+    """Step of the newest checkpoint, 0 without one."""
+    return max((int(path.name[5:]) for path in directory.checkpoints.glob("step-*")), default=0)
+
+
+def begin_attempt(directory: RunDirectory) -> None:
+    """Notes where and from which step the attempt begins. Raises RuntimeError when the last ones got no further."""
+    step = newest_step(directory)
+    lines = attempts(directory)
+    since_failure = max((i for i, line in enumerate(lines) if line["event"] == "failed"), default=-1) + 1
+    begun = [line["step"] for line in lines[since_failure:] if line["event"] == "started"]
+    if begun[-MAX_ATTEMPTS:] == [step] * MAX_ATTEMPTS:
+        raise RuntimeError(f"{MAX_ATTEMPTS} attempts ended at step {step}: raise launch.timeout_min or memory_gb")
+    note(directory, "started", step=step, job=job_name(), host=socket.gethostname(), pid=os.getpid())
+    code = snapshot.ROOT / "code.json"
+    content = code.read_text() if code.exists() else json.dumps(snapshot.describe(), indent=1)
+    write_atomically(directory.path / "code.json", content.encode())
+
+
+def job_name() -> str | None:
+    """'4711_3' inside a Slurm array."""
+    job = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{job}_{os.environ['SLURM_ARRAY_TASK_ID']}" if job else None
+
+
+# ---------------------------------------------------------------- Slurm
+
+
+def run_distributed(directory: RunDirectory) -> None:
+    """Becomes this task's process of a run over all tasks of the job. Returns only when there is nothing to do."""
+    if directory.done() or directory.failed():
+        return
+    if os.environ["SLURM_PROCID"] == "0":
+        held = lock(directory)
+        if held is None:
+            sys.exit(f"{directory.path}: another job trains it")
+        os.set_inheritable(held.fileno(), True)  # the lock lives on in the process that we become
+        begin_attempt(directory)
+    os.execv(sys.executable, [sys.executable, "-m", "train", str(directory.config), str(directory.path)])
+
+
+def run_side_by_side(file: Path, count: int) -> int:
+    """`count` processes that share this job's GPU and its list of runs. Signals reach them from Slurm directly."""
+    with Interrupt.on_signals():
+        processes = [
+            subprocess.Popen([sys.executable, "-m", "launch.worker", str(file), "--slot"]) for _ in range(count)
+        ]
+        codes = [process.wait() for process in processes]
+    return EXIT_REQUEUE if EXIT_REQUEUE in codes else max(abs(code) for code in codes)
+
+
+def record_end(directories: Sequence[RunDirectory], code: int, log: Path, details: dict[str, Any]) -> None:
+    """Called by the batch script when the step died: marks the runs that this job had begun, with the reason."""
+    number = code - 128 if code > 128 else None
+    tail = log.read_text(errors="replace")[-20000:] if log.exists() else ""
+    if number == 9 or OUT_OF_MEMORY.search(tail):
+        asked = (
+            f"{details['memory_gb']} GB were asked for"
+            if details["memory_gb"]
+            else "the cluster's default was asked for"
+        )
+        reason = f"killed (SIGKILL), most likely out of memory: {asked}; set launch.memory_gb higher and retry"
+    else:
+        reason = f"its process ended with {code}; see {log}"
+    left = [directory for directory in directories if not directory.done() and not directory.failed()]
+    begun = [directory for directory in left if last_job(directory) == job_name()]
+    for directory in begun or left:  # none had begun: the job cannot even start
+        fail(directory, reason, traceback=tail[-2000:], log=str(log))
+
+
+def last_job(directory: RunDirectory) -> str | None:
+    """The job of the run's last attempt."""
+    started = [line["job"] for line in attempts(directory) if line["event"] == "started"]
+    return started[-1] if started else None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("submission", type=Path)
+    parser.add_argument("--slot", action="store_true", help="one of several processes that share the list")
+    parser.add_argument("--ended", type=int, metavar="CODE", help="only record that the step ended so")
+    arguments = parser.parse_args()
+    content = json.loads(arguments.submission.read_text())
+    details = content["details"]
+    root = arguments.submission.parent.parent.parent / "runs"
+    index = int(os.environ["SLURM_ARRAY_TASK_ID"])
+    directories = [RunDirectory(root / name) for name in content["tasks"][index]]
+    if arguments.ended is not None:
+        log = arguments.submission.parent / f"{job_name()}_0_log.out"
+        record_end(directories, arguments.ended, log, details)
+        return 0
+    if int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        run_distributed(directories[0])
+        return 0
+    if details["runs_per_gpu"] > 1 and not arguments.slot:
+        return run_side_by_side(arguments.submission, min(details["runs_per_gpu"], len(directories)))
+    return work(directories)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

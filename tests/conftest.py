@@ -4,11 +4,14 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here and in every child process
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from slurm_cluster import Cluster
+from slurm_cluster import start as start_cluster
 
 from data.pack import pack
 from train.config import RunConfig, from_plain
@@ -51,7 +54,14 @@ def study_file(run_settings: dict[str, Any], tmp_path: Path) -> Path:
         "parameterizations": ["sp", "depth_mup"],
         "sizes": [{"width": 8, "depth": 3}, {"width": 8, "depth": 6}],
         "values": ["2**-6", "2**-5", "2**-4"],
+        "extend": 0,
     }
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(run_settings))
     return path
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """A real Slurm cluster of six nodes on this machine."""
+    yield from start_cluster()

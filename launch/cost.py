@@ -1,0 +1,67 @@
+"""What runs cost in FLOPs. Counting needs torch and builds the network; the counts are kept on disk."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from data.storage import write_atomically
+from launch.config import Size
+from launch.snapshot import ROOT
+from launch.study import PlannedRun
+from train.config import identity
+
+
+def cache_file() -> Path:
+    """Counts made by this code and these libraries: another version counts anew."""
+    hashed = hashlib.sha256("".join(version(name) for name in ("torch", "timm")).encode())
+    for file in sorted((ROOT / "models").rglob("*.py")):
+        hashed.update(file.read_bytes())
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "depthmup" / f"flops-{hashed.hexdigest()[:12]}.json"
+
+
+def read_cache(file: Path) -> dict[str, list[int]]:
+    try:
+        return json.loads(file.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+
+
+def count(run: PlannedRun) -> list[int]:
+    """[parameters, FLOPs of one image in training]."""
+    from models.build import build_meta  # torch, which most commands do not need
+    from models.flops import num_parameters, training_flops
+
+    model = run.config.model
+    network = build_meta(model, run.config.parameterization).network
+    shape = (model.in_channels, model.image_size, model.image_size)
+    return [num_parameters(network), training_flops(network, shape)]
+
+
+def key(model: Any) -> str:
+    return json.dumps(identity(model), sort_keys=True)
+
+
+def count_flops(runs: Sequence[PlannedRun]) -> dict[Size, tuple[int, int]]:
+    """Per size: (parameters, FLOPs of one run: forward and backward over all its samples)."""
+    first = {run.size: run for run in reversed(runs)}
+    file = cache_file()
+    cache = read_cache(file)
+    missing = {key(run.config.model): run for run in first.values() if key(run.config.model) not in cache}
+    if missing:
+        cache |= {name: count(run) for name, run in missing.items()}
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, json.dumps(cache).encode())
+        except OSError:
+            pass  # a home that cannot be written to costs time, not correctness
+    counted = {}
+    for size, run in first.items():
+        parameters, each = cache[key(run.config.model)]
+        train = run.config.train
+        counted[size] = (parameters, each * train.num_steps * train.global_batch_size)
+    return {run.size: counted[run.size] for run in runs}

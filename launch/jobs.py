@@ -1,0 +1,112 @@
+"""What was submitted: a folder per submission, written before sbatch is called and completed after.
+
+jobs/NAME/submission.json   the run directories of every task: written first, so that no job is ever unaccounted for
+jobs/NAME/job.sh            the script that sbatch got
+jobs/NAME/job.json          the job's id: written last; if it is missing, the job is found in the queue by its NAME
+jobs/NAME/*_log.out         what the tasks printed
+"""
+
+import fcntl
+import json
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.errors import UserError
+from data.storage import write_atomically
+from launch.slurm import QueuedTask
+
+
+@dataclass(frozen=True)
+class Submission:
+    """One array of jobs. `tasks[i]` names the run directories of its element i."""
+
+    path: Path
+    tasks: list[list[str]]
+    details: dict[str, Any]  # launch keys that explain a failure: memory_gb, timeout_min
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def file(self) -> Path:
+        return self.path / "submission.json"
+
+    @property
+    def script(self) -> Path:
+        return self.path / "job.sh"
+
+    @property
+    def job_id(self) -> str | None:
+        try:
+            return str(json.loads((self.path / "job.json").read_text())["job_id"])
+        except FileNotFoundError:
+            return None
+
+    def write_job_id(self, job_id: str) -> None:
+        write_atomically(self.path / "job.json", json.dumps({"job_id": job_id}).encode())
+
+    def log(self, index: int) -> Path:
+        """What rank 0 of element `index` printed."""
+        return self.path / f"{self.job_id}_{index}_0_log.out"
+
+    @classmethod
+    def create(cls, jobs: Path, name: str, tasks: Sequence[Sequence[str]], details: dict[str, Any]) -> "Submission":
+        """Records the intent to submit, under a name that no other submission has."""
+        path = jobs / f"{name}-{secrets.token_hex(4)}"
+        path.mkdir(parents=True)
+        submission = cls(path, [list(task) for task in tasks], details)
+        write_atomically(submission.file, json.dumps({"tasks": submission.tasks, "details": details}).encode())
+        return submission
+
+    @classmethod
+    def load(cls, file: Path) -> "Submission":
+        content = json.loads(file.read_text())
+        return cls(file.parent, content["tasks"], content["details"])
+
+
+def load_all(jobs: Path) -> list[Submission]:
+    """Every submission, the oldest first."""
+    files = sorted(jobs.glob("*/submission.json"), key=lambda file: file.stat().st_mtime_ns)
+    return [Submission.load(file) for file in files]
+
+
+def recover_ids(submissions: Sequence[Submission], queue: Sequence[QueuedTask]) -> None:
+    """Writes the ids of jobs that were submitted by a launcher that was killed before it could."""
+    by_name = {task.name: task.job_id for task in queue}
+    for submission in submissions:
+        if submission.name in by_name and submission.job_id is None:
+            submission.write_job_id(by_name[submission.name])
+
+
+def queued_runs(submissions: Sequence[Submission], queue: Sequence[QueuedTask]) -> dict[str, QueuedTask]:
+    """Run -> the array element that will train it or does, for all that have not ended."""
+    by_name = {submission.name: submission for submission in submissions}
+    found = {}
+    for task in queue:
+        if (submission := by_name.get(task.name)) and task.index < len(submission.tasks):
+            found.update(dict.fromkeys(submission.tasks[task.index], task))
+    return found
+
+
+@contextmanager
+def launching(folder: Path) -> Iterator[int]:
+    """Only one process submits for a study at a time. Yields the lock's descriptor.
+
+    sbatch inherits it: when the launcher is killed while sbatch runs, the next launcher waits until sbatch has ended,
+    and then finds its job in the queue.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / "launch.lock", "w")  # noqa: SIM115 - closed below, after the block
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot write the study there ({error.strerror}); set study.directory to a writable folder"
+        ) from None
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield file.fileno()

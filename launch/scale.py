@@ -1,0 +1,154 @@
+"""`depthmup scale`: from a finished proxy study to the large run's configuration."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data.errors import UserError
+from data.storage import write_atomically
+from launch.analysis import Curve
+from launch.config import StudyFile, label
+from launch.report import Report
+from models.config import OptimizerConfig
+from train.config import RunConfig, from_plain, read_yaml, set_dotted, to_plain
+
+SECTIONS = ("model", "optimizer", "schedule", "data", "train", "parallel", "track", "seed", "launch")
+
+
+@dataclass(frozen=True)
+class Transferred:
+    """The target's configuration, and what is to be said of it: a line each."""
+
+    config: dict[str, Any]
+    facts: list[str]
+
+    def text(self) -> str:
+        return "".join(f"# {line}\n" for line in self.facts) + yaml.safe_dump(self.config, sort_keys=False)
+
+
+def choose(report: Report, parameterization: str | None, force: bool) -> tuple[Curve, list[str]]:
+    """The base's curve of the parameterization to use, and how sure its optimum is.
+
+    Without a name: the one whose verdict is `transfers`, of several the one with the lowest loss. Raises UserError for
+    an inconclusive study unless `force`.
+    """
+    base_size = report.study.file.study.sizes[0]
+    curves = {curve.parameterization: curve for curve in report.analysis.curves if curve.size == base_size}
+    judgements = {judgement.parameterization: judgement for judgement in report.analysis.judgements}
+    if not judgements:
+        raise UserError(f"no run of the base size is finished: run 'depthmup transfer {report.study.path}' first")
+    if parameterization and parameterization not in judgements:
+        raise UserError(f"no parameterization {parameterization!r} in the study; it has {', '.join(judgements)}")
+    names = [parameterization] if parameterization else list(judgements)
+    good = [name for name in names if judgements[name].verdict == "transfers" and not report.unfinished]
+    if not good and not force:
+        why = [f"{len(report.unfinished)} runs are not finished"] if report.unfinished else []
+        why += [f"{name} {judgements[name].verdict} ({judgements[name].reason})" for name in names]
+        raise UserError(f"this study does not say which value to use: {'; '.join(why)}. --force uses it all the same")
+    curve = min((curves[name] for name in good or names), key=lambda curve: curve.optimum.metric)
+    if curve.optimum.x is None:
+        raise UserError(f"{curve.parameterization}: every run of the base size diverged; there is nothing to transfer")
+    judgement = judgements[curve.parameterization]
+    study, train = report.study.file.study, report.study.file.train
+    interval = f", 90% interval 2^{curve.interval[0]:.2f} to 2^{curve.interval[1]:.2f}" if curve.interval else ""
+    facts = [
+        f"Transferred from study {study.name} with {curve.parameterization}: {judgement.verdict} ({judgement.reason}).",
+        f"{study.hyperparameter} 2^{curve.optimum.x:.2f}{interval}"
+        + (f", censored on the {curve.optimum.censored} edge of the grid" if curve.optimum.censored else "")
+        + f", from {curve.metric.shape[0]} seed(s) at {curve.size}.",
+        f"Horizon of the proxy: {train.samples} samples in batches of {train.global_batch_size} "
+        f"({train.num_steps} steps).",
+    ]
+    if curve.metric.shape[0] == 1:
+        facts.append("One seed only: the interval says nothing of the noise between seeds.")
+    return curve, facts
+
+
+def batch_and_duration(optimizer: OptimizerConfig, batch_ratio: float, samples_ratio: float) -> dict[str, Any]:
+    """AdamW's settings for m_B times the batch and m_D times the samples (Complete(d)P, arXiv 2512.22382):
+
+    lr and weight decay times sqrt(m_B / m_D), eps times sqrt(m_D / m_B), 1 - beta times m_B / m_D.
+    Raises UserError for SGD, and where a beta would leave [0, 1).
+    """
+    if optimizer.name != "adamw":
+        raise UserError("batch-and-duration scaling is known for adamw only, and the study used sgd")
+    ratio = batch_ratio / samples_ratio
+    betas = [1 - (1 - beta) * ratio for beta in optimizer.betas]
+    if min(betas) < 0:
+        raise UserError(f"a batch of {batch_ratio:g} and samples of {samples_ratio:g} times the proxy's leave no beta")
+    factor = math.sqrt(ratio)
+    return {
+        "lr": optimizer.lr * factor,
+        "weight_decay": optimizer.weight_decay * factor,
+        "eps": optimizer.eps / factor,
+        "betas": betas,
+    }
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with every section of `changes` laid over it."""
+    merged = {**base}
+    for key, value in changes.items():
+        merged[key] = merge(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
+    return merged
+
+
+def scale(
+    report: Report,
+    changes: dict[str, Any],
+    parameterization: str | None = None,
+    scale_batch: bool = False,
+    force: bool = False,
+) -> Transferred:
+    """The study's configuration with `changes` (sections of the target) and the transferred hyperparameters.
+
+    Raises UserError when the study is inconclusive, or the target is no valid run.
+    """
+    file: StudyFile = report.study.file
+    curve, facts = choose(report, parameterization, force)
+    chosen = next(p for p in file.study.parameterizations if label(p) == curve.parameterization)
+    plain = to_plain(file)
+    config = {key: plain[key] for key in SECTIONS if key in plain}
+    config["parameterization"] = {key: value for key, value in vars(chosen).items() if value is not None}
+    assert curve.optimum.x is not None
+    set_dotted(config, f"{file.study.hyperparameter}={2.0**curve.optimum.x!r}")
+    proxy = from_plain(RunConfig, {key: value for key, value in config.items() if key != "launch"}, "the proxy")
+    config = merge(config, changes)
+    run = {key: value for key, value in config.items() if key != "launch"}
+    target = from_plain(RunConfig, run, "the target")
+    for section in ("optimizer", "schedule"):
+        for key in changes.get(section, {}):
+            facts.append(f"Not transferred: {section}.{key} was given.")
+    batch_ratio = target.train.global_batch_size / proxy.train.global_batch_size
+    samples_ratio = target.train.samples / proxy.train.samples
+    if scale_batch:
+        config["optimizer"] |= batch_and_duration(target.optimizer, batch_ratio, samples_ratio)
+        facts.append(f"Scaled for {batch_ratio:g} times the batch and {samples_ratio:g} times the samples.")
+    elif (batch_ratio, samples_ratio) != (1, 1):
+        facts.append(
+            f"Batch {batch_ratio:g} and samples {samples_ratio:g} times the proxy's, and nothing was scaled for that "
+            "(--scale-batch does): an optimum moves with both."
+        )
+    model = target.model
+    facts.append(f"Target: {model.width_ratio:g} times the base's width, {model.depth_ratio:g} times its depth.")
+    return Transferred(config, facts)
+
+
+def write_target(transferred: Transferred, path: Path) -> None:
+    """Writes the target's file. Raises UserError when another content is there: it may have been edited."""
+    if path.exists() and path.read_text() != transferred.text():
+        raise UserError(f"{path} exists and differs: delete it, or choose another --out")
+    write_atomically(path, transferred.text().encode())
+
+
+def read_changes(target: Path | None, overrides: tuple[str, ...]) -> dict[str, Any]:
+    """The sections of a target's file (which may hold a few keys only), and KEY=VALUE on top."""
+    changes = read_yaml(target) if target else {}
+    if unknown := sorted(set(changes) - set(SECTIONS)):
+        raise UserError(f"{target}: unknown section {unknown[0]!r} of a target; known: {', '.join(SECTIONS)}")
+    for override in overrides:
+        set_dotted(changes, override)
+    return changes

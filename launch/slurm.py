@@ -1,0 +1,107 @@
+"""The few things that Slurm is asked or told. Nothing here uses sacct: accounting may be missing or late."""
+
+import getpass
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.errors import UserError
+
+SECONDS = 60  # that one command may take; slurmctld may be busy or restarting
+
+# sbatch's own words -> the key to change
+HINTS = (
+    (r"invalid partition|partition.*(not available|invalid)|not permitted to use partition", "launch.partition"),
+    (r"invalid account|account/partition combination", "launch.account"),
+    (r"invalid qos", "launch.qos"),
+    (r"invalid feature|invalid constraint", "launch.constraint"),
+    (r"time limit", "launch.timeout_min"),
+    (r"memory specification|memory required", "launch.memory_gb"),
+    (r"generic resource|gres|gpu", "launch.gpus_per_node"),
+    (r"(more processors|cpu count).*", "launch.cpus_per_task"),
+    (r"node configuration is not available|node count", "launch.nodes, gpus_per_node, cpus_per_task or memory_gb"),
+    (r"job array", "launch.runs_per_job (fewer, longer jobs)"),
+    (r"submit limit|MaxSubmit|too many jobs|job limit", "launch.runs_per_job (fewer, longer jobs)"),
+)
+
+
+class SlurmError(Exception):
+    """A Slurm command failed; the message is its own words."""
+
+
+@dataclass(frozen=True)
+class QueuedTask:
+    """One array element that has not ended."""
+
+    job_id: str  # of the array
+    index: int
+    state: str  # PENDING, RUNNING, COMPLETING, ...
+    reason: str  # why it waits
+    name: str  # of the job
+
+    @property
+    def waits(self) -> bool:
+        return self.state == "PENDING"
+
+
+def clean_environment() -> dict[str, str]:
+    """Ours without the variables of a job that we may run in: sbatch would take them for options."""
+    return {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("SLURM_", "SBATCH_")) or key == "SLURM_CONF"
+    }
+
+
+def call(*command: str, pass_fds: Sequence[int] = ()) -> str:
+    """Standard output of a Slurm command. Raises UserError where there is no such command, SlurmError when it fails."""
+    if shutil.which(command[0]) is None:
+        raise UserError(f"no {command[0]} on PATH: log in to a node of the cluster, or use --cluster local")
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=SECONDS, env=clean_environment(), pass_fds=pass_fds
+        )
+    except subprocess.TimeoutExpired:
+        raise SlurmError(f"{command[0]} gave no answer in {SECONDS} s") from None
+    if done.returncode:
+        words = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        raise SlurmError("; ".join(words) or f"{command[0]} ended with {done.returncode}")
+    return done.stdout
+
+
+def queue() -> list[QueuedTask]:
+    """Our array elements that have not ended: one call, whatever their number. Raises SlurmError."""
+    form = "%F|%K|%T|%r|%j"
+    lines = call("squeue", "--noheader", "--array", f"--user={getpass.getuser()}", f"--format={form}").splitlines()
+    found = []
+    for line in lines:
+        job_id, index, state, reason, name = line.split("|", 4)
+        found.append(QueuedTask(job_id, int(index) if index.isdigit() else 0, state, reason, name.strip()))
+    return found
+
+
+def max_array_size() -> int:
+    """Elements that one array may have. Raises SlurmError."""
+    match = re.search(r"^MaxArraySize\s*=\s*(\d+)", call("scontrol", "show", "config"), re.MULTILINE)
+    return int(match[1]) if match else 1001  # Slurm's default
+
+
+def sbatch(script: Path, pass_fds: Sequence[int] = ()) -> str:
+    """Submits `script`; returns the job id. Raises SlurmError."""
+    return call("sbatch", "--parsable", str(script), pass_fds=pass_fds).strip().split(";")[0]
+
+
+def cancel(job_ids: Sequence[str]) -> None:
+    if job_ids:
+        call("scancel", *job_ids)
+
+
+def refusal(error: SlurmError) -> UserError:
+    """What sbatch said, and which key to change."""
+    words = re.sub(r"(sbatch|allocation failure|error): ", "", str(error))
+    key = next((key for pattern, key in HINTS if re.search(pattern, words, re.IGNORECASE)), None)
+    return UserError(f"Slurm refuses the job: {words}" + (f" (change {key})" if key else ""))

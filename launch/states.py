@@ -1,0 +1,125 @@
+"""Where every run stands: its own files say what it did, one call to squeue says what waits and runs."""
+
+import fcntl
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from launch import slurm
+from launch.jobs import Submission, load_all, queued_runs, recover_ids
+from launch.slurm import QueuedTask
+from launch.study import PlannedRun, Study
+from train.rundir import RunDirectory
+
+State = Literal["done", "diverged", "failed", "running", "waiting", "lost", "new"]
+STATES: tuple[State, ...] = ("done", "diverged", "failed", "running", "waiting", "lost", "new")
+
+
+@dataclass(frozen=True)
+class RunState:
+    """`waiting`: a job will train it. `lost`: it began or was submitted, and no job has it any more. `new`: neither."""
+
+    run: PlannedRun
+    state: State
+    remark: str = ""
+    task: QueuedTask | None = None
+
+    @property
+    def active(self) -> bool:
+        return self.state in ("running", "waiting")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The states of all runs at one moment. `slurm_error`: squeue's words when it did not answer."""
+
+    runs: list[RunState]
+    submissions: list[Submission]
+    slurm_error: str | None = None
+
+    def of(self, *states: State) -> list[RunState]:
+        return [run for run in self.runs if run.state in states]
+
+    def counts(self) -> dict[State, int]:
+        """Number of runs per state that occurs."""
+        counted = {state: len(self.of(state)) for state in STATES}
+        return {state: count for state, count in counted.items() if count}
+
+
+def is_locked(directory: RunDirectory) -> bool:
+    """Whether a process trains the run now."""
+    try:
+        with open(directory.lock) as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def last_attempt(directory: RunDirectory) -> str | None:
+    """The last event of attempts.jsonl, None before the first attempt."""
+    try:
+        lines = (directory.path / "attempts.jsonl").read_text().split("\n")[:-1]
+    except FileNotFoundError:
+        return None
+    return json.loads(lines[-1])["event"] if lines else None
+
+
+def state_of(
+    run: PlannedRun, task: QueuedTask | None, submitted: tuple[Submission, int] | None, asked: bool
+) -> RunState:
+    """`task`: the queued array element that has the run; `submitted`: the last submission and element that ever had it;
+    `asked`: whether Slurm answered."""
+    directory = run.directory
+    if done := directory.done():
+        if done["outcome"] == "completed":
+            return RunState(run, "done")
+        return RunState(run, "diverged", f"at step {done['step']}")
+    if failed := directory.failed():
+        return RunState(run, "failed", failed["error"].splitlines()[0], task)
+    event = last_attempt(directory)
+    if task and task.waits:
+        return RunState(run, "waiting", ("requeued, " if event else "") + task.reason, task)
+    if event == "started" and (task or is_locked(directory)):
+        return RunState(run, "running", "", task)
+    if task:
+        return RunState(run, "waiting", f"in job {task.job_id}_{task.index}", task)
+    if submitted and not asked:
+        return RunState(run, "waiting", "Slurm does not answer")
+    if event == "interrupted":
+        return RunState(run, "lost", "was interrupted, will resume")
+    if event or (submitted and submitted[0].job_id):
+        return RunState(run, "lost", last_words(submitted))
+    return RunState(run, "new")
+
+
+def last_words(submitted: tuple[Submission, int] | None) -> str:
+    """The last line that the job printed: there slurmstepd says why it ended it."""
+    silent = "its job ended without a word"
+    if submitted is None:
+        return silent
+    log = submitted[0].log(submitted[1])
+    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+    return lines[-1].removeprefix("slurmstepd: error: ").strip("* ") if lines else silent
+
+
+def take(study: Study) -> Snapshot:
+    """Reads every run's files and asks Slurm once, if anything was ever submitted to it."""
+    submissions = load_all(study.file.directory / "jobs")
+    queue: Sequence[QueuedTask] = ()
+    error = None
+    if submissions and study.pending():
+        try:
+            queue = slurm.queue()
+            recover_ids(submissions, queue)
+        except slurm.SlurmError as failure:
+            error = str(failure)
+    tasks = queued_runs(submissions, queue)
+    last = {name: (s, index) for s in submissions for index, names in enumerate(s.tasks) for name in names}
+    names = [(run, run.directory.path.name) for run in study.runs]
+    return Snapshot(
+        [state_of(run, tasks.get(name), last.get(name), error is None) for run, name in names], submissions, error
+    )

@@ -1,0 +1,107 @@
+"""From a finished study to the target's configuration, and grids that grow, on studies whose results are known."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from data.errors import UserError
+from launch.cli import cli
+from launch.config import read_study
+from launch.report import collect
+from launch.scale import batch_and_duration
+from launch.study import Study
+from launch.transfer import grow
+from models.config import OptimizerConfig
+
+
+def finish(study: Study, best: float) -> None:
+    """Marks every run done, with a loss that is lowest at 2^best."""
+    study.write()
+    for run in study.pending():
+        loss = 0.3 + 0.05 * (math.log2(run.value) - best) ** 2 + 0.001 * run.seed
+        result = {"outcome": "completed", "step": 12, "minival_loss": loss, "seconds": 1.0}
+        run.directory.write_done(result)
+
+
+def invoke(*arguments: object) -> str:
+    """Standard output of a command. Raises what the command raises."""
+    result = CliRunner().invoke(cli, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0
+    return result.output
+
+
+def test_scale_writes_a_configuration_that_carries_the_optimum_to_another_size(study_file: Path) -> None:
+    finish(Study(study_file, read_study(study_file)), best=-5.2)
+    out = study_file.parent / "large.yaml"
+    arguments = ("model.width=16", "model.depth=12", "--parameterization", "depth_mup", "--out", out)
+    said = invoke("scale", study_file, *arguments)
+    large = yaml.safe_load(out.read_text())
+    assert math.log2(large["optimizer"]["lr"]) == pytest.approx(-5.2, abs=0.05)
+    assert (large["model"]["width"], large["model"]["depth"], large["model"]["base_width"]) == (16, 12, 8)
+    assert large["parameterization"]["name"] == "depth_mup"
+    assert "transfers" in said
+    assert "1 runs" in invoke("plan", out)  # the written file is a configuration that the other commands take
+    out.write_text("edited")
+    with pytest.raises(UserError, match="exists and differs"):
+        invoke("scale", study_file, *arguments)
+
+
+def test_a_censored_study_is_refused_unless_forced(study_file: Path) -> None:
+    finish(Study(study_file, read_study(study_file)), best=-9)
+    with pytest.raises(UserError, match="on the low edge"):
+        invoke("scale", study_file)
+    assert "censored on the low edge" in invoke("scale", study_file, "--force")
+
+
+def test_batch_and_duration_follow_the_published_rule() -> None:
+    optimizer = OptimizerConfig(lr=0.01, weight_decay=0.1, eps=1e-8, betas=(0.9, 0.99))
+    scaled = batch_and_duration(optimizer, batch_ratio=4, samples_ratio=16)
+    assert scaled["lr"] == pytest.approx(0.005)
+    assert scaled["weight_decay"] == pytest.approx(0.05)
+    assert scaled["eps"] == pytest.approx(2e-8)
+    assert scaled["betas"] == pytest.approx([0.975, 0.9975])
+
+
+def test_a_censored_curve_grows_on_its_side_twice_at_most(study_file: Path) -> None:
+    file = read_study(study_file, ("study.extend=2",))
+    study = Study(study_file, file)
+    finish(study, best=-20)
+    for size in (5, 7):
+        assert grow(study) == 4 * 2  # two parameterizations, two depths
+        finish(study, best=-20)
+        curves = collect(study).analysis.curves
+        assert {len(curve.x) for curve in curves} == {size}
+    assert grow(study) == 0
+    assert min(run.value for run in Study(study_file, file).runs) == 2**-10  # a later command sees the values
+
+
+def test_an_optimum_inside_the_grid_adds_nothing(study_file: Path) -> None:
+    study = Study(study_file, read_study(study_file, ("study.extend=2",)))
+    finish(study, best=-5)
+    assert grow(study) == 0
+
+
+def test_another_study_in_the_same_folder_is_refused_by_the_key_that_differs(study_file: Path) -> None:
+    Study(study_file, read_study(study_file)).write()
+    with pytest.raises(UserError, match=r"holds another study \(train.samples is 384 there and 640 here"):
+        Study(study_file, read_study(study_file, ("train.samples=640",))).write()
+    old = study_file.parent / "runs" / "tiny" / "study.yaml"
+    old.write_text(old.read_text() + "forgotten_key: 1\n")
+    with pytest.raises(UserError, match="another version"):
+        Study(study_file, read_study(study_file)).write()
+
+
+def test_the_report_has_figures_a_cost_and_a_link_to_every_run(study_file: Path) -> None:
+    study = Study(study_file, read_study(study_file))
+    finish(study, best=-5)
+    invoke("report", study_file)
+    root = study.file.directory
+    page = (root / "report.html").read_text()
+    assert page.count("<svg") == 3
+    assert all(f'href="runs/{run.directory.path.name}/"' in page for run in study.runs)
+    assert {"curves.png", "drift.png", "loss.png", "report.md"} <= {path.name for path in root.iterdir()}
+    assert json.loads((root / "report.json").read_text())["cost"]["flops"] > 0

@@ -1,0 +1,138 @@
+"""Submission to a real Slurm: nothing twice, nothing half, whatever happens to the launcher. The jobs are held."""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from slurm_cluster import Cluster, wait_for
+
+SBATCH = """#!/bin/sh
+case $WHEN in
+before) kill -9 $PPID; exit 1;;
+during) kill -9 $PPID; sleep 1; exec {sbatch} "$@";;
+after) {sbatch} "$@"; kill -9 $PPID; exit 0;;
+lost) {sbatch} "$@" >/dev/null; echo "Socket timed out on send/recv operation" >&2; exit 1;;
+esac
+"""
+
+
+@pytest.fixture
+def held(cluster: Cluster, study_file: Path) -> Iterator[Path]:
+    """A study of twelve runs whose jobs wait for ever."""
+    content = yaml.safe_load(study_file.read_text())
+    content["launch"] = {"cluster": "slurm", "runs_per_job": 2, "max_running": 3, "sbatch": {"hold": True}}
+    study_file.write_text(yaml.safe_dump(content))
+    yield study_file
+    cluster.call("scancel", "--user", cluster.call("id", "-un"))
+
+
+def test_nothing_is_submitted_twice_when_the_launcher_is_killed_at_any_point(
+    cluster: Cluster, held: Path, tmp_path: Path
+) -> None:
+    fake = tmp_path / "bin" / "sbatch"
+    fake.parent.mkdir()
+    fake.write_text(SBATCH.format(sbatch=cluster.call("which", "sbatch")))
+    fake.chmod(0o755)
+    path = f"{fake.parent}:{cluster.environment['PATH']}"
+    for when in ("before", "during", "after"):
+        study = [held, f"study.name={when}"]
+        killed = cluster.depthmup("launch", *study, env={"PATH": path, "WHEN": when})
+        assert killed.returncode == -9
+        again = cluster.depthmup("launch", *study)
+        assert again.returncode == 0, again.stderr
+        assert len(cluster.queued(f"-{when}-")) == 6, when
+        assert cluster.depthmup("status", *study).stdout.splitlines()[-1] == "12 waiting"
+    answer_lost = cluster.depthmup("launch", held, "study.name=lost", env={"PATH": path, "WHEN": "lost"})
+    assert answer_lost.returncode == 0, answer_lost.stderr
+    assert len(cluster.queued("-lost-")) == 6
+
+    cancelled = cluster.depthmup("cancel", held, "study.name=after")
+    assert cancelled.stdout.startswith("Stopped: job ")
+    assert cluster.queued("-after-") == []
+
+    cluster.stop_controller()
+    launched = cluster.depthmup("launch", held, "study.name=before")
+    status = cluster.depthmup("status", held, "study.name=before")
+    cluster.start_controller()
+    assert launched.returncode == 2
+    assert "Slurm does not answer" in launched.stderr
+    assert "Traceback" not in launched.stderr
+    assert "Slurm does not answer" in status.stdout
+    assert "Nothing to submit" in cluster.depthmup("launch", held, "study.name=before").stdout
+    assert len(cluster.queued("-before-")) == 6
+
+
+@pytest.mark.parametrize(
+    ("override", "words", "key"),
+    [
+        ("launch.partition=nowhere", "invalid partition", "launch.partition"),
+        ("launch.memory_gb=9999", "", "memory_gb"),
+        ("launch.gpus_per_node=99", "", "gpus_per_node"),
+    ],
+)
+def test_what_slurm_refuses_is_said_in_its_words_with_the_key_and_leaves_nothing(
+    cluster: Cluster, held: Path, override: str, words: str, key: str
+) -> None:
+    held_jobs_are_not_checked = "launch.sbatch={}"
+    refused = cluster.depthmup("launch", held, override, held_jobs_are_not_checked)
+    assert refused.returncode == 2
+    assert len(refused.stderr.strip().splitlines()) == 1
+    assert words in refused.stderr
+    assert key in refused.stderr
+    assert cluster.queued() == []
+    assert list(held.parent.glob("runs/tiny/jobs/*")) == []
+
+
+def test_the_dry_run_prints_the_script_that_slurm_takes(cluster: Cluster, held: Path, tmp_path: Path) -> None:
+    script = cluster.depthmup("launch", held, "--dry-run").stdout
+    assert "#SBATCH --array=0-5%3" in script
+    assert not (held.parent / "runs").exists()
+    file = tmp_path / "job.sh"
+    file.write_text(script)
+    checked = subprocess.run(["sbatch", "--test-only", file], env=cluster.environment, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_probe_proposes_a_profile_that_launch_takes(cluster: Cluster, held: Path) -> None:
+    proposed = cluster.depthmup("cluster", "probe").stdout
+    profile = yaml.safe_load(proposed)
+    assert profile["gpus_per_node"] == 1
+    assert profile["partition"] == "main"
+    folder = held.parent / "cluster"
+    folder.mkdir()
+    (folder / "mine.yaml").write_text(proposed)
+    content = yaml.safe_load(held.read_text())
+    content["launch"] = {"sbatch": {"hold": True}}
+    held.write_text(yaml.safe_dump(content))
+    launched = cluster.depthmup("launch", held, "--cluster", "mine")
+    assert launched.returncode == 0, launched.stderr
+    assert len(cluster.queued("tiny")) == 12
+    unknown = cluster.depthmup("launch", held, "--cluster", "other")
+    assert unknown.returncode == 2
+    assert "mine" in unknown.stderr
+
+
+def test_a_run_over_two_nodes_meets_and_finishes(cluster: Cluster, study_file: Path) -> None:
+    content = yaml.safe_load(study_file.read_text())
+    del content["study"]
+    content["launch"] = {"cluster": "slurm", "nodes": 2, "tasks_per_node": 1}
+    study_file.write_text(yaml.safe_dump(content))
+    folder = study_file.parent
+    launched = cluster.depthmup("launch", study_file, cwd=folder)
+    assert launched.returncode == 0, launched.stderr
+    done = wait_for(lambda: list(folder.glob("runs/tiny/runs/*/done.json")))[0]
+    assert "ddp on 2 x cpu" in (done.parent / "log-0.txt").read_text()
+    assert (done.parent / "log-1.txt").exists()
+
+
+def test_without_sbatch_on_path_one_line_says_so(study_file: Path) -> None:
+    cluster = Cluster(Path("/nowhere"))
+    environment = {"PATH": os.path.dirname(os.sys.executable)}
+    refused = cluster.depthmup("launch", study_file, "--cluster", "slurm", env=environment)
+    assert refused.returncode == 2
+    assert "on PATH" in refused.stderr
+    assert len(refused.stderr.strip().splitlines()) == 1
+    assert not (study_file.parent / "runs" / "tiny" / "runs").exists()

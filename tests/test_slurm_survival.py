@@ -1,0 +1,189 @@
+"""What runs survive on a real Slurm. Every fate befalls one run of one wave; then each run is checked."""
+
+import json
+import os
+import signal
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from slurm_cluster import Cluster, wait_for
+
+from train.config import RunConfig, from_plain, read_yaml
+from train.loop import run
+
+STEPS = 1500
+LIMITED_STEPS = 4000  # Slurm looks at time limits every 30 s only
+NODE = 8  # CPUs of a node: with as many per task, every run has a node of its own
+
+
+@dataclass(frozen=True)
+class Job:
+    """One configuration file that was launched, and its run directories in the array's order."""
+
+    cluster: Cluster
+    file: Path
+    job_id: str
+    runs: list[Path]
+
+    def depthmup(self, verb: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return self.cluster.depthmup(verb, self.file, *arguments, cwd=self.file.parent)
+
+    def element(self, index: int) -> str:
+        return f"{self.job_id}_{index}"
+
+    def worker(self, index: int) -> int:
+        """Process id of the element's worker."""
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                command, environment = (process / "cmdline").read_bytes(), (process / "environ").read_bytes()
+            except OSError:
+                continue
+            mark = f"SLURM_ARRAY_JOB_ID={self.job_id}\0".encode(), f"SLURM_ARRAY_TASK_ID={index}\0".encode()
+            if b"launch.worker" in command and b"srun" not in command and all(part in environment for part in mark):
+                return int(process.name)
+        raise LookupError(f"no worker of {self.element(index)}")
+
+
+def launch(cluster: Cluster, file: Path, content: dict[str, Any]) -> Job:
+    file.write_text(yaml.safe_dump(content))
+    launched = cluster.depthmup("launch", file, cwd=file.parent)
+    assert launched.returncode == 0, launched.stderr
+    submission = next((file.parent / "runs" / file.stem / "jobs").glob("*/submission.json"))
+    tasks = json.loads(submission.read_text())["tasks"]
+    job_id = json.loads((submission.parent / "job.json").read_text())["job_id"]
+    return Job(cluster, file, job_id, [submission.parents[2] / "runs" / names[0] for names in tasks])
+
+
+def steps(run_directory: Path) -> list[int]:
+    metrics = run_directory / "metrics.jsonl"
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    return [json.loads(line)["step"] for line in lines]
+
+
+def events(run_directory: Path) -> dict[str, list[dict[str, Any]]]:
+    """The lines of attempts.jsonl by event."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for line in map(json.loads, (run_directory / "attempts.jsonl").read_text().splitlines()):
+        found.setdefault(line["event"], []).append(line)
+    return found
+
+
+def done(run_directory: Path) -> bool:
+    return (run_directory / "done.json").exists()
+
+
+REQUEUED, PREEMPTED, KILLED, CRASHED = range(4)
+
+
+@dataclass(frozen=True)
+class Wave:
+    study: Job  # four runs, one per fate
+    cancelled: Job  # preempted where preemption cancels
+    limited: Job  # its time limit comes before its end
+    after_kill: list[subprocess.CompletedProcess[str]]  # status and retry once a run was killed
+    sacct_calls: Path  # exists if anything called sacct
+
+
+@pytest.fixture(scope="module")
+def wave(cluster: Cluster, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Wave:
+    """All runs, after everything befell them."""
+    folder = tmp_path_factory.mktemp("wave")
+    sacct = folder / "bin" / "sacct"
+    sacct.parent.mkdir()
+    sacct.write_text(f"#!/bin/sh\ntouch {folder}/sacct-was-called\nexit 1\n")
+    sacct.chmod(0o755)
+    cluster.environment["PATH"] = f"{sacct.parent}:{cluster.environment['PATH']}"
+    model = {"family": "conv_resnet", "width": 8, "depth": 3, "base_width": 8, "base_depth": 3}
+    content: dict[str, Any] = {
+        "model": {**model, "num_classes": 10, "image_size": 8, "in_channels": 1},
+        "optimizer": {"name": "sgd", "lr": 2**-6},
+        "data": {"name": "digits", "root": str(digits), "minival": 0.1, "num_streams": 16},
+        "train": {"samples": STEPS * 32, "global_batch_size": 32, "device": "cpu", "log_every": 50},
+    }
+    content["train"]["checkpoint_every"] = 50
+    launching = {"cluster": "slurm", "cpus_per_task": NODE, "timeout_min": 60}
+    sizes = [{"width": 8, "depth": 3}]
+    grid = {"parameterizations": ["mup"], "sizes": sizes, "values": [2**-9, 2**-8, 2**-7, 2**-6], "extend": 0}
+
+    late = 'test -n "$SLURM_RESTART_COUNT" || sleep 18'  # so that a run of seconds meets a limit of a minute
+    limits = {"timeout_min": 1, "signal_delay_s": 20, "setup": [late]}
+    long = {**content, "train": {**content["train"], "samples": LIMITED_STEPS * 32}}
+    limited = launch(cluster, folder / "limited.yaml", {**long, "launch": {**launching, **limits}})
+    low = {**launching, "partition": "lowcancel"}
+    cancelled = launch(cluster, folder / "cancelled.yaml", {**content, "seed": 1, "launch": low})
+    low = {**launching, "partition": "low"}
+    study = launch(cluster, folder / "study.yaml", {**content, "study": {"name": "study", **grid}, "launch": low})
+
+    for path in (*study.runs, *cancelled.runs):
+        wait_for(lambda path=path: list(path.glob("checkpoints/step-*")))
+    cluster.stop_controller()  # running jobs go on without it
+    cluster.start_controller()
+
+    for job in (study.element(PREEMPTED), cancelled.element(0)):
+        node = cluster.node_of(job)
+        cluster.call("sbatch", "-p", "high", "-w", node, "-n", str(NODE), "-o", "/dev/null", "--wrap", "sleep 1")
+    cluster.call("scontrol", "requeue", study.element(REQUEUED))
+    os.kill(study.worker(KILLED), signal.SIGKILL)
+    node = cluster.node_of(study.element(CRASHED))
+    cluster.node("crash", node)
+    cluster.node("start", node)
+
+    wait_for(lambda: (study.runs[KILLED] / "failed.json").exists())
+    after_kill = [study.depthmup("status"), study.depthmup("retry")]
+    wait_for(lambda: "interrupted" in events(limited.runs[0]), 150)
+    cluster.call("scontrol", "update", f"jobid={limited.element(0)}", "timelimit=60", root=True)  # once is enough
+    wait_for(lambda: done(cancelled.runs[0]) or not cluster.queued("cancelled"), 150)
+    cancelled.depthmup("launch")  # submits nothing where the job had itself requeued
+    for path in (*study.runs, *cancelled.runs, *limited.runs):
+        wait_for(lambda path=path: done(path), 150)
+    return Wave(study, cancelled, limited, after_kill, folder / "sacct-was-called")
+
+
+def all_runs(wave: Wave) -> list[Path]:
+    return [*wave.study.runs, *wave.cancelled.runs, *wave.limited.runs]
+
+
+def test_no_run_is_lost_and_no_step_is_missing_or_done_twice(wave: Wave) -> None:
+    for path in all_runs(wave):
+        found = steps(path)
+        assert found == sorted(set(found)), path
+        last = LIMITED_STEPS if path in wave.limited.runs else STEPS
+        assert set(range(50, last + 1, 50)) <= set(found), path
+        assert json.loads((path / "done.json").read_text())["step"] == last
+
+
+def test_what_was_interrupted_goes_on_from_its_checkpoint(wave: Wave) -> None:
+    for path in all_runs(wave):
+        starts = [line["step"] for line in events(path)["started"]]
+        assert len(starts) >= 2, path
+        assert starts == sorted(starts), path
+        assert starts[-1] > 0, path
+
+
+def test_a_run_that_was_interrupted_ends_as_if_it_had_not_been(wave: Wave, tmp_path: Path) -> None:
+    path = wave.study.runs[REQUEUED]
+    undisturbed = run(from_plain(RunConfig, read_yaml(path / "config.yaml"), "reference"), tmp_path)
+    result = json.loads((path / "done.json").read_text())
+    assert result["minival_loss"] == pytest.approx(undisturbed["minival_loss"], rel=1e-4)
+
+
+def test_a_killed_run_is_failed_with_the_reason_and_retry_says_what_to_change(wave: Wave) -> None:
+    status, retried = wave.after_kill
+    assert "1 failed" in status.stdout
+    assert "out of memory" in status.stdout
+    assert "launch.memory_gb" in retried.stdout
+    assert "1 runs submitted" in retried.stdout
+    assert all(len(line) <= 80 for line in status.stdout.splitlines() if line.startswith(("run ", "0", "1")))
+
+
+def test_every_job_ran_the_code_of_its_submission_and_says_which(wave: Wave) -> None:
+    code = json.loads((wave.study.runs[0] / "code.json").read_text())
+    assert (wave.study.runs[0].parents[1] / "code" / code["digest"] / "launch" / "worker.py").exists()
+
+
+def test_nothing_asks_sacct(wave: Wave) -> None:
+    assert not wave.sacct_calls.exists()
