@@ -133,7 +133,8 @@ def scale(
             "(--scale-batch does): an optimum moves with both."
         )
     model = target.model
-    facts.append(f"Target: {model.width_ratio:g} times the base's width, {model.depth_ratio:g} times its depth.")
+    wider, deeper = model.width / model.base_width, model.depth / model.base_depth
+    facts.append(f"Target: {wider:g} times the base's width, {deeper:g} times its depth.")
     return Transferred(config, facts)
 
 
