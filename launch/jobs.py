@@ -105,7 +105,7 @@ def launching(folder: Path) -> Iterator[int]:
         file = open(folder / "launch.lock", "w")  # noqa: SIM115 - closed below, after the block
     except OSError as error:
         raise UserError(
-            f"{folder}: cannot write the study there ({error.strerror}); set study.directory to a writable folder"
+            f"{folder}: cannot write there ({error.strerror}); set study.directory to a folder that is writable"
         ) from None
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -84,7 +84,8 @@ def test_a_failed_run_is_named_and_the_others_finish(study_file: Path) -> None:
     depthmup("transfer", study_file, "launch.cluster=debug", "study.values=[2**-6, 2**-5, 2**-4]")
     broken, *others = run_directories(study_file)
     (broken / "done.json").unlink()
-    (broken / "config.yaml").write_text("model: {}\n")
+    (broken / "log-0.txt").unlink()
+    (broken / "log-0.txt").mkdir()  # the run cannot open its log
     failed = depthmup("transfer", study_file)
     assert failed.returncode == 2
     assert broken.name in failed.stderr
