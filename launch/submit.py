@@ -27,13 +27,19 @@ from train.rundir import EXIT_REQUEUE
 MINUTES_PER_YEAR = 60 * 24 * 365
 
 
-def num_slots(config: LaunchConfig) -> int:
-    """Runs side by side on this machine: as asked for, or one per GPU, or one per core that we may use."""
-    if config.slots:
-        return config.slots
+def visible_gpus() -> list[str]:
+    """This machine's GPUs as CUDA_VISIBLE_DEVICES names them; found without torch, whose import takes seconds."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = len(visible.split(",")) if visible else len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
-    return gpus or len(os.sched_getaffinity(0))
+    if visible is not None:
+        return [gpu for gpu in visible.split(",") if gpu]
+    return [str(number) for number in range(len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))]
+
+
+def slot_gpus(config: LaunchConfig) -> list[str | None]:
+    """The GPU of each slot, None for a slot on the CPU. As many slots as asked for, or one per GPU, or per core."""
+    gpus = visible_gpus()
+    count = config.slots or len(gpus) or len(os.sched_getaffinity(0))
+    return [gpus[slot % len(gpus)] if gpus else None for slot in range(count)]
 
 
 def submit_local(runs: Sequence[PlannedRun], config: LaunchConfig, folder: Path) -> list[submitit.Job[Any]]:
@@ -41,9 +47,9 @@ def submit_local(runs: Sequence[PlannedRun], config: LaunchConfig, folder: Path)
     executor = submitit.AutoExecutor(folder=folder, cluster=config.cluster)
     executor.update_parameters(timeout_min=MINUTES_PER_YEAR)
     directories = [run.directory.path.absolute() for run in runs]
-    count = 1 if config.cluster == "debug" else min(num_slots(config), len(directories))
+    gpus = slot_gpus(config)[: 1 if config.cluster == "debug" else len(directories)]
     os.environ["OMP_NUM_THREADS"] = "1"  # two threads a process on busy cores were 3 to 6 times slower than one
-    return [executor.submit(Slot(directories)) for _ in range(count)]
+    return [executor.submit(Slot(directories, gpu)) for gpu in gpus]
 
 
 # ---------------------------------------------------------------- Slurm

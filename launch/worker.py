@@ -32,12 +32,14 @@ class Slot:
     """A local job's callable. Several slots may hold the same list: each takes the next run that is neither done nor
     locked by another slot. The lock belongs to the process, so it ends with it however the process ends."""
 
-    def __init__(self, directories: Sequence[Path], threads: int = 1) -> None:
+    def __init__(self, directories: Sequence[Path], gpu: str | None = None) -> None:
         self.directories = [str(directory) for directory in directories]
-        self.threads = threads
+        self.gpu = gpu
 
     def __call__(self) -> None:
-        os.environ["OMP_NUM_THREADS"] = str(self.threads)  # before torch is imported
+        os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
+        if self.gpu is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = self.gpu
         work([RunDirectory(Path(directory)) for directory in self.directories])
 
 

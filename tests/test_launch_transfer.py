@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from launch.config import LaunchConfig
+from launch.submit import slot_gpus
+
 REPOSITORY = Path(__file__).parents[1]
 START = f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); from launch.cli import main; main()"
 COMMAND = [sys.executable, "-c", START]
@@ -143,3 +146,19 @@ def test_help_has_an_example_and_does_not_import_torch() -> None:
         assert f"depthmup {name}" in shown.stdout
     code = "import sys; sys.argv = ['depthmup', '--help']; from launch.cli import cli; cli(standalone_mode=False); "
     subprocess.run([sys.executable, "-c", code + "assert 'torch' not in sys.modules"], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    ("visible", "slots", "expected"),
+    [
+        ("0,1,2,3", 0, ["0", "1", "2", "3"]),  # one run per GPU
+        ("2,5", 3, ["2", "5", "2"]),
+        ("", 2, [None, None]),  # hidden GPUs are not used
+        ("", 0, [None] * len(os.sched_getaffinity(0))),  # one run per core
+    ],
+)
+def test_every_slot_has_its_own_gpu_or_core(
+    monkeypatch: pytest.MonkeyPatch, visible: str, slots: int, expected: list[str | None]
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert slot_gpus(LaunchConfig(slots=slots)) == expected
