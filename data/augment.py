@@ -40,7 +40,7 @@ def prepare(image: Tensor, recipe: str, size: int, draws: np.ndarray, backend: s
 def augment(images: Tensor, recipe: str, draws: Tensor) -> Tensor:
     """Flips half of (batch, channels, size, size); crop_flip also shifts them by up to 1/8, black beyond the edge.
 
-    `draws`: (batch, NUM_DRAWS[recipe]) float64 on the images' device.
+    `draws`: (batch, NUM_DRAWS[recipe] or more) float64 on the images' device.
     """
     if recipe == "none":
         return images

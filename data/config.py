@@ -1,5 +1,6 @@
 """The data's configuration. Nothing here imports torch."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -7,6 +8,9 @@ from pydantic import Field
 
 NOT_IDENTITY = {"identity": False}  # on a field that does not change a result: no part of a run's hash
 Positive = Annotated[int, Field(gt=0)]
+RAND_AUGMENT = re.compile(  # what timm's parser understands; what it does not, it ignores or asserts
+    r"rand(-(m\d+|n[1-9]\d*|p(0(\.\d+)?|1(\.0+)?)|mstd\d+(\.\d+)?|mmax[1-9]\d*|inc[01]|t(weights|3aw|3a)))*"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +23,10 @@ class DataConfig:
     validation_share: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the source, when it has no split of its own
     minival: Annotated[float, Field(ge=0, lt=1)] = 0.01  # share of train that is held out for tuning
     augment: Literal["none", "crop_flip", "resized_crop_flip"] = "none"
+    rand_augment: str | None = None  # timm's description, such as rand-m9-mstd0.5
+    color_jitter: Annotated[float, Field(gt=0, le=1)] | None = None  # brightness, contrast, saturation: 1 - x to 1 + x
+    mixup: Annotated[float, Field(gt=0)] | None = None  # alpha of the shares' beta distribution
+    cutmix: Annotated[float, Field(gt=0)] | None = None  # likewise; with both, each step takes one of them
     mean: Annotated[float, Field(ge=0, le=1)] = 0.5  # pixel values scaled to [0, 1], then (x - mean) / std
     std: Annotated[float, Field(gt=0)] = 0.5
     num_streams: Positive = 64
@@ -28,3 +36,10 @@ class DataConfig:
     trust: bool = field(default=False, metadata=NOT_IDENTITY)  # lets an index name files outside its own folder
     in_memory: bool = field(default=False, metadata=NOT_IDENTITY)  # decode once, keep the pixels: for small data sets
     num_workers: Annotated[int, Field(ge=0)] = field(default=0, metadata=NOT_IDENTITY)
+
+    def __post_init__(self) -> None:
+        if self.rand_augment is not None and not RAND_AUGMENT.fullmatch(self.rand_augment):
+            raise ValueError(
+                f"rand_augment {self.rand_augment!r} is none of timm's: write it like rand-m9-mstd0.5-inc1 "
+                "(sections m, n, p, mstd, mmax, inc, t)"
+            )

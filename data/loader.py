@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from data import memory
-from data.augment import NUM_DRAWS, augment, prepare
+from data.augment import augment
 from data.batch import Batch, collate, decode_sample, first_good
 from data.config import DataConfig
 from data.decode import center_crop
+from data.distort import num_draws, rand_augment, training_image
 from data.errors import UserError
 from data.index import Index, Span
 from data.order import EpochOrder, State, streams_of
@@ -62,14 +63,10 @@ class TrainingStream(IterableDataset):
                 partial(decode_sample, self.index, span, number, self.channels, config.backend)
                 for span, number in (places[place] for place in order.permutation(stream, window))
             ]
-            draws = order.draws(stream, window, NUM_DRAWS[config.augment])
+            draws = order.draws(stream, window, num_draws(config))
             for served in range(max(position - first, 0), last - first):
                 image, label = first_good(candidates[served:] + candidates[:served], bad)
-                yield (
-                    prepare(image, config.augment, self.image_size, draws[served], config.backend),
-                    draws[served],
-                    label,
-                )
+                yield training_image(image, config, self.image_size, draws[served]), draws[served], label
 
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()
@@ -162,6 +159,8 @@ class TrainingLoader:
             config.max_bad_fraction, self.steps_per_epoch * stream.global_batch_size // stream.world_size
         )
         streams_of(stream.rank, stream.world_size, 0, config.num_workers, config.num_streams)  # refuse early
+        if config.rand_augment:
+            rand_augment(config.rand_augment, stream.image_size, config.mean)  # one import of timm for all workers
 
     def local_batches(self) -> Iterator[Batch]:
         config = self.stream.config

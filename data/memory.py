@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.augment import NUM_DRAWS, augment, prepare
+from data.augment import augment
 from data.batch import Batch, collate, decode_sample, first_good
 from data.config import DataConfig
 from data.decode import center_crop
+from data.distort import distorts, num_draws, training_image
 from data.errors import UserError
 from data.index import Index, Shard, Span
 from data.order import EpochOrder
@@ -120,10 +121,10 @@ def training_steps(
 ) -> Iterator[Batch]:
     """The batches of one epoch from `first_step` on, for the rank that serves `streams`."""
     ring = store.row_numbers(order.spans)
-    num_draws = NUM_DRAWS[config.augment]
+    count = num_draws(config)
     step_length = order.per_stream_batch
     rows = np.empty((len(streams), 0), np.int64)  # samples in the order served that no batch has taken yet
-    draws = np.empty((len(streams), 0, num_draws))
+    draws = np.empty((len(streams), 0, count))
     intended = rows  # the samples whose turn it is: the same, but for bad ones
     position = first_step * step_length
     skip = position % order.window
@@ -134,22 +135,22 @@ def training_steps(
             unshuffled = ring[(order.stream_start(stream) + np.arange(first, last)) % order.total]
             new_intended.append(unshuffled[order.permutation(stream, window)])
             new_rows.append(store.replace_bad(new_intended[-1]) if store.bad else new_intended[-1])
-            new_draws.append(order.draws(stream, window, num_draws))
+            new_draws.append(order.draws(stream, window, count))
         intended = np.concatenate([intended, np.stack(new_intended)[:, skip:]], axis=1)
         rows = np.concatenate([rows, np.stack(new_rows)[:, skip:]], axis=1)
         draws = np.concatenate([draws, np.stack(new_draws)[:, skip:]], axis=1)
         skip = 0
         while rows.shape[1] >= step_length:
             taken = rows[:, :step_length].reshape(-1)
-            taken_draws = draws[:, :step_length].reshape(len(taken), num_draws)
+            taken_draws = draws[:, :step_length].reshape(len(taken), count)
             bad = [store.bad[row] for row in intended[:, :step_length].reshape(-1).tolist() if row in store.bad]
             intended, rows, draws = intended[:, step_length:], rows[:, step_length:], draws[:, step_length:]
             batch = store.take(taken)
             images = batch.images
-            if config.augment == "resized_crop_flip":
+            if config.augment == "resized_crop_flip" or distorts(config):
                 images = torch.stack(
                     [
-                        prepare(image, config.augment, image_size, drawn, config.backend)
+                        training_image(image, config, image_size, drawn)
                         for image, drawn in zip(images.cpu(), taken_draws, strict=True)
                     ]
                 ).to(images.device)

@@ -13,10 +13,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import models.torchvision_ops  # noqa: F401  (must run before timm, which data.distort and data.mixing import)
 from data.batch import to_float
 from data.errors import UserError
 from data.index import Index
 from data.loader import TrainingLoader, TrainingStream
+from data.mixing import mix, mixes
 from data.order import State
 from models.build import ScaledModel, build, build_meta
 from models.flops import num_parameters, training_flops
@@ -216,11 +218,15 @@ class Run:
         self.checkpoints.save(Progress(self.step, self.loader.state, self.window.read[:]), self.tensors())
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in self.loader:
-            images, labels = to_float(batch, self.config.data, self.device)
+        """Images and targets of the steps from the present one on, as `take_step` wants them."""
+        config = self.config
+        for step, batch in enumerate(self.loader, start=self.step):
+            images, targets = to_float(batch, config.data, self.device)
+            if mixes(config.data):
+                images, targets = mix(images, targets, config.data, config.model.num_classes, config.seed, step)
             if self.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
-            yield images, labels
+            yield images, targets
 
     def train(self, interrupt: Interrupt) -> dict[str, Any]:
         """The loop, then evaluation and the done marker."""
@@ -228,7 +234,7 @@ class Run:
         batches, vote, clock = self.batches(), StopVote(interrupt), Clock(self.step)
         first_step, started, diverged_at = self.step, time.monotonic(), None
         while self.step < num_steps:
-            images, labels = clock.wait(lambda: next(batches))
+            images, targets = clock.wait(lambda: next(batches))
             seed_step(config.seed, self.step, self.world.rank)
             set_learning_rate(engine.optimizer, config.optimizer.lr, schedule(config.schedule, self.step, num_steps))
             logs = (self.step + 1) % config.train.log_every == 0 or self.step + 1 == num_steps
@@ -237,7 +243,7 @@ class Run:
             result = take_step(
                 engine,
                 images,
-                labels,
+                targets,
                 micro_batches=self.micro_batches,
                 autocast_dtype=self.dtype,
                 label_smoothing=config.train.label_smoothing,

@@ -25,6 +25,7 @@ PACKABLE_FIELDS = {
 # What the packed step honours with one value for all replicas. A field that is in neither list is one that the packed
 # step knows nothing of: it must have its default, or a pack would quietly leave it out.
 HONOURED_SECTIONS = ("model", "data")
+NOT_HONOURED = {"data.mixup", "data.cutmix"}  # of these sections: a pack's loss takes classes
 HONOURED_FIELDS = {
     "optimizer.name",
     "optimizer.nesterov",
@@ -69,7 +70,7 @@ def unknown_to_packs(config: RunConfig) -> set[str]:
         if value != default
         and not may_differ(name)
         and name not in HONOURED_FIELDS
-        and name.partition(".")[0] not in HONOURED_SECTIONS
+        and (name in NOT_HONOURED or name.partition(".")[0] not in HONOURED_SECTIONS)
     }
     return unknown | ({"optimizer.name"} if config.optimizer.name not in OPTIMIZERS else set())
 

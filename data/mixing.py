@@ -1,0 +1,34 @@
+"""Mixup (arXiv 1710.09412) and CutMix (arXiv 1905.04899) of a batch, as a pure function of (seed, step)."""
+
+import numpy as np
+from torch import Tensor
+
+from data.config import DataConfig
+from data.distort import seeded
+from data.errors import UserError
+
+
+def mixes(config: DataConfig) -> bool:
+    return bool(config.mixup or config.cutmix)
+
+
+def mix(
+    images: Tensor, labels: Tensor, config: DataConfig, num_classes: int, seed: int, step: int
+) -> tuple[Tensor, Tensor]:
+    """timm's Mixup in mode `batch`: image i is mixed with image -1 - i of the batch, all by one share or in one box.
+
+    images: (batch, channels, size, size) float, changed in place; labels: (batch,) int64. Returns the images and
+    (batch, classes) float probabilities; label smoothing is left to the loss, where it gives the same as before mixing.
+    With both switched on, each step takes one of them at random. Raises UserError for a batch of odd size.
+    """
+    if len(images) % 2:
+        raise UserError(
+            f"data.mixup and data.cutmix mix pairs, but a process takes {len(images)} images of a batch: "
+            "choose train.global_batch_size so that each process gets an even number"
+        )
+    from timm.data.mixup import Mixup  # slow to import: for those who use it
+
+    mixup = Mixup(config.mixup or 0.0, config.cutmix or 0.0, label_smoothing=0.0, num_classes=num_classes)
+    with seeded(int(np.random.SeedSequence((seed, step)).generate_state(1)[0])):
+        mixed: tuple[Tensor, Tensor] = mixup(images, labels)
+    return mixed
