@@ -91,13 +91,15 @@ def train_all(shards: str, out: str) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from train.loop import run
+    from train.loop import Run, run
 
     out = tmp_path_factory.mktemp("engines")
     shards = pack_digits(out / "shards")
-    record_groups()
-    for case in CASES:
-        run(config_of(str(shards), case), out / "none" / case)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "finish", Run.finish)  # puts it back afterwards: other tests run in this process
+        record_groups()
+        for case in CASES:
+            run(config_of(str(shards), case), out / "none" / case)
     run_function("test_train_engines", "train_all", 2, str(shards), str(out))
     return out
 
