@@ -16,8 +16,8 @@ from train.config import RunConfig, from_plain, read_yaml
 from train.loop import run
 
 STEPS = 1500
-# Slurm looks at time limits every 30 s, and anew after slurmctld's restart below: with a limit of 120 s the signal comes
-# 60 to 90 s after the start, whatever the phase. The run must last longer than that.
+# Slurm looks at time limits every 30 s, and anew after the restart of slurmctld below: with a limit of 120 s its signal
+# comes 60 to 90 s after the start, whatever the phase. The run must last longer than that.
 LIMITED_STEPS = 18000
 NODE = 8  # CPUs of a node: with as many per task, every run has a node of its own
 
