@@ -51,7 +51,7 @@ class Report:
 def collect(study: Study) -> Report:
     """Reads the done markers of all runs and analyses them."""
     results, unfinished = [], []
-    for run in study.runs:
+    for run in study.points:
         done = run.directory.done()
         if done is None:
             failed = run.directory.failed()

@@ -12,6 +12,7 @@ from typing import Any
 from data.errors import UserError
 from data.storage import is_remote, write_atomically
 from launch.config import Size, StudyFile, label
+from models.config import scale_of
 from train.config import RunConfig, from_plain, identity, read_yaml, run_hash, set_dotted, to_plain, to_yaml
 from train.rundir import RunDirectory
 
@@ -34,6 +35,12 @@ def with_value(config: RunConfig, key: str, value: Any) -> RunConfig:
     return replace(config, **{section: replace(getattr(config, section), **{name: value})})
 
 
+def factors(config: RunConfig) -> tuple[Any, ...]:
+    """What the parameterization makes of this run's size: at the base size, for one, all of them make the same."""
+    scale = scale_of(config.model.size, config.model.base_size, config.parameterization)
+    return scale.all_factors(config.optimizer.name)
+
+
 COMPARED = ("model", "optimizer", "schedule", "data", "train")
 
 
@@ -44,10 +51,17 @@ class Study:
         self.path, self.file = path, file
 
     @cached_property
+    def points(self) -> list[PlannedRun]:
+        """The points of all curves. Raises UserError when a size or value is impossible for the model."""
+        return list(self._grid())
+
+    @cached_property
     def runs(self) -> list[PlannedRun]:
-        """All runs, each once. Raises UserError when a size or value is impossible for the model."""
-        by_hash = {run.directory.path.name: run for run in self._grid()}
-        return list(by_hash.values())
+        """The runs behind the points, each once: points that train the same network the same way share one."""
+        by_directory: dict[Path, PlannedRun] = {}
+        for run in self.points:
+            by_directory.setdefault(run.directory.path, run)
+        return list(by_directory.values())
 
     def _grid(self) -> Iterator[PlannedRun]:
         """Every size and every value is checked once, not every pair of them: a plan of thousands is quick."""
@@ -56,7 +70,7 @@ class Study:
         for parameterization, size in product(study.parameterizations, study.sizes):
             name = label(parameterization)
             values = sorted({*study.grid, *added.get((name, size), ())})
-            config = self._checked(parameterization, size, values[0])
+            config = self._first_alike(parameterization, size, values[0])
             for value in values:
                 if value not in checked:
                     valid: Any = self._checked(parameterization, size, value)
@@ -66,6 +80,12 @@ class Study:
             for value, seed in product(values, study.seeds):
                 one = replace(with_value(config, study.hyperparameter, checked[value]), seed=seed)
                 yield PlannedRun(name, size, value, seed, one, RunDirectory(runs / run_hash(one)))
+
+    def _first_alike(self, parameterization: Any, size: Size, value: float) -> RunConfig:
+        """The run's configuration under the first of the study's parameterizations that has the same factors here."""
+        config = self._checked(parameterization, size, value)
+        configs = (self._checked(other, size, value) for other in self.file.study.parameterizations)
+        return next(other for other in configs if factors(other) == factors(config))
 
     def _checked(self, parameterization: Any, size: Size, value: float) -> RunConfig:
         """The run's configuration, read as if from a file. Raises UserError."""
@@ -134,7 +154,7 @@ class Study:
             values = [edge * step, edge * step**2]
             growth.append({"parameterization": parameterization, **vars(size), "values": values})
         write_atomically(self._added_file, json.dumps([*rounds, growth], indent=1).encode())
-        del self.runs
+        del self.points, self.runs
         return len(self.runs) - before
 
     # ------------------------------------------------------------ writing

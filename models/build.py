@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from models.config import AnyModelConfig, ParameterizationConfig, Size
+from models.config import AnyModelConfig, ParameterizationConfig, Size, scale_of
 from models.conv_resnet import CONV_RESNET
 from models.errors import ModelError
 from models.family import Family, ParameterRule, Roles, Slot, match_rules, modules_matching
@@ -28,11 +28,6 @@ class ScaledModel:
     rules: dict[str, ParameterRule]  # parameter name -> role and base init
     branches: tuple[str, ...]  # modules at the ends of residual branches
     multipliers: dict[str, Multiplier]  # module name -> its multiplier, where it is not 1
-
-
-def scale_of(size: Size, base: Size, parameterization: ParameterizationConfig) -> Scale:
-    ratios = size.width / base.width, size.depth / base.depth, size.head_dim / base.head_dim
-    return Scale(parameterization.resolve(), *ratios)
 
 
 def find_slots(network: nn.Module, slots: tuple[Slot, ...]) -> dict[str, Slot]:

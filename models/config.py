@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from models.errors import ModelError
-from models.parameterization import PRESETS, Parameterization
+from models.parameterization import PRESETS, Parameterization, Scale
 
 POWER = re.compile(r"\s*([+-]?[\d.]+)\s*(?:\*\*|\^)\s*([+-]?[\d.]+)\s*")
 
@@ -195,6 +195,11 @@ class ParameterizationConfig:
         """The preset with this config's overrides."""
         overrides = {key: value for key, value in vars(self).items() if value is not None and key != "name"}
         return replace(PRESETS[self.name], **overrides)
+
+
+def scale_of(size: Size, base: Size, parameterization: ParameterizationConfig) -> Scale:
+    ratios = size.width / base.width, size.depth / base.depth, size.head_dim / base.head_dim
+    return Scale(parameterization.resolve(), *ratios)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ branches, each multiplied by L^-alpha, move the stream by a step that does not d
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal
+from typing import Any, Literal
 
 
 class Role(str, Enum):
@@ -196,6 +196,11 @@ class Scale:
     def attention_multiplier(self) -> float:
         """sqrt(d0 / d), which turns the usual 1 / sqrt(d) into sqrt(d0) / d (2203.03466, definition 4.1)."""
         return self.head_dim_ratio**-0.5 if self.parameterization.width_rules else 1.0
+
+    def all_factors(self, optimizer: Literal["sgd", "adamw", "muon"]) -> tuple[Any, ...]:
+        """Everything that the rules change. Where two scales have it in common, they train the same network alike."""
+        multipliers = self.branch_multiplier(), self.readout_multiplier(), self.attention_multiplier()
+        return *multipliers, *((self.init_variance(role), self.factors(role, optimizer)) for role in Role)
 
     def init_variance(self, role: Role) -> float:
         """Factor on the base init variance. Init follows the real fan-in also under `sp`, which sees the true N."""

@@ -47,13 +47,13 @@ def run_config(run_settings: dict[str, Any]) -> RunConfig:
 
 @pytest.fixture
 def study_file(run_settings: dict[str, Any], tmp_path: Path) -> Path:
-    """A study of 12 runs (two parameterizations, two depths, three rates, one seed) as a YAML file."""
+    """A study as a YAML file: 16 points (two parameterizations, two depths, four rates, one seed), 12 runs."""
     run_settings["study"] = {
         "name": "tiny",
         "directory": str(tmp_path / "runs"),
         "parameterizations": ["sp", "depth_mup"],
         "sizes": [{"width": 8, "depth": 3}, {"width": 8, "depth": 6}],
-        "values": ["2**-6", "2**-5", "2**-4"],
+        "values": ["2**-7", "2**-6", "2**-5", "2**-4"],
         "extend": 0,
     }
     path = tmp_path / "tiny.yaml"

@@ -70,13 +70,13 @@ def test_a_censored_curve_grows_on_its_side_twice_at_most(study_file: Path) -> N
     file = read_study(study_file, ("study.extend=2",))
     study = Study(study_file, file)
     finish(study, best=-20)
-    for size in (5, 7):
-        assert grow(study) == 4 * 2  # two parameterizations, two depths
+    for size in (6, 8):
+        assert grow(study) == 3 * 2  # two parameterizations, two depths; at the base they share their runs
         finish(study, best=-20)
         curves = collect(study).analysis.curves
         assert {len(curve.x) for curve in curves} == {size}
     assert grow(study) == 0
-    assert min(run.value for run in Study(study_file, file).runs) == 2**-10  # a later command sees the values
+    assert min(run.value for run in Study(study_file, file).runs) == 2**-11  # a later command sees the values
 
 
 def test_an_optimum_inside_the_grid_adds_nothing(study_file: Path) -> None:
@@ -105,3 +105,23 @@ def test_the_report_has_figures_a_cost_and_a_link_to_every_run(study_file: Path)
     assert all(f'href="runs/{run.directory.path.name}/"' in page for run in study.runs)
     assert {"curves.png", "drift.png", "loss.png", "report.md"} <= {path.name for path in root.iterdir()}
     assert json.loads((root / "report.json").read_text())["cost"]["flops"] > 0
+
+
+def test_points_share_a_run_exactly_where_their_parameterizations_have_the_same_factors(study_file: Path) -> None:
+    sizes = "[{width: 8, depth: 3}, {width: 8, depth: 6}, {width: 16, depth: 3}, {width: 16, depth: 6}]"
+    overrides = ("study.parameterizations=[sp, mup, depth_mup, completep]", f"study.sizes={sizes}")
+    study = Study(study_file, read_study(study_file, overrides))
+    names: dict[tuple[int, int], dict[Path, list[str]]] = {}
+    for point in study.points:
+        at_size = names.setdefault((point.size.width, point.size.depth), {})
+        at_size.setdefault(point.directory.path, []).append(point.parameterization)
+    everything = ["sp", "mup", "depth_mup", "completep"]
+    expected = {
+        (8, 3): [everything],
+        (8, 6): [["sp", "mup"], ["depth_mup"], ["completep"]],
+        (16, 3): [["sp"], ["mup", "depth_mup", "completep"]],
+        (16, 6): [[name] for name in everything],
+    }
+    for size, groups in expected.items():
+        assert sorted(names[size].values()) == sorted(groups * 4)  # four rates
+    assert len(study.runs) == 4 * sum(map(len, expected.values()))

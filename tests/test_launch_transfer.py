@@ -44,14 +44,14 @@ def test_a_study_runs_to_its_report_and_a_second_call_only_reports(study_file: P
 
     root = directories[0].parent.parent
     report = json.loads((root / "report.json").read_text())
-    assert len(report["runs"]) == 12
+    assert len(report["runs"]) == 16
     assert {row["depth"] for row in csv.DictReader((root / "report.csv").open())} == {"3", "6"}
     page = (root / "report.html").read_text()
     assert "<svg" in page
     assert 'src="http' not in page
     assert 'href="http' not in page
 
-    # At the base size every parameterization is the same ordinary model.
+    # At the base size every parameterization is the same ordinary model: one run serves both.
     base = {(run["parameterization"], run["value"]): run["metric"] for run in report["runs"] if run["depth"] == 3}
     for value in {value for _, value in base}:
         assert base["sp", value] == base["depth_mup", value]
@@ -100,7 +100,8 @@ def test_plan_prints_every_run_with_its_cost_and_launches_nothing(study_file: Pa
     planned = depthmup("plan", study_file)
     assert planned.returncode == 0
     assert "12 runs (0 done)" in planned.stdout
-    assert planned.stdout.count("depth_mup") == 6
+    assert planned.stdout.count("depth_mup") == 4
+    assert "4 more points" in planned.stdout
     assert not (study_file.parent / "runs").exists()
 
 
