@@ -26,18 +26,25 @@ EXAMPLES = {
     "cancel": "depthmup cancel configs/digits_resnet.yaml",
     "status": "depthmup status configs/digits_resnet.yaml",
     "report": "depthmup report configs/digits_resnet.yaml",
-    "scale": "depthmup scale configs/digits_resnet.yaml model.width=128 model.depth=27 train.samples=51200",
+    "scale": "depthmup scale runs/digits_resnet model.width=128 model.depth=27 train.samples=51200",
     "train": "depthmup train configs/digits_resnet.yaml optimizer.lr=2**-5 model.depth=27",
     "check": "depthmup check configs/digits_vit.yaml parameterization.name=completep",
     "export": "depthmup export runs/0123456789ab vit.safetensors",
 }
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class InOrder(click.Group):
+    """Lists the commands as they are defined, the main job first, and not by the alphabet."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=InOrder, context_settings={"help_option_names": ["-h", "--help"]})
 def cli() -> None:
     """Tune a small network, train a wide and deep one with the same learning rate.
 
-    CONFIG is a YAML file; KEY=VALUE overrides one of its keys, as in model.depth=48 optimizer.lr=2**-9.
+    CONFIG is a YAML file, or a study's folder; KEY=VALUE overrides a key, as in model.depth=48 optimizer.lr=2**-9.
     """
 
 
@@ -74,71 +81,48 @@ def open_study(config: Path, overrides: tuple[str, ...]) -> "Study":
     return Study(config, read_study_or_run(config, overrides))
 
 
-def show_report(study: "Study", console: "Console") -> None:
-    from launch.report import collect, print_report, write_report
-
-    report = collect(study)
-    if not report.results:
-        raise UserError(f"no run of {study.path} is finished: start them with 'depthmup transfer {study.path}'")
-    write_report(report)
-    print_report(report, console)
-    console.print(f"Report: {study.file.directory / 'report.html'} (also .csv and .json)")
-
-
-def finish(study: "Study", console: "Console") -> None:
-    """Everything up to the last run: data, runs, and rounds of more values where an optimum is on the grid's edge."""
-    from launch.transfer import grow, launch, prepare_data, wait
-
-    while study.pending():
-        prepare_data(study, console)
-        launched = launch(study)
-        try:
-            wait(study, launched, console)
-        except KeyboardInterrupt:
-            for job in launched.jobs:
-                job.cancel()
-            console.print(f"\nInterrupted. Run 'depthmup transfer {study.path}' again to continue.")
-            sys.exit(130)
-        if added := grow(study):
-            console.print(f"{added} runs more: an optimum is on the edge of its grid (study.extend)")
-
-
 @command("transfer")
 @with_config
 @click.option("--target", type=click.Path(path_type=Path), help="Then scale to this target's YAML, and train it.")
-def transfer(config: Path, overrides: tuple[str, ...], target: Path | None) -> None:
-    """Run a whole study: pack data, train every run, report. Continues what is there."""
+@click.option("--detach", is_flag=True, help="On Slurm: return at once; a job goes on after the runs, to the end.")
+def transfer(config: Path, overrides: tuple[str, ...], target: Path | None, detach: bool) -> None:
+    """Run a whole study: data, all runs, report; or continue it."""
+    from launch import chain
+
     study, console = open_study(config, overrides), new_console()
-    finish(study, console)
-    show_report(study, console)
-    if target:
-        scaled = study.file.directory / f"{target.stem}.yaml"
-        write_scaled(study, scaled, target, (), console)
-        large = open_study(scaled, (f"study.directory={study.file.directory}",))
-        finish(large, console)
-        done = large.runs[0].directory.done() or {}
-        numbers = ", ".join(f"{key} {value:.4g}" for key, value in done.items() if isinstance(value, int | float))
-        console.print(f"Target {done['outcome']}: {numbers} ({large.runs[0].directory.path})", highlight=False)
+    if target and not target.exists():
+        raise UserError(f"{target}: no such file; it holds the target's sections, as model and train")
+    if not detach:
+        chain.transfer(study, target, console)
+    elif study.file.launch.cluster != "slurm":
+        raise UserError(
+            f"--detach leaves a Slurm job, and launch.cluster is {study.file.launch.cluster}: add --cluster"
+        )
+    else:
+        chain.advance(study, target, console)
 
 
 def print_launched(study: "Study", launched: "Launched", console: "Console") -> None:
     if launched.job_ids:
         console.print(f"{len(launched.runs)} runs submitted: jobs {', '.join(launched.job_ids)}", highlight=False)
-    elif launched.jobs:
-        pids = ", ".join(job.job_id for job in launched.jobs)
+    elif launched.slots:
+        pids = ", ".join(str(slot.pid) for slot in launched.slots)
         console.print(f"{len(launched.runs)} runs started: processes {pids}", highlight=False)
-    else:
-        left = len(study.pending())
-        console.print(
-            f"Nothing to submit: {len(study.runs) - left} runs are done, {left} wait or run.", highlight=False
-        )
+    elif not launched.runs:
+        from launch.states import take
+
+        counts = ", ".join(f"{count} {state}" for state, count in take(study).counts().items())
+        console.print(f"Nothing to submit: {counts}.", highlight=False)
 
 
 @command("launch")
 @with_config
 @click.option("--dry-run", is_flag=True, help="Print the sbatch script and submit nothing.")
 def launch_command(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
-    """Submit the runs that are not done, print their job ids, and return. CONFIG: a study, or one run."""
+    """Submit the runs that are not done, and return.
+
+    CONFIG is a study, or one run.
+    """
     from launch.transfer import grow, launch, prepare_data
 
     study, console = open_study(config, overrides), new_console()
@@ -157,20 +141,23 @@ def launch_command(config: Path, overrides: tuple[str, ...], dry_run: bool) -> N
 @command("retry")
 @with_config
 def retry(config: Path, overrides: tuple[str, ...]) -> None:
-    """Submit again only what failed or was lost; says why it did, and which key may help."""
+    """Submit again what failed or was lost; says why it did.
+
+    Says too which key may help. Runs that never began are left to 'launch'.
+    """
     from launch.states import take
     from launch.status import print_troubles
     from launch.transfer import launch
 
     study, console = open_study(config, overrides), new_console()
     print_troubles(take(study), console)
-    print_launched(study, launch(study, only=("failed", "lost")), console)
+    print_launched(study, launch(study, only=("failed", "lost", "interrupted")), console)
 
 
 @command("cancel")
 @with_config
 def cancel_command(config: Path, overrides: tuple[str, ...]) -> None:
-    """Stop all jobs of a study. Runs keep their checkpoints; 'launch' continues them."""
+    """Stop all jobs of a study; 'launch' continues them."""
     from launch.transfer import cancel
 
     console = new_console()
@@ -182,7 +169,7 @@ def cancel_command(config: Path, overrides: tuple[str, ...]) -> None:
 @command("plan")
 @with_config
 def plan(config: Path, overrides: tuple[str, ...]) -> None:
-    """Print every run with parameters and FLOPs, and the total. Launches nothing."""
+    """Print every run and what it costs; launches nothing."""
     from launch.plan import print_plan
 
     print_plan(open_study(config, overrides), new_console())
@@ -193,7 +180,7 @@ def plan(config: Path, overrides: tuple[str, ...]) -> None:
 @click.option("--watch", is_flag=True, help="Show it again every 10 seconds until nothing waits or runs.")
 @click.option("--all", "everything", is_flag=True, help="Show every run, not only those that need a look.")
 def status(config: Path, overrides: tuple[str, ...], watch: bool, everything: bool) -> None:
-    """Show which runs are done, running, waiting or failed, with the last loss and error."""
+    """Show what is done, runs, waits or failed, and why."""
     from launch.status import print_status, watch_status
 
     study, console = open_study(config, overrides), new_console()
@@ -206,14 +193,18 @@ def status(config: Path, overrides: tuple[str, ...], watch: bool, everything: bo
 @command("report")
 @with_config
 def report(config: Path, overrides: tuple[str, ...]) -> None:
-    """Write the HTML page, CSV and JSON of what is finished, and print table and verdicts."""
+    """Write and print the table, curves and verdicts so far."""
+    from launch.chain import show_report
+
     show_report(open_study(config, overrides), new_console())
 
 
 @command("scale")
 @with_config
 @click.option("--target", type=click.Path(path_type=Path), help="YAML with the target's sections, as model and train.")
-@click.option("--out", type=click.Path(path_type=Path), help="File to write [default: CONFIG's name + _target.yaml].")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="File to write [default: NAME_target.yaml in the study's folder]."
+)
 @click.option("--parameterization", help="Which one to transfer [default: the best one that transfers].")
 @click.option("--scale-batch", is_flag=True, help="Scale AdamW for the target's batch and samples too.")
 @click.option("--force", is_flag=True, help="Use an inconclusive study all the same.")
@@ -226,40 +217,26 @@ def scale_command(
     scale_batch: bool,
     force: bool,
 ) -> None:
-    """Write the large run's configuration with the study's hyperparameters. KEY=VALUE changes the target's keys."""
+    """Write the large run's file with the study's best values.
+
+    CONFIG is the study's file, or its folder when it was run with overrides. KEY=VALUE changes the target's keys, and
+    study.KEY=VALUE says which study.
+    """
+    from launch.chain import write_scaled
     from launch.config import read_study
     from launch.study import Study
 
-    changes = [o for o in overrides if not o.startswith(("study.directory=", "study.name="))]
-    study = Study(config, read_study(config, tuple(o for o in overrides if o not in changes)))
-    console = new_console()
-    path = out or config.with_name(f"{config.stem}_target.yaml")
-    write_scaled(study, path, target, tuple(changes), console, parameterization, scale_batch, force)
-
-
-def write_scaled(
-    study: "Study",
-    path: Path,
-    target: Path | None,
-    changes: tuple[str, ...],
-    console: "Console",
-    parameterization: str | None = None,
-    scale_batch: bool = False,
-    force: bool = False,
-) -> None:
-    from launch.report import collect
-    from launch.scale import read_changes, scale, write_target
-
-    scaled = scale(collect(study), read_changes(target, changes), parameterization, scale_batch, force)
-    write_target(scaled, path)
-    for fact in scaled.facts:
-        console.print(fact, highlight=False)
-    console.print(f"Written: {path}. Start it with: depthmup launch {path}", highlight=False)
+    of_study = tuple(override for override in overrides if override.startswith("study."))
+    changes = tuple(override for override in overrides if override not in of_study)
+    study = Study(config, read_study(config, of_study))
+    study.refuse_overridden()
+    path = out or study.target_file
+    write_scaled(study, path, target, changes, new_console(), parameterization, scale_batch, force)
 
 
 @cli.group("cluster")
 def cluster() -> None:
-    """About the Slurm cluster that this machine belongs to."""
+    """About this machine's Slurm cluster: probe."""
 
 
 @cluster.command("probe", epilog="Example: depthmup cluster probe > configs/cluster/mine.yaml")
@@ -274,7 +251,7 @@ def probe() -> None:
 @with_config
 @click.option("--directory", type=click.Path(path_type=Path), help="The run's directory [default: runs/HASH].")
 def train(config: Path, overrides: tuple[str, ...], directory: Path | None) -> None:
-    """Train one run in this process. Continues it when it was interrupted."""
+    """Train one run in this process, or continue it."""
     from launch.config import read_run
     from train.config import run_hash
 
@@ -301,7 +278,9 @@ def train(config: Path, overrides: tuple[str, ...], directory: Path | None) -> N
 def check(
     config: Path, overrides: tuple[str, ...], factors: str, steps: int, seeds: int, batch_size: int, plot: Path
 ) -> None:
-    """Coordinate check: do activations and updates keep their size over width and depth? Ends 1 when a slope is off.
+    """Coordinate check: do updates keep their size as the net grows?
+
+    Ends 1 when a slope of activations or updates over width or depth is off.
 
     Uses random images. For a large model give a small base: model.base_width=64 model.image_size=32.
     """
@@ -315,7 +294,10 @@ def check(
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 def export(run: Path, out: Path) -> None:
-    """Write RUN's weights to OUT (safetensors) for timm.create_model, every multiplier folded in."""
+    """Write RUN's weights to OUT for plain timm.
+
+    OUT is a safetensors file for timm.create_model, every multiplier folded in.
+    """
     from launch.export import export_run
 
     name, arguments = export_run(run, out)
@@ -323,7 +305,13 @@ def export(run: Path, out: Path) -> None:
     click.echo(f"{out}: load it into timm.create_model({name!r}{given})")
 
 
-for data_command in (shards.pack, shards.index, shards.inspect):
+SUMMARIES = {
+    shards.pack: "Pack images into WebDataset shards with an index.",
+    shards.index: "Index shards that exist already.",
+    shards.inspect: "Count and show the images of shards; find the unreadable.",
+}
+for data_command, summary in SUMMARIES.items():
+    data_command.short_help = summary  # its docstring's first sentence is too long for a line
     cli.add_command(data_command)
 
 

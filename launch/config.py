@@ -94,6 +94,8 @@ class LaunchConfig:
     container_image: str | None = None  # srun --container-image (pyxis, enroot)
     container_mounts: str | None = None
     sbatch: dict[str, str | int | bool] = field(default_factory=dict)  # further #SBATCH options by their names
+    # those of the small job on a CPU that goes on after the runs (transfer --detach), as a partition without GPUs
+    continuation: dict[str, str | int | bool] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.tasks > 1 and (self.runs_per_job > 1 or self.runs_per_gpu > 1):
@@ -143,7 +145,7 @@ def apply_profile(raw: dict[str, Any], path: Path) -> None:
     launch = raw.get("launch")
     if not isinstance(launch, dict) or (name := launch.get("cluster", "local")) in PLACES:
         return
-    folders = (path.parent / "cluster", PROFILES)
+    folders = list(dict.fromkeys(folder.resolve() for folder in (path.parent / "cluster", PROFILES)))
     found = next((file for folder in folders if (file := folder / f"{name}.yaml").exists()), None)
     if found is None:
         known = sorted({*PLACES, *(file.stem for folder in folders for file in folder.glob("*.yaml"))})
@@ -156,7 +158,15 @@ def apply_profile(raw: dict[str, Any], path: Path) -> None:
 
 
 def read_raw(path: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
-    raw = read_yaml(path)
+    """The file as plain data with `overrides`; for a study's folder, the file that the study wrote there."""
+    if path.is_dir():
+        file = path / "study.yaml"
+        if not file.exists():
+            raise UserError(f"{path}: no study.yaml in this folder: give a YAML file, or a study's folder as runs/NAME")
+        raw = read_yaml(file)
+        raw["study"] |= {"name": path.resolve().name, "directory": str(path.resolve().parent)}
+    else:
+        raw = read_yaml(path)
     for override in overrides:
         set_dotted(raw, override)
     apply_profile(raw, path)
@@ -170,6 +180,8 @@ def read_study(path: Path, overrides: tuple[str, ...] = ()) -> StudyFile:
         raise UserError(f"{path}: no section study: (a single run is started with 'depthmup train {path}')")
     file = from_plain(StudyFile, raw, str(path))
     base = file.study.sizes[0]
+    if len(file.study.sizes) == len(file.study.grid) == 1:
+        return file  # one run, of any size
     if (base.width, base.depth) != (file.model.base_width, file.model.base_depth):
         raise UserError(
             f"{path}: the first of study.sizes ({base}) must be the base, model.base_width {file.model.base_width} and "

@@ -22,7 +22,8 @@ from launch.slurm import QueuedTask
 
 @dataclass(frozen=True)
 class Submission:
-    """One array of jobs. `tasks[i]` names the run directories of its element i."""
+    """One array of jobs. `tasks[i]` names the run directories of its element i; none for a job that goes on with the
+    study after its runs (launch.chain)."""
 
     path: Path
     tasks: list[list[str]]
@@ -31,6 +32,10 @@ class Submission:
     @property
     def name(self) -> str:
         return self.path.name
+
+    @property
+    def goes_on(self) -> bool:
+        return not any(self.tasks)
 
     @property
     def file(self) -> Path:

@@ -1,5 +1,7 @@
 """`depthmup plan`: what a study would run and cost."""
 
+import math
+
 from rich.console import Console
 from rich.table import Table
 
@@ -15,6 +17,12 @@ def quantity(value: float) -> str:
     return f"{value:.3g}"
 
 
+def power_of_two(value: float) -> str:
+    """0.015625 -> '2^-6', as the report writes it; '0.01' where the exponent is not round."""
+    exponent = math.log2(value)
+    return f"2^{exponent:.4g}" if abs(exponent * 4 - round(exponent * 4)) < 1e-9 else f"{value:.4g}"
+
+
 def print_plan(study: Study, console: Console) -> None:
     """One line per run, then the totals per size. 80 columns."""
     flops = count_flops(study.runs)
@@ -25,7 +33,9 @@ def print_plan(study: Study, console: Console) -> None:
     lines = [f"{'run':12}  {'':{width}}  width  depth  {name:>9}  seed   FLOPs"]
     for run, done in runs:
         shape = f"{run.size.width:5}  {run.size.depth:5}"
-        cells = f"{run.value:9.4g}  {run.seed:4}  {quantity(flops[run.size][1]):>6}{'  done' if done else ''}"
+        cells = (
+            f"{power_of_two(run.value):>9}  {run.seed:4}  {quantity(flops[run.size][1]):>6}{'  done' if done else ''}"
+        )
         lines.append(f"{run.directory.path.name}  {run.parameterization:{width}}  {shape}  {cells}")
     console.out("\n".join(lines), highlight=False)
 
@@ -39,7 +49,10 @@ def print_plan(study: Study, console: Console) -> None:
         totals.add_row(str(size), f"{parameters:,}", str(count), quantity(each), quantity(count * each))
     console.print("\n", totals, sep="")
     finished = [done for _, done in runs if done]
-    console.print(f"\n{len(runs)} runs ({len(finished)} done), {quantity(everything)}FLOPs in all", highlight=False)
+    console.print(
+        f"\n{len(runs)} run{'s' if len(runs) > 1 else ''} ({len(finished)} done), {quantity(everything)}FLOPs in all",
+        highlight=False,
+    )
     largest = max(each for _, each in flops.values())
     console.print(f"{everything / largest:.3g} times the cost of one run of the largest size", highlight=False)
     if finished:

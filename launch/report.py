@@ -16,6 +16,7 @@ from data.errors import UserError
 from data.storage import write_atomically
 from launch import plots
 from launch.analysis import CONFIDENCE, Analysis, Comparison, Result, analyse, rule
+from launch.config import read_study_or_run
 from launch.cost import count_flops
 from launch.plan import quantity
 from launch.study import Study
@@ -136,6 +137,8 @@ def print_report(report: Report, console: Console) -> None:
         colour = {"transfers": "green", "does not transfer": "red", "inconclusive": "yellow"}[judgement.verdict]
         console.print(f"{judgement.parameterization}: [bold {colour}]{judgement.verdict}[/] ({judgement.reason})")
     console.print(f"[dim]Rule: {report.rule}[/]")
+    if target := target_line(report.study):
+        console.print(target, highlight=False)
     if report.unfinished:
         console.print(f"{len(report.unfinished)} runs are not in this report, the first: {report.unfinished[0]}")
 
@@ -249,7 +252,18 @@ def facts(report: Report, spent: Cost) -> str:
         f"{100 * file.data.minival:g} % of the training set held out as minival, seeds "
         f"{', '.join(map(str, study.seeds))}. {len(report.results)} runs, {diverged} of them diverged; "
         f"{quantity(spent.flops)}FLOPs ({spent.share}), {spent.hours:.2f} hours of training processes."
+        f"{' ' + target if (target := target_line(report.study)) else ''}"
     )
+
+
+def target_line(study: Study) -> str | None:
+    """How the target's run ended that was scaled from this study; None when there is no target."""
+    if not study.target_file.exists():
+        return None
+    run = Study(study.target_file, read_study_or_run(study.target_file)).runs[0]
+    done = run.directory.done() or {"outcome": "not finished"}
+    numbers = "".join(f", {key} {value:.4g}" for key, value in done.items() if isinstance(value, int | float))
+    return f"Target of {run.size} at {study.file.study.hyperparameter} {run.value:.4g}: {done['outcome']}{numbers}."
 
 
 def write_report(report: Report) -> None:

@@ -1,6 +1,5 @@
 """`depthmup scale`: from a finished proxy study to the large run's configuration."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,8 @@ import yaml
 from data.errors import UserError
 from data.storage import write_atomically
 from launch.analysis import Curve
-from launch.config import StudyFile, label
+from launch.config import StudyFile, apply_profile, label
 from launch.report import Report
-from models.config import OptimizerConfig
 from train.config import RunConfig, from_plain, read_yaml, set_dotted, to_plain
 
 SECTIONS = ("model", "optimizer", "schedule", "data", "train", "parallel", "track", "seed", "launch")
@@ -67,27 +65,6 @@ def choose(report: Report, parameterization: str | None, force: bool) -> tuple[C
     return curve, facts
 
 
-def batch_and_duration(optimizer: OptimizerConfig, batch_ratio: float, samples_ratio: float) -> dict[str, Any]:
-    """AdamW's settings for m_B times the batch and m_D times the samples (Complete(d)P, arXiv 2512.22382):
-
-    lr and weight decay times sqrt(m_B / m_D), eps times sqrt(m_D / m_B), 1 - beta times m_B / m_D.
-    Raises UserError for SGD, and where a beta would leave [0, 1).
-    """
-    if optimizer.name != "adamw":
-        raise UserError("batch-and-duration scaling is known for adamw only, and the study used sgd")
-    ratio = batch_ratio / samples_ratio
-    betas = [1 - (1 - beta) * ratio for beta in optimizer.betas]
-    if min(betas) < 0:
-        raise UserError(f"a batch of {batch_ratio:g} and samples of {samples_ratio:g} times the proxy's leave no beta")
-    factor = math.sqrt(ratio)
-    return {
-        "lr": optimizer.lr * factor,
-        "weight_decay": optimizer.weight_decay * factor,
-        "eps": optimizer.eps / factor,
-        "betas": betas,
-    }
-
-
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """`base` with every section of `changes` laid over it."""
     merged = {**base}
@@ -98,12 +75,14 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def scale(
     report: Report,
+    name: str,
     changes: dict[str, Any],
     parameterization: str | None = None,
     scale_batch: bool = False,
     force: bool = False,
 ) -> Transferred:
-    """The study's configuration with `changes` (sections of the target) and the transferred hyperparameters.
+    """The study's configuration with `changes` (sections of the target) and the transferred hyperparameters. Its run
+    goes to the folder `name` beside the study's.
 
     Raises UserError when the study is inconclusive, or the target is no valid run.
     """
@@ -115,17 +94,20 @@ def scale(
     config["parameterization"] = {key: value for key, value in vars(chosen).items() if value is not None}
     assert curve.optimum.x is not None
     set_dotted(config, f"{file.study.hyperparameter}={2.0**curve.optimum.x!r}")
-    proxy = from_plain(RunConfig, {key: value for key, value in config.items() if key != "launch"}, "the proxy")
+    if "cluster" in changes.get("launch", {}):
+        del config["launch"]  # another place to run: the proxy's settings would win over its profile
+    proxy = run_of(config, "the proxy")
     config = merge(config, changes)
-    run = {key: value for key, value in config.items() if key != "launch"}
-    target = from_plain(RunConfig, run, "the target")
+    target = run_of(config, "the target")
     for section in ("optimizer", "schedule"):
         for key in changes.get(section, {}):
             facts.append(f"Not transferred: {section}.{key} was given.")
     batch_ratio = target.train.global_batch_size / proxy.train.global_batch_size
     samples_ratio = target.train.samples / proxy.train.samples
     if scale_batch:
-        config["optimizer"] |= batch_and_duration(target.optimizer, batch_ratio, samples_ratio)
+        config["optimizer"]["batch_ratio"] = proxy.optimizer.batch_ratio * batch_ratio
+        config["optimizer"]["samples_ratio"] = proxy.optimizer.samples_ratio * samples_ratio
+        run_of(config, "the target")  # not every optimizer has a rule, and not every ratio leaves betas
         facts.append(f"Scaled for {batch_ratio:g} times the batch and {samples_ratio:g} times the samples.")
     elif (batch_ratio, samples_ratio) != (1, 1):
         facts.append(
@@ -134,8 +116,14 @@ def scale(
         )
     model = target.model
     wider, deeper = model.width / model.base_width, model.depth / model.base_depth
-    facts.append(f"Target: {wider:g} times the base's width, {deeper:g} times its depth.")
-    return Transferred(config, facts)
+    what = f"{model.family} of width {model.width} and depth {model.depth} ({wider:g} and {deeper:g} times the base's)"
+    config["study"] = {"name": name, "directory": file.study.directory}
+    return Transferred(config, [f"{name}: {what}, {curve.parameterization}.", *facts])
+
+
+def run_of(config: dict[str, Any], source: str) -> RunConfig:
+    """The run that a target's file describes. Raises UserError."""
+    return from_plain(RunConfig, {key: value for key, value in config.items() if key != "launch"}, source)
 
 
 def write_target(transferred: Transferred, path: Path) -> None:
@@ -148,8 +136,10 @@ def write_target(transferred: Transferred, path: Path) -> None:
 def read_changes(target: Path | None, overrides: tuple[str, ...]) -> dict[str, Any]:
     """The sections of a target's file (which may hold a few keys only), and KEY=VALUE on top."""
     changes = read_yaml(target) if target else {}
+    changes.pop("study", None)  # a target that was itself written by scale has one
     if unknown := sorted(set(changes) - set(SECTIONS)):
         raise UserError(f"{target}: unknown section {unknown[0]!r} of a target; known: {', '.join(SECTIONS)}")
     for override in overrides:
         set_dotted(changes, override)
+    apply_profile(changes, target or Path())
     return changes

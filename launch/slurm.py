@@ -58,9 +58,9 @@ def clean_environment() -> dict[str, str]:
 
 
 def call(*command: str, pass_fds: Sequence[int] = ()) -> str:
-    """Standard output of a Slurm command. Raises UserError where there is no such command, SlurmError when it fails."""
+    """Standard output of a Slurm command. Raises SlurmError when it fails, or is not there."""
     if shutil.which(command[0]) is None:
-        raise UserError(f"no {command[0]} on PATH: log in to a node of the cluster, or use --cluster local")
+        raise SlurmError(f"no {command[0]} on PATH (log in to a node of the cluster, or use --cluster local)")
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=SECONDS, env=clean_environment(), pass_fds=pass_fds

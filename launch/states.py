@@ -4,7 +4,8 @@ import fcntl
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Literal, get_args
 
 from launch import slurm
 from launch.jobs import Submission, load_all, queued_runs, recover_ids
@@ -12,13 +13,14 @@ from launch.slurm import QueuedTask
 from launch.study import PlannedRun, Study
 from train.rundir import RunDirectory
 
-State = Literal["done", "diverged", "failed", "running", "waiting", "lost", "new"]
-STATES: tuple[State, ...] = ("done", "diverged", "failed", "running", "waiting", "lost", "new")
+State = Literal["done", "diverged", "failed", "running", "waiting", "interrupted", "lost", "new"]
+STATES: tuple[State, ...] = get_args(State)
 
 
 @dataclass(frozen=True)
 class RunState:
-    """`waiting`: a job will train it. `lost`: it began or was submitted, and no job has it any more. `new`: neither."""
+    """`waiting`: a job will train it. No job has the others: `interrupted` was told to stop and has saved, `lost` began
+    or was submitted and ended without a word, `new` is neither."""
 
     run: PlannedRun
     state: State
@@ -36,6 +38,7 @@ class Snapshot:
 
     runs: list[RunState]
     submissions: list[Submission]
+    continuations: list[QueuedTask]  # jobs that go on with the study after its runs
     slurm_error: str | None = None
 
     def of(self, *states: State) -> list[RunState]:
@@ -90,7 +93,7 @@ def state_of(
     if submitted and not asked:
         return RunState(run, "waiting", "Slurm does not answer")
     if event == "interrupted":
-        return RunState(run, "lost", "was interrupted, will resume")
+        return RunState(run, "interrupted", "saved; 'transfer' or 'launch' resumes it")
     if event or (submitted and submitted[0].job_id):
         return RunState(run, "lost", last_words(submitted))
     return RunState(run, "new")
@@ -98,12 +101,13 @@ def state_of(
 
 def last_words(submitted: tuple[Submission, int] | None) -> str:
     """The last line that the job printed: there slurmstepd says why it ended it."""
-    silent = "its job ended without a word"
-    if submitted is None:
-        return silent
-    log = submitted[0].log(submitted[1])
+    said = last_line(submitted[0].log(submitted[1])) if submitted else None
+    return said or "its job ended without a word"
+
+
+def last_line(log: Path) -> str | None:
     lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
-    return lines[-1].removeprefix("slurmstepd: error: ").strip("* ") if lines else silent
+    return lines[-1].removeprefix("slurmstepd: error: ").strip("* ") if lines else None
 
 
 def take(study: Study) -> Snapshot:
@@ -111,7 +115,7 @@ def take(study: Study) -> Snapshot:
     submissions = load_all(study.file.directory / "jobs")
     queue: Sequence[QueuedTask] = ()
     error = None
-    if submissions and study.pending():
+    if any(submission.goes_on for submission in submissions) or (submissions and study.pending()):
         try:
             queue = slurm.queue()
             recover_ids(submissions, queue)
@@ -119,7 +123,10 @@ def take(study: Study) -> Snapshot:
             error = str(failure)
     tasks = queued_runs(submissions, queue)
     last = {name: (s, index) for s in submissions for index, names in enumerate(s.tasks) for name in names}
-    names = [(run, run.directory.path.name) for run in study.runs]
-    return Snapshot(
-        [state_of(run, tasks.get(name), last.get(name), error is None) for run, name in names], submissions, error
-    )
+    ours = {submission.name for submission in submissions if submission.goes_on}
+    continuations = [task for task in queue if task.name in ours]
+    found = []
+    for run in study.runs:
+        name = run.directory.path.name
+        found.append(state_of(run, tasks.get(name), last.get(name), error is None))
+    return Snapshot(found, submissions, continuations, error)

@@ -9,12 +9,14 @@ from rich.table import Table
 from rich.text import Text
 
 from launch import states
+from launch.plan import power_of_two
 from launch.progress import duration
-from launch.states import RunState, Snapshot
+from launch.states import RunState, Snapshot, State, last_line
 from launch.study import Study
 
 WATCH_SECONDS = 10.0
 MAX_ROWS = 40  # more of one state are counted, not listed
+ORDER: tuple[State, ...] = ("failed", "lost", "interrupted", "running", "diverged", "waiting", "new", "done")
 HINTS = (  # what an error says -> what may help
     ("out of memory", "launch.memory_gb (host), launch.runs_per_gpu=1 or a smaller micro batch (GPU)"),
     ("attempts ended at step", "launch.timeout_min, train.checkpoint_every"),
@@ -46,14 +48,10 @@ def progress(found: RunState) -> tuple[str, str, str, str]:
 def listed(snapshot: Snapshot, everything: bool) -> Iterable[RunState]:
     """What needs a look: running, failed and lost runs, and of those that wait the first of each reason."""
     seen: dict[tuple[str, str], int] = {}
-    order = {
-        name: place for place, name in enumerate(("failed", "lost", "running", "diverged", "waiting", "new", "done"))
-    }
-    for found in sorted(snapshot.runs, key=lambda found: order[found.state]):
-        many = found.state in ("waiting", "new", "done", "diverged")
+    for found in sorted(snapshot.runs, key=lambda found: ORDER.index(found.state)):
         kind = (found.state, found.remark if found.state == "waiting" else "")
         seen[kind] = seen.get(kind, 0) + 1
-        if everything or seen[kind] <= (0 if found.state in ("done", "diverged", "new") else 1 if many else MAX_ROWS):
+        if everything or seen[kind] <= {"waiting": 1, "diverged": 0, "new": 0, "done": 0}.get(found.state, MAX_ROWS):
             yield found
 
 
@@ -77,7 +75,7 @@ def table(snapshot: Snapshot, hyperparameter: str, everything: bool) -> Table:
         shown.add_column(heading, justify="right" if right else "left", no_wrap=True)
     for found in listed(snapshot, everything):
         run = found.run
-        cells = (str(run.size.width), str(run.size.depth), f"{run.value:.3g}", str(run.seed))
+        cells = (str(run.size.width), str(run.size.depth), power_of_two(run.value), str(run.seed))
         shown.add_row(run.directory.path.name, run.parameterization[:14], *cells, found.state, *progress(found))
     return shown
 
@@ -85,7 +83,7 @@ def table(snapshot: Snapshot, hyperparameter: str, everything: bool) -> Table:
 def remarks(snapshot: Snapshot) -> list[str]:
     """Every different thing that is said of failed, lost and waiting runs, with their number."""
     grouped: dict[tuple[str, str], list[RunState]] = {}
-    for found in snapshot.of("failed", "lost", "waiting"):
+    for found in snapshot.of("failed", "lost", "interrupted", "waiting"):
         if found.remark:
             grouped.setdefault((found.state, found.remark), []).append(found)
     lines = []
@@ -95,10 +93,20 @@ def remarks(snapshot: Snapshot) -> list[str]:
     return lines
 
 
+def going_on(snapshot: Snapshot) -> list[str]:
+    """Which job goes on with the study after its runs, or else the last words of the last one."""
+    if snapshot.continuations:
+        return [f"then: job {task.job_id} goes on ({task.state}, {task.reason})" for task in snapshot.continuations]
+    ended = [submission for submission in snapshot.submissions if submission.goes_on]
+    said = last_line(ended[-1].log(0)) if ended else None
+    return [f"after the runs: {said}"] if said else []
+
+
 def render(snapshot: Snapshot, study: Study, everything: bool) -> Group:
     shown = table(snapshot, study.file.study.hyperparameter, everything)
     parts: list[Table | Text] = [shown] if shown.row_count else []
     parts += [Text(line) for line in remarks(snapshot)[:MAX_ROWS]]
+    parts += [Text(line) for line in going_on(snapshot)]
     if snapshot.slurm_error:
         parts.append(Text(f"Slurm does not answer: {snapshot.slurm_error}"))
     parts.append(Text(", ".join(f"{count} {name}" for name, count in snapshot.counts().items())))

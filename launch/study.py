@@ -101,15 +101,27 @@ class Study:
         set_dotted(raw, f"{hyperparameter}={value!r}")
         return from_plain(RunConfig, raw, f"{self.path} ({size}, {hyperparameter} {value:g})")
 
+    def _with_absolute_paths(self) -> StudyFile:
+        """The file as it can be read in another folder."""
+        file = self.file
+        root = file.data.root if is_remote(file.data.root) else str(Path(file.data.root).absolute())
+        study = replace(file.study, directory=str(Path(file.study.directory).absolute()))
+        return replace(file, data=replace(file.data, root=root), study=study)
+
     @cached_property
     def _base(self) -> dict[str, Any]:
-        """The file without its study, as plain data, with absolute paths: jobs run in another folder."""
-        base: dict[str, Any] = to_plain(self.file)
+        """The file without its study, as plain data, with absolute paths: jobs run in another folder. All runs of a
+        study are one group on wandb unless the file says otherwise."""
+        base: dict[str, Any] = to_plain(self._with_absolute_paths())
         for section in ("study", "launch"):
             del base[section]
-        if not is_remote(self.file.data.root):
-            base["data"]["root"] = str(Path(self.file.data.root).absolute())
+        base["track"]["group"] = self.file.track.group or self.file.study.name
         return base
+
+    @property
+    def target_file(self) -> Path:
+        """Where the target's configuration is written (launch.scale)."""
+        return self.file.directory / f"{self.file.study.name}_target.yaml"
 
     def pending(self) -> list[PlannedRun]:
         return [run for run in self.runs if not run.directory.done()]
@@ -177,13 +189,27 @@ class Study:
                 f"{f', and {len(different) - 1} more' if different[1:] else ''}): choose another study.name"
             )
 
+    def refuse_overridden(self) -> None:
+        """Raises UserError when the directory's study was run with other settings than this file's."""
+        file = self.file.directory / "study.yaml"
+        if not file.exists():
+            return
+        old = flat(identity(from_plain(StudyFile, read_yaml(file), str(file))))
+        new = flat(identity(self._with_absolute_paths()))
+        if different := sorted(key for key in {*old, *new} if old.get(key) != new.get(key)):
+            key = different[0]
+            raise UserError(
+                f"{self.path} is not what this study was run with ({key} was {old.get(key)} and is {new.get(key)}): "
+                f"give its folder instead: {self.file.directory}"
+            )
+
     def write(self) -> None:
         """Writes the study's own file and every run's configuration. Raises UserError for an unwritable folder."""
         self.refuse_other_study()
         root = self.file.directory
         try:
             root.mkdir(parents=True, exist_ok=True)
-            write_atomically(root / "study.yaml", to_yaml(self.file).encode())
+            write_atomically(root / "study.yaml", to_yaml(self._with_absolute_paths()).encode())
             for run in self.pending():
                 content = to_yaml(run.config)
                 run.directory.path.mkdir(parents=True, exist_ok=True)
@@ -195,10 +221,15 @@ class Study:
             ) from None
 
 
+def flat(sections: dict[str, Any]) -> dict[str, Any]:
+    """{section: {key: value}} -> {section.key: value}; what is no run's or study's setting is left out."""
+    kept = ((section, values) for section, values in sections.items() if section in (*COMPARED, "study"))
+    return {f"{section}.{key}": value for section, values in kept for key, value in values.items()}
+
+
 def comparable(file: StudyFile) -> dict[str, Any]:
     """What must be the same in all runs of a study, by dotted key: all but grid, hardware and logging."""
-    plain = identity(file)
-    found = {f"{section}.{key}": value for section in COMPARED for key, value in plain[section].items()}
+    found = {key: value for key, value in flat(identity(file)).items() if key.split(".")[0] in COMPARED}
     for key in ("model.width", "model.depth", file.study.hyperparameter):
         found.pop(key, None)
     return {**found, "study.hyperparameter": file.study.hyperparameter}

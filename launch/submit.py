@@ -1,30 +1,30 @@
 """Runs -> jobs: slots on this machine, or arrays on Slurm.
 
-submitit writes the sbatch script and starts the local slots. On Slurm the job's command is our own worker and not a
-pickle: submitit moves its pickles into place after sbatch has returned, so a launcher that is killed in between leaves
-an array that fails; ours reads the list of run directories that was written before.
+submitit writes the sbatch script. The job's command is our own worker and not a pickle: submitit moves its pickles into
+place after sbatch has returned, so a launcher that is killed in between leaves an array that fails; ours reads the list
+of run directories that was written before. Local slots run the same worker.
 """
 
 import math
 import os
 import shlex
+import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import submitit
 
 from data.errors import UserError
 from launch import slurm, snapshot
 from launch.config import LaunchConfig
-from launch.jobs import Submission
+from launch.jobs import Submission, launching
 from launch.study import PlannedRun, Study
-from launch.worker import Slot
-from train.rundir import EXIT_REQUEUE
-
-MINUTES_PER_YEAR = 60 * 24 * 365
+from launch.worker import work
+from train.rundir import EXIT_REQUEUE, RunDirectory
 
 
 def visible_gpus() -> list[str]:
@@ -42,14 +42,39 @@ def slot_gpus(config: LaunchConfig) -> list[str | None]:
     return [gpus[slot % len(gpus)] if gpus else None for slot in range(count)]
 
 
-def submit_local(runs: Sequence[PlannedRun], config: LaunchConfig, folder: Path) -> list[submitit.Job[Any]]:
-    """Starts as many slots as run side by side; each works through the same list of runs."""
-    executor = submitit.AutoExecutor(folder=folder, cluster=config.cluster)
-    executor.update_parameters(timeout_min=MINUTES_PER_YEAR)
-    directories = [run.directory.path.absolute() for run in runs]
-    gpus = slot_gpus(config)[: 1 if config.cluster == "debug" else len(directories)]
-    os.environ["OMP_NUM_THREADS"] = "1"  # two threads a process on busy cores were 3 to 6 times slower than one
-    return [executor.submit(Slot(directories, gpu)) for gpu in gpus]
+def submit_local(runs: Sequence[PlannedRun], config: LaunchConfig, folder: Path) -> list[subprocess.Popen[bytes]]:
+    """Starts as many slots as run side by side; each works through the same list of runs.
+
+    A session of their own keeps Ctrl-C and a closed terminal from them: they are told to stop when they are to stop.
+    """
+    tasks = group(runs, 1)
+    submission = Submission.create(folder.absolute(), "local", tasks, {})
+    slots = []
+    for number, gpu in enumerate(slot_gpus(config)[: len(tasks)]):
+        environment = slurm.clean_environment()
+        environment["OMP_NUM_THREADS"] = "1"  # two threads a process on busy cores were 3 to 6 times slower than one
+        if gpu is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = gpu
+        command = [sys.executable, "-m", "launch.worker", str(submission.file), "--local"]
+        with open(submission.path / f"slot-{number}.out", "wb") as log:
+            slots.append(
+                subprocess.Popen(
+                    command,
+                    env=environment,
+                    cwd=snapshot.ROOT,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            )
+    return slots
+
+
+def run_here(runs: Sequence[PlannedRun]) -> None:
+    """Trains one run after another in this process. Raises KeyboardInterrupt when they were told to stop."""
+    if work([RunDirectory(run.directory.path.absolute()) for run in runs]) == EXIT_REQUEUE:
+        raise KeyboardInterrupt
 
 
 # ---------------------------------------------------------------- Slurm
@@ -80,8 +105,16 @@ TEARDOWN = (
 
 def script_text(submission: Submission, config: LaunchConfig, code: Path, max_running: int) -> str:
     """The sbatch script for all tasks of `submission`, which runs the worker from the snapshot `code`."""
-    executor = submitit.SlurmExecutor(folder=submission.path)
     worker = f"{config.python or shlex.quote(sys.executable)} -m launch.worker {shlex.quote(str(submission.file))}"
+    teardown = [line.format(worker=worker) if "{worker}" in line else line for line in TEARDOWN]
+    return sbatch_text(submission, config, code, worker, teardown, max_running)
+
+
+def sbatch_text(
+    submission: Submission, config: LaunchConfig, folder: Path, command: str, teardown: list[str], max_running: int = 1
+) -> str:
+    """An sbatch script that runs `command` in `folder`, as an array of the submission's tasks."""
+    executor = submitit.SlurmExecutor(folder=submission.path)
     container = {"--container-image": config.container_image, "--container-mounts": config.container_mounts}
     executor.update_parameters(
         job_name=submission.name,
@@ -104,13 +137,13 @@ def script_text(submission: Submission, config: LaunchConfig, code: Path, max_ru
         setup=[
             *config.setup,
             *(line.format(cpus=config.cpus_per_task) for line in SETUP),
-            f"cd {shlex.quote(str(code.absolute()))}",
+            f"cd {shlex.quote(str(folder.absolute()))}",
         ],
-        teardown=[line.format(worker=worker) if "{worker}" in line else line for line in TEARDOWN],
+        teardown=teardown,
         additional_parameters={"requeue": True, **config.sbatch},
     )
     executor.parameters["map_count"] = len(submission.tasks)  # as submitit's own map_array does
-    return executor._make_submission_file_text(worker, uid="")
+    return executor._make_submission_file_text(command, uid="")
 
 
 def group(runs: Sequence[PlannedRun], size: int) -> list[list[str]]:
@@ -165,3 +198,36 @@ def submit_arrays(submissions: Sequence[Submission], lock: int) -> None:
             job_id = ids[submission.name]
         submission.write_job_id(job_id)
         taken.append(job_id)
+
+
+CONTINUATION_MINUTES = 60
+CONTINUATION_MEMORY_GB = 4  # torch counts FLOPs, matplotlib draws
+START = "import sys; sys.path[0] = sys.argv.pop(1); from launch.chain import main; sys.exit(main())"
+
+
+def submit_continuation(study: Study, target: Path | None, job_ids: Sequence[str]) -> str:
+    """Submits the small job that goes on with the study, in this folder, once `job_ids` have ended, however they end;
+    returns its id. Raises UserError."""
+    config, root = study.file.launch, study.file.directory.absolute()
+    small = replace(
+        config,
+        nodes=1,
+        gpus_per_node=0,
+        tasks_per_node=1,
+        cpus_per_task=1,
+        memory_gb=CONTINUATION_MEMORY_GB,
+        timeout_min=min(config.timeout_min, CONTINUATION_MINUTES),
+        sbatch={**config.continuation, "dependency": f"afterany:{':'.join(job_ids)}"},
+    )
+    code = snapshot.take(root / "code").absolute()
+    arguments = [sys.executable, "-c", START, str(code), str(root), *([str(target.absolute())] if target else [])]
+    with launching(root) as lock:
+        submission = Submission.create(root / "jobs", f"depthmup-{study.file.study.name}-then", [[]], {})
+        submission.script.write_text(sbatch_text(submission, small, Path.cwd(), shlex.join(arguments), []))
+        try:
+            submit_arrays([submission], lock)
+        except UserError:
+            shutil.rmtree(submission.path)
+            raise
+    assert submission.job_id is not None
+    return submission.job_id

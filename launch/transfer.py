@@ -5,12 +5,12 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -19,15 +19,17 @@ from data.index import INDEX_NAME, Index
 from data.storage import write_atomically
 from launch import slurm, states
 from launch import snapshot as code_snapshot
+from launch.config import Size
 from launch.cost import count_flops
-from launch.jobs import launching
+from launch.jobs import Submission, launching
 from launch.progress import display, duration
 from launch.states import State
 from launch.study import PlannedRun, Study
 
 POLL_SECONDS = 0.5
 SLURM_POLL_SECONDS = 10.0
-UNFINISHED: tuple[State, ...] = ("new", "lost", "failed")
+IDLE: tuple[State, ...] = ("new", "interrupted", "lost")  # no job has them, and nothing is wrong with them
+UNFINISHED: tuple[State, ...] = (*IDLE, "failed")
 
 
 def prepare_data(study: Study, console: Console) -> Index:
@@ -59,11 +61,22 @@ def prepare_data(study: Study, console: Console) -> Index:
 
 @dataclass(frozen=True)
 class Launched:
-    """What was submitted: the runs, the ids of Slurm arrays, and on this machine the jobs themselves."""
+    """What was submitted: the runs, the ids of Slurm arrays, and the processes of slots on this machine."""
 
     runs: list[PlannedRun]
     job_ids: list[str]
-    jobs: list[Any]
+    slots: list[subprocess.Popen[bytes]]
+
+    def stop(self) -> None:
+        """Tells the slots to save and end, and waits for it; a second Ctrl-C meanwhile kills them."""
+        for slot in self.slots:
+            slot.terminate()
+        try:
+            for slot in self.slots:
+                slot.wait()
+        except KeyboardInterrupt:
+            for slot in self.slots:
+                slot.kill()
 
 
 def launch(study: Study, only: Sequence[State] = UNFINISHED) -> Launched:
@@ -77,7 +90,7 @@ def launch(study: Study, only: Sequence[State] = UNFINISHED) -> Launched:
     with launching(study.file.directory) as lock:
         snapshot = states.take(study)
         if snapshot.slurm_error:
-            raise UserError(f"Slurm does not answer ({snapshot.slurm_error}): nothing was submitted, try again later")
+            raise UserError(f"Slurm does not answer: {snapshot.slurm_error}. Nothing was submitted")
         runs = [found.run for found in snapshot.of(*only)]
         if not runs:
             return Launched([], [], [])
@@ -87,12 +100,15 @@ def launch(study: Study, only: Sequence[State] = UNFINISHED) -> Launched:
             try:
                 return Launched(runs, launch_arrays(study, runs, lock), [])
             except slurm.SlurmError as error:
-                raise UserError(f"Slurm does not answer ({error}): nothing was submitted, try again later") from None
-        from launch.submit import submit_local
+                raise UserError(f"Slurm does not answer: {error}. Nothing was submitted") from None
+        from launch.submit import run_here, submit_local
 
         study.write()
         forget_failures(runs)
-        return Launched(runs, [], submit_local(runs, config, study.file.directory / "jobs" / "local"))
+        if config.cluster == "local":
+            return Launched(runs, [], submit_local(runs, config, study.file.directory / "local"))
+    run_here(runs)
+    return Launched(runs, [], [])
 
 
 def launch_arrays(study: Study, runs: Sequence[PlannedRun], lock: int) -> list[str]:
@@ -131,9 +147,10 @@ def cancel(study: Study) -> tuple[list[str], list[int]]:
     with launching(study.file.directory):
         snapshot = states.take(study)
         if snapshot.slurm_error:
-            raise UserError(f"Slurm does not answer ({snapshot.slurm_error}): nothing was cancelled, try again later")
+            raise UserError(f"Slurm does not answer: {snapshot.slurm_error}. Nothing was cancelled")
         active = snapshot.of("running", "waiting")
-        job_ids = sorted({found.task.job_id for found in active if found.task})
+        going_on = {task.job_id for task in snapshot.continuations}
+        job_ids = sorted({found.task.job_id for found in active if found.task} | going_on)
         slurm.cancel(job_ids)
         pids = []
         for found in active:
@@ -152,19 +169,18 @@ def wait(study: Study, launched: Launched, console: Console) -> None:
     """
     config, on_slurm = study.file.launch, study.file.launch.cluster == "slurm"
     flops = count_flops(study.runs)
-    left = study.pending()
-    total = sum(flops[run.size][1] for run in left)
-    started = time.monotonic()
+    started, at_start = time.monotonic(), None
     with display(console, "runs") as shown:
         while True:
-            ended = not on_slurm and all(job.done() for job in launched.jobs)  # asked before the markers are read
+            ended = all(slot.poll() is not None for slot in launched.slots)  # asked before the markers are read
             snapshot = states.take(study)
-            ended = ended or (on_slurm and not snapshot.slurm_error and not snapshot.of("running", "waiting"))
+            ended = ended and not snapshot.slurm_error and not snapshot.of("running", "waiting")
             counts = snapshot.counts()
             left = [found.run for found in snapshot.runs if found.state not in ("done", "diverged")]
-            share = 1 - sum(flops[run.size][1] for run in left) / total if total else 1.0
-            elapsed = time.monotonic() - started
-            eta = f"ETA {duration(elapsed / share - elapsed)}" if share > 0.02 else "ETA ..."
+            share = finished_share(snapshot, flops)
+            at_start = share if at_start is None else at_start
+            gained, elapsed = share - at_start, time.monotonic() - started
+            eta = f"ETA {duration(elapsed * (1 - share) / gained)}" if gained > 0.01 else "ETA ..."
             text = f"{len(study.runs) - len(left)} of {len(study.runs)} done, {counts.get('running', 0)} running, {eta}"
             text += f", {counts['failed']} failed" if "failed" in counts else ""
             text += ", Slurm does not answer" if snapshot.slurm_error else ""
@@ -175,20 +191,40 @@ def wait(study: Study, launched: Launched, console: Console) -> None:
                 break
             time.sleep(SLURM_POLL_SECONDS if on_slurm else POLL_SECONDS)
     if left:
-        first = next(found for found in states.take(study).runs if found.run in left)
-        raise UserError(
-            f"{len(left)} of {len(study.runs)} runs did not finish ({first.run.directory.path}: {first.remark}). "
-            f"Run the same command again to resume them"
-        )
+        raise unfinished(study)
+
+
+def unfinished(study: Study) -> UserError:
+    """How many runs are left over, and what the first of them says."""
+    left = [found for found in states.take(study).runs if found.state not in ("done", "diverged")]
+    return UserError(
+        f"{len(left)} of {len(study.runs)} runs did not finish ({left[0].run.directory.path}: "
+        f"{left[0].remark or left[0].state}). Run the same command again to resume them"
+    )
+
+
+def finished_share(snapshot: states.Snapshot, flops: Mapping[Size, tuple[int, int]]) -> float:
+    """The share of all runs' FLOPs that is done, steps of running ones included."""
+    done = 0.0
+    for found in snapshot.runs:
+        last = found.run.directory.last_metrics() if found.state == "running" else None
+        steps = last["step"] / found.run.config.train.num_steps if last else 0.0
+        done += flops[found.run.size][1] * (1.0 if found.state in ("done", "diverged") else steps)
+    return done / sum(flops[found.run.size][1] for found in snapshot.runs)
+
+
+def count_submissions(submissions: Sequence[Submission]) -> Counter[str]:
+    """How often each run was submitted."""
+    return Counter(name for submission in submissions for names in submission.tasks for name in names)
 
 
 def resubmit_lost(study: Study, snapshot: states.Snapshot, max_attempts: int) -> int:
-    """Submits lost runs again unless that was done `max_attempts` times; returns their number."""
-    counts = Counter(name for s in snapshot.submissions for names in s.tasks for name in names)
-    lost = snapshot.of("lost")
-    if not lost or max(counts[found.run.directory.path.name] for found in lost) >= max_attempts:
+    """Submits runs again whose jobs are gone, unless that was done `max_attempts` times; returns their number."""
+    counts = count_submissions(snapshot.submissions)
+    gone = snapshot.of("lost", "interrupted")
+    if not gone or max(counts[found.run.directory.path.name] for found in gone) >= max_attempts:
         return 0
-    return len(launch(study, only=("lost",)).runs)
+    return len(launch(study, only=("lost", "interrupted")).runs)
 
 
 def grow(study: Study) -> int:

@@ -1,7 +1,8 @@
 """What runs inside a job: a slot that works through a list of run directories.
 
 It carries no state: the run directories are the truth, so it may be started again at will. On Slurm every task of every
-array element runs `python -m launch.worker SUBMISSION.json`, from the code that was copied at submission.
+array element runs `python -m launch.worker SUBMISSION.json`, from the code that was copied at submission; on this
+machine every slot runs it with --local.
 """
 
 import argparse
@@ -28,23 +29,12 @@ MAX_ATTEMPTS = 5  # that begin at the same step: more would go on for ever
 OUT_OF_MEMORY = re.compile(r"oom.kill|out of memory|exceeded (job|step)? ?memory limit", re.IGNORECASE)
 
 
-class Slot:
-    """A local job's callable. Several slots may hold the same list: each takes the next run that is neither done nor
-    locked by another slot. The lock belongs to the process, so it ends with it however the process ends."""
-
-    def __init__(self, directories: Sequence[Path], gpu: str | None = None) -> None:
-        self.directories = [str(directory) for directory in directories]
-        self.gpu = gpu
-
-    def __call__(self) -> None:
-        os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
-        if self.gpu is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = self.gpu
-        work([RunDirectory(Path(directory)) for directory in self.directories])
-
-
 def work(directories: Sequence[RunDirectory]) -> int:
-    """Trains one after another; returns the exit code: interrupted, 1 when a run failed, 0."""
+    """Trains one after another; returns the exit code: interrupted, 1 when a run failed, 0.
+
+    Several processes may hold the same list: each takes the next run that is neither done nor locked by another. The
+    lock belongs to the process, so it ends with it however the process ends.
+    """
     with Interrupt.on_signals() as interrupt:
         for directory in directories:
             try:
@@ -79,9 +69,11 @@ def run_if_free(directory: RunDirectory, interrupt: Interrupt) -> None:
         if directory.done() or directory.failed():
             return
         try:
-            begin_attempt(directory)
-            from train.loop import run
+            from train.loop import run  # torch, which takes seconds
 
+            if interrupt.requested:
+                raise Interrupted("asked to stop before the run began")
+            begin_attempt(directory)
             run(read_config(directory), directory.path, interrupt=interrupt)
         except Interrupted:
             note(directory, "interrupted")
@@ -198,12 +190,15 @@ def last_job(directory: RunDirectory) -> str | None:
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("submission", type=Path)
+    parser.add_argument("--local", action="store_true", help="all of the submission, on this machine")
     parser.add_argument("--slot", action="store_true", help="one of several processes that share the list")
     parser.add_argument("--ended", type=int, metavar="CODE", help="only record that the step ended so")
     arguments = parser.parse_args()
     content = json.loads(arguments.submission.read_text())
     details = content["details"]
     root = arguments.submission.parent.parent.parent / "runs"
+    if arguments.local:
+        return work([RunDirectory(root / name) for names in content["tasks"] for name in names])
     index = int(os.environ["SLURM_ARRAY_TASK_ID"])
     directories = [RunDirectory(root / name) for name in content["tasks"][index]]
     if arguments.ended is not None:

@@ -10,12 +10,10 @@ from click.testing import CliRunner
 
 from data.errors import UserError
 from launch.cli import cli
-from launch.config import read_study
+from launch.config import read_run, read_study
 from launch.report import collect
-from launch.scale import batch_and_duration
 from launch.study import Study
 from launch.transfer import grow
-from models.config import OptimizerConfig
 
 
 def finish(study: Study, best: float) -> None:
@@ -44,7 +42,7 @@ def test_scale_writes_a_configuration_that_carries_the_optimum_to_another_size(s
     assert (large["model"]["width"], large["model"]["depth"], large["model"]["base_width"]) == (16, 12, 8)
     assert large["parameterization"]["name"] == "depth_mup"
     assert "transfers" in said
-    assert "1 runs" in invoke("plan", out)  # the written file is a configuration that the other commands take
+    assert "1 run " in invoke("plan", out)  # the written file is a configuration that the other commands take
     out.write_text("edited")
     with pytest.raises(UserError, match="exists and differs"):
         invoke("scale", study_file, *arguments)
@@ -57,13 +55,32 @@ def test_a_censored_study_is_refused_unless_forced(study_file: Path) -> None:
     assert "censored on the low edge" in invoke("scale", study_file, "--force")
 
 
-def test_batch_and_duration_follow_the_published_rule() -> None:
-    optimizer = OptimizerConfig(lr=0.01, weight_decay=0.1, eps=1e-8, betas=(0.9, 0.99))
-    scaled = batch_and_duration(optimizer, batch_ratio=4, samples_ratio=16)
-    assert scaled["lr"] == pytest.approx(0.005)
-    assert scaled["weight_decay"] == pytest.approx(0.05)
-    assert scaled["eps"] == pytest.approx(2e-8)
-    assert scaled["betas"] == pytest.approx([0.975, 0.9975])
+def test_scale_batch_hands_the_ratios_to_the_optimizer_which_knows_the_rule(study_file: Path) -> None:
+    adamw = ("optimizer={name: adamw, lr: 0.01}", "study.name=adamw")
+    study = Study(study_file, read_study(study_file, adamw))
+    finish(study, best=-5)
+    larger = ("train.global_batch_size=128", f"train.samples={16 * 12 * 32}", "--scale-batch")
+    invoke("scale", study.file.directory, *larger)
+    optimizer = read_run(study.target_file).optimizer
+    assert (optimizer.batch_ratio, optimizer.samples_ratio) == (4, 16)
+    finish(Study(study_file, read_study(study_file)), best=-5)
+    with pytest.raises(UserError, match="rules for adamw only"):
+        invoke("scale", study_file, *larger)
+
+
+def test_a_study_that_was_run_with_overrides_is_found_by_its_folder(study_file: Path) -> None:
+    study = Study(study_file, read_study(study_file, ("study.values=[2**-7, 2**-5, 2**-3]", "study.name=other")))
+    finish(study, best=-5)
+    folder = study.file.directory
+    with pytest.raises(UserError, match=f"its folder instead: {folder}"):
+        invoke("scale", study_file, "study.name=other")
+    said = invoke("scale", folder, "model.depth=12", "--parameterization", "depth_mup")
+    target = folder / "other_target.yaml"
+    assert said.startswith("other_target: conv_resnet of width 8 and depth 12 (1 and 4 times the base's), depth_mup.")
+    assert target.read_text().startswith("# other_target: conv_resnet")
+    assert "6 done" not in invoke("status", folder)
+    assert "12 done" in invoke("status", folder)
+    assert "1 new" in invoke("status", target)
 
 
 def test_a_censored_curve_grows_on_its_side_twice_at_most(study_file: Path) -> None:

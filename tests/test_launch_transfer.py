@@ -27,6 +27,19 @@ def run_directories(study_file: Path) -> list[Path]:
     return sorted((study_file.parent / "runs" / "tiny" / "runs").iterdir())
 
 
+def slots_of(study_file: Path) -> list[str]:
+    """Command lines of the processes that train this study's runs."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_text()
+        except OSError:
+            continue  # it has ended
+        if "launch.worker" in command and str(study_file.parent) in command:
+            found.append(command)
+    return found
+
+
 def test_a_study_runs_to_its_report_and_a_second_call_only_reports(study_file: Path) -> None:
     first = depthmup("transfer", study_file)
     assert first.returncode == 0, first.stderr
@@ -63,7 +76,9 @@ def test_a_study_runs_to_its_report_and_a_second_call_only_reports(study_file: P
 
 def test_an_interrupted_study_continues_where_it_was(study_file: Path) -> None:
     arguments = [*COMMAND, "transfer", str(study_file), "launch.slots=1"]
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     runs = study_file.parent / "runs" / "tiny" / "runs"
     deadline = time.monotonic() + 120
     while not list(runs.glob("*/done.json")):
@@ -73,7 +88,12 @@ def test_an_interrupted_study_continues_where_it_was(study_file: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does on Ctrl-C
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "again to continue" in output
+    assert output.splitlines()[-1] == "Interrupted; the same command continues."
+    assert "Traceback" not in output
+    assert not slots_of(study_file)  # the workers have saved and ended before the command has
+    status = depthmup("status", study_file).stdout
+    assert "1 interrupted" in status
+    assert "lost" not in status
     done = {path: path.stat().st_mtime_ns for path in runs.glob("*/done.json")}
     assert 0 < len(done) < 12
 
@@ -81,6 +101,26 @@ def test_an_interrupted_study_continues_where_it_was(study_file: Path) -> None:
     assert again.returncode == 0, again.stderr
     assert len(list(runs.glob("*/done.json"))) == 12
     assert {path: path.stat().st_mtime_ns for path in done} == done
+
+
+def test_the_main_path_goes_from_a_proxy_to_a_target_and_its_line_in_the_report(study_file: Path) -> None:
+    target = study_file.parent / "large.yaml"
+    target.write_text("model: {width: 16, depth: 6}\ntrain: {samples: 640}\n")
+    grid = "study.values=[2**-9, 2**-7, 2**-5, 2**-3, 2**4]"  # the last diverges, the first hardly trains
+    proxy = ["transfer", study_file, grid, "study.parameterizations=[depth_mup]", "study.tolerance=4"]
+    refused = depthmup(*proxy, "study.tolerance=1e-3", "--target", target)
+    assert refused.returncode == 2
+    assert "this study does not say which value to use: depth_mup" in refused.stderr
+    walked = depthmup(*proxy, "--target", target)
+    assert walked.returncode == 0, walked.stderr
+    assert "Target of width 16, depth 6 at optimizer.lr" in walked.stdout.splitlines()[-2]
+    folder = study_file.parent / "runs" / "tiny"
+    (done,) = folder.parent.glob("tiny_target/runs/*/done.json")
+    assert json.loads(done.read_text())["samples"] == 640
+    assert "Target of width 16" in (folder / "report.html").read_text()
+    alone = depthmup(*proxy)
+    assert "1 run" not in alone.stdout  # nothing is left to do
+    assert f"depthmup scale {folder}" in alone.stdout
 
 
 def test_a_failed_run_is_named_and_the_others_finish(study_file: Path) -> None:

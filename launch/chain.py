@@ -1,0 +1,173 @@
+"""The product's main path: a study's runs -> its report -> the target's file -> the target's run -> its line there.
+
+`transfer` walks it and waits. `advance` does what can be done now and, where runs are left, leaves a Slurm job that
+does so again once their jobs have ended, so that the user may log out. That job runs `main`.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from data.errors import UserError
+from launch import states
+from launch.config import read_study, read_study_or_run
+from launch.states import State
+from launch.study import Study
+from launch.transfer import IDLE, UNFINISHED, Launched, count_submissions, grow, launch, prepare_data, unfinished, wait
+from models.errors import ModelError
+
+
+def show_report(study: Study, console: Console) -> None:
+    """Writes the report and prints it. Raises UserError when no run is finished."""
+    from launch.report import collect, print_report, write_report
+
+    report = collect(study)
+    if not report.results:
+        raise UserError(f"no run of {study.path} is finished: start them with 'depthmup transfer {study.path}'")
+    write_report(report)
+    print_report(report, console)
+    console.print(f"Report: {study.file.directory / 'report.html'} (also .csv and .json)", highlight=False)
+
+
+def finish(study: Study, console: Console) -> None:
+    """Everything up to the last run: data, runs, and rounds of more runs where the results ask for them."""
+    while study.pending():
+        prepare_data(study, console)
+        launched = Launched([], [], [])
+        try:
+            launched = launch(study)
+            wait(study, launched, console)
+        except KeyboardInterrupt:
+            launched.stop()
+            go_on = " Its jobs go on." if study.file.launch.cluster == "slurm" else ""
+            console.print(f"Interrupted; the same command continues.{go_on}")
+            sys.exit(130)
+        say_grown(grow(study), console)
+
+
+def say_grown(added: int, console: Console) -> None:
+    if added:
+        console.print(f"{added} runs more: an optimum is on the edge of its grid (study.extend)")
+
+
+# ---------------------------------------------------------------- the target
+
+
+def write_scaled(
+    study: Study,
+    path: Path,
+    target: Path | None,
+    changes: tuple[str, ...],
+    console: Console,
+    parameterization: str | None = None,
+    scale_batch: bool = False,
+    force: bool = False,
+) -> None:
+    """Writes the target's file and says what it holds. Raises UserError when the study is inconclusive."""
+    from launch.report import collect
+    from launch.scale import read_changes, scale, write_target
+
+    scaled = scale(collect(study), path.stem, read_changes(target, changes), parameterization, scale_batch, force)
+    write_target(scaled, path)
+    for fact in scaled.facts:
+        console.print(fact, highlight=False)
+    console.print(f"Written: {path}. Start it with: depthmup launch {path}", highlight=False)
+
+
+def target_study(study: Study, target: Path, console: Console) -> Study:
+    """The run over `target` with the study's hyperparameters, as a study of one run."""
+    path = study.target_file
+    write_scaled(study, path, target, (), console)
+    return Study(path, read_study_or_run(path))
+
+
+def say_next_step(study: Study, console: Console) -> None:
+    """How to go on from a study that says which value to use."""
+    from launch.report import collect
+
+    if any(judgement.verdict == "transfers" for judgement in collect(study).analysis.judgements):
+        model = study.file.model
+        size = f"model.width={4 * model.base_width} model.depth={4 * model.base_depth}"
+        samples = f"train.samples={10 * study.file.train.samples}"
+        console.print(f"Next, for a target of your size: depthmup scale {study.file.directory} {size} {samples}")
+
+
+def transfer(study: Study, target: Path | None, console: Console) -> None:
+    """Walks the whole path and waits for it."""
+    finish(study, console)
+    show_report(study, console)
+    if target is None:
+        say_next_step(study, console)
+        return
+    large = target_study(study, target, console)
+    if large.pending():
+        finish(large, console)
+        show_report(study, console)  # with the target's line
+
+
+# ---------------------------------------------------------------- without waiting
+
+
+def advance(study: Study, target: Path | None, console: Console, only: Sequence[State] = UNFINISHED) -> None:
+    """Submits what the path needs next and a job that goes on after it, or ends the path with its report.
+
+    `only`: the states of runs that are submitted. Raises UserError when the path cannot go on: an inconclusive study,
+    or runs that no job has and that may not go again.
+    """
+    current = study
+    if not study.pending():
+        say_grown(grow(study), console)
+    if not study.pending():
+        show_report(study, console)
+        if target is None:
+            say_next_step(study, console)
+            return
+        current = target_study(study, target, console)
+        if not current.pending():
+            return
+    prepare_data(current, console)
+    snapshot = states.take(current)
+    attempts = count_submissions(snapshot.submissions)
+    limit = current.file.launch.max_attempts
+    if only == UNFINISHED or all(attempts[found.run.directory.path.name] < limit for found in snapshot.of(*only)):
+        launched = launch(current, only)
+        if launched.job_ids:
+            console.print(f"{len(launched.runs)} runs submitted: jobs {', '.join(launched.job_ids)}", highlight=False)
+    job_ids = sorted({found.task.job_id for found in states.take(current).runs if found.task})
+    if not job_ids:
+        raise unfinished(current)
+    console.print(go_on_after(study, target, job_ids), highlight=False)
+
+
+def go_on_after(study: Study, target: Path | None, job_ids: Sequence[str]) -> str:
+    """Leaves a job that goes on once `job_ids` have ended, unless one waits already; says which."""
+    from launch.submit import submit_continuation
+
+    own = os.environ.get("SLURM_ARRAY_JOB_ID")
+    waiting = [task for task in states.take(study).continuations if task.job_id != own]
+    job_id = waiting[0].job_id if waiting else submit_continuation(study, target, job_ids)
+    return f"Job {job_id} goes on after {', '.join(job_ids)}: see 'depthmup status {study.file.directory}'."
+
+
+def main() -> int:
+    """One step in a Slurm job. Failed runs do not go again by themselves."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("study", type=Path)
+    parser.add_argument("target", type=Path, nargs="?")
+    arguments = parser.parse_args()
+    console = Console(width=120)
+    try:
+        study = Study(arguments.study, read_study(arguments.study))
+        advance(study, arguments.target, console, IDLE)
+    except (UserError, ModelError) as error:
+        console.print(f"Stopped: {error}", markup=False, highlight=False, soft_wrap=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
