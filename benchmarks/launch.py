@@ -72,6 +72,7 @@ def on_this_machine(folder: Path) -> None:
 def on_slurm(folder: Path) -> None:
     from slurm_cluster import start
 
+    os.environ["SLURM_TEST_ARRAY"] = "1001"  # Slurm's default
     for cluster in start():
         file = study(folder, "thousand", seeds=10, cluster="slurm", sbatch={"hold": True})
         seconds("plan", file)

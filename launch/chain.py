@@ -106,7 +106,15 @@ def transfer(study: Study, target: Path | None, console: Console) -> None:
     large = target_study(study, target, console)
     if large.pending():
         finish(large, console)
-        show_report(study, console)  # with the target's line
+    report_target(study, console)
+
+
+def report_target(study: Study, console: Console) -> None:
+    """Writes the report again, now with the target's line, and prints that."""
+    from launch.report import collect, target_line, write_report
+
+    write_report(collect(study))
+    console.print(f"{target_line(study)} Report: {study.file.directory / 'report.html'}", highlight=False)
 
 
 # ---------------------------------------------------------------- without waiting
@@ -128,6 +136,7 @@ def advance(study: Study, target: Path | None, console: Console, only: Sequence[
             return
         current = target_study(study, target, console)
         if not current.pending():
+            report_target(study, console)
             return
     prepare_data(current, console)
     snapshot = states.take(current)

@@ -46,7 +46,8 @@ class Cluster:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.sudo = ["sudo", "-n"] if os.geteuid() else []
-        self.settings = {"SLURM_TEST_DIR": str(directory), "SLURM_TEST_PORT": str(free_port())}
+        given = {key: value for key, value in os.environ.items() if key.startswith("SLURM_TEST_")}
+        self.settings = {**given, "SLURM_TEST_DIR": str(directory), "SLURM_TEST_PORT": str(free_port())}
         self.environment = {**os.environ, **self.settings, "SLURM_CONF": str(directory / "slurm.conf")}
         self.environment["PATH"] += ":/usr/sbin:/sbin"
 

@@ -113,7 +113,7 @@ def test_the_main_path_goes_from_a_proxy_to_a_target_and_its_line_in_the_report(
     assert "this study does not say which value to use: depth_mup" in refused.stderr
     walked = depthmup(*proxy, "--target", target)
     assert walked.returncode == 0, walked.stderr
-    assert "Target of width 16, depth 6 at optimizer.lr" in walked.stdout.splitlines()[-2]
+    assert "Target of width 16, depth 6 at optimizer.lr" in walked.stdout.splitlines()[-1]
     folder = study_file.parent / "runs" / "tiny"
     (done,) = folder.parent.glob("tiny_target/runs/*/done.json")
     assert json.loads(done.read_text())["samples"] == 640

@@ -65,6 +65,15 @@ def test_nothing_is_submitted_twice_when_the_launcher_is_killed_at_any_point(
     assert len(cluster.queued("-before-")) == 6
 
 
+def test_an_array_larger_than_the_cluster_allows_is_cut(cluster: Cluster, held: Path) -> None:
+    launched = cluster.depthmup("launch", held, "launch.runs_per_job=1", "launch.max_running=6")
+    assert launched.returncode == 0, launched.stderr
+    largest = 8  # MaxArraySize of tests/slurm/up.sh
+    arrays = cluster.call("squeue", "--noheader", "--format=%i").splitlines()
+    assert sorted(name.split("_")[1] for name in arrays) == ["[0-3%3]", f"[0-{largest - 1}%3]"]
+    assert cluster.depthmup("status", held).stdout.splitlines()[-1] == "12 waiting"
+
+
 @pytest.mark.parametrize(
     ("override", "words", "key"),
     [

@@ -7,12 +7,13 @@
 #   SLURM_TEST_PREFIX=sn     node names sn1..snN
 #   SLURM_TEST_PORT=16800    first of the ports used (+0 ctld, +1 dbd, +2 mariadb, +11.. slurmd)
 #   SLURM_TEST_ACCT=dbd|none slurmdbd+MariaDB (sacct works) or nothing
+#   SLURM_TEST_ARRAY=8       most elements of a job array
 #   SLURM_TEST_NS=auto|yes|no  each node in its own pid+uts+mount namespace (real hostnames, atomic crash)
 set -euo pipefail
 D=$(readlink -m "${SLURM_TEST_DIR:-${TMPDIR:-/tmp}/slurm-test}")
 N=${SLURM_TEST_NODES:-6} CPUS=${SLURM_TEST_CPUS:-8} MEM=${SLURM_TEST_MEM:-16000} GPUS=${SLURM_TEST_GPUS:-4}
 P=${SLURM_TEST_PREFIX:-sn} PORT=${SLURM_TEST_PORT:-16800} ACCT=${SLURM_TEST_ACCT:-dbd}
-NS=${SLURM_TEST_NS:-auto}
+NS=${SLURM_TEST_NS:-auto} ARRAY=${SLURM_TEST_ARRAY:-8}
 HERE=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 export PATH=$PATH:/usr/sbin:/sbin DEBIAN_FRONTEND=noninteractive LC_ALL=C.UTF-8
 say() { printf '[slurm-up %5.1fs] %s\n' "$(echo "$(date +%s.%N) $T0" | awk '{print $1-$2}')" "$*" >&2; }
@@ -93,7 +94,8 @@ AccountingStoragePort=$((PORT+1))
 AccountingStoragePass=$D/run/munge.socket
 AccountingStorageTRES=gres/gpu
 JobAcctGatherType=jobacct_gather/linux
-JobAcctGatherFrequency=task=5"
+JobAcctGatherFrequency=task=2
+JobAcctGatherParams=OverMemoryKill"
   [ "$GPUS" -gt 0 ] || acct=${acct/AccountingStorageTRES=gres\/gpu/}
 else
   acct="AccountingStorageType=accounting_storage/none
@@ -123,7 +125,8 @@ SwitchType=switch/none
 SlurmdParameters=config_overrides
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU_Memory
-DefMemPerCPU=256
+DefMemPerCPU=1500
+MaxArraySize=$ARRAY
 # quick reactions
 SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf_interval=1,bf_resolution=1

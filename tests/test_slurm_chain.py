@@ -1,0 +1,55 @@
+"""The main path on a real Slurm while nobody waits: proxy study, scale, target, report; several runs in one job."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from slurm_cluster import Cluster, wait_for
+
+
+def attempts(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (path / "attempts.jsonl").read_text().splitlines()]
+
+
+def test_the_path_goes_on_to_the_target_after_the_user_has_logged_out_or_stops_with_the_reason(
+    cluster: Cluster, study_file: Path
+) -> None:
+    content = yaml.safe_load(study_file.read_text())
+    # the last value diverges and the first hardly trains, so that the optimum is inside
+    grid = {"parameterizations": ["depth_mup"], "values": ["2**-9", "2**-7", "2**-5", "2**-3", "2**4"], "tolerance": 4}
+    content["study"] |= grid
+    content["launch"] = {"cluster": "slurm", "gpus_per_node": 1, "runs_per_job": 4, "runs_per_gpu": 2}
+    study_file.write_text(yaml.safe_dump(content))
+    target = study_file.parent / "large.yaml"
+    single = {"runs_per_job": 1, "runs_per_gpu": 1}
+    target.write_text(yaml.safe_dump({"model": {"width": 16}, "train": {"samples": 640}, "launch": single}))
+    open_ended = ("study.name=open", "study.sizes=[{width: 8, depth: 3}]", "study.values=[2**-7, 2**-5, 2**4]")
+
+    for overrides in ((), open_ended):
+        left = cluster.depthmup("transfer", study_file, *overrides, "--target", target, "--detach")
+        assert left.returncode == 0, left.stderr
+    again = cluster.depthmup("transfer", study_file, "--target", target, "--detach")
+    assert "goes on after" in again.stdout
+    assert len(cluster.queued("-tiny-then-")) == 1  # not a second one
+    folder = study_file.parent / "runs" / "tiny"
+    assert "then: job" in cluster.depthmup("status", folder).stdout
+
+    stopped = folder.with_name("open")
+    wait_for(lambda: (stopped / "report.md").exists() and not cluster.queued("-open-"), 240)
+    assert "this study does not say which value to use" in cluster.depthmup("status", stopped).stdout
+    assert not (stopped / "open_target.yaml").exists()
+
+    report = folder / "report.md"
+    wait_for(lambda: report.exists() and "Target of width 16, depth 3" in report.read_text(), 240)
+    wait_for(lambda: not cluster.queued("-then-"))
+    assert "after the runs: Target of width 16, depth 3" in cluster.depthmup("status", folder).stdout
+    (done,) = folder.parent.glob("tiny_target/runs/*/done.json")
+    assert json.loads(done.read_text())["samples"] == 640
+
+    jobs: dict[str, list[int]] = {}
+    for path in (folder / "runs").iterdir():
+        (begun,) = attempts(path)
+        jobs.setdefault(begun["job"], []).append(begun["pid"])
+    assert sorted(map(len, jobs.values())) == [2, 4, 4]
+    assert all(len(set(pids)) == 2 for pids in jobs.values())  # two processes share a job's runs
