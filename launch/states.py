@@ -106,7 +106,9 @@ def last_words(submitted: tuple[Submission, int] | None) -> str:
 
 
 def last_line(log: Path) -> str | None:
+    """The last line of a job's log that says something: srun reports every step that ends."""
     lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+    lines = [line for line in lines if not line.startswith("srun: ")]
     return lines[-1].removeprefix("slurmstepd: error: ").strip("* ") if lines else None
 
 
