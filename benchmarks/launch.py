@@ -61,7 +61,7 @@ def on_this_machine(folder: Path) -> None:
     file = study(folder, "plan", seeds=50)
     cold = seconds("plan", file)
     show("plan of 5,000 runs", [seconds("plan", file) for _ in range(3)], 2)
-    print(f"{'  the first time, counting FLOPs with torch':52} {cold:6.2f} s")
+    print(f"{'  the first time':52} {cold:6.2f} s")
     check = f"{START.removesuffix('main()')}\ntry: main()\nfinally: print('torch' in sys.modules, file=sys.stderr)"
     for verb in ("plan", "status"):
         command = [sys.executable, "-c", check, verb, str(file)]

@@ -168,12 +168,12 @@ def main() -> int:
     parser.add_argument("study", type=Path)
     parser.add_argument("target", type=Path, nargs="?")
     arguments = parser.parse_args()
-    console = Console(width=120)
+    console = Console(width=120, soft_wrap=True)  # one line each: status shows the last
     try:
         study = Study(arguments.study, read_study(arguments.study))
         advance(study, arguments.target, console, IDLE)
     except (UserError, ModelError) as error:
-        console.print(f"Stopped: {error}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"Stopped: {error}", markup=False, highlight=False)
         return 2
     return 0
 

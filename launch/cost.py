@@ -1,4 +1,4 @@
-"""What runs cost in FLOPs. Counting needs torch and builds the network; the counts are kept on disk."""
+"""What runs cost in FLOPs: by formula, or counted on the network, which needs torch; those counts are kept on disk."""
 
 import hashlib
 import json
@@ -10,6 +10,7 @@ from typing import Any
 
 from data.storage import write_atomically
 from launch.config import Size
+from launch.flops import by_formula
 from launch.snapshot import ROOT
 from launch.study import PlannedRun
 from train.config import identity
@@ -33,10 +34,13 @@ def read_cache(file: Path) -> dict[str, list[int]]:
 
 def count(run: PlannedRun) -> list[int]:
     """[parameters, FLOPs of one image in training]."""
+    model = run.config.model
+    if counted := by_formula(model):
+        parameters, forward = counted
+        return [parameters, 3 * forward]  # twice the forward pass for the gradients of inputs and of weights
     from models.build import build_meta  # torch, which most commands do not need
     from models.flops import num_parameters, training_flops
 
-    model = run.config.model
     network = build_meta(model, run.config.parameterization).network
     shape = (model.in_channels, model.image_size, model.image_size)
     return [num_parameters(network), training_flops(network, shape)]
