@@ -52,7 +52,7 @@ class StudyConfig:
     parameterizations: Annotated[tuple[Preset, ...], Field(min_length=1)]
     sizes: Annotated[tuple[Size, ...], Field(min_length=1)]
     hyperparameter: str = "optimizer.lr"
-    values: Octaves | Annotated[tuple[Annotated[Number, Field(gt=0)], ...], Field(min_length=1)]
+    values: Octaves | tuple[Annotated[Number, Field(gt=0)], ...]
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
     metric: Literal["minival_loss", "train_loss"] = "minival_loss"
     tolerance: Annotated[Number, Field(gt=0)] = 1.0  # octaves by which an optimum may drift and still transfer
