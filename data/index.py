@@ -7,7 +7,6 @@ train-000000.index.npz   one shard, an array entry for each sample: `offsets` an
 
 import io
 import json
-import zipfile
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -166,11 +165,19 @@ def load_members(root: str, shard: Shard) -> Members:
     """The sidecar of one shard. Raises UserError when it is missing, broken, or of another number of samples."""
     location = sidecar(root, shard.name)
     try:
-        with np.load(io.BytesIO(storage.read_whole(location)), allow_pickle=False) as arrays:
-            members = Members(*(arrays[key] for key in ("offsets", "sizes", "labels", "names")))
-    except FileNotFoundError:
-        raise UserError(f"{location}: missing. Make it with 'depthmup index {root}'") from None
-    except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
+        content = storage.read_whole(location)
+    except OSError as error:
+        raise UserError(f"{location}: {error.strerror}. Make it with 'depthmup index {root}'") from None
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            offsets, sizes, labels = (
+                arrays[key].astype(np.int64, casting="safe") for key in ("offsets", "sizes", "labels")
+            )
+            names = arrays["names"].astype(bytes, casting="safe")
+        if any(array.shape != (len(names),) for array in (offsets, sizes, labels, names)):
+            raise ValueError("arrays of different shapes")
+        members = Members(offsets, sizes, labels, names)
+    except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds for damaged bytes
         raise UserError(f"{location}: not a shard's index ({error}). Delete it and run 'depthmup index'") from None
     if len(members.names) != shard.samples:
         raise UserError(f"{location}: {counted(len(members.names), 'sample')}, but {INDEX_NAME} says {shard.samples}")
