@@ -168,6 +168,39 @@ def test_unusual_images_are_read_as_pil_reads_them():
     assert np.array_equal(grey, np.asarray(image.convert("L")))
 
 
+def test_an_unknown_chroma_subsampling_is_left_to_pil():
+    """simplejpeg raises KeyError for it, no ValueError."""
+    content = bytearray(encode(picture(32, 32), "jpeg", subsampling="4:4:4"))
+    content[content.index(b"\xff\xc0") + 11] = 0x14  # four rows of luma for one of chroma
+    assert torch.equal(decode(bytes(content), 3, "fast"), decode(bytes(content), 3, "pil"))
+
+
+@pytest.mark.parametrize("augment", ["none", "resized_crop_flip"])
+def test_images_of_a_batch_do_not_share_the_memory_they_were_decoded_into(tmp_path, augment):
+    pictures = [Image.new("RGB", (16, 16), (50 * number, 0, 0)) for number in range(4)]
+    write_tar(tmp_path / "train-0.tar", [(f"{n}.jpg", encode(p, "jpeg"), b"0") for n, p in enumerate(pictures)])
+    index = index_shards(str(tmp_path), processes=1)
+    options = config(index, minival=0, num_streams=2, augment=augment)
+    trained = next(iter(TrainingLoader(TrainingStream(options, index, State(0), 4, 16, 3)))).images
+    [evaluated] = evaluation_batches(options, index, "train", 4, 16, 3)
+    for images in (trained, evaluated.images):
+        assert sorted(round(image[0].float().mean().item(), -1) for image in images) == [0, 50, 100, 150]
+
+
+def test_a_damaged_sidecar_is_refused_whatever_its_reader_raises(rotten):
+    path = Path(rotten.root) / "train-0.index.npz"
+    content = path.read_bytes()
+    end = content.index(b"PK\x01\x02")
+    for damaged in (content[:100], b"", content[: end + 6] + b"\x40" + content[end + 7 :], content[:70] + content[71:]):
+        path.write_bytes(damaged)
+        load_members.cache_clear()
+        with pytest.raises(UserError, match=r"train-0\.index\.npz: not a shard's index"):
+            load_members(rotten.root, rotten.shards[0])
+    path.unlink()
+    with pytest.raises(UserError, match=r"No such file.*depthmup index"):
+        load_members(rotten.root, rotten.shards[0])
+
+
 def test_fast_and_reference_backend_give_the_same_pictures():
     """Mean absolute difference below 0.1 grey levels over decode, crop and resize of a smooth picture."""
     from data.decode import crop_resize
