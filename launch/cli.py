@@ -86,7 +86,7 @@ def show_report(study: "Study", console: "Console") -> None:
 
 
 def finish(study: "Study", console: "Console") -> None:
-    """Everything up to the last run: data, runs, and rounds of more values where an optimum is on the grid's edge."""
+    """Everything up to the last run: data, runs, and rounds of more values or seeds where a verdict needs them."""
     from launch.transfer import grow, launch, prepare_data, wait
 
     while study.pending():
@@ -100,7 +100,7 @@ def finish(study: "Study", console: "Console") -> None:
             console.print(f"\nInterrupted. Run 'depthmup transfer {study.path}' again to continue.")
             sys.exit(130)
         if added := grow(study):
-            console.print(f"{added} runs more: an optimum is on the edge of its grid (study.extend)")
+            console.print(f"{added} runs more, to settle what is open (study.extend, study.more_seeds)")
 
 
 @command("transfer")

@@ -33,7 +33,7 @@ def curves(analysis: Analysis, study: StudyConfig) -> Figure:
                 axis.plot(curve.x[shown], curve.mean[shown], "-", color=colour, label=str(size), linewidth=1.6)
                 for metrics in curve.metric:
                     axis.plot(curve.x, metrics, ".", color=colour, markersize=3, alpha=0.6)
-                    lost = ~np.isfinite(metrics)
+                    lost = np.isinf(metrics)
                     axis.plot(curve.x[lost], np.full(lost.sum(), ceiling * 1.25), "x", color=colour, markersize=5)
                 if curve.optimum.x is not None:
                     marker = "<" if curve.optimum.censored == "low" else ">" if curve.optimum.censored else "o"
@@ -41,7 +41,7 @@ def curves(analysis: Analysis, study: StudyConfig) -> Figure:
                         curve.optimum.x, curve.optimum.metric, marker, color=colour, markersize=9, markeredgecolor="k"
                     )
         axis.axhline(ceiling * 1.25, color="0.85", linewidth=0.8, zorder=0)
-        axis.set(title=name, xlabel=f"log2 {study.hyperparameter}", yscale="log", ylim=(floor * 0.8, ceiling * 1.4))
+        axis.set(title=name, xlabel=f"log2 of {study.axis}", yscale="log", ylim=(floor * 0.8, ceiling * 1.4))
         axis.grid(alpha=0.25)
     axes[0][0].set_ylabel(study.metric.replace("_", " "))
     axes[0][-1].legend(fontsize=8, loc="best")
@@ -78,7 +78,7 @@ def against_size(analysis: Analysis, study: StudyConfig, what: str) -> Figure | 
             if what == "drift":
                 drift = np.array([math.nan if c.drift is None else c.drift for c in shown])
                 bounds = np.array([c.interval or (math.nan, math.nan) for c in shown])
-                errors = np.clip([drift - bounds[:, 0], bounds[:, 1] - drift], 0, None)
+                errors = np.nan_to_num(np.clip([drift - bounds[:, 0], bounds[:, 1] - drift], 0, None), posinf=0.0)
                 axis.errorbar(x, drift, yerr=errors, capsize=3, **style)
             else:
                 finite = [c.at_base_optimum if math.isfinite(c.at_base_optimum) else math.nan for c in shown]

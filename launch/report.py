@@ -15,8 +15,9 @@ from rich.table import Table
 from data.errors import UserError
 from data.storage import write_atomically
 from launch import plots
-from launch.analysis import CONFIDENCE, Analysis, Comparison, Result, analyse, rule
+from launch.analysis import Analysis, Comparison, Result, analyse, rule, show_interval
 from launch.cost import count_flops
+from launch.optimum import CONFIDENCE
 from launch.plan import quantity
 from launch.study import Study
 
@@ -65,15 +66,13 @@ def collect(study: Study) -> Report:
                 "if another version wrote it, delete the folder to train it again"
             )
         results.append(Result(run.parameterization, run.size, run.value, run.seed, metric))
-    analysis = analyse(results, study.file.study.sizes[0], study.file.study.tolerance)
+    settings = study.file.study
+    chance = math.log(study.file.model.num_classes)
+    analysis = analyse(results, settings.sizes[0], settings.tolerance, settings.octaves, chance)
     return Report(study, results, analysis, unfinished)
 
 
 # ---------------------------------------------------------------- text
-
-
-def power_of_two(x: float | None) -> str:
-    return "none" if x is None else f"2^{x:.1f}"
 
 
 def number(value: float) -> str:
@@ -83,11 +82,14 @@ def number(value: float) -> str:
 def notes(comparison: Comparison, is_base: bool) -> str:
     curve = comparison.curve
     found = ["base"] if is_base else []
+    if not curve.trains:
+        found.append("does not train")
+    if len(curve.metric) == 1:
+        found.append("one seed")
     if curve.optimum.censored:
         found.append(f"censored ({curve.optimum.censored} edge)")
-    diverged = int((~np.isfinite(curve.metric)).sum())
-    if diverged:
-        found.append(f"{diverged} of {curve.metric.size} runs diverged")
+    if diverged := int(np.isinf(curve.metric).sum()):
+        found.append(f"{diverged} of {int((~np.isnan(curve.metric)).sum())} runs diverged")
     return ", ".join(found)
 
 
@@ -103,9 +105,9 @@ def rows(report: Report) -> list[dict[str, str]]:
             curve.parameterization,
             str(curve.size.width),
             str(curve.size.depth),
-            power_of_two(curve.optimum.x),
+            "none" if curve.optimum.x is None else report.study.file.study.show(curve.optimum.x),
             "" if is_base or comparison.drift is None else f"{comparison.drift:+.1f}",
-            "" if is_base or interval is None else f"{interval[0]:+.1f} to {interval[1]:+.1f}",
+            "" if is_base or interval is None else show_interval(interval),
             number(curve.optimum.metric),
             number(comparison.at_base_optimum),
             number(comparison.regret),
@@ -174,6 +176,9 @@ def as_json(report: Report, spent: Cost) -> dict[str, Any]:
     def plain(value: float | None) -> float | None:
         return value if value is not None and math.isfinite(value) else None
 
+    def bounds(interval: tuple[float, float] | None) -> list[float | None] | None:
+        return [plain(bound) for bound in interval] if interval else None
+
     study = report.study.file.study
     sizes = [
         {
@@ -181,10 +186,12 @@ def as_json(report: Report, spent: Cost) -> dict[str, Any]:
             "width": c.curve.size.width,
             "depth": c.curve.size.depth,
             "optimum_log2": plain(c.curve.optimum.x),
-            "optimum_interval_log2": c.curve.interval,
+            "optimum_interval_log2": bounds(c.curve.interval),
+            "trains": c.curve.trains,
+            "seeds": len(c.curve.metric),
             "censored": c.curve.optimum.censored,
             "drift_octaves": plain(c.drift),
-            "drift_interval_octaves": c.interval,
+            "drift_interval_octaves": bounds(c.interval),
             "best_metric": plain(c.curve.optimum.metric),
             "metric_at_base_optimum": plain(c.at_base_optimum),
             "regret": plain(c.regret),
@@ -204,7 +211,10 @@ def as_json(report: Report, spent: Cost) -> dict[str, Any]:
         "global_batch_size": report.study.file.train.global_batch_size,
         "warmup": report.study.file.schedule.warmup,
         "rule": report.rule,
-        "verdicts": [vars(judgement) for judgement in report.analysis.judgements],
+        "verdicts": [
+            {"parameterization": j.parameterization, "verdict": j.verdict, "reason": j.reason}
+            for j in report.analysis.judgements
+        ],
         "sizes": sizes,
         "runs": runs,
         "unfinished": report.unfinished,
