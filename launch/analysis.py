@@ -153,9 +153,14 @@ def rule(tolerance: float) -> str:
     )
 
 
-def show_interval(found: tuple[float, float], sign: str = "+") -> str:
+def show_drift(octaves: float) -> str:
+    """'-1.2', and '+0.0' for what rounds to nothing."""
+    return f"{octaves if abs(octaves) >= 0.05 else 0.0:+.1f}"
+
+
+def show_interval(found: tuple[float, float]) -> str:
     """'-1.2 to +0.3', or 'below -1.2' where one side is open."""
-    low, high = (f"{bound:{sign}.1f}" for bound in found)
+    low, high = map(show_drift, found)
     if math.isinf(found[0]) and math.isinf(found[1]):
         return "unknown"
     if math.isinf(found[0]):
@@ -179,7 +184,7 @@ def judge_size(
     if comparison.interval is None:
         return "doubtful", f"one seed at {base.size if base.spread is None else size}"
     low, high = comparison.interval
-    drift = f"drift {comparison.drift:+.1f}"
+    drift = f"drift {show_drift(comparison.drift)}"
     if not math.isfinite(comparison.at_base_optimum):
         return "failed", f"the base's optimum diverges at {size}"
     if low > tolerance or high < -tolerance:
@@ -210,7 +215,8 @@ def judge(base: Curve, comparisons: Sequence[Comparison], tolerance: float) -> J
         unsure = tuple(curve.size for curve, _ in against if not curve.optimum.censored)
         return Judgement(name, "inconclusive", "; ".join(doubtful), unsure)
     largest = max(comparisons, key=lambda comparison: abs(comparison.drift or 0.0))
-    return Judgement(name, "transfers", f"largest drift {largest.drift:+.1f} octaves, at {largest.curve.size}")
+    drift = show_drift(largest.drift or 0.0)
+    return Judgement(name, "transfers", f"largest drift {drift} octaves, at {largest.curve.size}")
 
 
 @dataclass(frozen=True)

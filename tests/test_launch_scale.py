@@ -135,7 +135,7 @@ def test_seeds_are_added_where_the_verdict_hangs_on_them_and_a_later_command_see
     study = Study(study_file, file)
     finish(study, best=-5)
     assert collect(study).analysis.judgements[0].verdict == "inconclusive"  # one seed
-    assert grow(study) == 12  # one seed more at three values of two depths and two parameterizations
+    assert grow(study) == 12  # one seed more at four values of three different networks
     assert {run.seed for run in Study(study_file, file).runs} == {0, 1}
     finish(study, best=-5)
     assert {j.verdict for j in collect(study).analysis.judgements} == {"transfers"}
