@@ -15,6 +15,7 @@ from models.errors import ModelError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from launch.report import Report
     from launch.study import Study
     from launch.transfer import Launched
 
@@ -25,7 +26,7 @@ EXAMPLES = {
     "retry": "depthmup retry configs/digits_resnet.yaml launch.memory_gb=32",
     "cancel": "depthmup cancel configs/digits_resnet.yaml",
     "status": "depthmup status configs/digits_resnet.yaml",
-    "report": "depthmup report configs/digits_resnet.yaml",
+    "report": "depthmup report configs/digits_resnet.yaml configs/digits_vit.yaml --publish docs/results",
     "scale": "depthmup scale configs/digits_resnet.yaml model.width=128 model.depth=27 train.samples=51200",
     "train": "depthmup train configs/digits_resnet.yaml optimizer.lr=2**-5 model.depth=27",
     "check": "depthmup check configs/digits_vit.yaml parameterization.name=completep",
@@ -74,8 +75,10 @@ def open_study(config: Path, overrides: tuple[str, ...]) -> "Study":
     return Study(config, read_study_or_run(config, overrides))
 
 
-def show_report(study: "Study", console: "Console") -> None:
-    from launch.report import collect, print_report, write_report
+def show_report(study: "Study", console: "Console") -> "Report":
+    from launch.page import write_report
+    from launch.report import collect
+    from launch.tables import print_report
 
     report = collect(study)
     if not report.results:
@@ -83,10 +86,11 @@ def show_report(study: "Study", console: "Console") -> None:
     write_report(report)
     print_report(report, console)
     console.print(f"Report: {study.file.directory / 'report.html'} (also .csv and .json)")
+    return report
 
 
 def finish(study: "Study", console: "Console") -> None:
-    """Everything up to the last run: data, runs, and rounds of more values where an optimum is on the grid's edge."""
+    """Everything up to the last run: data, runs, and rounds of more values or seeds where a verdict needs them."""
     from launch.transfer import grow, launch, prepare_data, wait
 
     while study.pending():
@@ -100,7 +104,7 @@ def finish(study: "Study", console: "Console") -> None:
             console.print(f"\nInterrupted. Run 'depthmup transfer {study.path}' again to continue.")
             sys.exit(130)
         if added := grow(study):
-            console.print(f"{added} runs more: an optimum is on the edge of its grid (study.extend)")
+            console.print(f"{added} runs more, to settle what is open (study.extend, study.more_seeds)")
 
 
 @command("transfer")
@@ -205,9 +209,28 @@ def status(config: Path, overrides: tuple[str, ...], watch: bool, everything: bo
 
 @command("report")
 @with_config
-def report(config: Path, overrides: tuple[str, ...]) -> None:
-    """Write the HTML page, CSV and JSON of what is finished, and print table and verdicts."""
-    show_report(open_study(config, overrides), new_console())
+@click.option("--publish", type=click.Path(path_type=Path), help="Also copy JSON and figures to this folder.")
+def report(config: Path, overrides: tuple[str, ...], publish: Path | None) -> None:
+    """Write the HTML page, CSV and JSON of what is finished, and print table and verdicts.
+
+    Further CONFIGs are reported too, and compared on one more page.
+    """
+    changes = tuple(word for word in overrides if "=" in word)
+    configs = [config, *(Path(word) for word in overrides if "=" not in word)]
+    studies, console = [open_study(path, changes) for path in configs], new_console()
+    reports = [show_report(study, console) for study in studies]
+    if len(reports) > 1:
+        from launch.overview import print_overview, write_overview
+
+        print_overview(reports, console)
+        page = studies[0].file.directory.parent / "overview.html"
+        write_overview(reports, page)
+        console.print(f"Overview: {page}")
+    if publish:
+        from launch.page import publish as copy
+
+        for path in (path for written in reports for path in copy(written, publish)):
+            console.print(f"Published: {path}")
 
 
 @command("scale")

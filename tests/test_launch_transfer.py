@@ -44,7 +44,7 @@ def test_a_study_runs_to_its_report_and_a_second_call_only_reports(study_file: P
 
     root = directories[0].parent.parent
     report = json.loads((root / "report.json").read_text())
-    assert len(report["runs"]) == 16
+    assert len(report["points"]) == 16
     assert {row["depth"] for row in csv.DictReader((root / "report.csv").open())} == {"3", "6"}
     page = (root / "report.html").read_text()
     assert "<svg" in page
@@ -52,7 +52,7 @@ def test_a_study_runs_to_its_report_and_a_second_call_only_reports(study_file: P
     assert 'href="http' not in page
 
     # At the base size every parameterization is the same ordinary model: one run serves both.
-    base = {(run["parameterization"], run["value"]): run["metric"] for run in report["runs"] if run["depth"] == 3}
+    base = {(run["parameterization"], run["value"]): run["metric"] for run in report["points"] if run["depth"] == 3}
     for value in {value for _, value in base}:
         assert base["sp", value] == base["depth_mup", value]
 
