@@ -62,7 +62,8 @@ def test_a_study_runs_to_its_report_and_a_second_call_only_reports(study_file: P
 
 
 def test_an_interrupted_study_continues_where_it_was(study_file: Path) -> None:
-    arguments = [*COMMAND, "transfer", str(study_file), "launch.slots=1"]
+    longer = "train.samples=6400"  # so that some runs are left when the signal comes
+    arguments = [*COMMAND, "transfer", str(study_file), "launch.slots=1", longer]
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, start_new_session=True)
     runs = study_file.parent / "runs" / "tiny" / "runs"
     deadline = time.monotonic() + 120
@@ -77,7 +78,7 @@ def test_an_interrupted_study_continues_where_it_was(study_file: Path) -> None:
     done = {path: path.stat().st_mtime_ns for path in runs.glob("*/done.json")}
     assert 0 < len(done) < 12
 
-    again = depthmup("transfer", study_file)
+    again = depthmup("transfer", study_file, longer)
     assert again.returncode == 0, again.stderr
     assert len(list(runs.glob("*/done.json"))) == 12
     assert {path: path.stat().st_mtime_ns for path in done} == done
