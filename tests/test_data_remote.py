@@ -20,7 +20,7 @@ from image_sets import config, make_shards
 
 from data import storage
 from data.errors import UserError
-from data.index import Index
+from data.index import Index, load_members
 from data.loader import TrainingLoader, TrainingStream
 from data.order import State
 from data.scan import index_shards
@@ -35,7 +35,8 @@ def shards(tmp_path, monkeypatch):
 
 
 class Server(ThreadingHTTPServer):
-    """Serves a folder with ranges. `faults` are taken one a request: an HTTP status, 'stall' or 'cut'."""
+    """Serves a folder with ranges. `faults` are taken one a request: an HTTP status, 'stall', 'cut' or 'whole'
+    (the range is ignored)."""
 
     daemon_threads = True
 
@@ -89,7 +90,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.send_error(fault)
         if fault == "stall":
             time.sleep(2.5)
-        status, headers, content = server.answer(self.path, self.headers)
+        status, headers, content = server.answer(self.path, {} if fault == "whole" else self.headers)
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -120,6 +121,11 @@ def test_an_http_server_that_fails_stalls_and_cuts_gives_the_local_batches(shard
     got = epoch(Index.load(server.url))
     assert all(torch.equal(a.images, b.images) for a, b in zip(expected, got, strict=True))
     asked = len(server.requests)
+    shutil.rmtree(storage.CACHE)
+    load_members.cache_clear()
+    epoch(Index.load(server.url))
+    assert asked - (len(server.requests) - asked) >= 5  # each fault was asked for again, the stalled one too
+    asked = len(server.requests)
     for num_workers in (0, 2):  # workers read ahead into the next epoch
         again = epoch(Index.load(server.url), num_workers)
         assert all(torch.equal(a.images, b.images) for a, b in zip(expected, again, strict=True))
@@ -140,6 +146,9 @@ def test_a_server_that_stays_down_or_lacks_a_file_ends_with_one_clear_error(shar
     server.faults = [503] * 100
     with pytest.raises(UserError, match=r"127\.0\.0\.1.*5 tries failed.*503"):
         epoch(index)
+    server.faults = ["whole"] * 100
+    with pytest.raises(UserError, match="does the server know ranges"):
+        storage.read_range(index.location(index.shards[0]), "", index.shards[0].size, 0, 10)
     server.faults = []
     with pytest.raises(UserError, match="no such file"):
         Index.load(server.url + "/nothing")
