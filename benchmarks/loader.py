@@ -13,23 +13,22 @@ import io
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 import webdataset
 from PIL import Image
 
 from data.augment import NUM_DRAWS, prepare
-from data.batch import Batch, to_float
+from data.batch import collate, to_float
 from data.config import DataConfig
-from data.decode import decode
+from data.decode import decode, scratch
 from data.index import Index, Span
 from data.loader import TrainingLoader, TrainingStream
-from data.order import EpochOrder, State
+from data.order import State
 from data.pack import pack
 from data.reader import read_sample
 from models import torchvision_ops  # noqa: F401  before torchvision: mends its import beside a CPU build of torch
@@ -61,13 +60,13 @@ def own(index: Index, backend: str) -> Iterator[object]:
 def bare(index: Index) -> Iterator[object]:
     """Decodes and crops the same bytes with the same library; nothing is read, ordered or flipped."""
     samples = [read_sample(index, Span(s, 0, s.samples), n).image for s in index.shards for n in range(s.samples)]
-    random, config = np.random.default_rng(0), DataConfig(name="photos", root=index.root)
+    random, config, buffer = np.random.default_rng(0), DataConfig(name="photos", root=index.root), scratch()
     while True:
         images = []
         for number in random.integers(len(samples), size=BATCH):
             draws = random.random(NUM_DRAWS["resized_crop_flip"])
-            images.append(prepare(decode(samples[number], 3, "fast"), "resized_crop_flip", SIZE, draws, "fast"))
-        yield to_float(Batch(torch.stack(images), torch.zeros(BATCH)), config, "cpu")
+            images.append(prepare(decode(samples[number], 3, "fast", buffer), "resized_crop_flip", SIZE, draws, "fast"))
+        yield to_float(collate(images, [0] * BATCH), config, "cpu")
 
 
 def as_users_write_it(index: Index) -> Iterator[object]:
@@ -161,36 +160,6 @@ def measure(loaders: dict[str, Iterator[object]], repeats: int, batches: int) ->
     return {name: statistics.median(values) for name, values in rates.items()}
 
 
-def worker_memory(index: Index) -> str:
-    """Memory that a worker process has for itself, MB, at the end of each epoch."""
-    config = DataConfig(
-        name="photos", root=index.root, augment="resized_crop_flip", minival=0, num_streams=16, num_workers=1
-    )
-    batches = iter(TrainingLoader(TrainingStream(config, index, State(0), BATCH, SIZE, 3)))
-    used = []
-    for _ in range(4):
-        for _ in islice(batches, SAMPLES // BATCH):
-            pass
-        [worker] = psutil.Process().children()
-        used.append(f"{worker.memory_full_info().uss / 1e6:.0f}")
-    return ", ".join(used)
-
-
-def seconds(action: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    action()
-    return time.perf_counter() - started
-
-
-def plan_for_many_readers() -> None:
-    from data.index import Shard
-
-    spans = [Span(Shard(f"{number}.tar", 1281, 0, ""), 0, 1281) for number in range(10_000)]
-    order = EpochOrder(spans, seed=0, epoch=0, num_streams=32768, global_batch_size=32768, window=64)
-    for stream in range(0, 32768, 4096 * 8):
-        order.contiguous(stream, *order.window_bounds(0))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photos")
@@ -201,13 +170,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         index = make_shards(arguments.photos, folder)
-        started = time.perf_counter()
-        loaders = {"depthmup": own(index, "fast")}
-        next(loaders["depthmup"])
-        print(f"first batch after {time.perf_counter() - started:.2f} s")
-        print(f"memory of one worker after each of 4 epochs: {worker_memory(index)} MB")
-        print(f"order planned for one of 4,096 x 8 readers, 10,000 shards: {seconds(plan_for_many_readers):.3f} s")
-        loaders |= {
+        loaders = {
+            "depthmup": own(index, "fast"),
             "depthmup, data.backend: pil": own(index, "pil"),
             "bare loop, same decoder": bare(index),
             "webdataset + PIL + torchvision": as_users_write_it(index),

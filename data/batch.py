@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,11 +26,16 @@ class Batch:
     bad: tuple[BadSample, ...] = ()
 
 
-def decode_sample(index: Index, span: Span, number: int, channels: int, backend: str) -> tuple[Tensor, int]:
-    """Pixels (channels, height, width) uint8 and label of sample `number` of `span`. Raises BadSample."""
+def decode_sample(
+    index: Index, span: Span, number: int, channels: int, backend: str, buffer: np.ndarray | None = None
+) -> tuple[Tensor, int]:
+    """Pixels (channels, height, width) uint8 and label of sample `number` of `span`. Raises BadSample.
+
+    `buffer`: see `decode`.
+    """
     sample = read_sample(index, span, number)
     try:
-        return decode(sample.image, channels, backend), sample.label
+        return decode(sample.image, channels, backend, buffer), sample.label
     except BadImage as error:
         raise BadSample(sample.shard, sample.key, str(error)) from None
 
@@ -47,12 +53,20 @@ def first_good(candidates: Sequence[Callable[[], Sample]], bad: list[BadSample])
     raise UserError(f"{last}; and so are all {len(candidates)} samples that are shuffled with it")
 
 
+def new_tensor(shape: torch.Size, dtype: type) -> Tensor:
+    """Uninitialised memory of the CPU, by numpy: it asks Linux for huge pages, whose first touch costs far less."""
+    return torch.from_numpy(np.empty(shape, dtype))
+
+
 def collate(images: Sequence[Tensor], labels: Sequence[int], bad: Sequence[BadSample] = ()) -> Batch:
-    return Batch(torch.stack(list(images)), torch.tensor(labels), tuple(bad))
+    pixels = new_tensor(torch.Size((len(images), *images[0].shape)), np.uint8)
+    return Batch(torch.stack(list(images), out=pixels), torch.tensor(labels), tuple(bad))
 
 
 def to_float(batch: Batch, config: DataConfig, device: Any) -> tuple[Tensor, Tensor]:
     """uint8 pixels to normalised float32 on `device`: (batch, channels, size, size), and the labels."""
-    images = batch.images.to(device, non_blocking=True).float()  # then in place: fresh memory costs more than the sums
+    images = batch.images.to(device, non_blocking=True)
+    on_cpu = images.device.type == "cpu"
+    images = new_tensor(images.shape, np.float32).copy_(images) if on_cpu else images.float()  # then in place
     labels = batch.labels.to(device, non_blocking=True)
     return images.mul_(1 / (255 * config.std)).sub_(config.mean / config.std), labels

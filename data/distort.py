@@ -92,9 +92,11 @@ def distort(image: Tensor, config: DataConfig, draws: np.ndarray) -> Tensor:
 
 
 def training_image(image: Tensor, config: DataConfig, size: int, draws: np.ndarray) -> Tensor:
-    """A decoded image -> its (channels, size, size) uint8 of training, but for flips and shifts (data.augment.augment).
+    """A decoded image -> its (channels, size, size) uint8 of training, but for what data.augment.augment does.
 
     `draws`: (num_draws(config),).
     """
     of_crop = NUM_DRAWS[config.augment]
-    return distort(prepare(image, config.augment, size, draws[:of_crop], config.backend), config, draws[of_crop:])
+    crop = prepare(image, config.augment, size, draws[:of_crop], config.backend)
+    distorted = distort(crop, config, draws[of_crop:])
+    return distorted.flip(2) if config.augment == "resized_crop_flip" and draws[0] < 0.5 else distorted

@@ -7,7 +7,6 @@ train-000000.index.npz   one shard, an array entry for each sample: `offsets` an
 
 import io
 import json
-import zipfile
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +18,11 @@ from data.errors import UserError
 
 INDEX_NAME = "index.json"
 NO_LABEL = -1
+
+
+def counted(number: int, noun: str) -> str:
+    """'1 shard', '2 shards', '3 classes'."""
+    return f"{number} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,16 @@ class Span:
     shard: Shard
     first: int
     samples: int
+
+
+def no_index(root: str) -> str:
+    """What is missing where `root` has no index.json, and how to go on."""
+    if storage.is_remote(root):
+        return f"{storage.join(root, INDEX_NAME)}: no such file. Make it with 'depthmup index PATTERN --out FOLDER'"
+    if any(Path(root).glob("*.tar")):
+        return f"{root}: .tar files, but no {INDEX_NAME}. Make it with 'depthmup index {root}'"
+    found = f"no {INDEX_NAME} and no .tar files in it" if Path(root).is_dir() else "no such folder"
+    return f"{root}: {found}. Make shards from images with 'depthmup pack IMAGES {root}', or set data.source"
 
 
 @dataclass(frozen=True)
@@ -61,10 +75,7 @@ class Index:
             index = cls(str(root), tuple(raw["classes"]), splits)
             names = [Path(shard.name) for shard in index.shards if not storage.is_remote(shard.name)]
         except (FileNotFoundError, NotADirectoryError):
-            raise UserError(
-                f"{path}: no such file. Make shards from a folder of images with 'depthmup pack SOURCE {root}', "
-                f"index shards that exist with 'depthmup index {root}', or set data.source in the config"
-            ) from None
+            raise UserError(no_index(str(root))) from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: not an index of shards ({error!r}); delete it and pack or index again") from None
         outside = next((name for name in names if name.is_absolute() or ".." in name.parts), None)
@@ -75,6 +86,11 @@ class Index:
     @property
     def shards(self) -> list[Shard]:
         return [shard for shards in self.splits.values() for shard in shards]
+
+    def describe(self, split: str | None = None, noun: str = "sample") -> str:
+        """'7 samples in 2 shards' of one split, or of all."""
+        shards = self.splits[split] if split else self.shards
+        return f"{counted(sum(shard.samples for shard in shards), noun)} in {counted(len(shards), 'shard')}"
 
     def location(self, shard: Shard) -> str:
         return storage.join(self.root, shard.name)
@@ -149,12 +165,20 @@ def load_members(root: str, shard: Shard) -> Members:
     """The sidecar of one shard. Raises UserError when it is missing, broken, or of another number of samples."""
     location = sidecar(root, shard.name)
     try:
-        with np.load(io.BytesIO(storage.read_whole(location)), allow_pickle=False) as arrays:
-            members = Members(*(arrays[key] for key in ("offsets", "sizes", "labels", "names")))
-    except FileNotFoundError:
-        raise UserError(f"{location}: missing. Make it with 'depthmup index {root}'") from None
-    except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
+        content = storage.read_whole(location)
+    except OSError as error:
+        raise UserError(f"{location}: {error.strerror}. Make it with 'depthmup index {root}'") from None
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            offsets, sizes, labels = (
+                arrays[key].astype(np.int64, casting="safe") for key in ("offsets", "sizes", "labels")
+            )
+            names = arrays["names"].astype(bytes, casting="safe")
+        if any(array.shape != (len(names),) for array in (offsets, sizes, labels, names)):
+            raise ValueError("arrays of different shapes")
+        members = Members(offsets, sizes, labels, names)
+    except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds for damaged bytes
         raise UserError(f"{location}: not a shard's index ({error}). Delete it and run 'depthmup index'") from None
     if len(members.names) != shard.samples:
-        raise UserError(f"{location}: {len(members.names)} samples, but {INDEX_NAME} says {shard.samples}")
+        raise UserError(f"{location}: {counted(len(members.names), 'sample')}, but {INDEX_NAME} says {shard.samples}")
     return members

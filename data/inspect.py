@@ -11,7 +11,7 @@ from PIL import Image
 
 from data.decode import BadImage, decode, to_pil
 from data.errors import UserError
-from data.index import Index, Shard, Span
+from data.index import Index, Shard, Span, counted
 from data.order import random_generator
 from data.reader import BadSample, read_sample
 from data.scan import parallel_map
@@ -94,18 +94,18 @@ def summary(index: Index, split: str, found: Findings) -> list[str]:
     """Lines of text: counts, class balance, sizes, EXIF."""
     counts = np.array([found.labels[label] for label in range(len(index.classes))])
     lines = [
-        f"{split}: {sum(shard.samples for shard in index.splits[split])} samples in {len(index.splits[split])} shards, "
+        f"{split}: {index.describe(split)}, "
         f"{sum(shard.size for shard in index.splits[split]) / 1e6:.1f} MB, {len(found.bad)} bad"
     ]
     if found.sizes:
         widths, heights = np.array(found.sizes).T
         low, high = int(counts.argmin()), int(counts.argmax())
         lines += [
-            f"  {len(index.classes)} classes, {counts.min()} ({index.classes[low]}) to {counts.max()} "
+            f"  {counted(len(index.classes), 'class')}, {counts.min()} ({index.classes[low]}) to {counts.max()} "
             f"({index.classes[high]}) images each, {np.count_nonzero(counts == 0)} empty",
             f"  width {widths.min()} to {widths.max()}, median {int(np.median(widths))}; "
             f"height {heights.min()} to {heights.max()}, median {int(np.median(heights))} pixels",
         ]
     if found.rotated:
-        lines.append(f"  {found.rotated} images carry an EXIF rotation, which training does not apply")
+        lines.append(f"  {counted(found.rotated, 'image')} with an EXIF rotation, which training does not apply")
     return lines + [f"  bad: {sample}" for sample in found.bad]

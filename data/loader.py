@@ -15,7 +15,7 @@ from data import memory
 from data.augment import augment
 from data.batch import Batch, collate, decode_sample, first_good
 from data.config import DataConfig
-from data.decode import center_crop
+from data.decode import center_crop, scratch
 from data.distort import num_draws, rand_augment, training_image
 from data.errors import UserError
 from data.index import Index, Span
@@ -50,7 +50,9 @@ class TrainingStream(IterableDataset):
             window=self.config.window,
         )
 
-    def stream(self, order: EpochOrder, stream: int, position: int, bad: list[BadSample]) -> Iterator[Prepared]:
+    def stream(
+        self, order: EpochOrder, stream: int, position: int, bad: list[BadSample], buffer: np.ndarray
+    ) -> Iterator[Prepared]:
         """Decoded samples of one stream, from stream position `position` on; bad ones are added to `bad`."""
         config = self.config
         for window in range(position // order.window, order.num_windows):
@@ -60,7 +62,7 @@ class TrainingStream(IterableDataset):
                 prefetch(self.index, span)
             places = [(span, number) for span in spans for number in range(span.samples)]
             candidates = [
-                partial(decode_sample, self.index, span, number, self.channels, config.backend)
+                partial(decode_sample, self.index, span, number, self.channels, config.backend, buffer)
                 for span, number in (places[place] for place in order.permutation(stream, window))
             ]
             draws = order.draws(stream, window, num_draws(config))
@@ -73,11 +75,12 @@ class TrainingStream(IterableDataset):
         worker, num_workers = (info.id, info.num_workers) if info else (0, 0)
         mine = streams_of(self.rank, self.world_size, worker, num_workers, self.config.num_streams)
         epoch, position = self.state.epoch, self.state.position
+        buffer = scratch()
         while True:
             order = self.order(epoch)
             step = position // self.global_batch_size
             bad: list[BadSample] = []
-            streams = [self.stream(order, stream, step * order.per_stream_batch, bad) for stream in mine]
+            streams = [self.stream(order, stream, step * order.per_stream_batch, bad, buffer) for stream in mine]
             for _ in range(step, order.num_steps):
                 images, draws, labels = zip(
                     *[next(stream) for stream in streams for _ in range(order.per_stream_batch)], strict=True
@@ -240,12 +243,13 @@ def evaluated(
         rows = store.row_numbers(spans)
         yield from (store.take_good(rows[first : first + batch_size]) for first in range(0, len(rows), batch_size))
         return
+    buffer = scratch()
     places = [(span, number) for span in spans for number in range(span.samples)]
     for first in range(0, len(places), batch_size):
         images, labels, bad = [], [], []
         for span, number in places[first : first + batch_size]:
             try:
-                image, label = decode_sample(index, span, number, channels, config.backend)
+                image, label = decode_sample(index, span, number, channels, config.backend, buffer)
             except BadSample as error:
                 bad.append(error)
                 continue

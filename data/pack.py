@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import webdataset
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data import storage
 from data.errors import UserError
@@ -22,7 +23,7 @@ from data.sources import SourceImage, open_source, read_list
 
 Progress = Callable[[int, int], None]  # (images done, images in all)
 IMAGES_PER_PROCESS = 2000  # less is packed before another process has started
-PLAN_NAME = ".pack.json"
+PLAN_NAME = "pack.json"  # stays beside index.json: what was packed, and how
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ def write_shard(
                 try:
                     content = convert(image.read(), resize, quality)
                 except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-                    bad.append(f"{image.path}: {str(error) or type(error).__name__}")
+                    known = not isinstance(error, UnidentifiedImageError)  # its text shows a Python object
+                    bad.append(f"{image.path}: {(known and str(error)) or type(error).__name__}")
                     continue
                 key = sample_key(image)
                 while key in keys:  # 1.jpg beside 1.png
@@ -129,8 +131,20 @@ def divide(images: Sequence[SourceImage], shard_samples: int, shard_bytes: int |
     return parts
 
 
-def prepare_folder(out: Path, plan: dict[str, object]) -> None:
-    """Makes `out` ready for `plan`; what a killed pack of the same plan left is kept, half-written files go."""
+def differences(recorded: dict[str, Any], plan: dict[str, Any]) -> list[str]:
+    """What another plan does otherwise, in words; of the same images under another path nothing."""
+    found = []
+    if recorded["listing"] != plan["listing"]:
+        found.append(f"then {recorded['images']} images of {recorded['source']}, now {plan['images']} others")
+    for name, value in plan["options"].items():
+        if (before := recorded["options"].get(name)) != value:
+            shown = ["unset" if choice is None else choice for choice in (before, value)]
+            found.append(f"then --{name} {shown[0]}, now {shown[1]}")
+    return found
+
+
+def prepare_folder(out: Path, plan: dict[str, Any]) -> None:
+    """Makes `out` ready for `plan`; what an earlier pack of the same plan left is kept, half-written files go."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         if not os.access(out, os.W_OK):
@@ -138,13 +152,16 @@ def prepare_folder(out: Path, plan: dict[str, object]) -> None:
     except OSError as error:
         raise UserError(f"{out}: cannot write shards there ({error.strerror or error})") from None
     path = out / PLAN_NAME
-    if path.exists() and json.loads(path.read_text()) != plan:
-        raise UserError(
-            f"{out}: holds part of another pack (other source or options). Empty it, or choose another folder"
-        )
+    if path.exists():
+        if found := differences(json.loads(path.read_text()), plan):
+            raise UserError(
+                f"{out}: holds another pack ({'; '.join(found)}). Pack into another folder, or delete this one first"
+            )
+    elif (out / INDEX_NAME).exists():
+        raise UserError(f"{out}: holds shards that were not packed by this command. Pack into another folder")
     for leftover in out.glob(".*.tmp"):
         leftover.unlink()
-    storage.write_atomically(path, json.dumps(plan).encode())
+    storage.write_atomically(path, (json.dumps(plan, indent=1) + "\n").encode())
 
 
 def pack(
@@ -166,25 +183,30 @@ def pack(
     """Packs `source` into `out`. Returns the index and a line per unreadable image.
 
     The image files' bytes are kept, unless `resize` (pixels of the shorter side) asks for JPEGs of `quality`. A folder
-    that is packed already is left as it is; after a kill, finished shards are. Raises UserError for a missing or empty
-    source, an unwritable folder, and for more than `max_bad` unreadable images.
+    that holds these images packed with these options is left as it is; after a kill, finished shards are. Raises
+    UserError for a missing or empty source, a folder that is unwritable or holds another pack, and for more than
+    `max_bad` unreadable images.
     """
     out = Path(out)
-    if (out / INDEX_NAME).exists():
-        return Index.load(out), []
     images = open_source(source, validation_list)
     splits = split_images(images, validation_share, seed)
     classes = sorted({image.class_name for image in images})
     labels = {name: number for number, name in enumerate(classes)}
     listing = hashlib.sha256("\n".join(f"{i.path} {i.size} {i.class_name} {i.split}" for i in images).encode())
-    plan = {
-        "images": listing.hexdigest(),
-        "share": validation_share,
-        "seed": seed,
+    options = {
+        "validation-share": validation_share,
+        "validation-list": validation_list and str(validation_list),
+        "class-names": class_names and str(class_names),
+        "shard-samples": shard_samples,
+        "shard-megabytes": shard_bytes and shard_bytes / 1e6,
         "resize": resize,
-        "quality": quality,
+        "quality": resize and quality,
+        "seed": seed,
     }
-    prepare_folder(out, plan | {"shard_samples": shard_samples, "shard_bytes": shard_bytes})
+    plan = {"source": source, "images": len(images), "listing": listing.hexdigest(), "options": options}
+    prepare_folder(out, plan)
+    if (out / INDEX_NAME).exists():
+        return Index.load(out), []
 
     tasks = {
         out / f"{split}-{number:06d}.tar": part
@@ -225,6 +247,6 @@ def pack(
     }
     index = Index(str(out), tuple(f"{name} {names[name]}" if name in names else name for name in classes), shards)
     index.save()
-    for path in [*map(record_path, tasks), out / PLAN_NAME]:
-        path.unlink()
+    for path in tasks:
+        record_path(path).unlink()
     return index, [line for path in tasks for line in finished[path].bad]

@@ -15,7 +15,7 @@ from braceexpand import braceexpand
 
 from data import storage
 from data.errors import UserError
-from data.index import INDEX_NAME, NO_LABEL, Index, Members, Shard, load_members, sidecar
+from data.index import INDEX_NAME, NO_LABEL, Index, Members, Shard, counted, load_members, sidecar
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp")
 Result = TypeVar("Result")
@@ -92,10 +92,10 @@ def find_shards(source: str) -> list[str]:
     """The tars of a folder, or what a brace pattern stands for. Raises UserError when there are none."""
     if not storage.is_remote(source) and Path(source).is_dir():
         shards = sorted(str(path) for path in Path(source).glob("*.tar") if not path.name.startswith("."))
+        if not shards:
+            raise UserError(f"{source}: no .tar files in it. Make some with 'depthmup pack IMAGES {source}'")
     else:
         shards = list(braceexpand(source))
-    if not shards:
-        raise UserError(f"{source}: no .tar files there")
     if missing := [shard for shard in shards if not storage.is_remote(shard) and not Path(shard).is_file()]:
         raise UserError(f"{missing[0]}: no such file")
     return shards
@@ -116,6 +116,18 @@ def parallel_map(function: Callable[..., Result], processes: int | None, *argume
         yield from pool.map(function, *arguments)
 
 
+def same_index(index: Index, names: Sequence[str], classes: tuple[str, ...]) -> Index:
+    """`index`, when it is of these shards and classes (or none are given). Raises UserError otherwise."""
+    listed = {shard.name for shard in index.shards}
+    if differing := sorted(listed.symmetric_difference(names)):
+        difference = f"{'lists' if differing[0] in listed else 'does not list'} {differing[0]}"
+    elif classes and classes != index.classes:
+        difference = f"has {counted(len(index.classes), 'class')}, other than those given"
+    else:
+        return index
+    raise UserError(f"{Path(index.root) / INDEX_NAME} exists and {difference}. Delete it to index again")
+
+
 def index_shards(
     source: str,
     out: str | Path | None = None,
@@ -127,13 +139,14 @@ def index_shards(
     """Writes index.json and a sidecar for each tar of `source` (a folder, or a pattern of paths or URLs) into `out`.
 
     Shards whose name starts with val or test are the split val. Without `classes` the labels are numbers 0 ... highest.
-    A folder that has an index is left as it is. Raises UserError for what is missing or no whole tar.
+    An index of the same shards and classes is left as it is. Raises UserError for one of others, and for what is
+    missing or no whole tar.
     """
     if out is None and (storage.is_remote(source) or not Path(source).is_dir()):
-        raise UserError(f"{source}: say with --out in which folder its index shall be written")
+        if source.endswith(".tar") or storage.is_remote(source):
+            raise UserError(f"{source}: say with --out in which folder its index shall be written")
+        raise UserError(f"{source}: no such folder. Name a folder of .tar files, or tars as in 'a-{{000..099}}.tar'")
     folder = Path(out or source)
-    if (folder / INDEX_NAME).exists():
-        return Index.load(folder)
     locations = find_shards(source)
     names = [
         location if storage.is_remote(location) else os.path.relpath(location, folder.resolve())
@@ -144,6 +157,8 @@ def index_shards(
         raise UserError(f"{source}: two shards have the same file name; index them into folders of their own")
     if outside := next((name for name in names if name.startswith("..")), None):
         raise UserError(f"{outside}: shards must lie in the folder of their index ({folder})")
+    if (folder / INDEX_NAME).exists():
+        return same_index(Index.load(folder), names, tuple(classes))
     folder.mkdir(parents=True, exist_ok=True)
     shards = []
     for shard in parallel_map(scan_and_save, processes, locations, names, [folder] * len(names)):

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from data.errors import UserError
 
 REMOTE_SCHEMES = ("http", "https", "s3", "gs", "az", "abfs", "hf")
-EXTRAS = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
+PACKAGES = {"gs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "hf": "huggingface_hub"}  # what fsspec needs for a scheme
 BLOCK = 4 << 20  # bytes of one request
 TRIES = 5
 TIMEOUT = float(os.environ.get("DEPTHMUP_TIMEOUT", "60"))  # seconds for one request
@@ -53,8 +53,8 @@ def file_system(url: str) -> Any:
     try:
         return fsspec.url_to_fs(url)
     except ImportError:
-        package = EXTRAS.get(url.partition("://")[0], "huggingface_hub")
-        raise UserError(f"{url}: needs {package}: pip install 'depthmup[remote]' (s3, http) or {package}") from None
+        package = PACKAGES.get(url.partition("://")[0], "'depthmup[remote]'")
+        raise UserError(f"{url}: a package for this kind of URL is missing: pip install {package}") from None
 
 
 def retry(url: str, attempt: Callable[[], Result]) -> Result:

@@ -1,19 +1,30 @@
-"""Does the optimum stay put? Fits, drifts with intervals, regret, and a verdict whose rule is stated.
+"""Does the optimum stay put? Curves, drifts with intervals, regret, and a verdict whose rule is stated.
 
-All of it is a pure function of the runs' results. x is log2 of the swept hyperparameter (octaves), y the metric.
+All of it is a pure function of the runs' results. x is the swept hyperparameter in octaves, y the metric.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
 from launch.config import Size
+from launch.optimum import (
+    CONFIDENCE,
+    Optimum,
+    Side,
+    Spread,
+    difference,
+    fit_optimum,
+    interval,
+    jackknife,
+    level,
+    window,
+)
 
-CONFIDENCE = 0.9
-BOOTSTRAP_SAMPLES = 1000
+TRAINED = 0.95  # a loss above this share of a guess's loss, ln(number of classes), says that nothing was learned
 Verdict = Literal["transfers", "does not transfer", "inconclusive"]
 
 
@@ -29,29 +40,47 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Optimum:
-    """The fitted optimum of one curve. `x` is log2 of the hyperparameter; None where every value diverged."""
-
-    x: float | None
-    metric: float  # the mean over seeds at the best grid point
-    censored: Literal["low", "high"] | None  # the best grid point is the first or last of the grid
-
-
-@dataclass(frozen=True)
 class Curve:
-    """All runs of one parameterization and size. `metric`: (seeds, values), infinite where a run diverged."""
+    """All runs of one parameterization and size. `metric`: (seeds, values), infinite: diverged, NaN: no run."""
 
     parameterization: str
     size: Size
+    values: np.ndarray
     x: np.ndarray
     metric: np.ndarray
     optimum: Optimum
-    interval: tuple[float, float] | None  # of the optimum's x, over seeds
+    spread: Spread | None  # of the optimum's x, over seeds; None with one seed
 
     @property
     def mean(self) -> np.ndarray:
         """Mean over seeds, infinite where any seed diverged. (values,)"""
-        return self.metric.mean(axis=0)
+        return level(self.metric)
+
+    @property
+    def trains(self) -> bool:
+        """False where runs end, but at the loss of a guess."""
+        return self.optimum.x is not None or math.isinf(self.optimum.metric)
+
+    @property
+    def step(self) -> float:
+        """Octaves between the grid's points at its edges, the larger of the two."""
+        return float(max(np.diff(self.x)[[0, -1]])) if len(self.x) > 1 else math.inf
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Of the optimum's x; None with one seed, and without an optimum."""
+        if self.optimum.x is None:
+            return None
+        sides = frozenset({self.optimum.censored} if self.optimum.censored else ())
+        return interval(self.optimum.x, self.spread, resolution=self.step, open_sides=sides)
+
+    def near_optimum(self) -> list[float]:
+        """The values that the optimum was fitted to."""
+        return [float(value) for value in self.values[window(self.mean)]]
+
+    def at(self, x: float) -> int:
+        """Index of the value nearest to x."""
+        return int(np.abs(self.x - x).argmin())
 
 
 @dataclass(frozen=True)
@@ -60,7 +89,7 @@ class Comparison:
 
     curve: Curve
     drift: float | None  # octaves: x of this optimum minus x of the base's
-    interval: tuple[float, float] | None
+    interval: tuple[float, float] | None  # None with one seed at either size
     regret: float  # metric at the base's optimum (nearest grid point) minus this size's best; infinite if diverged
     at_base_optimum: float  # that metric
 
@@ -70,124 +99,124 @@ class Judgement:
     parameterization: str
     verdict: Verdict
     reason: str
+    unsure: tuple[Size, ...] = ()  # the sizes at which more seeds could settle an inconclusive verdict
 
 
-def fit_optimum(x: np.ndarray, y: np.ndarray) -> Optimum:
-    """Vertex of a parabola through the points within two of the lowest, weighted by (lowest / y)^2.
-
-    The weight makes relative errors count alike, so that the steep flanks do not bend the fit. The vertex stays within
-    one grid step of the lowest point; a lowest point on the grid's edge is reported as it is, as censored.
-    """
-    finite = np.isfinite(y)
-    if not finite.any():
-        return Optimum(None, math.inf, None)
-    best = int(np.where(finite, y, math.inf).argmin())
-    censored: Literal["low", "high"] | None = "low" if best == 0 else "high" if best == len(x) - 1 else None
-    near = np.array([i for i in range(max(best - 2, 0), min(best + 3, len(x))) if finite[i]])
-    if censored or len(near) < 3:
-        return Optimum(float(x[best]), float(y[best]), censored)
-    # np.polyfit multiplies residuals by w, so w = lowest / y weights their squares by its square
-    curvature, slope, _ = np.polyfit(x[near] - x[best], y[near], 2, w=y[best] / y[near])
-    offset = -slope / (2 * curvature) if curvature > 0 else 0.0
-    step_down, step_up = x[best] - x[best - 1], x[best + 1] - x[best]
-    return Optimum(float(x[best] + np.clip(offset, -step_down, step_up)), float(y[best]), None)
-
-
-def bootstrap_optima(x: np.ndarray, metric: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Optimum's x over resampled seeds, NaN where a resample has none. (BOOTSTRAP_SAMPLES,)"""
-    seeds = generator.integers(len(metric), size=(BOOTSTRAP_SAMPLES, len(metric)))
-    seen: dict[tuple[int, ...], float] = {}  # few seeds make few distinct resamples
-    optima = np.empty(BOOTSTRAP_SAMPLES)
-    for i, chosen in enumerate(np.sort(seeds, axis=1)):
-        key = tuple(chosen.tolist())
-        if key not in seen:
-            fitted = fit_optimum(x, metric[chosen].mean(axis=0)).x
-            seen[key] = math.nan if fitted is None else fitted
-        optima[i] = seen[key]
-    return optima
-
-
-def percentile_interval(values: np.ndarray) -> tuple[float, float] | None:
-    values = values[np.isfinite(values)]
-    if not len(values):
-        return None
-    low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return float(low), float(high)
-
-
-def curves(results: Sequence[Result]) -> list[Curve]:
-    """One curve per (parameterization, size), in order of appearance. Values or seeds that lack a run are left out."""
+def curves(
+    results: Sequence[Result], octaves: Callable[[float], float] = math.log2, chance: float = math.inf
+) -> list[Curve]:
+    """One curve per (parameterization, size), in order of appearance. `chance`: the loss of a guess."""
     grouped: dict[tuple[str, Size], dict[tuple[int, float], float]] = {}
     for result in results:
         grouped.setdefault((result.parameterization, result.size), {})[result.seed, result.value] = result.metric
     found = []
     for (parameterization, size), metrics in grouped.items():
         seeds = sorted({seed for seed, _ in metrics})
-        values = [v for v in sorted({v for _, v in metrics}) if all((seed, v) in metrics for seed in seeds)]
-        if not values:
-            continue
-        x = np.log2(values)
-        metric = np.array([[metrics[seed, value] for value in values] for seed in seeds])
-        interval = percentile_interval(bootstrap_optima(x, metric, np.random.default_rng(0)))
-        found.append(Curve(parameterization, size, x, metric, fit_optimum(x, metric.mean(axis=0)), interval))
+        values = sorted({value for _, value in metrics}, key=octaves)
+        x = np.array([octaves(value) for value in values])
+        metric = np.array([[metrics.get((seed, value), math.nan) for value in values] for seed in seeds])
+        optimum = fit_optimum(x, level(metric))
+        if math.isfinite(optimum.metric) and optimum.metric > TRAINED * chance:
+            optimum = replace(optimum, x=None)
+        found.append(Curve(parameterization, size, np.array(values), x, metric, optimum, jackknife(x, metric)))
     return found
 
 
 def compare(base: Curve, curve: Curve) -> Comparison:
-    """Drift, its interval (seeds of both curves resampled) and regret of `curve` against `base`."""
+    """Drift, its interval (seeds of both curves) and regret of `curve` against `base`."""
     if base.optimum.x is None:
         return Comparison(curve, None, None, math.inf, math.inf)
-    drift = interval = None
+    drift = found = None
     if curve.optimum.x is not None:
         drift = curve.optimum.x - base.optimum.x
-        drifts = bootstrap_optima(curve.x, curve.metric, np.random.default_rng(1)) - bootstrap_optima(
-            base.x, base.metric, np.random.default_rng(2)
+        sides: set[Side] = {curve.optimum.censored} if curve.optimum.censored else set()
+        if base.optimum.censored:  # the further down the base's optimum lies, the further up is the drift
+            sides.add("high" if base.optimum.censored == "low" else "low")
+        found = interval(
+            drift,
+            difference(curve.spread, base.spread),
+            resolution=max(curve.step, base.step),
+            open_sides=frozenset(sides),
         )
-        interval = percentile_interval(drifts)
-    at_base = float(curve.mean[int(np.abs(curve.x - base.optimum.x).argmin())])
-    return Comparison(curve, drift, interval, at_base - curve.optimum.metric, at_base)
+    at_base = float(curve.mean[curve.at(base.optimum.x)])
+    return Comparison(curve, drift, found, at_base - curve.optimum.metric, at_base)
 
 
 def rule(tolerance: float) -> str:
     """The verdict's rule in words; `judge` is its code."""
     return (
-        f"transfers: at every size the optimum lies within {tolerance:g} octave(s) of the base's, is not on the grid's "
-        f"edge, and no seed diverges at the base's optimum. does not transfer: at some size every value diverges, or "
-        f"the base's optimum does, or the drift exceeds {tolerance:g} octave(s) together with its whole "
-        f"{CONFIDENCE:.0%} interval. inconclusive: anything else."
+        f"transfers: at every size the optimum lies within {tolerance:g} octave(s) of the base's, the {CONFIDENCE:.0%} "
+        f"interval of this drift within {2 * tolerance:g}, the optimum is not on the grid's edge, and no seed diverges "
+        f"at the base's optimum. does not transfer: at some size every value diverges or learns nothing, or the base's "
+        f"optimum diverges, or the drift exceeds {tolerance:g} octave(s) together with its whole interval. "
+        f"inconclusive: anything else, and one seed always unless nothing trains."
     )
+
+
+def show_drift(octaves: float) -> str:
+    """'-1.2', and '+0.0' for what rounds to nothing."""
+    return f"{octaves if abs(octaves) >= 0.05 else 0.0:+.1f}"
+
+
+def show_interval(found: tuple[float, float]) -> str:
+    """'-1.2 to +0.3', or 'below -1.2' where one side is open."""
+    low, high = map(show_drift, found)
+    if math.isinf(found[0]) and math.isinf(found[1]):
+        return "unknown"
+    if math.isinf(found[0]):
+        return f"below {high}"
+    return f"above {low}" if math.isinf(found[1]) else f"{low} to {high}"
+
+
+def without_optimum(curve: Curve) -> str:
+    if math.isinf(curve.optimum.metric):
+        return f"every value diverged at {curve.size}"
+    return f"does not train at {curve.size} (best loss {curve.optimum.metric:.3g}, no better than a guess)"
+
+
+def judge_size(
+    base: Curve, comparison: Comparison, tolerance: float
+) -> tuple[Literal["failed", "doubtful"], str] | None:
+    """What stands against a transfer to one size; None when nothing does."""
+    curve, size = comparison.curve, comparison.curve.size
+    if comparison.drift is None:
+        return "failed", without_optimum(curve)
+    if comparison.interval is None:
+        return "doubtful", f"one seed at {base.size if base.spread is None else size}"
+    low, high = comparison.interval
+    drift = f"drift {show_drift(comparison.drift)}"
+    if not math.isfinite(comparison.at_base_optimum):
+        return "failed", f"the base's optimum diverges at {size}"
+    if low > tolerance or high < -tolerance:
+        return "failed", f"{drift} octaves at {size}"
+    if curve.optimum.censored:
+        return "doubtful", f"the optimum at {size} is on the {curve.optimum.censored} edge of the grid"
+    if abs(comparison.drift) > tolerance:
+        return "doubtful", f"{drift} at {size}, but its interval reaches into the tolerance"
+    if max(-low, high) > 2 * tolerance and not base.optimum.censored:
+        return "doubtful", f"{drift} at {size} is known to {show_interval(comparison.interval)} only"
+    return None
 
 
 def judge(base: Curve, comparisons: Sequence[Comparison], tolerance: float) -> Judgement:
     """The verdict on one parameterization, and the sizes that decided it."""
     name = base.parameterization
     if base.optimum.x is None:
-        return Judgement(name, "inconclusive", "every run of the base size diverged")
-    failed, doubtful = [], []
-    if base.optimum.censored:
-        doubtful.append(f"the base's optimum is on the {base.optimum.censored} edge of the grid")
-    for comparison in comparisons:
-        curve, size = comparison.curve, comparison.curve.size
-        if comparison.drift is None or comparison.interval is None:
-            failed.append(f"every value diverged at {size}")
-            continue
-        low, high = comparison.interval
-        if not math.isfinite(comparison.at_base_optimum):
-            failed.append(f"the base's optimum diverges at {size}")
-        elif abs(comparison.drift) > tolerance and (low > tolerance or high < -tolerance):
-            failed.append(f"drift {comparison.drift:+.1f} octaves at {size}")
-        elif curve.optimum.censored:
-            doubtful.append(f"the optimum at {size} is on the {curve.optimum.censored} edge of the grid")
-        elif abs(comparison.drift) > tolerance:
-            doubtful.append(f"drift {comparison.drift:+.1f} at {size}, but its interval reaches into the tolerance")
-    if failed:
-        return Judgement(name, "does not transfer", "; ".join(failed))
-    if doubtful:
-        return Judgement(name, "inconclusive", "; ".join(doubtful))
+        return Judgement(name, "inconclusive", f"the base: {without_optimum(base)}")
     if not comparisons:
         return Judgement(name, "inconclusive", "the study has one size only")
+    against = [(c.curve, found) for c in comparisons if (found := judge_size(base, c, tolerance))]
+    if failed := [reason for _, (kind, reason) in against if kind == "failed"]:
+        return Judgement(name, "does not transfer", "; ".join(failed))
+    doubtful = list(dict.fromkeys(reason for _, (_, reason) in against))
+    if base.optimum.censored:
+        doubtful.insert(0, f"the base's optimum is on the {base.optimum.censored} edge of the grid")
+    if doubtful:
+        unsure = tuple(curve.size for curve, _ in against if not curve.optimum.censored)
+        return Judgement(name, "inconclusive", "; ".join(doubtful), unsure)
     largest = max(comparisons, key=lambda comparison: abs(comparison.drift or 0.0))
-    return Judgement(name, "transfers", f"largest drift {largest.drift:+.1f} octaves, at {largest.curve.size}")
+    drift = show_drift(largest.drift or 0.0)
+    return Judgement(name, "transfers", f"largest drift {drift} octaves, at {largest.curve.size}")
 
 
 @dataclass(frozen=True)
@@ -199,9 +228,15 @@ class Analysis:
     judgements: list[Judgement]
 
 
-def analyse(results: Sequence[Result], base_size: Size, tolerance: float) -> Analysis:
+def analyse(
+    results: Sequence[Result],
+    base_size: Size,
+    tolerance: float,
+    octaves: Callable[[float], float] = math.log2,
+    chance: float = math.inf,
+) -> Analysis:
     """Analyses all results; a parameterization without results at the base size is left out."""
-    found = curves(results)
+    found = curves(results, octaves, chance)
     comparisons, judgements = [], []
     for base in (curve for curve in found if curve.size == base_size):
         compared = [compare(base, curve) for curve in found if curve.parameterization == base.parameterization]
@@ -209,3 +244,19 @@ def analyse(results: Sequence[Result], base_size: Size, tolerance: float) -> Ana
         comparisons += compared
         judgements.append(judge(base, [c for c in compared if c.curve.size != base_size], tolerance))
     return Analysis(found, comparisons, judgements)
+
+
+def seeds_wanted(analysis: Analysis, base_size: Size) -> dict[tuple[str, Size], list[float]]:
+    """Where one more seed could settle a verdict: values near the optimum, per (parameterization, size).
+
+    Of every parameterization that is inconclusive for want of seeds: the sizes in doubt and the base. Curves on the
+    edge of their grid are left out: these need values first.
+    """
+    wanted = {}
+    for judgement in analysis.judgements:
+        sizes = {*judgement.unsure, base_size} if judgement.unsure else set()
+        for curve in analysis.curves:
+            known = curve.optimum.x is not None and not curve.optimum.censored
+            if known and curve.size in sizes and curve.parameterization == judgement.parameterization:
+                wanted[curve.parameterization, curve.size] = curve.near_optimum()
+    return wanted

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -20,10 +21,15 @@ from launch.study import Study
 from launch.transfer import IDLE, UNFINISHED, Launched, count_submissions, grow, launch, prepare_data, unfinished, wait
 from models.errors import ModelError
 
+if TYPE_CHECKING:
+    from launch.report import Report
 
-def show_report(study: Study, console: Console) -> None:
+
+def show_report(study: Study, console: Console) -> "Report":
     """Writes the report and prints it. Raises UserError when no run is finished."""
-    from launch.report import collect, print_report, write_report
+    from launch.page import write_report
+    from launch.report import collect
+    from launch.tables import print_report
 
     report = collect(study)
     if not report.results:
@@ -31,11 +37,12 @@ def show_report(study: Study, console: Console) -> None:
     write_report(report)
     print_report(report, console)
     console.print(f"Report: {study.file.directory / 'report.html'} (also .csv and .json)", highlight=False)
+    return report
 
 
 def finish(study: Study, console: Console) -> None:
-    """Everything up to the last run: data, runs, and rounds of more runs where the results ask for them."""
-    while study.pending():
+    """Everything up to the last run: data, runs, and rounds of more values or seeds where a verdict needs them."""
+    while study.pending() or grow_aloud(study, console):
         prepare_data(study, console)
         launched = Launched([], [], [])
         try:
@@ -46,12 +53,14 @@ def finish(study: Study, console: Console) -> None:
             go_on = " Its jobs go on." if study.file.launch.cluster == "slurm" else ""
             console.print(f"Interrupted; the same command continues.{go_on}")
             sys.exit(130)
-        say_grown(grow(study), console)
 
 
-def say_grown(added: int, console: Console) -> None:
+def grow_aloud(study: Study, console: Console) -> int:
+    """`grow`, and says so; returns the number of runs added."""
+    added = grow(study)
     if added:
-        console.print(f"{added} runs more: an optimum is on the edge of its grid (study.extend)")
+        console.print(f"{added} runs more, to settle what is open (study.extend, study.more_seeds)")
+    return added
 
 
 # ---------------------------------------------------------------- the target
@@ -111,7 +120,8 @@ def transfer(study: Study, target: Path | None, console: Console) -> None:
 
 def report_target(study: Study, console: Console) -> None:
     """Writes the report again, now with the target's line, and prints that."""
-    from launch.report import collect, target_line, write_report
+    from launch.page import write_report
+    from launch.report import collect, target_line
 
     write_report(collect(study))
     console.print(f"{target_line(study)} Report: {study.file.directory / 'report.html'}", highlight=False)
@@ -127,9 +137,7 @@ def advance(study: Study, target: Path | None, console: Console, only: Sequence[
     or runs that no job has and that may not go again.
     """
     current = study
-    if not study.pending():
-        say_grown(grow(study), console)
-    if not study.pending():
+    if not study.pending() and not grow_aloud(study, console):
         show_report(study, console)
         if target is None:
             say_next_step(study, console)

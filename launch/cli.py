@@ -25,7 +25,7 @@ EXAMPLES = {
     "retry": "depthmup retry configs/digits_resnet.yaml launch.memory_gb=32",
     "cancel": "depthmup cancel configs/digits_resnet.yaml",
     "status": "depthmup status configs/digits_resnet.yaml",
-    "report": "depthmup report configs/digits_resnet.yaml",
+    "report": "depthmup report configs/digits_resnet.yaml configs/digits_vit.yaml --publish docs/results",
     "scale": "depthmup scale runs/digits_resnet model.width=128 model.depth=27 train.samples=51200",
     "train": "depthmup train configs/digits_resnet.yaml optimizer.lr=2**-5 model.depth=27",
     "check": "depthmup check configs/digits_vit.yaml parameterization.name=completep",
@@ -192,11 +192,30 @@ def status(config: Path, overrides: tuple[str, ...], watch: bool, everything: bo
 
 @command("report")
 @with_config
-def report(config: Path, overrides: tuple[str, ...]) -> None:
-    """Write and print the table, curves and verdicts so far."""
+@click.option("--publish", type=click.Path(path_type=Path), help="Also copy JSON and figures to this folder.")
+def report(config: Path, overrides: tuple[str, ...], publish: Path | None) -> None:
+    """Write and print the table, curves and verdicts so far.
+
+    Further CONFIGs are reported too, and compared on one more page.
+    """
     from launch.chain import show_report
 
-    show_report(open_study(config, overrides), new_console())
+    changes = tuple(word for word in overrides if "=" in word)
+    configs = [config, *(Path(word) for word in overrides if "=" not in word)]
+    studies, console = [open_study(path, changes) for path in configs], new_console()
+    reports = [show_report(study, console) for study in studies]
+    if len(reports) > 1:
+        from launch.overview import print_overview, write_overview
+
+        print_overview(reports, console)
+        page = studies[0].file.directory.parent / "overview.html"
+        write_overview(reports, page)
+        console.print(f"Overview: {page}")
+    if publish:
+        from launch.page import publish as copy
+
+        for path in (path for written in reports for path in copy(written, publish)):
+            console.print(f"Published: {path}")
 
 
 @command("scale")

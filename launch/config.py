@@ -57,11 +57,39 @@ class StudyConfig:
     metric: Literal["minival_loss", "train_loss"] = "minival_loss"
     tolerance: Annotated[Number, Field(gt=0)] = 1.0  # octaves by which an optimum may drift and still transfer
     extend: Annotated[int, Field(ge=0)] = 2  # rounds in which a grid grows by two values where its best is on the edge
+    more_seeds: Annotated[int, Field(ge=0)] = 2  # rounds in which one seed is added where a verdict hangs on the noise
+
+    def __post_init__(self) -> None:
+        if self.complement and max(self.grid) >= 1:
+            raise ValueError(f"values of {self.hyperparameter} must be below 1, found {max(self.grid):g}")
 
     @property
     def grid(self) -> tuple[float, ...]:
         """The swept values in ascending order."""
         return self.values.values() if isinstance(self.values, Octaves) else tuple(sorted(set(self.values)))
+
+    # An octave of momentum is a factor of two in 1 - momentum: the number of steps that it averages over.
+
+    @property
+    def complement(self) -> bool:
+        return self.hyperparameter == "optimizer.momentum"
+
+    @property
+    def axis(self) -> str:
+        """What octaves are of: 'lr', '1 - momentum'."""
+        return ("1 - " if self.complement else "") + self.hyperparameter.split(".")[-1]
+
+    def octaves(self, value: float) -> float:
+        """Position of a value on the axis on which optima are fitted."""
+        return math.log2(1 - value if self.complement else value)
+
+    def show(self, octaves: float) -> str:
+        """The value there as a power of two."""
+        return f"{'1 - ' if self.complement else ''}2^{octaves:.1f}"
+
+    def value_at(self, octaves: float) -> float:
+        """The inverse of `octaves`."""
+        return 1 - 2.0**octaves if self.complement else 2.0**octaves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +235,7 @@ def read_study_or_run(path: Path, overrides: tuple[str, ...] = ()) -> StudyFile:
         "seeds": [run.seed],
         "metric": "minival_loss" if "minival" in run.train.evaluate else "train_loss",
         "extend": 0,
+        "more_seeds": 0,
         **given,
     }
     return from_plain(StudyFile, {**raw, "study": study}, str(path))

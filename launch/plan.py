@@ -66,3 +66,6 @@ def print_plan(study: Study, console: Console) -> None:
     if study.file.study.extend:
         rounds = study.file.study.extend
         console.print(f"and 2 values more, up to {rounds} times, for a curve whose best is on the edge (study.extend)")
+    if study.file.study.more_seeds:
+        rounds = study.file.study.more_seeds
+        console.print(f"and 1 seed more, up to {rounds} times, where a verdict hangs on the noise (study.more_seeds)")

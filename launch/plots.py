@@ -14,38 +14,68 @@ from launch.config import Size, StudyConfig
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 PANEL = (4.4, 3.8)  # inches of one panel
+PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
+
+
+def panels(count: int) -> tuple[Figure, list[Axes]]:
+    """A row of panels with one y axis."""
+    size = (PANEL[0] * count, PANEL[1])
+    figure, axes = plt.subplots(1, count, figsize=size, sharey=True, squeeze=False, layout="constrained")
+    return figure, list(axes[0])
+
+
+def plain_log_axis(axis: Axes) -> None:
+    """A logarithmic y axis with ticks like 0.2 and 0.5, however few decades it spans."""
+    low, high = axis.get_ylim()
+    marks = (1.0, 2.0, 5.0) if high / low > 4 else tuple(1.0 + i / 2 for i in range(18))
+    axis.yaxis.set_major_locator(LogLocator(subs=marks))
+    axis.yaxis.set_major_formatter(PLAIN)
+    axis.yaxis.set_minor_locator(NullLocator())
+
+
+def size_axis(axis: Axes, name: str, sizes: list[int]) -> None:
+    """A logarithmic x axis of widths or depths, labelled with the sizes themselves."""
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(sizes, [str(size) for size in sizes])
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.set_xlabel(name)
+    axis.grid(alpha=0.25)
 
 
 def curves(analysis: Analysis, study: StudyConfig) -> Figure:
-    """Metric against log2 of the hyperparameter: one panel per parameterization, one curve per size."""
+    """Metric against the hyperparameter in octaves: one panel per parameterization, one curve per size."""
     names = [judgement.parameterization for judgement in analysis.judgements]
-    figure, axes = plt.subplots(1, len(names), figsize=(PANEL[0] * len(names), PANEL[1]), sharey=True, squeeze=False)
+    figure, axes = panels(len(names))
     finite = [float(m) for curve in analysis.curves for m in curve.metric.flat if math.isfinite(m)]
     floor, ceiling = (min(finite), max(finite)) if finite else (0.1, 1.0)
+    top = ceiling * 1.25  # where diverged runs are shown
     colours = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(study.sizes)))
-    for axis, name in zip(axes[0], names, strict=True):
+    for axis, name in zip(axes, names, strict=True):
         for colour, size in zip(colours, study.sizes, strict=True):
             for curve in (c for c in analysis.curves if c.parameterization == name and c.size == size):
-                shown = np.isfinite(curve.mean)
-                axis.plot(curve.x[shown], curve.mean[shown], "-", color=colour, label=str(size), linewidth=1.6)
+                mean, optimum = curve.mean, curve.optimum
+                shown = np.isfinite(mean)
+                axis.plot(curve.x[shown], mean[shown], "-", color=colour, label=str(size), linewidth=1.6)
                 for metrics in curve.metric:
                     axis.plot(curve.x, metrics, ".", color=colour, markersize=3, alpha=0.6)
-                    lost = ~np.isfinite(metrics)
-                    axis.plot(curve.x[lost], np.full(lost.sum(), ceiling * 1.25), "x", color=colour, markersize=5)
-                if curve.optimum.x is not None:
-                    marker = "<" if curve.optimum.censored == "low" else ">" if curve.optimum.censored else "o"
-                    axis.plot(
-                        curve.optimum.x, curve.optimum.metric, marker, color=colour, markersize=9, markeredgecolor="k"
-                    )
-        axis.axhline(ceiling * 1.25, color="0.85", linewidth=0.8, zorder=0)
-        axis.set(title=name, xlabel=f"log2 {study.hyperparameter}", yscale="log", ylim=(floor * 0.8, ceiling * 1.4))
+                    lost = np.isinf(metrics)
+                    axis.plot(curve.x[lost], np.full(lost.sum(), top), "x", color=colour, markersize=5)
+                if optimum.x is not None:
+                    marker = "<" if optimum.censored == "low" else ">" if optimum.censored else "o"
+                    axis.plot(optimum.x, optimum.metric, marker, color=colour, markersize=9, markeredgecolor="k")
+        axis.axhline(top, color="0.85", linewidth=0.8, zorder=0)
+        axis.set(title=name, xlabel=f"log2 of {study.axis}", yscale="log", ylim=(floor * 0.8, ceiling * 1.4))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.25)
-    axes[0][0].set_ylabel(study.metric.replace("_", " "))
-    axes[0][-1].legend(fontsize=8, loc="best")
-    figure.tight_layout()
+    plain_log_axis(axes[0])
+    axes[0].set_ylabel(study.metric.replace("_", " "))
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=min(len(labels), 2 * len(names)))
     return figure
 
 
@@ -56,49 +86,56 @@ def along(comparisons: list[Comparison], base: Size, axis: str) -> list[Comparis
     return sorted(same, key=lambda c: getattr(c.curve.size, axis))
 
 
+def varied(analysis: Analysis, study: StudyConfig) -> list[str]:
+    """The axes, width or depth, along which some parameterization has a size beside the base."""
+    base, judged = study.sizes[0], len(analysis.judgements)
+    return [name for name in ("width", "depth") if len(along(analysis.comparisons, base, name)) > judged]
+
+
 def against_size(analysis: Analysis, study: StudyConfig, what: str) -> Figure | None:
     """`drift` in octaves, or `loss` at the base's optimum (solid) and at the size's own (dotted).
 
-    Against log2 width and log2 depth; None where neither is varied alone."""
-    base = study.sizes[0]
-    axes_shown = [name for name in ("width", "depth") if len({*(getattr(s, name) for s in study.sizes)}) > 1]
-    axes_shown = [
-        name for name in axes_shown if len(along(analysis.comparisons, base, name)) > len(analysis.judgements)
-    ]
-    if not axes_shown:
+    Against width and depth; None where neither is varied alone."""
+    names = varied(analysis, study)
+    if not names:
         return None
-    size = (PANEL[0] * len(axes_shown), PANEL[1])
-    figure, axes = plt.subplots(1, len(axes_shown), figsize=size, sharey=True, squeeze=False)
-    for axis, name in zip(axes[0], axes_shown, strict=True):
+    figure, axes = panels(len(names))
+    count = len(analysis.judgements)
+    for axis, name in zip(axes, names, strict=True):
         for number, judgement in enumerate(analysis.judgements):
             own = [c for c in analysis.comparisons if c.curve.parameterization == judgement.parameterization]
-            shown = along(own, base, name)
-            x = np.log2([getattr(c.curve.size, name) for c in shown])
+            shown = along(own, study.sizes[0], name)
+            x = np.array([float(getattr(c.curve.size, name)) for c in shown])
             style: dict[str, Any] = {"color": f"C{number}", "marker": "o", "label": judgement.parameterization}
             if what == "drift":
                 drift = np.array([math.nan if c.drift is None else c.drift for c in shown])
                 bounds = np.array([c.interval or (math.nan, math.nan) for c in shown])
-                errors = np.clip([drift - bounds[:, 0], bounds[:, 1] - drift], 0, None)
-                axis.errorbar(x, drift, yerr=errors, capsize=3, **style)
+                bounds[x == getattr(study.sizes[0], name)] = math.nan  # the base's own drift is 0
+                errors = np.clip([drift - bounds[:, 0], bounds[:, 1] - drift], 0, 99)
+                apart = x * 2.0 ** (0.06 * (number - (count - 1) / 2))  # intervals of two that agree stay readable
+                axis.errorbar(apart, drift, yerr=errors, capsize=3, **style)
             else:
-                finite = [c.at_base_optimum if math.isfinite(c.at_base_optimum) else math.nan for c in shown]
-                axis.plot(x, finite, **style)
+                metric = np.array([c.at_base_optimum for c in shown])
+                axis.plot(x, np.where(np.isfinite(metric), metric, math.nan), **style)
                 axis.plot(x, [c.curve.optimum.metric for c in shown], ":", color=f"C{number}")
-        if what == "drift":
+        size_axis(axis, name, sorted({getattr(c.curve.size, name) for c in analysis.comparisons}))
+    if what == "drift":
+        drifts = [abs(c.drift) for c in analysis.comparisons if c.drift is not None]
+        limit = max([*drifts, 2 * study.tolerance]) + 1
+        axes[0].set(ylabel=f"drift of the optimum (octaves of {study.axis})", ylim=(-limit, limit))
+        for axis in axes:
             axis.axhspan(-study.tolerance, study.tolerance, color="0.93", zorder=0)
-        axis.set(xlabel=f"log2 {name}", xticks=sorted({*np.log2([getattr(s, name) for s in study.sizes])}))
-        axis.grid(alpha=0.25)
-    label = "drift of the optimum (octaves)" if what == "drift" else study.metric.replace("_", " ")
-    axes[0][0].set_ylabel(label)
-    axes[0][-1].legend(fontsize=8)
-    figure.tight_layout()
+    else:
+        axes[0].set(ylabel=study.metric.replace("_", " "), yscale="log")
+        plain_log_axis(axes[0])
+    axes[-1].legend(fontsize=8)
     return figure
 
 
 def save(figure: Figure, png: Path) -> str:
     """Writes `png` and returns the figure as SVG text to stand in a page."""
     image, text = io.BytesIO(), io.StringIO()
-    figure.savefig(image, format="png", dpi=160)
+    figure.savefig(image, format="png", dpi=110)
     write_atomically(png, image.getvalue())
     figure.savefig(text, format="svg")
     plt.close(figure)

@@ -51,17 +51,18 @@ def choose(report: Report, parameterization: str | None, force: bool) -> tuple[C
         raise UserError(f"{curve.parameterization}: every run of the base size diverged; there is nothing to transfer")
     judgement = judgements[curve.parameterization]
     study, train = report.study.file.study, report.study.file.train
-    interval = f", 90% interval 2^{curve.interval[0]:.2f} to 2^{curve.interval[1]:.2f}" if curve.interval else ""
+    low, high = (study.show(bound) for bound in curve.interval or (0, 0))
+    interval = f", 90% interval {low} to {high}" if curve.interval and not curve.optimum.censored else ""
     facts = [
         f"Transferred from study {study.name} with {curve.parameterization}: {judgement.verdict} ({judgement.reason}).",
-        f"{study.hyperparameter} 2^{curve.optimum.x:.2f}{interval}"
+        f"{study.hyperparameter} {study.show(curve.optimum.x)}{interval}"
         + (f", censored on the {curve.optimum.censored} edge of the grid" if curve.optimum.censored else "")
         + f", from {curve.metric.shape[0]} seed(s) at {curve.size}.",
         f"Horizon of the proxy: {train.samples} samples in batches of {train.global_batch_size} "
         f"({train.num_steps} steps).",
     ]
     if curve.metric.shape[0] == 1:
-        facts.append("One seed only: the interval says nothing of the noise between seeds.")
+        facts.append("One seed only: nothing is known of the noise between seeds.")
     return curve, facts
 
 
@@ -93,7 +94,7 @@ def scale(
     config = {key: plain[key] for key in SECTIONS if key in plain}
     config["parameterization"] = {key: value for key, value in vars(chosen).items() if value is not None}
     assert curve.optimum.x is not None
-    set_dotted(config, f"{file.study.hyperparameter}={2.0**curve.optimum.x!r}")
+    set_dotted(config, f"{file.study.hyperparameter}={file.study.value_at(curve.optimum.x)!r}")
     if "cluster" in changes.get("launch", {}):
         del config["launch"]  # another place to run: the proxy's settings would win over its profile
     proxy = run_of(config, "the proxy")

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from data.index import Index
+from data.index import INDEX_NAME, Index
 from launch.progress import Display, display, duration
 
 COUNT = click.IntRange(min=1)
@@ -28,8 +28,8 @@ def reporter(shown: Display, unit: str) -> Callable[[int, int], None]:
 
 
 def print_splits(index: Index, console: Console) -> None:
-    for split, shards in index.splits.items():
-        console.print(f"{split}: {sum(s.samples for s in shards)} images in {len(shards)} shards", highlight=False)
+    for split in index.splits:
+        console.print(f"{split}: {index.describe(split, 'image')}", highlight=False)
 
 
 def new_console() -> Console:
@@ -75,11 +75,13 @@ def pack(
 ) -> None:
     """Pack SOURCE (a folder of class folders, a tar of one, or sklearn:digits) into shards in OUT.
 
-    Goes on where an earlier call was killed.
+    Goes on where an earlier call was killed; changes nothing in a folder that holds these images packed with these
+    options, and refuses one that was packed otherwise.
     """
     from data.pack import pack as pack_images
 
     console = new_console()
+    packed_before = (out / INDEX_NAME).exists()
     with display(console, f"packing {source}") as shown:
         index, bad = pack_images(
             source,
@@ -98,6 +100,8 @@ def pack(
         )
     for line in bad:
         console.print(f"left out, not readable: {line}", highlight=False)
+    if packed_before:
+        console.print(f"already packed: {index.describe()}", highlight=False)
     print_splits(index, console)
 
 
@@ -109,13 +113,19 @@ def pack(
 @click.option("--classes", type=FILE, help="One class name a line, in the order of the labels.")
 @click.option("--processes", type=COUNT, help="[default: one for each core]")
 def index(shards: str, out: Path | None, classes: Path | None, processes: int | None) -> None:
-    """Index SHARDS that exist already: a folder of tars, or a pattern of paths or URLs. Reads each of them once."""
+    """Index SHARDS that exist already: a folder of tars, or a pattern of paths or URLs. Reads each of them once.
+
+    An index of the same shards and classes is left as it is, one of others refused.
+    """
     from data.scan import index_shards
 
     console = new_console()
+    indexed_before = ((out or Path(shards)) / INDEX_NAME).exists()
     names = classes.read_text().splitlines() if classes else ()
     with display(console, f"indexing {shards}") as shown:
         made = index_shards(shards, out, classes=names, processes=processes, progress=reporter(shown, "shards"))
+    if indexed_before:
+        console.print(f"already indexed: {made.describe()}", highlight=False)
     print_splits(made, console)
 
 

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
@@ -65,7 +65,8 @@ class Study:
 
     def _grid(self) -> Iterator[PlannedRun]:
         """Every size and every value is checked once, not every pair of them: a plan of thousands is quick."""
-        study, added, runs = self.file.study, self.added_values(), self.file.directory / "runs"
+        study, runs = self.file.study, self.file.directory / "runs"
+        added, seeds = self.added_values(), self.added_seeds()
         checked: dict[float, Any] = {}
         for parameterization, size in product(study.parameterizations, study.sizes):
             name = label(parameterization)
@@ -77,7 +78,8 @@ class Study:
                     for part in study.hyperparameter.split("."):
                         valid = getattr(valid, part)
                     checked[value] = valid
-            for value, seed in product(values, study.seeds):
+            points = {*product(values, study.seeds), *seeds.get((name, size), ())}
+            for value, seed in sorted(points):
                 one = replace(with_value(config, study.hyperparameter, checked[value]), seed=seed)
                 yield PlannedRun(name, size, value, seed, one, RunDirectory(runs / run_hash(one)))
 
@@ -161,11 +163,44 @@ class Study:
             return 0
         growth, known = [], self.added_values()
         for (parameterization, size), side in edges.items():
-            grid = sorted({*self.file.study.grid, *known.get((parameterization, size), ())})
-            edge, step = (grid[0], grid[0] / grid[1]) if side == "low" else (grid[-1], grid[-1] / grid[-2])
-            values = [edge * step, edge * step**2]
+            grid = {*self.file.study.grid, *known.get((parameterization, size), ())}
+            x = sorted(map(self.file.study.octaves, grid), reverse=side == "high")
+            values = [self.file.study.value_at(x[0] + steps * (x[0] - x[1])) for steps in (1, 2)]
             growth.append({"parameterization": parameterization, **vars(size), "values": values})
         write_atomically(self._added_file, json.dumps([*rounds, growth], indent=1).encode())
+        del self.points, self.runs
+        return len(self.runs) - before
+
+    @property
+    def _seeds_file(self) -> Path:
+        return self.file.directory / "added_seeds.json"
+
+    def _seed_rounds(self) -> list[list[dict[str, Any]]]:
+        """Per round: which curve got which seed more, at which values."""
+        return json.loads(self._seeds_file.read_text()) if self._seeds_file.exists() else []
+
+    def added_seeds(self) -> dict[tuple[str, Size], list[tuple[float, int]]]:
+        """(value, seed) beyond study.seeds, per (parameterization, size)."""
+        found: dict[tuple[str, Size], list[tuple[float, int]]] = {}
+        for entry in (entry for added in self._seed_rounds() for entry in added):
+            size = Size(width=entry["width"], depth=entry["depth"])
+            points = [(value, entry["seed"]) for value in entry["values"]]
+            found.setdefault((entry["parameterization"], size), []).extend(points)
+        return found
+
+    def add_seeds(self, wanted: Mapping[tuple[str, Size], Sequence[float]]) -> int:
+        """Adds one seed at the values of each curve in `wanted`; returns how many runs that makes.
+
+        0 when nothing is wanted or study.more_seeds rounds were made. Durable: every later command sees the seeds.
+        """
+        rounds, before, known = self._seed_rounds(), len(self.runs), self.added_seeds()
+        if not wanted or len(rounds) >= self.file.study.more_seeds:
+            return 0
+        added = []
+        for (parameterization, size), values in wanted.items():
+            seed = max([*self.file.study.seeds, *(seed for _, seed in known.get((parameterization, size), ()))]) + 1
+            added.append({"parameterization": parameterization, **vars(size), "values": list(values), "seed": seed})
+        write_atomically(self._seeds_file, json.dumps([*rounds, added], indent=1).encode())
         del self.points, self.runs
         return len(self.runs) - before
 

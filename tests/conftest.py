@@ -55,6 +55,7 @@ def study_file(run_settings: dict[str, Any], tmp_path: Path) -> Path:
         "sizes": [{"width": 8, "depth": 3}, {"width": 8, "depth": 6}],
         "values": ["2**-7", "2**-6", "2**-5", "2**-4"],
         "extend": 0,
+        "more_seeds": 0,
     }
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(run_settings))

@@ -67,6 +67,7 @@ BAD = {
     "garbage.jpg": (b"\xff\xd8garbage" * 9, b"0", "not a readable image"),
     "empty.jpg": (b"", b"0", "empty file"),
     "bomb.png": (huge_png(20_000), b"0", "more than 89478485 pixels"),
+    "large.png": (huge_png(10_000), b"0", "more than 89478485 pixels"),  # PIL itself only warns up to twice its limit
     "unlabelled.jpg": (JPEG, None, "no whole number in a member .cls"),
     "worded.jpg": (JPEG, b"dog", "no whole number in a member .cls"),
     "negative.jpg": (JPEG, b"-1", "no whole number in a member .cls"),
@@ -76,7 +77,7 @@ BAD = {
 
 @pytest.fixture
 def rotten(tmp_path) -> Index:
-    samples = [(f"good{number}.jpg", JPEG, b"%d" % (number % 2)) for number in range(40)]
+    samples = [(f"good{number}.jpg", JPEG, b"%d" % (number % 2)) for number in range(39)]
     for place, (name, (content, label, _)) in enumerate(BAD.items()):
         samples.insert(place * 5, (name, content, label))
     write_tar(tmp_path / "train-0.tar", samples)
@@ -87,7 +88,7 @@ def rotten(tmp_path) -> Index:
 def test_bad_samples_are_counted_by_shard_and_reason_and_the_epoch_keeps_its_length(rotten, in_memory):
     options = config(rotten, minival=0, num_streams=4, window=12, max_bad_fraction=0.2, in_memory=in_memory)
     loader = TrainingLoader(TrainingStream(options, rotten, State(0), 8, 16, 3))
-    batches = list(islice(loader, 6))  # one epoch of all 48
+    batches = list(islice(loader, 6))  # one epoch of 48
     assert all(batch.images.shape == (8, 3, 16, 16) for batch in batches)
     assert {bad.key: bad.reason.partition(" (")[0] for batch in batches for bad in batch.bad} == {
         name: reason for name, (_, _, reason) in BAD.items()
@@ -95,7 +96,7 @@ def test_bad_samples_are_counted_by_shard_and_reason_and_the_epoch_keeps_its_len
     assert loader.bad.total() == len(BAD)
     assert "train-0.tar: 1 x empty file" in loader.bad.lines()
     good = list(evaluation_batches(options, rotten, "train", 7, 16, 3))
-    assert sum(len(batch.labels) for batch in good) == 40
+    assert sum(len(batch.labels) for batch in good) == 39
 
 
 def test_stand_ins_are_the_same_streamed_and_in_memory(rotten):
@@ -124,11 +125,15 @@ def test_a_shard_that_changed_under_its_index_is_found(rotten):
     content = bytearray(path.read_bytes())
     start = int(load_members(rotten.root, rotten.shards[0]).offsets[1])
     content[start - 512 : start - 400] = os.urandom(112)  # the header of good0
+    longer = tarfile.TarInfo(load_members(rotten.root, rotten.shards[0]).names[2].decode())
+    longer.size = len(JPEG) + 1
+    start = int(load_members(rotten.root, rotten.shards[0]).offsets[2])
+    content[start - 512 : start] = longer.tobuf()
     path.write_bytes(content)
     options = config(rotten, minival=0, num_streams=4, window=12, max_bad_fraction=1.0)
     loader = TrainingLoader(TrainingStream(options, rotten, State(0), 8, 16, 3))
     list(islice(loader, 6))
-    assert loader.bad.counts[("train-0.tar", "the index disagrees with the shard")] == 1
+    assert loader.bad.counts[("train-0.tar", "the index disagrees with the shard")] == 2
     path.write_bytes(content[:-512])
     with pytest.raises(UserError, match=r"train-0\.tar: \d+ bytes, but index\.json says"):
         rotten.check_files()
@@ -166,6 +171,39 @@ def test_unusual_images_are_read_as_pil_reads_them():
             assert (fast.float() - pil.float()).abs().mean() < 1
     grey = decode(encode(sixteen, "png"), 1, "pil")[0].numpy()
     assert np.array_equal(grey, np.asarray(image.convert("L")))
+
+
+def test_an_unknown_chroma_subsampling_is_left_to_pil():
+    """simplejpeg raises KeyError for it, no ValueError."""
+    content = bytearray(encode(picture(32, 32), "jpeg", subsampling="4:4:4"))
+    content[content.index(b"\xff\xc0") + 11] = 0x14  # four rows of luma for one of chroma
+    assert torch.equal(decode(bytes(content), 3, "fast"), decode(bytes(content), 3, "pil"))
+
+
+@pytest.mark.parametrize("augment", ["none", "resized_crop_flip"])
+def test_images_of_a_batch_do_not_share_the_memory_they_were_decoded_into(tmp_path, augment):
+    pictures = [Image.new("RGB", (16, 16), (50 * number, 0, 0)) for number in range(4)]
+    write_tar(tmp_path / "train-0.tar", [(f"{n}.jpg", encode(p, "jpeg"), b"0") for n, p in enumerate(pictures)])
+    index = index_shards(str(tmp_path), processes=1)
+    options = config(index, minival=0, num_streams=2, augment=augment)
+    trained = next(iter(TrainingLoader(TrainingStream(options, index, State(0), 4, 16, 3)))).images
+    [evaluated] = evaluation_batches(options, index, "train", 4, 16, 3)
+    for images in (trained, evaluated.images):
+        assert sorted(round(image[0].float().mean().item(), -1) for image in images) == [0, 50, 100, 150]
+
+
+def test_a_damaged_sidecar_is_refused_whatever_its_reader_raises(rotten):
+    path = Path(rotten.root) / "train-0.index.npz"
+    content = path.read_bytes()
+    end = content.index(b"PK\x01\x02")
+    for damaged in (content[:100], b"", content[: end + 6] + b"\x40" + content[end + 7 :], content[:70] + content[71:]):
+        path.write_bytes(damaged)
+        load_members.cache_clear()
+        with pytest.raises(UserError, match=r"train-0\.index\.npz: not a shard's index"):
+            load_members(rotten.root, rotten.shards[0])
+    path.unlink()
+    with pytest.raises(UserError, match=r"No such file.*depthmup index"):
+        load_members(rotten.root, rotten.shards[0])
 
 
 def test_fast_and_reference_backend_give_the_same_pictures():

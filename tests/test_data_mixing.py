@@ -19,9 +19,10 @@ from timm.data.auto_augment import rand_augment_transform
 from timm.data.mixup import Mixup
 from torchvision.transforms import functional
 
+from data.augment import augment
 from data.config import DataConfig
 from data.decode import to_pil
-from data.distort import color_jitter, distort, seeded
+from data.distort import color_jitter, distort, seeded, training_image
 from data.errors import UserError
 from data.loader import TrainingLoader, TrainingStream
 from data.mixing import mix
@@ -51,6 +52,17 @@ def test_batches_without_distortions_are_those_of_before_they_existed(tmp_path):
         digest.update(batch.images.numpy().tobytes())
         digest.update(batch.labels.numpy().tobytes())
     assert digest.hexdigest() == "f6bf2786c70a07f3699de425fcd2127f7a67dec9d6fc2a9d446978e64d5fb341"
+
+
+def test_a_draw_below_one_half_mirrors_left_and_right():
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    draws = np.full((2, 41), 0.45)  # the middle of the possible shifts, and of the possible crops
+    draws[1, 0] = 0.55
+    mirrored, kept = augment(images[:1].expand(2, -1, -1, -1), "crop_flip", torch.from_numpy(draws))
+    assert torch.equal(mirrored, kept.flip(2))
+    settings = DataConfig(name="x", root="x", augment="resized_crop_flip")
+    mirrored, kept = (training_image(images[0], settings, 8, drawn) for drawn in draws)
+    assert torch.equal(mirrored, kept.flip(2))
 
 
 @pytest.mark.parametrize("augment", ["none", "crop_flip", "resized_crop_flip"])

@@ -46,6 +46,7 @@ def test_packed_shards_keep_the_files_bytes_and_labels(tmp_path):
     assert sorted(contents(tmp_path / "shards")) == sorted(
         [
             "index.json",
+            "pack.json",
             *(f"{n}.{e}" for n in ("train-000000", "train-000001", "val-000000") for e in ("tar", "index.npz")),
         ]
     )
@@ -69,7 +70,7 @@ def test_a_killed_pack_leaves_whole_shards_and_the_next_one_finishes_the_same(tm
             assert len(archive.getnames()) == 40  # an image and a label each
     recorded = [path for path in finished if packing.record_path(path).exists()]
     times = [path.stat().st_mtime_ns for path in recorded]
-    with pytest.raises(UserError, match="another pack"):
+    with pytest.raises(UserError, match=r"another pack \(then --shard-samples 20, now 21"):
         pack(str(source), tmp_path / "killed", shard_samples=21)
     pack(str(source), tmp_path / "killed", shard_samples=20)
     assert times == [path.stat().st_mtime_ns for path in recorded]
@@ -77,12 +78,41 @@ def test_a_killed_pack_leaves_whole_shards_and_the_next_one_finishes_the_same(tm
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
+def test_a_second_pack_changes_nothing_and_says_so_or_refuses_naming_what_differs(tmp_path):
+    source, out = make_folder(tmp_path / "images", 9), tmp_path / "shards"
+    listing = tmp_path / "list"
+    listing.write_text("0000.png class0\n")
+
+    def run(*options):
+        ran = CliRunner().invoke(cli, ["pack", str(source), str(out), *options])
+        return ran.exit_code, ran.output if ran.exit_code == 0 else str(ran.exception)
+
+    assert run("--shard-samples", "5")[1].endswith("train: 9 images in 2 shards\n")
+    before = contents(out)
+    assert run("--shard-samples", "5") == (0, "already packed: 9 samples in 2 shards\ntrain: 9 images in 2 shards\n")
+    for options, difference in (
+        (("--shard-samples", "6"), "then --shard-samples 5, now 6"),
+        (("--shard-samples", "5", "--resize", "20"), "then --resize unset, now 20; then --quality unset, now 90"),
+        (("--shard-samples", "5", "--validation-list", str(listing)), f"then --validation-list unset, now {listing}"),
+        (("--shard-samples", "5", "--seed", "1"), "then --seed 0, now 1"),
+    ):
+        code, message = run(*options)
+        assert code != 0
+        assert difference in message
+        assert message.endswith("Pack into another folder, or delete this one first")
+    make_folder(source, 10)
+    assert f"then 9 images of {source}, now 10 others" in run("--shard-samples", "5")[1]
+    assert contents(out) == before
+    (out / "pack.json").unlink()
+    assert "not packed by this command" in run("--shard-samples", "5")[1]
+
+
 def test_unreadable_files_are_named_and_too_many_end_the_pack(tmp_path):
     source = make_folder(tmp_path / "images", 20)
     for number in range(3):
         (source / "class0" / f"broken{number}.png").write_bytes(b"\x89PNG broken" * number)
     _, bad = pack(str(source), tmp_path / "shards")
-    assert sorted(line.partition(":")[0] for line in bad) == [f"class0/broken{number}.png" for number in range(3)]
+    assert sorted(bad) == [f"class0/broken{number}.png: UnidentifiedImageError" for number in range(3)]
     with pytest.raises(UserError, match="more than 2 unreadable"):
         pack(str(source), tmp_path / "other", max_bad=2)
 
@@ -131,14 +161,20 @@ def test_indexing_existing_shards_gives_packs_own_index_and_inspect_reports(tmp_
         str(make_folder(tmp_path / "images", 30)), tmp_path / "shards", shard_samples=8, validation_share=0.2
     )
     before = contents(tmp_path / "shards")
-    for path in [*(tmp_path / "shards").glob("*.npz"), tmp_path / "shards" / "index.json"]:
-        path.unlink()
+    for name in before:
+        if name.endswith((".npz", "index.json")):
+            (tmp_path / "shards" / name).unlink()
     classes = tmp_path / "classes.txt"
     classes.write_text("\n".join(index.classes))
     runner = CliRunner()
     ran = runner.invoke(cli, ["index", str(tmp_path / "shards"), "--classes", str(classes), "--processes", "1"])
     assert ran.exit_code == 0, ran.output
     assert contents(tmp_path / "shards") == before
+    ran = runner.invoke(cli, ["index", str(tmp_path / "shards"), "--classes", str(classes)])
+    assert "already indexed: 30 samples in 4 shards" in ran.output
+    classes.write_text("a\nb\nc")
+    ran = runner.invoke(cli, ["index", str(tmp_path / "shards"), "--classes", str(classes)])
+    assert "index.json exists and has 3 classes, other than those given" in str(ran.exception)
     sheet = tmp_path / "sheet.png"
     ran = runner.invoke(cli, ["inspect", str(tmp_path / "shards"), "--sheet", str(sheet), "--processes", "1"])
     assert ran.exit_code == 0, ran.output
@@ -165,6 +201,26 @@ def test_an_index_of_a_pattern_refuses_what_is_missing_or_no_tar(tmp_path):
         index_shards(str(tmp_path / "garbage"), processes=1)
 
 
+def test_a_missing_folder_and_one_without_shards_are_told_apart_with_the_way_on(tmp_path):
+    (tmp_path / "empty").mkdir()
+    pack(str(make_folder(tmp_path / "images", 9)), tmp_path / "shards")
+    (tmp_path / "shards" / "index.json").unlink()
+    for name, of_index, of_inspect in (
+        ("nowhere", "no such folder. Name a folder of .tar files", "no such folder. Make shards"),
+        ("empty", "no .tar files in it. Make some", "no index.json and no .tar files in it. Make shards"),
+        ("shards", None, "shards: .tar files, but no index.json. Make it with 'depthmup index"),
+    ):
+        with pytest.raises(UserError, match=of_inspect):
+            Index.load(tmp_path / name)
+        if of_index:
+            with pytest.raises(UserError, match=of_index):
+                index_shards(str(tmp_path / name))
+    index_shards(str(tmp_path / "shards"), processes=1)
+    shutil.copy(tmp_path / "shards" / "train-000000.tar", tmp_path / "shards" / "train-000001.tar")
+    with pytest.raises(UserError, match=r"does not list train-000001\.tar. Delete it to index again"):
+        index_shards(str(tmp_path / "shards"))
+
+
 def test_an_index_that_names_files_outside_its_folder_needs_trust(tmp_path):
     index, _ = pack(str(make_folder(tmp_path / "images", 10)), tmp_path / "shards")
     path = tmp_path / "shards" / "index.json"
@@ -181,4 +237,3 @@ def test_an_index_that_names_files_outside_its_folder_needs_trust(tmp_path):
         with pytest.raises(UserError):
             Index.load(index.root, trust=True).check_files()
     assert not Path("owned").exists()
-    assert packing.PLAN_NAME not in contents(tmp_path / "shards")

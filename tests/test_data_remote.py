@@ -1,19 +1,26 @@
 """Shards behind a real HTTP server and a real S3 server that fail, stall and cut connections."""
 
 import re
+import shutil
+import sys
 import threading
 import time
+from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 from pathlib import Path
+from types import ModuleType
 
+import fsspec
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry as fsspec_classes
 from image_sets import config, make_shards
 
 from data import storage
 from data.errors import UserError
-from data.index import Index
+from data.index import Index, load_members
 from data.loader import TrainingLoader, TrainingStream
 from data.order import State
 from data.scan import index_shards
@@ -28,7 +35,8 @@ def shards(tmp_path, monkeypatch):
 
 
 class Server(ThreadingHTTPServer):
-    """Serves a folder with ranges. `faults` are taken one a request: an HTTP status, 'stall' or 'cut'."""
+    """Serves a folder with ranges. `faults` are taken one a request: an HTTP status, 'stall', 'cut' or 'whole'
+    (the range is ignored)."""
 
     daemon_threads = True
 
@@ -41,6 +49,34 @@ class Server(ThreadingHTTPServer):
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
 
+    def answer(self, path, headers):
+        """Status, headers and content."""
+        file = self.folder / path.lstrip("/")
+        if not file.is_file():
+            return 404, {}, b""
+        content = file.read_bytes()
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", headers.get("Range", ""))
+        if not wanted:
+            return 200, {"Accept-Ranges": "bytes", "Content-Length": str(len(content))}, content
+        first, last = int(wanted[1]), min(int(wanted[2]), len(content) - 1)
+        ranged = {"Content-Range": f"bytes {first}-{last}/{len(content)}", "Content-Length": str(last + 1 - first)}
+        return 206, {"Accept-Ranges": "bytes", **ranged}, content[first : last + 1]
+
+
+class Proxy(Server):
+    """Stands before another server at `target` (host:port), with the faults of Server."""
+
+    def __init__(self, target: str) -> None:
+        super().__init__(Path())
+        self.target = target
+
+    def answer(self, path, headers):
+        connection = HTTPConnection(self.target)
+        connection.request("GET", path, headers=dict(headers))
+        answer = connection.getresponse()
+        kept = {name: value for name, value in answer.getheaders() if name not in ("Server", "Date", "Connection")}
+        return answer.status, kept, answer.read()
+
 
 class Handler(BaseHTTPRequestHandler):
     def do_HEAD(self):
@@ -50,20 +86,14 @@ class Handler(BaseHTTPRequestHandler):
         server = self.server
         server.requests.append(self.path)
         fault = server.faults.pop(0) if server.faults else None
-        path = server.folder / self.path.lstrip("/")
-        if isinstance(fault, int) or not path.is_file():
-            return self.send_error(fault or 404)
+        if isinstance(fault, int):
+            return self.send_error(fault)
         if fault == "stall":
             time.sleep(2.5)
-        content = path.read_bytes()
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        self.send_response(206 if wanted else 200)
-        if wanted:
-            first, last = int(wanted[1]), min(int(wanted[2]), len(content) - 1)
-            self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
-            content = content[first : last + 1]
-        self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(len(content)))
+        status, headers, content = server.answer(self.path, {} if fault == "whole" else self.headers)
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(content[: len(content) // 2] if fault == "cut" else content)
@@ -91,6 +121,11 @@ def test_an_http_server_that_fails_stalls_and_cuts_gives_the_local_batches(shard
     got = epoch(Index.load(server.url))
     assert all(torch.equal(a.images, b.images) for a, b in zip(expected, got, strict=True))
     asked = len(server.requests)
+    shutil.rmtree(storage.CACHE)
+    load_members.cache_clear()
+    epoch(Index.load(server.url))
+    assert asked - (len(server.requests) - asked) >= 5  # each fault was asked for again, the stalled one too
+    asked = len(server.requests)
     for num_workers in (0, 2):  # workers read ahead into the next epoch
         again = epoch(Index.load(server.url), num_workers)
         assert all(torch.equal(a.images, b.images) for a, b in zip(expected, again, strict=True))
@@ -111,6 +146,9 @@ def test_a_server_that_stays_down_or_lacks_a_file_ends_with_one_clear_error(shar
     server.faults = [503] * 100
     with pytest.raises(UserError, match=r"127\.0\.0\.1.*5 tries failed.*503"):
         epoch(index)
+    server.faults = ["whole"] * 100
+    with pytest.raises(UserError, match="does the server know ranges"):
+        storage.read_range(index.location(index.shards[0]), "", index.shards[0].size, 0, 10)
     server.faults = []
     with pytest.raises(UserError, match="no such file"):
         Index.load(server.url + "/nothing")
@@ -126,29 +164,78 @@ def test_shards_of_an_http_server_are_indexed_by_pattern(shards, server, tmp_pat
     assert torch.equal(epoch(Index.load(made.root))[3].labels, epoch(made)[3].labels)
 
 
-def test_an_s3_server_gives_the_local_batches(shards, monkeypatch):
+@pytest.fixture
+def s3(shards, monkeypatch):
+    """A faulty proxy before a real S3 server that holds the shards as s3://bucket/set."""
     import boto3
     from moto.server import ThreadedMotoServer
 
     moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     moto.start()
-    try:
-        address = "http://{}:{}".format(*moto.get_host_and_port())
-        for key, value in (
-            ("AWS_ENDPOINT_URL", address),
-            ("AWS_ACCESS_KEY_ID", "test"),
-            ("AWS_SECRET_ACCESS_KEY", "test"),
-            ("AWS_DEFAULT_REGION", "us-east-1"),
-        ):
-            monkeypatch.setenv(key, value)
-        client = boto3.client("s3")
-        client.create_bucket(Bucket="bucket")
-        for path in Path(shards.root).iterdir():
-            client.upload_file(str(path), "bucket", f"set/{path.name}")
-        monkeypatch.setattr(storage, "TIMEOUT", 20.0)
-        got = epoch(Index.load("s3://bucket/set"))
-        assert all(torch.equal(a.images, b.images) for a, b in zip(epoch(shards), got, strict=True))
-        with pytest.raises(UserError, match="no such file"):
-            Index.load("s3://bucket/nothing")
-    finally:
-        moto.stop()
+    proxy = Proxy("{}:{}".format(*moto.get_host_and_port()))
+    for key, value in (
+        ("AWS_ACCESS_KEY_ID", "test"),
+        ("AWS_SECRET_ACCESS_KEY", "test"),
+        ("AWS_DEFAULT_REGION", "us-east-1"),
+        ("AWS_MAX_ATTEMPTS", "1"),  # botocore tries again by itself; here our own tries are tested
+    ):
+        monkeypatch.setenv(key, value)
+    client = boto3.client("s3", endpoint_url=f"http://{proxy.target}")
+    client.create_bucket(Bucket="bucket")
+    for path in Path(shards.root).iterdir():
+        client.upload_file(str(path), "bucket", f"set/{path.name}")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    monkeypatch.setattr(storage, "TIMEOUT", 30.0)
+    yield proxy
+    proxy.shutdown()
+    proxy.server_close()
+    moto.stop()
+
+
+def test_an_s3_server_that_fails_stalls_and_cuts_gives_the_local_batches(shards, s3, monkeypatch):
+    index = Index.load("s3://bucket/set")  # the first request waits for imports: the time-out is short from here on
+    monkeypatch.setattr(storage, "TIMEOUT", 2.0)
+    s3.faults = [503, "cut", None, "stall", 500, "cut"]
+    got = epoch(index)
+    assert not s3.faults
+    assert all(torch.equal(a.images, b.images) for a, b in zip(epoch(shards), got, strict=True))
+    with pytest.raises(UserError, match="no such file"):
+        Index.load("s3://bucket/nothing")
+    shutil.rmtree(storage.CACHE)
+    s3.faults = [503] * 100
+    with pytest.raises(UserError, match=r"s3://bucket/set/.*5 tries failed"):
+        epoch(index)
+
+
+def test_s3_without_its_package_names_the_extra(monkeypatch):
+    monkeypatch.delitem(fsspec_classes, "s3", raising=False)
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(UserError, match=r"pip install 'depthmup\[remote\]'$"):
+        Index.load("s3://bucket/set")
+
+
+@pytest.mark.parametrize(
+    ("url", "implementation", "install"),
+    [
+        ("gs://bucket/set", "gcsfs.GCSFileSystem", "gcsfs"),
+        ("az://bucket/set", "adlfs.AzureBlobFileSystem", "adlfs"),
+        ("abfs://bucket/set", "adlfs.AzureBlobFileSystem", "adlfs"),
+        ("hf://datasets/owner/name", "huggingface_hub.HfFileSystem", "huggingface_hub"),
+    ],
+)
+def test_a_url_reaches_its_stores_class_or_says_what_to_install(shards, url, implementation, install, monkeypatch):
+    """The stores themselves are out of reach here: a file system in memory stands in for their classes."""
+    (scheme, _, _), (module, _, name) = url.partition(":"), implementation.partition(".")
+    monkeypatch.delitem(fsspec_classes, scheme, raising=False)  # forget what was imported before
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=f"pip install {install}$"):
+        Index.load(url)
+    stand_in = type(
+        name, (MemoryFileSystem,), {"protocol": scheme, "cachable": False, "store": {}, "pseudo_dirs": [""]}
+    )
+    monkeypatch.setitem(sys.modules, module, ModuleType(module))
+    monkeypatch.setattr(sys.modules[module], name, stand_in, raising=False)
+    for path in Path(shards.root).iterdir():
+        fsspec.filesystem(scheme).pipe_file(f"{url}/{path.name}", path.read_bytes())
+    got = epoch(Index.load(url))
+    assert all(torch.equal(a.images, b.images) for a, b in zip(epoch(shards), got, strict=True))

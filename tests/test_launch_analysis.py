@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from launch.analysis import Result, analyse, fit_optimum
+from launch.analysis import Result, analyse, seeds_wanted
 from launch.config import Size
+from launch.optimum import fit_optimum
 
 BASE, DEEP = Size(width=16, depth=3), Size(width=16, depth=27)
 GRID = np.arange(-10.0, 1.0)
@@ -98,3 +99,109 @@ def test_diverged_runs_count_in_the_curve_and_are_not_dropped() -> None:
     curve = analyse(results(BASE, -4.0, diverged_above=-3.0), BASE, 1.0).curves[0]
     assert np.isinf(curve.metric).sum() == 3 * 3  # three seeds at x = -2, -1, 0
     assert len(curve.x) == len(GRID)
+
+
+def surface(
+    generator: np.random.Generator, size: Size, optimum: float, seeds: int, noise: float = 0.02, shift: float = 0.1
+) -> list[Result]:
+    """Runs over GRID whose lowest point is at `optimum` on average; every seed moves and lifts it a little."""
+    found = []
+    for seed in range(seeds):
+        centre, lift = optimum + shift * generator.standard_normal(), 0.02 * generator.standard_normal()
+        loss = 0.5 + lift + 0.05 * (GRID - centre) ** 2 + noise * generator.standard_normal(len(GRID))
+        found += [Result("p", size, 2.0**x, seed, float(y)) for x, y in zip(GRID, loss, strict=True)]
+    return found
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_nine_of_ten_intervals_hold_the_true_optimum_and_the_true_drift(seeds: int) -> None:
+    generator, repeats = np.random.default_rng(seeds), 400
+    held = np.zeros(2)
+    for _ in range(repeats):
+        optimum, drift = generator.uniform(-7, -4), generator.uniform(-1, 1)
+        found = analyse(
+            [*surface(generator, BASE, optimum, seeds), *surface(generator, DEEP, optimum + drift, seeds)], BASE, 1.0
+        )
+        for i, (interval, true) in enumerate(
+            ((found.curves[0].interval, optimum), (found.comparisons[1].interval, drift))
+        ):
+            assert interval is not None
+            held[i] += interval[0] <= true <= interval[1]
+    share = held / repeats  # its standard error is 0.015
+    assert 0.86 <= share[0] <= 0.95
+    assert 0.86 <= share[1] <= 0.98  # Welch's interval is on the wide side with two seeds
+
+
+def test_one_seed_has_no_interval_and_no_verdict() -> None:
+    found = analyse([r for r in [*results(BASE, -4.0), *results(DEEP, -8.0)] if r.seed == 0], BASE, 1.0)
+    assert [c.interval for c in found.comparisons] == [None, None]
+    assert found.judgements[0].verdict == "inconclusive"
+    assert "one seed" in found.judgements[0].reason
+
+
+def test_an_interval_wider_than_twice_the_tolerance_is_no_transfer() -> None:
+    generator = np.random.default_rng(0)
+    noisy = [*surface(generator, BASE, -5.0, 2, shift=1.0), *surface(generator, DEEP, -5.0, 2, shift=1.0)]
+    name, reason = verdict(noisy)
+    assert name == "inconclusive"
+    assert "only" in reason
+
+
+def test_a_loss_of_a_guess_is_no_optimum() -> None:
+    guess = [Result("p", DEEP, 2.0**x, seed, 2.30 + 0.001 * abs(x + 5)) for seed in range(3) for x in GRID]
+    found = analyse([*results(BASE, -4.0), *guess], BASE, 1.0, chance=math.log(10))
+    assert found.curves[1].optimum.x is None
+    assert not found.curves[1].trains
+    assert found.judgements[0].verdict == "does not transfer"
+    assert "does not train" in found.judgements[0].reason
+    assert analyse(guess, DEEP, 1.0, chance=math.log(10)).judgements[0].verdict == "inconclusive"
+
+
+def test_a_censored_optimum_is_known_from_one_side_only() -> None:
+    found = analyse([*results(BASE, -4.0), *results(DEEP, -12.0)], BASE, 1.0)
+    low, high = found.comparisons[1].interval or (0.0, 0.0)
+    assert low == -math.inf
+    assert -6.0 <= high <= -4.9  # the grid ends 6 octaves below, and its step is 1
+    assert found.judgements[0].verdict == "does not transfer"
+
+
+def test_a_seed_that_ran_near_the_optimum_only_does_not_bend_the_curve() -> None:
+    whole = results(BASE, -4.3, noise=0.0)
+    lucky = [
+        Result("p", BASE, r.value, 7, r.metric - 0.2) for r in whole if r.seed == 0 and abs(math.log2(r.value) + 4) <= 2
+    ]
+    curve = analyse([*whole, *lucky], BASE, 1.0).curves[0]
+    assert curve.optimum.x == pytest.approx(-4.3, abs=0.1)
+    assert np.isfinite(curve.mean).all()
+
+
+def test_seeds_are_wanted_near_the_optimum_of_the_sizes_in_doubt_and_nowhere_else() -> None:
+    wide = Size(width=64, depth=3)
+    one = [r for r in [*results(BASE, -4.0), *results(DEEP, -4.0)] if r.seed == 0]
+    wanted = seeds_wanted(analyse(one, BASE, 1.0), BASE)
+    assert set(wanted) == {("p", BASE), ("p", DEEP)}
+    assert wanted["p", BASE] == [2.0**x for x in range(-6, -1)]
+
+    flat = [Result("p", DEEP, 2.0**x, s, 0.3 + 0.002 * (x + 5 - 3 * s) ** 2) for s in range(3) for x in GRID]
+    doubtful = analyse([*results(BASE, -4.0), *results(wide, -4.0), *flat], BASE, 1.0)
+    assert doubtful.judgements[0].verdict == "inconclusive"
+    assert set(seeds_wanted(doubtful, BASE)) == {("p", BASE), ("p", DEEP)}
+
+    for settled in ([*results(BASE, -4.0), *results(DEEP, -4.2)], [*results(BASE, -3.0), *results(DEEP, -8.0)]):
+        assert not seeds_wanted(analyse(settled, BASE, 1.0), BASE)
+    edge = analyse([*results(BASE, -4.0), *results(DEEP, -10.4)], BASE, 9.0)
+    assert edge.judgements[0].verdict == "inconclusive"
+    assert not seeds_wanted(edge, BASE)  # it wants values
+
+
+def test_octaves_of_momentum_are_those_of_one_minus_it() -> None:
+    steps = 1 - 2.0 ** np.arange(-7.0, 0.0)
+    found = [
+        Result("p", size, float(m), seed, 0.3 + 0.05 * (math.log2(1 - m) + 3.2) ** 2 + 0.001 * seed)
+        for size in (BASE, DEEP)
+        for seed in range(2)
+        for m in steps
+    ]
+    curve = analyse(found, BASE, 1.0, octaves=lambda m: math.log2(1 - m)).curves[0]
+    assert curve.optimum.x == pytest.approx(-3.2, abs=0.1)
+    assert (np.diff(curve.x) > 0).all()

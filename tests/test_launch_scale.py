@@ -33,6 +33,9 @@ def invoke(*arguments: object) -> str:
 
 
 def test_scale_writes_a_configuration_that_carries_the_optimum_to_another_size(study_file: Path) -> None:
+    settings = yaml.safe_load(study_file.read_text())
+    settings["study"]["seeds"] = [0, 1]
+    study_file.write_text(yaml.safe_dump(settings))
     finish(Study(study_file, read_study(study_file)), best=-5.2)
     out = study_file.parent / "large.yaml"
     arguments = ("model.width=16", "model.depth=12", "--parameterization", "depth_mup", "--out", out)
@@ -141,3 +144,42 @@ def test_points_share_a_run_exactly_where_their_parameterizations_have_the_same_
     for size, groups in expected.items():
         assert sorted(names[size].values()) == sorted(groups * 4)  # four rates
     assert len(study.runs) == 4 * sum(map(len, expected.values()))
+
+
+def test_seeds_are_added_where_the_verdict_hangs_on_them_and_a_later_command_sees_them(study_file: Path) -> None:
+    file = read_study(study_file, ("study.more_seeds=2",))
+    study = Study(study_file, file)
+    finish(study, best=-5)
+    assert collect(study).analysis.judgements[0].verdict == "inconclusive"  # one seed
+    assert grow(study) == 12  # one seed more at four values of three different networks
+    assert {run.seed for run in Study(study_file, file).runs} == {0, 1}
+    finish(study, best=-5)
+    assert {j.verdict for j in collect(study).analysis.judgements} == {"transfers"}
+    assert grow(study) == 0  # nothing is open any more
+
+
+def test_no_seed_is_added_where_that_is_switched_off_or_was_done_often_enough(study_file: Path) -> None:
+    switched_off = Study(study_file, read_study(study_file, ("study.more_seeds=0",)))
+    finish(switched_off, best=-5)
+    assert grow(switched_off) == 0
+    study = Study(study_file, read_study(study_file, ("study.more_seeds=1",)))
+    assert grow(study) == 12
+    study.write()
+    for run in study.pending():  # seeds that disagree by octaves leave the verdict open
+        loss = 0.3 + 0.005 * (math.log2(run.value) + 5 + run.size.depth) ** 2
+        run.directory.write_done({"outcome": "completed", "step": 12, "minival_loss": loss, "seconds": 1.0})
+    assert grow(study) == 0
+
+
+def test_a_grid_of_momentum_grows_towards_one_and_never_reaches_it(study_file: Path) -> None:
+    values = "study.values=[0.5, 0.75, 0.875]"
+    study = Study(study_file, read_study(study_file, ("study.hyperparameter=optimizer.momentum", values)))
+    assert study.grow({("sp", study.file.study.sizes[0]): "low"}) == 0  # study.extend is 0 here
+    study = Study(
+        study_file, read_study(study_file, ("study.hyperparameter=optimizer.momentum", values, "study.extend=1"))
+    )
+    study.write()
+    assert study.grow({("sp", study.file.study.sizes[0]): "low"}) == 2
+    assert max(run.value for run in study.runs) == 0.96875  # 1 - 2^-5
+    with pytest.raises(UserError, match="must be below 1"):
+        read_study(study_file, ("study.hyperparameter=optimizer.momentum", "study.values=[0.5, 0.9, 1]"))

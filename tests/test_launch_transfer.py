@@ -57,7 +57,7 @@ def test_a_study_runs_to_its_report_and_a_second_call_only_reports(study_file: P
 
     root = directories[0].parent.parent
     report = json.loads((root / "report.json").read_text())
-    assert len(report["runs"]) == 16
+    assert len(report["points"]) == 16
     assert {row["depth"] for row in csv.DictReader((root / "report.csv").open())} == {"3", "6"}
     page = (root / "report.html").read_text()
     assert "<svg" in page
@@ -65,7 +65,7 @@ def test_a_study_runs_to_its_report_and_a_second_call_only_reports(study_file: P
     assert 'href="http' not in page
 
     # At the base size every parameterization is the same ordinary model: one run serves both.
-    base = {(run["parameterization"], run["value"]): run["metric"] for run in report["runs"] if run["depth"] == 3}
+    base = {(run["parameterization"], run["value"]): run["metric"] for run in report["points"] if run["depth"] == 3}
     for value in {value for _, value in base}:
         assert base["sp", value] == base["depth_mup", value]
 
@@ -75,7 +75,8 @@ def test_a_study_runs_to_its_report_and_a_second_call_only_reports(study_file: P
 
 
 def test_an_interrupted_study_continues_where_it_was(study_file: Path) -> None:
-    arguments = [*COMMAND, "transfer", str(study_file), "launch.slots=1"]
+    longer = "train.samples=6400"  # so that some runs are left when the signal comes
+    arguments = [*COMMAND, "transfer", str(study_file), "launch.slots=1", longer]
     process = subprocess.Popen(
         arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -97,7 +98,7 @@ def test_an_interrupted_study_continues_where_it_was(study_file: Path) -> None:
     done = {path: path.stat().st_mtime_ns for path in runs.glob("*/done.json")}
     assert 0 < len(done) < 12
 
-    again = depthmup("transfer", study_file)
+    again = depthmup("transfer", study_file, longer)
     assert again.returncode == 0, again.stderr
     assert len(list(runs.glob("*/done.json"))) == 12
     assert {path: path.stat().st_mtime_ns for path in done} == done

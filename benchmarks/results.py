@@ -1,0 +1,152 @@
+"""docs/RESULTS.md from the studies' records, negative results and unfinished studies with the others.
+
+depthmup report configs/paper/*.yaml --publish docs/results
+python -m benchmarks.results docs/results/*.json > docs/RESULTS.md
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from launch.analysis import show_drift, show_interval
+from launch.overview import closed, overview
+from launch.page import markdown_table
+from launch.plan import quantity
+from launch.record import read_record
+from launch.tables import number
+
+INTRODUCTION = """# Results: does the optimum stay put?
+
+Made from `docs/results/*.json` by `python -m benchmarks.results docs/results/*.json > docs/RESULTS.md`; do not edit.
+`depthmup transfer CONFIG` makes a study, `depthmup report CONFIG --publish docs/results` its record and figures. Every
+study stays in, whatever its verdict. Widths and depths are written width x depth; optima and drifts are octaves (log2);
+losses are means over seeds of the study's metric; intervals are 90 % and over seeds.
+"""
+
+
+def size(found: dict[str, Any]) -> str:
+    return f"{found['width']} x {found['depth']}"
+
+
+def interval(bounds: Sequence[float | None] | None) -> str:
+    return show_interval(closed(bounds)) if bounds else ""
+
+
+def metric(found: dict[str, Any], key: str) -> str:
+    """In a record a metric is null where runs diverged."""
+    return "diverged" if found[key] is None else number(found[key])
+
+
+def settings(record: dict[str, Any]) -> list[str]:
+    cost, seeds = record["cost"], sorted({run["seed"] for run in record["points"]})
+    unfinished = f" **{record['num_unfinished']} runs are not finished.**" if record["num_unfinished"] else ""
+    return [
+        f"`depthmup transfer {record['config']}`: {record['model']}, {record['optimizer']}, {record['data']} at "
+        f"{record['image_size']} pixels, {record['schedule']} schedule with {100 * record['warmup']:g} % warm-up, "
+        f"{record['samples']} samples in batches of {record['global_batch_size']} ({record['steps']} steps), "
+        f"{100 * record['minival']:g} % of the training set held out as minival, seeds {', '.join(map(str, seeds))}, "
+        f"swept: {record['hyperparameter']}. {record['num_runs']} runs, {record['num_diverged']} of them diverged; "
+        f"{quantity(cost['flops'])}FLOPs, {cost['hours']:.1f} hours of training processes.{unfinished}"
+    ]
+
+
+def size_rows(record: dict[str, Any]) -> list[dict[str, str]]:
+    return [
+        {
+            "parameterization": s["parameterization"],
+            "size": size(s),
+            "seeds": str(s["seeds"]),
+            "log2 optimum": "none" if s["optimum_log2"] is None else f"{s['optimum_log2']:.1f}",
+            "drift": ""
+            if s["drift_octaves"] is None or size(s) == size(record["base"])
+            else show_drift(s["drift_octaves"]),
+            "interval": "" if size(s) == size(record["base"]) else interval(s["drift_interval_octaves"]),
+            "best": metric(s, "best_metric"),
+            "at base optimum": metric(s, "metric_at_base_optimum"),
+            "regret": metric(s, "regret"),
+            "notes": ", ".join(
+                [f"censored ({s['censored']} edge)"] * bool(s["censored"]) + ["does not train"] * (not s["trains"])
+            ),
+        }
+        for s in record["sizes"]
+    ]
+
+
+def forecast_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """Of all studies: what was foretold and what was seen, and why where nothing was."""
+    return [
+        {
+            "study": record["study"],
+            "parameterization": f["parameterization"],
+            "target": size(f["target"]),
+            "predicted": number(f["predicted"]),
+            "interval": "{:.3g} to {:.3g}".format(*f["interval"]) if f["interval"] else "",
+            "seen": "diverged" if f["diverged"] else number(f["seen"]),
+            "inside": {True: "yes", False: "no", None: ""}[f["inside"]],
+            "law, sizes": f"{f['law']}, {f['fitted_sizes']}",
+            "remark": f["remark"],
+        }
+        for record in records
+        for f in record["forecasts"]
+    ]
+
+
+def direct_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    return [
+        {
+            "study": record["study"],
+            "parameterization": d["parameterization"],
+            "base": size(record["base"]),
+            "target": size(d["target"]),
+            "cost of the base's sweep": f"{100 * d['cost_share']:.2g} % of the target's",
+            "transferred": metric(d, "transferred"),
+            "tuned": metric(d, "tuned"),
+            "regret": metric(d, "regret"),
+        }
+        for record in records
+        for d in record["direct"]
+    ]
+
+
+def figure(folder: Path, name: str) -> list[str]:
+    return [f"![{name}](results/{name}.png)", ""] if (folder / f"{name}.png").exists() else []
+
+
+def study_section(record: dict[str, Any], folder: Path) -> list[str]:
+    name = record["study"]
+    lines = [f"## {name}", "", *settings(record), ""]
+    lines += [f"- **{v['parameterization']}: {v['verdict']}**. {v['reason']}." for v in record["verdicts"]]
+    lines += [
+        "",
+        *figure(folder, f"{name}-curves"),
+        *figure(folder, f"{name}-drift"),
+        *markdown_table(size_rows(record)),
+    ]
+    return [*lines, "", *figure(folder, f"{name}-convergence")]
+
+
+def results(records: Sequence[dict[str, Any]], folder: Path) -> str:
+    """The whole document. `folder` has the figures and records."""
+    forecasts, direct = forecast_rows(records), direct_rows(records)
+    checked = [row["inside"] for row in forecasts if row["inside"]]
+    lines = [INTRODUCTION, *markdown_table(overview(records)), ""]
+    lines += [f"Rule of the verdicts: {rule}" for rule in dict.fromkeys(record["rule"] for record in records)]
+    lines += ["", "## Transfer beside tuning directly", "", *markdown_table(direct), ""]
+    lines += ["## Forecasts", "", f"{checked.count('yes')} of {len(checked)} hold what was seen.", ""]
+    lines += [*markdown_table(forecasts), ""]
+    for record in records:
+        lines += study_section(record, folder)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main() -> None:
+    paths = [Path(argument) for argument in sys.argv[1:]]
+    if not paths:
+        sys.exit(f"give the records: python -m {__spec__.name} docs/results/*.json")
+    records = [record for record in map(read_record, paths) if "verdicts" in record]
+    print(results(records, paths[0].parent), end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Several studies side by side: one row per study and parameterization, from their records (see launch.record)."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from data.storage import write_atomically
+from launch.analysis import show_drift, show_interval
+from launch.page import environment
+from launch.record import as_record
+from launch.report import Report
+from launch.tables import number, print_table, say
+
+
+def closed(bounds: Sequence[float | None]) -> tuple[float, float]:
+    """A record's interval with infinite numbers where it is open."""
+    low, high = bounds
+    return (float("-inf") if low is None else low), (float("inf") if high is None else high)
+
+
+def cells(record: Mapping[str, Any], verdict: Mapping[str, str]) -> dict[str, str]:
+    """One parameterization of one study: its base's optimum, and the size that drifted most."""
+    sizes = [size for size in record["sizes"] if size["parameterization"] == verdict["parameterization"]]
+    base, *others = sizes  # a record has the base first
+    drifted = [size for size in others if size["drift_octaves"] is not None]
+    largest = max(drifted, key=lambda size: abs(size["drift_octaves"]), default=None)
+    drift = interval = ""
+    if largest:
+        drift = f"{show_drift(largest['drift_octaves'])} at {largest['width']} x {largest['depth']}"
+        bounds = largest["drift_interval_octaves"]
+        interval = show_interval(closed(bounds)) if bounds else "one seed"
+    lost = [size["regret"] for size in others]
+    regret = "diverged" if None in lost else number(max(lost)) if lost else ""
+    optimum = "none" if base["optimum_log2"] is None else f"{base['optimum_log2']:.1f}"
+    return {
+        "study": record["study"],
+        "parameterization": verdict["parameterization"],
+        "log2 optimum": optimum,
+        "largest drift": drift,
+        "interval": interval,
+        "largest regret": regret,
+        "censored": str(sum(size["censored"] is not None for size in sizes)),
+        "verdict": verdict["verdict"] + (" so far" if record["num_unfinished"] else ""),
+    }
+
+
+def overview(records: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    return [cells(record, verdict) for record in records for verdict in record["verdicts"]]
+
+
+def print_overview(reports: Sequence[Report], console: Console) -> None:
+    """The rows that a terminal has room for; the page has all."""
+    table = overview([as_record(report) for report in reports])
+    shown = ("study", "parameterization", "largest drift", "interval", "verdict")
+    say(console, "\nAll studies, with the size (width x depth) that drifted most:")
+    print_table([{column: row[column] for column in shown} for row in table], ("study", "parameterization"), console)
+
+
+def write_overview(reports: Sequence[Report], path: Path) -> None:
+    """One page with a row per study and parameterization, and links to the studies' own pages."""
+    links = [(report.study.file.study.name, report.study.file.directory / "report.html") for report in reports]
+    page = (
+        environment()
+        .get_template("overview.html.j2")
+        .render(
+            rows=overview([as_record(report) for report in reports]),
+            links=[(name, file.absolute().as_uri()) for name, file in links],
+            reports=reports,
+        )
+    )
+    write_atomically(path, page.encode())

@@ -1,0 +1,130 @@
+"""A report as plain data: what report.json holds, and what docs/results keeps of a study."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from launch.report import Report
+
+
+def plain(value: float | None) -> float | None:
+    """JSON knows no infinite numbers: they become null."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def bounds(interval: tuple[float, float] | None) -> list[float | None] | None:
+    return [plain(bound) for bound in interval] if interval else None
+
+
+def size_records(report: Report) -> list[dict[str, Any]]:
+    return [
+        {
+            "parameterization": c.curve.parameterization,
+            **vars(c.curve.size),
+            "seeds": len(c.curve.metric),
+            "trains": c.curve.trains,
+            "optimum_log2": plain(c.curve.optimum.x),
+            "optimum_interval_log2": bounds(c.curve.interval),
+            "censored": c.curve.optimum.censored,
+            "drift_octaves": plain(c.drift),
+            "drift_interval_octaves": bounds(c.interval),
+            "best_metric": plain(c.curve.optimum.metric),
+            "metric_at_base_optimum": plain(c.at_base_optimum),
+            "regret": plain(c.regret),
+        }
+        for c in report.analysis.comparisons
+    ]
+
+
+def as_record(report: Report) -> dict[str, Any]:
+    """Everything the page shows, as plain data; infinite numbers (a run that diverged, an open interval) are null."""
+    file, study = report.study.file, report.study.file.study
+    path = report.study.path
+    return {
+        "study": study.name,
+        "config": str(path.name if path.is_absolute() else path),
+        "model": file.model.family,
+        "optimizer": file.optimizer.name,
+        "schedule": file.schedule.name,
+        "data": file.data.name,
+        "image_size": file.model.image_size,
+        "metric": study.metric,
+        "hyperparameter": study.hyperparameter,
+        "octaves_of": study.axis,
+        "samples": file.train.samples,
+        "steps": file.train.num_steps,
+        "global_batch_size": file.train.global_batch_size,
+        "warmup": file.schedule.warmup,
+        "minival": file.data.minival,
+        "tolerance_octaves": study.tolerance,
+        "rule": report.rule,
+        "base": vars(report.base),
+        "num_runs": len(report.finished),
+        "num_diverged": report.num_diverged,
+        "num_unfinished": len(report.unfinished),
+        "cost": {
+            "flops": report.total_flops,
+            "hours": report.hours,
+            "flops_of_the_costliest_run": max(report.flops.values()),
+        },
+        "verdicts": [
+            {"parameterization": j.parameterization, "verdict": j.verdict, "reason": j.reason}
+            for j in report.analysis.judgements
+        ],
+        "sizes": size_records(report),
+        "forecasts": [
+            {
+                "parameterization": f.parameterization,
+                "target": vars(f.target),
+                "fitted_sizes": f.fitted,
+                "law": f.law,
+                "predicted": plain(f.predicted),
+                "interval": bounds(f.interval),
+                "seen": plain(f.seen),
+                "diverged": f.seen is not None and math.isinf(f.seen),
+                "inside": f.inside,
+                "remark": f.remark,
+            }
+            for f in report.forecasts
+        ],
+        "direct": [
+            {
+                "parameterization": d.parameterization,
+                "target": vars(d.target),
+                "cost_share": d.share,
+                "transferred": plain(d.transferred),
+                "tuned": plain(d.tuned),
+                "regret": plain(d.regret),
+            }
+            for d in report.direct
+        ],
+        "points": [
+            {
+                "parameterization": r.parameterization,
+                **vars(r.size),
+                "value": r.value,
+                "seed": r.seed,
+                "metric": plain(r.metric),
+            }
+            for r in report.results
+        ],
+        "unfinished": report.unfinished,
+    }
+
+
+def dump(record: Mapping[str, Any]) -> str:
+    """JSON with one line per item of a list at the top: short, and its changes can be read."""
+
+    def item(value: Any) -> str:
+        return json.dumps(value, allow_nan=False)
+
+    def entry(value: Any) -> str:
+        return "[\n  " + ",\n  ".join(map(item, value)) + "\n ]" if isinstance(value, list) and value else item(value)
+
+    return "{\n" + ",\n".join(f" {item(key)}: {entry(value)}" for key, value in record.items()) + "\n}\n"
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())

@@ -1,0 +1,143 @@
+"""What a report says and writes, of finished, unfinished and several studies whose results are known."""
+
+import csv
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from benchmarks.results import results
+from launch.cli import cli
+from launch.config import read_study
+from launch.record import read_record
+from launch.report import collect
+from launch.study import PlannedRun, Study
+
+Loss = Callable[[PlannedRun], float]
+
+
+def loss_of(optimum: Callable[[PlannedRun], float]) -> Loss:
+    return lambda run: 0.5 + 0.01 * (math.log2(run.value) - optimum(run)) ** 2 + 0.003 * run.seed
+
+
+STEADY = loss_of(lambda run: -6.0 - 0.01 * run.seed)
+MOVING = loss_of(lambda run: -6.0 - 0.01 * run.seed - (run.size.depth - 3 if run.parameterization == "sp" else 0))
+
+
+def make_study(study_file: Path, loss: Loss, name: str, share: float = 1.0, **settings: object) -> Path:
+    """A study of 2 parameterizations, 2 depths, 9 rates and 2 seeds, the first `share` of whose runs are done."""
+    raw = yaml.safe_load(study_file.read_text())
+    raw["study"] |= {"name": name, "seeds": [0, 1], "values": {"first": "2**-11", "last": "2**-3"}, **settings}
+    path = study_file.with_name(f"{name}.yaml")
+    path.write_text(yaml.safe_dump(raw))
+    study = Study(path, read_study(path))
+    study.write()
+    for run in study.runs[: int(share * len(study.runs))]:
+        done = {"outcome": "completed", "step": 12, "minival_loss": loss(run), "seconds": 1.0}
+        run.directory.write_done(
+            done if math.isfinite(loss(run)) else {"outcome": "diverged", "step": 3, "seconds": 1.0}
+        )
+    return path
+
+
+def invoke(*arguments: object) -> str:
+    result = CliRunner().invoke(cli, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0
+    return result.output
+
+
+def test_a_report_fits_80_columns_and_its_files_say_the_same(study_file: Path) -> None:
+    path = make_study(study_file, MOVING, "moving")
+    said = invoke("report", path)
+    lines = said.splitlines()
+    assert max(len(line) for line in lines if not line.startswith("Report: ")) <= 80
+    assert any(line.startswith("sp: does not transfer") for line in lines)
+    assert any(line.startswith("depth_mup: transfers") for line in lines)
+    root = path.parent / "runs" / "moving"
+    record = read_record(root / "report.json")
+    assert [v["verdict"] for v in record["verdicts"]] == ["does not transfer", "transfers"]
+    rows = list(csv.DictReader((root / "report.csv").open()))
+    assert [row["drift"] for row in rows] == ["", "-3.0", "", "+0.0"]
+    page = (root / "report.html").read_text()
+    for row in rows:
+        assert all(f"<td>{cell}</td>" in page for cell in row.values())
+    assert (record["num_runs"], len(record["points"])) == (54, 72)
+
+
+def test_what_transfer_saved_is_said_beside_tuning_the_target_directly(study_file: Path) -> None:
+    report = collect(Study(path := make_study(study_file, MOVING, "direct"), read_study(path)))
+    lost, kept = report.direct
+    assert lost.regret == pytest.approx(0.01 * 3**2, abs=0.002)
+    assert kept.regret == 0
+    flops = report.flops
+    assert lost.share == pytest.approx(flops[lost.base] / flops[lost.target])  # the same grid at both sizes
+    assert f"{100 * lost.share:.3g} %" in invoke("report", path)
+
+
+def test_an_unfinished_study_says_how_much_is_missing_and_how_to_go_on(study_file: Path) -> None:
+    path = make_study(study_file, STEADY, "half", share=0.6)
+    study = Study(path, read_study(path))
+    broken = study.pending()[-1]
+    broken.directory.write_failed({"error": "RuntimeError: no memory"})
+    said = " ".join(invoke("report", path).split())
+    assert "22 of 54 runs are not in this report, 1 of them because they failed" in said
+    assert f"'depthmup transfer {path}' goes on" in said
+    assert "The first: " + broken.directory.path.name in said
+    page = (path.parent / "runs" / "half" / "report.html").read_text()
+    assert "<summary>22 of 54 runs</summary>" in page
+    assert page.count("<details>") == 2  # both long lists are folded
+
+
+def test_diverged_runs_and_divergence_at_the_transferred_value_are_in_table_and_record(study_file: Path) -> None:
+    def loss(run: PlannedRun) -> float:
+        return math.inf if run.size.depth == 6 and run.value > 2**-6.5 else STEADY(run)
+
+    path = make_study(study_file, loss, "diverging")
+    invoke("report", path)
+    record = read_record(path.parent / "runs" / "diverging" / "report.json")
+    deep = record["sizes"][1]
+    assert (deep["metric_at_base_optimum"], deep["regret"]) == (None, None)
+    assert record["num_diverged"] == sum(run["metric"] is None for run in record["points"]) == 2 * 2 * 4
+    assert {v["verdict"] for v in record["verdicts"]} == {"does not transfer"}
+
+
+def test_several_studies_stand_side_by_side_and_are_published(study_file: Path, tmp_path: Path) -> None:
+    paths = [make_study(study_file, MOVING, "moving"), make_study(study_file, STEADY, "steady", share=0.9)]
+    folder = tmp_path / "docs" / "results"
+    said = invoke("report", *paths, "--publish", folder)
+    rows = [line for line in said.splitlines() if line.startswith(("moving  ", "steady  "))]
+    assert len(rows) == 4
+    assert "does not transfer" in rows[0]
+    assert max(map(len, rows)) <= 80
+    page = (tmp_path / "runs" / "overview.html").read_text()
+    assert "moving/report.html" in page
+    assert "6 of 54 runs are not in this report" in page
+    names = {path.name for path in folder.iterdir()}
+    assert names == {f"{s}{end}" for s in ("moving", "steady") for end in (".json", "-curves.png", "-drift.png")}
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 400_000
+
+    records = [read_record(path) for path in sorted(folder.glob("*.json"))]
+    text = results(records, folder)
+    assert "sp: does not transfer" in text  # a negative result stays in
+    assert "**6 runs are not finished.**" in text
+    assert "![moving-curves](results/moving-curves.png)" in text
+    assert str(tmp_path) not in text
+    assert text == results(records, folder)
+
+
+def test_a_study_of_momentum_is_reported_in_octaves_of_one_minus_it(study_file: Path) -> None:
+    def loss(run: PlannedRun) -> float:
+        return 0.5 + 0.01 * (math.log2(1 - run.value) + 3.0) ** 2 + 0.003 * run.seed
+
+    values = [1 - 2.0**-x for x in range(1, 7)]
+    path = make_study(study_file, loss, "momentum", hyperparameter="optimizer.momentum", values=values)
+    said = invoke("report", path)
+    assert "1 - 2^-3.0" in said
+    record = read_record(path.parent / "runs" / "momentum" / "report.json")
+    assert record["octaves_of"] == "1 - momentum"
+    assert json.dumps(record)
+    assert "octaves of 1 - momentum" in (path.parent / "runs" / "momentum" / "report.html").read_text()
