@@ -92,7 +92,7 @@ def test_an_interrupted_study_continues_where_it_was(study_file: Path) -> None:
     assert output.splitlines()[-1] == "Interrupted; the same command continues."
     assert "Traceback" not in output
     assert not slots_of(study_file)  # the workers have saved and ended before the command has
-    status = depthmup("status", study_file).stdout
+    status = depthmup("status", study_file, longer).stdout
     assert "1 interrupted" in status
     assert "lost" not in status
     done = {path: path.stat().st_mtime_ns for path in runs.glob("*/done.json")}
@@ -107,8 +107,9 @@ def test_an_interrupted_study_continues_where_it_was(study_file: Path) -> None:
 def test_the_main_path_goes_from_a_proxy_to_a_target_and_its_line_in_the_report(study_file: Path) -> None:
     target = study_file.parent / "large.yaml"
     target.write_text("model: {width: 16, depth: 6}\ntrain: {samples: 640}\n")
-    grid = "study.values=[2**-9, 2**-7, 2**-5, 2**-3, 2**4]"  # the last diverges, the first hardly trains
-    proxy = ["transfer", study_file, grid, "study.parameterizations=[depth_mup]", "study.tolerance=4"]
+    grid = ("study.values=[2**-9, 2**-6, 2**-3, 2**4]", "train.samples=1280")  # the last diverges
+    proxy = ["transfer", study_file, *grid, "study.parameterizations=[depth_mup]", "study.seeds=[0, 1]"]
+    proxy.append("study.tolerance=20")
     refused = depthmup(*proxy, "study.tolerance=1e-3", "--target", target)
     assert refused.returncode == 2
     assert "this study does not say which value to use: depth_mup" in refused.stderr
