@@ -20,6 +20,7 @@ from data.errors import UserError
 from launch import slurm, snapshot
 from launch.config import LaunchConfig
 from launch.jobs import Submission
+from launch.packs import packs_of
 from launch.study import PlannedRun, Study
 from launch.worker import Slot
 from train.rundir import EXIT_REQUEUE
@@ -42,12 +43,20 @@ def slot_gpus(config: LaunchConfig) -> list[str | None]:
     return [gpus[slot % len(gpus)] if gpus else None for slot in range(count)]
 
 
-def submit_local(runs: Sequence[PlannedRun], config: LaunchConfig, folder: Path) -> list[submitit.Job[Any]]:
-    """Starts as many slots as run side by side; each works through the same list of runs."""
+def make_packs(runs: Sequence[PlannedRun], config: LaunchConfig) -> list[list[PlannedRun]]:
+    """What each process trains at once: a pack, or a single run. Raises UserError."""
+    if config.cluster == "slurm":
+        return packs_of(runs, config, on_gpu=config.gpus_per_node > 0, slots=1)
+    gpus = slot_gpus(config)
+    return packs_of(runs, config, on_gpu=gpus[0] is not None, slots=1 if config.cluster == "debug" else len(gpus))
+
+
+def submit_local(packs: Sequence[Sequence[PlannedRun]], config: LaunchConfig, folder: Path) -> list[submitit.Job[Any]]:
+    """Starts as many slots as run side by side; each works through the same packs."""
     executor = submitit.AutoExecutor(folder=folder, cluster=config.cluster)
     executor.update_parameters(timeout_min=MINUTES_PER_YEAR)
-    directories = [run.directory.path.absolute() for run in runs]
-    gpus = slot_gpus(config)[: 1 if config.cluster == "debug" else len(directories)]
+    directories = [[run.directory.path.absolute() for run in pack] for pack in packs]
+    gpus = slot_gpus(config)[: 1 if config.cluster == "debug" else len(packs)]
     os.environ["OMP_NUM_THREADS"] = "1"  # two threads a process on busy cores were 3 to 6 times slower than one
     return [executor.submit(Slot(directories, gpu)) for gpu in gpus]
 
@@ -113,17 +122,23 @@ def script_text(submission: Submission, config: LaunchConfig, code: Path, max_ru
     return executor._make_submission_file_text(worker, uid="")
 
 
-def group(runs: Sequence[PlannedRun], size: int) -> list[list[str]]:
-    """The names of `runs` in lists of `size`: one list per job."""
-    names = [run.directory.path.name for run in runs]
-    return [names[i : i + size] for i in range(0, len(names), size)]
+def group(packs: Sequence[Sequence[PlannedRun]], size: int) -> list[list[str]]:
+    """The runs' names, one list per job: a pack, or several as long as they are no more than `size` runs."""
+    tasks: list[list[str]] = []
+    for pack in packs:
+        names = [run.directory.path.name for run in pack]
+        if tasks and len(tasks[-1]) + len(names) <= size:
+            tasks[-1] += names
+        else:
+            tasks.append(names)
+    return tasks
 
 
 def prepare_arrays(
-    runs: Sequence[PlannedRun], config: LaunchConfig, jobs: Path, name: str, code: Path, max_array_size: int
+    packs: Sequence[Sequence[PlannedRun]], config: LaunchConfig, jobs: Path, name: str, code: Path, max_array_size: int
 ) -> list[Submission]:
     """Writes a submission with its script for every array that is needed; submits nothing."""
-    tasks = group(runs, config.runs_per_job)
+    tasks = group(packs, config.runs_per_job)
     chunks = [tasks[i : i + max_array_size] for i in range(0, len(tasks), max_array_size)]
     details = {key: getattr(config, key) for key in ("memory_gb", "timeout_min", "runs_per_gpu", "runs_per_job")}
     submissions = []
@@ -141,7 +156,7 @@ def dry_run_script(study: Study) -> str:
         raise UserError(
             f"--dry-run shows an sbatch script, and launch.cluster is {config.cluster}: add --cluster slurm"
         )
-    tasks = group(study.pending(), config.runs_per_job)
+    tasks = group(make_packs(study.pending(), config), config.runs_per_job)
     if not tasks:
         raise UserError("every run is done: there is nothing to submit")
     submission = Submission(jobs / f"depthmup-{study.file.study.name}-DRYRUN", tasks, {})

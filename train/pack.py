@@ -31,14 +31,13 @@ from train.engine import Engine
 from train.interrupt import Interrupt, Interrupted
 from train.loop import FINAL_SHARE, describe, open_data, run, save_weights
 from train.metrics import MetricsWriter, mean_loss, open_trackers
-from train.packing import packable
+from train.packing import pack_limit, packable
 from train.replicas import MOMENTS, Replicas
 from train.rundir import RunDirectory
 from train.schedule import schedule
 from train.step import autocast, autocast_dtype, set_backends
 from train.telemetry import Clock, memory_gb, peak_flops
 
-LARGEST_CPU_BATCH = 16  # on a CPU packs of larger batches are hardly faster than run after run (docs/packed.md)
 MEMORY_SHARE = 0.8  # of what is free: the rest is for workspaces and what lives for a moment in the backward pass
 
 
@@ -102,11 +101,9 @@ def largest_pack(config: RunConfig, device: torch.device) -> int:
 
 
 def pack_size(config: RunConfig, device: torch.device) -> int:
-    """How many such runs to train together: train.pack, but no more than fit, and one by one where packs do not pay
-    (docs/packed.md)."""
-    if device.type == "cpu" and config.train.global_batch_size > LARGEST_CPU_BATCH:
-        return 1
-    return min(config.train.pack, max(largest_pack(config, device), 1))
+    """How many such runs to train together: train.pack or what pays, but no more than fit."""
+    limit = pack_limit(config.train, device.type == "cuda")
+    return min(limit, max(largest_pack(config, device), 1)) if limit > 1 else 1
 
 
 def check_pack(configs: Sequence[RunConfig]) -> None:
@@ -220,7 +217,8 @@ def run_pack(
     Raises UserError when the runs cannot be packed together, do not fit into memory, or the network has an operation
     that does not batch.
     """
-    check_pack(configs)
+    if len(configs) > 1:
+        check_pack(configs)
     interrupt = interrupt or Interrupt()
     pending = [(c, path) for c, path in zip(configs, paths, strict=True) if not RunDirectory(path).done()]
     if len(pending) == 1:
