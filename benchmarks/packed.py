@@ -1,7 +1,7 @@
 """Packed replicas against one run alone: images x replicas per second, and memory.
 
     python -m benchmarks.packed              # from the root of the repository; under six minutes on a GPU
-    python -m benchmarks.packed --quick      # one small row per network; what a CPU can do
+    python -m benchmarks.packed --quick      # small images only; what a CPU can do (--batch 16 is where its rule ends)
 
 Needs torch, timm, pydantic and PyYAML. The images are random and lie on the device, so that only the steps are timed:
 `alone` is the step of train.loop, `packed` that of train.replicas. Both are timed in turns; each figure is a median.
@@ -55,9 +55,10 @@ def batches(run: RunConfig, device: torch.device) -> Iterator[tuple[Tensor, Tens
     """Eight batches on the device, over and over: uint8 pixels to float as train.loop does it."""
     generator = torch.Generator().manual_seed(run.seed)
     model = run.model
-    shape = (BATCH, model.in_channels, model.image_size, model.image_size)
+    batch = run.train.global_batch_size
+    shape = (batch, model.in_channels, model.image_size, model.image_size)
     pixels = [torch.randint(256, shape, generator=generator, dtype=torch.uint8).to(device) for _ in range(8)]
-    labels = [torch.randint(model.num_classes, (BATCH,), generator=generator).to(device) for _ in range(8)]
+    labels = [torch.randint(model.num_classes, (batch,), generator=generator).to(device) for _ in range(8)]
     while True:
         for images, classes in zip(pixels, labels, strict=True):
             yield (images.float() / 255 - 0.5) / 0.5, classes
@@ -157,7 +158,8 @@ def row(
         one_seconds, many_seconds = seconds_per_step([one, many], device, count)
     except Exception as error:
         return f"{line} failed: {type(error).__name__}: {' '.join(str(error).split())[:120]}"
-    alone_rate, packed_rate = BATCH / one_seconds, BATCH * num_replicas / many_seconds
+    batch = first.train.global_batch_size
+    alone_rate, packed_rate = batch / one_seconds, batch * num_replicas / many_seconds
     memory = f"{many_bytes / one_bytes:7.2f} = {many_bytes / one_bytes / num_replicas:.2f} K" if one_bytes else ""
     return f"{line} {alone_rate:>12,.0f} {packed_rate:>12,.0f} {packed_rate / alone_rate:>7.2f} {memory}"
 
@@ -178,9 +180,10 @@ def plan(quick: bool) -> Iterator[tuple[RunConfig, int, str, torch.dtype | None]
     bf16 = torch.bfloat16
     vit, small, large = ("vit", 32, 1e-3), ("conv_resnet", 8, 0.05), ("conv_resnet", 32, 0.05)
     if quick:
-        for family, image_size, lr in (vit, small):
-            for num_replicas in (2, 8):
-                yield config(family, 32, image_size, lr), num_replicas, "default", None
+        for width in (32, 64, 128, 256):
+            for num_replicas in (8, 16):
+                for family, lr in (("vit", 1e-3), ("conv_resnet", 0.05)):
+                    yield config(family, width, 8, lr), num_replicas, "default", None
         return
     for num_replicas in (8, 16):
         for family, image_size, lr in (vit, small, large):
@@ -206,13 +209,14 @@ def plan(quick: bool) -> Iterator[tuple[RunConfig, int, str, torch.dtype | None]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--quick", action="store_true", help="one small row per network")
+    parser.add_argument("--quick", action="store_true", help="8 pixels, fp32, no comparison of ways")
+    parser.add_argument("--batch", type=int, default=BATCH, help="images a step and replica")
     parser.add_argument("--seconds", type=float, default=330, help="start no further row after this many seconds")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     started = time.monotonic()
     what = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"device: {what}, torch {torch.__version__}, depth 6, batch {BATCH}", flush=True)
+    print(f"device: {what}, torch {torch.__version__}, depth 6, batch {arguments.batch}", flush=True)
 
     print("largest relative difference of the losses, packed against alone, in fp32 (TF32 off)")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -230,6 +234,7 @@ def main() -> None:
         if time.monotonic() - started > arguments.seconds:
             print(f"stopped after {arguments.seconds:.0f} s; rows above are complete")
             break
+        first = replace(first, train=replace(first.train, global_batch_size=arguments.batch))
         print(row(first, num_replicas, device, 3 if device.type == "cpu" else 30, variant, dtype), flush=True)
     print(f"{time.monotonic() - started:.0f} s")
 

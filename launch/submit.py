@@ -22,6 +22,7 @@ from data.errors import UserError
 from launch import slurm, snapshot
 from launch.config import LaunchConfig
 from launch.jobs import Submission, launching
+from launch.packs import packs_of
 from launch.study import PlannedRun, Study
 from launch.worker import work
 from train.rundir import EXIT_REQUEUE, RunDirectory
@@ -42,12 +43,22 @@ def slot_gpus(config: LaunchConfig) -> list[str | None]:
     return [gpus[slot % len(gpus)] if gpus else None for slot in range(count)]
 
 
-def submit_local(runs: Sequence[PlannedRun], config: LaunchConfig, folder: Path) -> list[subprocess.Popen[bytes]]:
-    """Starts as many slots as run side by side; each works through the same list of runs.
+def make_packs(runs: Sequence[PlannedRun], config: LaunchConfig) -> list[list[PlannedRun]]:
+    """What each process trains at once: a pack, or a single run. Raises UserError."""
+    if config.cluster == "slurm":
+        return packs_of(runs, config, on_gpu=config.gpus_per_node > 0, slots=1)
+    gpus = slot_gpus(config)
+    return packs_of(runs, config, on_gpu=gpus[0] is not None, slots=1 if config.cluster == "debug" else len(gpus))
+
+
+def submit_local(
+    packs: Sequence[Sequence[PlannedRun]], config: LaunchConfig, folder: Path
+) -> list[subprocess.Popen[bytes]]:
+    """Starts as many slots as run side by side; each works through the same list of packs.
 
     A session of their own keeps Ctrl-C and a closed terminal from them: they are told to stop when they are to stop.
     """
-    tasks = group(runs, 1)
+    tasks = group(packs, 1)
     submission = Submission.create(folder.absolute(), "local", tasks, {})
     slots = []
     for number, gpu in enumerate(slot_gpus(config)[: len(tasks)]):
@@ -71,9 +82,10 @@ def submit_local(runs: Sequence[PlannedRun], config: LaunchConfig, folder: Path)
     return slots
 
 
-def run_here(runs: Sequence[PlannedRun]) -> None:
-    """Trains one run after another in this process. Raises KeyboardInterrupt when they were told to stop."""
-    if work([RunDirectory(run.directory.path.absolute()) for run in runs]) == EXIT_REQUEUE:
+def run_here(packs: Sequence[Sequence[PlannedRun]]) -> None:
+    """Trains one pack after another in this process. Raises KeyboardInterrupt when they were told to stop."""
+    directories = [[RunDirectory(run.directory.path.absolute()) for run in pack] for pack in packs]
+    if work(directories) == EXIT_REQUEUE:
         raise KeyboardInterrupt
 
 
@@ -146,17 +158,23 @@ def sbatch_text(
     return executor._make_submission_file_text(command, uid="")
 
 
-def group(runs: Sequence[PlannedRun], size: int) -> list[list[str]]:
-    """The names of `runs` in lists of `size`: one list per job."""
-    names = [run.directory.path.name for run in runs]
-    return [names[i : i + size] for i in range(0, len(names), size)]
+def group(packs: Sequence[Sequence[PlannedRun]], size: int) -> list[list[str]]:
+    """The runs' names, one list per job: a pack, or several as long as they are no more than `size` runs."""
+    tasks: list[list[str]] = []
+    for pack in packs:
+        names = [run.directory.path.name for run in pack]
+        if tasks and len(tasks[-1]) + len(names) <= size:
+            tasks[-1] += names
+        else:
+            tasks.append(names)
+    return tasks
 
 
 def prepare_arrays(
-    runs: Sequence[PlannedRun], config: LaunchConfig, jobs: Path, name: str, code: Path, max_array_size: int
+    packs: Sequence[Sequence[PlannedRun]], config: LaunchConfig, jobs: Path, name: str, code: Path, max_array_size: int
 ) -> list[Submission]:
     """Writes a submission with its script for every array that is needed; submits nothing."""
-    tasks = group(runs, config.runs_per_job)
+    tasks = group(packs, config.runs_per_job)
     chunks = [tasks[i : i + max_array_size] for i in range(0, len(tasks), max_array_size)]
     details = {key: getattr(config, key) for key in ("memory_gb", "timeout_min", "runs_per_gpu", "runs_per_job")}
     submissions = []
@@ -174,7 +192,7 @@ def dry_run_script(study: Study) -> str:
         raise UserError(
             f"--dry-run shows an sbatch script, and launch.cluster is {config.cluster}: add --cluster slurm"
         )
-    tasks = group(study.pending(), config.runs_per_job)
+    tasks = group(make_packs(study.pending(), config), config.runs_per_job)
     if not tasks:
         raise UserError("every run is done: there is nothing to submit")
     submission = Submission(jobs / f"depthmup-{study.file.study.name}-DRYRUN", tasks, {})

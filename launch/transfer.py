@@ -96,23 +96,24 @@ def launch(study: Study, only: Sequence[State] = UNFINISHED) -> Launched:
             return Launched([], [], [])
         flops = count_flops(study.runs)
         runs.sort(key=lambda run: -flops[run.size][1])
+        from launch.submit import make_packs, run_here, submit_local
+
+        packs = make_packs(runs, config)
         if config.cluster == "slurm":
             try:
-                return Launched(runs, launch_arrays(study, runs, lock), [])
+                return Launched(runs, launch_arrays(study, packs, lock), [])
             except slurm.SlurmError as error:
                 raise UserError(f"Slurm does not answer: {error}. Nothing was submitted") from None
-        from launch.submit import run_here, submit_local
-
         study.write()
         forget_failures(runs)
         if config.cluster == "local":
-            return Launched(runs, [], submit_local(runs, config, study.file.directory / "local"))
-    run_here(runs)
+            return Launched(runs, [], submit_local(packs, config, study.file.directory / "local"))
+    run_here(packs)
     return Launched(runs, [], [])
 
 
-def launch_arrays(study: Study, runs: Sequence[PlannedRun], lock: int) -> list[str]:
-    """Submits `runs` to Slurm; returns the job ids. Raises UserError when Slurm refuses, and leaves nothing behind."""
+def launch_arrays(study: Study, packs: Sequence[Sequence[PlannedRun]], lock: int) -> list[str]:
+    """Submits `packs` to Slurm; returns the job ids. Raises UserError when Slurm refuses, and leaves nothing behind."""
     from launch.submit import prepare_arrays, submit_arrays
 
     root = study.file.directory
@@ -120,8 +121,8 @@ def launch_arrays(study: Study, runs: Sequence[PlannedRun], lock: int) -> list[s
     study.write()
     code = code_snapshot.take(root / "code")
     name = f"depthmup-{study.file.study.name}"
-    submissions = prepare_arrays(runs, study.file.launch, root / "jobs", name, code, limit)
-    forgotten = forget_failures(runs)
+    submissions = prepare_arrays(packs, study.file.launch, root / "jobs", name, code, limit)
+    forgotten = forget_failures([run for pack in packs for run in pack])
     try:
         submit_arrays(submissions, lock)
     except UserError:
@@ -152,14 +153,15 @@ def cancel(study: Study) -> tuple[list[str], list[int]]:
         going_on = {task.job_id for task in snapshot.continuations}
         job_ids = sorted({found.task.job_id for found in active if found.task} | going_on)
         slurm.cancel(job_ids)
-        pids = []
+        pids: set[int] = set()
         for found in active:
             if found.task is None:
                 holder = json.loads(found.run.directory.lock.read_text())
                 if holder["host"] == socket.gethostname():
-                    os.kill(holder["pid"], signal.SIGTERM)
-                    pids.append(holder["pid"])
-    return job_ids, pids
+                    pids.add(holder["pid"])  # once: the runs of a pack have one process
+        for pid in pids:
+            os.kill(pid, signal.SIGTERM)
+    return job_ids, sorted(pids)
 
 
 def wait(study: Study, launched: Launched, console: Console) -> None:

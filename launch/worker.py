@@ -15,7 +15,8 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,27 +24,29 @@ from data.storage import write_atomically
 from launch import snapshot
 from train.config import RunConfig, from_plain, read_yaml
 from train.interrupt import Interrupt, Interrupted
+from train.packing import go_together, packable
 from train.rundir import EXIT_REQUEUE, RunDirectory
 
+UNPACKED = "unpacked"  # an event of attempts.jsonl: the run was in a pack that failed, and goes on alone
 MAX_ATTEMPTS = 5  # that begin at the same step: more would go on for ever
 OUT_OF_MEMORY = re.compile(r"oom.kill|out of memory|exceeded (job|step)? ?memory limit", re.IGNORECASE)
 
 
-def work(directories: Sequence[RunDirectory]) -> int:
-    """Trains one after another; returns the exit code: interrupted, 1 when a run failed, 0.
+def work(packs: Sequence[Sequence[RunDirectory]]) -> int:
+    """Trains one list of runs after another, those of one list together where they can be; returns the exit code:
+    interrupted, 1 when a run failed, 0.
 
-    Several processes may hold the same list: each takes the next run that is neither done nor locked by another. The
+    Several processes may hold the same lists: each takes the next runs that are neither done nor locked by another. The
     lock belongs to the process, so it ends with it however the process ends.
     """
     with Interrupt.on_signals() as interrupt:
-        for directory in directories:
+        for pack in packs:
             try:
-                if interrupt.requested:
-                    return EXIT_REQUEUE
-                run_if_free(directory, interrupt)
+                while train_some(pack, interrupt):
+                    pass
             except Interrupted:
                 return EXIT_REQUEUE
-    return 1 if any(directory.failed() for directory in directories) else 0
+    return 1 if any(directory.failed() for pack in packs for directory in pack) else 0
 
 
 def lock(directory: RunDirectory) -> TextIO | None:
@@ -60,26 +63,107 @@ def lock(directory: RunDirectory) -> TextIO | None:
     return file
 
 
-def run_if_free(directory: RunDirectory, interrupt: Interrupt) -> None:
-    """Trains the run unless it is done or another process has it. A failure is recorded, and does not end the slot."""
-    held = lock(directory)
-    if held is None:
-        return
-    with held:
-        if directory.done() or directory.failed():
-            return
-        try:
-            from train.loop import run  # torch, which takes seconds
+def train_some(directories: Sequence[RunDirectory], interrupt: Interrupt) -> bool:
+    """Trains the first run that is pending and that no other process has, with those that can share a pack with it.
 
-            if interrupt.requested:
-                raise Interrupted("asked to stop before the run began")
-            begin_attempt(directory)
-            run(read_config(directory), directory.path, interrupt=interrupt)
+    Returns False when there is none. A failure is recorded, and does not end the slot: when a pack fails, its runs are
+    trained one by one, so that each has its own result or reason. Raises Interrupted.
+    """
+    if not any(map(pending, directories)):
+        return False
+    from train.pack import run_pack  # torch, which takes seconds
+
+    if interrupt.requested:
+        raise Interrupted("asked to stop before the next run began")
+    with ExitStack() as held:
+        claimed = claim(directories, held)
+        for directory in claimed:
+            try:
+                begin_attempt(directory)
+            except RuntimeError as error:
+                fail(directory, str(error))
+        begun = {directory: config for directory, config in claimed.items() if pending(directory)}
+        try:
+            run_pack(list(begun.values()), [directory.path for directory in begun], interrupt)
         except Interrupted:
-            note(directory, "interrupted")
+            for directory in filter(pending, begun):
+                note(directory, "interrupted")
             raise
         except Exception as error:
-            fail(directory, f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
+            if len(begun) > 1:
+                print(f"a pack of {len(begun)} failed, its runs go on one by one: {traceback.format_exc()}", flush=True)
+            for directory in filter(pending, begun):
+                if len(begun) > 1:
+                    note(directory, UNPACKED, error=f"{type(error).__name__}: {error}")
+                else:
+                    record_failure(directory, error)
+    return bool(claimed)
+
+
+def claim(directories: Sequence[RunDirectory], held: ExitStack) -> dict[RunDirectory, RunConfig]:
+    """Locks the first pending run that is free, and as many of those after it as can be trained with it now; the locks
+    are closed with `held`. Empty when no run is free."""
+    from train.distributed import World, pick_device
+    from train.pack import pack_size
+
+    claimed: dict[RunDirectory, RunConfig] = {}
+    size = 1
+    with claiming(directories):
+        for directory in directories:
+            if len(claimed) == size:
+                break
+            file = lock(directory)
+            if file is None:
+                continue
+            with ExitStack() as candidate:
+                candidate.enter_context(file)
+                if not pending(directory):
+                    continue
+                try:
+                    config = read_config(directory)
+                    if not claimed and len(directories) > 1 and not failed_in_a_pack(directory):
+                        size = pack_size(config, pick_device(config.train.device, World()))
+                except Exception as error:
+                    record_failure(directory, error)
+                    continue
+                if claimed and not joins(directory, config, claimed):
+                    continue
+                held.enter_context(candidate.pop_all())
+                claimed[directory] = config
+    return claimed
+
+
+def joins(directory: RunDirectory, config: RunConfig, pack: dict[RunDirectory, RunConfig]) -> bool:
+    """Whether the run can be trained together with those of `pack`, which are not empty."""
+    first = next(iter(pack.values()))
+    if packable(first, config) or failed_in_a_pack(directory):
+        return False
+    return go_together([*pack, directory], config.train)
+
+
+def failed_in_a_pack(directory: RunDirectory) -> bool:
+    return any(line["event"] == UNPACKED for line in attempts(directory))
+
+
+@contextmanager
+def claiming(directories: Sequence[RunDirectory]) -> Iterator[None]:
+    """Only one slot at a time takes runs out of a list, so that two that begin together do not halve each other's
+    packs."""
+    if len(directories) == 1:
+        yield
+        return
+    with open(directories[0].path.parents[1] / "claim.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def pending(directory: RunDirectory) -> bool:
+    return not directory.done() and not directory.failed()
+
+
+def record_failure(directory: RunDirectory, error: Exception) -> None:
+    """For use where `error` is being handled."""
+    fail(directory, f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
 
 
 def read_config(directory: RunDirectory) -> RunConfig:
@@ -113,7 +197,7 @@ def fail(directory: RunDirectory, error: str, **details: Any) -> None:
 
 def newest_step(directory: RunDirectory) -> int:
     """Step of the newest checkpoint, 0 without one."""
-    return max((int(path.name[5:]) for path in directory.checkpoints.glob("step-*")), default=0)
+    return max(directory.checkpoint_steps(), default=0)
 
 
 def begin_attempt(directory: RunDirectory) -> None:
@@ -175,7 +259,7 @@ def record_end(directories: Sequence[RunDirectory], code: int, log: Path, detail
         reason = f"killed (SIGKILL), most likely out of memory: {asked}; set launch.memory_gb higher and retry"
     else:
         reason = f"its process ended with {code}; see {log}"
-    left = [directory for directory in directories if not directory.done() and not directory.failed()]
+    left = list(filter(pending, directories))
     begun = [directory for directory in left if last_job(directory) == job_name()]
     for directory in begun or left:  # none had begun: the job cannot even start
         fail(directory, reason, traceback=tail[-2000:], log=str(log))
@@ -198,7 +282,7 @@ def main() -> int:
     details = content["details"]
     root = arguments.submission.parent.parent.parent / "runs"
     if arguments.local:
-        return work([RunDirectory(root / name) for names in content["tasks"] for name in names])
+        return work([[RunDirectory(root / name) for name in names] for names in content["tasks"]])
     index = int(os.environ["SLURM_ARRAY_TASK_ID"])
     directories = [RunDirectory(root / name) for name in content["tasks"][index]]
     if arguments.ended is not None:
@@ -210,7 +294,9 @@ def main() -> int:
         return 0
     if details["runs_per_gpu"] > 1 and not arguments.slot:
         return run_side_by_side(arguments.submission, min(details["runs_per_gpu"], len(directories)))
-    return work(directories)
+    if arguments.slot:
+        return work([[directory] for directory in directories])
+    return work([directories])
 
 
 if __name__ == "__main__":

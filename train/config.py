@@ -56,7 +56,8 @@ class TrainConfig:
     checkpoint_every: Positive = field(default=1000, metadata=NOT_IDENTITY)  # steps
     keep_last: Positive = field(default=2, metadata=NOT_IDENTITY)  # checkpoints
     keep_every: Positive | None = field(default=None, metadata=NOT_IDENTITY)  # steps: these checkpoints stay for good
-    pack: Positive = field(default=1, metadata=NOT_IDENTITY)  # most runs of a study that train as one process
+    # Most runs of a study that train as one process. 0 or 1: one by one; null: packs where they pay (docs/packed.md).
+    pack: Annotated[int, Field(ge=0)] | None = field(default=None, metadata=NOT_IDENTITY)
 
     def __post_init__(self) -> None:
         if self.samples < self.global_batch_size:

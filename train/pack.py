@@ -4,7 +4,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -31,14 +31,13 @@ from train.engine import Engine
 from train.interrupt import Interrupt, Interrupted
 from train.loop import FINAL_SHARE, describe, open_data, run, save_weights
 from train.metrics import MetricsWriter, mean_loss, open_trackers
-from train.packing import packable
+from train.packing import pack_limit, packable
 from train.replicas import MOMENTS, Replicas
 from train.rundir import RunDirectory
 from train.schedule import schedule
 from train.step import autocast, autocast_dtype, set_backends
 from train.telemetry import Clock, memory_gb, peak_flops
 
-LARGEST_CPU_BATCH = 16  # on a CPU packs of larger batches are hardly faster than run after run (docs/packed.md)
 MEMORY_SHARE = 0.8  # of what is free: the rest is for workspaces and what lives for a moment in the backward pass
 
 
@@ -50,12 +49,8 @@ class Member:
     directory: RunDirectory
     checkpoints: Checkpoints
     metrics: MetricsWriter
+    log: Callable[[str], None]
     active: bool = True  # neither diverged nor completed
-
-    def finish(self, result: dict[str, Any]) -> None:
-        self.checkpoints.wait()
-        self.directory.write_done(result)
-        self.active = False
 
 
 # ---------------------------------------------------------------- size of a pack
@@ -102,11 +97,9 @@ def largest_pack(config: RunConfig, device: torch.device) -> int:
 
 
 def pack_size(config: RunConfig, device: torch.device) -> int:
-    """How many such runs to train together: train.pack, but no more than fit, and one by one where packs do not pay
-    (docs/packed.md)."""
-    if device.type == "cpu" and config.train.global_batch_size > LARGEST_CPU_BATCH:
-        return 1
-    return min(config.train.pack, max(largest_pack(config, device), 1))
+    """How many such runs to train together: train.pack or what pays, but no more than fit."""
+    limit = pack_limit(config.train, device.type == "cuda")
+    return min(limit, max(largest_pack(config, device), 1)) if limit > 1 else 1
 
 
 def check_pack(configs: Sequence[RunConfig]) -> None:
@@ -220,7 +213,8 @@ def run_pack(
     Raises UserError when the runs cannot be packed together, do not fit into memory, or the network has an operation
     that does not batch.
     """
-    check_pack(configs)
+    if len(configs) > 1:
+        check_pack(configs)
     interrupt = interrupt or Interrupt()
     pending = [(c, path) for c, path in zip(configs, paths, strict=True) if not RunDirectory(path).done()]
     if len(pending) == 1:
@@ -262,9 +256,10 @@ class Pack:
             scaled = build_meta(config.model, config.parameterization)
             groups = parameter_groups(scaled.network, scaled.rules, scaled.scale, config.optimizer)
             place = f"replica {number} of a pack of {len(configs)} on {device.type}, {dtype}"
-            print(describe(config, scaled, groups, place), file=log)
+            write_line = partial(print, file=log)
+            write_line(describe(config, scaled, groups, place))
             keep = first.train.keep_last, first.train.keep_every
-            checkpoints = Checkpoints(directory.checkpoints, identity(config), partial(print, file=log), *keep)
+            checkpoints = Checkpoints(directory.checkpoints, identity(config), write_line, *keep)
             closing.callback(checkpoints.close)
             progress = Progress(0, State(seed=config.seed), [])
             if self.step:
@@ -274,7 +269,7 @@ class Pack:
             directory.config.write_text(to_yaml(config))
             metrics = MetricsWriter(directory.metrics, self.step, open_trackers(config, directory.path, self.step))
             closing.callback(metrics.close)
-            self.members.append(Member(config, directory, checkpoints, metrics))
+            self.members.append(Member(config, directory, checkpoints, metrics, write_line))
         self.replicas.steps_done.fill_(self.step)
         self.loaders = {seed: self.loader(state) for seed, state in states.items()}
 
@@ -298,10 +293,12 @@ class Pack:
             batches = [to_float(next(stream), self.config.data, self.device) for stream in streams]
             clock.waited += time.monotonic() - waiting
             images, labels = (torch.stack(tensors) for tensors in zip(*batches, strict=True))
+            logs = (self.step + 1) % config.log_every == 0 or self.step + 1 == num_steps
+            before = self.replicas.values() if logs else []
             self.pending.append(self.replicas.step(images, labels))
             self.step += 1
-            if self.step % config.log_every == 0 or self.step == num_steps:
-                self.write_metrics(clock, time.monotonic() - started)
+            if logs:
+                self.write_metrics(before, clock, time.monotonic() - started)
             if self.step % config.checkpoint_every == 0 and self.step < num_steps:
                 self.save()
             if interrupt.requested and self.step < num_steps and self.active:
@@ -325,12 +322,16 @@ class Pack:
                 state = self.loaders[member.config.seed].state
                 save_replica(self.replicas, number, member, Progress(self.step, state, self.read[number][:]))
 
-    def write_metrics(self, clock: Clock, seconds: float) -> None:
-        """One line of metrics for each replica that still runs; marks those done whose loss is not finite."""
+    def write_metrics(self, before: list[Tensor], clock: Clock, seconds: float) -> None:
+        """One line of metrics for each replica that still runs; marks those done whose loss is not finite.
+
+        `before`: the weights before the last step. Here and in `save` alone the host waits for the device.
+        """
         self.read_losses()
         batch_size = self.config.train.global_batch_size
         images_per_second, data_wait = clock.lap(self.step, batch_size)
         norms, logits = self.replicas.gradient_norms().flatten().tolist(), self.replicas.logit_rms.tolist()
+        roles = self.replicas.role_statistics(before)
         for number, member in self.active:
             losses = self.read[number]
             line: dict[str, Any] = {
@@ -343,7 +344,9 @@ class Pack:
                 "logit_rms": logits[number],
                 "images_per_second": images_per_second,
                 "data_wait": data_wait,
+                "bad_samples": self.loaders[member.config.seed].bad.total(),
                 "memory": memory_gb(self.device),
+                **roles[number],
             }
             if self.peak:
                 line["mfu"] = self.flops * images_per_second / self.peak
@@ -352,7 +355,7 @@ class Pack:
             if bad is not None:
                 step = self.step - len(losses) + 1 + bad
                 samples = self.step * batch_size
-                member.finish({"outcome": "diverged", "step": step, "samples": samples, "seconds": seconds})
+                self.close(member, {"outcome": "diverged", "step": step, "samples": samples, "seconds": seconds})
         self.read = [[] for _ in self.members]
 
     def finish(self, seconds: float) -> None:
@@ -369,4 +372,12 @@ class Pack:
             result["train_loss"] = mean_loss(member.directory.metrics, math.ceil(self.step * (1 - FINAL_SHARE)))
             weights = {name: tensor.cpu().clone() for name, tensor in self.replicas.weights(number).items()}
             save_weights(member.directory.weights, weights)
-            member.finish(result | {"seconds": seconds})
+            self.close(member, result | {"seconds": seconds})
+
+    def close(self, member: Member, result: dict[str, Any]) -> None:
+        """Marks the run done."""
+        for line in self.loaders[member.config.seed].bad.lines():
+            member.log(f"bad samples: {line}")
+        member.checkpoints.wait()
+        member.directory.write_done(result)
+        member.active = False

@@ -1,10 +1,11 @@
 """Which runs may share a pack, told from their configurations alone. Without torch, so thousands are grouped fast."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from train.config import RunConfig
+from train.config import RunConfig, TrainConfig
+from train.rundir import RunDirectory
 
 # What may differ between the replicas of a pack: numbers that meet the stacked weights one replica at a time.
 PACKABLE_SECTIONS = ("parameterization", "schedule")
@@ -46,6 +47,10 @@ HONOURED_FIELDS = {
 }
 OPTIMIZERS = ("sgd", "adamw")
 
+# Where train.pack is null (docs/packed.md): on a CPU, packs of larger batches are hardly faster than run after run.
+CPU_PACK, CPU_BATCH = 8, 16
+GPU_PACK = 16
+
 
 def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     """(dotted name, value, default) of every field of a configuration, nested ones too."""
@@ -75,12 +80,41 @@ def unknown_to_packs(config: RunConfig) -> set[str]:
     return unknown | ({"optimizer.name"} if config.optimizer.name not in OPTIMIZERS else set())
 
 
+def common(config: RunConfig) -> dict[str, Any]:
+    """What all runs of a pack must have alike, by dotted name."""
+    return {name: value for name, value, _ in walk(config) if not may_differ(name)}
+
+
 def packable(a: RunConfig, b: RunConfig) -> list[str]:
     """Names of the fields that keep `a` and `b` out of one pack, sorted; empty when they can share one.
 
     They are fields that differ and may not, and fields that no pack honours (so `packable(a, a)` may be non-empty).
     """
-    of_a = {name: value for name, value, _ in walk(a)}
-    of_b = {name: value for name, value, _ in walk(b)}
-    names = {name for name in of_a.keys() | of_b.keys() if of_a.get(name) != of_b.get(name) and not may_differ(name)}
-    return sorted(names | unknown_to_packs(a) | unknown_to_packs(b))
+    of_a, of_b = common(a), common(b)
+    different = {name for name in of_a.keys() | of_b.keys() if of_a.get(name) != of_b.get(name)}
+    return sorted(different | unknown_to_packs(a) | unknown_to_packs(b))
+
+
+def alike(configs: Sequence[RunConfig]) -> list[list[int]]:
+    """The numbers of `configs` in groups whose members can share a pack, in the order of each group's first member."""
+    groups: dict[Any, list[int]] = {}
+    for number, config in enumerate(configs):
+        key = number if unknown_to_packs(config) else tuple(common(config).items())
+        groups.setdefault(key, []).append(number)
+    return list(groups.values())
+
+
+def pack_limit(config: TrainConfig, on_gpu: bool) -> int:
+    """Most runs to train together, as far as memory allows; 1: one by one."""
+    if config.pack is not None:
+        return max(config.pack, 1)
+    if on_gpu:
+        return GPU_PACK
+    return CPU_PACK if config.global_batch_size <= CPU_BATCH else 1
+
+
+def go_together(directories: Sequence[RunDirectory], config: TrainConfig) -> bool:
+    """Whether the runs have a checkpoint (or their beginning) in common that sets none of them back by more than
+    train.checkpoint_every: a pack goes on from there."""
+    steps = [{0, *directory.checkpoint_steps()} for directory in directories]
+    return max(map(max, steps)) - max(set.intersection(*steps)) <= config.checkpoint_every

@@ -6,6 +6,7 @@ parameter, so the gradient of their sum is each replica's own. On a GPU the whol
 one CUDA graph after a few eager steps: a tiny network's step is otherwise nothing but the time to launch its kernels.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -120,6 +121,7 @@ class Replicas:
         self.network = scaled[0].network
         self.multipliers = stack_multipliers(scaled, device)
         self.installed = scaled[0].multipliers
+        self.roles = {name: rule.role.value for name, rule in scaled[0].rules.items()}
         self.groups = group_parameters(scaled, configs, device)
         self.seeds = sorted({c.seed for c in configs})
         self.seed_of = torch.tensor([self.seeds.index(c.seed) for c in configs], device=device)
@@ -148,7 +150,8 @@ class Replicas:
         self.alive = torch.ones(len(configs), 1, dtype=torch.bool, device=device)
         self.losses = torch.zeros(len(configs), device=device)
         self.logit_rms = torch.zeros(len(configs), device=device)
-        self.gradients: Sequence[Tensor] = []
+        self.gradients: Sequence[Tensor] = []  # of the last step, before clipping, one (K, weights) for each group
+        self.shrink: Tensor | None = None  # (K, 1), what clipping multiplied them by
         self.step_function = GraphedStep(self.eager_step) if device.type == "cuda" else self.eager_step
         self.check_batches()
 
@@ -234,7 +237,7 @@ class Replicas:
         losses = each.view(labels.shape).mean(1)
         self.gradients = torch.autograd.grad(losses.sum(), [group.values for group in self.groups])
         self.losses.copy_(losses.detach())
-        self.logit_rms.copy_(logits.detach().square().view(len(self.losses), -1).mean(1).sqrt())
+        self.logit_rms.copy_(logits.detach().float().square().mean((1, 2)).sqrt())
         self.update()
 
     def gradient_norms(self) -> Tensor:
@@ -242,16 +245,44 @@ class Replicas:
         norms = [torch.linalg.vector_norm(gradient, dim=1) for gradient in self.gradients]
         return torch.linalg.vector_norm(torch.stack(norms), dim=0)[:, None]
 
+    def values(self) -> list[Tensor]:
+        """A copy of all weights, one (K, weights) for each group."""
+        return [group.values.detach().clone() for group in self.groups]
+
+    @torch.no_grad()
+    def role_statistics(self, before: Sequence[Tensor]) -> list[dict[str, float]]:
+        """For each replica what train.telemetry.RoleStatistics says of the last step; `before`: `values()` before it.
+        NaN for one that has diverged. Waits for the device."""
+        updates = [group.values - values for group, values in zip(self.groups, before, strict=True)]
+        gradients = [g if self.shrink is None else g * self.shrink for g in self.gradients]
+        means = {f"grad_rms/{role}": value for role, value in self.mean_squares(gradients).items()}
+        means |= {f"update_rms/{role}": value for role, value in self.mean_squares(updates).items()}
+        rows = torch.stack(list(means.values()), dim=1).sqrt().masked_fill(~self.alive, float("nan"))
+        return [dict(zip(means, row, strict=True)) for row in rows.tolist()]
+
+    def mean_squares(self, matrices: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Role -> (K,), the mean square over the role's columns of `matrices`, which are laid out as the weights."""
+        sums: dict[str, Tensor] = {}
+        counts: Counter[str] = Counter()
+        for group, matrix in zip(self.groups, matrices, strict=True):
+            for name, (first, shape) in group.slots.items():
+                squares = torch.linalg.vector_norm(matrix[:, first : first + shape.numel()], dim=1).square()
+                role = self.roles[name]
+                sums[role] = sums[role] + squares if role in sums else squares
+                counts[role] += shape.numel()
+        return {role: total / counts[role] for role, total in sums.items()}
+
     @torch.no_grad()
     def update(self) -> None:
         """torch's SGD or AdamW in all replicas at once. One whose loss is not finite stays as it is from then on."""
         self.alive &= self.losses.isfinite()[:, None]
         factor = self.schedules.index_select(0, self.steps_done)[0] * self.alive  # (K, 1)
         self.steps_done += 1
-        shrink = None if self.clip is None else (self.clip / (self.gradient_norms() + 1e-6)).clamp(max=1).float()
+        if self.clip is not None:
+            self.shrink = (self.clip / (self.gradient_norms() + 1e-6)).clamp(max=1).float()
         for group, gradient in zip(self.groups, self.gradients, strict=True):
-            if shrink is not None:
-                gradient = gradient * shrink
+            if self.shrink is not None:
+                gradient = gradient * self.shrink
             gradient = gradient.masked_fill(~self.alive, 0)  # a NaN times zero would not be zero
             lr = group.settings["lr"] * factor
             if self.configs[0].optimizer.name == "sgd":
@@ -301,6 +332,7 @@ class GraphedStep:
         if self.graph is None:
             torch.cuda.empty_cache()  # a graph has memory of its own; leave it what the eager steps used
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            # "thread_local": the loader's thread may allocate pinned memory meanwhile, which "global" takes for a fault
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self.function(*self.inputs)
         self.graph.replay()

@@ -36,6 +36,10 @@ class RunDirectory:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    def checkpoint_steps(self) -> list[int]:
+        """Steps of the complete checkpoints, in no order."""
+        return [int(path.name.removeprefix("step-")) for path in self.checkpoints.glob("step-*")]
+
     @property
     def weights(self) -> Path:
         return self.path / "weights.safetensors"

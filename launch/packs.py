@@ -1,0 +1,45 @@
+"""Runs -> packs: which runs of a study one process trains together (train.pack). Without torch."""
+
+from collections.abc import Sequence
+
+from data.errors import UserError
+from launch.config import LaunchConfig
+from launch.study import PlannedRun
+from train.packing import alike, pack_limit, unknown_to_packs
+
+
+def packs_of(runs: Sequence[PlannedRun], config: LaunchConfig, on_gpu: bool, slots: int) -> list[list[PlannedRun]]:
+    """`runs` in packs, in the order of their first runs: as large as train.pack allows while each of `slots` processes
+    still gets one. Raises UserError when train.pack asks for packs that these runs cannot form."""
+    if not runs:
+        return []
+    train = runs[0].config.train
+    if obstacle := why_not(runs[0], config):
+        if (train.pack or 0) > 1:
+            raise UserError(f"train.pack is {train.pack}, but {obstacle}: set train.pack=1, or change that")
+        return [[run] for run in runs]
+    limit = pack_limit(train, on_gpu)
+    groups = [[runs[i] for i in numbers] for numbers in alike([run.config for run in runs])] if limit > 1 else []
+    while limit > 1 and sum(-(-len(group) // limit) for group in groups) < min(slots, len(runs)):
+        limit -= 1
+    if limit == 1:
+        return [[run] for run in runs]
+    return [pack for group in groups for pack in split(group, limit)]
+
+
+def why_not(run: PlannedRun, config: LaunchConfig) -> str | None:
+    """What keeps the runs of a study out of packs, in words."""
+    if config.tasks > 1:
+        return f"a job of {config.tasks} tasks trains one run"
+    if config.runs_per_gpu > 1:
+        return f"launch.runs_per_gpu is {config.runs_per_gpu}, the other way to fill a GPU"
+    if names := sorted(unknown_to_packs(run.config)):
+        return f"packs do not know {', '.join(names)} as set here"
+    return None
+
+
+def split(runs: Sequence[PlannedRun], limit: int) -> list[list[PlannedRun]]:
+    """Packs of nearly equal size, at most `limit`, those of one seed side by side: they share their images."""
+    ordered = sorted(runs, key=lambda run: run.seed)
+    total, number = len(runs), -(-len(runs) // limit)
+    return [ordered[total * i // number : total * (i + 1) // number] for i in range(number)]
