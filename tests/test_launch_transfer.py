@@ -107,7 +107,7 @@ def test_an_interrupted_study_continues_where_it_was(study_file: Path) -> None:
 def test_the_main_path_goes_from_a_proxy_to_a_target_and_its_line_in_the_report(study_file: Path) -> None:
     target = study_file.parent / "large.yaml"
     target.write_text("model: {width: 16, depth: 6}\ntrain: {samples: 640}\n")
-    grid = ("study.values=[2**-9, 2**-6, 2**-3, 2**4]", "train.samples=1280")  # the last diverges
+    grid = ("study.values=[2**-6, 2**-4, 2**-3, 2**4]", "train.samples=2560")  # the last diverges
     proxy = ["transfer", study_file, *grid, "study.parameterizations=[depth_mup]", "study.seeds=[0, 1]"]
     proxy.append("study.tolerance=20")
     refused = depthmup(*proxy, "study.tolerance=1e-3", "--target", target)
