@@ -16,15 +16,16 @@ def test_the_path_goes_on_to_the_target_after_the_user_has_logged_out_or_stops_w
     cluster: Cluster, study_file: Path
 ) -> None:
     content = yaml.safe_load(study_file.read_text())
-    # the last value diverges and the first hardly trains, so that the optimum is inside
-    grid = {"parameterizations": ["depth_mup"], "values": ["2**-9", "2**-7", "2**-5", "2**-3", "2**4"], "tolerance": 4}
-    content["study"] |= grid
+    # the last value diverges and the first is too low, so that the optimum is inside
+    grid = {"parameterizations": ["depth_mup"], "values": ["2**-6", "2**-4", "2**-3", "2**4"], "seeds": [0, 1]}
+    content["study"] |= {**grid, "tolerance": 20}
+    content["train"]["samples"] = 2560
     content["launch"] = {"cluster": "slurm", "gpus_per_node": 1, "runs_per_job": 4, "runs_per_gpu": 2}
     study_file.write_text(yaml.safe_dump(content))
     target = study_file.parent / "large.yaml"
     single = {"runs_per_job": 1, "runs_per_gpu": 1}
     target.write_text(yaml.safe_dump({"model": {"width": 16}, "train": {"samples": 640}, "launch": single}))
-    open_ended = ("study.name=open", "study.sizes=[{width: 8, depth: 3}]", "study.values=[2**-7, 2**-5, 2**4]")
+    open_ended = ("study.name=open", "study.sizes=[{width: 8, depth: 3}]", "study.seeds=[0]")
 
     for overrides in ((), open_ended):
         left = cluster.depthmup("transfer", study_file, *overrides, "--target", target, "--detach")
@@ -51,5 +52,5 @@ def test_the_path_goes_on_to_the_target_after_the_user_has_logged_out_or_stops_w
     for path in (folder / "runs").iterdir():
         (begun,) = attempts(path)
         jobs.setdefault(begun["job"], []).append(begun["pid"])
-    assert sorted(map(len, jobs.values())) == [2, 4, 4]
+    assert sorted(map(len, jobs.values())) == [4, 4, 4, 4]
     assert all(len(set(pids)) == 2 for pids in jobs.values())  # two processes share a job's runs
