@@ -99,6 +99,9 @@ class DistributedDataParallel(Engine):
             device_ids=[device] if device.type == "cuda" else None,
             broadcast_buffers=False,  # BatchNorm's statistics are averaged where they are read: see average_buffers
             gradient_as_bucket_view=True,
+            # Otherwise it sorts gradients into other buckets after its first step. Three processes or more then sum
+            # them in another order, and a resumed run would not be bit for bit the one that never stopped.
+            find_unused_parameters=device.type == "cpu" and dist.get_world_size() > 2,
         )
 
     def start_micro_batch(self, last: bool) -> None:

@@ -109,6 +109,7 @@ class ZeroRedundancy(Engine):
                 zeros = torch.zeros(()) if key == STEP else torch.zeros_like(flat)
                 base.state[flat].setdefault(key, zeros)
         if self.stage in (1, 2):
+            zero._hp_optimizer_states_linked = False  # DeepSpeed linked all groups when only the first had moments
             zero._lazy_init_hp_params_optimizer_state()
         return keys
 
@@ -133,7 +134,6 @@ class ZeroRedundancy(Engine):
             super().load_state(state)
             return
         import deepspeed
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         self.materialize_optimizer()
         with torch.no_grad():
@@ -143,13 +143,32 @@ class ZeroRedundancy(Engine):
                 weight, moments = state["model"][name], state["optimizer"][name]
                 with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.stage == 3):
                     parameter.data.copy_(weight)
-                safe_set_full_fp32_param(parameter, weight)
+                self.set_fp32(parameter, weight)
                 for key, value in moments.items():
                     if key == STEP:
                         for flat_state in self.optimizer.optimizer.state.values():
                             flat_state[STEP].copy_(value)
                     else:
-                        safe_set_full_optimizer_state(parameter, value, key)
+                        self.set_fp32(parameter, value, key)
+
+    def set_fp32(self, parameter: nn.Parameter, value: Tensor, key: str | None = None) -> None:
+        """Sets the fp32 weight, or the optimizer's tensor `key`, where this process keeps a part of it; `value` whole.
+
+        DeepSpeed's setter of whole tensors for stage 3 fails where the processes do not divide a tensor's size.
+        """
+        from deepspeed import utils
+
+        if self.stage == 3:
+            size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]  # DeepSpeed's: this process's part, padded
+            padded = nn.functional.pad(value.flatten(), (0, size * dist.get_world_size() - value.numel()))
+            value = padded.narrow(0, size * dist.get_rank(), size)
+            set_weight, set_moment = utils.safe_set_local_fp32_param, utils.safe_set_local_optimizer_state
+        else:
+            set_weight, set_moment = utils.safe_set_full_fp32_param, utils.safe_set_full_optimizer_state
+        if key is None:
+            set_weight(parameter, value)
+        else:
+            set_moment(parameter, value, key)
 
     def full_weights(self) -> dict[str, Tensor]:
         weights = super().full_weights() if self.stage < 3 else self.state()["model"]
