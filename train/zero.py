@@ -23,6 +23,7 @@ def import_deepspeed(device: torch.device) -> Any:
     """Raises UserError when DeepSpeed is not installed."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ["LOCAL_RANK"] = str(device.index or 0)  # it insists on it, and makes this GPU the current one
     try:
         import deepspeed
     except ImportError:
@@ -97,21 +98,21 @@ class ZeroRedundancy(Engine):
     def materialize_optimizer(self) -> list[str]:
         """Gives every flat shard zero moments where it has none yet; returns the names of what the optimizer keeps."""
         base = getattr(self.optimizer, "optimizer", self.optimizer)
-        probe = nn.Parameter(torch.zeros(1))
-        probe.grad = torch.zeros(1)
+        device = next(self.network.parameters()).device
+        probe = nn.Parameter(torch.zeros(1, device=device))
+        probe.grad = torch.zeros_like(probe)
         known = inspect.signature(type(base)).parameters
         example = type(base)([probe], **{key: value for key, value in base.defaults.items() if key in known})
         example.step()
-        keys = [key for key, value in example.state[probe].items() if isinstance(value, Tensor)]
+        kept = {key: value for key, value in example.state[probe].items() if isinstance(value, Tensor)}
         zero = self.optimizer
         for flat in zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups:
-            for key in keys:
-                zeros = torch.zeros(()) if key == STEP else torch.zeros_like(flat)
-                base.state[flat].setdefault(key, zeros)
+            for key, value in kept.items():  # fused optimizers count their steps on the GPU, others on the CPU
+                base.state[flat].setdefault(key, torch.zeros_like(value if key == STEP else flat))
         if self.stage in (1, 2):
             zero._hp_optimizer_states_linked = False  # DeepSpeed linked all groups when only the first had moments
             zero._lazy_init_hp_params_optimizer_state()
-        return keys
+        return list(kept)
 
     def state(self) -> TensorState:
         if self.stage == 0:
