@@ -1,7 +1,8 @@
 """A batch, and how it becomes the network's input."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,6 +25,22 @@ class Batch:
     images: Tensor
     labels: Tensor
     bad: tuple[BadSample, ...] = ()
+
+    def pin_memory(self) -> "Batch":
+        """For torch's DataLoader, which leaves an object without this method in memory that GPUs wait for."""
+        return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
+
+    def to(self, device: torch.device | str, stream: torch.cuda.Stream | None = None) -> "Batch":
+        """On `device`; from pinned memory the host does not wait for the copy, and with a `stream` of its own the copy
+        runs while the GPU still computes what was asked of it before."""
+        with torch.cuda.stream(stream) if stream else nullcontext():
+            images, labels = (tensor.to(device, non_blocking=True) for tensor in (self.images, self.labels))
+        if stream:
+            computing = torch.cuda.current_stream(device)
+            computing.wait_stream(stream)
+            for tensor in (images, labels):
+                tensor.record_stream(computing)  # or its memory would be reused too early
+        return replace(self, images=images, labels=labels)
 
 
 def decode_sample(
@@ -65,8 +82,8 @@ def collate(images: Sequence[Tensor], labels: Sequence[int], bad: Sequence[BadSa
 
 def to_float(batch: Batch, config: DataConfig, device: Any) -> tuple[Tensor, Tensor]:
     """uint8 pixels to normalised float32 on `device`: (batch, channels, size, size), and the labels."""
-    images = batch.images.to(device, non_blocking=True)
+    batch = batch.to(device)
+    images = batch.images
     on_cpu = images.device.type == "cpu"
     images = new_tensor(images.shape, np.float32).copy_(images) if on_cpu else images.float()  # then in place
-    labels = batch.labels.to(device, non_blocking=True)
-    return images.mul_(1 / (255 * config.std)).sub_(config.mean / config.std), labels
+    return images.mul_(1 / (255 * config.std)).sub_(config.mean / config.std), batch.labels

@@ -178,8 +178,10 @@ class TrainingLoader:
         )
         parts = iter(loader)
         per_stream_batch = self.stream.global_batch_size // config.num_streams
+        copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         while True:
-            yield merge_worker_parts([next(parts) for _ in range(max(config.num_workers, 1))], per_stream_batch)
+            of_step = [next(parts).to(self.device, copies) for _ in range(max(config.num_workers, 1))]
+            yield merge_worker_parts(of_step, per_stream_batch)
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self.local_batches():

@@ -37,14 +37,23 @@ class EpochOrder:
     ) -> None:
         """Raises UserError when `num_streams` does not divide the batch or the data holds less than one batch."""
         if global_batch_size % num_streams:
-            raise UserError(f"data.num_streams {num_streams} must divide data.global_batch_size {global_batch_size}")
+            lower = global_batch_size // num_streams * num_streams
+            nearest = f"{lower} or {lower + num_streams}" if lower else f"{num_streams}"
+            raise UserError(
+                f"data.num_streams {num_streams} must divide train.global_batch_size {global_batch_size}: "
+                f"use train.global_batch_size={nearest}, or another data.num_streams"
+            )
         self.seed, self.epoch, self.window = seed, epoch, window
         self.global_batch_size = global_batch_size
         self.per_stream_batch = global_batch_size // num_streams
         total = sum(span.samples for span in spans)
         self.num_steps = total // global_batch_size
         if self.num_steps == 0:
-            raise UserError(f"{total} training samples are less than one global batch of {global_batch_size}")
+            largest = total // num_streams * num_streams
+            mend = f"use at most {largest}" if largest else f"lower it, and data.num_streams {num_streams}"
+            raise UserError(
+                f"train.global_batch_size {global_batch_size} is more than the {total} training samples: {mend}"
+            )
         self.stream_length = self.num_steps * self.per_stream_batch
         self.num_windows = -(-self.stream_length // window)
         generator = random_generator(seed, epoch)

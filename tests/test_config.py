@@ -14,8 +14,10 @@ from train.config import RunConfig, from_plain, run_hash, set_dotted, to_yaml
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.wdth=3", "model.wdth: unknown key; did you mean 'width'"),
+        ("model.wdth=3", "model.wdth: unknown key; did you mean 'model.width'"),
         ("optimiser.lr=1", "optimiser: unknown key; did you mean 'optimizer'"),
+        ("width=3", "width: unknown key; did you mean 'model.width'?"),
+        ("model.lr=3", "model.lr: unknown key; did you mean 'optimizer.lr'?"),
         ("model.head_dim=4", "model.head_dim: unknown key"),
         ("model.family=resnot", "does not match any of the expected tags"),
         ("model.width=broad", "model.width: Input should be a valid integer"),

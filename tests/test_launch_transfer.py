@@ -150,7 +150,7 @@ def test_plan_prints_every_run_with_its_cost_and_launches_nothing(study_file: Pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["model.wdth=3"], "did you mean 'width'"),
+        (["model.wdth=3"], "did you mean 'model.width'"),
         (["study.sizes=[{width: 8, depth: 3}, {width: 8, depth: 4}]"], "multiple of num_stages"),
         (["study.values=[0, 1, 2]"], "greater than 0"),
         (["study.values=[]"], "study.values needs at least 3 values, found 0"),

@@ -23,6 +23,11 @@ CASES = {
     )
 }
 LEARNING_RATE = {"sgd": 0.05, "adamw": 0.002}
+RECIPE = (
+    "data.mixup=0.3", "data.cutmix=0.5", "train.label_smoothing=0.1", "train.drop_path=0.2",
+    "schedule.name=constant", "train.evaluate_every=10",  # the average lags behind; a run goes on after an evaluation
+)  # fmt: skip
+MUON = ("optimizer.name=muon", "optimizer.momentum=0.95")
 
 
 def config_of(shards: str, case: str, *overrides: str) -> RunConfig:
@@ -87,6 +92,10 @@ def train_all(shards: str, out: str) -> None:
             for case in cases_of(name):
                 config = config_of(shards, case, "parallel.micro_batch_size=8", *overrides)
                 run(config, Path(out) / name / case, world)
+            recipe = (*RECIPE, *(() if name == "zero3" else ("train.ema=0.9",)))
+            for case, more in {"recipe": recipe, **({"muon": MUON} if name in ("ddp", "fsdp") else {})}.items():
+                config = config_of(shards, "vit-depth_mup-adamw", "parallel.micro_batch_size=8", *overrides, *more)
+                run(config, Path(out) / name / case, world)
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +109,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         record_groups()
         for case in CASES:
             run(config_of(str(shards), case), out / "none" / case)
+        run(config_of(str(shards), "vit-depth_mup-adamw", *MUON), out / "none" / "muon")
     run_function("test_train_engines", "train_all", 2, str(shards), str(out))
     return out
 
@@ -119,3 +129,20 @@ def test_no_parameter_group_is_lost_or_merged_by_wrapping(runs: Path, case: str)
     assert len({(group["lr_mult"], group["weight_decay"]) for group in expected}) > 1
     for engine in engines_of(case):
         assert wrapped_groups(runs / engine / case) == expected, engine
+
+
+@pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine != "ddp"])
+def test_mixing_smoothing_stochastic_depth_and_the_average_are_the_same_under_every_engine(
+    runs: Path, engine: str
+) -> None:
+    """On as many processes: what is mixed, and what is dropped, is drawn by each process for its own images."""
+    assert losses(runs / engine / "recipe") == pytest.approx(losses(runs / "ddp" / "recipe"), rel=1e-5)
+    if engine != "zero3":
+        found, expected = (json.loads((runs / e / "recipe" / "done.json").read_text()) for e in (engine, "ddp"))
+        assert expected["val_ema_loss"] != pytest.approx(expected["val_loss"], rel=1e-4)
+        assert found["val_ema_loss"] == pytest.approx(expected["val_ema_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_muon_sees_whole_matrices_under_ddp_and_fsdp(runs: Path, engine: str) -> None:
+    assert losses(runs / engine / "muon") == pytest.approx(losses(runs / "none" / "muon"), rel=1e-5)

@@ -1,6 +1,7 @@
 """Runs of several processes as a cluster treats them: signals, dead processes, other world sizes, bad set-ups."""
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -124,6 +125,16 @@ def test_a_port_in_use_and_other_mistakes_end_with_one_line_and_exit_2(config: P
     assert len(errors) == 1
     assert f"localhost:{port}" in errors[0]
     assert "Traceback" not in output
+
+
+def test_whichever_process_fails_first_says_why_also_after_an_earlier_failure(config: Path, tmp_path: Path) -> None:
+    """torchrun stops all others as soon as one ends, so the first process cannot be left to say it."""
+    RunDirectory(tmp_path).write_failed({"error": "of the last start"})
+    os.utime(tmp_path / "failed.json", (0, 0))
+    command = [sys.executable, "-m", "train", str(config), str(tmp_path)]
+    failed = subprocess.run(command, env=environment(1, 3, 1), capture_output=True, text=True)
+    assert failed.returncode == EXIT_USER_ERROR
+    assert "error: train.global_batch_size 32 must be a multiple of the 3 processes: use 30 or 33" in failed.stderr
 
 
 def test_the_processes_of_torchrun_and_srun_are_recognised() -> None:

@@ -164,7 +164,9 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_the_run_goes_on(shards: Pat
     assert_same_end(tmp_path, whole)
 
 
-def test_a_corrupt_checkpoint_is_passed_over_for_an_older_one(shards: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_corrupt_checkpoint_is_passed_over_for_an_older_one(
+    shards: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = config_of(shards)
 
     def killed() -> None:
@@ -178,7 +180,9 @@ def test_a_corrupt_checkpoint_is_passed_over_for_an_older_one(shards: Path, whol
     (newest / "__0_0.distcp").write_bytes(tensors)
     run(config, tmp_path)
     log = (tmp_path / "log-0.txt").read_text()
-    assert f"warning: {newest.name} is corrupt and passed over" in log
+    warning = f"warning: {newest.name} is corrupt and passed over"
+    assert warning in log
+    assert warning in capsys.readouterr().err
     assert f"resumed from {older.name}" in log
     assert_same_end(tmp_path, whole)
 

@@ -1,17 +1,25 @@
 """Settings of a run that are wrong, or that must not change its result."""
 
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from train_configs import VIT, pack_digits, run_config
 
+from data.batch import Batch
 from data.errors import UserError
 from train.config import ParallelConfig, run_hash
 from train.loop import run
 from train.stochastic_depth import install_stochastic_depth
-from train.telemetry import PEAK_FLOPS, LossWindow
+from train.telemetry import LossWindow, peak_row
+
+# 8 kinds of block, as a ResNet-50 has
+BOTTLENECKS = {"family": "resnet", "block": "bottleneck", "blocks": [2, 2, 2, 2], "width": 8, "depth": 8,
+               "base_width": 8, "base_depth": 8}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +32,11 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("parallel.micro_batch_size=5", r"micro_batch_size 5 must divide the 32 images"),
         ("train.device=cuda", r"torch sees no GPU: use train.device=cpu or auto"),
-        ("data.num_streams=5", r"num_streams 5 must divide"),
+        ("data.num_streams=5", r"num_streams 5 must divide train.global_batch_size 32: .*global_batch_size=30 or 35,"),
+        (
+            "train.global_batch_size=1600 train.samples=1600",
+            r"train.global_batch_size 1600 is more than the \d+ training samples: use at most 14\d\d$",
+        ),
     ],
 )
 def test_settings_that_cannot_work_are_refused_in_one_line(
@@ -32,12 +44,12 @@ def test_settings_that_cannot_work_are_refused_in_one_line(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=message) as refused:
-        run(run_config(shards, override), tmp_path)
+        run(run_config(shards, *override.split()), tmp_path)
     assert "\n" not in str(refused.value)
 
 
 def test_a_world_size_that_does_not_divide_the_batch_is_refused() -> None:
-    with pytest.raises(ValueError, match="global_batch_size 32 must be a multiple of the 3 processes"):
+    with pytest.raises(ValueError, match="global_batch_size 32 must be a multiple of the 3 processes: use 30 or 33"):
         ParallelConfig().micro_batches(32, 3)
 
 
@@ -64,9 +76,40 @@ def test_recomputation_and_memory_format_leave_the_losses_as_they_are(
     assert results[0]["train_loss"] == pytest.approx(results[1]["train_loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("model", "overrides"),
+    [
+        (VIT, ("train.compile=block", "parallel.engine=fsdp", "train.activation_checkpointing=true")),
+        (VIT, ("train.compile=model", "train.activation_checkpointing=true")),
+        (BOTTLENECKS, ("train.compile=block",)),
+    ],
+)
+def test_compilation_takes_every_block_and_leaves_the_losses_as_they_are(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: dict[str, Any], overrides: tuple[str, ...]
+) -> None:
+    """With what traces the code alone: torch's compiler of kernels takes a minute on a CPU."""
+    common = ("train.samples=64", "train.drop_path=0.1")
+    plain = run(run_config(shards, *common, model=model), tmp_path / "plain")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = run(run_config(shards, *common, *overrides, model=model), tmp_path / "compiled")
+    assert counters["stats"]["calls_captured"] > 10  # a recomputed block is one
+    assert counters["frames"]["ok"] == counters["frames"]["total"]  # no kind of block was left out
+    assert compiled["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-5)
+
+
 def test_bf16_trains(shards: Path, tmp_path: Path) -> None:
     overrides = ("train.precision=bf16", "train.samples=128", "train.bf16_residual=true")
     assert run(run_config(shards, *overrides, model=VIT), tmp_path)["outcome"] == "completed"
+
+
+def test_a_batch_of_workers_is_pinned_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's loader pins tensors, and objects that say how; others it passes on in silence."""
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.dtype) or tensor)
+    torch.utils.data._utils.pin_memory.pin_memory(Batch(torch.zeros(1, dtype=torch.uint8), torch.zeros(1).long()))
+    assert pinned == [torch.uint8, torch.int64]
 
 
 def test_stochastic_depth_drops_whole_images_keeps_the_mean_and_rests_in_evaluation(shards: Path) -> None:
@@ -89,7 +132,21 @@ def test_the_step_of_the_first_bad_loss_is_found_in_a_window() -> None:
     assert window.read == []
 
 
-def test_longer_device_names_are_looked_up_before_shorter_ones() -> None:
-    names = [row[0] for row in PEAK_FLOPS]
-    for index, name in enumerate(names):
-        assert not any(earlier in name for earlier in names[:index]), name
+@pytest.mark.parametrize(
+    ("device", "row"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA GH200 480GB", "GH200"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA L40", "L40"),
+        ("NVIDIA L4", "L4"),
+        ("NVIDIA B200", "B200"),
+        ("NVIDIA RTX A4000", None),
+    ],
+)
+def test_a_device_gets_its_own_peak_and_not_that_of_a_like_name(device: str, row: str | None) -> None:
+    found = peak_row(device)
+    assert (found and found[0]) == row

@@ -6,7 +6,9 @@ the others: they, or the launcher (srun --kill-on-bad-exit=1), end because of it
 
 import argparse
 import os
+import signal
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import NoReturn
@@ -33,35 +35,39 @@ def leave(code: int) -> NoReturn:
 
 
 def train(config: RunConfig, directory: RunDirectory) -> int:
-    from train.display import watch_terminal
+    from train.checkpoint import complete
+    from train.display import summary, watch_terminal
     from train.distributed import world_from_environment
     from train.loop import run
 
-    world = world_from_environment()
+    world, started = world_from_environment(), time.time()
     directory.path.mkdir(parents=True, exist_ok=True)
     if world.is_main:
         (directory.path / "failed.json").unlink(missing_ok=True)
+        if directory.done():
+            print(f"done already: {directory.path} (delete the folder to train again)", file=sys.stderr)
+        elif complete(directory.checkpoints):
+            print(f"continuing {directory.path} from its newest checkpoint", file=sys.stderr)
     try:
-        with Interrupt.on_signals() as interrupt, watch_terminal(config, world) as watch:
+        with Interrupt.on_signals(signal.SIGINT) as interrupt, watch_terminal(config, world) as watch:
             result = run(config, directory.path, world, interrupt, watch)
     except Interrupted as stopped:
         if world.is_main:
-            print(stopped, file=sys.stderr)
+            print(f"{stopped}; the same command continues it ({directory.path})", file=sys.stderr)
         return EXIT_REQUEUE
     except Exception as error:
         reason = {"rank": world.rank, "error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
-        directory.write_first_failure(reason)
+        is_first = directory.write_first_failure(reason, started)
         with directory.rank_log(world.rank).open("a") as log:
             traceback.print_exc(file=log)
         if isinstance(error, UserError | ModelError):
-            if world.is_main:
+            if is_first:  # torchrun stops the others before they can say it
                 print(f"error: {error}", file=sys.stderr)
             return EXIT_USER_ERROR
         traceback.print_exc()
         return EXIT_FAILED
     if world.is_main:
-        summary = ", ".join(f"{key} {value:.4g}" for key, value in result.items() if isinstance(value, int | float))
-        print(f"{result['outcome']}: {summary} ({directory.path})")
+        print(summary(config, result, directory.path))
     return EXIT_DIVERGED if result["outcome"] == "diverged" else EXIT_DONE
 
 

@@ -12,6 +12,7 @@ import os
 import pickle
 import re
 import shutil
+import warnings
 import zlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,6 +28,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from data.errors import UserError
 from data.order import State
 from data.storage import write_atomically
+
+# torch says so whenever `no_dist` is set, which is how one process alone has to be set.
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
 STEP = re.compile(r"step-(\d+)")
 METADATA_CLASSES = {  # all that a checkpoint's .metadata, a pickle, may name: nothing that runs

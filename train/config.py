@@ -85,8 +85,11 @@ class ParallelConfig:
     def micro_batches(self, global_batch_size: int, world_size: int) -> int:
         """Number of forward and backward passes a step. Raises ValueError when sizes do not divide."""
         if global_batch_size % world_size:
+            lower = global_batch_size // world_size * world_size
+            nearest = f"{lower} or {lower + world_size}" if lower else str(world_size)
             raise ValueError(
-                f"train.global_batch_size {global_batch_size} must be a multiple of the {world_size} processes"
+                f"train.global_batch_size {global_batch_size} must be a multiple of the {world_size} processes: "
+                f"use {nearest}"
             )
         local = global_batch_size // world_size
         size = self.micro_batch_size or local
@@ -176,6 +179,24 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return raw
 
 
+def dotted_names(cls: Any, prefix: str = "") -> list[str]:
+    """Every key of the dataclass `cls`: model, model.width, ..."""
+    found: list[str] = []
+    for name, hint in get_type_hints(cls, include_extras=True).items():
+        found.append(prefix + name)
+        found += [inner for section in dataclasses_in(hint) for inner in dotted_names(section, f"{prefix}{name}.")]
+    return list(dict.fromkeys(found))
+
+
+def suggestion(cls: Any, location: tuple[Any, ...]) -> str:
+    """What may have been meant by the unknown key at `location`: the same key of another section, or one like it."""
+    *sections, key = (str(part) for part in location if part not in FAMILIES)
+    here = field_names(cls, location)
+    elsewhere = [name for name in dotted_names(cls) if name.endswith(f".{key}")]
+    nearest = elsewhere[:3] or [".".join((*sections, n)) for n in difflib.get_close_matches(key, here, 1, cutoff=0.5)]
+    return f"did you mean {' or '.join(map(repr, nearest))}?" if nearest else f"known: {', '.join(here)}"
+
+
 def field_names(cls: Any, location: tuple[Any, ...]) -> list[str]:
     """Names of the fields that are allowed beside `location` in the dataclass `cls`, for a suggestion."""
     candidates = [cls]
@@ -191,7 +212,8 @@ FAMILIES = tuple(family.family for family in get_args(get_args(AnyModelConfig)[0
 
 
 def dataclasses_in(hint: Any) -> list[Any]:
-    if dataclasses.is_dataclass(hint):
+    """The sections that a field may hold. Annotations' pydantic validators are dataclasses, too, but no classes."""
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return [hint]
     if get_origin(hint) in (Union, types.UnionType, Annotated, tuple):
         return [found for argument in get_args(hint) for found in dataclasses_in(argument)]
@@ -203,9 +225,7 @@ def describe(error: Any, cls: Any) -> str:
     location = tuple(error["loc"])
     key = ".".join(str(part) for part in location if part not in FAMILIES) or "config"
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        nearest = difflib.get_close_matches(str(location[-1]), field_names(cls, location), n=1, cutoff=0.5)
-        allowed = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(field_names(cls, location))}"
-        return f"{key}: unknown key; {allowed}"
+        return f"{key}: unknown key; {suggestion(cls, location)}"
     if error["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{key}: missing"
     message = error["msg"].removeprefix("Value error, ")

@@ -1,8 +1,10 @@
-"""A live line for a run on a terminal; plain lines go to metrics.jsonl alone elsewhere."""
+"""What a person sees of a run: a live line on a terminal (elsewhere metrics.jsonl alone), and its end."""
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -18,13 +20,35 @@ def watch_terminal(config: RunConfig, world: World) -> Iterator[Callable[[dict[s
     if not world.is_main or not sys.stderr.isatty():
         yield None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(8), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("loss -", total=config.train.num_steps)
 
         def show(line: dict[str, Any]) -> None:
             mfu = f" mfu {line['mfu']:.0%}" if "mfu" in line else ""
-            text = f"loss {line['loss']:.4f} lr {line['lr']:.2e} {line['images_per_second']:.0f} images/s{mfu}"
+            text = f"loss {line['loss']:.4f} lr {line['lr']:.1e} {line['images_per_second']:.0f} images/s{mfu}"
             progress.update(task, completed=line["step"], description=text)
 
         yield show
+
+
+def summary(config: RunConfig, result: dict[str, Any], directory: Path) -> str:
+    """The content of done.json for a person: what came out, where it lies, and whether anything was learnt."""
+    if result["outcome"] == "diverged":
+        return f"diverged: the loss of step {result['step']} is not finite ({directory}); lower optimizer.lr"
+    losses = {key: value for key, value in result.items() if key.endswith("_loss")}
+    numbers = [f"{key.replace('_', ' ')} {value:.4g}" for key, value in losses.items()]
+    numbers += [
+        f"{key.replace('_', ' ')} {value:.2%}" for key, value in result.items() if key.endswith(("_top1", "_top5"))
+    ]
+    lines = [
+        f"{result['outcome']}: {result['step']} steps, {result['samples']:,} samples; {', '.join(numbers)}",
+        f"results: {directory} (done.json, metrics.jsonl, weights.safetensors)",
+    ]
+    chance = math.log(config.model.num_classes)
+    if losses and min(losses.values()) >= chance:
+        lines.append(
+            f"warning: nothing was learnt: guessing among {config.model.num_classes} classes has a loss of "
+            f"{chance:.4g} too; try another optimizer.lr, or more train.samples"
+        )
+    return "\n".join(lines)

@@ -4,6 +4,7 @@ All of them take the same parameter groups and give the same losses. The loop an
 parameter names are those of the plain model, and `optimizer`, whose groups are found by name.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -21,6 +22,8 @@ from torch.distributed.tensor import DTensor
 
 from data.errors import UserError
 from train.config import ParallelConfig
+
+warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # what replaces it is newer than torch 2.6
 
 OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
 TensorState = dict[str, dict[str, Any]]
@@ -45,6 +48,9 @@ class Engine:
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad()
+
+    def reshard(self) -> None:
+        """After forward passes without backward ones: frees gathered weights, where weights are sharded."""
 
     def step(self, clip_norm: float | None) -> Tensor | None:
         """Updates the weights. Scales all gradients first so that their norm is at most `clip_norm`, and returns the
@@ -99,6 +105,9 @@ class DistributedDataParallel(Engine):
             device_ids=[device] if device.type == "cuda" else None,
             broadcast_buffers=False,  # BatchNorm's statistics are averaged where they are read: see average_buffers
             gradient_as_bucket_view=True,
+            # Otherwise it sorts gradients into other buckets after its first step. Three processes or more then sum
+            # them in another order, and a resumed run would not be bit for bit the one that never stopped.
+            find_unused_parameters=device.type == "cpu" and dist.get_world_size() > 2,
         )
 
     def start_micro_batch(self, last: bool) -> None:
@@ -127,6 +136,9 @@ class FullyShardedDataParallel(Engine):
 
     def start_micro_batch(self, last: bool) -> None:
         self.sharded.set_requires_gradient_sync(last)
+
+    def reshard(self) -> None:
+        self.sharded.reshard()  # the blocks do it by themselves; what lies outside of them waits for a backward pass
 
 
 def choose(config: ParallelConfig, world_size: int) -> str:

@@ -46,6 +46,7 @@ def evaluate(
         hits = logits.topk(min(5, model.num_classes), dim=1).indices == labels[:, None]  # (batch, 5)
         loss = F.cross_entropy(logits, labels, reduction="sum")
         sums += torch.stack([loss.double(), hits[:, 0].sum(), hits.sum(), torch.tensor(len(labels), device=device)])
+    engine.reshard()
     engine.module.train()
     loss_sum, top1, top5, images_seen = sum_over_ranks(sums).tolist()
     return {

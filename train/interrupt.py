@@ -16,14 +16,16 @@ class Interrupt:
         self.requested = False
 
     def request(self, number: int = 0, frame: FrameType | None = None) -> None:
+        if number == signal.SIGINT and self.requested:
+            raise KeyboardInterrupt  # the second Ctrl-C means now
         self.requested = True
 
     @classmethod
     @contextmanager
-    def on_signals(cls) -> Iterator["Interrupt"]:
-        """A flag that SIGUSR2 and SIGTERM set while the block runs. Only in the main thread."""
+    def on_signals(cls, *more: signal.Signals) -> Iterator["Interrupt"]:
+        """A flag that SIGUSR2, SIGTERM and the signals `more` set while the block runs. Only in the main thread."""
         interrupt = cls()
-        before = {number: signal.signal(number, interrupt.request) for number in STOP_SIGNALS}
+        before = {number: signal.signal(number, interrupt.request) for number in (*STOP_SIGNALS, *more)}
         try:
             yield interrupt
         finally:

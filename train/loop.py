@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -201,7 +202,10 @@ class Run:
             closing.callback(self.metrics.close)
 
     def log(self, text: str) -> None:
+        """To this process's log; warnings also to whoever watches the first process."""
         print(text, file=self.log_file)
+        if text.startswith("warning: ") and self.world.is_main:
+            print(text, file=sys.stderr)
 
     def tensors(self) -> dict[str, Any]:
         """Everything that a checkpoint holds. The average shares its tensors with it, so loading fills it in place."""

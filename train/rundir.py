@@ -67,16 +67,23 @@ class RunDirectory:
     def write_failed(self, reason: dict[str, Any]) -> None:
         write_atomically(self.path / "failed.json", json.dumps(reason, indent=1).encode())
 
-    def write_first_failure(self, reason: dict[str, Any]) -> None:
-        """As `write_failed`, unless another process has: it failed first, and the others fail because of it."""
-        temporary = self.path / f".failed.json.{os.getpid()}"
+    def write_first_failure(self, reason: dict[str, Any], started: float) -> bool:
+        """As `write_failed`, unless another process has: it failed first, and the others fail because of it.
+
+        started: when this process did, in seconds since the epoch; an older failure is one of an earlier start. Returns
+        whether this process was the first.
+        """
+        failed, temporary = self.path / "failed.json", self.path / f".failed.json.{os.getpid()}"
         temporary.write_text(json.dumps(reason, indent=1))
         try:
-            os.link(temporary, self.path / "failed.json")
+            os.link(temporary, failed)
         except FileExistsError:
-            pass  # the first one says why
+            if failed.stat().st_mtime >= started:
+                return False
+            os.replace(temporary, failed)
         finally:
-            temporary.unlink()
+            temporary.unlink(missing_ok=True)
+        return True
 
     def read_marker(self, name: str) -> dict[str, Any] | None:
         try:

@@ -1,8 +1,8 @@
 """One optimizer step, and how a network is made ready for it: precision, memory format, recomputation, compilation."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -13,6 +13,10 @@ from torch.utils.checkpoint import checkpoint
 from data.errors import UserError
 from train.config import TrainConfig
 from train.engine import Engine
+
+# Blocks of one class share torch's cache of compiled code. A ResNet-50 has 8 kinds of block, times training and
+# evaluation; past the limit, whose default is 8, torch runs the others uncompiled.
+RECOMPILE_LIMIT = 64
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,15 @@ def block_names(branches: list[str]) -> list[str]:
     return list(dict.fromkeys(name.rpartition(".")[0] for name in branches))
 
 
+def recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`forward`, recomputed in the backward pass. A function of ours, since torch.compile skips a bare `checkpoint`."""
+
+    def recomputing(*inputs: Tensor) -> Tensor:
+        return checkpoint(forward, *inputs, use_reentrant=False)
+
+    return recomputing
+
+
 def prepare(
     network: nn.Module, blocks: list[str], config: TrainConfig, device: torch.device, dtype: torch.dtype | None
 ) -> bool:
@@ -104,11 +117,12 @@ def prepare(
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
     if dtype and config.bf16_residual:
         network.get_submodule(blocks[0]).register_forward_pre_hook(lambda module, inputs: (inputs[0].to(dtype),))
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     for block in map(network.get_submodule, blocks):
         if config.activation_checkpointing:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-        if config.compile == "block":
-            block.compile()
+            block.forward = recomputed(block.forward)
+        if config.compile == "block":  # the method, not the module: FSDP's hooks stay outside
+            block.forward = torch.compile(block.forward)
     if config.compile == "model":
         network.compile()
     return channels_last

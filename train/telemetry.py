@@ -1,6 +1,7 @@
 """What a metrics line says beyond the loss: throughput, MFU, memory, and the RMS of gradients and updates per role."""
 
 import math
+import re
 import resource
 import sys
 import time
@@ -15,8 +16,9 @@ from torch.distributed.tensor import DTensor
 from train.distributed import mean_over_ranks, sum_over_ranks
 
 # Dense peak, FLOP/s: (bf16, TF32 or fp32 on tensor cores), from the makers' data sheets, without sparsity. The
-# first name that is part of the device's name counts.
+# first name that stands as whole words in the device's name counts.
 PEAK_FLOPS: tuple[tuple[str, float, float], ...] = (
+    ("GB200", 2500e12, 1250e12),
     ("B200", 2250e12, 1125e12),
     ("GH200", 989e12, 494.7e12),
     ("H200", 989e12, 494.7e12),
@@ -25,18 +27,23 @@ PEAK_FLOPS: tuple[tuple[str, float, float], ...] = (
     ("H100", 989e12, 494.7e12),
     ("A100", 312e12, 156e12),
     ("L40S", 362e12, 183e12),
+    ("L40", 181e12, 90.5e12),
     ("A40", 149.7e12, 74.8e12),
     ("L4", 121e12, 60e12),
     ("RTX 4090", 165.2e12, 82.6e12),
 )
 
 
+def peak_row(device_name: str) -> tuple[str, float, float] | None:
+    """'NVIDIA L40' is no L4, and no L40S."""
+    return next((row for row in PEAK_FLOPS if re.search(rf"\b{row[0]}\b", device_name)), None)
+
+
 def peak_flops(device: torch.device, dtype: torch.dtype | None) -> float | None:
     """The device's dense peak in FLOP/s for `dtype` (None: float32), or None for a device that is not in the table."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    row = next((row for row in PEAK_FLOPS if row[0] in name), None)
+    row = peak_row(torch.cuda.get_device_name(device))
     return None if row is None else row[1] if dtype == torch.bfloat16 else row[2]
 
 

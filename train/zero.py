@@ -23,6 +23,7 @@ def import_deepspeed(device: torch.device) -> Any:
     """Raises UserError when DeepSpeed is not installed."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ["LOCAL_RANK"] = str(device.index or 0)  # it insists on it, and makes this GPU the current one
     try:
         import deepspeed
     except ImportError:
@@ -97,20 +98,21 @@ class ZeroRedundancy(Engine):
     def materialize_optimizer(self) -> list[str]:
         """Gives every flat shard zero moments where it has none yet; returns the names of what the optimizer keeps."""
         base = getattr(self.optimizer, "optimizer", self.optimizer)
-        probe = nn.Parameter(torch.zeros(1))
-        probe.grad = torch.zeros(1)
+        device = next(self.network.parameters()).device
+        probe = nn.Parameter(torch.zeros(1, device=device))
+        probe.grad = torch.zeros_like(probe)
         known = inspect.signature(type(base)).parameters
         example = type(base)([probe], **{key: value for key, value in base.defaults.items() if key in known})
         example.step()
-        keys = [key for key, value in example.state[probe].items() if isinstance(value, Tensor)]
+        kept = {key: value for key, value in example.state[probe].items() if isinstance(value, Tensor)}
         zero = self.optimizer
         for flat in zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups:
-            for key in keys:
-                zeros = torch.zeros(()) if key == STEP else torch.zeros_like(flat)
-                base.state[flat].setdefault(key, zeros)
+            for key, value in kept.items():  # fused optimizers count their steps on the GPU, others on the CPU
+                base.state[flat].setdefault(key, torch.zeros_like(value if key == STEP else flat))
         if self.stage in (1, 2):
+            zero._hp_optimizer_states_linked = False  # DeepSpeed linked all groups when only the first had moments
             zero._lazy_init_hp_params_optimizer_state()
-        return keys
+        return list(kept)
 
     def state(self) -> TensorState:
         if self.stage == 0:
@@ -133,7 +135,6 @@ class ZeroRedundancy(Engine):
             super().load_state(state)
             return
         import deepspeed
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         self.materialize_optimizer()
         with torch.no_grad():
@@ -143,13 +144,32 @@ class ZeroRedundancy(Engine):
                 weight, moments = state["model"][name], state["optimizer"][name]
                 with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.stage == 3):
                     parameter.data.copy_(weight)
-                safe_set_full_fp32_param(parameter, weight)
+                self.set_fp32(parameter, weight)
                 for key, value in moments.items():
                     if key == STEP:
                         for flat_state in self.optimizer.optimizer.state.values():
                             flat_state[STEP].copy_(value)
                     else:
-                        safe_set_full_optimizer_state(parameter, value, key)
+                        self.set_fp32(parameter, value, key)
+
+    def set_fp32(self, parameter: nn.Parameter, value: Tensor, key: str | None = None) -> None:
+        """Sets the fp32 weight, or the optimizer's tensor `key`, where this process keeps a part of it; `value` whole.
+
+        DeepSpeed's setter of whole tensors for stage 3 fails where the processes do not divide a tensor's size.
+        """
+        from deepspeed import utils
+
+        if self.stage == 3:
+            size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]  # DeepSpeed's: this process's part, padded
+            padded = nn.functional.pad(value.flatten(), (0, size * dist.get_world_size() - value.numel()))
+            value = padded.narrow(0, size * dist.get_rank(), size)
+            set_weight, set_moment = utils.safe_set_local_fp32_param, utils.safe_set_local_optimizer_state
+        else:
+            set_weight, set_moment = utils.safe_set_full_fp32_param, utils.safe_set_full_optimizer_state
+        if key is None:
+            set_weight(parameter, value)
+        else:
+            set_moment(parameter, value, key)
 
     def full_weights(self) -> dict[str, Tensor]:
         weights = super().full_weights() if self.stage < 3 else self.state()["model"]

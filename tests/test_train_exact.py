@@ -1,0 +1,61 @@
+"""Several processes that stop and go on end bit for bit as those that never stopped, under every engine."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_train_engines import ENGINES
+from train_configs import VIT, pack_digits, run_config
+from train_processes import run_function
+
+from train.config import ParallelConfig
+
+TIMED = {"images_per_second", "data_wait", "memory"}
+WORLD_SIZE = 3  # sums of two numbers have one order only
+
+
+def stop_and_go_on(shards: str, out: str) -> None:
+    """In each process: every engine trains once without a stop, and once with one after step 6."""
+    import torch
+
+    from train.distributed import process_group, world_from_environment
+    from train.interrupt import Interrupt, Interrupted
+    from train.loop import run
+
+    world = world_from_environment()
+    settings = ("optimizer.name=adamw", "optimizer.lr=0.002", "train.clip_norm=0.5", "train.global_batch_size=48")
+    more = ("train.samples=672", "train.drop_path=0.1", "data.num_streams=12", "parallel.micro_batch_size=8")
+    with process_group(world, torch.device("cpu"), ParallelConfig(), "ddp"):
+        for name, overrides in ENGINES.items():
+            config = run_config(shards, *settings, *more, *overrides, model=VIT)
+            run(config, Path(out) / name / "whole", world)
+            interrupt = Interrupt()
+
+            def watch(line: dict[str, Any], interrupt: Interrupt = interrupt) -> None:
+                if line["step"] == 5:
+                    interrupt.request()
+
+            with pytest.raises(Interrupted, match="after step 6 of 14"):
+                run(config, Path(out) / name / "stopped", world, interrupt, watch)
+            run(config, Path(out) / name / "stopped", world)
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMED} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("exact")
+    run_function("test_train_exact", "stop_and_go_on", WORLD_SIZE, str(pack_digits(out / "shards")), str(out))
+    return out
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_run_of_three_processes_that_stops_ends_as_one_that_never_did(runs: Path, engine: str) -> None:
+    whole, stopped = runs / engine / "whole", runs / engine / "stopped"
+    assert len(metrics(whole)) == 14
+    assert metrics(stopped) == metrics(whole)
+    assert (stopped / "weights.safetensors").read_bytes() == (whole / "weights.safetensors").read_bytes()
