@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from data import memory
 from data.augment import augment
@@ -124,6 +124,14 @@ def return_freed_memory(worker: int) -> None:
         mallopt(M_MMAP_THRESHOLD, 256 * 1024)
 
 
+def read_by_workers(loader: DataLoader) -> Iterator[Batch]:
+    """The loader's batches. Raises a worker's UserError with its own words, which torch buries in a traceback."""
+    try:
+        yield from loader
+    except UserError as error:
+        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
+
+
 class BadCount:
     """Counts bad samples by shard and reason. Raises UserError past `max_bad_fraction` of `samples`."""
 
@@ -176,7 +184,7 @@ class TrainingLoader:
             pin_memory=self.device.type == "cuda",
             worker_init_fn=return_freed_memory,
         )
-        parts = iter(loader)
+        parts = read_by_workers(loader)
         per_stream_batch = self.stream.global_batch_size // config.num_streams
         copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         while True:
@@ -245,17 +253,48 @@ def evaluated(
         rows = store.row_numbers(spans)
         yield from (store.take_good(rows[first : first + batch_size]) for first in range(0, len(rows), batch_size))
         return
-    buffer = scratch()
-    places = [(span, number) for span in spans for number in range(span.samples)]
-    for first in range(0, len(places), batch_size):
+    dataset = EvaluationBatches(config, index, spans, batch_size, image_size, channels)
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=min(config.num_workers, len(dataset)),
+        pin_memory=device.type == "cuda",
+        worker_init_fn=return_freed_memory,
+        generator=torch.Generator(),  # its own, so that an evaluation takes no number from the training's
+    )
+    copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+    for batch in read_by_workers(loader):
+        yield batch.to(device, copies)
+
+
+class EvaluationBatches(Dataset[Batch]):
+    """Batch number i of the samples of `spans`, in order, without its bad ones, which stand in `bad`."""
+
+    def __init__(
+        self, config: DataConfig, index: Index, spans: Sequence[Span], batch_size: int, image_size: int, channels: int
+    ) -> None:
+        self.config, self.index = config, index
+        self.image_size, self.channels, self.batch_size = image_size, channels, batch_size
+        self.places = [(span, number) for span in spans for number in range(span.samples)]
+        self.buffer: np.ndarray | None = None  # each worker makes its own
+
+    def __len__(self) -> int:
+        return -(-len(self.places) // self.batch_size)
+
+    def __getitem__(self, number: int) -> Batch:
+        self.buffer = scratch() if self.buffer is None else self.buffer
         images, labels, bad = [], [], []
-        for span, number in places[first : first + batch_size]:
+        for span, position in self.places[number * self.batch_size : (number + 1) * self.batch_size]:
             try:
-                image, label = decode_sample(index, span, number, channels, config.backend, buffer)
+                image, label = decode_sample(
+                    self.index, span, position, self.channels, self.config.backend, self.buffer
+                )
             except BadSample as error:
                 bad.append(error)
                 continue
-            images.append(center_crop(image, image_size, config.backend))
+            images.append(center_crop(image, self.image_size, self.config.backend))
             labels.append(label)
-        none = torch.empty(0, channels, image_size, image_size, dtype=torch.uint8)
-        yield collate(images, labels, bad) if images else Batch(none, torch.empty(0, dtype=torch.int64), tuple(bad))
+        if images:
+            return collate(images, labels, bad)
+        none = torch.empty(0, self.channels, self.image_size, self.image_size, dtype=torch.uint8)
+        return Batch(none, torch.empty(0, dtype=torch.int64), tuple(bad))

@@ -123,7 +123,10 @@ def read_block(url: str, version: str, number: int, size: int) -> bytes:
 
 @lru_cache(maxsize=128)
 def open_local(path: str, version: str) -> FileIO:
-    return open(path, "rb", buffering=0)
+    try:
+        return open(path, "rb", buffering=0)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
 
 
 def read_range(location: str, version: str, file_size: int, offset: int, size: int) -> bytes:

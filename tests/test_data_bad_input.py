@@ -120,6 +120,17 @@ def test_past_the_allowed_fraction_the_run_ends_with_the_counts(rotten, num_work
         list(evaluation_batches(options, rotten, "train", 7, 16, 3))
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_shard_that_vanishes_under_a_run_ends_it_in_one_line(rotten, num_workers):
+    options = config(rotten, minival=0, num_streams=4, window=12, max_bad_fraction=1.0, num_workers=num_workers)
+    (Path(rotten.root) / "train-0.tar").unlink()
+    with pytest.raises(UserError, match=r"train-0\.tar: No such file or directory$") as refused:
+        list(islice(TrainingLoader(TrainingStream(options, rotten, State(0), 8, 16, 3)), 6))
+    assert "\n" not in str(refused.value)
+    with pytest.raises(UserError, match=r"^\S+train-0\.tar: No such file or directory$"):
+        list(evaluation_batches(options, rotten, "train", 7, 16, 3))
+
+
 def test_a_shard_that_changed_under_its_index_is_found(rotten):
     path = Path(rotten.root) / "train-0.tar"
     content = bytearray(path.read_bytes())

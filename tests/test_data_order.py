@@ -165,3 +165,7 @@ def test_evaluation_counts_every_image_once_on_any_world_size(photos):
             for b in evaluation_batches(settings, photos, "minival", 7, 8, 3, rank, world_size)
         ]
         assert torch.equal(torch.cat(parts), one)
+    random_numbers = torch.get_rng_state()
+    with_workers = evaluation_batches(replace(settings, num_workers=2), photos, "minival", 7, 8, 3, 1, 2)
+    assert torch.equal(torch.cat([b.images for b in with_workers]), one[22:])
+    assert torch.equal(torch.get_rng_state(), random_numbers)  # the training that goes on draws what it would have
