@@ -2,18 +2,21 @@
 
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from rich.console import Console
-from rich.table import Table
 
 from data.errors import UserError
-from launch.config import read_run
+from launch.config import read_raw, read_run
 from launch.progress import display
-from models.coordinate_check import Line, Settings, check
+from models.config import ParameterizationConfig
+from models.coordinate_check import AXES, BAND, Axis, Line, Settings, check
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
+
+MARKS = {"ok": " ", "off": "!", "unclear": "?"}
 
 
 def parse_factors(text: str) -> tuple[int, ...]:
@@ -27,27 +30,30 @@ def parse_factors(text: str) -> tuple[int, ...]:
     return factors
 
 
-def demanded(line: Line) -> str:
-    low, high = line.allowed
-    return f"{low:+.1f}" if low == high else f"{low:+.1f} to {high:+.1f}"
+def table(axis: Axis, lines: list[Line]) -> list[str]:
+    """Text of at most 80 columns: a row per quantity; each slope with its standard error, beside what is demanded."""
+    cells: dict[str, dict[int, Line]] = defaultdict(dict)
+    for line in lines:
+        cells[line.quantity.partition(",")[0]][line.step] = line
+    first, *later = sorted({line.step for line in lines} | {0})
 
+    def slope(line: Line | None) -> str:
+        error = f"{line.error:.2f}".lstrip("0") if line else ""
+        return f"{line.slope:+.2f}±{error}{MARKS[line.verdict]}" if line else ""
 
-def what(line: Line) -> str:
-    return f"update, step {line.step}" if line.step else "step 0"
+    def demanded(line: Line | None) -> str:
+        if line is None:
+            return ""
+        low, high = line.allowed
+        return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
-
-def print_table(lines: list[Line], console: Console) -> None:
-    """One row per judged slope, with the RMS at every size."""
-    for axis in ("width", "depth"):
-        shown = [line for line in lines if line.axis == axis]
-        table = Table(title=f"log-log slope of the RMS over {axis}", title_justify="left", box=None, pad_edge=False)
-        for heading in ("quantity", "", "slope", "demanded", "", *(f"x{f}" for f in shown[0].factors)):
-            table.add_column(heading, justify="left" if heading in ("quantity", "") else "right", no_wrap=True)
-        for line in shown:
-            verdict = "ok" if line.passed else "OFF"
-            numbers = (f"{value:.2g}" for value in line.rms)
-            table.add_row(line.quantity, what(line), f"{line.slope:+.2f}", demanded(line), verdict, *numbers)
-        console.print(table, "", highlight=False)
+    rows = [(f"slope over {axis}", "step 0", "demanded", *(f"step {step}" for step in later), "demanded")]
+    for quantity, at in cells.items():
+        updates = [at.get(step) for step in later]
+        rows.append(
+            (quantity, slope(at.get(first)), demanded(at.get(first)), *map(slope, updates), demanded(updates[-1]))
+        )
+    return [f"{row[0]:<17}" + "".join(f"{cell:>12}" for cell in row[1:]) for row in rows]
 
 
 def write_plot(lines: list[Line], title: str, path: Path) -> None:
@@ -56,20 +62,55 @@ def write_plot(lines: list[Line], title: str, path: Path) -> None:
     for line in lines:
         panels[line.step, line.axis].append(line)
     steps = sorted({line.step for line in lines})
-    figure, axes = plt.subplots(len(steps), 2, figsize=(13, 4 * len(steps)), squeeze=False, layout="constrained")
+    axes = list(dict.fromkeys(line.axis for line in lines))
+    size = (6.5 * len(axes), 4 * len(steps))
+    figure, grid = plt.subplots(len(steps), len(axes), figsize=size, squeeze=False, layout="constrained")
     for row, step in enumerate(steps):
-        for column, axis in enumerate(("width", "depth")):
-            panel = axes[row][column]
+        for column, axis in enumerate(axes):
+            panel = grid[row][column]
             for line in panels[step, axis]:
-                style = "o-" if line.passed else "x--"
+                style = "x--" if line.verdict == "off" else "o-"
                 panel.loglog(line.factors, line.rms, style, base=2, label=f"{line.quantity} {line.slope:+.2f}")
-            panel.set_title(what(panels[step, axis][0]) if panels[step, axis] else "")
+            panel.set_title(f"change since step 0, step {step}" if step else "step 0")
             panel.set_xlabel(f"{axis} / base {axis}")
             panel.set_ylabel("RMS")
             panel.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def default_plot(config: Path, overrides: tuple[str, ...], parameterization: str) -> Path:
+    """The plot's file in the study's directory; a run's configuration has a study's name by its own."""
+    study: Any = read_raw(config, overrides).get("study")
+    given = study if isinstance(study, dict) else {}
+    directory = Path(given.get("directory", "runs")) / given.get("name", config.stem)
+    return directory / f"check_{parameterization}.png"
+
+
+def verdict(lines: list[Line], num_seeds: int) -> str:
+    off = [line for line in lines if line.verdict == "off"]
+    unclear = [line for line in lines if line.verdict == "unclear"]
+    if not off and not unclear:
+        return f"passed: all {len(lines)} slopes are within {BAND} of what the limit demands"
+    parts = []
+    if off:
+        parts.append(f"{len(off)} of {len(lines)} slopes are off by more than {BAND} (!)")
+    if unclear:
+        parts.append(f"{len(unclear)} of {len(lines)} too noisy to judge (?): try --seeds {4 * num_seeds}")
+    return "failed: " + ", ".join(parts)
+
+
+def hint(lines: list[Line], base_depth: int, parameterization: ParameterizationConfig) -> str | None:
+    """What to try when it is depth that fails, with branches of unit strength in a deep base."""
+    beta = base_depth**-0.5
+    fails = any(line.axis == "depth" and line.verdict == "off" for line in lines)
+    if not (fails and parameterization.resolve().alpha > 0 and parameterization.beta > beta):
+        return None
+    return (
+        f"hint: with beta {parameterization.beta:g} a base of depth {base_depth} may be far from the limit; "
+        f"try parameterization.beta={beta:.3g} (docs/models.md, 'Finite depth')"
+    )
 
 
 def run_check(
@@ -79,17 +120,21 @@ def run_check(
     steps: int,
     seeds: int,
     batch_size: int,
-    plot: Path,
+    axis: Axis | None,
+    plot: Path | None,
     console: Console,
 ) -> bool:
     """Prints the table, writes the plot, and says whether every slope is inside its band. Raises UserError."""
-    if min(steps, seeds, batch_size) < 1:
-        raise UserError("--steps, --seeds and --batch-size must be at least 1")
+    if min(steps, batch_size) < 1 or seeds < 2:
+        raise UserError("--steps and --batch-size must be at least 1, --seeds at least 2")
+    run = read_run(config, overrides)
+    p = run.parameterization
+    plot = plot or default_plot(config, overrides, p.name)
     if plot.suffix not in (".png", ".pdf", ".svg"):
         raise UserError(f"--plot {plot}: the name must end in .png, .pdf or .svg")
     settings = Settings(parse_factors(factors), steps=steps, batch_size=batch_size, num_seeds=seeds)
-    run = read_run(config, overrides)
-    total, started = 2 * len(settings.factors), 0
+    axes = (axis,) if axis else AXES
+    total, started = len(axes) * len(settings.factors), 0
     with display(console, "coordinate check") as shown:
 
         def progress(size: str) -> None:
@@ -97,13 +142,20 @@ def run_check(
             shown.update(started / total, size)
             started += 1
 
-        lines = check(run.model, run.parameterization, run.optimizer, settings, progress)
+        lines = check(run.model, p, run.optimizer, settings, axes, progress)
         shown.update(1, f"{total} sizes", final=True)
-    print_table(lines, console)
-    p = run.parameterization.resolve()
-    failed = [line for line in lines if not line.passed]
-    title = f"{run.model.family}, {p.name} (alpha {p.alpha:g}), {run.optimizer.name}, lr {run.optimizer.lr:g}"
-    write_plot(lines, title, plot)
-    verdict = "passed" if not failed else f"{len(failed)} of {len(lines)} slopes are off by more than {settings.band}"
-    console.print(f"{title}: {verdict} (plot: {plot})", highlight=False)
-    return not failed
+    alpha = p.resolve().alpha
+    title = f"{run.model.family}, {p.name} (alpha {alpha:g}, beta {p.beta:g}), {run.optimizer.name}, "
+    title += f"lr {run.optimizer.lr:g}"
+    try:
+        plot.parent.mkdir(parents=True, exist_ok=True)
+        write_plot(lines, title, plot)
+    except OSError as error:
+        raise UserError(f"--plot {plot}: cannot write there ({error.strerror})") from None
+    for one in axes:
+        console.print("\n".join(table(one, [line for line in lines if line.axis == one])), "", highlight=False)
+    console.print(title, verdict(lines, seeds), sep="\n", highlight=False)
+    if advice := hint(lines, run.model.base_depth, p):
+        console.print(advice, highlight=False)
+    console.print(f"plot: {plot}", highlight=False)
+    return all(line.verdict == "ok" for line in lines)

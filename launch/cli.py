@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from launch.study import Study
     from launch.transfer import Launched
+    from models.coordinate_check import Axis
 
 EXAMPLES = {
     "transfer": "depthmup transfer configs/digits_resnet.yaml study.directory=/scratch/runs",
@@ -287,23 +288,29 @@ def train(config: Path, overrides: tuple[str, ...], directory: Path | None) -> N
 @with_config
 @click.option("--factors", default="1,2,4,8", show_default=True, help="Sizes, as multiples of base width and depth.")
 @click.option("--steps", default=8, show_default=True, help="Training steps; slopes are judged after 1 and after all.")
-@click.option("--seeds", default=2, show_default=True, help="Seeds that each point is averaged over.")
+@click.option("--seeds", default=4, show_default=True, help="Seeds; a slope's standard error comes from them.")
 @click.option("--batch-size", default=16, show_default=True, help="Images in the one fixed batch.")
-@click.option(
-    "--plot", type=click.Path(path_type=Path), default="check.png", show_default=True, help="The plot's file."
-)
+@click.option("--axis", type=click.Choice(["width", "depth"]), help="Check this one only [default: both].")
+@click.option("--plot", type=click.Path(path_type=Path), help="The plot's file [default: check_*.png with the study].")
 def check(
-    config: Path, overrides: tuple[str, ...], factors: str, steps: int, seeds: int, batch_size: int, plot: Path
+    config: Path,
+    overrides: tuple[str, ...],
+    factors: str,
+    steps: int,
+    seeds: int,
+    batch_size: int,
+    axis: "Axis | None",
+    plot: Path | None,
 ) -> None:
     """Coordinate check: do updates keep their size as the net grows?
 
-    Ends 1 when a slope of activations or updates over width or depth is off.
-
-    Uses random images. For a large model give a small base: model.base_width=64 model.image_size=32.
+    Trains the model on random images at multiples of its base size and prints log-log slopes with their standard
+    errors, beside what the limit demands. Ends 1 when a slope is off (!) or too noisy to judge (?). For a large model
+    give a small base: model.base_width=64 model.base_depth=3 model.image_size=32.
     """
     from launch.check import run_check
 
-    if not run_check(config, overrides, factors, steps, seeds, batch_size, plot, new_console()):
+    if not run_check(config, overrides, factors, steps, seeds, batch_size, axis, plot, new_console()):
         sys.exit(1)
 
 

@@ -7,6 +7,11 @@ feature-learning limit demands (`TARGETS`), which does not depend on the optimiz
 V (2203.03466, appendix D.1), taken over depth as in CompleteP (2505.01618, figure 5).
 
 A parameterization without a rule (`sp` over width, `mup` over depth) is held to the same limit, so that it fails.
+
+The band. Exponents in the table are multiples of 1/2, so the smallest mistake shifts a slope by 1/2 and a slope within
+`BAND` = 1/4 of its target is nearest to the right exponent; what is left below that is finite size. Each slope has a
+standard error, from seeds. It is off when it is outside the band by more than two of them, ok when it is inside and two
+of them are narrower than the band, and unclear otherwise, so that noise neither raises an alarm nor hides a fault.
 """
 
 import math
@@ -28,7 +33,10 @@ from models.parameterization import Role
 
 Axis = Literal["width", "depth"]
 Span = tuple[float, float]  # lowest and highest slope that the limit allows
+Verdict = Literal["ok", "off", "unclear"]
 Allowed = Callable[[float], Span]  # alpha -> span
+BAND = 0.25  # half of the smallest difference between two exponents
+AXES: tuple[Axis, ...] = ("width", "depth")
 
 
 def slope(value: float) -> Allowed:
@@ -103,13 +111,12 @@ MUON_TARGETS = TARGETS | {
 
 @dataclass(frozen=True)
 class Settings:
-    """What a check runs: sizes as multiples of the base, steps of training, images, and the band around a slope."""
+    """What a check runs: sizes as multiples of the base, steps of training, images. At least two seeds."""
 
     factors: tuple[int, ...] = (1, 2, 4, 8)
     steps: int = 8
     batch_size: int = 16
-    num_seeds: int = 2
-    band: float = 0.3
+    num_seeds: int = 4
 
 
 @dataclass(frozen=True)
@@ -121,14 +128,21 @@ class Line:
     step: int
     factors: tuple[int, ...]
     rms: tuple[float, ...]  # geometric mean over seeds, at the position whose slope is furthest off
-    slope: float
+    slope: float  # not a number where a run diverged
+    error: float  # standard error of the slope over seeds
     allowed: Span
-    band: float  # on either side of `allowed`
 
     @property
-    def passed(self) -> bool:
+    def deviation(self) -> float:
+        """Distance of the slope from what is allowed: 0 inside, infinite for a slope that is not a number."""
         low, high = self.allowed
-        return low - self.band <= self.slope <= high + self.band  # False for a slope that is not a number
+        return max(low - self.slope, self.slope - high, 0.0) if math.isfinite(self.slope) else math.inf
+
+    @property
+    def verdict(self) -> Verdict:
+        if self.deviation == math.inf or self.deviation > BAND + 2 * self.error:
+            return "off"
+        return "ok" if self.deviation <= BAND and 2 * self.error <= BAND else "unclear"
 
 
 Values = dict[str, dict[int, Tensor]]  # quantity -> position -> what flows there
@@ -228,9 +242,11 @@ def measure(
     return measured
 
 
-def at_positions(values: list[float], count: int) -> list[float]:
-    """`count` of `values`, at the same relative depth in a deeper network: the last of each run of equal length."""
-    return [values[(i + 1) * len(values) // count - 1] for i in range(count)]
+def at_positions(values: list[float], count: int, quantity: str) -> list[float]:
+    """`count` of `values`, at the same relative depth in a deeper network: of each run of equal length the last for the
+    stream, which is what blocks put out, and the first for what follows from a block's input."""
+    run = len(values) // count
+    return values[run - 1 :: run] if quantity == "stream" else values[::run]
 
 
 def judge(
@@ -243,19 +259,19 @@ def judge(
     for (quantity, step), base_values in runs[0][0].items():
         target = targets[quantity]
         formula = getattr(target, f"update_{axis}" if step else axis)
-        values = np.array([[at_positions(run[quantity, step], len(base_values)) for run in size] for size in runs])
+        positions = len(base_values)
+        values = np.array([[at_positions(run[quantity, step], positions, quantity) for run in size] for size in runs])
         if formula is None or not values.any():  # nothing flows: a branch that starts at zero
             continue
-        low, high = formula(alpha)
         with np.errstate(divide="ignore", invalid="ignore"):
-            log_rms = np.log2(values).mean(axis=1)  # (sizes, positions)
-            slopes = centred @ log_rms / (centred @ centred)  # least squares; not a number where a run diverged
-        deviation = np.where(np.isfinite(slopes), np.maximum(low - slopes, slopes - high), np.inf)
-        worst = int(deviation.argmax())
-        shown = tuple(float(value) for value in 2 ** log_rms[:, worst])
-        lines.append(
-            Line(axis, quantity, step, settings.factors, shown, float(slopes[worst]), (low, high), settings.band)
-        )
+            log_rms = np.log2(values)  # (sizes, seeds, positions)
+            slopes = np.tensordot(centred / (centred @ centred), log_rms, axes=1)  # least squares: (seeds, positions)
+            error = math.sqrt(slopes.var(axis=0, ddof=1).mean() / len(slopes))  # pooled over positions
+        at_each_position = [
+            Line(axis, quantity, step, settings.factors, tuple(2**curve), float(slope), error, formula(alpha))
+            for curve, slope in zip(log_rms.mean(axis=1).T, slopes.mean(axis=0), strict=True)
+        ]
+        lines.append(max(at_each_position, key=lambda line: line.deviation))
     return lines
 
 
@@ -264,6 +280,7 @@ def check(
     parameterization: ParameterizationConfig,
     optimizer: OptimizerConfig,
     settings: Settings,
+    axes: tuple[Axis, ...] = AXES,
     progress: Callable[[str], None] = lambda size: None,
 ) -> list[Line]:
     """Trains the model at multiples of its base width, then of its base depth, and judges every slope.
@@ -274,7 +291,6 @@ def check(
     targets = MUON_TARGETS if optimizer.name == "muon" else TARGETS
     base = replace(config, width=config.base_width, depth=config.base_depth)
     lines: list[Line] = []
-    axes: tuple[Axis, ...] = ("width", "depth")
     for axis in axes:
         runs = []
         for size in [replace(base, **{axis: getattr(base, axis) * factor}) for factor in settings.factors]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from launch.check import hint
 from launch.cli import cli
 from models import parameterization as rules
 from models.config import (
@@ -16,7 +17,7 @@ from models.config import (
     ParameterizationConfig,
     VisionTransformerConfig,
 )
-from models.coordinate_check import Line, Settings, check
+from models.coordinate_check import Line, Settings, at_positions, check
 from models.parameterization import Role, Scale
 
 CONV_RESNET = ConvResNetConfig(
@@ -27,16 +28,17 @@ VIT = VisionTransformerConfig(
     **{"num_classes": 10, "image_size": 16, "in_channels": 1},
 )
 SGD, ADAMW = OptimizerConfig(name="sgd", lr=0.03), OptimizerConfig(name="adamw", lr=1e-3)
-SMALL = Settings(factors=(1, 4), steps=2, num_seeds=2)
+SMALL = Settings(factors=(1, 4), steps=2, num_seeds=4)
 
 
 def failures(
     config: AnyModelConfig, optimizer: OptimizerConfig, name: str = "depth_mup", settings: Settings = SMALL
 ) -> list[Line]:
-    beta = 3**-0.5 if config.family == "conv_resnet" else 1.0  # the paper's 1 / sqrt(depth) at base depth 3
-    lines = check(config, ParameterizationConfig(name=name, beta=beta), optimizer, settings)
+    # beta: the paper's 1 / sqrt(depth) at the base
+    parameterization = ParameterizationConfig(name=name, beta=config.base_depth**-0.5)
+    lines = check(config, parameterization, optimizer, settings)
     assert {line.axis for line in lines} == {"width", "depth"}
-    return [line for line in lines if not line.passed]
+    return [line for line in lines if line.verdict == "off"]
 
 
 @pytest.mark.parametrize("optimizer", [SGD, ADAMW], ids=lambda o: o.name)
@@ -123,11 +125,43 @@ def test_a_diverged_run_fails_the_check() -> None:
 
 def test_the_command_ends_0_or_1_and_writes_the_plot(tmp_path: Path, study_file: Path) -> None:
     plot = tmp_path / "check.png"
-    arguments = ["check", str(study_file), "model.base_width=16", "--plot", str(plot)]
-    good = CliRunner().invoke(cli, [*arguments, "parameterization.name=depth_mup"])
+    arguments = ["check", str(study_file), "model.base_width=32", "parameterization.beta=0.577", "--factors", "1,2,4"]
+    good = CliRunner().invoke(cli, [*arguments, "--plot", str(plot)])
     assert good.exit_code == 0, good.output
     assert "passed" in good.output
     assert plot.stat().st_size > 10_000
-    bad = CliRunner().invoke(cli, [*arguments, "parameterization.name=sp"])
+    assert all(len(line) <= 80 for line in good.output.splitlines() if line.startswith(("slope", "branch", "stream")))
+    bad = CliRunner().invoke(cli, [*arguments, "parameterization.name=sp", "--axis", "depth", "--seeds", "2"])
     assert bad.exit_code == 1
     assert "slopes are off" in bad.output
+    assert "slope over width" not in bad.output
+    default = tmp_path / "runs" / "tiny" / "check_sp.png"
+    assert default.exists()
+    assert f"plot: {default}" in bad.output
+
+
+def line(slope: float, error: float) -> Line:
+    return Line("depth", "stream", 1, (1, 4), (1.0, 1.0), slope, error, (-0.5, 0.0))
+
+
+def test_a_slope_is_judged_by_the_band_and_its_standard_error() -> None:
+    assert line(0.2, 0.1).verdict == "ok"
+    assert line(-0.75, 0.0).verdict == "ok"
+    assert line(0.46, 0.1).verdict == "off"
+    assert line(-1.0, 0.1).verdict == "off"
+    assert line(0.3, 0.1).verdict == "unclear"  # outside by less than two errors
+    assert line(0.0, 0.2).verdict == "unclear"  # an exponent that is wrong by 1/2 could look like this
+
+
+def test_positions_of_a_deeper_network_lie_at_the_same_relative_depth() -> None:
+    values = [float(i) for i in range(6)]
+    assert at_positions(values, 3, "stream") == [1, 3, 5]  # after a third, two thirds and all of the blocks
+    assert at_positions(values, 3, "branch") == [0, 2, 4]  # a block's input: at none, one and two thirds
+
+
+def test_unit_branches_in_a_deep_base_are_told_to_try_the_papers_beta() -> None:
+    depth_mup = ParameterizationConfig()
+    assert "parameterization.beta=0.25" in str(hint([line(1.0, 0.1)], 16, depth_mup))
+    assert hint([line(1.0, 0.1)], 16, replace(depth_mup, beta=0.25)) is None
+    assert hint([line(1.0, 0.1)], 16, ParameterizationConfig(name="sp")) is None
+    assert hint([line(0.0, 0.1)], 16, depth_mup) is None
