@@ -322,11 +322,10 @@ def export(run: Path, out: Path) -> None:
 
     OUT is a safetensors file for timm.create_model, every multiplier folded in.
     """
-    from launch.export import export_run
+    from launch.export import export_run, loading_code
 
     name, arguments = export_run(run, out)
-    given = "".join(f", {key}={value!r}" for key, value in arguments.items())
-    click.echo(f"{out}: load it into timm.create_model({name!r}{given})")
+    click.echo(f"{out} is written. In Python:\n\n{loading_code(out, name, arguments)}")
 
 
 SUMMARIES = {

@@ -14,12 +14,37 @@ from train.config import RunConfig, from_plain, read_yaml, to_plain
 from train.rundir import RunDirectory
 
 
+def best_runs(study: Path) -> str:
+    """The completed runs with the lowest metric of a study's folder, as text."""
+    metric = read_yaml(study / "study.yaml")["study"]["metric"]
+    finished = ((RunDirectory(path), RunDirectory(path).done()) for path in sorted((study / "runs").glob("*")))
+    losses = [
+        (done[metric], directory.path)
+        for directory, done in finished
+        if done and directory.weights.exists() and metric in done
+    ]
+    shown = "; ".join(f"{path} ({metric} {loss:.4g})" for loss, path in sorted(losses)[:3])
+    return f"best first: {shown}" if shown else "once one is completed"
+
+
+def loading_code(out: Path, name: str, arguments: dict[str, Any]) -> str:
+    """Python that loads the exported file, as it stands."""
+    given = "".join(f", {key}={value!r}" for key, value in arguments.items())
+    return (
+        "import models.timm_registry  # first: registers depthmup's names, mends timm's import beside a CPU torch\n"
+        "import timm\n\n"
+        f"network = timm.create_model({name!r}, checkpoint_path={str(out)!r}{given})"
+    )
+
+
 def export_run(run: Path, out: Path) -> tuple[str, dict[str, Any]]:
     """Writes `out`; returns the name and arguments for timm.create_model, which are in the file's metadata too.
 
     Raises UserError for a directory without a run's weights, ModelError where a multiplier cannot be folded.
     """
     directory = RunDirectory(run)
+    if (run / "study.yaml").exists():
+        raise UserError(f"{run} is a study's folder: export one of its runs, {best_runs(run)}")
     if not directory.weights.exists():
         raise UserError(f"{run}: no {directory.weights.name} there; a run writes it when it is completed")
     config = from_plain(RunConfig, read_yaml(directory.config), str(directory.config))

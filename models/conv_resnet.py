@@ -32,7 +32,7 @@ class Block(nn.Module):
 
     def __init__(self, width: int, convs: int, norm: str) -> None:
         super().__init__()
-        self.norms = nn.ModuleList(NORMS[norm](width) if norm != "none" else nn.Identity() for _ in range(convs))
+        self.norms = nn.ModuleList(NORMS[norm](width) for _ in range(convs))
         self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1, bias=False) for _ in range(convs))
         self.drop_path = nn.Identity()
 

@@ -217,9 +217,8 @@ class Scale:
             # SGD's decay is coupled to the learning rate as well: lr * decay stays constant.
             return Factors(lr=lr, eps=1.0, weight_decay=p.gamma0**2 / lr if decays else 0.0)
         if optimizer == "muon" and row.lr_muon:
-            weight_decay = (
-                row.lr_muon(N, 1, p.alpha) ** -p.weight_decay_scaling
-            )  # lr * decay is constant in N, as below
+            # lr * decay stays constant in N, as below.
+            weight_decay = row.lr_muon(N, 1, p.alpha) ** -p.weight_decay_scaling
             return Factors(lr=row.lr_muon(N, L, p.alpha), eps=1.0, weight_decay=weight_decay if decays else 0.0)
         in_branch = role in BRANCH_ROLES
         lr = row.lr_adam(N, L, p.alpha)

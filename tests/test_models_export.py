@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -92,14 +94,34 @@ def test_timm_loads_an_export_strictly_and_computes_the_same_logits(model: dict[
     assert (metadata["model"]["width"], metadata["parameterization"]["name"]) == (config.model.width, "depth_mup")
 
 
-def test_the_command_says_how_to_load_and_refuses_what_is_no_run(tmp_path: Path) -> None:
-    run, _, _ = finished_run(tmp_path / "run", VIT)
-    result = CliRunner().invoke(cli, ["export", str(run), str(tmp_path / "out.safetensors")])
-    assert result.exit_code == 0
-    assert "timm.create_model('vit_base_patch16_224', img_size=32" in result.output
-    assert "a run writes it when it is completed" in str(
-        CliRunner().invoke(cli, ["export", str(tmp_path), str(tmp_path / "x")]).exception
-    )
+def test_the_command_prints_code_that_loads_the_file_in_a_new_process(tmp_path: Path) -> None:
+    for model, timm_name in ((VIT, "vit_base_patch16_224"), (RESNET, "depthmup_resnet")):
+        run, network, _ = finished_run(tmp_path / timm_name, model)
+        out = tmp_path / f"{timm_name}.safetensors"
+        result = CliRunner().invoke(cli, ["export", str(run), str(out)])
+        assert result.exit_code == 0
+        code = result.output.partition("\n\n")[2]
+        assert f"create_model('{timm_name}'" in code
+        script = f"{code}\nimport torch\nprint(network.eval()(torch.ones(1, 3, 32, 32)).tolist()[0])"
+        loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+        ours = network(torch.ones(1, 3, 32, 32))[0].detach()
+        assert rms(ours - torch.tensor(json.loads(loaded))) <= 1e-5 * rms(ours)
+
+
+def test_what_is_no_run_is_refused_and_a_study_names_its_best_runs(tmp_path: Path) -> None:
+    out = str(tmp_path / "out.safetensors")
+
+    def refusal() -> str:
+        return str(CliRunner().invoke(cli, ["export", str(tmp_path), out]).exception)
+
+    assert "a run writes it when it is completed" in refusal()
+    (tmp_path / "study.yaml").write_text("study: {metric: minival_loss}")
+    assert "export one of its runs, once one is completed" in refusal()
+    for name, loss in (("worse", 2.0), ("better", 1.0)):
+        (tmp_path / "runs").mkdir(exist_ok=True)
+        run, _, _ = finished_run(tmp_path / "runs" / name, VIT)
+        (run / "done.json").write_text(json.dumps({"outcome": "completed", "minival_loss": loss}))
+    assert re.search(r"best first: \S+better \(minival_loss 1\); \S+worse", refusal())
 
 
 class PostNorm(nn.Module):

@@ -11,6 +11,7 @@ from torch import nn
 
 from models.build import build, build_meta
 from models.config import (
+    NAMED_SIZES,
     AnyModelConfig,
     ConvResNetConfig,
     OptimizerConfig,
@@ -19,7 +20,7 @@ from models.config import (
     VisionTransformerConfig,
 )
 from models.family import UnmatchedParameterError, match_rules
-from models.flops import training_flops
+from models.flops import forward_flops, training_flops
 from models.init import init_std, initialize, materialize
 from models.optimizer import build_optimizer, parameter_groups
 from models.parameterization import PRESETS, Role, Scale
@@ -324,6 +325,36 @@ def test_bad_sizes_and_names_are_refused_with_what_would_do() -> None:
         build_meta(replace(VIT, timm_name="deit3_small_patch16_224"), ParameterizationConfig())
     with pytest.raises(ValueError, match="attn_pool"):
         build_meta(replace(VIT, timm_name="vit_base_patch16_siglip_224"), ParameterizationConfig())
+
+
+def test_a_base_larger_than_the_model_is_allowed_and_scales_down() -> None:
+    small = replace(VIT, width=16, depth=1)
+    scaled = build_meta(small, ParameterizationConfig())
+    assert (scaled.scale.width_ratio, scaled.scale.depth_ratio) == (1 / 2, 1 / 2)
+    assert scaled.scale.branch_multiplier() == pytest.approx(2**0.5)
+    assert scaled.scale.readout_multiplier() == 2
+    assert scaled.scale.factors(Role.BRANCH_HIDDEN, "adamw").lr == pytest.approx(2 * 2**0.5)
+
+
+def test_flops_are_the_published_multiply_adds_of_vit_b16_and_resnet50() -> None:
+    """17.6 (DeiT, 2012.12877) and 4.1 (2110.00476) billion multiply-adds at 224 pixels, and a count by hand."""
+    width, tokens = 768, 197
+    vit = 12 * (12 * tokens * width**2 + 2 * tokens**2 * width) + 196 * 768 * width + width * 1000
+    resnet, channels = 112**2 * 64 * 3 * 7**2 + 2048 * 1000, 64
+    for stage, (blocks, size) in enumerate(((3, 56), (4, 28), (6, 14), (3, 7))):
+        inner, before = 64 * 2**stage, size if stage == 0 else 2 * size  # the 3x3 conv has the stride
+        for block in range(blocks):
+            resnet += (before if block == 0 else size) ** 2 * channels * inner
+            resnet += size**2 * (9 * inner**2 + 4 * inner**2 + (4 * inner * channels if block == 0 else 0))
+            channels = 4 * inner
+    classes = {"vit": VisionTransformerConfig, "resnet": ResNetConfig}
+    for named, by_hand, published in (("vit_b16", vit, 17.6e9), ("resnet50", resnet, 4.1e9)):
+        row = {key: tuple(value) if isinstance(value, list) else value for key, value in NAMED_SIZES[named].items()}
+        config = classes[row["family"]](**row, base_width=64, base_depth=4)
+        network = build_meta(config, ParameterizationConfig()).network
+        assert forward_flops(network, (3, 224, 224)) == 2 * by_hand, named
+        assert by_hand == pytest.approx(published, rel=0.01)
+        assert training_flops(network, (3, 224, 224)) == 6 * by_hand
 
 
 def test_flops_of_a_vit_are_its_matrix_products_attention_included() -> None:
