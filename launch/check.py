@@ -38,13 +38,15 @@ def table(axis: Axis, lines: list[Line]) -> list[str]:
     first, *later = sorted({line.step for line in lines} | {0})
 
     def slope(line: Line | None) -> str:
-        error = f"{line.error:.2f}".lstrip("0") if line else ""
-        return f"{line.slope:+.2f}±{error}{MARKS[line.verdict]}" if line else ""
+        if line is None:
+            return ""
+        error, digits = f"{line.error:.2f}".lstrip("0"), 2 if abs(line.slope) < 10 else 0
+        return f"{line.slope:+.{digits}f}±{error}{MARKS[line.verdict]}"
 
     def demanded(line: Line | None) -> str:
         if line is None:
             return ""
-        low, high = line.allowed
+        low, high = (limit + 0.0 for limit in line.allowed)  # -0.0 is shown as 0
         return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
     rows = [(f"slope over {axis}", "step 0", "demanded", *(f"step {step}" for step in later), "demanded")]
@@ -104,7 +106,7 @@ def verdict(lines: list[Line], num_seeds: int) -> str:
 def hint(lines: list[Line], base_depth: int, parameterization: ParameterizationConfig) -> str | None:
     """What to try when it is depth that fails, with branches of unit strength in a deep base."""
     beta = base_depth**-0.5
-    fails = any(line.axis == "depth" and line.verdict == "off" for line in lines)
+    fails = any(line.axis == "depth" and line.verdict != "ok" for line in lines)
     if not (fails and parameterization.resolve().alpha > 0 and parameterization.beta > beta):
         return None
     return (

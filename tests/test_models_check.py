@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from launch.check import hint
+from launch.check import hint, table
 from launch.cli import cli
 from models import parameterization as rules
 from models.config import (
@@ -165,3 +165,8 @@ def test_unit_branches_in_a_deep_base_are_told_to_try_the_papers_beta() -> None:
     assert hint([line(1.0, 0.1)], 16, replace(depth_mup, beta=0.25)) is None
     assert hint([line(1.0, 0.1)], 16, ParameterizationConfig(name="sp")) is None
     assert hint([line(0.0, 0.1)], 16, depth_mup) is None
+
+
+def test_the_table_keeps_its_columns_apart_when_a_run_explodes() -> None:
+    exploded = Line("depth", "stream", 1, (1, 4), (1.0, 1.0), 13.21, 1.43, (-0.0, -0.0))
+    assert table("depth", [exploded])[1].split() == ["stream", "+13±1.43!", "0"]
