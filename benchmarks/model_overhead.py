@@ -2,7 +2,8 @@
 
     python benchmarks/model_overhead.py [--compile] [--width 384 --depth 4 --batch-size 8 --rounds 15]
 
-Prints the median over rounds of the ratio of neighbouring steps, and the time to build and group 1,000 blocks on meta.
+Prints the median over rounds of the ratio of neighbouring steps with its quartiles, the same for a second copy of the
+network without multipliers (what the machine's noise is), and the time to build and group 1,000 blocks on meta.
 """
 
 import argparse
@@ -28,6 +29,8 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     given = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # On a CPU the time of this process alone, which other work on the machine does not enter.
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
     # four heads: the head dim grows, so that the queries are multiplied too
     config = VisionTransformerConfig(
         width=given.width, depth=given.depth, base_width=given.width // 2, base_depth=1, num_heads=4, image_size=224
@@ -45,26 +48,29 @@ def main() -> None:
         def step() -> float:
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            started = time.perf_counter()
+            started = clock()
             optimizer.zero_grad()
             network(images).square().mean().backward()
             optimizer.step()
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            return time.perf_counter() - started
+            return clock() - started
 
         return step
 
-    plain = prepare(replace(config, base_width=config.width, base_depth=config.depth))
-    with_multipliers = prepare(config)
-    for step in (plain, with_multipliers):
+    plain_config = replace(config, base_width=config.width, base_depth=config.depth)
+    plain, control, with_multipliers = prepare(plain_config), prepare(plain_config), prepare(config)
+    for step in (plain, control, with_multipliers):
         step()
-    ratios = []
+    ratios: dict[str, list[float]] = {"with multipliers": [], "without (noise)": []}
     for _ in range(given.rounds):
-        before, scaled, after = plain(), with_multipliers(), plain()
-        ratios.append(2 * scaled / (before + after))
+        for values, step in zip(ratios.values(), (with_multipliers, control), strict=True):
+            before, middle, after = plain(), step(), plain()
+            values.append(2 * middle / (before + after))
     mode = "compiled" if given.compile else "eager"
-    print(f"step time with multipliers / without, {mode}, {device}: {statistics.median(ratios):.3f}")
+    for name, values in ratios.items():
+        low, median, high = statistics.quantiles(values, n=4)
+        print(f"step time {name} / without, {mode}, {device}: {median:.3f} (quartiles {low:.3f} to {high:.3f})")
 
     started = time.perf_counter()
     deep = build_meta(replace(config, depth=1000), ParameterizationConfig())
