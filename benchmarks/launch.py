@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ def study(folder: Path, name: str, seeds: int, **launch: Any) -> Path:
         "model": {"family": "conv_resnet", "width": 8, "depth": 3, "base_width": 8, "base_depth": 3}
         | {"num_classes": 10, "image_size": 8, "in_channels": 1},
         "optimizer": {"name": "sgd", "lr": 0.0625},
-        "data": {"name": "digits", "root": str(folder / "shards"), "source": "sklearn:digits", "validation_share": 0.2},
+        "data": {"name": "digits", "root": str(folder / "shards"), "source": "sklearn:digits"}
+        | {"validation_share": 0.2, "num_streams": 32},
         "train": {"samples": 640, "global_batch_size": 32, "device": "cpu"},
         "launch": launch,
         "study": {
@@ -98,21 +100,25 @@ def requeue(cluster: Any, folder: Path) -> None:
         stdout=subprocess.DEVNULL,
     )  # fmt: skip
     job = json.loads(next((folder / "runs" / "requeue" / "jobs").glob("*/job.json")).read_text())["job_id"]
-    run = next((folder / "runs" / "requeue" / "runs").iterdir())
+    (run,) = (folder / "runs" / "requeue" / "runs").iterdir()
 
     def lines(name: str) -> list[dict[str, Any]]:
         path = run / name
         return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
 
-    while len(lines("metrics.jsonl")) < 3:
-        time.sleep(0.1)
+    def wait_until(condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 300
+        while not condition():
+            if time.monotonic() > deadline or (run / "failed.json").exists():
+                sys.exit(f"the run did not go on: {cluster.call('squeue')}\n{(run / 'log-0.txt').read_text()}")
+            time.sleep(0.05)
+
+    wait_until(lambda: len(lines("metrics.jsonl")) >= 3)
     signalled = time.time()
     cluster.call("scancel", "--signal=USR2", f"{job}_0")
-    while len(lines("attempts.jsonl")) < 3:
-        time.sleep(0.05)
+    wait_until(lambda: len(lines("attempts.jsonl")) >= 3)
     _, saved, started = lines("attempts.jsonl")
-    while lines("metrics.jsonl")[-1]["step"] <= started["step"]:
-        time.sleep(0.05)
+    wait_until(lambda: lines("metrics.jsonl")[-1]["step"] > started["step"])
     stepped = time.time()
     show("requeue: signal to first new metrics line", [stepped - signalled], 30)
     for part, value in (
