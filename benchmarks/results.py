@@ -109,6 +109,46 @@ def direct_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     ]
 
 
+def rate_rows(record: dict[str, Any]) -> list[dict[str, str]]:
+    """Of `depthmup converge`."""
+    return [
+        {
+            "parameterization": r["parameterization"],
+            "quantity": r["quantity"],
+            "of": r["measure"],
+            "along": r["axis"],
+            "distance to the largest": ", ".join(
+                f"{'noise' if distance is None else f'{distance:.2g}'} ({size:g})"
+                for size, distance in zip(r["sizes"], r["distance"], strict=True)
+            )
+            + f" to {r['largest']}",
+            "exponent": "" if r["exponent"] is None else f"{r['exponent']:.2f}",
+            "interval": "" if r["interval"] is None else "{:.2f} to {:.2f}".format(*r["interval"]),
+            "theory": f"{r['theory']:g}",
+            "remark": "; ".join(filter(None, [r["remark"], r["left_out"] and f"left out: {r['left_out']}"])),
+        }
+        for r in record["rates"]
+    ]
+
+
+def convergence(name: str, folder: Path) -> list[str]:
+    """What `depthmup converge` found of the study, where it was asked."""
+    path = folder / f"{name}-convergence.json"
+    if not path.exists():
+        return []
+    record = read_record(path)
+    return [
+        f"`depthmup converge`: distances to the largest size at {record['rates'][0]['value']:g}, relative, of training "
+        f"loss curves and of last-layer feature kernels between {record['images']} images; "
+        f"means over {len(record['rates'][0]['seeds'])} seeds, and the scatter of single runs.",
+        "",
+        *figure(folder, f"{name}-convergence"),
+        *figure(folder, f"{name}-convergence-loss"),
+        *markdown_table(rate_rows(record)),
+        "",
+    ]
+
+
 def figure(folder: Path, name: str) -> list[str]:
     return [f"![{name}](results/{name}.png)", ""] if (folder / f"{name}.png").exists() else []
 
@@ -123,7 +163,7 @@ def study_section(record: dict[str, Any], folder: Path) -> list[str]:
         *figure(folder, f"{name}-drift"),
         *markdown_table(size_rows(record)),
     ]
-    return [*lines, "", *figure(folder, f"{name}-convergence")]
+    return [*lines, "", *convergence(name, folder)]
 
 
 def results(records: Sequence[dict[str, Any]], folder: Path) -> str:

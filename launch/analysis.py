@@ -205,6 +205,8 @@ def judge(base: Curve, comparisons: Sequence[Comparison], tolerance: float) -> J
         return Judgement(name, "inconclusive", f"the base: {without_optimum(base)}")
     if not comparisons:
         return Judgement(name, "inconclusive", "the study has one size only")
+    if len(base.values) == 1:
+        return Judgement(name, "inconclusive", "the study has one value only")
     against = [(c.curve, found) for c in comparisons if (found := judge_size(base, c, tolerance))]
     if failed := [reason for _, (kind, reason) in against if kind == "failed"]:
         return Judgement(name, "does not transfer", "; ".join(failed))

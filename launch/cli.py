@@ -27,6 +27,7 @@ EXAMPLES = {
     "cancel": "depthmup cancel configs/digits_resnet.yaml",
     "status": "depthmup status configs/digits_resnet.yaml",
     "report": "depthmup report configs/digits_resnet.yaml configs/digits_vit.yaml --publish docs/results",
+    "converge": "depthmup converge configs/paper/convergence_depth.yaml",
     "scale": "depthmup scale runs/digits_resnet model.width=128 model.depth=27 train.samples=51200",
     "train": "depthmup train configs/digits_resnet.yaml optimizer.lr=2**-5 model.depth=27",
     "check": "depthmup check configs/digits_vit.yaml parameterization.name=completep",
@@ -217,6 +218,22 @@ def report(config: Path, overrides: tuple[str, ...], publish: Path | None) -> No
 
         for path in (path for written in reports for path in copy(written, publish)):
             console.print(f"Published: {path}")
+
+
+@command("converge")
+@with_config
+def converge_command(config: Path, overrides: tuple[str, ...]) -> None:
+    """Fit how fast a finished study nears its limit.
+
+    Takes the runs at the base's optimum: their loss curves and last-layer feature kernels, over width and over depth,
+    as distances to the largest size, with fitted exponents beside the theory's. Needs three sizes along an axis and
+    three seeds. 'report --publish' copies its figures too.
+    """
+    from launch.limits import converge
+
+    console = new_console()
+    for path in converge(open_study(config, overrides), console):
+        console.print(f"Written: {path}", highlight=False)
 
 
 @command("scale")

@@ -16,6 +16,11 @@ Preset = Annotated[
     ParameterizationConfig, BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value)
 ]
 
+# A number means that many: 16 is 0 to 15.
+Seeds = Annotated[
+    tuple[int, ...], BeforeValidator(lambda given: tuple(range(given)) if isinstance(given, int) else given)
+]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
@@ -53,7 +58,7 @@ class StudyConfig:
     sizes: Annotated[tuple[Size, ...], Field(min_length=1)]
     hyperparameter: str = "optimizer.lr"
     values: Octaves | tuple[Annotated[Number, Field(gt=0)], ...]
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    seeds: Annotated[Seeds, Field(min_length=1)] = (0,)
     metric: Literal["minival_loss", "train_loss"] = "minival_loss"
     tolerance: Annotated[Number, Field(gt=0)] = 1.0  # octaves by which an optimum may drift and still transfer
     extend: Annotated[int, Field(ge=0)] = 2  # rounds in which a grid grows by two values where its best is on the edge
@@ -215,8 +220,8 @@ def read_study(path: Path, overrides: tuple[str, ...] = ()) -> StudyFile:
             f"{path}: the first of study.sizes ({base}) must be the base, model.base_width {file.model.base_width} and "
             f"model.base_depth {file.model.base_depth}"
         )
-    if len(file.study.grid) < 3:
-        raise UserError(f"{path}: study.values needs at least 3 values, found {len(file.study.grid)}")
+    if len(file.study.grid) == 2:  # one is for `depthmup converge`
+        raise UserError(f"{path}: study.values needs at least 3 values, or one where no optimum is asked for, found 2")
     return file
 
 

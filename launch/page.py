@@ -16,6 +16,8 @@ from launch.record import as_record, dump
 from launch.report import Report
 from launch.tables import forecast_row, number, rows
 
+CONVERGENCE_FILES = ("convergence.json", "convergence.png", "convergence-loss.png")  # of `depthmup converge`
+
 
 def run_rows(report: Report) -> list[dict[str, str]]:
     """Every finished run, by the name of its folder."""
@@ -102,8 +104,9 @@ def write_report(report: Report) -> None:
 
 
 def publish(report: Report, folder: Path) -> list[Path]:
-    """Copies what a repository keeps of the written report to `folder`: NAME.json and the figures as NAME-*.png."""
+    """Copies what a repository keeps to `folder`: the record as NAME.json, figures and rates as NAME-*."""
     root, name = report.study.file.directory, report.study.file.study.name
     folder.mkdir(parents=True, exist_ok=True)
-    kept = {"report.json": f"{name}.json", "curves.png": f"{name}-curves.png", "drift.png": f"{name}-drift.png"}
+    kept = {"report.json": f"{name}.json"}
+    kept |= {file: f"{name}-{file}" for file in ("curves.png", "drift.png", *CONVERGENCE_FILES)}
     return [Path(shutil.copyfile(root / old, folder / new)) for old, new in kept.items() if (root / old).exists()]

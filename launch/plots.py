@@ -2,8 +2,9 @@
 
 import io
 import math
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
@@ -11,6 +12,10 @@ import numpy as np
 from data.storage import write_atomically
 from launch.analysis import Analysis, Comparison
 from launch.config import Size, StudyConfig
+
+if TYPE_CHECKING:
+    from launch.convergence import Rate
+    from launch.limits import Line  # it needs torch, which a report does not
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
@@ -129,6 +134,59 @@ def against_size(analysis: Analysis, study: StudyConfig, what: str) -> Figure | 
         axes[0].set(ylabel=study.metric.replace("_", " "), yscale="log")
         plain_log_axis(axes[0])
     axes[-1].legend(fontsize=8)
+    return figure
+
+
+def distances(found: list[tuple["Line", str, "Rate"]]) -> Figure:
+    """Distance to the largest size: one row per quantity, one column per law; fits solid, the theory's slope dashed."""
+    laws = list(dict.fromkeys(rate.law for _, _, rate in found))
+    quantities = list(dict.fromkeys(quantity for _, quantity, _ in found))
+    names = list(dict.fromkeys(line.parameterization for line, _, _ in found))
+    size = (PANEL[0] * len(laws), PANEL[1] * len(quantities))
+    figure, axes = plt.subplots(len(quantities), len(laws), figsize=size, squeeze=False, layout="constrained")
+    for (y, quantity), (x, law) in product(enumerate(quantities), enumerate(laws)):
+        axis = axes[y][x]
+        shown = [(line, rate) for line, kind, rate in found if (kind, rate.law) == (quantity, law)]
+        for line, rate in shown:
+            colour = f"C{names.index(line.parameterization)}"
+            label = line.parameterization if rate.exponent is None else f"{line.parameterization}: {rate.exponent:.2f}"
+            axis.plot(rate.sizes, rate.distance, "o", color=colour, label=label)
+            lost = np.isnan(rate.distance)
+            axis.plot(rate.sizes[lost], rate.noise[lost], "v", color=colour, fillstyle="none")  # at most about this
+            if rate.exponent is not None and rate.factor is not None:
+                axis.plot(rate.sizes, rate.factor * law.shape(rate.exponent, rate.sizes, rate.largest), color=colour)
+        axis.set_title(f"{quantity}, {law.measure}")
+        resolved = [rate for _, rate in shown if np.isfinite(rate.distance).any()]
+        if not resolved:
+            axis.text(0.5, 0.5, "no distance is resolved", ha="center", transform=axis.transAxes)
+            axis.set(xticks=[], yticks=[])
+            continue
+        last = resolved[-1]
+        theory = law.shape(law.exponent, last.sizes, last.largest)
+        theory *= math.exp(float(np.nanmean(np.log(last.distance / theory))))
+        axis.plot(last.sizes, theory, "--", color="0.5", label=f"theory: {law.exponent:g}", zorder=0)
+        size_axis(axis, law.axis, sorted({int(size) for rate in resolved for size in rate.sizes}))
+        axis.set_yscale("log")
+        plain_log_axis(axis)
+        axis.legend(fontsize=8)
+    for row in axes:
+        row[0].set_ylabel("distance to the largest (relative)")
+    return figure
+
+
+def loss_curves(lines: list["Line"]) -> Figure:
+    """Training loss against the step, means over seeds, one curve per size: one panel per parameterization and axis."""
+    figure, axes = panels(len(lines))
+    for axis, line in zip(axes, lines, strict=True):
+        curves = line.values["loss curve"]
+        colours = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(curves)))
+        for colour, (size, losses) in zip(colours, sorted(curves.items()), strict=True):
+            axis.plot(line.steps, losses.mean(axis=0), color=colour, label=f"{line.axis} {size}", linewidth=1.4)
+        axis.set(title=f"{line.parameterization} over {line.axis}", xlabel="step", yscale="log")
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=8)
+    plain_log_axis(axes[0])
+    axes[0].set_ylabel("training loss")
     return figure
 
 

@@ -25,9 +25,8 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture
-def run_settings(digits: Path) -> dict[str, Any]:
-    """A run of 12 steps as plain data: change it, then `from_plain(RunConfig, ...)`."""
+def settings_on(root: Path) -> dict[str, Any]:
+    """A run of 12 steps on the digits in `root`, as plain data: change it, then `from_plain(RunConfig, ...)`."""
     return {
         "model": {
             "family": "conv_resnet",
@@ -35,9 +34,14 @@ def run_settings(digits: Path) -> dict[str, Any]:
             **{"num_classes": 10, "image_size": 8, "in_channels": 1},
         },
         "optimizer": {"name": "sgd", "lr": 0.0625},
-        "data": {"name": "digits", "root": str(digits), "minival": 0.1, "num_streams": 16},
+        "data": {"name": "digits", "root": str(root), "minival": 0.1, "num_streams": 16},
         "train": {"samples": 12 * 32, "global_batch_size": 32, "device": "cpu", "log_every": 2, "checkpoint_every": 4},
     }
+
+
+@pytest.fixture
+def run_settings(digits: Path) -> dict[str, Any]:
+    return settings_on(digits)
 
 
 @pytest.fixture

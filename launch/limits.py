@@ -1,0 +1,209 @@
+"""`depthmup converge`: a study's loss curves and feature kernels at the base's optimum, over width and over depth.
+
+What is compared: runs at one value of the hyperparameter, the grid's nearest to the base's optimum, whose sizes differ
+in one axis only. The kernel of a run is F F^T / N, F (images, N) being what its readout gets for the first images of
+the evaluation split, before any multiplier; N is its number of features.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from data.batch import to_float
+from data.errors import UserError
+from data.loader import evaluation_batches
+from data.storage import write_atomically
+from launch import plots
+from launch.analysis import TRAINED, Analysis, Comparison
+from launch.convergence import MIN_SIZES, Rate, rates
+from launch.page import CONVERGENCE_FILES
+from launch.plots import along
+from launch.record import bounds, dump, plain
+from launch.report import collect
+from launch.study import PlannedRun, Study
+from models.build import build_meta
+from train.config import RunConfig
+from train.loop import open_data
+from train.rundir import RunDirectory
+
+IMAGES = 128
+QUANTITIES = ("loss curve", "feature kernel")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One parameterization along one axis. Values are size along the axis -> (seeds, entries)."""
+
+    parameterization: str
+    axis: str
+    value: float  # of the hyperparameter
+    seeds: tuple[int, ...]
+    steps: np.ndarray  # of the loss curves' entries
+    values: dict[str, dict[int, np.ndarray]]  # by quantity
+    left_out: str  # which sizes, and why
+
+    def rates(self, quantity: str) -> list[Rate]:
+        return rates(self.values[quantity], self.axis)
+
+
+# ---------------------------------------------------------------- what a run gives
+
+
+def loss_curve(directory: RunDirectory) -> tuple[np.ndarray, np.ndarray]:
+    """(steps, training losses) of the metrics file's lines."""
+    lines = [json.loads(line) for line in directory.metrics.read_text().splitlines()]
+    return np.array([line["step"] for line in lines]), np.array([line["loss"] for line in lines])
+
+
+def probe_images(config: RunConfig) -> Tensor:
+    """The first IMAGES of the minival split, or of val where nothing is held out. (images, channels, size, size)"""
+    index, data, model = open_data(config), config.data, config.model
+    split = "minival" if data.minival else "val"
+    batches = evaluation_batches(data, index, split, IMAGES, model.image_size, model.in_channels)
+    return to_float(next(iter(batches)), data, "cpu")[0]
+
+
+def feature_kernel(run: PlannedRun, images: Tensor) -> np.ndarray:
+    """The final weights' kernel between `images`: (images, images). Raises UserError where there are no weights."""
+    directory = run.directory
+    if not directory.weights.exists():
+        raise UserError(f"{directory.path}: no {directory.weights.name} there: delete the folder to train it again")
+    scaled = build_meta(run.config.model, run.config.parameterization)
+    network = scaled.network
+    network.load_state_dict(load_file(directory.weights), strict=True, assign=True)
+    features: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        features.append(inputs[0])
+
+    network.get_submodule(scaled.roles.readout).register_forward_pre_hook(keep, prepend=True)
+    with torch.inference_mode():
+        network.eval()(images)
+    (rows,) = features
+    return (rows @ rows.T / rows.shape[1]).double().numpy()
+
+
+# ---------------------------------------------------------------- the study's runs
+
+
+def lines(study: Study, analysis: Analysis) -> Iterator[Line]:
+    """Every parameterization along every axis of which it has sizes enough. Raises UserError for lost files."""
+    base, images = study.file.study.sizes[0], None
+    for judgement in analysis.judgements:
+        name = judgement.parameterization
+        own = [c for c in analysis.comparisons if c.curve.parameterization == name]
+        optimum = next(c.curve for c in own if c.curve.size == base)
+        if optimum.optimum.x is None:
+            continue
+        value = float(optimum.values[optimum.at(optimum.optimum.x)])
+        for axis in ("width", "depth"):
+            shown = along(own, base, axis)
+            if len(shown) < MIN_SIZES:
+                continue
+            images = probe_images(study.runs[0].config) if images is None else images
+            yield line(study, name, axis, value, shown, images)
+
+
+def line(study: Study, parameterization: str, axis: str, value: float, shown: list[Comparison], images: Tensor) -> Line:
+    """The runs of `shown` at `value`, but for sizes at which they diverge or learn nothing: no limit of anything."""
+    runs: dict[int, dict[int, PlannedRun]] = {}  # size -> seed -> run
+    left_out, guess = [], TRAINED * math.log(study.file.model.num_classes)
+    for comparison in shown:
+        size = comparison.curve.size
+        at_value = {
+            point.seed: (point, done["outcome"])
+            for point in study.points
+            if (point.parameterization, point.size, point.value) == (parameterization, size, value)
+            and (done := point.directory.done())
+        }
+        number = getattr(size, axis)
+        if not at_value:
+            left_out.append(f"{axis} {number} (no run at this value)")
+        elif any(outcome == "diverged" for _, outcome in at_value.values()):
+            left_out.append(f"{axis} {number} (diverged)")
+        elif comparison.at_base_optimum > guess:
+            left_out.append(f"{axis} {number} (learns nothing)")
+        else:
+            runs[number] = {seed: point for seed, (point, _) in at_value.items()}
+    seeds = tuple(sorted(set.intersection(*map(set, runs.values())))) if runs else ()
+    curves: dict[int, np.ndarray] = {}
+    kernels: dict[int, np.ndarray] = {}
+    steps = np.array([])
+    for number, by_seed in runs.items():
+        of_seeds = [loss_curve(by_seed[seed].directory) for seed in seeds]
+        steps = of_seeds[0][0] if of_seeds else steps
+        curves[number] = np.array([losses for _, losses in of_seeds])
+        kernels[number] = np.array([feature_kernel(by_seed[seed], images).ravel() for seed in seeds])
+    values = dict(zip(QUANTITIES, (curves, kernels), strict=True))
+    return Line(parameterization, axis, value, seeds, steps, values, ", ".join(left_out))
+
+
+# ---------------------------------------------------------------- what is shown
+
+
+def as_record(found: Line, quantity: str, rate: Rate) -> dict[str, Any]:
+    return {
+        "parameterization": found.parameterization,
+        "quantity": quantity,
+        "axis": found.axis,
+        "measure": rate.law.measure,
+        "value": found.value,
+        "seeds": list(found.seeds),
+        "sizes": rate.sizes.tolist(),
+        "largest": rate.largest,
+        "distance": [plain(d) for d in rate.distance.tolist()],
+        "noise": [plain(n) for n in rate.noise.tolist()],
+        "exponent": plain(rate.exponent),
+        "interval": bounds(rate.interval),
+        "theory": rate.law.exponent,
+        "remark": rate.remark,
+        "left_out": found.left_out,
+    }
+
+
+def sentences(found: Line, quantity: str, rate: Rate) -> list[str]:
+    """What a terminal shows of one rate."""
+    seeds = f"{rate.law.measure}, {len(found.seeds)} seeds"
+    exponent = "no exponent" if rate.exponent is None else f"exponent {rate.exponent:.2f}"
+    known = f" ({rate.interval[0]:.2f} to {rate.interval[1]:.2f})" if rate.interval else ""
+    said = [
+        f"{found.parameterization}, {quantity} over {found.axis} ({seeds}):",
+        f"  {exponent}{known}, theory {rate.law.exponent:g}",
+    ]
+    pairs = zip(rate.sizes, rate.distance, strict=True)
+    if len(rate.sizes):
+        distances = ", ".join(f"{'noise' if np.isnan(d) else f'{d:.2g}'} at {size:g}" for size, d in pairs)
+        said.append(f"  distance to {found.axis} {rate.largest}: {distances}")
+    notes = [rate.remark, f"left out: {found.left_out}" if found.left_out else ""]
+    return [*said, *(f"  {note}" for note in notes if note)]
+
+
+def converge(study: Study, console: Console) -> list[Path]:
+    """Prints the rates and writes convergence.json and the figures into the study's folder; returns these paths.
+
+    Raises UserError where no parameterization has an optimum and MIN_SIZES sizes along an axis.
+    """
+    found = list(lines(study, collect(study).analysis))
+    if not found:
+        raise UserError(
+            f"{study.path}: convergence needs a parameterization with an optimum at the base and {MIN_SIZES} finished "
+            f"sizes along width or depth: add to study.sizes, or finish it with 'depthmup transfer {study.path}'"
+        )
+    all_rates = [(each, quantity, rate) for each in found for quantity in QUANTITIES for rate in each.rates(quantity)]
+    paths = [study.file.directory / name for name in CONVERGENCE_FILES]
+    record = {"study": study.file.study.name, "images": IMAGES, "rates": [as_record(*each) for each in all_rates]}
+    write_atomically(paths[0], dump(record).encode())
+    plots.save(plots.distances(all_rates), paths[1])
+    plots.save(plots.loss_curves(found), paths[2])
+    for each in all_rates:
+        console.print("\n".join(sentences(*each)), highlight=False, markup=False)
+    return paths
