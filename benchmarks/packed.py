@@ -1,23 +1,30 @@
 """Packed replicas against one run alone: images x replicas per second, and memory.
 
     python -m benchmarks.packed              # from the root of the repository; under six minutes on a GPU
-    python -m benchmarks.packed --quick      # small images only; what a CPU can do (--batch 16 is where its rule ends)
+    python -m benchmarks.packed --quick      # 8 pixels (--image-size) only; what a CPU can do
 
 Needs torch, timm, pydantic and PyYAML. The images are random and lie on the device, so that only the steps are timed:
 `alone` is the step of train.loop, `packed` that of train.replicas. Both are timed in turns; each figure is a median.
+Memory is the peak of allocated tensors while a run or a pack is built and takes its first steps.
 """
 
 import argparse
+import gc
+import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from data.config import DataConfig
 from models.build import build
@@ -116,18 +123,36 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def prepare(make: Callable[[], Step], device: torch.device) -> tuple[Step, float]:
-    """The step after its warm-up, and the peak of memory that building and warming it took, in bytes (0 on a CPU)."""
-    before = 0
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    step = make()
-    for _ in range(8 if device.type == "cuda" else 2):
-        step()
-    synchronize(device)
-    return step, torch.cuda.max_memory_allocated() - before if device.type == "cuda" else 0.0
+def prepare(make: Callable[[], Step], device: torch.device) -> tuple[Step, int]:
+    """The step after its warm-up, and the peak of memory that building and warming it took, in bytes."""
+
+    def warm(count: int) -> Step:
+        step = make()
+        for _ in range(count):
+            step()
+        synchronize(device)
+        return step
+
+    gc.collect()  # the last row's replicas, which would be freed while this row's memory is counted
+    if device.type == "cpu":
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            step = warm(2)
+        return step, allocation_peak(profiler)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step = warm(8)
+    return step, torch.cuda.max_memory_allocated() - before
+
+
+def allocation_peak(profiler: profile) -> int:
+    """Most bytes that were allocated on the CPU at once: the profiler has them in its trace file only."""
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]")
+    return max(accumulate(change for _, change in changes))
 
 
 def seconds_per_step(steps: list[Step], device: torch.device, count: int) -> list[float]:
@@ -160,7 +185,7 @@ def row(
         return f"{line} failed: {type(error).__name__}: {' '.join(str(error).split())[:120]}"
     batch = first.train.global_batch_size
     alone_rate, packed_rate = batch / one_seconds, batch * num_replicas / many_seconds
-    memory = f"{many_bytes / one_bytes:7.2f} = {many_bytes / one_bytes / num_replicas:.2f} K" if one_bytes else ""
+    memory = f"{many_bytes / one_bytes:7.2f} = {many_bytes / one_bytes / num_replicas:.2f} K"
     return f"{line} {alone_rate:>12,.0f} {packed_rate:>12,.0f} {packed_rate / alone_rate:>7.2f} {memory}"
 
 
@@ -175,15 +200,17 @@ def disagreement(first: RunConfig, device: torch.device, variant: str, steps: in
     return float(((losses - expected).abs() / expected.abs()).max())
 
 
-def plan(quick: bool) -> Iterator[tuple[RunConfig, int, str, torch.dtype | None]]:
+def plan(
+    quick: bool, quick_widths: list[int], quick_size: int
+) -> Iterator[tuple[RunConfig, int, str, torch.dtype | None]]:
     """(first replica, K, variant, autocast type), what matters most first."""
     bf16 = torch.bfloat16
     vit, small, large = ("vit", 32, 1e-3), ("conv_resnet", 8, 0.05), ("conv_resnet", 32, 0.05)
     if quick:
-        for width in (32, 64, 128, 256):
+        for width in quick_widths:
             for num_replicas in (8, 16):
                 for family, lr in (("vit", 1e-3), ("conv_resnet", 0.05)):
-                    yield config(family, width, 8, lr), num_replicas, "default", None
+                    yield config(family, width, quick_size, lr), num_replicas, "default", None
         return
     for num_replicas in (8, 16):
         for family, image_size, lr in (vit, small, large):
@@ -209,7 +236,9 @@ def plan(quick: bool) -> Iterator[tuple[RunConfig, int, str, torch.dtype | None]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--quick", action="store_true", help="8 pixels, fp32, no comparison of ways")
+    parser.add_argument("--quick", action="store_true", help="fp32, no comparison of ways")
+    parser.add_argument("--widths", type=int, nargs="+", default=[32, 64, 128, 256], help="with --quick")
+    parser.add_argument("--image-size", type=int, default=8, help="pixels, with --quick")
     parser.add_argument("--batch", type=int, default=BATCH, help="images a step and replica")
     parser.add_argument("--seconds", type=float, default=330, help="start no further row after this many seconds")
     arguments = parser.parse_args()
@@ -230,7 +259,7 @@ def main() -> None:
     torch.backends.cudnn.benchmark = True
 
     print(f"{'network':22} {'width':>5} {'K':>3} {'variant':12} {'alone':>12} {'packed':>12} {'ratio':>7} memory")
-    for first, num_replicas, variant, dtype in plan(arguments.quick):
+    for first, num_replicas, variant, dtype in plan(arguments.quick, arguments.widths, arguments.image_size):
         if time.monotonic() - started > arguments.seconds:
             print(f"stopped after {arguments.seconds:.0f} s; rows above are complete")
             break

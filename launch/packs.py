@@ -18,13 +18,19 @@ def packs_of(runs: Sequence[PlannedRun], config: LaunchConfig, on_gpu: bool, slo
         if (train.pack or 0) > 1:
             raise UserError(f"train.pack is {train.pack}, but {obstacle}: set train.pack=1, or change that")
         return [[run] for run in runs]
-    limit = pack_limit(train, on_gpu)
-    groups = [[runs[i] for i in numbers] for numbers in alike([run.config for run in runs])] if limit > 1 else []
-    while limit > 1 and sum(-(-len(group) // limit) for group in groups) < min(slots, len(runs)):
-        limit -= 1
-    if limit == 1:
+    groups = [[runs[i] for i in numbers] for numbers in alike([run.config for run in runs])]
+    limits = [pack_limit(group[0].config, on_gpu) for group in groups]  # a study's sizes may differ in it
+    largest = max(limits)
+    while largest > 1 and count_packs(groups, limits, largest) < min(slots, len(runs)):
+        largest -= 1
+    if largest == 1:
         return [[run] for run in runs]
-    return [pack for group in groups for pack in split(group, limit)]
+    return [pack for group, limit in zip(groups, limits, strict=True) for pack in split(group, min(limit, largest))]
+
+
+def count_packs(groups: Sequence[Sequence[PlannedRun]], limits: Sequence[int], largest: int) -> int:
+    """How many packs `split` makes of `groups` when none is larger than its group's limit and `largest`."""
+    return sum(-(-len(group) // min(limit, largest)) for group, limit in zip(groups, limits, strict=True))
 
 
 def why_not(run: PlannedRun, config: LaunchConfig) -> str | None:

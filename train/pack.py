@@ -98,7 +98,7 @@ def largest_pack(config: RunConfig, device: torch.device) -> int:
 
 def pack_size(config: RunConfig, device: torch.device) -> int:
     """How many such runs to train together: train.pack or what pays, but no more than fit."""
-    limit = pack_limit(config.train, device.type == "cuda")
+    limit = pack_limit(config, device.type == "cuda")
     return min(limit, max(largest_pack(config, device), 1)) if limit > 1 else 1
 
 
@@ -330,7 +330,7 @@ class Pack:
         self.read_losses()
         batch_size = self.config.train.global_batch_size
         images_per_second, data_wait = clock.lap(self.step, batch_size)
-        norms, logits = self.replicas.gradient_norms().flatten().tolist(), self.replicas.logit_rms.tolist()
+        norms, logits = self.replicas.gradient_norms.tolist(), self.replicas.logit_rms.tolist()
         roles = self.replicas.role_statistics(before)
         for number, member in self.active:
             losses = self.read[number]

@@ -47,8 +47,9 @@ HONOURED_FIELDS = {
 }
 OPTIMIZERS = ("sgd", "adamw")
 
-# Where train.pack is null (docs/packed.md): on a CPU, packs of larger batches are hardly faster than run after run.
-CPU_PACK, CPU_BATCH = 8, 16
+# Where train.pack is null (docs/packed.md): on a CPU, packs of wider networks or larger batches are slower than run
+# after run, as a single run's tensors fit into the caches and those of a pack do not.
+CPU_PACK, CPU_WIDTH, CPU_PIXELS = 8, 32, 16 * 8**2
 GPU_PACK = 16
 
 
@@ -104,13 +105,15 @@ def alike(configs: Sequence[RunConfig]) -> list[list[int]]:
     return list(groups.values())
 
 
-def pack_limit(config: TrainConfig, on_gpu: bool) -> int:
+def pack_limit(config: RunConfig, on_gpu: bool) -> int:
     """Most runs to train together, as far as memory allows; 1: one by one."""
-    if config.pack is not None:
-        return max(config.pack, 1)
+    train, model = config.train, config.model
+    if train.pack is not None:
+        return max(train.pack, 1)
     if on_gpu:
         return GPU_PACK
-    return CPU_PACK if config.global_batch_size <= CPU_BATCH else 1
+    small = model.width <= CPU_WIDTH and train.global_batch_size * model.image_size**2 <= CPU_PIXELS
+    return CPU_PACK if small else 1
 
 
 def go_together(directories: Sequence[RunDirectory], config: TrainConfig) -> bool:

@@ -150,8 +150,8 @@ class Replicas:
         self.alive = torch.ones(len(configs), 1, dtype=torch.bool, device=device)
         self.losses = torch.zeros(len(configs), device=device)
         self.logit_rms = torch.zeros(len(configs), device=device)
-        self.gradients: Sequence[Tensor] = []  # of the last step, before clipping, one (K, weights) for each group
-        self.shrink: Tensor | None = None  # (K, 1), what clipping multiplied them by
+        self.gradients: Sequence[Tensor] = []  # of the last step, after clipping, one (K, weights) for each group
+        self.gradient_norms = torch.zeros(len(configs), device=device)  # before clipping
         self.step_function = GraphedStep(self.eager_step) if device.type == "cuda" else self.eager_step
         self.check_batches()
 
@@ -228,6 +228,7 @@ class Replicas:
         return self.losses.clone()
 
     def eager_step(self, images: Tensor, labels: Tensor) -> None:
+        self.gradients = []  # the last step's would take memory beside this one's
         logits = self.forward(images)
         labels = labels.expand(len(logits), -1) if len(labels) == 1 else labels[self.seed_of]  # (K, batch)
         smoothing = self.configs[0].train.label_smoothing
@@ -240,11 +241,6 @@ class Replicas:
         self.logit_rms.copy_(logits.detach().float().square().mean((1, 2)).sqrt())
         self.update()
 
-    def gradient_norms(self) -> Tensor:
-        """(K, 1), of the last step, before clipping."""
-        norms = [torch.linalg.vector_norm(gradient, dim=1) for gradient in self.gradients]
-        return torch.linalg.vector_norm(torch.stack(norms), dim=0)[:, None]
-
     def values(self) -> list[Tensor]:
         """A copy of all weights, one (K, weights) for each group."""
         return [group.values.detach().clone() for group in self.groups]
@@ -254,8 +250,7 @@ class Replicas:
         """For each replica what train.telemetry.RoleStatistics says of the last step; `before`: `values()` before it.
         NaN for one that has diverged. Waits for the device."""
         updates = [group.values - values for group, values in zip(self.groups, before, strict=True)]
-        gradients = [g if self.shrink is None else g * self.shrink for g in self.gradients]
-        means = {f"grad_rms/{role}": value for role, value in self.mean_squares(gradients).items()}
+        means = {f"grad_rms/{role}": value for role, value in self.mean_squares(self.gradients).items()}
         means |= {f"update_rms/{role}": value for role, value in self.mean_squares(updates).items()}
         rows = torch.stack(list(means.values()), dim=1).sqrt().masked_fill(~self.alive, float("nan"))
         return [dict(zip(means, row, strict=True)) for row in rows.tolist()]
@@ -278,12 +273,15 @@ class Replicas:
         self.alive &= self.losses.isfinite()[:, None]
         factor = self.schedules.index_select(0, self.steps_done)[0] * self.alive  # (K, 1)
         self.steps_done += 1
-        if self.clip is not None:
-            self.shrink = (self.clip / (self.gradient_norms() + 1e-6)).clamp(max=1).float()
+        norms = torch.stack([torch.linalg.vector_norm(gradient, dim=1) for gradient in self.gradients])
+        self.gradient_norms.copy_(torch.linalg.vector_norm(norms, dim=0))
+        shrink = (
+            (self.clip / (self.gradient_norms[:, None] + 1e-6)).clamp(max=1).float() if self.clip is not None else None
+        )
         for group, gradient in zip(self.groups, self.gradients, strict=True):
-            if self.shrink is not None:
-                gradient = gradient * self.shrink
-            gradient = gradient.masked_fill(~self.alive, 0)  # a NaN times zero would not be zero
+            if shrink is not None:
+                gradient.mul_(shrink)
+            gradient.masked_fill_(~self.alive, 0)  # a NaN times zero would not be zero
             lr = group.settings["lr"] * factor
             if self.configs[0].optimizer.name == "sgd":
                 self.update_sgd(group, gradient, lr)
@@ -304,7 +302,8 @@ class Replicas:
         first.lerp_(gradient, (1 - self.betas[0]).float())
         second.lerp_(gradient.square(), (1 - self.betas[1]).float())
         denominator = second.sqrt().div_(corrections[1].sqrt().float()).add_(group.settings["eps"].float())
-        group.values.addcmul_(first / denominator, (-lr / corrections[0]).float())
+        quotient = torch.div(first, denominator, out=denominator)  # in place: a pack's memory is K runs' and no more
+        group.values.addcmul_(quotient, (-lr / corrections[0]).float())
 
 
 class GraphedStep:
