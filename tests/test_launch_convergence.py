@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks.results import results
 from launch.cli import cli
 from launch.config import read_study
-from launch.convergence import LAWS, Law, Rate, fit_rate
+from launch.convergence import LAWS, Law, Rate, fit_rate, squared_distance
 from launch.limits import feature_kernel, loss_curve, probe_images
 from launch.record import read_record
 from launch.study import Study
@@ -66,6 +67,15 @@ def test_about_nine_of_ten_intervals_hold_the_exponent(law: Law, exponent: float
     inside, known = held(law, exponent, **noise)
     assert known > 90
     assert 0.8 * known < inside < known
+
+
+def test_the_noise_of_the_seeds_is_not_taken_for_distance() -> None:
+    """Squared distances of means that are equal are 0 on average, where noise alone would give 2 / 8."""
+    generator = np.random.default_rng(0)
+    squared = [
+        squared_distance(*(1 + generator.standard_normal((8, 40)) for _ in range(2)), "mean")[0] for _ in range(200)
+    ]
+    assert abs(np.mean(squared)) < 0.03
 
 
 def test_noise_alone_has_no_rate() -> None:
@@ -152,6 +162,8 @@ def test_a_kernel_is_that_of_what_the_readout_gets_before_multipliers(grown: Pat
     assert kernel.shape == (len(images), len(images))
     assert np.allclose(kernel, kernel.T)
     assert np.linalg.eigvalsh(kernel).min() > -1e-6
+    scaled = replace(planned.config, parameterization=replace(planned.config.parameterization, gamma0=2.0))
+    assert np.array_equal(feature_kernel(replace(planned, config=scaled), images), kernel)  # readout multiplier 1/2
     weights = load_file(planned.directory.weights)
     weights["fc.weight"] = weights["fc.weight"] * 3
     weights["fc.bias"] = weights["fc.bias"] + 1
