@@ -13,6 +13,18 @@ RAND_AUGMENT = re.compile(  # what timm's parser understands; what it does not, 
 )
 
 
+def streams_misfit(num_streams: int, global_batch_size: int) -> str | None:
+    """What is wrong where `num_streams` does not divide the batch, and what would do; None where it divides."""
+    if global_batch_size % num_streams == 0:
+        return None
+    lower = global_batch_size // num_streams * num_streams
+    nearest = f"{lower} or {lower + num_streams}" if lower else f"{num_streams}"
+    return (
+        f"data.num_streams {num_streams} must divide train.global_batch_size {global_batch_size}: "
+        f"use train.global_batch_size={nearest}, or another data.num_streams"
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """`name` says which data set it is and belongs to a run's identity; where its files lie does not."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data.config import streams_misfit
 from data.errors import UserError
 from data.index import Span
 
@@ -36,13 +37,8 @@ class EpochOrder:
         self, spans: Sequence[Span], *, seed: int, epoch: int, num_streams: int, global_batch_size: int, window: int
     ) -> None:
         """Raises UserError when `num_streams` does not divide the batch or the data holds less than one batch."""
-        if global_batch_size % num_streams:
-            lower = global_batch_size // num_streams * num_streams
-            nearest = f"{lower} or {lower + num_streams}" if lower else f"{num_streams}"
-            raise UserError(
-                f"data.num_streams {num_streams} must divide train.global_batch_size {global_batch_size}: "
-                f"use train.global_batch_size={nearest}, or another data.num_streams"
-            )
+        if misfit := streams_misfit(num_streams, global_batch_size):
+            raise UserError(misfit)
         self.seed, self.epoch, self.window = seed, epoch, window
         self.global_batch_size = global_batch_size
         self.per_stream_batch = global_batch_size // num_streams

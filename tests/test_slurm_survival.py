@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import settings_on
 from slurm_cluster import Cluster, wait_for
 
 from train.config import RunConfig, from_plain, read_yaml
@@ -108,14 +109,9 @@ def wave(cluster: Cluster, digits: Path, tmp_path_factory: pytest.TempPathFactor
     sacct.write_text(f"#!/bin/sh\ntouch {folder}/sacct-was-called\nexit 1\n")
     sacct.chmod(0o755)
     cluster.environment["PATH"] = f"{sacct.parent}:{cluster.environment['PATH']}"
-    model = {"family": "conv_resnet", "width": 8, "depth": 3, "base_width": 8, "base_depth": 3}
-    content: dict[str, Any] = {
-        "model": {**model, "num_classes": 10, "image_size": 8, "in_channels": 1},
-        "optimizer": {"name": "sgd", "lr": 2**-6},
-        "data": {"name": "digits", "root": str(digits), "minival": 0.1, "num_streams": 16},
-        "train": {"samples": STEPS * 32, "global_batch_size": 32, "device": "cpu", "log_every": 50},
-    }
-    content["train"]["checkpoint_every"] = 50
+    content = settings_on(digits)
+    content["optimizer"]["lr"] = 2**-6
+    content["train"] |= {"samples": STEPS * 32, "log_every": 50, "checkpoint_every": 50}
     launching = {"cluster": "slurm", "cpus_per_task": NODE, "timeout_min": 60}
     sizes = [{"width": 8, "depth": 3}]
     grid = {"parameterizations": ["mup"], "sizes": sizes, "values": [2**-9, 2**-8, 2**-7, 2**-6], "extend": 0}
@@ -197,3 +193,19 @@ def test_every_job_ran_the_code_of_its_submission_and_says_which(wave: Wave) -> 
 
 def test_nothing_asks_sacct(wave: Wave) -> None:
     assert not wave.sacct_calls.exists()
+
+
+def test_a_run_that_takes_more_memory_than_asked_for_is_killed_by_slurm_and_says_so(
+    cluster: Cluster, digits: Path, tmp_path: Path
+) -> None:
+    content = settings_on(digits)
+    content["model"]["width"] = 2048  # 450 MB of weights, and as much again of gradients and of moments
+    content["train"]["samples"] = 3200
+    content["launch"] = {"cluster": "slurm", "memory_gb": 1, "cpus_per_task": NODE, "sbatch": {"acctg-freq": "task=1"}}
+    hungry = launch(cluster, tmp_path / "hungry.yaml", content)
+    failed = hungry.runs[0] / "failed.json"
+    wait_for(failed.exists)
+    reason = json.loads(failed.read_text())
+    assert "out of memory: 1 GB were asked for; set launch.memory_gb higher" in reason["error"]
+    assert "exceeded memory limit" in reason["traceback"]  # Slurm's own words
+    wait_for(lambda: not cluster.queued("hungry"))  # not requeued: it would die again

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from data.config import NOT_IDENTITY, DataConfig, Positive
+from data.config import NOT_IDENTITY, DataConfig, Positive, streams_misfit
 from data.errors import UserError
 from models.config import AnyModelConfig, Number, OptimizerConfig, ParameterizationConfig
 
@@ -128,6 +128,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.optimizer.name == "muon" and self.parallel.engine == "deepspeed":
             raise ValueError("optimizer.name muon needs whole matrices, which deepspeed flattens: use ddp")
+        if misfit := streams_misfit(self.data.num_streams, self.train.global_batch_size):
+            raise ValueError(misfit)
 
 
 def identity(config: Any) -> Any:
