@@ -38,6 +38,11 @@ def metric(found: dict[str, Any], key: str) -> str:
     return "diverged" if found[key] is None else number(found[key])
 
 
+def listed(seeds: Sequence[int]) -> str:
+    """'0, 1, 2', and '0 to 63' where there are many."""
+    return f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 8 else ", ".join(map(str, seeds))
+
+
 def settings(record: dict[str, Any]) -> list[str]:
     cost, seeds = record["cost"], sorted({run["seed"] for run in record["points"]})
     unfinished = f" **{record['num_unfinished']} runs are not finished.**" if record["num_unfinished"] else ""
@@ -45,8 +50,9 @@ def settings(record: dict[str, Any]) -> list[str]:
         f"`depthmup transfer {record['config']}`: {record['model']}, {record['optimizer']}, {record['data']} at "
         f"{record['image_size']} pixels, {record['schedule']} schedule with {100 * record['warmup']:g} % warm-up, "
         f"{record['samples']} samples in batches of {record['global_batch_size']} ({record['steps']} steps), "
-        f"{100 * record['minival']:g} % of the training set held out as minival, seeds {', '.join(map(str, seeds))}, "
-        f"swept: {record['hyperparameter']}. {record['num_runs']} runs, {record['num_diverged']} of them diverged; "
+        f"{100 * record['minival']:g} % of the training set held out as minival, seeds {listed(seeds)}, "
+        f"{'swept: ' if swept(record) else 'at one '}{record['hyperparameter']}. {record['num_runs']} runs, "
+        f"{record['num_diverged']} of them diverged; "
         f"{quantity(cost['flops'])}FLOPs, {cost['hours']:.1f} hours of training processes.{unfinished}"
     ]
 
@@ -153,9 +159,16 @@ def figure(folder: Path, name: str) -> list[str]:
     return [f"![{name}](results/{name}.png)", ""] if (folder / f"{name}.png").exists() else []
 
 
+def swept(record: dict[str, Any]) -> bool:
+    """False where one value ran, for `depthmup converge`: there is no optimum to judge."""
+    return len({point["value"] for point in record["points"]}) > 1
+
+
 def study_section(record: dict[str, Any], folder: Path) -> list[str]:
     name = record["study"]
     lines = [f"## {name}", "", *settings(record), ""]
+    if not swept(record):
+        return [*lines, *convergence(name, folder)]
     lines += [f"- **{v['parameterization']}: {v['verdict']}**. {v['reason']}." for v in record["verdicts"]]
     lines += [
         "",
@@ -168,10 +181,11 @@ def study_section(record: dict[str, Any], folder: Path) -> list[str]:
 
 def results(records: Sequence[dict[str, Any]], folder: Path) -> str:
     """The whole document. `folder` has the figures and records."""
-    forecasts, direct = forecast_rows(records), direct_rows(records)
+    judged = [record for record in records if swept(record)]
+    forecasts, direct = forecast_rows(records), direct_rows(judged)
     checked = [row["inside"] for row in forecasts if row["inside"]]
-    lines = [INTRODUCTION, *markdown_table(overview(records)), ""]
-    lines += [f"Rule of the verdicts: {rule}" for rule in dict.fromkeys(record["rule"] for record in records)]
+    lines = [INTRODUCTION, *markdown_table(overview(judged)), ""]
+    lines += [f"Rule of the verdicts: {rule}" for rule in dict.fromkeys(record["rule"] for record in judged)]
     lines += ["", "## Transfer beside tuning directly", "", *markdown_table(direct), ""]
     lines += ["## Forecasts", "", f"{checked.count('yes')} of {len(checked)} hold what was seen.", ""]
     lines += [*markdown_table(forecasts), ""]

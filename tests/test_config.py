@@ -24,7 +24,10 @@ from train.config import RunConfig, from_plain, run_hash, set_dotted, to_yaml
         ("optimizer.lr=0", "optimizer.lr: Input should be greater than 0"),
         ("optimizer.lr=.nan", "optimizer.lr: Input should be a finite number"),
         ("model.depth=4", "depth 4 must be a multiple of num_stages 3: use 3 or 6"),
-        ("data.num_streams=5", "num_streams 5 must divide train.global_batch_size 32: use train.global_batch_size=30 or"),
+        (
+            "data.num_streams=5",
+            "num_streams 5 must divide train.global_batch_size 32: use train.global_batch_size=30 or",
+        ),
         ("train.samples=5", "samples 5 is less than one global batch of 32"),
     ],
 )
