@@ -220,8 +220,11 @@ def read_study(path: Path, overrides: tuple[str, ...] = ()) -> StudyFile:
             f"{path}: the first of study.sizes ({base}) must be the base, model.base_width {file.model.base_width} and "
             f"model.base_depth {file.model.base_depth}"
         )
-    if len(file.study.grid) == 2:  # one is for `depthmup converge`
-        raise UserError(f"{path}: study.values needs at least 3 values, or one where no optimum is asked for, found 2")
+    if len(file.study.grid) in (0, 2):  # one is for `depthmup converge`
+        raise UserError(
+            f"{path}: study.values needs at least 3 values, or one where no optimum is asked for, "
+            f"found {len(file.study.grid)}"
+        )
     return file
 
 

@@ -155,7 +155,7 @@ def test_plan_prints_every_run_with_its_cost_and_launches_nothing(study_file: Pa
         (["model.wdth=3"], "did you mean 'model.width'"),
         (["study.sizes=[{width: 8, depth: 3}, {width: 8, depth: 4}]"], "multiple of num_stages"),
         (["study.values=[0, 1, 2]"], "greater than 0"),
-        (["study.values=[]"], "study.values needs at least 3 values, found 0"),
+        (["study.values=[]"], "study.values needs at least 3 values, or one where no optimum is asked for, found 0"),
         (["data.root=nowhere"], "depthmup pack"),
         (["data.root=nowhere", "data.source=nothing/there"], "no such folder or tar"),
         (["data.root=nowhere", "data.source=empty"], "no images"),

@@ -58,7 +58,7 @@ def finished_run(directory: Path, model: dict[str, Any]) -> tuple[Path, nn.Modul
             "model": sizes | model,
             "parameterization": {"gamma0": 2.0, "beta": 0.8},
             "optimizer": {"lr": 1.0},
-            "data": {"name": "x", "root": "x"},
+            "data": {"name": "x", "root": "x", "num_streams": 1},
             "train": {"samples": 1, "global_batch_size": 1},
         },
         "test",

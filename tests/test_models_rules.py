@@ -122,7 +122,7 @@ def test_named_sizes_are_timms_networks() -> None:
     }
     rest = {
         "optimizer": {"lr": 1.0},
-        "data": {"name": "x", "root": "x"},
+        "data": {"name": "x", "root": "x", "num_streams": 1},
         "train": {"samples": 1, "global_batch_size": 1},
     }
     for named, timm_name in names.items():

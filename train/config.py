@@ -225,14 +225,15 @@ def dataclasses_in(hint: Any) -> list[Any]:
 def describe(error: Any, cls: Any) -> str:
     """One pydantic error as 'key: what is wrong'."""
     location = tuple(error["loc"])
-    key = ".".join(str(part) for part in location if part not in FAMILIES) or "config"
+    key = ".".join(str(part) for part in location if part not in FAMILIES)
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return f"{key}: unknown key; {suggestion(cls, location)}"
     if error["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{key}: missing"
     message = error["msg"].removeprefix("Value error, ")
     value = error.get("input")
-    return f"{key}: {message}" + (f" (got {value!r})" if isinstance(value, str | int | float | bool) else "")
+    said = f"{key}: {message}" if key else message  # a rule over several sections names its keys itself
+    return said + (f" (got {value!r})" if isinstance(value, str | int | float | bool) else "")
 
 
 ADAPTERS: dict[Any, Any] = {}
