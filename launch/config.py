@@ -65,7 +65,7 @@ class StudyConfig:
     more_seeds: Annotated[int, Field(ge=0)] = 2  # rounds in which one seed is added where a verdict hangs on the noise
 
     def __post_init__(self) -> None:
-        if self.complement and max(self.grid) >= 1:
+        if self.complement and max(self.grid, default=0) >= 1:  # that there are any is read_study's to check
             raise ValueError(f"values of {self.hyperparameter} must be below 1, found {max(self.grid):g}")
 
     @property
