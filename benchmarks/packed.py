@@ -77,7 +77,7 @@ def alone(run: RunConfig, device: torch.device, dtype: torch.dtype | None) -> St
     memory = torch.contiguous_format
     if device.type == "cuda" and run.model.family != "vit":
         memory = torch.channels_last
-        scaled.network.to(memory_format=memory)  # type: ignore[call-overload]  # torch's stub lacks it
+        scaled.network.to(memory_format=memory)
     groups = parameter_groups(scaled.network, scaled.rules, scaled.scale, run.optimizer)
     optimizer = build_optimizer(groups, run.optimizer)
     stream = batches(run, device)
@@ -105,10 +105,10 @@ def packed(runs: list[RunConfig], device: torch.device, dtype: torch.dtype | Non
     if variant == "eager":
         replicas.step_function = replicas.eager_step
     if variant in ("vmap", "compiled"):
-        replicas.mode = nullcontext()  # type: ignore[assignment]  # no mode at all
+        replicas.mode = nullcontext()  # no mode at all
     if variant == "compiled":
-        replicas.forward = torch.compile(replicas.forward)  # type: ignore[method-assign]
-        replicas.update = torch.compile(replicas.update)  # type: ignore[method-assign]
+        replicas.forward = torch.compile(replicas.forward)
+        replicas.update = torch.compile(replicas.update)
     stream = batches(runs[0], device)
 
     def step() -> Tensor:

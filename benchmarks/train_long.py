@@ -41,7 +41,7 @@ def checkpoint_stall(shards: Path, out: Path) -> str:
         save(self)
         stalls.append(time.perf_counter() - start)
 
-    loop.Run.save = timed  # type: ignore[method-assign]
+    loop.Run.save = timed
     loop.run(config, out, watch=lambda line: times.append(16 / line["images_per_second"]))
     saved = range(EVERY, len(times), EVERY)  # a line is written before its step's save: that belongs to the next line
     late = [times[step + i] for step in saved for i in range(AFTER)]
