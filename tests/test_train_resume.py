@@ -2,16 +2,22 @@
 
 import json
 import os
+import pickle
 import random
+import re
 import resource
 import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
+import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 from train_configs import pack_digits, run_config
 
 from data.errors import UserError
@@ -195,17 +201,57 @@ def test_a_checkpoint_of_another_model_is_refused_with_the_diff(shards: Path, wh
         run(config_of(shards, "model.depth=9", "parameterization.name=sp"), tmp_path)
 
 
-def test_no_code_in_a_checkpoint_is_run(whole: Path, tmp_path: Path) -> None:
-    import pickle
+class Attack:
+    """Unpickled, it makes a folder."""
 
-    class Attack:
-        def __reduce__(self) -> tuple[Any, ...]:
-            return os.mkdir, (str(tmp_path / "attacked"),)
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
-    (tmp_path / ".metadata").write_bytes(pickle.dumps(Attack()))
-    with pytest.raises(pickle.UnpicklingError, match=r"posix.mkdir has no place in a checkpoint"):
-        checkpoint.Reader(tmp_path).read_metadata()
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+def rewrite_metadata(step: Path, change: Callable[[Metadata], object]) -> None:
+    """Changes a checkpoint's table of contents, with a checksum that fits: what an attacker can do."""
+    path = step / ".metadata"
+    path.write_bytes(pickle.dumps(change(pickle.loads(path.read_bytes()))))
+    state = json.loads((step / "state.json").read_text())
+    state["files"] = {name: checkpoint.checksum(step / name) for name in state["files"]}
+    (step / "state.json").write_text(json.dumps(state))
+
+
+@pytest.mark.parametrize("planner", ["ours", "torch's"])
+def test_no_code_in_a_checkpoint_is_run(
+    shards: Path, whole: Path, tmp_path: Path, planner: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither in the table of contents nor in an item that says it is no tensor; each of two doors is shut alone."""
+    copytree(whole / "checkpoints", tmp_path / "checkpoints")
+    newest, older = checkpoint.complete(tmp_path / "checkpoints")[:2]
+    rewrite_metadata(older, lambda metadata: Attack(tmp_path / "attacked"))
+
+    def with_bytes(metadata: Metadata) -> Metadata:
+        index = next(index for index in metadata.storage_data if index.fqn.startswith("model."))
+        metadata.state_dict_metadata[index.fqn] = BytesStorageMetadata()
+        stored = metadata.storage_data.pop(index)
+        file = newest / stored.relative_path
+        torch.save(Attack(tmp_path / "attacked"), tmp_path / "item")
+        item = (tmp_path / "item").read_bytes()
+        metadata.storage_data[MetadataIndex(index.fqn)] = replace(stored, offset=file.stat().st_size, length=len(item))
+        file.write_bytes(file.read_bytes() + item)
+        return metadata
+
+    rewrite_metadata(newest, with_bytes)
+    if planner == "ours":
+        allowed = ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata")
+        monkeypatch.setattr(checkpoint, "METADATA_CLASSES", {*checkpoint.METADATA_CLASSES, allowed})
+    else:
+        monkeypatch.setattr(checkpoint, "TensorPlanner", checkpoint.dcp.DefaultLoadPlanner)
+    with pytest.raises(UserError, match="every checkpoint is corrupt"):
+        run(config_of(shards), tmp_path)
     assert not (tmp_path / "attacked").exists()
+    log = (tmp_path / "log-0.txt").read_text()
+    assert re.search(f"{newest.name} is corrupt .*has no place in a checkpoint", log)
+    assert re.search(f"{older.name} is corrupt .*posix.mkdir has no place in a checkpoint", log)
 
 
 def test_keep_last_and_keep_every(shards: Path, tmp_path: Path) -> None:

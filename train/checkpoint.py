@@ -7,6 +7,7 @@ checksum of every file.
 """
 
 import errno
+import io
 import json
 import os
 import pickle
@@ -33,10 +34,12 @@ from data.storage import write_atomically
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
 STEP = re.compile(r"step-(\d+)")
-METADATA_CLASSES = {  # all that a checkpoint's .metadata, a pickle, may name: nothing that runs
+# All that a checkpoint's .metadata, a pickle, may name: nothing that runs. BytesStorageMetadata is not among them: it
+# stands for an object that is no tensor, which torch would unpickle.
+METADATA_CLASSES = {
     *(("torch.distributed.checkpoint.metadata", name) for name in (
-        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
-        "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING")),
+        "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING")),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch", "Size"), ("torch", "float32"), ("torch", "bfloat16"), ("torch", "float64"), ("torch", "int64"),
     ("torch", "float16"), ("torch", "bool"), ("torch", "uint8"), ("torch", "int32"), ("torch", "strided"),
@@ -61,6 +64,13 @@ class Reader(dcp.FileSystemReader):
             metadata.storage_meta = dcp.metadata.StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
+
+
+class TensorPlanner(dcp.DefaultLoadPlanner):
+    """torch's planner, except that it loads tensors alone: of anything else it would run the pickle."""
+
+    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
+        raise pickle.UnpicklingError(f"{read_item.dest_index.fqn} is no tensor, and has no place in a checkpoint")
 
 
 @dataclass(frozen=True)
@@ -126,6 +136,11 @@ def check_identity(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) ->
         raise UserError(f"{path} is a checkpoint of another run ({shown}): use another directory, or that config")
 
 
+def reasons(error: CheckpointException) -> list[str]:
+    """What went wrong in each process that failed, in one line each; torch's own text begins with ranks."""
+    return [" ".join(f"{type(inner).__name__}: {inner}".split()) for inner, _ in error.failures.values()]
+
+
 def copy_to_cpu(state: Any) -> Any:
     """A copy that later steps do not change: of this process's shards where tensors are sharded."""
     if isinstance(state, Tensor):
@@ -184,12 +199,9 @@ class Checkpoints:
             dcp.save(tensors, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
             mine = [*temporary.glob(f"__{self.rank}_*"), *([temporary / ".metadata"] if self.rank == 0 else [])]
             files = {path.name: checksum(path) for path in mine}
-        except (
-            OSError,
-            RuntimeError,
-            CheckpointException,
-        ) as raised:
-            # torch's writer raises RuntimeError on a full disk
+        except CheckpointException as raised:
+            error = reasons(raised)[0]
+        except (OSError, RuntimeError) as raised:  # torch's writer raises RuntimeError on a full disk
             error = str(raised).strip().splitlines()[0]
         answers = self.together((error, files))
         error = next((error for error, _ in answers if error), None)
@@ -228,15 +240,24 @@ class Checkpoints:
         found = complete(self.directory)
         for path in found:
             problems = [problem for problem in self.together(fault(path, self.rank, self.world_size)) if problem]
-            if problems:
-                self.log(f"warning: {path.name} is corrupt and passed over ({problems[0]})")
-                continue
-            content = json.loads((path / "state.json").read_text())
-            check_identity(path, content["identity"], self.identity)
-            tensors = template()
-            dcp.load(tensors, storage_reader=Reader(path), process_group=self.group, no_dist=self.group is None)
-            self.log(f"resumed from {path.name}")
-            return Progress(content["step"], State(**content["data"]), content["losses"]), tensors
+            if not problems:
+                content = json.loads((path / "state.json").read_text())
+                check_identity(path, content["identity"], self.identity)
+                tensors = template()
+                try:
+                    dcp.load(
+                        tensors,
+                        storage_reader=Reader(path),
+                        planner=TensorPlanner(),
+                        process_group=self.group,
+                        no_dist=self.group is None,
+                    )
+                except CheckpointException as error:  # the same for every process
+                    problems = reasons(error)
+                else:
+                    self.log(f"resumed from {path.name}")
+                    return Progress(content["step"], State(**content["data"]), content["losses"]), tensors
+            self.log(f"warning: {path.name} is corrupt and passed over ({problems[0]})")
         if found:
             raise UserError(f"{self.directory}: every checkpoint is corrupt; delete the folder to start anew")
         return None
