@@ -1,6 +1,9 @@
 """Batches for training and evaluation: the order of data.order, read by worker processes where asked for."""
 
 import ctypes
+import os
+import signal
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +27,8 @@ from data.reader import BadSample, prefetch
 
 CPU = torch.device("cpu")
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+# Sent to all processes of a job, they are for the one that trains: a worker that died of them would end the run.
+JOB_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR2}
 Prepared = tuple[Tensor, np.ndarray, int]  # image (channels, size, size), its random numbers, its label
 
 
@@ -118,16 +123,32 @@ def merge_worker_parts(parts: Sequence[Batch], per_stream_batch: int) -> Batch:
     )
 
 
-def return_freed_memory(worker: int) -> None:
-    """Has glibc give freed pictures back at once: its heap of buffers of all sizes grew from 80 to 280 MB a worker."""
+def start_worker(worker: int) -> None:
+    """In a new worker: it ends when the process that trains says so or is gone, and sleeps through JOB_SIGNALS.
+
+    Has glibc give freed pictures back at once: its heap of buffers of all sizes grew from 80 to 280 MB a worker.
+    """
+    threading.Thread(target=end_with_parent, daemon=True).start()
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # other C libraries have none, and no need of it
         mallopt(M_MMAP_THRESHOLD, 256 * 1024)
 
 
+def end_with_parent() -> None:
+    """Ends this worker at a SIGTERM of its parent, which is how Python stops workers that are left at its exit."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
 def read_by_workers(loader: DataLoader) -> Iterator[Batch]:
     """The loader's batches. Raises a worker's UserError with its own words, which torch buries in a traceback."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)  # workers are born with it
     try:
-        yield from loader
+        batches = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    try:
+        yield from batches
     except UserError as error:
         raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
 
@@ -182,7 +203,7 @@ class TrainingLoader:
             batch_size=None,
             num_workers=config.num_workers,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=return_freed_memory,
+            worker_init_fn=start_worker,
         )
         parts = read_by_workers(loader)
         per_stream_batch = self.stream.global_batch_size // config.num_streams
@@ -259,7 +280,7 @@ def evaluated(
         batch_size=None,
         num_workers=min(config.num_workers, len(dataset)),
         pin_memory=device.type == "cuda",
-        worker_init_fn=return_freed_memory,
+        worker_init_fn=start_worker,
         generator=torch.Generator(),  # its own, so that an evaluation takes no number from the training's
     )
     copies = torch.cuda.Stream(device) if device.type == "cuda" else None

@@ -96,6 +96,52 @@ def test_stopped_and_killed_runs_go_on_with_other_engines_and_world_sizes(config
     assert losses(tmp_path) == pytest.approx(losses(whole), rel=1e-3)  # 240 steps of Adam widen 1e-7 of rounding
 
 
+def children(process: "subprocess.Popen[str]") -> list[int]:
+    tasks = Path(f"/proc/{process.pid}/task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]
+
+
+def wait_until_gone(processes: list[int]) -> None:
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{process}").exists() for process in processes):
+        assert time.monotonic() < deadline, f"{processes} are still there"
+        time.sleep(0.05)
+
+
+def test_a_signal_to_every_process_of_a_job_stops_the_run_and_its_data_workers(config: Path, tmp_path: Path) -> None:
+    """As Slurm, a batch system or a terminal sends it: the workers of training and of evaluation get it too, and must
+    not die of it first."""
+    overrides = [f"train.samples={10**6}", "data.num_workers=2", "train.evaluate_every=2"]
+    command = [sys.executable, "-m", "train", str(config), str(tmp_path), *overrides]
+    process = subprocess.Popen(
+        command, env=environment(0, 1, 1), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )  # fmt: skip
+    wait_for_step(tmp_path, 3)
+    workers = children(process)
+    assert len(workers) >= 2
+    for number in (signal.SIGINT, signal.SIGUSR2, signal.SIGTERM):
+        os.killpg(process.pid, number)
+    codes, output = finish([process])
+    assert codes == [EXIT_REQUEUE], output
+    assert "as asked" in output
+    assert "killed by signal" not in output
+    assert RunDirectory(tmp_path).checkpoint_steps()
+    wait_until_gone(workers)
+
+
+def test_a_second_ctrl_c_ends_the_run_at_once_and_its_data_workers_too(config: Path, tmp_path: Path) -> None:
+    (process,) = train(config, tmp_path, f"train.samples={10**6}", "data.num_workers=2", "train.evaluate_every=1")
+    wait_for_step(tmp_path, 3)
+    workers = children(process)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.01)
+    codes, output = finish([process], timeout=30)
+    assert codes in ([-signal.SIGINT], [EXIT_REQUEUE]), output  # the second may come after the run's end
+    wait_until_gone(workers)
+
+
 def test_a_run_that_diverges_on_two_processes_ends_on_both_and_says_where(config: Path, tmp_path: Path) -> None:
     overrides = ("optimizer.name=sgd", "optimizer.lr=1e30", "train.clip_norm=null", "train.log_every=5")
     codes, output = finish(train(config, tmp_path, *overrides, world_size=2))

@@ -9,8 +9,8 @@ STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)  # Slurm's warning before the ti
 
 
 class Interrupt:
-    """The flag. `request` may be called from a signal handler or another thread. Data workers inherit the handler when
-    they are forked, and set a copy that nobody reads: signals to the whole job do not take the data away."""
+    """The flag. `request` may be called from a signal handler or another thread. Data workers sleep through these
+    signals (data.loader.JOB_SIGNALS): those to the whole job do not take the data away."""
 
     def __init__(self) -> None:
         self.requested = False
