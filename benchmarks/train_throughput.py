@@ -92,7 +92,7 @@ def our_step(case: Case, config: TrainConfig, pixels: Tensor, labels: Tensor) ->
     dtype = autocast_dtype(config, device)
     blocks = [name for name, m in network.named_modules() if name.startswith("blocks.") and name.count(".") == 1]
     blocks = blocks or [name for name, m in network.named_modules() if type(m).__name__ == "Bottleneck"]
-    channels_last = prepare(network, blocks, config, device, dtype)
+    channels_last = prepare(network, blocks, config, "none", device, dtype)
     engine, window, peak_lr = Engine(network, lambda _: optimizer), LossWindow([]), ScheduleConfig()
 
     def step(number: int) -> None:

@@ -1,6 +1,7 @@
 """Settings of a run that are wrong, or that must not change its result."""
 
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,21 @@ from train_configs import VIT, pack_digits, run_config
 
 from data.batch import Batch
 from data.errors import UserError
+from train import loop
 from train.config import ParallelConfig, run_hash
+from train.distributed import World, process_group
 from train.loop import run
-from train.step import autocast_dtype
+from train.step import autocast_dtype, prepare
 from train.stochastic_depth import install_stochastic_depth
 from train.telemetry import LossWindow, peak_row
+
+
+@pytest.fixture(scope="module")
+def one_group() -> Iterator[None]:
+    """A process group for several runs of one process: DeepSpeed keeps the first one that it sees."""
+    with process_group(World(), torch.device("cpu"), ParallelConfig(), "ddp"):
+        yield
+
 
 # 8 kinds of block, as a ResNet-50 has
 BOTTLENECKS = {"family": "resnet", "block": "bottleneck", "blocks": [2, 2, 2, 2], "width": 8, "depth": 8,
@@ -75,15 +86,25 @@ def test_how_a_run_is_computed_is_no_part_of_its_identity(shards: Path) -> None:
     assert run_hash(run_config(shards, "train.ema=0.9")) != run_hash(run_config(shards))
 
 
-@pytest.mark.parametrize("override", ["train.activation_checkpointing=true", "train.channels_last=true"])
-def test_recomputation_and_memory_format_leave_the_losses_as_they_are(
-    shards: Path, tmp_path: Path, override: str
-) -> None:
+def test_recomputation_leaves_the_losses_as_they_are(shards: Path, tmp_path: Path) -> None:
     results = [
         run(run_config(shards, *overrides, "train.drop_path=0.1", model=VIT), tmp_path / str(len(overrides)))
-        for overrides in ((), (override,))
+        for overrides in ((), ("train.activation_checkpointing=true",))
     ]
     assert results[0]["train_loss"] == pytest.approx(results[1]["train_loss"], rel=1e-5)
+
+
+@pytest.mark.usefixtures("one_group")
+def test_channels_last_leaves_the_losses_as_they_are_under_every_engine(shards: Path, tmp_path: Path) -> None:
+    """On GPUs it is the default of ResNets; FSDP and ZeRO cannot shard weights that lie so in memory."""
+    model = {**BOTTLENECKS, "block": "basic", "blocks": [1, 1, 1, 1], "depth": 4, "base_depth": 4}
+    common = ("train.samples=96", "train.checkpoint_every=2")
+    expected = run(run_config(shards, *common, model=model), tmp_path / "plain")["train_loss"]
+    zero = [("parallel.engine=deepspeed", f"parallel.zero_stage={stage}") for stage in range(4)]
+    for engine in (("parallel.engine=none",), ("parallel.engine=ddp",), ("parallel.engine=fsdp",), *zero):
+        config = run_config(shards, *common, "train.channels_last=true", *engine, model=model)
+        found = run(config, tmp_path / "-".join(engine))["train_loss"]
+        assert found == pytest.approx(expected, rel=1e-5), engine
 
 
 @pytest.mark.parametrize(
@@ -109,9 +130,26 @@ def test_compilation_takes_every_block_and_leaves_the_losses_as_they_are(
     assert compiled["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-5)
 
 
-def test_bf16_trains(shards: Path, tmp_path: Path) -> None:
-    overrides = ("train.precision=bf16", "train.samples=128", "train.bf16_residual=true")
-    assert run(run_config(shards, *overrides, model=VIT), tmp_path)["outcome"] == "completed"
+@pytest.mark.usefixtures("one_group")
+@pytest.mark.parametrize("residual", ["true", "false"])
+def test_bf16_gives_the_residual_stream_the_same_type_and_the_losses_the_same_size_under_every_engine(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, residual: str
+) -> None:
+    types: list[torch.dtype] = []
+
+    def preparing(network: torch.nn.Module, blocks: list[str], *arguments: Any) -> bool:
+        network.get_submodule(blocks[-1]).register_forward_pre_hook(
+            lambda module, inputs: types.append(inputs[0].dtype)
+        )
+        return prepare(network, blocks, *arguments)
+
+    monkeypatch.setattr(loop, "prepare", preparing)
+    losses = []
+    for engine in ("none", "ddp", "fsdp", "deepspeed"):
+        overrides = ("train.precision=bf16", f"train.bf16_residual={residual}", f"parallel.engine={engine}")
+        losses.append(run(run_config(shards, *overrides, model=VIT), tmp_path / engine)["train_loss"])
+    assert set(types) == {torch.bfloat16 if residual == "true" else torch.float32}
+    assert losses == pytest.approx([losses[0]] * 4, rel=0.002)
 
 
 def test_a_batch_of_workers_is_pinned_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,17 +119,16 @@ class FullyShardedDataParallel(Engine):
 
     name = "fsdp"
 
-    def __init__(
-        self, network: nn.Module, make_optimizer: OptimizerFactory, blocks: list[str], dtype: torch.dtype | None
-    ) -> None:
+    def __init__(self, network: nn.Module, make_optimizer: OptimizerFactory, blocks: list[str]) -> None:
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+        from torch.distributed.fsdp import FSDPModule, fully_shard
 
+        # No MixedPrecisionPolicy: autocast takes bf16 where the other engines do. Gathered in bf16, the embeddings of
+        # positions would turn the residual stream to bf16, and the weights of norms would be rounded.
         mesh = init_device_mesh(next(network.parameters()).device.type, (dist.get_world_size(),))
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for name in blocks:
-            fully_shard(network.get_submodule(name), mesh=mesh, mp_policy=policy)
-        sharded = fully_shard(network, mesh=mesh, mp_policy=policy)
+            fully_shard(network.get_submodule(name), mesh=mesh)
+        sharded = fully_shard(network, mesh=mesh)
         assert isinstance(sharded, FSDPModule)
         self.sharded = sharded
         super().__init__(network, make_optimizer)
@@ -168,9 +167,7 @@ def make_engine(
     if name == "ddp":
         return DistributedDataParallel(network, make_optimizer)
     if name == "fsdp":
-        normalised = any(isinstance(m, nn.modules.batchnorm._NormBase) for m in network.modules())
-        dtype = None if normalised else autocast_dtype  # BatchNorm's parameters stay in fp32
-        return FullyShardedDataParallel(network, make_optimizer, blocks, dtype)
+        return FullyShardedDataParallel(network, make_optimizer, blocks)
     from train.zero import ZeroRedundancy
 
     return ZeroRedundancy(

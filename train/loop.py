@@ -143,7 +143,7 @@ class Run:
         branches = list(scaled.branches)
         blocks = block_names(branches)
         install_stochastic_depth(scaled.network, branches, blocks, config.train.drop_path)
-        self.channels_last = prepare(scaled.network, blocks, config.train, device, self.dtype)
+        self.channels_last = prepare(scaled.network, blocks, config.train, engine_name, device, self.dtype)
         shape = (config.model.in_channels, config.model.image_size, config.model.image_size)
         self.flops = training_flops(build_meta(config.model, config.parameterization).network, shape)
 

@@ -104,16 +104,21 @@ def recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def prepare(
-    network: nn.Module, blocks: list[str], config: TrainConfig, device: torch.device, dtype: torch.dtype | None
+    network: nn.Module,
+    blocks: list[str],
+    config: TrainConfig,
+    engine: str,
+    device: torch.device,
+    dtype: torch.dtype | None,
 ) -> bool:
     """Memory format, recomputation and compilation, in place and before wrapping, so that names stay.
 
-    Returns whether images are to be channels_last.
+    engine: its name. Returns whether images are to be channels_last.
     """
     channels_last = config.channels_last
     if channels_last is None:
         channels_last = device.type == "cuda" and is_convolutional(network)
-    if channels_last:
+    if channels_last and engine in ("none", "ddp"):  # the others shard flat weights; cudnn turns those as it goes
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
     if dtype and config.bf16_residual:
         network.get_submodule(blocks[0]).register_forward_pre_hook(lambda module, inputs: (inputs[0].to(dtype),))
