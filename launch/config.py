@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field
 from data.config import NOT_IDENTITY, Positive
 from data.errors import UserError
 from models.config import Number, ParameterizationConfig
-from train.config import RunConfig, from_plain, read_yaml, set_dotted
+from train.config import RunConfig, from_plain, read_yaml, set_dotted, to_plain
 
 Preset = Annotated[
     ParameterizationConfig, BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value)
@@ -190,6 +190,32 @@ def apply_profile(raw: dict[str, Any], path: Path) -> None:
     raw["launch"] = {**profile, **launch, "cluster": profile.get("cluster", "slurm")}
 
 
+def settings_of(file: StudyFile) -> dict[str, Any]:
+    """The file as plain data to be written. Of launch only what is not the default: a file's keys win over a profile's,
+    and nobody chose these."""
+    plain: dict[str, Any] = to_plain(file)
+    defaults = to_plain(LaunchConfig())
+    launch = {key: value for key, value in plain.pop("launch").items() if value != defaults[key]}
+    return {**plain, "launch": launch} if launch else plain
+
+
+def named_cluster(raw: dict[str, Any]) -> Any:
+    launch = raw.get("launch")
+    return launch.get("cluster") if isinstance(launch, dict) else None
+
+
+def override(raw: dict[str, Any], overrides: tuple[str, ...]) -> None:
+    """Applies them to a file's plain data. A section launch that names its cluster is about that cluster: another one
+    on the command line takes its place as a whole."""
+    given: dict[str, Any] = {}
+    for one in overrides:
+        set_dotted(given, one)
+    if named_cluster(raw) and named_cluster(given) not in (None, named_cluster(raw)):
+        del raw["launch"]
+    for one in overrides:
+        set_dotted(raw, one)
+
+
 def read_raw(path: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
     """The file as plain data with `overrides`; for a study's folder, the file that the study wrote there."""
     if path.is_dir():
@@ -200,8 +226,7 @@ def read_raw(path: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
         raw["study"] |= {"name": path.resolve().name, "directory": str(path.resolve().parent)}
     else:
         raw = read_yaml(path)
-    for override in overrides:
-        set_dotted(raw, override)
+    override(raw, overrides)
     apply_profile(raw, path)
     return raw
 

@@ -9,9 +9,9 @@ import yaml
 from data.errors import UserError
 from data.storage import write_atomically
 from launch.analysis import Curve
-from launch.config import StudyFile, apply_profile, label
+from launch.config import StudyFile, apply_profile, label, named_cluster, settings_of
 from launch.report import Report
-from train.config import RunConfig, from_plain, read_yaml, set_dotted, to_plain
+from train.config import RunConfig, from_plain, read_yaml, set_dotted
 
 SECTIONS = ("model", "optimizer", "schedule", "data", "train", "parallel", "track", "seed", "launch")
 
@@ -90,13 +90,13 @@ def scale(
     file: StudyFile = report.study.file
     curve, facts = choose(report, parameterization, force)
     chosen = next(p for p in file.study.parameterizations if label(p) == curve.parameterization)
-    plain = to_plain(file)
+    plain = settings_of(file)
     config = {key: plain[key] for key in SECTIONS if key in plain}
     config["parameterization"] = {key: value for key, value in vars(chosen).items() if value is not None}
     assert curve.optimum.x is not None
     set_dotted(config, f"{file.study.hyperparameter}={file.study.value_at(curve.optimum.x)!r}")
-    if "cluster" in changes.get("launch", {}):
-        del config["launch"]  # another place to run: the proxy's settings would win over its profile
+    if named_cluster(changes):
+        config.pop("launch", None)  # another place to run: the proxy's settings would win over its profile
     proxy = run_of(config, "the proxy")
     config = merge(config, changes)
     target = run_of(config, "the target")

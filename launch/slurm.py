@@ -48,6 +48,13 @@ class QueuedTask:
         return self.state == "PENDING"
 
 
+def require() -> None:
+    """Raises UserError where Slurm's commands are not there."""
+    for name in ("sbatch", "srun", "squeue", "scontrol"):
+        if shutil.which(name) is None:
+            raise UserError(f"no {name} on PATH: log in to a node of the cluster, or use --cluster local")
+
+
 def clean_environment() -> dict[str, str]:
     """Ours without the variables of a job that we may run in: sbatch would take them for options."""
     return {

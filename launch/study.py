@@ -11,9 +11,9 @@ from typing import Any
 
 from data.errors import UserError
 from data.storage import is_remote, write_atomically
-from launch.config import Size, StudyFile, label
+from launch.config import Size, StudyFile, label, settings_of
 from models.config import scale_of
-from train.config import RunConfig, from_plain, identity, read_yaml, run_hash, set_dotted, to_plain, to_yaml
+from train.config import RunConfig, dump_yaml, from_plain, identity, read_yaml, run_hash, set_dotted, to_plain, to_yaml
 from train.rundir import RunDirectory
 
 
@@ -244,7 +244,7 @@ class Study:
         root = self.file.directory
         try:
             root.mkdir(parents=True, exist_ok=True)
-            write_atomically(root / "study.yaml", to_yaml(self._with_absolute_paths()).encode())
+            write_atomically(root / "study.yaml", dump_yaml(settings_of(self._with_absolute_paths())).encode())
             for run in self.pending():
                 content = to_yaml(run.config)
                 run.directory.path.mkdir(parents=True, exist_ok=True)

@@ -115,6 +115,14 @@ TEARDOWN = (
 )
 
 
+class Executor(submitit.SlurmExecutor):
+    """submitit's, which writes scripts without Slurm on PATH, too: --dry-run may be given anywhere."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 1
+
+
 def script_text(submission: Submission, config: LaunchConfig, code: Path, max_running: int) -> str:
     """The sbatch script for all tasks of `submission`, which runs the worker from the snapshot `code`."""
     worker = f"{config.python or shlex.quote(sys.executable)} -m launch.worker {shlex.quote(str(submission.file))}"
@@ -126,7 +134,7 @@ def sbatch_text(
     submission: Submission, config: LaunchConfig, folder: Path, command: str, teardown: list[str], max_running: int = 1
 ) -> str:
     """An sbatch script that runs `command` in `folder`, as an array of the submission's tasks."""
-    executor = submitit.SlurmExecutor(folder=submission.path)
+    executor = Executor(folder=submission.path)
     container = {"--container-image": config.container_image, "--container-mounts": config.container_mounts}
     executor.update_parameters(
         job_name=submission.name,

@@ -35,6 +35,8 @@ UNFINISHED: tuple[State, ...] = (*IDLE, "failed")
 def prepare_data(study: Study, console: Console) -> Index:
     """The data set's index; packs data.source first where there are no shards. Raises UserError."""
     study.check_writable()
+    if study.file.launch.cluster == "slurm":
+        slurm.require()
     data = study.file.data
     root = Path(data.root)
     if data.source and not (root / INDEX_NAME).exists():

@@ -92,6 +92,33 @@ def test_a_study_that_was_run_with_overrides_is_found_by_its_folder(study_file: 
     assert "1 new" in invoke("status", target)
 
 
+def test_a_profile_on_the_command_line_holds_for_a_folder_and_a_target_whatever_they_ran_on_before(
+    study_file: Path,
+) -> None:
+    two_seeds(study_file)
+    profiles = study_file.parent / "runs" / "tiny" / "cluster"
+    profiles.mkdir(parents=True)
+    (profiles / "mine.yaml").write_text("partition: gpu_of_mine\naccount: us\ntimeout_min: 77\n")
+    (profiles / "other.yaml").write_text("partition: elsewhere\n")
+    study = Study(study_file, read_study(study_file))
+    finish(study, best=-5)
+    invoke("scale", study_file, "model.depth=12", "--parameterization", "depth_mup")
+    assert "launch" not in yaml.safe_load(study.target_file.read_text())  # a default there would win over a profile
+    script = invoke("launch", study.target_file, "--cluster", "mine", "launch.account=them", "--dry-run")
+    assert "--partition=gpu_of_mine" in script
+    assert "--time=77" in script
+    assert "--account=them" in script  # what is on the command line wins
+
+    folder = study.file.directory
+    Study(folder, read_study(study_file, ("launch.cluster=slurm", "launch.account=old", "launch.qos=old"))).write()
+    next(study.file.directory.glob("runs/*/done.json")).unlink()
+    profiles.rename(folder.parent / "cluster")
+    script = invoke("launch", folder, "--cluster", "other", "--dry-run")
+    assert "--partition=elsewhere" in script
+    assert "old" not in script
+    assert "--account=old" in invoke("launch", folder, "--cluster", "slurm", "--dry-run")  # the same: its own keys
+
+
 def test_a_censored_curve_grows_on_its_side_twice_at_most(study_file: Path) -> None:
     file = read_study(study_file, ("study.extend=2",))
     study = Study(study_file, file)

@@ -260,6 +260,10 @@ def to_plain(config: Any) -> Any:
     return json.loads(adapter(type(config)).dump_json(config))
 
 
-def to_yaml(config: Any) -> str:
+def dump_yaml(plain: Any) -> str:
     dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # the C one, where PyYAML has it, is ten times faster
-    return yaml.dump(to_plain(config), Dumper=dumper, sort_keys=False)
+    return str(yaml.dump(plain, Dumper=dumper, sort_keys=False))
+
+
+def to_yaml(config: Any) -> str:
+    return dump_yaml(to_plain(config))
