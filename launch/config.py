@@ -1,11 +1,12 @@
 """A study's configuration: one run, the grid around it, and where it runs. Nothing here imports torch."""
 
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from data.config import NOT_IDENTITY, Positive
 from data.errors import UserError
@@ -48,16 +49,34 @@ class Octaves:
         return tuple(self.first * 2 ** (i / self.per_octave) for i in range(count))
 
 
+def folder_name(name: str) -> str:
+    """It names a folder and jobs: what is no plain word would lead elsewhere, or not be found in the queue again."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ValueError("must be letters, digits, '.', '_' and '-', with a letter or digit first")
+    return name
+
+
+def ascending(values: Octaves | tuple[float, ...]) -> tuple[float, ...]:
+    return values.values() if isinstance(values, Octaves) else tuple(sorted(set(values)))
+
+
+def enough(values: Octaves | tuple[float, ...]) -> Octaves | tuple[float, ...]:
+    """One value is for `depthmup converge`."""
+    if (count := len(ascending(values))) in (0, 2):
+        raise ValueError(f"needs at least 3 values, or one where no optimum is asked for, found {count}")
+    return values
+
+
 @dataclass(frozen=True, kw_only=True)
 class StudyConfig:
     """Every parameterization x size x value x seed is one run. The first size is the base that others compare with."""
 
-    name: str
+    name: Annotated[str, AfterValidator(folder_name)]
     directory: str = field(default="runs", metadata=NOT_IDENTITY)
     parameterizations: Annotated[tuple[Preset, ...], Field(min_length=1)]
     sizes: Annotated[tuple[Size, ...], Field(min_length=1)]
     hyperparameter: str = "optimizer.lr"
-    values: Octaves | tuple[Annotated[Number, Field(gt=0)], ...]
+    values: Annotated[Octaves | tuple[Annotated[Number, Field(gt=0)], ...], AfterValidator(enough)]
     seeds: Annotated[Seeds, Field(min_length=1)] = (0,)
     metric: Literal["minival_loss", "train_loss"] = "minival_loss"
     tolerance: Annotated[Number, Field(gt=0)] = 1.0  # octaves by which an optimum may drift and still transfer
@@ -65,13 +84,13 @@ class StudyConfig:
     more_seeds: Annotated[int, Field(ge=0)] = 2  # rounds in which one seed is added where a verdict hangs on the noise
 
     def __post_init__(self) -> None:
-        if self.complement and max(self.grid, default=0) >= 1:  # that there are any is read_study's to check
+        if self.complement and max(self.grid) >= 1:
             raise ValueError(f"values of {self.hyperparameter} must be below 1, found {max(self.grid):g}")
 
     @property
     def grid(self) -> tuple[float, ...]:
         """The swept values in ascending order."""
-        return self.values.values() if isinstance(self.values, Octaves) else tuple(sorted(set(self.values)))
+        return ascending(self.values)
 
     # An octave of momentum is a factor of two in 1 - momentum: the number of steps that it averages over.
 
@@ -244,11 +263,6 @@ def read_study(path: Path, overrides: tuple[str, ...] = ()) -> StudyFile:
         raise UserError(
             f"{path}: the first of study.sizes ({base}) must be the base, model.base_width {file.model.base_width} and "
             f"model.base_depth {file.model.base_depth}"
-        )
-    if len(file.study.grid) in (0, 2):  # one is for `depthmup converge`
-        raise UserError(
-            f"{path}: study.values needs at least 3 values, or one where no optimum is asked for, "
-            f"found {len(file.study.grid)}"
         )
     return file
 
