@@ -16,9 +16,8 @@ from rich.console import Console
 from data.errors import UserError
 from launch import states
 from launch.config import read_study, read_study_or_run
-from launch.states import State
 from launch.study import Study
-from launch.transfer import IDLE, UNFINISHED, Launched, count_submissions, grow, launch, prepare_data, unfinished, wait
+from launch.transfer import IDLE, UNFINISHED, Launched, grow, launch, prepare_data, unfinished, wait
 from models.errors import ModelError
 
 if TYPE_CHECKING:
@@ -50,7 +49,9 @@ def finish(study: Study, console: Console) -> None:
             wait(study, launched, console)
         except KeyboardInterrupt:
             launched.stop()
-            go_on = " Its jobs go on." if study.file.launch.cluster == "slurm" else ""
+            place = study.file.launch.cluster
+            others = place == "slurm" or (place == "local" and not launched.slots)  # an earlier launch's
+            go_on = " Its jobs go on; 'depthmup cancel' stops them." if others else ""
             console.print(f"Interrupted; the same command continues.{go_on}")
             sys.exit(130)
 
@@ -130,11 +131,11 @@ def report_target(study: Study, console: Console) -> None:
 # ---------------------------------------------------------------- without waiting
 
 
-def advance(study: Study, target: Path | None, console: Console, only: Sequence[State] = UNFINISHED) -> None:
+def advance(study: Study, target: Path | None, console: Console, by_itself: bool = False) -> None:
     """Submits what the path needs next and a job that goes on after it, or ends the path with its report.
 
-    `only`: the states of runs that are submitted. Raises UserError when the path cannot go on: an inconclusive study,
-    or runs that no job has and that may not go again.
+    `by_itself`: no user asked for it now; failed runs do not go again. Raises UserError when the path cannot go on: an
+    inconclusive study, or runs that no job has and that may not go again.
     """
     current = study
     if not study.pending() and not grow_aloud(study, console):
@@ -147,13 +148,9 @@ def advance(study: Study, target: Path | None, console: Console, only: Sequence[
             report_target(study, console)
             return
     prepare_data(current, console)
-    snapshot = states.take(current)
-    attempts = count_submissions(snapshot.submissions)
-    limit = current.file.launch.max_attempts
-    if only == UNFINISHED or all(attempts[found.run.directory.path.name] < limit for found in snapshot.of(*only)):
-        launched = launch(current, only)
-        if launched.job_ids:
-            console.print(f"{len(launched.runs)} runs submitted: jobs {', '.join(launched.job_ids)}", highlight=False)
+    launched = launch(current, IDLE if by_itself else UNFINISHED, by_itself)
+    if launched.job_ids:
+        console.print(f"{len(launched.runs)} runs submitted: jobs {', '.join(launched.job_ids)}", highlight=False)
     job_ids = sorted({found.task.job_id for found in states.take(current).runs if found.task})
     if not job_ids:
         raise unfinished(current)
@@ -171,7 +168,7 @@ def go_on_after(study: Study, target: Path | None, job_ids: Sequence[str]) -> st
 
 
 def main() -> int:
-    """One step in a Slurm job. Failed runs do not go again by themselves."""
+    """One step in a Slurm job."""
     parser = argparse.ArgumentParser()
     parser.add_argument("study", type=Path)
     parser.add_argument("target", type=Path, nargs="?")
@@ -179,7 +176,7 @@ def main() -> int:
     console = Console(width=120, soft_wrap=True)  # one line each: status shows the last
     try:
         study = Study(arguments.study, read_study(arguments.study))
-        advance(study, arguments.target, console, IDLE)
+        advance(study, arguments.target, console, by_itself=True)
     except (UserError, ModelError) as error:
         console.print(f"Stopped: {error}", markup=False, highlight=False)
         return 2

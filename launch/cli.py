@@ -149,11 +149,13 @@ def retry(config: Path, overrides: tuple[str, ...]) -> None:
     """
     from launch.states import take
     from launch.status import print_troubles
-    from launch.transfer import launch
+    from launch.transfer import STOPPED, Launched, launch
 
     study, console = open_study(config, overrides), new_console()
-    print_troubles(take(study), console)
-    print_launched(study, launch(study, only=("failed", "lost", "interrupted")), console)
+    snapshot = take(study)
+    print_troubles(snapshot, console)
+    launched = launch(study, STOPPED) if snapshot.of(*STOPPED) else Launched([], [], [])
+    print_launched(study, launched, console)
 
 
 @command("cancel")

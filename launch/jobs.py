@@ -4,16 +4,20 @@ jobs/NAME/submission.json   the run directories of every task: written first, so
 jobs/NAME/job.sh            the script that sbatch got
 jobs/NAME/job.json          the job's id: written last; if it is missing, the job is found in the queue by its NAME
 jobs/NAME/*_log.out         what the tasks printed
+
+On this machine: local/NAME/submission.json, and slot-N.lock, which slot N holds as long as it lives.
+asked.json                  the user's last command, launch or cancel
 """
 
 import fcntl
 import json
 import secrets
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TextIO
 
 from data.errors import UserError
 from data.storage import write_atomically
@@ -28,6 +32,7 @@ class Submission:
     path: Path
     tasks: list[list[str]]
     details: dict[str, Any]  # launch keys that explain a failure: memory_gb, timeout_min
+    created: int = 0  # nanoseconds of the file system's clock
 
     @property
     def name(self) -> str:
@@ -59,6 +64,10 @@ class Submission:
         """What rank 0 of element `index` printed."""
         return self.path / f"{self.job_id}_{index}_0_log.out"
 
+    def slots(self) -> list["Holder"]:
+        """The processes on some machine that still work through it."""
+        return [found for lock in sorted(self.path.glob("slot-*.lock")) if (found := holder(lock))]
+
     @classmethod
     def create(cls, jobs: Path, name: str, tasks: Sequence[Sequence[str]], details: dict[str, Any]) -> "Submission":
         """Records the intent to submit, under a name that no other submission has."""
@@ -71,13 +80,13 @@ class Submission:
     @classmethod
     def load(cls, file: Path) -> "Submission":
         content = json.loads(file.read_text())
-        return cls(file.parent, content["tasks"], content["details"])
+        return cls(file.parent, content["tasks"], content["details"], file.stat().st_mtime_ns)
 
 
 def load_all(jobs: Path) -> list[Submission]:
     """Every submission, the oldest first."""
-    files = sorted(jobs.glob("*/submission.json"), key=lambda file: file.stat().st_mtime_ns)
-    return [Submission.load(file) for file in files]
+    found = map(Submission.load, jobs.glob("*/submission.json"))
+    return sorted(found, key=lambda submission: submission.created)
 
 
 def recover_ids(submissions: Sequence[Submission], queue: Sequence[QueuedTask]) -> None:
@@ -96,6 +105,54 @@ def queued_runs(submissions: Sequence[Submission], queue: Sequence[QueuedTask]) 
         if (submission := by_name.get(task.name)) and task.index < len(submission.tasks):
             found.update(dict.fromkeys(submission.tasks[task.index], task))
     return found
+
+
+# ---------------------------------------------------------------- locks
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process that holds a lock; empty to one who looks while the lock is being taken."""
+
+    host: str = ""
+    pid: int = 0
+
+
+def write_holder(file: TextIO, pid: int) -> None:
+    """Says in a lock's file who holds it."""
+    file.truncate(0)
+    file.write(json.dumps({"host": socket.gethostname(), "pid": pid}))
+    file.flush()
+
+
+def holder(lock: Path) -> Holder | None:
+    """Who holds the lock; None when nobody does. A lock ends with its process, however that ends."""
+    try:
+        with open(lock) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return None
+    except BlockingIOError:
+        text = lock.read_text()
+        return Holder(**json.loads(text)) if text else Holder()
+    return None
+
+
+Command = Literal["launch", "cancel"]
+
+
+def ask(folder: Path, command: Command) -> None:
+    """Notes the user's command: what goes on by itself, as a waiting `transfer` or the job after the runs, obeys it."""
+    write_atomically(folder / "asked.json", json.dumps({"command": command}).encode())
+
+
+def asked(folder: Path) -> tuple[Command, int]:
+    """The user's last command, and when: in nanoseconds of the file system's clock, as `Submission.created` is."""
+    file = folder / "asked.json"
+    try:
+        return json.loads(file.read_text())["command"], file.stat().st_mtime_ns
+    except FileNotFoundError:
+        return "launch", 0
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """Where every run stands: its own files say what it did, one call to squeue says what waits and runs."""
 
-import fcntl
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from launch import slurm
-from launch.jobs import Submission, load_all, queued_runs, recover_ids
+from launch.jobs import Holder, Submission, holder, load_all, queued_runs, recover_ids
 from launch.slurm import QueuedTask
 from launch.study import PlannedRun, Study
 from train.rundir import RunDirectory
@@ -39,6 +38,7 @@ class Snapshot:
     runs: list[RunState]
     submissions: list[Submission]
     continuations: list[QueuedTask]  # jobs that go on with the study after its runs
+    slots: list[Holder]  # processes that work through lists of its runs without Slurm
     slurm_error: str | None = None
 
     def of(self, *states: State) -> list[RunState]:
@@ -48,18 +48,6 @@ class Snapshot:
         """Number of runs per state that occurs."""
         counted = {state: len(self.of(state)) for state in STATES}
         return {state: count for state, count in counted.items() if count}
-
-
-def is_locked(directory: RunDirectory) -> bool:
-    """Whether a process trains the run now."""
-    try:
-        with open(directory.lock) as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
 
 
 def last_attempt(directory: RunDirectory) -> str | None:
@@ -72,10 +60,14 @@ def last_attempt(directory: RunDirectory) -> str | None:
 
 
 def state_of(
-    run: PlannedRun, task: QueuedTask | None, submitted: tuple[Submission, int] | None, asked: bool
+    run: PlannedRun,
+    task: QueuedTask | None,
+    slot: Holder | None,
+    submitted: tuple[Submission, int] | None,
+    asked: bool,
 ) -> RunState:
-    """`task`: the queued array element that has the run; `submitted`: the last submission and element that ever had it;
-    `asked`: whether Slurm answered."""
+    """`task`: the queued array element that has the run; `slot`: a process here that has it on its list; `submitted`:
+    the last submission and element that ever had it; `asked`: whether Slurm answered."""
     directory = run.directory
     if done := directory.done():
         if done["outcome"] == "completed":
@@ -86,10 +78,12 @@ def state_of(
     event = last_attempt(directory)
     if task and task.waits:
         return RunState(run, "waiting", ("requeued, " if event else "") + task.reason, task)
-    if event == "started" and (task or is_locked(directory)):
+    if event == "started" and (task or holder(directory.lock)):
         return RunState(run, "running", "", task)
     if task:
         return RunState(run, "waiting", f"in job {task.job_id}_{task.index}", task)
+    if slot:
+        return RunState(run, "waiting", f"for a free slot on {slot.host}")
     if submitted and not asked:
         return RunState(run, "waiting", "Slurm does not answer")
     if event == "interrupted":
@@ -125,10 +119,15 @@ def take(study: Study) -> Snapshot:
             error = str(failure)
     tasks = queued_runs(submissions, queue)
     last = {name: (s, index) for s in submissions for index, names in enumerate(s.tasks) for name in names}
+    listed, slots = {}, []
+    for submission in load_all(study.file.directory / "local"):
+        if live := submission.slots():
+            slots += live
+            listed.update(dict.fromkeys((name for names in submission.tasks for name in names), live[0]))
     ours = {submission.name for submission in submissions if submission.goes_on}
     continuations = [task for task in queue if task.name in ours]
     found = []
     for run in study.runs:
         name = run.directory.path.name
-        found.append(state_of(run, tasks.get(name), last.get(name), error is None))
-    return Snapshot(found, submissions, continuations, error)
+        found.append(state_of(run, tasks.get(name), listed.get(name), last.get(name), error is None))
+    return Snapshot(found, submissions, continuations, slots, error)

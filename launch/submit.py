@@ -5,6 +5,7 @@ place after sbatch has returned, so a launcher that is killed in between leaves 
 of run directories that was written before. Local slots run the same worker.
 """
 
+import fcntl
 import math
 import os
 import shlex
@@ -21,7 +22,7 @@ import submitit
 from data.errors import UserError
 from launch import slurm, snapshot
 from launch.config import LaunchConfig
-from launch.jobs import Submission, launching
+from launch.jobs import Submission, launching, write_holder
 from launch.packs import packs_of
 from launch.study import PlannedRun, Study
 from launch.worker import work
@@ -67,18 +68,21 @@ def submit_local(
         if gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
         command = [sys.executable, "-m", "launch.worker", str(submission.file), "--local"]
-        with open(submission.path / f"slot-{number}.out", "wb") as log:
-            slots.append(
-                subprocess.Popen(
-                    command,
-                    env=environment,
-                    cwd=snapshot.ROOT,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
+        name = submission.path / f"slot-{number}"
+        with open(name.with_suffix(".out"), "wb") as log, open(name.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # ours until the slot, which inherits it, has ended
+            slot = subprocess.Popen(
+                command,
+                env=environment,
+                cwd=snapshot.ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                pass_fds=(lock.fileno(),),
             )
+            write_holder(lock, slot.pid)
+        slots.append(slot)
     return slots
 
 

@@ -1,6 +1,5 @@
 """The main job: data, plan, launch, wait. Whatever is there already is used."""
 
-import json
 import os
 import shutil
 import signal
@@ -9,6 +8,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from launch import slurm, states
 from launch import snapshot as code_snapshot
 from launch.config import Size
 from launch.cost import count_flops
-from launch.jobs import Submission, launching
+from launch.jobs import ask, asked, holder, launching
 from launch.progress import display, duration
 from launch.states import State
 from launch.study import PlannedRun, Study
@@ -29,6 +29,7 @@ from launch.study import PlannedRun, Study
 POLL_SECONDS = 0.5
 SLURM_POLL_SECONDS = 10.0
 IDLE: tuple[State, ...] = ("new", "interrupted", "lost")  # no job has them, and nothing is wrong with them
+STOPPED: tuple[State, ...] = ("failed", "lost", "interrupted")  # they began
 UNFINISHED: tuple[State, ...] = (*IDLE, "failed")
 
 
@@ -81,11 +82,11 @@ class Launched:
                 slot.kill()
 
 
-def launch(study: Study, only: Sequence[State] = UNFINISHED) -> Launched:
+def launch(study: Study, only: Sequence[State] = UNFINISHED, by_itself: bool = False) -> Launched:
     """Writes the study and submits every run whose state is in `only`, the costliest first. Failed runs go again.
 
-    What waits or runs already is left alone, also when an earlier launcher was killed. Raises UserError, and has then
-    submitted nothing.
+    What waits or runs already is left alone, also when an earlier launcher was killed. `by_itself`: no user asked for
+    it now, so that only runs that `may_go_again` go. Raises UserError, and has then submitted nothing.
     """
     config = study.file.launch
     study.refuse_other_study()
@@ -93,7 +94,9 @@ def launch(study: Study, only: Sequence[State] = UNFINISHED) -> Launched:
         snapshot = states.take(study)
         if snapshot.slurm_error:
             raise UserError(f"Slurm does not answer: {snapshot.slurm_error}. Nothing was submitted")
-        runs = [found.run for found in snapshot.of(*only)]
+        if not by_itself:
+            ask(study.file.directory, "launch")
+        runs = may_go_again(study, snapshot, only) if by_itself else [found.run for found in snapshot.of(*only)]
         if not runs:
             return Launched([], [], [])
         flops = count_flops(study.runs)
@@ -145,25 +148,45 @@ def forget_failures(runs: Sequence[PlannedRun]) -> dict[Path, bytes]:
     return held
 
 
+def may_go_again(study: Study, snapshot: states.Snapshot, only: Sequence[State]) -> list[PlannedRun]:
+    """The runs in one of the states `only` that may be submitted while the user is away: none after a cancel, and none
+    that was submitted `launch.max_attempts` times since the user's last command."""
+    command, since = asked(study.file.directory)
+    if command == "cancel":
+        return []
+    recent = (submission for submission in snapshot.submissions if submission.created >= since and submission.job_id)
+    counts = Counter(name for submission in recent for names in submission.tasks for name in names)
+    runs = [found.run for found in snapshot.of(*only)]
+    return [run for run in runs if counts[run.directory.path.name] < study.file.launch.max_attempts]
+
+
 def cancel(study: Study) -> tuple[list[str], list[int]]:
-    """Stops everything of the study; returns (Slurm job ids, process ids here). Runs keep what they saved."""
-    with launching(study.file.directory):
+    """Stops everything of the study, and keeps what waits for its runs from submitting them again; returns (Slurm job
+    ids, process ids here). Runs keep what they saved. Raises UserError."""
+    root = study.file.directory
+    if not root.exists():
+        return [], []
+    with launching(root):
         snapshot = states.take(study)
         if snapshot.slurm_error:
             raise UserError(f"Slurm does not answer: {snapshot.slurm_error}. Nothing was cancelled")
+        ask(root, "cancel")
         active = snapshot.of("running", "waiting")
         going_on = {task.job_id for task in snapshot.continuations}
         job_ids = sorted({found.task.job_id for found in active if found.task} | going_on)
-        slurm.cancel(job_ids)
-        pids: set[int] = set()
-        for found in active:
-            if found.task is None:
-                holder = json.loads(found.run.directory.lock.read_text())
-                if holder["host"] == socket.gethostname():
-                    pids.add(holder["pid"])  # once: the runs of a pack have one process
-        for pid in pids:
-            os.kill(pid, signal.SIGTERM)
-    return job_ids, sorted(pids)
+        try:
+            slurm.cancel(job_ids)
+        except slurm.SlurmError as error:
+            raise UserError(f"Slurm does not answer: {error}. Give the same command again later") from None
+        alone = (holder(found.run.directory.lock) for found in active if found.task is None)  # as 'debug' trains
+        holders = {process for process in (*snapshot.slots, *alone) if process and process.pid}
+        here = {process.pid for process in holders if process.host == socket.gethostname()}
+        for pid in here:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+    if elsewhere := sorted({process.host for process in holders} - {socket.gethostname()}):
+        raise UserError(f"processes on {', '.join(elsewhere)} train this study: give the same command there, too")
+    return job_ids, sorted(here)
 
 
 def wait(study: Study, launched: Launched, console: Console) -> None:
@@ -171,7 +194,7 @@ def wait(study: Study, launched: Launched, console: Console) -> None:
 
     Raises UserError when runs are left over.
     """
-    config, on_slurm = study.file.launch, study.file.launch.cluster == "slurm"
+    on_slurm = study.file.launch.cluster == "slurm"
     flops = count_flops(study.runs)
     started, at_start = time.monotonic(), None
     with display(console, "runs") as shown:
@@ -188,7 +211,7 @@ def wait(study: Study, launched: Launched, console: Console) -> None:
             text = f"{len(study.runs) - len(left)} of {len(study.runs)} done, {counts.get('running', 0)} running, {eta}"
             text += f", {counts['failed']} failed" if "failed" in counts else ""
             text += ", Slurm does not answer" if snapshot.slurm_error else ""
-            if on_slurm and not snapshot.slurm_error and resubmit_lost(study, snapshot, config.max_attempts):
+            if on_slurm and not snapshot.slurm_error and resubmit_lost(study, snapshot):
                 continue
             shown.update(share, text, final=ended)
             if ended:
@@ -201,6 +224,10 @@ def wait(study: Study, launched: Launched, console: Console) -> None:
 def unfinished(study: Study) -> UserError:
     """How many runs are left over, and what the first of them says."""
     left = [found for found in states.take(study).runs if found.state not in ("done", "diverged")]
+    if asked(study.file.directory)[0] == "cancel":
+        return UserError(
+            f"cancelled: {len(left)} of {len(study.runs)} runs are left. Run the same command to resume them"
+        )
     return UserError(
         f"{len(left)} of {len(study.runs)} runs did not finish ({left[0].run.directory.path}: "
         f"{left[0].remark or left[0].state}). Run the same command again to resume them"
@@ -217,18 +244,12 @@ def finished_share(snapshot: states.Snapshot, flops: Mapping[Size, tuple[int, in
     return done / sum(flops[found.run.size][1] for found in snapshot.runs)
 
 
-def count_submissions(submissions: Sequence[Submission]) -> Counter[str]:
-    """How often each run was submitted."""
-    return Counter(name for submission in submissions for names in submission.tasks for name in names)
-
-
-def resubmit_lost(study: Study, snapshot: states.Snapshot, max_attempts: int) -> int:
-    """Submits runs again whose jobs are gone, unless that was done `max_attempts` times; returns their number."""
-    counts = count_submissions(snapshot.submissions)
-    gone = snapshot.of("lost", "interrupted")
-    if not gone or max(counts[found.run.directory.path.name] for found in gone) >= max_attempts:
+def resubmit_lost(study: Study, snapshot: states.Snapshot) -> int:
+    """Submits runs again whose jobs are gone, where they may go again; returns their number."""
+    gone: tuple[State, ...] = ("lost", "interrupted")
+    if not may_go_again(study, snapshot, gone):
         return 0
-    return len(launch(study, only=("lost", "interrupted")).runs)
+    return len(launch(study, gone, by_itself=True).runs)
 
 
 def grow(study: Study) -> int:

@@ -22,6 +22,7 @@ from typing import Any, TextIO
 
 from data.storage import write_atomically
 from launch import snapshot
+from launch.jobs import write_holder
 from train.config import RunConfig, from_plain, read_yaml
 from train.interrupt import Interrupt, Interrupted
 from train.packing import go_together, packable
@@ -57,9 +58,7 @@ def lock(directory: RunDirectory) -> TextIO | None:
     except BlockingIOError:
         file.close()
         return None
-    file.truncate(0)
-    file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
-    file.flush()
+    write_holder(file, os.getpid())
     return file
 
 

@@ -11,8 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from launch.config import LaunchConfig
+from launch.config import LaunchConfig, read_study
+from launch.jobs import Submission, ask, load_all
+from launch.states import RunState, Snapshot
+from launch.study import Study
 from launch.submit import slot_gpus
+from launch.transfer import may_go_again
 
 REPOSITORY = Path(__file__).parents[1]
 START = f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); from launch.cli import main; main()"
@@ -109,6 +113,53 @@ def test_an_interrupted_study_continues_where_it_was(study_file: Path) -> None:
     assert again.returncode == 0, again.stderr
     assert len(list(runs.glob("*/done.json"))) == 12
     assert {path: path.stat().st_mtime_ns for path in done} == done
+
+
+def test_a_second_launch_starts_nothing_twice_and_cancel_stops_slots_that_have_no_run_yet(study_file: Path) -> None:
+    settings = ("launch.slots=2", "train.samples=640000")  # longer than this test
+    first = depthmup("launch", study_file, *settings)
+    assert first.returncode == 0, first.stderr
+    second = depthmup("launch", study_file, *settings)
+    assert second.stdout.startswith("Nothing to submit: "), second.stdout + second.stderr
+    assert "new" not in second.stdout
+    assert len(slots_of(study_file)) == 2
+    assert depthmup("cancel", study_file, *settings).stdout.count("process ") == 2
+    deadline = time.monotonic() + 60
+    while slots_of(study_file):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    status = depthmup("status", study_file, *settings).stdout.splitlines()[-1]
+    assert "waiting" not in status
+    assert "running" not in status
+
+
+def test_what_goes_on_by_itself_keeps_to_the_users_last_command_and_to_max_attempts_of_each_run(
+    study_file: Path,
+) -> None:
+    study = Study(study_file, read_study(study_file, ("launch.max_attempts=2",)))
+    root = study.file.directory
+    lost = [RunState(run, "lost") for run in study.runs[:2]]
+    names = [found.run.directory.path.name for found in lost]
+
+    def going_again() -> list[str]:
+        snapshot = Snapshot(lost, load_all(root / "jobs"), [], [])
+        return [run.directory.path.name for run in may_go_again(study, snapshot, ("lost",))]
+
+    root.mkdir(parents=True)
+    for tasks in ([names], [names[:1]]):
+        Submission.create(root / "jobs", "taken", tasks, {}).write_job_id("1")
+    Submission.create(root / "jobs", "refused", [names], {})  # no job: no attempt
+    assert going_again() == names[1:]  # one that has had its attempts does not hold up the other
+    ask(root, "launch")
+    assert going_again() == names
+    ask(root, "cancel")
+    assert going_again() == []
+
+
+def test_cancel_and_retry_of_a_study_that_never_ran_leave_no_folder(study_file: Path) -> None:
+    assert depthmup("cancel", study_file).stdout.strip() == "Nothing waits or runs."
+    assert depthmup("retry", study_file).stdout.strip() == "Nothing to submit: 12 new."
+    assert not (study_file.parent / "runs").exists()
 
 
 def test_the_main_path_goes_from_a_proxy_to_a_target_and_its_line_in_the_report(study_file: Path) -> None:

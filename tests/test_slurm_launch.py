@@ -2,12 +2,13 @@
 
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
-from slurm_cluster import Cluster, wait_for
+from slurm_cluster import START, Cluster, wait_for
 
 SBATCH = """#!/bin/sh
 case $WHEN in
@@ -63,6 +64,20 @@ def test_nothing_is_submitted_twice_when_the_launcher_is_killed_at_any_point(
     assert "Slurm does not answer" in status.stdout
     assert "Nothing to submit" in cluster.depthmup("launch", held, "study.name=before").stdout
     assert len(cluster.queued("-before-")) == 6
+
+
+def test_a_cancelled_study_stays_so_though_a_transfer_waits_for_it(cluster: Cluster, held: Path) -> None:
+    command = [sys.executable, "-c", START, "transfer", str(held)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=cluster.environment, stdout=pipe, stderr=pipe, text=True) as waiting:
+        wait_for(lambda: len(cluster.queued("-tiny-")) == 6 or waiting.poll() is not None)
+        assert cluster.depthmup("cancel", held).returncode == 0
+        _, said = waiting.communicate(timeout=60)
+    assert waiting.returncode == 2
+    assert "cancelled: 12 of 12 runs are left" in said
+    assert cluster.queued("-tiny-") == []
+    assert cluster.depthmup("launch", held).returncode == 0
+    assert len(cluster.queued("-tiny-")) == 6  # the user's word counts
 
 
 def test_an_array_larger_than_the_cluster_allows_is_cut(cluster: Cluster, held: Path) -> None:
