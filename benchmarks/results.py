@@ -2,6 +2,8 @@
 
 depthmup report configs/paper/*.yaml --publish docs/results
 python -m benchmarks.results docs/results/*.json > docs/RESULTS.md
+
+Where the runs themselves are gone, `python -m benchmarks.recompute docs/results` makes the records anew.
 """
 
 import sys
@@ -14,14 +16,28 @@ from launch.overview import closed, overview
 from launch.page import markdown_table
 from launch.plan import quantity
 from launch.record import read_record
-from launch.tables import number
+from launch.tables import number, show_range
 
 INTRODUCTION = """# Results: does the optimum stay put?
 
-Made from `docs/results/*.json` by `python -m benchmarks.results docs/results/*.json > docs/RESULTS.md`; do not edit.
-`depthmup transfer CONFIG` makes a study, `depthmup report CONFIG --publish docs/results` its record and figures. Every
-study stays in, whatever its verdict. Widths and depths are written width x depth; optima and drifts are octaves (log2);
-losses are means over seeds of the study's metric; intervals are 90 % and over seeds.
+Every study stays in, whatever its verdict. Widths and depths are written width x depth; optima and drifts are octaves
+(log2); losses are means over seeds of the study's metric; intervals are 90 % and over seeds. A size that does not train
+has a best loss above 95 % of that of a guess. Parameterizations that make the same of a size (at the base all do)
+share its runs, and the seeds that were added there. Seeds are added while a verdict is open (`study.more_seeds`), which
+flatters one that is then settled just so: the verdict at the planned seeds stands beside it.
+
+**To make a figure anew**: CIFAR-10 as an archive of class folders, `cifar10/{train,test}/CLASS/*.jpg` (here JPEGs of
+quality 90, 4:4:4), is packed once. Then one command a study, at the head of its section, trains it, and writes its
+figures and its report to `runs/NAME/`:
+
+```sh
+depthmup pack cifar10.tar.xz shards/cifar10
+depthmup transfer configs/paper/conv_resnet.yaml
+```
+
+This page: `depthmup report configs/paper/*.yaml --publish docs/results`, then
+`python -m benchmarks.results docs/results/*.json > docs/RESULTS.md`; do not edit. Without the runs,
+`python -m benchmarks.recompute docs/results` analyses the results in the records there once more and draws the figures.
 """
 
 
@@ -33,9 +49,14 @@ def interval(bounds: Sequence[float | None] | None) -> str:
     return show_interval(closed(bounds)) if bounds else ""
 
 
-def metric(found: dict[str, Any], key: str) -> str:
-    """In a record a metric is null where runs diverged."""
-    return "diverged" if found[key] is None else number(found[key])
+def metric(found: dict[str, Any], key: str, diverged: bool) -> str:
+    return "diverged" if diverged else number(found[key])
+
+
+def regret(found: dict[str, Any], diverged: bool) -> str:
+    """'0.0249 (0.01 to 0.04)'"""
+    known = f" ({show_range(found['regret_interval'])})" if found["regret_interval"] else ""
+    return metric(found, "regret", diverged) + known
 
 
 def listed(seeds: Sequence[int]) -> str:
@@ -68,15 +89,34 @@ def size_rows(record: dict[str, Any]) -> list[dict[str, str]]:
             if s["drift_octaves"] is None or size(s) == size(record["base"])
             else show_drift(s["drift_octaves"]),
             "interval": "" if size(s) == size(record["base"]) else interval(s["drift_interval_octaves"]),
-            "best": metric(s, "best_metric"),
-            "at base optimum": metric(s, "metric_at_base_optimum"),
-            "regret": metric(s, "regret"),
+            "best": metric(s, "best_metric", s["best_metric"] is None),
+            "at base optimum": metric(s, "metric_at_base_optimum", s["diverges_at_base_optimum"]),
+            "regret": regret(s, s["diverges_at_base_optimum"]),
             "notes": ", ".join(
                 [f"censored ({s['censored']} edge)"] * bool(s["censored"]) + ["does not train"] * (not s["trains"])
             ),
         }
         for s in record["sizes"]
     ]
+
+
+def verdict(found: dict[str, Any]) -> str:
+    line = f"- **{found['parameterization']}: {found['verdict']}**. {found['reason']}."
+    if alone := found["at_planned_seeds"]:
+        line += f" Seeds were added; with the planned ones ({listed(alone['seeds'])}) alone: **{alone['verdict']}**."
+    return line
+
+
+def held(records: Sequence[dict[str, Any]], parameterization: str | None = None) -> str:
+    """'6 of 8': forecasts that hold what was seen, of those that can be checked. One that several parameterizations
+    have in common, made of the same runs, counts once."""
+    checked = {
+        (record["study"], *f["target"].values(), f["predicted"], f["seen"]): f["inside"]
+        for record in records
+        for f in record["forecasts"]
+        if f["inside"] is not None and parameterization in (None, f["parameterization"])
+    }
+    return f"{sum(checked.values())} of {len(checked)}"
 
 
 def forecast_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
@@ -105,10 +145,11 @@ def direct_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
             "parameterization": d["parameterization"],
             "base": size(record["base"]),
             "target": size(d["target"]),
-            "cost of the base's sweep": f"{100 * d['cost_share']:.2g} % of the target's",
-            "transferred": metric(d, "transferred"),
-            "tuned": metric(d, "tuned"),
-            "regret": metric(d, "regret"),
+            "base's sweep / one run of the target": f"{100 * d['cost_share']:.3g} %",
+            "/ the target's sweep": f"{100 * d['cost_share_of_targets_sweep']:.2g} %",
+            "transferred": metric(d, "transferred", d["transferred"] is None),
+            "tuned": number(d["tuned"]),
+            "regret": regret(d, d["transferred"] is None),
         }
         for record in records
         for d in record["direct"]
@@ -169,7 +210,7 @@ def study_section(record: dict[str, Any], folder: Path) -> list[str]:
     lines = [f"## {name}", "", *settings(record), ""]
     if not swept(record):
         return [*lines, *convergence(name, folder)]
-    lines += [f"- **{v['parameterization']}: {v['verdict']}**. {v['reason']}." for v in record["verdicts"]]
+    lines += [verdict(found) for found in record["verdicts"]]
     lines += [
         "",
         *figure(folder, f"{name}-curves"),
@@ -183,11 +224,16 @@ def results(records: Sequence[dict[str, Any]], folder: Path) -> str:
     """The whole document. `folder` has the figures and records."""
     judged = [record for record in records if swept(record)]
     forecasts, direct = forecast_rows(records), direct_rows(judged)
-    checked = [row["inside"] for row in forecasts if row["inside"]]
     lines = [INTRODUCTION, *markdown_table(overview(judged)), ""]
     lines += [f"Rule of the verdicts: {rule}" for rule in dict.fromkeys(record["rule"] for record in judged)]
     lines += ["", "## Transfer beside tuning directly", "", *markdown_table(direct), ""]
-    lines += ["## Forecasts", "", f"{checked.count('yes')} of {len(checked)} hold what was seen.", ""]
+    lines += [
+        "## Forecasts",
+        "",
+        f"{held(records)} hold what was seen; of `depth_mup`'s {held(records, 'depth_mup')}. A forecast of several "
+        "parameterizations that is made of the same runs counts once.",
+        "",
+    ]
     lines += [*markdown_table(forecasts), ""]
     for record in records:
         lines += study_section(record, folder)

@@ -17,6 +17,7 @@ from launch.optimum import (
     Side,
     Spread,
     difference,
+    excess_interval,
     fit_optimum,
     interval,
     jackknife,
@@ -62,17 +63,12 @@ class Curve:
         return self.optimum.x is not None or math.isinf(self.optimum.metric)
 
     @property
-    def step(self) -> float:
-        """Octaves between the grid's points at its edges, the larger of the two."""
-        return float(max(np.diff(self.x)[[0, -1]])) if len(self.x) > 1 else math.inf
-
-    @property
     def interval(self) -> tuple[float, float] | None:
         """Of the optimum's x; None with one seed, and without an optimum."""
         if self.optimum.x is None:
             return None
         sides = frozenset({self.optimum.censored} if self.optimum.censored else ())
-        return interval(self.optimum.x, self.spread, resolution=self.step, open_sides=sides)
+        return interval(self.optimum.x, self.spread, resolution=self.optimum.resolution, open_sides=sides)
 
     def near_optimum(self) -> list[float]:
         """The values that the optimum was fitted to."""
@@ -90,8 +86,9 @@ class Comparison:
     curve: Curve
     drift: float | None  # octaves: x of this optimum minus x of the base's
     interval: tuple[float, float] | None  # None with one seed at either size
-    regret: float  # metric at the base's optimum (nearest grid point) minus this size's best; infinite if diverged
-    at_base_optimum: float  # that metric
+    at_base_optimum: float  # metric at the base's optimum (nearest grid point); infinite: diverged, NaN: it has none
+    regret: float  # that minus this size's best
+    regret_interval: tuple[float, float] | None  # over seeds; None with one seed and where the regret is not finite
 
 
 @dataclass(frozen=True)
@@ -125,7 +122,7 @@ def curves(
 def compare(base: Curve, curve: Curve) -> Comparison:
     """Drift, its interval (seeds of both curves) and regret of `curve` against `base`."""
     if base.optimum.x is None:
-        return Comparison(curve, None, None, math.inf, math.inf)
+        return Comparison(curve, None, None, math.nan, math.nan, None)
     drift = found = None
     if curve.optimum.x is not None:
         drift = curve.optimum.x - base.optimum.x
@@ -135,11 +132,13 @@ def compare(base: Curve, curve: Curve) -> Comparison:
         found = interval(
             drift,
             difference(curve.spread, base.spread),
-            resolution=max(curve.step, base.step),
+            resolution=curve.optimum.resolution + base.optimum.resolution,
             open_sides=frozenset(sides),
         )
-    at_base = float(curve.mean[curve.at(base.optimum.x)])
-    return Comparison(curve, drift, found, at_base - curve.optimum.metric, at_base)
+    carried_over = curve.at(base.optimum.x)
+    at_base = float(curve.mean[carried_over])
+    regret = at_base - curve.optimum.metric if math.isfinite(at_base) else math.inf
+    return Comparison(curve, drift, found, at_base, regret, excess_interval(curve.metric, carried_over))
 
 
 def rule(tolerance: float) -> str:
@@ -171,7 +170,9 @@ def show_interval(found: tuple[float, float]) -> str:
 def without_optimum(curve: Curve) -> str:
     if math.isinf(curve.optimum.metric):
         return f"every value diverged at {curve.size}"
-    return f"does not train at {curve.size} (best loss {curve.optimum.metric:.3g}, no better than a guess)"
+    return (
+        f"does not train at {curve.size} (best loss {curve.optimum.metric:.3g}, above {TRAINED:.0%} of that of a guess)"
+    )
 
 
 def judge_size(
@@ -214,7 +215,7 @@ def judge(base: Curve, comparisons: Sequence[Comparison], tolerance: float) -> J
     if base.optimum.censored:
         doubtful.insert(0, f"the base's optimum is on the {base.optimum.censored} edge of the grid")
     if doubtful:
-        unsure = tuple(curve.size for curve, _ in against if not curve.optimum.censored)
+        unsure = tuple(curve.size for curve, _ in against if not curve.optimum.resolution)
         return Judgement(name, "inconclusive", "; ".join(doubtful), unsure)
     largest = max(comparisons, key=lambda comparison: abs(comparison.drift or 0.0))
     drift = show_drift(largest.drift or 0.0)

@@ -15,26 +15,33 @@ class Direct:
     parameterization: str
     base: Size
     target: Size
-    base_flops: float
-    target_flops: float
+    sweep_flops: float  # at the base
+    target_sweep_flops: float
+    target_run_flops: float
     transferred: float  # the target's metric at the base's optimum; infinite if it diverged
     tuned: float  # its best
+    regret: float
+    regret_interval: tuple[float, float] | None  # over seeds
 
     @property
-    def share(self) -> float:
-        """Cost of the base's sweep over that of the target's."""
-        return self.base_flops / self.target_flops
+    def cost_share(self) -> float:
+        """What tuning costs beside the run that it is for: the base's sweep over one run of the target."""
+        return self.sweep_flops / self.target_run_flops
 
     @property
-    def regret(self) -> float:
-        return self.transferred - self.tuned
+    def share_of_sweep(self) -> float:
+        """The base's sweep over the target's own."""
+        return self.sweep_flops / self.target_sweep_flops
 
     def __str__(self) -> str:
         lost = f"{self.transferred:.3g}" if math.isfinite(self.transferred) else "divergence"
         return (
-            f"{self.parameterization}: the sweep at {self.base} cost {100 * self.share:.3g} % of the sweep at "
-            f"{self.target}; there the value carried over gives {lost}, the tuned one {self.tuned:.3g}"
-            + (f" (regret {self.regret:.2g})" if math.isfinite(self.regret) else "")
+            f"{self.parameterization}: the sweep at {self.base} cost {100 * self.cost_share:.3g} % of one run at "
+            f"{self.target}, {100 * self.share_of_sweep:.2g} % of a sweep there; "
+            f"the value carried over gives {lost}, the tuned one {self.tuned:.3g}"
+            + (f" (regret {self.regret:.2g}" if math.isfinite(self.regret) else "")
+            + (", {:.2g} to {:.2g}".format(*self.regret_interval) if self.regret_interval else "")
+            + (")" if math.isfinite(self.regret) else "")
         )
 
 
@@ -46,7 +53,8 @@ def compare_with_direct(
     found = []
     for comparison in analysis.comparisons:
         curve = comparison.curve
-        if curve.size != target or target == base or not math.isfinite(curve.optimum.metric):
+        known = math.isfinite(curve.optimum.metric) and not math.isnan(comparison.at_base_optimum)
+        if curve.size != target or target == base or not known:
             continue
         base_flops, target_flops = (
             flops[size] * sum(r.size == size and r.parameterization == curve.parameterization for r in results)
@@ -59,8 +67,11 @@ def compare_with_direct(
                 target,
                 base_flops,
                 target_flops,
+                flops[target],
                 comparison.at_base_optimum,
                 curve.optimum.metric,
+                comparison.regret,
+                comparison.regret_interval,
             )
         )
     return found

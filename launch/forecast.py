@@ -131,9 +131,11 @@ def forecasts(analysis: Analysis, sizes: Sequence[Size]) -> list[Forecast]:
 
 
 def calibration(found: Sequence[Forecast]) -> str:
-    """'3 of 4 forecasts held' over those that can be checked, as a sentence."""
-    checked = [forecast for forecast in found if forecast.inside is not None]
+    """'3 of 4 forecasts hold' over those that can be checked, as a sentence.
+
+    One and the same forecast of several parameterizations, made of runs that they share, counts once."""
+    checked = {(f.target, f.predicted, f.interval, f.seen): f.inside for f in found if f.inside is not None}
     if not checked:
         return "No forecast can be checked yet."
-    held = sum(forecast.inside is True for forecast in checked)
+    held = sum(inside is True for inside in checked.values())
     return f"{held} of {len(checked)} forecasts hold what was seen in their {CONFIDENCE:.0%} interval."

@@ -31,8 +31,9 @@ def cells(record: Mapping[str, Any], verdict: Mapping[str, str]) -> dict[str, st
         drift = f"{show_drift(largest['drift_octaves'])} at {largest['width']} x {largest['depth']}"
         bounds = largest["drift_interval_octaves"]
         interval = show_interval(closed(bounds)) if bounds else "one seed"
-    lost = [size["regret"] for size in others]
-    regret = "diverged" if None in lost else number(max(lost)) if lost else ""
+    lost = [size["regret"] for size in others if size["regret"] is not None]
+    diverged = any(size["diverges_at_base_optimum"] for size in others)
+    regret = "diverged" if diverged else number(max(lost, default=None))
     optimum = "none" if base["optimum_log2"] is None else f"{base['optimum_log2']:.1f}"
     return {
         "study": record["study"],

@@ -14,7 +14,7 @@ from launch.forecast import calibration
 from launch.optimum import CONFIDENCE
 from launch.record import as_record, dump
 from launch.report import Report
-from launch.tables import forecast_row, number, rows
+from launch.tables import forecast_row, number, planned_sentence, rows
 
 CONVERGENCE_FILES = ("convergence.json", "convergence.png", "convergence-loss.png")  # of `depthmup converge`
 
@@ -47,7 +47,10 @@ def markdown_table(table: list[dict[str, str]]) -> list[str]:
 def markdown(report: Report) -> str:
     """The report for a paper's appendix."""
     lines = [f"# {report.study.file.study.name}", "", report.facts, ""]
-    lines += [f"- **{j.parameterization}: {j.verdict}.** {j.reason}." for j in report.analysis.judgements]
+    for j in report.analysis.judgements:
+        planned = report.planned.get(j.parameterization)
+        lines.append(f"- **{j.parameterization}: {j.verdict}.** {j.reason}.")
+        lines += [f"  {planned_sentence(report, planned)}"] if planned else []
     lines += [f"- {direct}." for direct in report.direct]
     lines += ["", f"Rule: {report.rule}", "", "![curves](curves.png)", "", *markdown_table(rows(report))]
     if report.forecasts:
@@ -94,6 +97,7 @@ def write_report(report: Report) -> None:
             calibration=calibration(report.forecasts),
             runs=run_rows(report),
             confidence=f"{CONFIDENCE:.0%}",
+            planned={name: planned_sentence(report, found) for name, found in report.planned.items()},
             svg=svg,
         )
     )

@@ -32,7 +32,9 @@ def size_records(report: Report) -> list[dict[str, Any]]:
             "drift_interval_octaves": bounds(c.interval),
             "best_metric": plain(c.curve.optimum.metric),
             "metric_at_base_optimum": plain(c.at_base_optimum),
+            "diverges_at_base_optimum": math.isinf(c.at_base_optimum),
             "regret": plain(c.regret),
+            "regret_interval": bounds(c.regret_interval),
         }
         for c in report.analysis.comparisons
     ]
@@ -70,7 +72,14 @@ def as_record(report: Report) -> dict[str, Any]:
             "flops_of_the_costliest_run": max(report.flops.values()),
         },
         "verdicts": [
-            {"parameterization": j.parameterization, "verdict": j.verdict, "reason": j.reason}
+            {
+                "parameterization": j.parameterization,
+                "verdict": j.verdict,
+                "reason": j.reason,
+                "at_planned_seeds": {"seeds": study.seeds, "verdict": report.planned[j.parameterization].verdict}
+                if j.parameterization in report.planned
+                else None,
+            }
             for j in report.analysis.judgements
         ],
         "sizes": size_records(report),
@@ -93,10 +102,12 @@ def as_record(report: Report) -> dict[str, Any]:
             {
                 "parameterization": d.parameterization,
                 "target": vars(d.target),
-                "cost_share": d.share,
+                "cost_share": d.cost_share,
+                "cost_share_of_targets_sweep": d.share_of_sweep,
                 "transferred": plain(d.transferred),
                 "tuned": plain(d.tuned),
                 "regret": plain(d.regret),
+                "regret_interval": bounds(d.regret_interval),
             }
             for d in report.direct
         ],

@@ -1,12 +1,13 @@
 """What a report says of a study: its finished runs analysed, what they cost, and what is missing."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from data.errors import UserError
-from launch.analysis import Analysis, Result, analyse, rule
+from launch.analysis import Analysis, Judgement, Result, analyse, rule
 from launch.config import Size, read_study_or_run
 from launch.cost import count_flops
 from launch.direct import Direct, compare_with_direct
@@ -32,6 +33,15 @@ class Report:
     @property
     def rule(self) -> str:
         return rule(self.study.file.study.tolerance)
+
+    @cached_property
+    def planned(self) -> dict[str, Judgement]:
+        """By parameterization, the verdict on study.seeds alone where seeds were added: they are added until a verdict
+        is settled, which makes one that is just so look surer than it is."""
+        seeds = self.study.file.study.seeds
+        grown = {result.parameterization for result in self.results if result.seed not in seeds}
+        found = analyse_results(self.study, [result for result in self.results if result.seed in seeds])
+        return {each.parameterization: each for each in found.judgements if each.parameterization in grown}
 
     @cached_property
     def forecasts(self) -> list[Forecast]:
@@ -105,6 +115,11 @@ def target_line(study: Study) -> str | None:
     return f"Target of {run.size} at {study.file.study.hyperparameter} {run.value:.4g}: {done['outcome']}{numbers}."
 
 
+def analyse_results(study: Study, results: Sequence[Result]) -> Analysis:
+    settings, chance = study.file.study, math.log(study.file.model.num_classes)
+    return analyse(results, settings.sizes[0], settings.tolerance, settings.octaves, chance)
+
+
 def collect(study: Study) -> Report:
     """Reads the done markers of all runs and analyses them. Raises UserError where one has no metric."""
     settings, results = study.file.study, []
@@ -124,6 +139,4 @@ def collect(study: Study) -> Report:
             failures.append(f"{line}: failed: {failed['error']}")
         else:
             waiting.append(f"{line}: not finished")
-    chance = math.log(study.file.model.num_classes)
-    analysis = analyse(results, settings.sizes[0], settings.tolerance, settings.octaves, chance)
-    return Report(study, results, analysis, [*failures, *waiting], len(failures))
+    return Report(study, results, analyse_results(study, results), [*failures, *waiting], len(failures))

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from data.errors import UserError
 from data.storage import is_remote, write_atomically
 from launch.config import Size, StudyFile, label, settings_of
-from models.config import scale_of
+from models.config import ParameterizationConfig, scale_of
 from train.config import RunConfig, dump_yaml, from_plain, identity, read_yaml, run_hash, set_dotted, to_plain, to_yaml
 from train.rundir import RunDirectory
 
@@ -40,6 +40,8 @@ def factors(config: RunConfig) -> tuple[Any, ...]:
     scale = scale_of(config.model.size, config.model.base_size, config.parameterization)
     return scale.all_factors(config.optimizer.name)
 
+
+Added = TypeVar("Added")  # a value, or a value and a seed
 
 COMPARED = ("model", "optimizer", "schedule", "data", "train")
 
@@ -71,7 +73,7 @@ class Study:
         for parameterization, size in product(study.parameterizations, study.sizes):
             name = label(parameterization)
             values = sorted({*study.grid, *added.get((name, size), ())})
-            config = self._first_alike(parameterization, size, values[0])
+            config = self._checked(self._first_alike[name, size], size, values[0])
             for value in values:
                 if value not in checked:
                     valid: Any = self._checked(parameterization, size, value)
@@ -83,11 +85,23 @@ class Study:
                 one = replace(with_value(config, study.hyperparameter, checked[value]), seed=seed)
                 yield PlannedRun(name, size, value, seed, one, RunDirectory(runs / run_hash(one)))
 
-    def _first_alike(self, parameterization: Any, size: Size, value: float) -> RunConfig:
-        """The run's configuration under the first of the study's parameterizations that has the same factors here."""
-        config = self._checked(parameterization, size, value)
-        configs = (self._checked(other, size, value) for other in self.file.study.parameterizations)
-        return next(other for other in configs if factors(other) == factors(config))
+    @cached_property
+    def _first_alike(self) -> dict[tuple[str, Size], ParameterizationConfig]:
+        """Per (label, size) the first of the study's parameterizations with the same factors: their runs are the same,
+        so all of them are that one's."""
+        study, found = self.file.study, {}
+        for size in study.sizes:
+            made = [(p, factors(self._checked(p, size, study.grid[0]))) for p in study.parameterizations]
+            for parameterization, own in made:
+                found[label(parameterization), size] = next(first for first, other in made if other == own)
+        return found
+
+    def _shared(self, added: Mapping[tuple[str, Size], Sequence[Added]]) -> dict[tuple[str, Size], list[Added]]:
+        """`added` to a curve, for all curves of the same runs: what one of them knows counts for each."""
+        pooled: dict[tuple[str, Size], list[Added]] = {}
+        for (name, size), first in self._first_alike.items():
+            pooled.setdefault((label(first), size), []).extend(added.get((name, size), ()))
+        return {(name, size): pooled[label(first), size] for (name, size), first in self._first_alike.items()}
 
     def _checked(self, parameterization: Any, size: Size, value: float) -> RunConfig:
         """The run's configuration, read as if from a file. Raises UserError."""
@@ -151,7 +165,7 @@ class Study:
         for entry in (entry for growth in self._added_rounds() for entry in growth):
             size = Size(width=entry["width"], depth=entry["depth"])
             found.setdefault((entry["parameterization"], size), []).extend(entry["values"])
-        return found
+        return self._shared(found)
 
     def grow(self, edges: Mapping[tuple[str, Size], str]) -> int:
         """Adds two values on the `low` or `high` side of each curve in `edges`; returns how many runs that makes.
@@ -186,7 +200,7 @@ class Study:
             size = Size(width=entry["width"], depth=entry["depth"])
             points = [(value, entry["seed"]) for value in entry["values"]]
             found.setdefault((entry["parameterization"], size), []).extend(points)
-        return found
+        return self._shared(found)
 
     def add_seeds(self, wanted: Mapping[tuple[str, Size], Sequence[float]]) -> int:
         """Adds one seed at the values of each curve in `wanted`; returns how many runs that makes.

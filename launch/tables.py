@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from launch.analysis import Comparison, show_drift, show_interval
+from launch.analysis import TRAINED, Comparison, Judgement, show_drift, show_interval
 from launch.forecast import Forecast, calibration
 from launch.optimum import CONFIDENCE
 from launch.report import Report, target_line
@@ -19,9 +19,14 @@ HEADINGS = {"parameterization": "", "interval": f"{CONFIDENCE:.0%} interval", "l
 
 
 def number(value: float | None) -> str:
-    if value is None:
+    if value is None or math.isnan(value):
         return ""
     return "diverged" if not math.isfinite(value) else f"{value:.3g}"
+
+
+def show_range(found: tuple[float, float] | None) -> str:
+    """'0.012 to 0.03' of an interval of a metric."""
+    return f"{found[0]:.2g} to {found[1]:.2g}" if found else ""
 
 
 def notes(comparison: Comparison, is_base: bool) -> str:
@@ -57,6 +62,7 @@ def rows(report: Report) -> list[dict[str, str]]:
                 "loss": number(curve.optimum.metric),
                 "loss at base optimum": number(comparison.at_base_optimum),
                 "regret": number(comparison.regret),
+                "regret interval": show_range(comparison.regret_interval),
                 "notes": notes(comparison, is_base),
             }
         )
@@ -97,7 +103,7 @@ def say(console: Console, text: str | Text, style: str = "") -> None:
 def shown_in_terminal(row: Mapping[str, str]) -> dict[str, str]:
     """The columns that fit, with a mark for what the others would say."""
     marks = ("*" if "censored" in row["notes"] else "") + ("!" if "does not train" in row["notes"] else "")
-    kept = {column: row[column] for column in row if column not in ("regret", "notes")}
+    kept = {column: row[column] for column in row if column not in ("regret", "regret interval", "notes")}
     return {**kept, "optimum": row["optimum"] + marks}
 
 
@@ -111,10 +117,12 @@ def print_report(report: Report, console: Console) -> None:
     if any("censored" in row["notes"] for row in table):
         say(console, "* censored: the best value is on the edge of the grid")
     if any("does not train" in row["notes"] for row in table):
-        say(console, "! does not train: no loss is better than that of a guess")
+        say(console, f"! does not train: no loss is below {TRAINED:.0%} of that of a guess, ln(number of classes)")
     for judgement in report.analysis.judgements:
         verdict = Text(judgement.verdict, style=f"bold {COLOURS[judgement.verdict]}")
         say(console, Text.assemble(f"{judgement.parameterization}: ", verdict, f" ({judgement.reason})"))
+        if planned := report.planned.get(judgement.parameterization):
+            say(console, f"  {planned_sentence(report, planned)}")
     say(console, f"Rule: {report.rule}", style="dim")
     for direct in report.direct:
         say(console, f"{direct}.")
@@ -126,6 +134,11 @@ def print_report(report: Report, console: Console) -> None:
         say(console, target)
     if report.unfinished:
         say(console, report.missing)
+
+
+def planned_sentence(report: Report, planned: Judgement) -> str:
+    seeds = ", ".join(map(str, report.study.file.study.seeds))
+    return f"Seeds were added; with the planned ones ({seeds}) alone: {planned.verdict}."
 
 
 def forecast_sentence(forecast: Forecast) -> str:

@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from launch.analysis import Result, analyse, seeds_wanted
+from launch.analysis import Result, analyse, curves, seeds_wanted
 from launch.config import Size
-from launch.optimum import fit_optimum
+from launch.optimum import excess_interval, fit_optimum
+from launch.tables import number
 
 BASE, DEEP = Size(width=16, depth=3), Size(width=16, depth=27)
 GRID = np.arange(-10.0, 1.0)
@@ -205,3 +206,42 @@ def test_octaves_of_momentum_are_those_of_one_minus_it() -> None:
     curve = analyse(found, BASE, 1.0, octaves=lambda m: math.log2(1 - m)).curves[0]
     assert curve.optimum.x == pytest.approx(-3.2, abs=0.1)
     assert (np.diff(curve.x) > 0).all()
+
+
+def test_an_optimum_whose_neighbours_diverge_is_known_to_a_grid_step_however_well_the_seeds_agree() -> None:
+    cliff = results(DEEP, -4.0, noise=1e-6, diverged_above=-4.0)
+    alone = [r for r in cliff if math.log2(r.value) >= -5]  # two points near: no parabola goes through them
+    found = analyse([*results(BASE, -4.0), *alone, Result("p", DEEP, 2.0**-6, 0, math.inf)], BASE, 1.0)
+    curve = found.curves[1]
+    assert (curve.optimum.x, curve.optimum.censored) == (-4.0, None)
+    assert curve.interval == pytest.approx((-5.0, -3.0))
+    low, high = found.comparisons[1].interval or (0.0, 0.0)
+    assert high - low >= 2.0
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_nine_of_ten_intervals_hold_the_true_regret(seeds: int) -> None:
+    generator, repeats, held = np.random.default_rng(seeds), 400, 0
+    for _ in range(repeats):
+        optimum, at = generator.uniform(-7, -4), int(generator.integers(2, 8))
+        true = (0.05 * (GRID - optimum) ** 2)[[at]] - (0.05 * (GRID - optimum) ** 2).min()
+        curve = curves(surface(generator, DEEP, optimum, seeds))[0]
+        low, high = excess_interval(curve.metric, at) or (math.nan, math.nan)
+        held += bool(low <= true <= high)
+    assert 0.86 <= held / repeats <= 0.98  # its standard error is 0.015
+
+
+def test_regret_is_not_known_to_be_zero_because_the_best_of_few_seeds_lies_at_the_bases_optimum() -> None:
+    comparison = analyse([*results(BASE, -4.0), *results(DEEP, -4.0, noise=0.05)], BASE, 1.0).comparisons[1]
+    assert comparison.regret == 0.0
+    assert comparison.regret_interval is not None
+    assert comparison.regret_interval[0] == 0.0 < comparison.regret_interval[1]
+    lost = analyse([*results(BASE, -4.0), *results(DEEP, -4.0, diverged_above=-4.5)], BASE, 1.0).comparisons[1]
+    assert (lost.regret, lost.regret_interval) == (math.inf, None)
+
+
+def test_where_the_base_learns_nothing_there_is_no_regret_and_nothing_diverged() -> None:
+    guess = [Result("p", BASE, 2.0**x, seed, 2.30) for seed in range(2) for x in GRID]
+    deep = analyse([*guess, *results(DEEP, -4.0)], BASE, 1.0, chance=math.log(10)).comparisons[1]
+    assert (number(deep.regret), number(deep.at_base_optimum)) == ("", "")
+    assert deep.curve.trains

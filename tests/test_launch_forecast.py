@@ -1,13 +1,14 @@
 """Forecasts of the largest model's loss, on laws that are known, on noise, and on laws that are not the fitted one."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from launch.analysis import Result, analyse
 from launch.config import Size
-from launch.forecast import calibration, forecasts, predict, targets
+from launch.forecast import Forecast, calibration, forecasts, predict, targets
 
 DEPTHS = [Size(width=16, depth=depth) for depth in (3, 6, 12, 24)]
 BOTH = [*DEPTHS, *(Size(width=width, depth=3) for width in (32, 64, 128))]
@@ -105,3 +106,9 @@ def test_a_studys_forecast_uses_the_loss_at_the_bases_optimum_and_is_compared_wi
     assert untrained.predicted == pytest.approx(found.predicted)
     assert untrained.seen is None
     assert untrained.inside is None
+
+
+def test_a_forecast_that_parameterizations_share_counts_once() -> None:
+    shared = Forecast("sp", DEPTHS[3], 3, "floor + b / depth", 1.9, (1.8, 2.0), 1.95, "")
+    own = replace(shared, parameterization="depth_mup", predicted=1.8, interval=(1.7, 1.9))
+    assert calibration([shared, replace(shared, parameterization="mup"), own]).startswith("1 of 2 forecasts")

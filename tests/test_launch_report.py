@@ -10,10 +10,11 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from benchmarks.recompute import restore
 from benchmarks.results import results
 from launch.cli import cli
 from launch.config import read_study
-from launch.record import read_record
+from launch.record import as_record, read_record
 from launch.report import collect
 from launch.study import PlannedRun, Study
 
@@ -74,8 +75,12 @@ def test_what_transfer_saved_is_said_beside_tuning_the_target_directly(study_fil
     assert lost.regret == pytest.approx(0.01 * 3**2, abs=0.002)
     assert kept.regret == 0
     flops = report.flops
-    assert lost.share == pytest.approx(flops[lost.base] / flops[lost.target])  # the same grid at both sizes
-    assert f"{100 * lost.share:.3g} %" in invoke("report", path)
+    ratio = flops[lost.base] / flops[lost.target]
+    assert lost.share_of_sweep == pytest.approx(ratio)  # the same grid at both sizes
+    assert lost.cost_share == pytest.approx(9 * 2 * ratio)  # 9 values, 2 seeds
+    said = " ".join(invoke("report", path).split())
+    assert f"{100 * lost.cost_share:.3g} % of one run at" in said
+    assert f"{100 * lost.share_of_sweep:.2g} % of a sweep there" in said
 
 
 def test_an_unfinished_study_says_how_much_is_missing_and_how_to_go_on(study_file: Path) -> None:
@@ -141,3 +146,40 @@ def test_a_study_of_momentum_is_reported_in_octaves_of_one_minus_it(study_file: 
     assert record["octaves_of"] == "1 - momentum"
     assert json.dumps(record)
     assert "octaves of 1 - momentum" in (path.parent / "runs" / "momentum" / "report.html").read_text()
+
+
+def test_seeds_added_for_one_parameterization_count_for_all_that_share_the_runs(study_file: Path) -> None:
+    path = make_study(study_file, MOVING, "added", more_seeds=1)
+    study = Study(path, read_study(path))
+    near = [2.0**x for x in range(-8, -3)]
+    assert study.add_seeds({("depth_mup", base): near for base in study.file.study.sizes}) == 2 * len(near)
+    study.write()
+    for run in study.pending():
+        run.directory.write_done({"outcome": "completed", "step": 12, "minival_loss": MOVING(run), "seconds": 1.0})
+    report = collect(study)
+    seeds = {(c.parameterization, c.size.depth): len(c.metric) for c in report.analysis.curves}
+    assert seeds == {("sp", 3): 3, ("depth_mup", 3): 3, ("sp", 6): 2, ("depth_mup", 6): 3}
+    base = {c.parameterization: c.optimum.x for c in report.analysis.curves if c.size.depth == 3}
+    assert base["sp"] == base["depth_mup"]
+    said = " ".join(invoke("report", path).split())
+    assert said.count("Seeds were added; with the planned ones (0, 1) alone: ") == 2
+    record = read_record(path.parent / "runs" / "added" / "report.json")
+    assert [v["at_planned_seeds"]["verdict"] for v in record["verdicts"]] == ["does not transfer", "transfers"]
+
+
+def test_a_published_record_gives_the_same_report_again_without_its_runs(study_file: Path, tmp_path: Path) -> None:
+    def loss(run: PlannedRun) -> float:
+        return math.inf if run.size.depth == 6 and run.value > 2**-4.5 else MOVING(run)
+
+    path = make_study(study_file, loss, "again", extend=1, more_seeds=1)
+    study = Study(path, read_study(path))
+    study.grow({("sp", study.file.study.sizes[1]): "low"})
+    study.add_seeds({("depth_mup", study.file.study.sizes[0]): [2.0**-6, 2.0**-5]})
+    study.write()
+    for run in study.pending():
+        done = (
+            {"outcome": "completed", "minival_loss": loss(run)} if math.isfinite(loss(run)) else {"outcome": "diverged"}
+        )
+        run.directory.write_done(done | {"seconds": 1.0})
+    record = as_record(collect(study))
+    assert as_record(collect(restore(record, path, tmp_path / "again"))) == record

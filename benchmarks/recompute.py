@@ -1,0 +1,78 @@
+"""Reports made anew from the records in docs/results, after a change of the analysis or of the figures: no training.
+
+python -m benchmarks.recompute docs/results
+python -m benchmarks.results docs/results/*.json > docs/RESULTS.md
+"""
+
+import json
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from launch.config import Size, read_study
+from launch.page import publish, write_report
+from launch.record import read_record
+from launch.report import collect
+from launch.study import Study
+
+CONFIGS = Path("configs/paper")
+
+
+def added(study: Study, points: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(values, seeds) beyond the file's grid, as a study keeps one round of them (launch.study)."""
+    grid, planned = study.file.study.grid, study.file.study.seeds
+    values: dict[tuple[Any, ...], set[float]] = defaultdict(set)
+    seeds: dict[tuple[Any, ...], set[float]] = defaultdict(set)
+    for point in points:
+        curve = point["parameterization"], point["width"], point["depth"]
+        if point["seed"] not in planned:
+            seeds[(*curve, point["seed"])].add(point["value"])
+        elif point["value"] not in grid:
+            values[curve].add(point["value"])
+    keys = "parameterization", "width", "depth", "seed"
+    return (
+        [dict(zip(keys, curve, strict=False), values=sorted(found)) for curve, found in values.items()],
+        [dict(zip(keys, curve, strict=True), values=sorted(found)) for curve, found in seeds.items()],
+    )
+
+
+def restore(record: dict[str, Any], config: Path, folder: Path) -> Study:
+    """A study in `folder` whose runs are marked done with the record's metrics."""
+    study = Study(config, read_study(config, (f"study.directory={folder}",)))
+    study.file.directory.mkdir(parents=True)
+    for name, entries in zip(("values", "seeds"), added(study, record["points"]), strict=True):
+        (study.file.directory / f"added_{name}.json").write_text(json.dumps([entries]))
+    metrics = {
+        (p["parameterization"], Size(width=p["width"], depth=p["depth"]), p["value"], p["seed"]): p["metric"]
+        for p in record["points"]
+    }
+    seconds = record["cost"]["hours"] * 3600 / record["num_runs"]  # a record has their sum only
+    for run in study.points:
+        metric = metrics.get((run.parameterization, run.size, run.value, run.seed))
+        if (run.parameterization, run.size, run.value, run.seed) in metrics:
+            outcome = {"outcome": "diverged"} if metric is None else {"outcome": "completed", record["metric"]: metric}
+            run.directory.path.mkdir(parents=True, exist_ok=True)
+            run.directory.write_done(outcome | {"seconds": seconds})
+    return study
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    configs = {read_study(path).study.name: path for path in CONFIGS.glob("*.yaml")}
+    for path in sorted(folder.glob("*.json")):
+        record = read_record(path)
+        if "points" not in record:
+            continue
+        with tempfile.TemporaryDirectory() as scratch:
+            report = collect(restore(record, configs[record["study"]], Path(scratch)))
+            assert (len(report.finished), report.num_diverged) == (record["num_runs"], record["num_diverged"])
+            assert len(report.unfinished) == record["num_unfinished"]
+            write_report(report)
+            publish(report, folder)
+        print(record["study"])
+
+
+if __name__ == "__main__":
+    main()
