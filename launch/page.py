@@ -112,5 +112,6 @@ def publish(report: Report, folder: Path) -> list[Path]:
     root, name = report.study.file.directory, report.study.file.study.name
     folder.mkdir(parents=True, exist_ok=True)
     kept = {"report.json": f"{name}.json"}
-    kept |= {file: f"{name}-{file}" for file in ("curves.png", "drift.png", *CONVERGENCE_FILES)}
+    swept = ("curves.png", "drift.png") if len(report.study.file.study.grid) > 1 else ()  # one value has no optimum
+    kept |= {file: f"{name}-{file}" for file in (*swept, *CONVERGENCE_FILES)}
     return [Path(shutil.copyfile(root / old, folder / new)) for old, new in kept.items() if (root / old).exists()]
