@@ -40,7 +40,8 @@ def initialize(model: nn.Module, rules: dict[str, ParameterRule], scale: Scale, 
     Raises RuntimeError when a parameter or buffer is not finite afterwards, which means that nothing initialised it.
     """
     for name, parameter in model.named_parameters():
-        parameter.copy_(draw(name, parameter.shape, rules[name], scale, seed))
+        if name in rules:
+            parameter.copy_(draw(name, parameter.shape, rules[name], scale, seed))
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._NormBase):
             module.reset_running_stats()

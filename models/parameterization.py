@@ -1,6 +1,7 @@
 """The scaling rules as data: which factor each role of parameter gets when width and depth grow.
 
-`TABLE` is the table of the papers, one row a role, one formula a cell, in
+`TABLE` is the table of the papers, one row a role, one formula a cell (forward multipliers, which belong to modules,
+are methods of `Scale`), in
     N      = width / base_width            (m_N)
     L      = depth / base_depth            (m_L)
     alpha  = depth exponent of the residual branches
@@ -43,7 +44,6 @@ class Row:
 
     init_variance_sp: Formula
     init_variance: Formula
-    multiplier: Formula
     lr_sgd: Formula
     lr_adam: Formula
     eps_adam: Formula
@@ -62,14 +62,14 @@ def zero(N: float, L: float, a: float) -> float:
 # fmt: off
 TABLE: dict[Role, Row] = {
     Role.INPUT: Row(
-        init_variance_sp=one, init_variance=one, multiplier=one,
+        init_variance_sp=one, init_variance=one,
         lr_sgd=lambda N, L, a: N,
         lr_adam=one,
         eps_adam=lambda N, L, a: 1 / N,
         weight_decay=one,
     ),
     Role.BRANCH_HIDDEN: Row(
-        init_variance_sp=lambda N, L, a: 1 / N, init_variance=lambda N, L, a: 1 / N, multiplier=one,
+        init_variance_sp=lambda N, L, a: 1 / N, init_variance=lambda N, L, a: 1 / N,
         lr_sgd=lambda N, L, a: L ** (2 * a - 1),
         lr_adam=lambda N, L, a: 1 / N * L ** (a - 1),
         eps_adam=lambda N, L, a: 1 / N * L ** -a,
@@ -77,7 +77,7 @@ TABLE: dict[Role, Row] = {
         lr_muon=lambda N, L, a: N ** -0.5 * L ** (a - 1),
     ),
     Role.HIDDEN: Row(
-        init_variance_sp=lambda N, L, a: 1 / N, init_variance=lambda N, L, a: 1 / N, multiplier=one,
+        init_variance_sp=lambda N, L, a: 1 / N, init_variance=lambda N, L, a: 1 / N,
         lr_sgd=one,
         lr_adam=lambda N, L, a: 1 / N,
         eps_adam=lambda N, L, a: 1 / N,
@@ -85,35 +85,35 @@ TABLE: dict[Role, Row] = {
         lr_muon=lambda N, L, a: N ** -0.5,
     ),
     Role.BRANCH_VECTOR: Row(
-        init_variance_sp=one, init_variance=one, multiplier=one,
+        init_variance_sp=one, init_variance=one,
         lr_sgd=lambda N, L, a: N * L ** (2 * a - 1),
         lr_adam=lambda N, L, a: L ** (a - 1),
         eps_adam=lambda N, L, a: 1 / N * L ** -a,
         weight_decay=zero,
     ),
     Role.VECTOR: Row(
-        init_variance_sp=one, init_variance=one, multiplier=one,
+        init_variance_sp=one, init_variance=one,
         lr_sgd=lambda N, L, a: N,
         lr_adam=one,
         eps_adam=one,
         weight_decay=zero,
     ),
     Role.BRANCH_SCALAR: Row(
-        init_variance_sp=one, init_variance=one, multiplier=one,
+        init_variance_sp=one, init_variance=one,
         lr_sgd=lambda N, L, a: L ** (2 * a - 1),
         lr_adam=lambda N, L, a: L ** (a - 1),
         eps_adam=lambda N, L, a: L ** -a,
         weight_decay=zero,
     ),
     Role.SCALAR: Row(
-        init_variance_sp=one, init_variance=one, multiplier=one,
+        init_variance_sp=one, init_variance=one,
         lr_sgd=one,
         lr_adam=one,
         eps_adam=one,
         weight_decay=zero,
     ),
     Role.READOUT: Row(
-        init_variance_sp=lambda N, L, a: 1 / N, init_variance=one, multiplier=lambda N, L, a: 1 / N,
+        init_variance_sp=lambda N, L, a: 1 / N, init_variance=one,
         lr_sgd=lambda N, L, a: N,
         lr_adam=one,
         eps_adam=one,
@@ -191,7 +191,7 @@ class Scale:
 
     def readout_multiplier(self) -> float:
         """1 / (gamma0 * N), on the input of the readout (2203.03466, table 8; gamma0: 2309.16620, eq. 2)."""
-        return TABLE[Role.READOUT].multiplier(self._N, self._L, 0.0) / self.parameterization.gamma0
+        return 1 / (self.parameterization.gamma0 * self._N)
 
     def attention_multiplier(self) -> float:
         """sqrt(d0 / d), which turns the usual 1 / sqrt(d) into sqrt(d0) / d (2203.03466, definition 4.1)."""

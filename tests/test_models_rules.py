@@ -297,11 +297,15 @@ def test_initial_weights_depend_on_seed_and_name_alone() -> None:
 
 
 def test_a_forgotten_parameter_or_buffer_is_an_error() -> None:
-    scaled = build_meta(VIT, ParameterizationConfig())
-    scaled.network.register_buffer("table", torch.zeros(3, device="meta"), persistent=False)
-    materialize(scaled.network, "cpu")
-    with pytest.raises(RuntimeError, match="no initialiser filled table"):
-        initialize(scaled.network, scaled.rules, scaled.scale, seed=0)
+    for forget in (
+        lambda network: network.register_buffer("table", torch.zeros(3, device="meta"), persistent=False),
+        lambda network: network.register_parameter("table", nn.Parameter(torch.zeros(3, device="meta"))),
+    ):
+        scaled = build_meta(VIT, ParameterizationConfig())
+        forget(scaled.network)
+        materialize(scaled.network, "cpu")
+        with pytest.raises(RuntimeError, match="no initialiser filled table"):
+            initialize(scaled.network, scaled.rules, scaled.scale, seed=0)
 
 
 def test_a_name_with_no_role_or_with_two_is_an_error() -> None:
