@@ -14,6 +14,11 @@ Sources: Bordelon et al. (arXiv 2309.16620) and Tensor Programs VI (2310.02244) 
 Muon's cells are for torch's `match_rms_adamw`, which multiplies a matrix's update by 0.2 sqrt(max(rows, columns)) and
 so carries N^(1/2): N^(-1/2) here is the factor 1 of the original Muon in width (2603.00541), and L^(alpha - 1) lets L
 branches, each multiplied by L^-alpha, move the stream by a step that does not depend on L.
+
+gamma0 divides the readout's product, and so every gradient but that of the readout's bias. Learning rates times
+gamma0^2 (SGD) or gamma0 (AdamW and Muon, whose steps do not see a gradient's size; eps over gamma0) let the features
+move gamma0 times as far while the logits, to first order, move as at gamma0 = 1 (2309.16620, eq. 2). The bias gets no
+factor, and lr * decay none for any parameter.
 """
 
 from collections.abc import Callable
@@ -212,21 +217,23 @@ class Scale:
         """The factors of `role` under `optimizer`, the disputed exponents resolved."""
         p, row, N, L = self.parameterization, TABLE[role], self._N, self._L
         decays = row.weight_decay(1, 1, 0) != 0
+        gamma0 = 1.0 if role is Role.SCALAR else p.gamma0  # the readout's bias is not divided by it
         if optimizer == "sgd":
-            lr = row.lr_sgd(N, L, p.alpha) * p.gamma0**2
+            lr = row.lr_sgd(N, L, p.alpha) * gamma0**2
             # SGD's decay is coupled to the learning rate as well: lr * decay stays constant.
-            return Factors(lr=lr, eps=1.0, weight_decay=p.gamma0**2 / lr if decays else 0.0)
+            return Factors(lr=lr, eps=1.0, weight_decay=1 / lr if decays else 0.0)
         if optimizer == "muon" and row.lr_muon:
             # lr * decay stays constant in N, as below.
-            weight_decay = row.lr_muon(N, 1, p.alpha) ** -p.weight_decay_scaling
-            return Factors(lr=row.lr_muon(N, L, p.alpha), eps=1.0, weight_decay=weight_decay if decays else 0.0)
+            weight_decay = row.lr_muon(N, 1, p.alpha) ** -p.weight_decay_scaling / gamma0
+            lr = row.lr_muon(N, L, p.alpha) * gamma0
+            return Factors(lr=lr, eps=1.0, weight_decay=weight_decay if decays else 0.0)
         in_branch = role in BRANCH_ROLES
-        lr = row.lr_adam(N, L, p.alpha)
+        lr = row.lr_adam(N, L, p.alpha) * gamma0
         if in_branch and p.adam_depth_lr is not None:
             lr *= L ** (p.adam_depth_lr - (p.alpha - 1))
         if p.eps_scaling == "none" or (p.eps_scaling == "branch" and not in_branch):
             eps = 1.0
         else:
-            eps = row.eps_adam(N, L, p.alpha)
-        weight_decay = row.weight_decay(N, L, p.alpha) ** p.weight_decay_scaling if decays else 0.0
+            eps = row.eps_adam(N, L, p.alpha) / gamma0
+        weight_decay = row.weight_decay(N, L, p.alpha) ** p.weight_decay_scaling / gamma0 if decays else 0.0
         return Factors(lr=lr, eps=eps, weight_decay=weight_decay)

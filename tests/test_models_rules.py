@@ -1,7 +1,6 @@
 """The scaling rules against timm, against the `mup` package and against the published tables, name by name."""
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import mup
@@ -19,6 +18,7 @@ from models.config import (
     ResNetConfig,
     VisionTransformerConfig,
 )
+from models.coordinate_check import rms
 from models.family import UnmatchedParameterError, match_rules
 from models.flops import forward_flops, training_flops
 from models.init import init_std, initialize, materialize
@@ -231,25 +231,35 @@ def test_presets_without_depth_rules_ignore_depth_and_sp_ignores_width() -> None
     assert {sp.factors(role, "adamw").lr for role in Role} == {1}
 
 
-def test_gamma0_and_weight_decay_and_batch_ratios() -> None:
-    scaled = build_meta(CONV_RESNET, ParameterizationConfig(gamma0=2.0))
-    assert scaled.multipliers["fc"].value == pytest.approx(1 / 2 / 2)
-    make = partial(parameter_groups, scaled.network, scaled.rules, scaled.scale)
-    sgd = make(OptimizerConfig(name="sgd", lr=0.1))
-    assert {group["lr_mult"] for group in sgd if "branch_hidden" in group["name"]} == {4.0}  # gamma0^2
+@pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
+def test_gamma0_moves_the_features_in_proportion_and_the_logits_not_at_all(name: str) -> None:
+    """To first order in the learning rate, over two steps, with an eps of AdamW that is felt."""
+    optimizer_config = OptimizerConfig(name=name, lr=1e-6, eps=1e-3)
 
-    def decay_per_step(config: OptimizerConfig) -> set[float]:
-        return {round(group["lr"] * group["weight_decay"], 12) for group in make(config) if group["weight_decay"]}
+    def moved(gamma0: float) -> tuple[torch.Tensor, torch.Tensor]:
+        scaled = build(VIT, ParameterizationConfig(gamma0=gamma0), seed=0)
+        network: Any = scaled.network.double()
+        groups = parameter_groups(network, scaled.rules, scaled.scale, optimizer_config)
+        optimizer = build_optimizer(groups, optimizer_config)
 
-    assert decay_per_step(OptimizerConfig(lr=0.1, weight_decay=0.01)) == {0.01}
-    assert decay_per_step(OptimizerConfig(name="sgd", lr=0.1, weight_decay=0.01)) == {0.01}
-    coupled = OptimizerConfig(lr=0.1, weight_decay=0.01, weight_decay_mode="coupled", betas=(0.9, 0.99))
-    larger = replace(coupled, batch_ratio=8.0, samples_ratio=2.0)  # m_B / m_D = 4
-    for before, after in zip(make(coupled), make(larger), strict=True):
-        assert after["lr"] == pytest.approx(2 * before["lr"])
-        assert after["eps"] == pytest.approx(before["eps"] / 2)
-        assert after["weight_decay"] == pytest.approx(2 * before["weight_decay"])
-    assert larger.scaled_betas == pytest.approx((0.6, 0.96))
+        def features_and_logits() -> tuple[torch.Tensor, torch.Tensor]:
+            features = network.forward_head(network.forward_features(images(VIT).double()), pre_logits=True)
+            return features, network.head(features)
+
+        before = [tensor.detach() for tensor in features_and_logits()]
+        for _ in range(2):
+            optimizer.zero_grad()
+            logits = features_and_logits()[1] - before[1]  # initial logits depend on gamma0, and gradients on them
+            nn.functional.cross_entropy(logits, torch.tensor([3, 7])).backward()
+            optimizer.step()
+        features, logits = (after.detach() - b for after, b in zip(features_and_logits(), before, strict=True))
+        return features, logits
+
+    features, logits = moved(1.0)
+    for gamma0 in (1 / 4, 4.0):
+        features_then, logits_then = moved(gamma0)
+        assert rms(features_then - gamma0 * features) <= 1e-2 * gamma0 * rms(features)
+        assert rms(logits_then - logits) <= 1e-2 * rms(logits)
 
 
 def test_muon_trains_matrices_and_adamw_the_rest_through_a_checkpoint() -> None:

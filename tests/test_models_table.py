@@ -206,6 +206,21 @@ def test_batch_and_duration_move_adamws_settings_by_roots_of_their_ratio() -> No
     assert independent["lr"] * independent["weight_decay"] == pytest.approx(4)
 
 
+def test_gamma0_moves_rates_but_no_decay_a_step_and_not_the_readouts_bias() -> None:
+    def held(gamma0: float, name: str, **settings: Any) -> dict[str, dict[str, Any]]:
+        return held_by_the_optimizer(scaled_at(BASE, gamma0=gamma0), adamw(name=name, **settings))
+
+    for name, factor, eps in (("sgd", 16, None), ("adamw", 4, 1 / 4), ("muon", 4, 1 / 4)):
+        for role, group in held(4.0, name).items():
+            assert group["lr"] == (1 if role == "scalar" else factor), (name, role)
+            if group.get("algorithm") == "adamw":
+                assert group["eps"] == (1 if role == "scalar" else eps), (name, role)
+            assert group["lr"] * group["weight_decay"] == (1 if role in DECAYING else 0), (name, role)
+        for group in held(4.0, name, weight_decay_mode="independent").values():
+            assert group["lr"] * group["weight_decay"] in (0, 1)
+    assert scaled_at(BASE, gamma0=4.0).multipliers["readout"].value == 1 / 4
+
+
 def test_the_optimizers_own_settings_reach_it() -> None:
     scaled = scaled_at(BASE)
     sgd = held_by_the_optimizer(scaled, adamw(name="sgd", momentum=0.8, nesterov=True))["hidden"]
