@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -18,19 +19,23 @@ from data.errors import UserError
 from data.index import INDEX_NAME, NO_LABEL, Index, Members, Shard, counted, load_members, sidecar
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp")
+MAX_LABEL_BYTES = 64  # of a member .cls: more is no number
+webdataset_metadata = re.compile(r"__[^/]*__($|/)").match  # names that webdataset's own reader leaves out
 Result = TypeVar("Result")
 Progress = Callable[[int, int], None]  # (shards done, shards in all)
 
 
 class HashingReader:
-    """A file that is read once from front to end, with its size and SHA-256."""
+    """A file that is read once from front to end, with its size, where its last byte other than 0 ends, and SHA-256."""
 
     def __init__(self, file: Any) -> None:
-        self.file, self.sha256, self.size = file, hashlib.sha256(), 0
+        self.file, self.sha256, self.size, self.end = file, hashlib.sha256(), 0, 0
 
     def read(self, size: int = -1) -> bytes:
         content = self.file.read(size)
         self.sha256.update(content)
+        if used := len(content.rstrip(b"\0")):
+            self.end = self.size + used
         self.size += len(content)
         return content
 
@@ -42,16 +47,32 @@ def open_stream(location: str) -> Any:
     return system.open(path, "rb", cache_type="readahead")
 
 
+def check_end(last_header: int, end: int, size: int) -> None:
+    """Raises tarfile.ReadError unless a tar of `size` bytes is whole: its end mark at `last_header`, then only zeros.
+
+    tarfile itself takes a header that it cannot read, or none, for the end, and drops all samples that follow.
+    """
+    if size < last_header + tarfile.BLOCKSIZE:
+        raise tarfile.ReadError(f"cut off: no end mark at byte {last_header}")
+    if end > last_header:
+        raise tarfile.ReadError(f"no member's header at byte {last_header}, but more bytes after it")
+
+
 def members_of(file: HashingReader, location: str) -> Iterator[dict[str, Any]]:
     """webdataset's file samples, with (offset, size, content) for data; only labels have their content read."""
     with tarfile.open(fileobj=file, mode="r|", bufsize=1 << 20) as archive:  # type: ignore[call-overload]  # it only reads
         for member in archive:
-            if member.isreg() and not member.name.startswith("__"):
-                label = member.name.endswith(".cls")
-                extracted = archive.extractfile(member) if label else None
-                content = extracted.read() if extracted else b""
-                name = member.name
-                yield {"fname": name, "__url__": location, "data": (name, member.offset_data, member.size, content)}
+            name = member.name
+            if webdataset_metadata(name) or member.isdir():
+                continue
+            if not member.isreg():
+                raise tarfile.ReadError(f"{name} is no file but a link or the like")
+            extracted = archive.extractfile(member) if name.endswith(".cls") else None
+            content = extracted.read(MAX_LABEL_BYTES) if extracted else b""
+            yield {"fname": name, "__url__": location, "data": (name, member.offset_data, member.size, content)}
+        while file.read(1 << 20):
+            pass
+        check_end(archive.offset, file.end, file.size)
 
 
 def scan(location: str) -> tuple[Members, int, str]:
@@ -68,8 +89,6 @@ def scan(location: str) -> tuple[Members, int, str]:
                 label = sample["cls"][3].strip() if "cls" in sample else b""
                 number = int(label) if label.isdigit() and len(label) < 10 else NO_LABEL
                 rows.append((image[1], image[2], number, image[0].encode("utf-8", "surrogateescape")))
-            while file.read(1 << 20):
-                pass
         if not rows:
             raise UserError(f"{location}: no samples in it")
         numbers = np.array([row[:3] for row in rows], np.int64)
