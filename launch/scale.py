@@ -1,6 +1,8 @@
 """`depthmup scale`: from a finished proxy study to the large run's configuration."""
 
+import math
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from launch.config import StudyFile, apply_profile, label, named_cluster, settin
 from launch.report import Report
 from train.config import RunConfig, from_plain, read_yaml, set_dotted
 
+# What an optimum belongs to: with another one of these the proxy's says nothing.
+KEPT = ("model.family", "model.base_width", "model.base_depth", "optimizer.name", "schedule.name", "data.name")
 SECTIONS = ("model", "optimizer", "schedule", "data", "train", "parallel", "track", "seed", "launch")
 
 
@@ -30,8 +34,8 @@ class Transferred:
 def choose(report: Report, parameterization: str | None, force: bool) -> tuple[Curve, list[str]]:
     """The base's curve of the parameterization to use, and how sure its optimum is.
 
-    Without a name: the one whose verdict is `transfers`, of several the one with the lowest loss. Raises UserError for
-    an inconclusive study unless `force`.
+    Without a name: the one whose verdict is `transfers`, of several the one whose value has the lowest loss at the
+    largest size: at the base they may be the same network. Raises UserError for an inconclusive study unless `force`.
     """
     base_size = report.study.file.study.sizes[0]
     curves = {curve.parameterization: curve for curve in report.analysis.curves if curve.size == base_size}
@@ -46,7 +50,12 @@ def choose(report: Report, parameterization: str | None, force: bool) -> tuple[C
         why = [f"{len(report.unfinished)} runs are not finished"] if report.unfinished else []
         why += [f"{name} {judgements[name].verdict} ({judgements[name].reason})" for name in names]
         raise UserError(f"this study does not say which value to use: {'; '.join(why)}. --force uses it all the same")
-    curve = min((curves[name] for name in good or names), key=lambda curve: curve.optimum.metric)
+    at_largest = {direct.parameterization: direct.transferred for direct in report.direct}
+    candidates = good or names
+    curve = min(
+        (curves[name] for name in candidates),
+        key=lambda c: (at_largest.get(c.parameterization, math.inf), c.optimum.metric),
+    )
     if curve.optimum.x is None:
         raise UserError(f"{curve.parameterization}: every run of the base size diverged; there is nothing to transfer")
     judgement = judgements[curve.parameterization]
@@ -61,6 +70,11 @@ def choose(report: Report, parameterization: str | None, force: bool) -> tuple[C
         f"Horizon of the proxy: {train.samples} samples in batches of {train.global_batch_size} "
         f"({train.num_steps} steps).",
     ]
+    if len(candidates) > 1 and curve.parameterization in at_largest:
+        facts.append(
+            f"Chosen of {', '.join(candidates)} for the lowest loss at the largest size of the study "
+            f"({at_largest[curve.parameterization]:.3g}); --parameterization names another."
+        )
     if curve.metric.shape[0] == 1:
         facts.append("One seed only: nothing is known of the noise between seeds.")
     return curve, facts
@@ -85,7 +99,8 @@ def scale(
     """The study's configuration with `changes` (sections of the target) and the transferred hyperparameters. Its run
     goes to the folder `name` beside the study's.
 
-    Raises UserError when the study is inconclusive, or the target is no valid run.
+    Raises UserError when the study is inconclusive, the target differs in what the optimum belongs to (KEPT), both
+    unless `force`, or the target is no valid run.
     """
     file: StudyFile = report.study.file
     curve, facts = choose(report, parameterization, force)
@@ -100,6 +115,10 @@ def scale(
     proxy = run_of(config, "the proxy")
     config = merge(config, changes)
     target = run_of(config, "the target")
+    changed = [key for key in KEPT if attrgetter(key)(proxy) != attrgetter(key)(target)]
+    if changed and not force:
+        shown = ", ".join(f"{key} {attrgetter(key)(proxy)} -> {attrgetter(key)(target)}" for key in changed)
+        raise UserError(f"the proxy's optimum does not hold for a target with {shown}. --force uses it all the same")
     for section in ("optimizer", "schedule"):
         for key in changes.get(section, {}):
             facts.append(f"Not transferred: {section}.{key} was given.")

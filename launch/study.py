@@ -117,6 +117,14 @@ class Study:
         set_dotted(raw, f"{hyperparameter}={value!r}")
         return from_plain(RunConfig, raw, f"{self.path} ({size}, {hyperparameter} {value:g})")
 
+    def _is_valid(self, parameterization: str, size: Size, value: float) -> bool:
+        """Whether a run may have the value: a share of warm-up, say, has an upper end."""
+        try:
+            self._checked(self._first_alike[parameterization, size], size, value)
+        except UserError:
+            return False
+        return True
+
     def _with_absolute_paths(self) -> StudyFile:
         """The file as it can be read in another folder."""
         file = self.file
@@ -170,7 +178,8 @@ class Study:
     def grow(self, edges: Mapping[tuple[str, Size], str]) -> int:
         """Adds two values on the `low` or `high` side of each curve in `edges`; returns how many runs that makes.
 
-        0 when there is nothing to add or study.extend rounds were made. Durable: every later command sees the values.
+        0 when there is nothing to add, as where no run may have the values, or study.extend rounds were made. Durable:
+        every later command sees the values.
         """
         rounds, before = self._added_rounds(), len(self.runs)
         if not edges or len(rounds) >= self.file.study.extend:
@@ -180,7 +189,10 @@ class Study:
             grid = {*self.file.study.grid, *known.get((parameterization, size), ())}
             x = sorted(map(self.file.study.octaves, grid), reverse=side == "high")
             values = [self.file.study.value_at(x[0] + steps * (x[0] - x[1])) for steps in (1, 2)]
-            growth.append({"parameterization": parameterization, **vars(size), "values": values})
+            if valid := [value for value in values if self._is_valid(parameterization, size, value)]:
+                growth.append({"parameterization": parameterization, **vars(size), "values": valid})
+        if not growth:
+            return 0
         write_atomically(self._added_file, json.dumps([*rounds, growth], indent=1).encode())
         del self.points, self.runs
         return len(self.runs) - before

@@ -119,6 +119,39 @@ def test_a_profile_on_the_command_line_holds_for_a_folder_and_a_target_whatever_
     assert "--account=old" in invoke("launch", folder, "--cluster", "slurm", "--dry-run")  # the same: its own keys
 
 
+def test_a_target_that_the_optimum_does_not_belong_to_is_refused_by_what_differs(study_file: Path) -> None:
+    two_seeds(study_file)
+    finish(Study(study_file, read_study(study_file)), best=-5)
+    wrong = ("model.base_depth=6", "optimizer.name=adamw", "schedule.name=constant")
+    with pytest.raises(UserError, match=r"base_depth 3 -> 6, optimizer.name sgd -> adamw, schedule.name cosine -> con"):
+        invoke("scale", study_file, *wrong)
+    invoke("scale", study_file, *wrong, "--force")
+
+
+def test_without_a_name_scale_takes_the_parameterization_that_is_best_at_the_largest_size(study_file: Path) -> None:
+    """At the base they are the same network, whose loss says nothing of them."""
+    two_seeds(study_file)
+    study = Study(study_file, read_study(study_file))
+    finish(study, best=-5)
+    for point in study.points:
+        if point.parameterization == "depth_mup" and point.size.depth > 3:
+            result = point.directory.done()
+            assert result
+            point.directory.write_done({**result, "minival_loss": result["minival_loss"] - 0.1})
+    assert "Chosen of sp, depth_mup for the lowest loss at the largest size" in invoke("scale", study_file)
+    assert read_run(study.target_file).parameterization.name == "depth_mup"
+
+
+def test_a_grid_grows_only_by_values_that_a_run_may_have(study_file: Path) -> None:
+    warmup = ("study.hyperparameter=schedule.warmup", "study.values=[0.1, 0.2, 0.4]", "study.extend=2")
+    study = Study(study_file, read_study(study_file, warmup))
+    finish(study, best=3)
+    assert grow(study) == 3 * 1  # 0.8; not 1.6
+    finish(study, best=3)
+    assert grow(study) == 0
+    assert max(run.value for run in Study(study_file, study.file).runs) == 0.8
+
+
 def test_a_censored_curve_grows_on_its_side_twice_at_most(study_file: Path) -> None:
     file = read_study(study_file, ("study.extend=2",))
     study = Study(study_file, file)

@@ -193,6 +193,31 @@ def test_a_corrupt_checkpoint_is_passed_over_for_an_older_one(
     assert_same_end(tmp_path, whole)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: None,
+        lambda content: [],
+        lambda content: "x",
+        *(
+            lambda content, key=key: {k: v for k, v in content.items() if k != key}
+            for key in ("identity", "step", "data", "losses", "files")
+        ),
+        *(lambda content, key=key: {**content, key: None} for key in ("identity", "data", "files")),
+    ],
+)
+def test_a_state_file_that_is_none_is_a_fault_of_the_checkpoint(
+    whole: Path, tmp_path: Path, change: Callable[[dict[str, Any]], object]
+) -> None:
+    """Whatever JSON is there: a process that fails on it alone would leave the others waiting."""
+    step = checkpoint.complete(whole / "checkpoints")[0]
+    assert checkpoint.fault(step, 0, 1) is None
+    content = json.loads((step / "state.json").read_text())
+    copytree(step, tmp_path / "changed")
+    (tmp_path / "changed" / "state.json").write_text(json.dumps(change(content)))
+    assert checkpoint.fault(tmp_path / "changed", 0, 1)
+
+
 def test_a_checkpoint_of_another_model_is_refused_with_the_diff(shards: Path, whole: Path, tmp_path: Path) -> None:
     (tmp_path / "checkpoints").symlink_to(whole / "checkpoints")
     with pytest.raises(

@@ -77,6 +77,9 @@ def main() -> NoReturn:
     parser.add_argument("directory", type=Path, nargs="?", help="the run's directory [default: runs/HASH]")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     arguments = parser.parse_args()
+    if arguments.directory and "=" in arguments.directory.name:  # the directory was left out
+        arguments.overrides.insert(0, str(arguments.directory))
+        arguments.directory = None
     try:
         config = read_config(arguments.config, arguments.overrides)
     except UserError as error:

@@ -107,14 +107,21 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def progress_of(content: dict[str, Any]) -> Progress:
+    """Of a state.json. Raises KeyError or TypeError where it is none."""
+    return Progress(content["step"], State(**content["data"]), content["losses"])
+
+
 def fault(path: Path, rank: int, world_size: int) -> str | None:
     """Why the checkpoint cannot be used, or None. Each process reads its share of the files."""
     try:
-        files = json.loads((path / "state.json").read_text())["files"]
-        for number, (name, expected) in enumerate(sorted(files.items())):
+        content = json.loads((path / "state.json").read_text())
+        progress_of(content)
+        flat(content["identity"])
+        for number, (name, expected) in enumerate(sorted(content["files"].items())):
             if number % world_size == rank and checksum(path / name) != expected:
                 return f"{name} is not what was written"
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return None
 
@@ -256,7 +263,7 @@ class Checkpoints:
                     problems = reasons(error)
                 else:
                     self.log(f"resumed from {path.name}")
-                    return Progress(content["step"], State(**content["data"]), content["losses"]), tensors
+                    return progress_of(content), tensors
             self.log(f"warning: {path.name} is corrupt and passed over ({problems[0]})")
         if found:
             raise UserError(f"{self.directory}: every checkpoint is corrupt; delete the folder to start anew")

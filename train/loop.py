@@ -46,6 +46,8 @@ def open_data(config: RunConfig) -> Index:
     """The data set's index. Raises UserError when it does not fit the model or a shard is missing."""
     index = Index.load(config.data.root, config.data.trust)
     index.check_files()
+    for split in ("train", *config.train.evaluate):  # an empty one is to be known before training, not after
+        index.spans(split, config.data.minival)
     if len(index.classes) != config.model.num_classes:
         raise UserError(
             f"{config.data.root} has {len(index.classes)} classes, but model.num_classes is {config.model.num_classes}"
