@@ -23,8 +23,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data.config import DataConfig
-from data.decode import BadImage, decode, scratch
+from data.decode import decode, scratch
 from data.errors import UserError
+from data.images import BadImage
 from data.index import INDEX_NAME, Index, load_members
 from data.inspect import inspect_split
 from data.loader import TrainingLoader, TrainingStream

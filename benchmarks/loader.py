@@ -40,7 +40,7 @@ def make_shards(photos: str, folder: Path) -> Index:
     """The photographs, repeated, in shards of 128."""
     from data.sources import open_source
 
-    images = open_source(photos)
+    images = open_source(photos, folder).images
     for number in range(SAMPLES):
         image = images[number % len(images)]
         path = folder / "images" / image.class_name / f"{number:04d}.jpg"

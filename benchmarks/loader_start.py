@@ -30,7 +30,7 @@ SIZE, BATCH, SHARDS = 224, 64, 1300
 
 def make_shards(photos: str, folder: Path, samples: int) -> Index:
     """1,300 shards of `samples` photographs each, all with the same content."""
-    for number, image in enumerate(islice(cycle(open_source(photos)), samples)):
+    for number, image in enumerate(islice(cycle(open_source(photos, folder).images), samples)):
         path = folder / "images" / image.class_name / f"{number:04d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(image.read())

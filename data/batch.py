@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from data.config import DataConfig
-from data.decode import BadImage, decode
+from data.decode import decode
 from data.errors import UserError
+from data.images import BadImage
 from data.index import Index, Span
 from data.reader import BadSample, read_sample
 

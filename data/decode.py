@@ -4,8 +4,6 @@ Two backends give the same pictures: `fast` (libjpeg-turbo through simplejpeg, t
 `pil`, the reference. What is no plain JPEG (PNG, WebP, CMYK) is read by PIL in both.
 """
 
-import io
-
 import numpy as np
 import simplejpeg
 import torch
@@ -13,12 +11,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485  # PIL's own limit against decompression bombs
+from data.images import check_pixels, eight_bits, open_image, refusing_bad_images
+
 SCRATCH_BYTES = 16 << 20  # larger images get memory of their own
-
-
-class BadImage(Exception):
-    """An image file that cannot be decoded; the message is the reason, in words that do not name the file."""
 
 
 def from_array(pixels: np.ndarray) -> Tensor:
@@ -30,22 +25,9 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy())
 
 
-def check_pixels(height: int, width: int) -> None:
-    if height * width > MAX_PIXELS:
-        raise BadImage(f"more than {MAX_PIXELS} pixels")
-
-
 def decode_pil(content: bytes, channels: int) -> Tensor:
-    try:
-        image: Image.Image = Image.open(io.BytesIO(content))
-        check_pixels(image.height, image.width)
-        if image.mode.startswith("I"):  # 16 bits a pixel: PIL's own conversion would clip instead of scale
-            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-        return from_array(np.array(image.convert("L" if channels == 1 else "RGB")))
-    except Image.DecompressionBombError:
-        raise BadImage(f"more than {MAX_PIXELS} pixels") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise BadImage(f"not a readable image ({type(error).__name__})") from None
+    with refusing_bad_images():
+        return from_array(np.array(eight_bits(open_image(content)).convert("L" if channels == 1 else "RGB")))
 
 
 def scratch() -> np.ndarray:

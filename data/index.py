@@ -103,14 +103,18 @@ class Index:
         storage.write_atomically(Path(self.root) / INDEX_NAME, (json.dumps(raw, indent=1) + "\n").encode())
 
     def check_files(self) -> None:
-        """Raises UserError when a local shard is missing or does not have the size that the index states."""
+        """Raises UserError when a local shard or its sidecar is missing, or a shard is not of the size stated here."""
         for shard in self.shards:
             location = self.location(shard)
             if storage.is_remote(location):
                 continue
             path = Path(location)
-            if not path.exists():
-                raise UserError(f"{path}: missing, though {INDEX_NAME} lists it. Restore it or pack again")
+            for needed in (path, Path(sidecar(self.root, shard.name))):
+                if not needed.exists():
+                    raise UserError(
+                        f"{needed}: missing, though {INDEX_NAME} lists it. Restore it, or delete {INDEX_NAME} and pack "
+                        "or index again"
+                    )
             if path.stat().st_size != shard.size:
                 raise UserError(
                     f"{path}: {path.stat().st_size} bytes, but {INDEX_NAME} says {shard.size}. "

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data.decode import BadImage, decode, to_pil
+from data.decode import decode, to_pil
 from data.errors import UserError
+from data.images import FORMATS, BadImage
 from data.index import Index, Shard, Span, counted
 from data.order import random_generator
 from data.reader import BadSample, read_sample
@@ -45,7 +46,7 @@ def inspect_shard(index: Index, shard: Shard) -> Findings:
             continue
         found.labels[sample.label] += 1
         found.sizes.append((width, height))
-        with Image.open(io.BytesIO(sample.image)) as image:
+        with Image.open(io.BytesIO(sample.image), formats=FORMATS) as image:
             found.rotated += image.getexif().get(ORIENTATION, 1) != 1
     return found
 

@@ -1,28 +1,32 @@
 """`depthmup pack`: a folder of images -> shuffled WebDataset shards with an index."""
 
+import fcntl
 import hashlib
 import io
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import webdataset
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from data import storage
 from data.errors import UserError
+from data.images import BadImage, eight_bits, open_image, refusing_bad_images
 from data.index import INDEX_NAME, Index, Shard, sidecar
 from data.order import random_generator
-from data.scan import process_pool, scan
-from data.sources import SourceImage, open_source, read_list
+from data.scan import process_pool, scan, webdataset_metadata
+from data.sources import UNPACKED_NAME, SourceImage, open_source, read_list
 
 Progress = Callable[[int, int], None]  # (images done, images in all)
 IMAGES_PER_PROCESS = 2000  # less is packed before another process has started
+LOCK_NAME = ".lock"
 PLAN_NAME = "pack.json"  # stays beside index.json: what was packed, and how
 
 
@@ -35,22 +39,24 @@ class PackedShard:
 
 
 def convert(content: bytes, resize: int | None, quality: int) -> bytes:
-    """The image as it is packed: with `resize` as a JPEG whose shorter side is at most that. Raises what PIL raises."""
-    with Image.open(io.BytesIO(content)) as image:
+    """The image as it is packed: with `resize` as a JPEG whose shorter side is at most that. Raises BadImage."""
+    with refusing_bad_images():
+        image = open_image(content)
         if resize is None:
-            image.verify()
             return content
-        upright = ImageOps.exif_transpose(image).convert("RGB")
-    scale = min(resize / min(upright.size), 1)
-    size = (max(round(upright.width * scale), 1), max(round(upright.height * scale), 1))
-    output = io.BytesIO()
-    upright.resize(size, Image.Resampling.BICUBIC).save(output, "jpeg", quality=quality)
+        upright = eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
+        scale = min(resize / min(upright.size), 1)
+        size = (max(round(upright.width * scale), 1), max(round(upright.height * scale), 1))
+        output = io.BytesIO()
+        upright.resize(size, Image.Resampling.BICUBIC).save(output, "jpeg", quality=quality)
     return output.getvalue()
 
 
 def sample_key(image: SourceImage) -> str:
-    """A webdataset key that still names the source file: no dots, which webdataset reads as the extension's start."""
-    return re.sub(r"[^\w/-]", "_", str(Path(image.path).with_suffix("")))
+    """A webdataset key that still names the source file: no dots, which webdataset reads as the extension's start, and
+    no name that it takes for its own metadata."""
+    key = re.sub(r"[^\w/-]", "_", str(Path(image.path).with_suffix("")))
+    return re.sub("^__", "-_", key) if webdataset_metadata(key) else key
 
 
 def record_path(path: Path) -> Path:
@@ -69,9 +75,8 @@ def write_shard(
             for image in images:
                 try:
                     content = convert(image.read(), resize, quality)
-                except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-                    known = not isinstance(error, UnidentifiedImageError)  # its text shows a Python object
-                    bad.append(f"{image.path}: {(known and str(error)) or type(error).__name__}")
+                except (BadImage, OSError) as error:
+                    bad.append(f"{image.path}: {error}")
                     continue
                 key = sample_key(image)
                 while key in keys:  # 1.jpg beside 1.png
@@ -143,14 +148,34 @@ def differences(recorded: dict[str, Any], plan: dict[str, Any]) -> list[str]:
     return found
 
 
-def prepare_folder(out: Path, plan: dict[str, Any]) -> None:
-    """Makes `out` ready for `plan`; what an earlier pack of the same plan left is kept, half-written files go."""
+@contextmanager
+def claim_folder(out: Path) -> Iterator[None]:
+    """Makes `out`, for this process alone while the block runs, without files half written before. Raises UserError."""
+    path = out / LOCK_NAME
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if not os.access(out, os.W_OK):
-            raise PermissionError("not writable")
+        lock = open(path, "w")  # noqa: SIM115 - closed with the block
     except OSError as error:
         raise UserError(f"{out}: cannot write shards there ({error.strerror or error})") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.stat(path)  # or who had it has just removed it
+        except (BlockingIOError, FileNotFoundError):
+            raise UserError(f"{out}: another process is packing into it") from None
+        try:
+            for leftover in out.glob(".*.tmp"):
+                leftover.unlink()
+            yield
+        finally:
+            (out / UNPACKED_NAME).unlink(missing_ok=True)
+            path.unlink()
+            if not any(out.iterdir()):  # nothing was packed
+                out.rmdir()
+
+
+def check_plan(out: Path, plan: dict[str, Any]) -> None:
+    """Raises UserError when `out` holds anything but shards of `plan`; else records the plan there."""
     path = out / PLAN_NAME
     if path.exists():
         if found := differences(json.loads(path.read_text()), plan):
@@ -159,9 +184,50 @@ def prepare_folder(out: Path, plan: dict[str, Any]) -> None:
             )
     elif (out / INDEX_NAME).exists():
         raise UserError(f"{out}: holds shards that were not packed by this command. Pack into another folder")
-    for leftover in out.glob(".*.tmp"):
-        leftover.unlink()
     storage.write_atomically(path, (json.dumps(plan, indent=1) + "\n").encode())
+
+
+def write_shards(
+    tasks: Mapping[Path, Sequence[SourceImage]],
+    finished: dict[Path, PackedShard],
+    classes: Sequence[str],
+    resize: int | None,
+    quality: int,
+    max_bad: int,
+    processes: int | None,
+    progress: Progress,
+) -> None:
+    """Adds to `finished` what is missing there of `tasks`. Raises UserError when all have more than `max_bad` bad."""
+    labels = {name: number for number, name in enumerate(classes)}
+    total = sum(map(len, tasks.values()))
+
+    def check_bad() -> None:
+        bad = [line for packed in finished.values() for line in packed.bad]
+        if len(bad) > max_bad:
+            raise UserError(
+                f"more than {max_bad} unreadable images, the first: {bad[0]}. Mend them, or raise --max-bad"
+            )
+
+    def finish(path: Path, packed: PackedShard) -> None:
+        finished[path] = packed
+        progress(sum(len(tasks[path]) for path in finished), total)
+        check_bad()
+
+    check_bad()  # an earlier call may have ended here
+    waiting = [path for path in tasks if path not in finished]
+    processes = processes or min(len(os.sched_getaffinity(0)), total // IMAGES_PER_PROCESS)
+    if min(processes, len(waiting)) <= 1:
+        for path in waiting:
+            finish(path, write_shard(path, tasks[path], labels, resize, quality))
+        return
+    with process_pool(min(processes, len(waiting))) as pool:
+        futures = {pool.submit(write_shard, path, tasks[path], labels, resize, quality): path for path in waiting}
+        try:
+            for future in as_completed(futures):
+                finish(futures[future], future.result())
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def pack(
@@ -180,19 +246,14 @@ def pack(
     processes: int | None = None,
     progress: Progress = lambda done, total: None,
 ) -> tuple[Index, list[str]]:
-    """Packs `source` into `out`. Returns the index and a line per unreadable image.
+    """Packs `source` into `out`. Returns the index and a line per unreadable image and per reason to leave files out.
 
     The image files' bytes are kept, unless `resize` (pixels of the shorter side) asks for JPEGs of `quality`. A folder
     that holds these images packed with these options is left as it is; after a kill, finished shards are. Raises
-    UserError for a missing or empty source, a folder that is unwritable or holds another pack, and for more than
-    `max_bad` unreadable images.
+    UserError for a missing or empty source, a folder that is unwritable, in use or holds another pack, and for more
+    than `max_bad` unreadable images.
     """
     out = Path(out)
-    images = open_source(source, validation_list)
-    splits = split_images(images, validation_share, seed)
-    classes = sorted({image.class_name for image in images})
-    labels = {name: number for number, name in enumerate(classes)}
-    listing = hashlib.sha256("\n".join(f"{i.path} {i.size} {i.class_name} {i.split}" for i in images).encode())
     options = {
         "validation-share": validation_share,
         "validation-list": validation_list and str(validation_list),
@@ -203,50 +264,34 @@ def pack(
         "quality": resize and quality,
         "seed": seed,
     }
-    plan = {"source": source, "images": len(images), "listing": listing.hexdigest(), "options": options}
-    prepare_folder(out, plan)
-    if (out / INDEX_NAME).exists():
-        return Index.load(out), []
+    with claim_folder(out):
+        opened = open_source(source, out, validation_list)
+        images = opened.images
+        splits = split_images(images, validation_share, seed)
+        classes = sorted({image.class_name for image in images})
+        names = read_list(class_names, "'CLASS NAME'") if class_names else {}
+        listing = hashlib.sha256("\n".join(f"{i.path} {i.size} {i.class_name} {i.split}" for i in images).encode())
+        plan = {"source": source, "images": len(images), "listing": listing.hexdigest(), "options": options}
+        check_plan(out, plan)
+        if (out / INDEX_NAME).exists():
+            index = Index.load(out)
+            index.check_files()
+            return index, opened.lines()
 
-    tasks = {
-        out / f"{split}-{number:06d}.tar": part
-        for split, chosen in splits.items()
-        for number, part in enumerate(divide(chosen, shard_samples, shard_bytes))
-    }
-    finished = {path: record for path in tasks if (record := read_record(path))}
-    done = sum(len(tasks[path]) for path in finished)
-
-    def finish(path: Path, packed: PackedShard) -> None:
-        nonlocal done
-        finished[path] = packed
-        done += len(tasks[path])
-        progress(done, len(images))
-        bad = [line for record in finished.values() for line in record.bad]
-        if len(bad) > max_bad:
-            raise UserError(f"{source}: more than {max_bad} unreadable images, the first: {bad[0]}")
-
-    waiting = [path for path in tasks if path not in finished]
-    processes = processes or min(len(os.sched_getaffinity(0)), len(images) // IMAGES_PER_PROCESS)
-    if min(processes, len(waiting)) <= 1:
-        for path in waiting:
-            finish(path, write_shard(path, tasks[path], labels, resize, quality))
-    else:
-        with process_pool(min(processes, len(waiting))) as pool:
-            futures = {pool.submit(write_shard, path, tasks[path], labels, resize, quality): path for path in waiting}
-            try:
-                for future in as_completed(futures):
-                    finish(futures[future], future.result())
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-
-    names = read_list(class_names, "'CLASS NAME'") if class_names else {}
-    shards = {
-        split: tuple(s for path in tasks if path.name.startswith(f"{split}-") and (s := finished[path].shard))
-        for split in splits
-    }
-    index = Index(str(out), tuple(f"{name} {names[name]}" if name in names else name for name in classes), shards)
-    index.save()
-    for path in tasks:
-        record_path(path).unlink()
-    return index, [line for path in tasks for line in finished[path].bad]
+        tasks = {
+            out / f"{split}-{number:06d}.tar": part
+            for split, chosen in splits.items()
+            for number, part in enumerate(divide(chosen, shard_samples, shard_bytes))
+        }
+        finished = {path: record for path in tasks if (record := read_record(path))}
+        write_shards(tasks, finished, classes, resize, quality, max_bad, processes, progress)
+        shards = {
+            split: tuple(s for path in tasks if path.name.startswith(f"{split}-") and (s := finished[path].shard))
+            for split in splits
+        }
+        index = Index(str(out), tuple(f"{name} {names[name]}" if name in names else name for name in classes), shards)
+        index.save()
+        for path in tasks:
+            record_path(path).unlink()
+    bad = [f"left out, not readable: {line}" for path in tasks for line in finished[path].bad]
+    return index, bad + opened.lines()

@@ -1,5 +1,6 @@
 """Single samples out of tar shards, by the byte offsets of the index."""
 
+import re
 import tarfile
 from dataclasses import dataclass
 
@@ -30,16 +31,23 @@ class RawSample:
     label: int
 
 
+def only_ascii(name: str) -> str:
+    """`name` with ? for all other characters, as the header after a pax record (which has the name) may hold it."""
+    return re.sub(r"[^\x00-\x7f]", "?", name)
+
+
 def read_sample(index: Index, span: Span, number: int) -> RawSample:
     """Sample `number` of `span`. Raises BadSample, and UserError when the shard cannot be read at all."""
     shard, members = span.shard, load_members(index.root, span.shard)
     row = span.first + number
-    name, offset, size = members.names[row].decode(), int(members.offsets[row]), int(members.sizes[row])
-    label = int(members.labels[row])
+    offset, size, label = int(members.offsets[row]), int(members.sizes[row]), int(members.labels[row])
+    name = members.names[row].decode("utf-8", "backslashreplace")
     content = storage.read_range(index.location(shard), shard.sha256, shard.size, offset - BLOCK, size + BLOCK)
     try:
         header = tarfile.TarInfo.frombuf(content[:BLOCK], "utf-8", "surrogateescape")
-        agrees = header.size == size and name.startswith(header.name) and len(content) == size + BLOCK
+        indexed = only_ascii(members.names[row].decode("utf-8", "surrogateescape"))
+        named = indexed.startswith(only_ascii(header.name).rstrip("?"))  # a long name is cut, maybe inside a character
+        agrees = named and header.size == size and len(content) == size + BLOCK
     except tarfile.HeaderError:
         agrees = False
     reason = None

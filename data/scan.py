@@ -39,6 +39,10 @@ class HashingReader:
         self.size += len(content)
         return content
 
+    def read_all(self) -> None:
+        while self.read(1 << 20):
+            pass
+
 
 def open_stream(location: str) -> Any:
     if not storage.is_remote(location):
@@ -70,8 +74,7 @@ def members_of(file: HashingReader, location: str) -> Iterator[dict[str, Any]]:
             extracted = archive.extractfile(member) if name.endswith(".cls") else None
             content = extracted.read(MAX_LABEL_BYTES) if extracted else b""
             yield {"fname": name, "__url__": location, "data": (name, member.offset_data, member.size, content)}
-        while file.read(1 << 20):
-            pass
+        file.read_all()
         check_end(archive.offset, file.end, file.size)
 
 
@@ -143,6 +146,7 @@ def same_index(index: Index, names: Sequence[str], classes: tuple[str, ...]) -> 
     elif classes and classes != index.classes:
         difference = f"has {counted(len(index.classes), 'class')}, other than those given"
     else:
+        index.check_files()
         return index
     raise UserError(f"{Path(index.root) / INDEX_NAME} exists and {difference}. Delete it to index again")
 

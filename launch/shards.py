@@ -73,7 +73,7 @@ def pack(
     max_bad: int,
     processes: int | None,
 ) -> None:
-    """Pack SOURCE (a folder of class folders, a tar of one, or sklearn:digits) into shards in OUT.
+    """Pack SOURCE (a folder of class folders, a tar of one, compressed or not, or sklearn:digits) into shards in OUT.
 
     Goes on where an earlier call was killed; changes nothing in a folder that holds these images packed with these
     options, and refuses one that was packed otherwise.
@@ -83,7 +83,7 @@ def pack(
     console = new_console()
     packed_before = (out / INDEX_NAME).exists()
     with display(console, f"packing {source}") as shown:
-        index, bad = pack_images(
+        index, left_out = pack_images(
             source,
             out,
             validation_share=validation_share,
@@ -98,8 +98,8 @@ def pack(
             processes=processes,
             progress=reporter(shown, "images"),
         )
-    for line in bad:
-        console.print(f"left out, not readable: {line}", highlight=False)
+    for line in left_out:
+        console.print(line, highlight=False, markup=False)
     if packed_before:
         console.print(f"already packed: {index.describe()}", highlight=False)
     print_splits(index, console)
@@ -118,10 +118,11 @@ def index(shards: str, out: Path | None, classes: Path | None, processes: int | 
     An index of the same shards and classes is left as it is, one of others refused.
     """
     from data.scan import index_shards
+    from data.sources import read_lines
 
     console = new_console()
     indexed_before = ((out or Path(shards)) / INDEX_NAME).exists()
-    names = classes.read_text().splitlines() if classes else ()
+    names = read_lines(classes) if classes else ()
     with display(console, f"indexing {shards}") as shown:
         made = index_shards(shards, out, classes=names, processes=processes, progress=reporter(shown, "shards"))
     if indexed_before:

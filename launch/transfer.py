@@ -50,9 +50,9 @@ def prepare_data(study: Study, console: Console) -> Index:
                 rate = done / (time.monotonic() - started)
                 shown.update(done / total, f"{done} of {total} images, {rate:.0f}/s", final=done == total)
 
-            _, bad = pack(data.source, root, validation_share=data.validation_share, progress=progress)
-        for line in bad:
-            console.print(f"left out, not readable: {line}")
+            _, left_out = pack(data.source, root, validation_share=data.validation_share, progress=progress)
+        for line in left_out:
+            console.print(line, highlight=False, markup=False)
     index = Index.load(data.root, data.trust)
     if len(index.classes) != study.file.model.num_classes:
         raise UserError(

@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 from image_sets import config
 from PIL import Image
 
-from data.decode import BadImage, decode
+from data.decode import decode
 from data.errors import UserError
+from data.images import BadImage
 from data.index import Index, load_members
+from data.inspect import inspect_split
 from data.loader import TrainingLoader, TrainingStream, evaluation_batches
 from data.order import State
 from data.scan import index_shards, scan
@@ -190,6 +192,37 @@ def test_a_tar_that_is_cut_damaged_or_joined_to_another_is_refused_and_loses_no_
 def test_names_that_begin_with_underscores_are_samples_unless_webdataset_skips_them(tmp_path):
     write_tar(tmp_path / "a.tar", [("__misc/0.jpg", JPEG, b"0"), ("__info__/1.jpg", JPEG, b"0")])
     assert scan(str(tmp_path / "a.tar"))[0].names.tolist() == [b"__misc/0.jpg"]
+
+
+@pytest.mark.parametrize("kind", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_names_of_any_language_encoding_and_length_are_read_and_another_name_is_still_noticed(tmp_path, kind):
+    names = [
+        "café/1.jpg",
+        "caf\udce9/2.jpg",
+        "猫/3.jpg",
+        f"{'é' * 120}/4.jpg",
+        f"a{'é' * 60}.jpg",
+        f"{'x' * 180}/6.jpg",
+    ]
+    path = tmp_path / "train-0.tar"
+    with tarfile.open(path, "w", format=kind, encoding="utf-8", errors="surrogateescape") as archive:
+        for name in names:
+            for member, content in ((name, JPEG), (name.replace(".jpg", ".cls"), b"0")):
+                info = tarfile.TarInfo(member)
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    index = index_shards(str(tmp_path), processes=1)
+    found = inspect_split(index, "train", processes=1)
+    assert len(found.sizes) == len(names)
+    assert not found.bad
+    content = path.read_bytes()
+    header = tarfile.TarInfo("dog/1.jpg")
+    header.size = len(JPEG)
+    start = int(load_members(index.root, index.shards[0]).offsets[0])
+    path.write_bytes(content[: start - 512] + header.tobuf() + content[start:])
+    assert [str(bad) for bad in inspect_split(index, "train", processes=1).bad] == [
+        "train-0.tar: café/1.jpg: the index disagrees with the shard"
+    ]
 
 
 def test_unusual_images_are_read_as_pil_reads_them():

@@ -1,5 +1,6 @@
 """pack, index and inspect: whole shards or none, nothing lost silently, and the same shards after a kill."""
 
+import io
 import json
 import os
 import shutil
@@ -8,8 +9,10 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from image_sets import make_folder
@@ -112,9 +115,160 @@ def test_unreadable_files_are_named_and_too_many_end_the_pack(tmp_path):
     for number in range(3):
         (source / "class0" / f"broken{number}.png").write_bytes(b"\x89PNG broken" * number)
     _, bad = pack(str(source), tmp_path / "shards")
-    assert sorted(bad) == [f"class0/broken{number}.png: UnidentifiedImageError" for number in range(3)]
-    with pytest.raises(UserError, match="more than 2 unreadable"):
-        pack(str(source), tmp_path / "other", max_bad=2)
+    assert sorted(bad) == [
+        f"left out, not readable: class0/broken{number}.png: not a readable image (UnidentifiedImageError)"
+        for number in range(3)
+    ]
+    for _ in range(2):  # the second call finds nothing left to pack, and yet must not write the index
+        with pytest.raises(UserError, match=r"more than 2 unreadable.*raise --max-bad"):
+            pack(str(source), tmp_path / "other", max_bad=2)
+    assert not (tmp_path / "other" / "index.json").exists()
+    assert len(pack(str(source), tmp_path / "other", max_bad=3)[1]) == 3
+
+
+def test_pack_leaves_out_what_training_could_not_read(tmp_path):
+    """A file that is cut in its middle, one of another format than its name says, and what PIL would give to others."""
+    source = make_folder(tmp_path / "images", 9, size=(120, 90), suffix="jpg")
+    whole = (source / "class0" / "0000.jpg").read_bytes()
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+    for name, content in (("cut", whole[: len(whole) // 2]), ("postscript", postscript)):
+        (source / "class0" / f"{name}.jpg").write_bytes(content)
+    for resize in (None, 20):
+        index, bad = pack(str(source), tmp_path / f"shards{resize}", resize=resize)
+        assert [line.partition(" (")[0] for line in sorted(bad)] == [
+            f"left out, not readable: class0/{name}.jpg: not a readable image" for name in ("cut", "postscript")
+        ]
+        assert index.shards[0].samples == 9
+
+
+def test_resize_scales_16_bits_to_8_as_training_does():
+    ramp = (np.arange(4096).reshape(64, 64) * 16).astype(np.uint16)
+    content = io.BytesIO()
+    Image.fromarray(ramp).save(content, "png")
+    small = Image.open(io.BytesIO(packing.convert(content.getvalue(), 32, 95)))
+    assert abs(np.asarray(small).mean() - (ramp >> 8).mean()) < 1
+
+
+def tree(root: Path, *paths: str) -> Path:
+    """Files of these paths below `root`: images of different bytes, or text."""
+    for number, path in enumerate(paths):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        if path.endswith((".jpg", ".gif")):
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(root / path, "gif" if path.endswith("gif") else "jpeg")
+        else:
+            (root / path).write_text("text")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("paths", "train", "val", "left_out"),
+    [
+        pytest.param(
+            ["train/dog/1.jpg", "valid/dog/2.jpg", "test/dog/3.jpg"],
+            {"dog": 1},
+            {"dog": 1},
+            ["1 file left out: in test, where valid is the validation split"],
+            id="a test split is not merged into valid",
+        ),
+        pytest.param(["train/a/1.jpg", "test/a/2.jpg"], {"a": 1}, {"a": 1}, [], id="test alone is the split val"),
+        pytest.param(
+            ["train/1.jpg", "bus/2.jpg", "bus/3.jpg"], {"bus": 2, "train": 1}, {}, [], id="a class may be called train"
+        ),
+        pytest.param(
+            ["cats/black/1.jpg", "dogs/black/2.jpg", "dogs/3.jpg"],
+            {"cats": 1, "dogs": 2},
+            {},
+            [],
+            id="the class is the first folder, not the last",
+        ),
+        pytest.param(
+            ["set/data/train/a/val/1.jpg", "set/data/val/a/2.jpg", "set/logo.jpg"],
+            {"a": 1},
+            {"a": 1},
+            ["1 file left out: in no class folder"],
+            id="folders above the splits do not count, and below the class there are none",
+        ),
+        pytest.param(
+            ["train/a/1.jpg", "val/2.jpg", "val/3.jpg", "extra/b/4.jpg", "train/5.jpg"],
+            {"a": 1},
+            {},
+            [
+                "2 files left out: in val, but in no class folder (--validation-list names the class of such images)",
+                "1 file left out: in extra, beside the folders of the splits (train, val)",
+                "1 file left out: in train, but in no class folder (--validation-list names the class of such images)",
+            ],
+            id="images without a class are counted",
+        ),
+        pytest.param(
+            ["a/1.jpg", "b/2.gif", "b/3.jpg", "b/notes.txt", "b/.jpg", "4.jpg"],
+            {"a": 1, "b": 1},
+            {},
+            [
+                "1 file left out: .gif, where jpg, jpeg, png, webp, bmp are packed",
+                "1 file left out: .txt, where jpg, jpeg, png, webp, bmp are packed",
+                "1 file left out: in no class folder",
+                "1 file left out: no extension, where jpg, jpeg, png, webp, bmp are packed",
+            ],
+            id="other files are counted by kind",
+        ),
+    ],
+)
+def test_every_image_has_the_split_and_class_of_its_folders_or_is_counted(tmp_path, paths, train, val, left_out):
+    source = tree(tmp_path / "images", *paths)
+    with tarfile.open(tmp_path / "images.tar", "w") as archive:
+        archive.add(source, "images")
+    for given in (source, tmp_path / "images.tar"):
+        index, lines = pack(str(given), tmp_path / "shards" / given.name)
+        packed = {
+            split: Counter(index.classes[label] for s in shards for label in load_members(index.root, s).labels)
+            for split, shards in index.splits.items()
+        }
+        assert packed == {split: counts for split, counts in (("train", train), ("val", val)) if counts}
+        assert sorted(lines) == sorted(left_out)
+
+
+def test_links_and_odd_files_of_a_source_are_followed_once_or_counted_and_nothing_hangs(tmp_path):
+    source = tree(tmp_path / "images", "a/1.jpg", "__misc__/2.jpg", "café/3.jpg", "folder.jpg/4.jpg")
+    os.symlink("/nowhere.jpg", source / "a" / "broken.jpg")
+    os.symlink("..", source / "a" / "up")
+    os.symlink(tree(tmp_path / "elsewhere", "5.jpg"), source / "linked")
+    os.mkfifo(source / "a" / "pipe.jpg")
+    os.mkdir(os.fsencode(source) + b"/caf\xe9")
+    shutil.copy(source / "a" / "1.jpg", os.fsencode(source) + b"/caf\xe9/6.jpg")
+    index, lines = pack(str(source), tmp_path / "shards")
+    assert index.classes == ("__misc__", "a", "caf\\xe9", "café", "folder.jpg", "linked")
+    assert sorted(load_members(index.root, index.shards[0]).labels.tolist()) == list(range(6))
+    assert not inspect_split(index, "train", processes=1).bad
+    assert sorted(lines) == [
+        f"1 file left out: {source}/a/broken.jpg, a broken link or no plain file",
+        f"1 file left out: {source}/a/pipe.jpg, a broken link or no plain file",
+        f"1 file left out: {source}/a/up, a link to a folder above it",
+    ]
+
+
+def test_a_pack_that_packs_nothing_leaves_no_folder(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        pack(str(tmp_path / "nowhere"), tmp_path / "shards")
+    assert not (tmp_path / "shards").exists()
+
+
+def test_two_packs_into_one_folder_do_not_meet(tmp_path):
+    source = make_folder(tmp_path / "images", 9)
+    with packing.claim_folder(tmp_path / "shards"), pytest.raises(UserError, match="another process is packing"):
+        pack(str(source), tmp_path / "shards")
+    pack(str(source), tmp_path / "shards")
+
+
+def test_a_folder_that_lost_a_shard_is_not_called_done(tmp_path):
+    source, shards = make_folder(tmp_path / "images", 9), tmp_path / "shards"
+    pack(str(source), shards, shard_samples=5)
+    for name in ("train-000001.tar", "train-000001.index.npz"):
+        content = (shards / name).read_bytes()
+        (shards / name).unlink()
+        for again in (lambda: pack(str(source), shards, shard_samples=5), lambda: index_shards(str(shards))):
+            with pytest.raises(UserError, match=r"train-000001\.(tar|index\.npz): missing|does not|lists"):
+                again()
+        (shards / name).write_bytes(content)
 
 
 def test_imagenet_recipe_flat_validation_images_by_list_class_names_and_resize(tmp_path):
@@ -142,18 +296,24 @@ def test_imagenet_recipe_flat_validation_images_by_list_class_names_and_resize(t
         pack(str(source), tmp_path / "other", validation_list=listing)
 
 
-def test_a_tar_and_size_limits_give_the_images_of_the_folder(tmp_path):
+@pytest.mark.parametrize("compression", ["", "gz", "bz2", "xz"])
+def test_a_tar_compressed_or_not_and_size_limits_give_the_images_of_the_folder(tmp_path, compression):
     source = make_folder(tmp_path / "images", 30)
-    with tarfile.open(tmp_path / "images.tar", "w") as archive:
+    path, shards = tmp_path / f"images.tar.{compression}", tmp_path / "shards"
+    with tarfile.open(path, f"w:{compression}") as archive:
         archive.add(source, "images")
-    index, _ = pack(str(tmp_path / "images.tar"), tmp_path / "shards", shard_bytes=2000)
+    index, _ = pack(str(path), shards, shard_bytes=2000)
     images = [read_sample(index, Span(s, 0, s.samples), n).image for s in index.shards for n in range(s.samples)]
     assert sorted(images) == sorted(path.read_bytes() for path in source.rglob("*.png"))
     assert all(load_members(index.root, s).sizes.sum() <= 2000 for s in index.shards)
-    with tarfile.open(tmp_path / "images.tgz", "w:gz") as archive:
-        archive.add(source, "images")
-    with pytest.raises(UserError, match="uncompressed"):
-        pack(str(tmp_path / "images.tgz"), tmp_path / "refused")
+    assert not list(shards.glob(".*"))  # the unpacked tar is gone
+    content = path.read_bytes()
+    with tarfile.open(path, f"r:{compression}") as archive:
+        boundary = archive.getmembers()[20].offset
+    for cut in (content[: len(content) // 2], content[:-20] if compression else content[:boundary]):
+        path.write_bytes(cut)
+        with pytest.raises(UserError, match="not a whole tar"):
+            pack(str(path), tmp_path / "refused")
 
 
 def test_indexing_existing_shards_gives_packs_own_index_and_inspect_reports(tmp_path):

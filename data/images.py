@@ -1,0 +1,46 @@
+"""Image files as PIL reads them, for packing and for training alike. Nothing here imports torch."""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+from PIL import Image
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")  # no others: for EPS, PIL would start Ghostscript
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485  # PIL's own limit against decompression bombs
+
+
+class BadImage(Exception):
+    """An image file that cannot be decoded; the message is the reason, in words that do not name the file."""
+
+
+def check_pixels(height: int, width: int) -> None:
+    if height * width > MAX_PIXELS:
+        raise BadImage(f"more than {MAX_PIXELS} pixels")
+
+
+@contextmanager
+def refusing_bad_images() -> Iterator[None]:
+    """Turns what PIL raises for a damaged file into BadImage."""
+    try:
+        yield
+    except Image.DecompressionBombError:
+        raise BadImage(f"more than {MAX_PIXELS} pixels") from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise BadImage(f"not a readable image ({type(error).__name__})") from None
+
+
+def open_image(content: bytes) -> Image.Image:
+    """The image, decoded to its last row: a header says nothing about the rest. Within refusing_bad_images."""
+    image = Image.open(io.BytesIO(content), formats=FORMATS)
+    check_pixels(image.height, image.width)
+    image.load()
+    return image
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """An image of 16 bits a pixel scaled to 8, where PIL's own conversion would clip; any other as it is."""
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
