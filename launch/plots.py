@@ -58,7 +58,9 @@ def curves(analysis: Analysis, study: StudyConfig) -> Figure:
     figure, axes = panels(len(names))
     finite = [float(m) for curve in analysis.curves for m in curve.metric.flat if math.isfinite(m)]
     floor, ceiling = (min(finite), max(finite)) if finite else (0.1, 1.0)
-    top = ceiling * 1.25  # where diverged runs are shown
+    margin = max(ceiling / floor, 1.01) ** 0.08
+    top = ceiling * margin  # where diverged runs are shown
+    diverged = any(np.isinf(curve.metric).any() for curve in analysis.curves)
     colours = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(study.sizes)))
     for axis, name in zip(axes, names, strict=True):
         for colour, size in zip(colours, study.sizes, strict=True):
@@ -73,8 +75,9 @@ def curves(analysis: Analysis, study: StudyConfig) -> Figure:
                 if optimum.x is not None:
                     marker = "<" if optimum.censored == "low" else ">" if optimum.censored else "o"
                     axis.plot(optimum.x, optimum.metric, marker, color=colour, markersize=9, markeredgecolor="k")
-        axis.axhline(top, color="0.85", linewidth=0.8, zorder=0)
-        axis.set(title=name, xlabel=f"log2 of {study.axis}", yscale="log", ylim=(floor * 0.8, ceiling * 1.4))
+        if diverged:
+            axis.axhline(top, color="0.85", linewidth=0.8, zorder=0)
+        axis.set(title=name, xlabel=f"log2 of {study.axis}", yscale="log", ylim=(floor / margin, top * margin))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.25)
     plain_log_axis(axes[0])
@@ -98,7 +101,8 @@ def varied(analysis: Analysis, study: StudyConfig) -> list[str]:
 
 
 def against_size(analysis: Analysis, study: StudyConfig, what: str) -> Figure | None:
-    """`drift` in octaves, or `loss` at the base's optimum (solid) and at the size's own (dotted).
+    """`drift` in octaves (a size that does not train is a cross below), or `loss` at the base's optimum (solid) and at
+    the size's own (dotted).
 
     Against width and depth; None where neither is varied alone."""
     names = varied(analysis, study)
@@ -106,6 +110,8 @@ def against_size(analysis: Analysis, study: StudyConfig, what: str) -> Figure | 
         return None
     figure, axes = panels(len(names))
     count = len(analysis.judgements)
+    drifts = [abs(c.drift) for c in analysis.comparisons if c.drift is not None]
+    limit = max([*drifts, 2 * study.tolerance]) + 1
     for axis, name in zip(axes, names, strict=True):
         for number, judgement in enumerate(analysis.judgements):
             own = [c for c in analysis.comparisons if c.curve.parameterization == judgement.parameterization]
@@ -119,17 +125,20 @@ def against_size(analysis: Analysis, study: StudyConfig, what: str) -> Figure | 
                 errors = np.clip([drift - bounds[:, 0], bounds[:, 1] - drift], 0, 99)
                 apart = x * 2.0 ** (0.06 * (number - (count - 1) / 2))  # intervals of two that agree stay readable
                 axis.errorbar(apart, drift, yerr=errors, capsize=3, **style)
+                untrained = np.array([c.curve.optimum.x is None for c in shown], bool)
+                edge = np.full(untrained.sum(), -0.94 * limit)
+                axis.plot(apart[untrained], edge, "x", color=f"C{number}", label="_", markersize=7)
             else:
                 metric = np.array([c.at_base_optimum for c in shown])
                 axis.plot(x, np.where(np.isfinite(metric), metric, math.nan), **style)
                 axis.plot(x, [c.curve.optimum.metric for c in shown], ":", color=f"C{number}")
         size_axis(axis, name, sorted({getattr(c.curve.size, name) for c in analysis.comparisons}))
     if what == "drift":
-        drifts = [abs(c.drift) for c in analysis.comparisons if c.drift is not None]
-        limit = max([*drifts, 2 * study.tolerance]) + 1
         axes[0].set(ylabel=f"drift of the optimum (octaves of {study.axis})", ylim=(-limit, limit))
         for axis in axes:
-            axis.axhspan(-study.tolerance, study.tolerance, color="0.93", zorder=0)
+            axis.axhspan(-study.tolerance, study.tolerance, color="0.93", zorder=0, label="tolerance")
+        if any(c.curve.optimum.x is None for c in analysis.comparisons):
+            axes[-1].plot([], [], "kx", label="does not train")
     else:
         axes[0].set(ylabel=study.metric.replace("_", " "), yscale="log")
         plain_log_axis(axes[0])
