@@ -55,7 +55,7 @@ def table(axis: Axis, lines: list[Line]) -> list[str]:
         rows.append(
             (quantity, slope(at.get(first)), demanded(at.get(first)), *map(slope, updates), demanded(updates[-1]))
         )
-    return [f"{row[0]:<17}" + "".join(f"{cell:>12}" for cell in row[1:]) for row in rows]
+    return [f"{row[0]:<19}" + "".join(f"{cell:>12}" for cell in row[1:]) for row in rows]
 
 
 def write_plot(lines: list[Line], title: str, path: Path) -> None:

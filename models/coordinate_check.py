@@ -98,13 +98,13 @@ TARGETS: dict[str, Target] = {
     Role.SCALAR.value:          Target(None,         None,          FLAT,            FLAT),
     Role.READOUT.value:         Target(None,         None,          FLAT,            FLAT),
 }
-# Muon gives a matrix's update a constant spectral norm: its RMS falls like N^-1/2 at full rank, like 1/N at fixed rank.
+# Muon gives each matrix's update a spectral norm, so that is measured of it: RMS mixes it with its rank.
 # It orthogonalises q, k and v as one matrix, in which the share of q and k changes with depth.
 MUON_TARGETS = TARGETS | {
     "attention logits":         replace(TARGETS["attention logits"], update_depth=None),
     "attention logits, fixed head dim": replace(TARGETS["attention logits, fixed head dim"], update_depth=None),
-    Role.BRANCH_HIDDEN.value:   Target(None,         None,          span(-1, -0.5),  as_update),
-    Role.HIDDEN.value:          Target(None,         None,          span(-1, -0.5),  FLAT),
+    f"muon {Role.BRANCH_HIDDEN.value}": Target(None, None,      FLAT,            as_update),
+    f"muon {Role.HIDDEN.value}": Target(None,        None,          FLAT,            FLAT),
 }
 # fmt: on
 
@@ -177,8 +177,9 @@ def recording(scaled: ScaledModel) -> Iterator[Values]:
             handle.remove()
 
 
-def observe(scaled: ScaledModel, values: Values, attention: str) -> Values:
-    """A copy of `values` with attention logits in place of queries and keys, and the weights of each role."""
+def observe(scaled: ScaledModel, values: Values, attention: str, by_muon: set[str]) -> Values:
+    """A copy of `values` with attention logits in place of queries and keys, and the weights of each role; matrices
+    that muon trains, `by_muon`, one by one."""
     observed = {quantity: dict(at) for quantity, at in values.items() if quantity not in ("queries", "keys")}
     if "queries" in values and "keys" in values:
         observed[attention] = {
@@ -187,12 +188,24 @@ def observe(scaled: ScaledModel, values: Values, attention: str) -> Values:
         }
     weights: dict[str, list[Tensor]] = {}
     for name, parameter in scaled.network.named_parameters():
-        weights.setdefault(scaled.rules[name].role.value, []).append(parameter.detach().flatten())
+        role = scaled.rules[name].role.value
+        if name in by_muon:
+            matrices = observed.setdefault(f"muon {role}", {})
+            matrices[len(matrices)] = parameter.detach().clone()
+        else:
+            weights.setdefault(role, []).append(parameter.detach().flatten())
     return observed | {role: {0: torch.cat(tensors)} for role, tensors in weights.items()}
 
 
 def rms(tensor: Tensor) -> float:
     return float(tensor.float().square().mean().sqrt())
+
+
+def sizes(quantity: str, at: dict[int, Tensor]) -> list[float]:
+    """RMS at each position; of Muon's matrices, the one RMS of their spectral norms."""
+    if quantity.startswith("muon "):
+        return [rms(torch.stack([torch.linalg.matrix_norm(matrix, ord=2) for matrix in at.values()]))]
+    return [rms(at[i]) for i in sorted(at)]
 
 
 def fixed_batch(config: AnyModelConfig, settings: Settings, seed: int) -> tuple[Tensor, Tensor]:
@@ -225,17 +238,20 @@ def measure(
     optimizer = build_optimizer(groups, optimizer_config)
     images, labels = fixed_batch(config, settings, seed)
     attention = "attention logits" + ("" if getattr(config, "num_heads", None) else ", fixed head dim")
+    by_muon = {id(p) for group in groups if group["algorithm"] == "muon" for p in group["params"]}
+    names = {name for name, parameter in scaled.network.named_parameters() if id(parameter) in by_muon}
     measured: Measured = {}
     initial: Values = {}
     with recording(scaled) as values:
         for step in range(settings.steps + 1):
             logits = scaled.network(images)
             if step == 0:
-                initial = observe(scaled, values, attention)
-                measured |= {(q, 0): [rms(at[i]) for i in sorted(at)] for q, at in initial.items()}
+                initial = observe(scaled, values, attention, names)
+                measured |= {(q, 0): sizes(q, at) for q, at in initial.items()}
             elif step in (1, settings.steps):
-                now = observe(scaled, values, attention)
-                measured |= {(q, step): [rms(at[i] - initial[q][i]) for i in sorted(at)] for q, at in now.items()}
+                now = observe(scaled, values, attention, names)
+                changes = {q: {i: at[i] - initial[q][i] for i in at} for q, at in now.items()}
+                measured |= {(q, step): sizes(q, at) for q, at in changes.items()}
             optimizer.zero_grad()
             F.cross_entropy(logits - initial["logits"][0], labels).backward()
             optimizer.step()

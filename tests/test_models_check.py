@@ -28,6 +28,7 @@ VIT = VisionTransformerConfig(
     **{"num_classes": 10, "image_size": 16, "in_channels": 1},
 )
 SGD, ADAMW = OptimizerConfig(name="sgd", lr=0.03), OptimizerConfig(name="adamw", lr=1e-3)
+MUON = replace(ADAMW, name="muon")
 SMALL = Settings(factors=(1, 4), steps=2, num_seeds=4)
 
 
@@ -52,7 +53,7 @@ def test_depth_mup_passes_and_sp_and_mup_fail(config: AnyModelConfig, optimizer:
 
 def test_completep_and_muon_pass_too() -> None:
     assert not failures(CONV_RESNET, ADAMW, "completep")
-    assert not failures(VIT, replace(ADAMW, name="muon"))
+    assert not failures(VIT, MUON)
 
 
 FAULTS = [
@@ -76,6 +77,8 @@ FAULTS = [
     (Role.READOUT, "init_variance", "times 1/N", CONV_RESNET, ADAMW),
     (Role.READOUT, "lr_sgd", "without N", CONV_RESNET, SGD),
     (Role.READOUT, "lr_adam", "times 1/N", CONV_RESNET, ADAMW),
+    (Role.BRANCH_HIDDEN, "lr_muon", "without N", VIT, MUON),
+    (Role.BRANCH_HIDDEN, "lr_muon", "times 1/L", VIT, MUON),
 ]
 CHANGES = {
     "without N": lambda formula: lambda N, L, a: formula(1.0, L, a),
