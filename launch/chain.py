@@ -17,7 +17,7 @@ from data.errors import UserError
 from launch import states
 from launch.config import read_study, read_study_or_run
 from launch.study import Study
-from launch.transfer import IDLE, UNFINISHED, Launched, grow, launch, prepare_data, unfinished, wait
+from launch.transfer import IDLE, UNFINISHED, Launched, Unfinished, grow, launch, prepare_data, unfinished, wait
 from models.errors import ModelError
 
 if TYPE_CHECKING:
@@ -107,8 +107,12 @@ def say_next_step(study: Study, console: Console) -> None:
 
 
 def transfer(study: Study, target: Path | None, console: Console) -> None:
-    """Walks the whole path and waits for it."""
-    finish(study, console)
+    """Walks the whole path and waits for it. Where runs fail, writes the report of what is there all the same."""
+    try:
+        finish(study, console)
+    except Unfinished:
+        report_what_is_there(study, console)
+        raise
     show_report(study, console)
     if target is None:
         say_next_step(study, console)
@@ -117,6 +121,15 @@ def transfer(study: Study, target: Path | None, console: Console) -> None:
     if large.pending():
         finish(large, console)
     report_target(study, console)
+
+
+def report_what_is_there(study: Study, console: Console) -> None:
+    from launch.page import write_report
+    from launch.report import collect
+
+    if (report := collect(study)).results:
+        write_report(report)
+        console.print(f"Report of what is done: {study.file.directory / 'report.html'}", highlight=False)
 
 
 def report_target(study: Study, console: Console) -> None:

@@ -138,7 +138,7 @@ class LaunchConfig:
     timeout_min: Positive = 240
     signal_delay_s: Positive = 120  # Slurm's warning before the time limit: a step and a checkpoint must fit in
     max_running: Positive = 64  # jobs at once
-    max_attempts: Positive = 5  # of a run that ended without a word, or that got no further
+    max_attempts: Positive = 5  # of a run whose job ended without a word
     runs_per_job: Positive = 1
     runs_per_gpu: Positive = 1
     setup: tuple[str, ...] = ()  # shell lines before the job: module load, source, export

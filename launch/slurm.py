@@ -19,6 +19,11 @@ HINTS = (
     (r"invalid account|account/partition combination", "launch.account"),
     (r"invalid qos", "launch.qos"),
     (r"invalid feature|invalid constraint", "launch.constraint"),
+    # Which limit of an account or QOS it is, Slurm says in one word; "size and/or time limits" follows each of them.
+    (r"\w*(MaxSubmit|GrpSubmit)\w*", "launch.runs_per_job (fewer, longer jobs)"),
+    (r"\w*(MaxWall|GrpWall)\w*", "launch.timeout_min"),
+    (r"(QOS|Assoc)(Grp|Max|Min)\w+", "launch.nodes, gpus_per_node, cpus_per_task or memory_gb, or launch.qos"),
+    (r"accounting/QOS policy", "launch.qos or launch.account (sacctmgr show qos, assoc lists their limits)"),
     (r"time limit", "launch.timeout_min"),
     (r"memory specification|memory required", "launch.memory_gb"),
     (r"generic resource|gres|gpu", "launch.gpus_per_node"),
@@ -56,11 +61,12 @@ def require() -> None:
 
 
 def clean_environment() -> dict[str, str]:
-    """Ours without the variables of a job that we may run in: sbatch would take them for options."""
+    """Ours without the variables of a job that we may run in, which sbatch would take for options, and without a user's
+    own formats and filters of squeue."""
     return {
         key: value
         for key, value in os.environ.items()
-        if not key.startswith(("SLURM_", "SBATCH_")) or key == "SLURM_CONF"
+        if not key.startswith(("SLURM_", "SBATCH_", "SQUEUE_")) or key == "SLURM_CONF"
     }
 
 

@@ -221,14 +221,18 @@ def wait(study: Study, launched: Launched, console: Console) -> None:
         raise unfinished(study)
 
 
-def unfinished(study: Study) -> UserError:
+class Unfinished(UserError):
+    """Runs are left over that no process has."""
+
+
+def unfinished(study: Study) -> Unfinished:
     """How many runs are left over, and what the first of them says."""
     left = [found for found in states.take(study).runs if found.state not in ("done", "diverged")]
     if asked(study.file.directory)[0] == "cancel":
-        return UserError(
+        return Unfinished(
             f"cancelled: {len(left)} of {len(study.runs)} runs are left. Run the same command to resume them"
         )
-    return UserError(
+    return Unfinished(
         f"{len(left)} of {len(study.runs)} runs did not finish ({left[0].run.directory.path}: "
         f"{left[0].remark or left[0].state}). Run the same command again to resume them"
     )

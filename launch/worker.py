@@ -122,6 +122,8 @@ def claim(directories: Sequence[RunDirectory], held: ExitStack) -> dict[RunDirec
                     config = read_config(directory)
                     if not claimed and len(directories) > 1 and not failed_in_a_pack(directory):
                         size = pack_size(config, pick_device(config.train.device, World()))
+                        if size < min(config.train.pack or 1, len(directories)):
+                            print(f"train.pack is {config.train.pack}, but at most {size} fit into memory", flush=True)
                 except Exception as error:
                     record_failure(directory, error)
                     continue
@@ -242,7 +244,7 @@ def run_side_by_side(file: Path, count: int) -> int:
             subprocess.Popen([sys.executable, "-m", "launch.worker", str(file), "--slot"]) for _ in range(count)
         ]
         codes = [process.wait() for process in processes]
-    return EXIT_REQUEUE if EXIT_REQUEUE in codes else max(abs(code) for code in codes)
+    return EXIT_REQUEUE if EXIT_REQUEUE in codes else max(128 - code if code < 0 else code for code in codes)
 
 
 def record_end(directories: Sequence[RunDirectory], code: int, log: Path, details: dict[str, Any]) -> None:

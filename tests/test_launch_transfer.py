@@ -13,6 +13,7 @@ import pytest
 
 from launch.config import LaunchConfig, read_study
 from launch.jobs import Submission, ask, load_all
+from launch.slurm import SlurmError, refusal
 from launch.states import RunState, Snapshot
 from launch.study import Study
 from launch.submit import slot_gpus
@@ -185,15 +186,34 @@ def test_the_main_path_goes_from_a_proxy_to_a_target_and_its_line_in_the_report(
     assert f"depthmup scale {folder}" in alone.stdout
 
 
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        ("Requested time limit is invalid (missing or exceeds some limit)", "launch.timeout_min"),
+        ("AssocMaxSubmitJobLimit", "launch.runs_per_job"),
+        ("QOSMaxWallDurationPerJobLimit", "launch.timeout_min"),
+        ("QOSMaxGRESPerUser", "launch.nodes, gpus_per_node"),
+        ("", "launch.qos or launch.account"),
+    ],
+)
+def test_what_slurm_refuses_is_said_with_the_key_to_change(words: str, key: str) -> None:
+    policy = "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)"
+    said = str(refusal(SlurmError(words if words.startswith("Requested") else f"{words}; {policy}")))
+    assert f"(change {key}" in said
+
+
 def test_a_failed_run_is_named_and_the_others_finish(study_file: Path) -> None:
     depthmup("transfer", study_file, "launch.cluster=debug", "study.values=[2**-6, 2**-5, 2**-4]")
     broken, *others = run_directories(study_file)
     (broken / "done.json").unlink()
     (broken / "log-0.txt").unlink()
     (broken / "log-0.txt").mkdir()  # the run cannot open its log
+    report = broken.parents[1] / "report.html"
+    report.unlink()
     failed = depthmup("transfer", study_file)
     assert failed.returncode == 2
     assert broken.name in failed.stderr
+    assert broken.name in report.read_text()  # it is of what is done, and says what is not
     assert "failed" in depthmup("status", study_file).stdout
     assert all((path / "done.json").exists() for path in others)
 

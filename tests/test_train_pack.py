@@ -103,9 +103,11 @@ def test_each_replica_ends_as_it_would_alone_while_one_diverges(
         make(seed=1, train__clip_norm=None, parameterization={"beta": 0.5}),
     ]
     alone = [run(config, tmp_path / f"alone-{number}") for number, config in enumerate(configs)]
+    started = time.monotonic()
     packed = run_pack(configs, [tmp_path / f"packed-{number}" for number in range(len(configs))])
-
+    elapsed = time.monotonic() - started
     assert [result["outcome"] for result in packed] == ["completed", "diverged"] + ["completed"] * 3
+    assert 0 < sum(result["seconds"] for result in packed) < elapsed  # shares of one process's time
     for number, (one, other) in enumerate(zip(alone, packed, strict=True)):
         single, together = tmp_path / f"alone-{number}", tmp_path / f"packed-{number}"
         assert one.keys() == other.keys()
@@ -353,6 +355,10 @@ def test_what_cannot_be_packed_is_named(make: Callable[..., RunConfig], tmp_path
     assert packable(tracked, tracked) == ["track.wandb"]
     with pytest.raises(UserError, match=r"runs 0 and 1 cannot be packed together: data.window, model.width"):
         run_pack([base, other], [tmp_path / "a", tmp_path / "b"])
+    with pytest.raises(UserError, match="found one twice"):
+        run_pack([base, packs[0]], [tmp_path / "a", tmp_path / "b" / ".." / "a"])
+    with pytest.raises(UserError, match=r"packs do not know the setting of: track\.wandb"):
+        run_pack([tracked, tracked], [tmp_path / "a", tmp_path / "b"])
     assert not (tmp_path / "a").exists()
 
 

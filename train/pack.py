@@ -106,8 +106,9 @@ def check_pack(configs: Sequence[RunConfig]) -> None:
     """Raises UserError, naming the fields, when the runs cannot share a pack."""
     for number, config in enumerate(configs):
         if names := packable(configs[0], config):
+            which = f"runs 0 and {number} cannot be packed together" if number else "packs do not know the setting of"
             raise UserError(
-                f"runs 0 and {number} cannot be packed together: {', '.join(names)}. Runs of one pack may differ in "
+                f"{which}: {', '.join(names)}. Runs of one pack may differ in "
                 "seed, learning rate, weight decay, momentum, schedule and parameterization only"
             )
 
@@ -213,6 +214,8 @@ def run_pack(
     Raises UserError when the runs cannot be packed together, do not fit into memory, or the network has an operation
     that does not batch.
     """
+    if len({Path(path).resolve() for path in paths}) < len(paths):
+        raise UserError("runs of one pack need a directory each, found one twice")
     if len(configs) > 1:
         check_pack(configs)
     interrupt = interrupt or Interrupt()
@@ -375,7 +378,8 @@ class Pack:
             self.close(member, result | {"seconds": seconds})
 
     def close(self, member: Member, result: dict[str, Any]) -> None:
-        """Marks the run done."""
+        """Marks the run done. Of `seconds`, the pack's, each of its runs has an equal share."""
+        result["seconds"] /= len(self.members)
         for line in self.loaders[member.config.seed].bad.lines():
             member.log(f"bad samples: {line}")
         member.checkpoints.wait()
