@@ -15,9 +15,10 @@ from models.config import (
     ConvResNetConfig,
     OptimizerConfig,
     ParameterizationConfig,
+    ResNetConfig,
     VisionTransformerConfig,
 )
-from models.coordinate_check import Line, Settings, at_positions, check
+from models.coordinate_check import AXES, Axis, Line, Settings, at_positions, check
 from models.parameterization import Role, Scale
 
 CONV_RESNET = ConvResNetConfig(
@@ -27,18 +28,23 @@ VIT = VisionTransformerConfig(
     **{"width": 32, "depth": 3, "base_width": 32, "base_depth": 3, "num_heads": 4, "patch_size": 4},
     **{"num_classes": 10, "image_size": 16, "in_channels": 1},
 )
+QK_VIT = replace(VIT, num_heads=None, head_dim=8, qk_norm=True)
+TIMM_RESNET = ResNetConfig(
+    **{"width": 16, "depth": 4, "base_width": 16, "base_depth": 4, "norm": "none"},
+    **{"num_classes": 10, "image_size": 32, "in_channels": 1},
+)
 SGD, ADAMW = OptimizerConfig(name="sgd", lr=0.03), OptimizerConfig(name="adamw", lr=1e-3)
 MUON = replace(ADAMW, name="muon")
 SMALL = Settings(factors=(1, 4), steps=2, num_seeds=4)
 
 
 def failures(
-    config: AnyModelConfig, optimizer: OptimizerConfig, name: str = "depth_mup", settings: Settings = SMALL
+    config: AnyModelConfig, optimizer: OptimizerConfig, name: str = "depth_mup", axes: tuple[Axis, ...] = AXES
 ) -> list[Line]:
     # beta: the paper's 1 / sqrt(depth) at the base
     parameterization = ParameterizationConfig(name=name, beta=config.base_depth**-0.5)
-    lines = check(config, parameterization, optimizer, settings)
-    assert {line.axis for line in lines} == {"width", "depth"}
+    lines = check(config, parameterization, optimizer, SMALL, axes)
+    assert {line.axis for line in lines} == set(axes)
     return [line for line in lines if line.verdict == "off"]
 
 
@@ -56,6 +62,12 @@ def test_completep_and_muon_pass_too() -> None:
     assert not failures(VIT, MUON)
 
 
+@pytest.mark.parametrize("optimizer", [SGD, ADAMW], ids=lambda o: o.name)
+def test_depth_mup_passes_on_the_networks_that_have_the_other_roles(optimizer: OptimizerConfig) -> None:
+    assert not failures(QK_VIT, optimizer)
+    assert not failures(TIMM_RESNET, optimizer, axes=("width",))
+
+
 FAULTS = [
     # role, column, what is left out of the formula or put into it, model, optimizer
     (Role.INPUT, "lr_sgd", "without N", CONV_RESNET, SGD),
@@ -66,6 +78,15 @@ FAULTS = [
     (Role.BRANCH_HIDDEN, "lr_sgd", "times 1/L", CONV_RESNET, SGD),
     (Role.BRANCH_HIDDEN, "lr_adam", "without N", CONV_RESNET, ADAMW),
     (Role.BRANCH_HIDDEN, "lr_adam", "without L", CONV_RESNET, ADAMW),
+    (Role.BRANCH_HIDDEN, "lr_muon", "without N", VIT, MUON),
+    (Role.BRANCH_HIDDEN, "lr_muon", "without L", VIT, MUON),
+    (Role.HIDDEN, "init_variance", "without N", TIMM_RESNET, ADAMW),
+    (Role.HIDDEN, "lr_sgd", "times N", TIMM_RESNET, SGD),
+    (Role.HIDDEN, "lr_adam", "without N", TIMM_RESNET, ADAMW),
+    (Role.BRANCH_SCALAR, "lr_sgd", "times N", QK_VIT, SGD),
+    (Role.BRANCH_SCALAR, "lr_sgd", "times 1/L", QK_VIT, SGD),
+    (Role.BRANCH_SCALAR, "lr_adam", "times N", QK_VIT, ADAMW),
+    (Role.BRANCH_SCALAR, "lr_adam", "without L", QK_VIT, ADAMW),
     (Role.BRANCH_VECTOR, "lr_sgd", "without N", VIT, SGD),
     (Role.BRANCH_VECTOR, "lr_sgd", "times 1/L", VIT, SGD),
     (Role.BRANCH_VECTOR, "lr_adam", "without L", VIT, ADAMW),
@@ -77,8 +98,6 @@ FAULTS = [
     (Role.READOUT, "init_variance", "times 1/N", CONV_RESNET, ADAMW),
     (Role.READOUT, "lr_sgd", "without N", CONV_RESNET, SGD),
     (Role.READOUT, "lr_adam", "times 1/N", CONV_RESNET, ADAMW),
-    (Role.BRANCH_HIDDEN, "lr_muon", "without N", VIT, MUON),
-    (Role.BRANCH_HIDDEN, "lr_muon", "times 1/L", VIT, MUON),
 ]
 CHANGES = {
     "without N": lambda formula: lambda N, L, a: formula(1.0, L, a),
@@ -102,7 +121,8 @@ def test_each_broken_rule_of_the_table_is_caught(
 ) -> None:
     row = rules.TABLE[role]
     monkeypatch.setitem(rules.TABLE, role, replace(row, **{column: CHANGES[change](getattr(row, column))}))
-    assert failures(config, optimizer), f"{role.value} {column} {change}"
+    axes: tuple[Axis, ...] = ("depth",) if "L" in change else ("width",)
+    assert failures(config, optimizer, axes=axes), f"{role.value} {column} {change}"
 
 
 @pytest.mark.parametrize(
