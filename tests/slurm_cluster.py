@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,16 @@ class Cluster:
         wait_for(
             lambda: not {"unk", "down"} & {state.strip("*") for state in self.call("sinfo", "-h", "-o", "%t").split()}
         )
+
+    @contextmanager
+    def nothing_begins(self) -> Iterator[None]:
+        """Jobs of the default partition wait while the block runs."""
+        update = ("scontrol", "update", "PartitionName=main")
+        self.call(*update, "State=DOWN", root=True)
+        try:
+            yield
+        finally:
+            self.call(*update, "State=UP", root=True)
 
     def controller_is_up(self) -> bool:
         ping = subprocess.run(["scontrol", "ping"], env=self.environment, capture_output=True, check=False)

@@ -27,14 +27,15 @@ def test_the_path_goes_on_to_the_target_after_the_user_has_logged_out_or_stops_w
     target.write_text(yaml.safe_dump({"model": {"width": 16}, "train": {"samples": 640}, "launch": single}))
     open_ended = ("study.name=open", "study.sizes=[{width: 8, depth: 3}]", "study.seeds=[0]")
 
-    for overrides in ((), open_ended):
-        left = cluster.depthmup("transfer", study_file, *overrides, "--target", target, "--detach")
-        assert left.returncode == 0, left.stderr
-    again = cluster.depthmup("transfer", study_file, "--target", target, "--detach")
-    assert "goes on after" in again.stdout
-    assert len(cluster.queued("-tiny-then-")) == 1  # not a second one
-    folder = study_file.parent / "runs" / "tiny"
-    assert "then: job" in cluster.depthmup("status", folder).stdout
+    with cluster.nothing_begins():
+        for overrides in ((), open_ended):
+            left = cluster.depthmup("transfer", study_file, *overrides, "--target", target, "--detach")
+            assert left.returncode == 0, left.stderr
+        again = cluster.depthmup("transfer", study_file, "--target", target, "--detach")
+        assert "goes on after" in again.stdout, again.stdout + again.stderr
+        assert len(cluster.queued("-tiny-then-")) == 1  # not a second one
+        folder = study_file.parent / "runs" / "tiny"
+        assert "then: job" in cluster.depthmup("status", folder).stdout
 
     stopped = folder.with_name("open")
     wait_for(lambda: (stopped / "report.md").exists() and not cluster.queued("-open-"), 240)
