@@ -46,7 +46,7 @@ def start(arguments: list[str], world_size: int) -> list[subprocess.Popen[str]]:
     ]
 
 
-def run_function(module: str, function: str, world_size: int, *arguments: str, timeout: float = 300) -> None:
+def run_function(module: str, function: str, world_size: int, *arguments: str, timeout: float = 900) -> None:
     """Calls `module.function(*arguments)` in each process; fails with the processes' output when one fails."""
     code = f"import sys, {module}; {module}.{function}(*sys.argv[1:])"
     processes = start(["-c", code, *arguments], world_size)
