@@ -139,6 +139,7 @@ def test_pack_leaves_out_what_training_could_not_read(tmp_path):
             f"left out, not readable: class0/{name}.jpg: not a readable image" for name in ("cut", "postscript")
         ]
         assert index.shards[0].samples == 9
+        assert "UnidentifiedImageError" in max(bad)  # the postscript: PIL does not even look into it
 
 
 def test_resize_scales_16_bits_to_8_as_training_does():
