@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.analysis import show_drift, show_interval
+from launch.analysis import show_drift, show_interval, show_range
 from launch.overview import closed, overview
 from launch.page import markdown_table
 from launch.plan import quantity
 from launch.record import read_record
-from launch.tables import number, show_range
+from launch.tables import number, planned_sentence
 
 INTRODUCTION = """# Results: does the optimum stay put?
 
@@ -103,7 +103,8 @@ def size_rows(record: dict[str, Any]) -> list[dict[str, str]]:
 def verdict(found: dict[str, Any]) -> str:
     line = f"- **{found['parameterization']}: {found['verdict']}**. {found['reason']}."
     if alone := found["at_planned_seeds"]:
-        line += f" Seeds were added; with the planned ones ({listed(alone['seeds'])}) alone: **{alone['verdict']}**."
+        bold = f"**{alone['verdict']}**"
+        line += f" {planned_sentence(alone['seeds'], bold)}"
     return line
 
 

@@ -167,6 +167,11 @@ def show_interval(found: tuple[float, float]) -> str:
     return f"above {low}" if math.isinf(found[1]) else f"{low} to {high}"
 
 
+def show_range(found: tuple[float, float] | None) -> str:
+    """'0.012 to 0.03' of an interval of a metric."""
+    return f"{found[0]:.2g} to {found[1]:.2g}" if found else ""
+
+
 def without_optimum(curve: Curve) -> str:
     if math.isinf(curve.optimum.metric):
         return f"every value diverged at {curve.size}"

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from launch.analysis import Analysis, Result
+from launch.analysis import Analysis, Result, show_range
 from launch.config import Size
 
 
@@ -35,13 +35,12 @@ class Direct:
 
     def __str__(self) -> str:
         lost = f"{self.transferred:.3g}" if math.isfinite(self.transferred) else "divergence"
+        regret = ", ".join(filter(None, [f"regret {self.regret:.2g}", show_range(self.regret_interval)]))
         return (
             f"{self.parameterization}: the sweep at {self.base} cost {100 * self.cost_share:.3g} % of one run at "
             f"{self.target}, {100 * self.share_of_sweep:.2g} % of a sweep there; "
             f"the value carried over gives {lost}, the tuned one {self.tuned:.3g}"
-            + (f" (regret {self.regret:.2g}" if math.isfinite(self.regret) else "")
-            + (", {:.2g} to {:.2g}".format(*self.regret_interval) if self.regret_interval else "")
-            + (")" if math.isfinite(self.regret) else "")
+            + (f" ({regret})" if math.isfinite(self.regret) else "")
         )
 
 

@@ -46,11 +46,12 @@ def markdown_table(table: list[dict[str, str]]) -> list[str]:
 
 def markdown(report: Report) -> str:
     """The report for a paper's appendix."""
+    seeds = report.study.file.study.seeds
     lines = [f"# {report.study.file.study.name}", "", report.facts, ""]
     for j in report.analysis.judgements:
         planned = report.planned.get(j.parameterization)
         lines.append(f"- **{j.parameterization}: {j.verdict}.** {j.reason}.")
-        lines += [f"  {planned_sentence(report, planned)}"] if planned else []
+        lines += [f"  {planned_sentence(seeds, planned.verdict)}"] if planned else []
     lines += [f"- {direct}." for direct in report.direct]
     lines += ["", f"Rule: {report.rule}", "", "![curves](curves.png)", "", *markdown_table(rows(report))]
     if report.forecasts:
@@ -78,6 +79,7 @@ def environment() -> jinja2.Environment:
 def write_report(report: Report) -> None:
     """Writes report.html, .md, .csv and .json and the figures into the study's folder."""
     root, table, text = report.study.file.directory, rows(report), io.StringIO()
+    seeds = report.study.file.study.seeds
     svg = {
         name: jinja2.utils.markupsafe.Markup(plots.save(figure, root / f"{name}.png"))
         for name, figure in figures(report).items()
@@ -97,7 +99,7 @@ def write_report(report: Report) -> None:
             calibration=calibration(report.forecasts),
             runs=run_rows(report),
             confidence=f"{CONFIDENCE:.0%}",
-            planned={name: planned_sentence(report, found) for name, found in report.planned.items()},
+            planned={name: planned_sentence(seeds, found.verdict) for name, found in report.planned.items()},
             svg=svg,
         )
     )

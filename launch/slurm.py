@@ -53,11 +53,18 @@ class QueuedTask:
         return self.state == "PENDING"
 
 
+def missing(name: str) -> str | None:
+    """What to say where the command is not there."""
+    if shutil.which(name):
+        return None
+    return f"no {name} on PATH (log in to a node of the cluster, or use --cluster local)"
+
+
 def require() -> None:
     """Raises UserError where Slurm's commands are not there."""
     for name in ("sbatch", "srun", "squeue", "scontrol"):
-        if shutil.which(name) is None:
-            raise UserError(f"no {name} on PATH: log in to a node of the cluster, or use --cluster local")
+        if problem := missing(name):
+            raise UserError(problem)
 
 
 def clean_environment() -> dict[str, str]:
@@ -72,8 +79,8 @@ def clean_environment() -> dict[str, str]:
 
 def call(*command: str, pass_fds: Sequence[int] = ()) -> str:
     """Standard output of a Slurm command. Raises SlurmError when it fails, or is not there."""
-    if shutil.which(command[0]) is None:
-        raise SlurmError(f"no {command[0]} on PATH (log in to a node of the cluster, or use --cluster local)")
+    if problem := missing(command[0]):
+        raise SlurmError(problem)
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=SECONDS, env=clean_environment(), pass_fds=pass_fds

@@ -1,14 +1,14 @@
 """A report's table and verdicts as text, and as printed in the terminal."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from launch.analysis import TRAINED, Comparison, Judgement, show_drift, show_interval
+from launch.analysis import TRAINED, Comparison, show_drift, show_interval, show_range
 from launch.forecast import Forecast, calibration
 from launch.optimum import CONFIDENCE
 from launch.report import Report, target_line
@@ -22,11 +22,6 @@ def number(value: float | None) -> str:
     if value is None or math.isnan(value):
         return ""
     return "diverged" if not math.isfinite(value) else f"{value:.3g}"
-
-
-def show_range(found: tuple[float, float] | None) -> str:
-    """'0.012 to 0.03' of an interval of a metric."""
-    return f"{found[0]:.2g} to {found[1]:.2g}" if found else ""
 
 
 def notes(comparison: Comparison, is_base: bool) -> str:
@@ -122,7 +117,7 @@ def print_report(report: Report, console: Console) -> None:
         verdict = Text(judgement.verdict, style=f"bold {COLOURS[judgement.verdict]}")
         say(console, Text.assemble(f"{judgement.parameterization}: ", verdict, f" ({judgement.reason})"))
         if planned := report.planned.get(judgement.parameterization):
-            say(console, f"  {planned_sentence(report, planned)}")
+            say(console, f"  {planned_sentence(report.study.file.study.seeds, planned.verdict)}")
     say(console, f"Rule: {report.rule}", style="dim")
     for direct in report.direct:
         say(console, f"{direct}.")
@@ -136,9 +131,8 @@ def print_report(report: Report, console: Console) -> None:
         say(console, report.missing)
 
 
-def planned_sentence(report: Report, planned: Judgement) -> str:
-    seeds = ", ".join(map(str, report.study.file.study.seeds))
-    return f"Seeds were added; with the planned ones ({seeds}) alone: {planned.verdict}."
+def planned_sentence(seeds: Sequence[int], verdict: str) -> str:
+    return f"Seeds were added; with the planned ones ({', '.join(map(str, seeds))}) alone: {verdict}."
 
 
 def forecast_sentence(forecast: Forecast) -> str:

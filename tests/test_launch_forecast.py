@@ -52,7 +52,8 @@ def test_a_law_with_other_exponents_is_noticed_and_its_interval_is_wider() -> No
     _, _, narrow, fits = predict({s: seeds(generator, law(s), noise=0.001) for s in DEPTHS[:3]}, DEPTHS[3], 3)
     assert "does not fit" in remark
     assert not fits
-    assert wide and narrow  # noqa: PT018
+    assert wide
+    assert narrow
     assert wide[1] - wide[0] > 3 * (narrow[1] - narrow[0])
 
 

@@ -116,7 +116,7 @@ def fault(path: Path, rank: int, world_size: int) -> str | None:
     """Why the checkpoint cannot be used, or None. Each process reads its share of the files."""
     try:
         content = json.loads((path / "state.json").read_text())
-        progress_of(content)
+        progress_of(content)  # raises, like the next line, where the file does not hold what load_newest reads
         flat(content["identity"])
         for number, (name, expected) in enumerate(sorted(content["files"].items())):
             if number % world_size == rank and checksum(path / name) != expected:
