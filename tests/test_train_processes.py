@@ -13,7 +13,8 @@ import pytest
 from train_configs import pack_digits, run_config
 from train_processes import environment, start
 
-from train.config import to_yaml
+from train import __main__ as command
+from train.config import RunConfig, run_hash, to_yaml
 from train.distributed import World, first_host, world_from_environment
 from train.rundir import EXIT_DIVERGED, EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, EXIT_USER_ERROR, RunDirectory
 
@@ -171,6 +172,27 @@ def test_a_port_in_use_and_other_mistakes_end_with_one_line_and_exit_2(config: P
     assert len(errors) == 1
     assert f"localhost:{port}" in errors[0]
     assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "directory", "root"),
+    [
+        (["data.root=/images/here", "seed=1"], None, "/images/here"),
+        (["runs/lr=0.1", "data.root=/images/here"], "runs/lr=0.1", "/images/here"),
+        (["elsewhere"], "elsewhere", None),
+    ],
+)
+def test_overrides_may_follow_the_config_without_a_directory(
+    config: Path, arguments: list[str], directory: str | None, root: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[RunConfig, RunDirectory]] = []
+    monkeypatch.setattr(command, "train", lambda *given: seen.append(given))
+    monkeypatch.setattr(command, "leave", lambda code: None)
+    monkeypatch.setattr(sys, "argv", ["train", str(config), *arguments])
+    command.main()
+    ((found, place),) = seen
+    assert place.path == Path(directory or f"runs/{run_hash(found)}")
+    assert root in (None, found.data.root)
 
 
 def test_whichever_process_fails_first_says_why_also_after_an_earlier_failure(config: Path, tmp_path: Path) -> None:

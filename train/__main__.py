@@ -6,6 +6,7 @@ the others: they, or the launcher (srun --kill-on-bad-exit=1), end because of it
 
 import argparse
 import os
+import re
 import signal
 import sys
 import time
@@ -74,18 +75,18 @@ def train(config: RunConfig, directory: RunDirectory) -> int:
 def main() -> NoReturn:
     parser = argparse.ArgumentParser(prog="python -m train", description=__doc__)
     parser.add_argument("config", type=Path)
-    parser.add_argument("directory", type=Path, nargs="?", help="the run's directory [default: runs/HASH]")
+    parser.add_argument("directory", nargs="?", help="the run's directory [default: runs/HASH]")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     arguments = parser.parse_args()
-    if arguments.directory and "=" in arguments.directory.name:  # the directory was left out
-        arguments.overrides.insert(0, str(arguments.directory))
+    if arguments.directory and re.match(r"[\w.]+=", arguments.directory):  # KEY=VALUE: the directory was left out
+        arguments.overrides.insert(0, arguments.directory)
         arguments.directory = None
     try:
         config = read_config(arguments.config, arguments.overrides)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         leave(EXIT_USER_ERROR)
-    leave(train(config, RunDirectory(arguments.directory or Path("runs") / run_hash(config))))
+    leave(train(config, RunDirectory(Path(arguments.directory or Path("runs") / run_hash(config)))))
 
 
 if __name__ == "__main__":
