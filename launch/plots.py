@@ -206,4 +206,6 @@ def save(figure: Figure, png: Path) -> str:
     write_atomically(png, image.getvalue())
     figure.savefig(text, format="svg")
     plt.close(figure)
-    return text.getvalue()[text.getvalue().index("<svg") :]
+    svg = text.getvalue()[text.getvalue().index("<svg") :]
+    legible = f"min-width: {0.6 * 96 * figure.get_figwidth():.0f}px"  # of 96 pixels an inch: a phone shrinks it to 60 %
+    return svg.replace("<svg ", f'<svg style="{legible}" ', 1)
