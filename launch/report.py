@@ -73,7 +73,7 @@ class Report:
 
     @property
     def hours(self) -> float:
-        """Of the processes that trained, as the done markers say."""
+        """Of all processes that trained, as the done markers say: GPU-hours where each had a GPU to itself."""
         return sum(done.get("seconds", 0.0) for _, done in self.finished) / 3600
 
     @property

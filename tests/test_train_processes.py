@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from train_configs import pack_digits, run_config
@@ -55,10 +56,13 @@ def finish(processes: list["subprocess.Popen[str]"], timeout: float = 120) -> tu
     return [process.returncode for process in processes], output
 
 
+def lines(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
 def losses(directory: Path) -> list[float]:
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    return [line["loss"] for line in lines]
+    assert [line["step"] for line in lines(directory)] == list(range(1, STEPS + 1))
+    return [line["loss"] for line in lines(directory)]
 
 
 def test_stopped_and_killed_runs_go_on_with_other_engines_and_world_sizes(config: Path, tmp_path: Path) -> None:
@@ -69,6 +73,9 @@ def test_stopped_and_killed_runs_go_on_with_other_engines_and_world_sizes(config
     codes, output = finish(processes)
     assert codes == [EXIT_REQUEUE, EXIT_REQUEUE], output
     assert "as asked" in output
+    saved = max((tmp_path / "checkpoints").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    passed = sum(32 / line["images_per_second"] for line in lines(tmp_path))
+    assert json.loads((saved / "state.json").read_text())["seconds"] > 1.5 * passed  # of two processes
 
     processes = train(config, tmp_path, "parallel.engine=deepspeed", world_size=2)
     wait_for_step(tmp_path, 70)

@@ -201,7 +201,7 @@ def test_a_corrupt_checkpoint_is_passed_over_for_an_older_one(
         lambda content: "x",
         *(
             lambda content, key=key: {k: v for k, v in content.items() if k != key}
-            for key in ("identity", "step", "data", "losses", "files")
+            for key in ("identity", "step", "data", "losses", "seconds", "files")
         ),
         *(lambda content, key=key: {**content, key: None} for key in ("identity", "data", "files")),
     ],
@@ -216,6 +216,18 @@ def test_a_state_file_that_is_none_is_a_fault_of_the_checkpoint(
     copytree(step, tmp_path / "changed")
     (tmp_path / "changed" / "state.json").write_text(json.dumps(change(content)))
     assert checkpoint.fault(tmp_path / "changed", 0, 1)
+
+
+def test_the_time_of_earlier_starts_is_in_the_done_marker(shards: Path, whole: Path, tmp_path: Path) -> None:
+    """Else the cost in a study's report would be that of each run's last start."""
+    copytree(whole / "checkpoints", tmp_path / "checkpoints")
+    newest = checkpoint.complete(tmp_path / "checkpoints")[0]
+    state = json.loads((newest / "state.json").read_text())
+    assert 0 < state["seconds"] < json.loads((whole / "done.json").read_text())["seconds"]
+    (newest / "state.json").write_text(json.dumps(state | {"seconds": 1000.0}))
+    start = time.monotonic()
+    done = run(config_of(shards), tmp_path)
+    assert 1000 < done["seconds"] < 1000 + time.monotonic() - start
 
 
 def test_a_checkpoint_of_another_model_is_refused_with_the_diff(shards: Path, whole: Path, tmp_path: Path) -> None:

@@ -80,6 +80,7 @@ class Progress:
     step: int
     data: State
     losses: list[float]  # of the steps since the last metrics line
+    seconds: float = 0.0  # that it took so far, summed over its processes and starts
 
 
 def complete(checkpoints: Path) -> list[Path]:
@@ -109,7 +110,7 @@ def fsync(path: Path) -> None:
 
 def progress_of(content: dict[str, Any]) -> Progress:
     """Of a state.json. Raises KeyError or TypeError where it is none."""
-    return Progress(content["step"], State(**content["data"]), content["losses"])
+    return Progress(content["step"], State(**content["data"]), content["losses"], content["seconds"])
 
 
 def fault(path: Path, rank: int, world_size: int) -> str | None:

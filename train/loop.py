@@ -187,6 +187,7 @@ class Run:
             progress, tensors = loaded
             self.engine.load_state(tensors)
         self.step, self.window = progress.step, LossWindow([], progress.losses)
+        self.seconds_before, self.started = progress.seconds, time.monotonic()
         stream = TrainingStream(
             config.data,
             self.index,
@@ -222,7 +223,12 @@ class Run:
         average_buffers(self.engine.network)
         if self.metrics:
             self.metrics.flush()
-        self.checkpoints.save(Progress(self.step, self.loader.state, self.window.read[:]), self.tensors())
+        progress = Progress(self.step, self.loader.state, self.window.read[:], self.seconds())
+        self.checkpoints.save(progress, self.tensors())
+
+    def seconds(self) -> float:
+        """Of all processes together, those of earlier starts up to the checkpoint included."""
+        return self.seconds_before + self.world.size * (time.monotonic() - self.started)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Images and targets of the steps from the present one on, as `take_step` wants them."""
@@ -239,7 +245,7 @@ class Run:
         """The loop, then evaluation and the done marker."""
         config, engine, num_steps = self.config, self.engine, self.config.train.num_steps
         batches, vote, clock = self.batches(), StopVote(interrupt), Clock(self.step)
-        first_step, started, diverged_at = self.step, time.monotonic(), None
+        first_step, diverged_at = self.step, None
         while self.step < num_steps:
             images, targets = clock.wait(lambda: next(batches))
             seed_step(config.seed, self.step, self.world.rank)
@@ -271,7 +277,7 @@ class Run:
                 self.checkpoints.wait()
                 raise Interrupted(f"stopped after step {self.step} of {num_steps}, as asked")
         self.checkpoints.wait()
-        return self.finish(diverged_at, time.monotonic() - started)
+        return self.finish(diverged_at)
 
     def write_metrics(self, result: StepResult, clock: Clock) -> int | None:
         """Writes one metrics line; returns the step of the first loss since the last one that is not finite.
@@ -318,7 +324,7 @@ class Run:
                 found |= {key.replace(split, f"{split}_ema", 1): value for key, value in averaged.items()}
         return found
 
-    def finish(self, diverged_at: int | None, seconds: float) -> dict[str, Any]:
+    def finish(self, diverged_at: int | None) -> dict[str, Any]:
         """Evaluates, writes the weights, and marks the run done."""
         result: dict[str, Any] = {"outcome": "completed", "step": self.step}
         if diverged_at is not None:
@@ -336,7 +342,7 @@ class Run:
                 save_weights(self.directory.weights, weights)
                 if self.average:
                     save_weights(self.directory.average, averaged)
-        result["seconds"] = seconds
+        result["seconds"] = self.seconds()
         for line in self.loader.bad.lines():
             self.log(f"bad samples: {line}")
         if self.world.is_main:

@@ -50,6 +50,7 @@ class Member:
     checkpoints: Checkpoints
     metrics: MetricsWriter
     log: Callable[[str], None]
+    seconds: float  # its share of the time that its packs took so far
     active: bool = True  # neither diverged nor completed
 
 
@@ -272,9 +273,10 @@ class Pack:
             directory.config.write_text(to_yaml(config))
             metrics = MetricsWriter(directory.metrics, self.step, open_trackers(config, directory.path, self.step))
             closing.callback(metrics.close)
-            self.members.append(Member(config, directory, checkpoints, metrics, write_line))
+            self.members.append(Member(config, directory, checkpoints, metrics, write_line, progress.seconds))
         self.replicas.steps_done.fill_(self.step)
         self.loaders = {seed: self.loader(state) for seed, state in states.items()}
+        self.counted = time.monotonic()  # until when the members' seconds are
 
     def loader(self, state: State) -> TrainingLoader:
         config, model = self.config, self.config.model
@@ -290,7 +292,7 @@ class Pack:
         """The loop, then evaluation and the done markers."""
         config, num_steps = self.config.train, self.config.train.num_steps
         streams = [iter(self.loaders[seed]) for seed in self.replicas.seeds]
-        clock, started = Clock(self.step), time.monotonic()
+        clock = Clock(self.step)
         while self.step < num_steps and self.active:
             waiting = time.monotonic()
             batches = [to_float(next(stream), self.config.data, self.device) for stream in streams]
@@ -301,7 +303,7 @@ class Pack:
             self.pending.append(self.replicas.step(images, labels))
             self.step += 1
             if logs:
-                self.write_metrics(before, clock, time.monotonic() - started)
+                self.write_metrics(before, clock)
             if self.step % config.checkpoint_every == 0 and self.step < num_steps:
                 self.save()
             if interrupt.requested and self.step < num_steps and self.active:
@@ -309,7 +311,14 @@ class Pack:
                 for _, member in self.active:
                     member.checkpoints.wait()
                 raise Interrupted(f"stopped after step {self.step} of {num_steps}, as asked")
-        self.finish(time.monotonic() - started)
+        self.finish()
+
+    def count_seconds(self) -> None:
+        """Shares the time since the last call among the replicas that still run."""
+        now = time.monotonic()
+        for _, member in self.active:
+            member.seconds += (now - self.counted) / len(self.active)
+        self.counted = now
 
     def read_losses(self) -> None:
         if self.pending:
@@ -320,17 +329,20 @@ class Pack:
     def save(self) -> None:
         """A checkpoint of each replica whose losses are finite: the others are about to be recorded as diverged."""
         self.read_losses()
+        self.count_seconds()
         for number, member in self.active:
             if all(map(math.isfinite, self.read[number])):
                 state = self.loaders[member.config.seed].state
-                save_replica(self.replicas, number, member, Progress(self.step, state, self.read[number][:]))
+                progress = Progress(self.step, state, self.read[number][:], member.seconds)
+                save_replica(self.replicas, number, member, progress)
 
-    def write_metrics(self, before: list[Tensor], clock: Clock, seconds: float) -> None:
+    def write_metrics(self, before: list[Tensor], clock: Clock) -> None:
         """One line of metrics for each replica that still runs; marks those done whose loss is not finite.
 
         `before`: the weights before the last step. Here and in `save` alone the host waits for the device.
         """
         self.read_losses()
+        self.count_seconds()
         batch_size = self.config.train.global_batch_size
         images_per_second, data_wait = clock.lap(self.step, batch_size)
         norms, logits = self.replicas.gradient_norms.tolist(), self.replicas.logit_rms.tolist()
@@ -358,10 +370,10 @@ class Pack:
             if bad is not None:
                 step = self.step - len(losses) + 1 + bad
                 samples = self.step * batch_size
-                self.close(member, {"outcome": "diverged", "step": step, "samples": samples, "seconds": seconds})
+                self.close(member, {"outcome": "diverged", "step": step, "samples": samples})
         self.read = [[] for _ in self.members]
 
-    def finish(self, seconds: float) -> None:
+    def finish(self) -> None:
         """Evaluates, writes the weights, and marks the runs done."""
         if not self.active:
             return
@@ -369,17 +381,18 @@ class Pack:
         for split in self.config.train.evaluate:
             more = evaluate(self.replicas, self.index, split)
             found = [before | metrics for before, metrics in zip(found, more, strict=True)]
+        self.count_seconds()
         samples = self.step * self.config.train.global_batch_size
         for number, member in self.active:
             result: dict[str, Any] = {"outcome": "completed", "step": self.step, "samples": samples, **found[number]}
             result["train_loss"] = mean_loss(member.directory.metrics, math.ceil(self.step * (1 - FINAL_SHARE)))
             weights = {name: tensor.cpu().clone() for name, tensor in self.replicas.weights(number).items()}
             save_weights(member.directory.weights, weights)
-            self.close(member, result | {"seconds": seconds})
+            self.close(member, result)
 
     def close(self, member: Member, result: dict[str, Any]) -> None:
-        """Marks the run done. Of `seconds`, the pack's, each of its runs has an equal share."""
-        result["seconds"] /= len(self.members)
+        """Marks the run done."""
+        result["seconds"] = member.seconds
         for line in self.loaders[member.config.seed].bad.lines():
             member.log(f"bad samples: {line}")
         member.checkpoints.wait()
