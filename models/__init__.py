@@ -1,4 +1,4 @@
-"""What is trained, and how it scales: `models.apply` for a network of your own, `models.build` for the families here.
+"""What is trained, and how it scales: `models.apply` for a network of your own, `models.build.build` for the families.
 
 Names are loaded at first use, so that reading a configuration (models.config) needs no torch.
 """

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from models.errors import ModelError
+from models.errors import ModelError, checked
 from models.parameterization import PRESETS, Parameterization, Scale
 
 POWER = re.compile(r"\s*([+-]?[\d.]+)\s*(?:\*\*|\^)\s*([+-]?[\d.]+)\s*")
@@ -28,6 +28,7 @@ Number = Annotated[float, BeforeValidator(parse_number), Field(allow_inf_nan=Fal
 Positive = Annotated[int, Field(gt=0)]
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Size:
     """What the scaling rules compare between a model and its base. `head_dim` matters only where it grows."""
@@ -66,6 +67,7 @@ def check_multiple(name: str, value: int, divisor: int, what: str) -> None:
         raise ModelError(f"{name} {value} must be a multiple of {what} {divisor}: use {nearest}")
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class VisionTransformerConfig(ModelConfig):
     """timm's ViT called `timm_name`, at this width and depth; a key that is null is as timm has it under that name.
@@ -111,6 +113,7 @@ class VisionTransformerConfig(ModelConfig):
         return Size(width=self.base_width, depth=self.base_depth, head_dim=self.heads(self.base_width)[1])
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class ResNetConfig(ModelConfig):
     """timm's ResNet, or its ResNetV2 (`preactivation`). `width` is the channels of the stem and of the first stage's
@@ -134,6 +137,7 @@ class ResNetConfig(ModelConfig):
         return tuple(count * self.depth // sum(self.blocks) for count in self.blocks)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class ConvResNetConfig(ModelConfig):
     """The paper's net: `depth` residual blocks in `num_stages` stages of equal length and width."""
@@ -179,6 +183,7 @@ AnyModelConfig = Annotated[
 ]
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class ParameterizationConfig:
     """A preset by name; a field that is not null overrides the preset's."""
@@ -202,6 +207,7 @@ def scale_of(size: Size, base: Size, parameterization: ParameterizationConfig) -
     return Scale(parameterization.resolve(), *ratios)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """Base hyperparameters: those of the proxy. `lr` is the peak learning rate of the base model.

@@ -9,10 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from models.errors import ModelError
+from models.errors import ModelError, checked
 from models.parameterization import Role
 
 
+@checked
 @dataclass(frozen=True)
 class Init:
     """A base model's init. `scale` is a standard deviation, a constant, or a gain on 1 / sqrt(fan)."""
@@ -37,6 +38,7 @@ class Init:
 ZEROS, ONES = Init("constant", 0.0), Init("constant", 1.0)
 
 
+@checked
 @dataclass(frozen=True)
 class ParameterRule:
     """Every parameter whose whole name matches the regular expression `pattern` has this role and this base init."""
@@ -46,6 +48,7 @@ class ParameterRule:
     init: Init
 
 
+@checked
 @dataclass(frozen=True)
 class Slot:
     """Modules of one kind whose output gets a multiplier, such as the ends of all attention branches.
@@ -58,6 +61,7 @@ class Slot:
     share: float = 1.0  # of `last`'s rows: 1/3 for the queries in timm's qkv
 
 
+@checked
 @dataclass(frozen=True)
 class Roles:
     """What the scaling rules have to know about a network: the role of each parameter, and where multipliers sit."""

@@ -1,5 +1,6 @@
 """The scaling rules against timm, against the `mup` package and against the published tables, name by name."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,10 +17,12 @@ from models.config import (
     OptimizerConfig,
     ParameterizationConfig,
     ResNetConfig,
+    Size,
     VisionTransformerConfig,
 )
 from models.coordinate_check import rms
-from models.family import UnmatchedParameterError, match_rules
+from models.errors import ModelError
+from models.family import ONES, Init, ParameterRule, UnmatchedParameterError, match_rules
 from models.flops import forward_flops, training_flops
 from models.init import init_std, initialize, materialize
 from models.optimizer import build_optimizer, parameter_groups
@@ -324,6 +327,27 @@ def test_a_name_with_no_role_or_with_two_is_an_error() -> None:
         match_rules(["head.weight", "blocks.0.extra"], rules)
     with pytest.raises(UnmatchedParameterError, match=r"head\.weight: matched by"):
         match_rules(["head.weight"], (*rules, *rules))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ParameterizationConfig(name="depthmup"), "ParameterizationConfig.name: .* 'depth_mup' .*'depthmup'"),
+        (lambda: ParameterizationConfig(bta=1.0), "ParameterizationConfig.bta: unknown; known: name, .*, beta, gamma0"),
+        (lambda: OptimizerConfig(name="lion", lr=1.0), "OptimizerConfig.name: .* 'sgd', 'adamw' or 'muon'"),
+        (lambda: OptimizerConfig(lr=0), "OptimizerConfig.lr: Input should be greater than 0"),
+        (lambda: replace(RESNET, norm="batchnorm"), "ResNetConfig.norm: .* 'batch', 'group' or 'none'"),
+        (lambda: replace(VIT, width=-64), "VisionTransformerConfig.width: Input should be greater than 0 .*-64"),
+        (lambda: Size(width=64, depth=0), "Size.depth: Input should be greater than 0"),
+        (lambda: Init("norml", 1.0), "Init.kind: Input should be 'constant', 'normal', .*'norml'"),
+        (lambda: ParameterRule("fc", "hiden", ONES), "ParameterRule.role: Input should be 'input', 'branch_hidden'"),
+    ],
+    ids=range(9),
+)
+def test_python_code_is_refused_a_wrong_value_as_a_file_is(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message) as error:
+        make()
+    assert "\n" not in str(error.value)
 
 
 def test_bad_sizes_and_names_are_refused_with_what_would_do() -> None:

@@ -19,6 +19,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 from data.config import NOT_IDENTITY, DataConfig, Positive, streams_misfit
 from data.errors import UserError
 from models.config import AnyModelConfig, Number, OptimizerConfig, ParameterizationConfig
+from models.errors import said
 
 Switch = BeforeValidator(lambda value: "off" if value is False else value)  # YAML 1.1 reads a bare `off` as false
 
@@ -230,10 +231,7 @@ def describe(error: Any, cls: Any) -> str:
         return f"{key}: unknown key; {suggestion(cls, location)}"
     if error["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{key}: missing"
-    message = error["msg"].removeprefix("Value error, ")
-    value = error.get("input")
-    said = f"{key}: {message}" if key else message  # a rule over several sections names its keys itself
-    return said + (f" (got {value!r})" if isinstance(value, str | int | float | bool) else "")
+    return f"{key}: {said(error)}" if key else said(error)  # a rule over several sections names its keys itself
 
 
 ADAPTERS: dict[Any, Any] = {}
