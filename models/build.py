@@ -1,5 +1,7 @@
 """From a configuration, or a network of the user's own, to a network with multipliers, roles and initial weights."""
 
+import difflib
+import re
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +11,8 @@ from models.config import AnyModelConfig, ParameterizationConfig, Size, scale_of
 from models.conv_resnet import CONV_RESNET
 from models.errors import ModelError
 from models.family import Family, ParameterRule, Roles, Slot, match_rules, modules_matching
-from models.init import initialize, materialize
-from models.multiplier import Multiplier, scale_input, scale_output
+from models.init import init_std, initialize, materialize
+from models.multiplier import Multiplier, is_scaled, scale_input, scale_output
 from models.parameterization import Scale
 from models.resnet import RESNET
 from models.vit import VIT
@@ -31,16 +33,24 @@ class ScaledModel:
 
 
 def find_slots(network: nn.Module, slots: tuple[Slot, ...]) -> dict[str, Slot]:
-    """Name of each module in `slots` -> its slot. Raises ModelError for a slot that matches no module."""
-    return {name: slot for slot in slots for name in modules_matching(network, slot.output)}
+    """Name of each module in `slots` -> its slot. Raises ModelError for a slot that matches no module, or whose `last`
+    is none."""
+    found = {name: slot for slot in slots for name in modules_matching(network, slot.output)}
+    names = {name for name, _ in network.named_modules()}
+    for name, slot in found.items():
+        if (last := slot.last_before(name)) not in names:
+            raise ModelError(f"Slot.last {slot.last!r}: no module of {type(network).__name__} is called {last!r}")
+    return found
 
 
 def scaled_model(network: nn.Module, roles: Roles, scale: Scale) -> ScaledModel:
-    """Gives every parameter its role and puts the multipliers on `network`. All names are checked before any change.
+    """Gives every parameter its role and puts the multipliers on `network`. All is checked before any change.
 
-    Raises UnmatchedParameterError, or ModelError for a pattern that no module matches.
+    Raises UnmatchedParameterError, or ModelError for a pattern that no module matches or an init that does not fit.
     """
     rules = match_rules((name for name, _ in network.named_parameters()), roles.parameters)
+    for name, parameter in network.named_parameters():
+        init_std(parameter.shape, rules[name], scale)
     branches, queries = find_slots(network, roles.branches), find_slots(network, roles.queries)
     if roles.readout not in dict(network.named_modules()):
         raise ModelError(f"no module of {type(network).__name__} is called {roles.readout!r} (the readout)")
@@ -73,14 +83,29 @@ def build(
     return scaled
 
 
+def check_own(network: nn.Module, roles: Roles) -> None:
+    """Raises ModelError for what a network of the user's own can have wrong, and one of the families here cannot."""
+    kind, names = type(network).__name__, [name for name, _ in network.named_parameters()]
+    if any(parameter.is_meta for parameter in network.parameters()):
+        raise ModelError(f"this {kind} is on the meta device, which has no weights to draw: build it on another one")
+    if is_scaled(network):
+        raise ModelError(f"this {kind} has multipliers from an earlier models.apply: apply to one that is newly built")
+    for rule in roles.parameters:
+        if not any(re.fullmatch(rule.pattern, name) for name in names):
+            nearest = ", ".join(difflib.get_close_matches(rule.pattern, names, 3, cutoff=0))
+            raise ModelError(f"ParameterRule {rule.pattern!r} matches no parameter of {kind}; nearest: {nearest}")
+
+
 def apply(
     parameterization: ParameterizationConfig, network: nn.Module, *, size: Size, base: Size, roles: Roles, seed: int = 0
 ) -> ScaledModel:
     """Scales a network of the user's own from `base` to its `size`: installs multipliers, draws initial weights anew.
 
-    Raises ModelError for a parameter without exactly one role or a pattern that matches no module; `network` is then
-    as it was. Train it with `models.parameter_groups`.
+    Raises ModelError for a parameter without exactly one role, a pattern that matches nothing, an init that does not
+    fit, a network on meta, or one that was scaled before; `network` is then as it was. Train it with
+    `models.parameter_groups`.
     """
+    check_own(network, roles)
     scaled = scaled_model(network, roles, scale_of(size, base, parameterization))
     initialize(network, scaled.rules, scaled.scale, seed)
     return scaled

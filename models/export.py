@@ -1,7 +1,5 @@
 """Folds every multiplier into weights, so that the plain network without hooks computes the same function."""
 
-import re
-
 import torch
 from torch import Tensor, nn
 
@@ -21,10 +19,8 @@ def is_foldable(module: nn.Module) -> bool:
 
 def fold_output(state: dict[str, Tensor], network: nn.Module, name: str, slot: Slot, value: float) -> None:
     """Multiplies what ends in module `name` by `value`. Raises ModelError where no weight could do that."""
-    match = re.fullmatch(slot.output, name)
-    assert match is not None
     own = is_foldable(network.get_submodule(name))
-    target, share = (name, 1.0) if own else (match.expand(slot.last), slot.share)
+    target, share = (name, 1.0) if own else (slot.last_before(name), slot.share)
     module = network.get_submodule(target)
     if not is_foldable(module):
         raise ModelError(

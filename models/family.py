@@ -4,9 +4,10 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import AfterValidator, Field
 from torch import nn
 
 from models.errors import ModelError, checked
@@ -35,15 +36,24 @@ class Init:
                 return self.scale / math.sqrt(base_shape[0] * kernel)
 
 
+def compiles(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"not a regular expression: {error}") from None
+    return pattern
+
+
+RegularExpression = Annotated[str, AfterValidator(compiles)]  # that a whole name has to match
 ZEROS, ONES = Init("constant", 0.0), Init("constant", 1.0)
 
 
 @checked
 @dataclass(frozen=True)
 class ParameterRule:
-    """Every parameter whose whole name matches the regular expression `pattern` has this role and this base init."""
+    """Every parameter whose whole name matches `pattern` has this role and this base init."""
 
-    pattern: str
+    pattern: RegularExpression
     role: Role
     init: Init
 
@@ -56,9 +66,18 @@ class Slot:
     An export folds the multiplier into a slot's own weights or, when it has none, into those of `last`.
     """
 
-    output: str  # regular expression on module names
+    output: RegularExpression  # on module names
     last: str  # template over the match: the last module with weights before the slot
-    share: float = 1.0  # of `last`'s rows: 1/3 for the queries in timm's qkv
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0  # of `last`'s rows: 1/3 for the queries in timm's qkv
+
+    def last_before(self, name: str) -> str:
+        """The last module with weights before the slot's module `name`. Raises ModelError for a bad template."""
+        match = re.fullmatch(self.output, name)
+        assert match is not None
+        try:
+            return match.expand(self.last)
+        except (re.error, IndexError) as error:
+            raise ModelError(f"Slot.last {self.last!r} is no template over {self.output!r}: {error}") from None
 
 
 @checked
@@ -70,7 +89,7 @@ class Roles:
     branches: tuple[Slot, ...]  # the ends of residual branches
     readout: str  # name of the module whose input gets the readout multiplier
     queries: tuple[Slot, ...] = ()  # modules whose output is the queries
-    keys: str | None = None  # regular expression: whose output is the keys; only the coordinate check looks at them
+    keys: RegularExpression | None = None  # modules whose output is the keys; only the coordinate check looks at them
 
 
 @dataclass(frozen=True)
@@ -109,7 +128,7 @@ def match_rules(names: Iterable[str], rules: tuple[ParameterRule, ...]) -> dict[
 
 
 def modules_matching(model: nn.Module, pattern: str) -> list[str]:
-    """Names of the modules whose whole name matches the regular expression `pattern`; raises ModelError for none."""
+    """Names of the modules whose whole name matches `pattern`; raises ModelError for none."""
     names = [name for name, _ in model.named_modules() if re.fullmatch(pattern, name)]
     if not names:
         raise ModelError(f"no module of {type(model).__name__} matches {pattern!r}")

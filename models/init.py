@@ -6,6 +6,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from models.errors import ModelError
 from models.family import ParameterRule, base_shape
 from models.parameterization import Scale
 
@@ -17,8 +18,14 @@ def generator_for(seed: int, name: str) -> torch.Generator:
 
 
 def init_std(shape: torch.Size, rule: ParameterRule, scale: Scale) -> float:
-    """The base model's standard deviation times sqrt(init variance factor)."""
-    base_std = rule.init.base_std(base_shape(shape, rule.role, scale.width_ratio))
+    """The base model's standard deviation times sqrt(init variance factor). Raises ModelError where there is no fan."""
+    at_base = base_shape(shape, rule.role, scale.width_ratio)
+    if "fan" in rule.init.kind and (len(shape) < 2 or 0 in at_base):
+        raise ModelError(
+            f"{rule.pattern}: a {rule.role.value} of shape {tuple(shape)} has no fan at base size, which Init "
+            f"{rule.init.kind} needs: give it another role, or Init normal or constant"
+        )
+    base_std = rule.init.base_std(at_base)
     return base_std * math.sqrt(scale.init_variance(rule.role))
 
 
@@ -37,7 +44,7 @@ def draw(name: str, shape: torch.Size, rule: ParameterRule, scale: Scale, seed: 
 def initialize(model: nn.Module, rules: dict[str, ParameterRule], scale: Scale, seed: int) -> None:
     """Fills every parameter of `model` in place and resets running statistics. `rules`: parameter name -> its rule.
 
-    Raises RuntimeError when a parameter or buffer is not finite afterwards, which means that nothing initialised it.
+    Raises RuntimeError when a parameter or buffer is NaN afterwards, which means that nothing initialised it.
     """
     for name, parameter in model.named_parameters():
         if name in rules:
@@ -46,7 +53,7 @@ def initialize(model: nn.Module, rules: dict[str, ParameterRule], scale: Scale, 
         if isinstance(module, nn.modules.batchnorm._NormBase):
             module.reset_running_stats()
     tensors = (*model.named_parameters(), *model.named_buffers())
-    if forgotten := [name for name, tensor in tensors if not torch.isfinite(tensor).all()]:
+    if forgotten := [name for name, tensor in tensors if torch.isnan(tensor).any()]:
         raise RuntimeError(f"no initialiser filled {', '.join(forgotten)}")
 
 

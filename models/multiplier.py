@@ -46,3 +46,12 @@ def scale_input(model: nn.Module, name: str, value: float) -> InputMultiplier | 
     multiplier = InputMultiplier(value)
     model.get_submodule(name).register_forward_pre_hook(multiplier)
     return multiplier
+
+
+def is_scaled(model: nn.Module) -> bool:
+    """Whether a multiplier is installed on any module."""
+    return any(
+        isinstance(hook, Multiplier)
+        for module in model.modules()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    )

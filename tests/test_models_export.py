@@ -4,6 +4,8 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from launch.export import export_run
 from models import Init, ParameterizationConfig, ParameterRule, Role, Roles, Size, Slot
 from models.build import build
 from models.coordinate_check import rms
+from models.errors import ModelError
 from models.export import folded_state
 from train.config import RunConfig, from_plain, to_yaml
 
@@ -135,34 +138,89 @@ class PostNorm(nn.Module):
         return x + self.norm(self.fc(x))
 
 
+POST_NORM_ROLES = Roles(
+    parameters=(
+        ParameterRule(r"0\.fc\.(weight|bias)", Role.BRANCH_HIDDEN, Init("normal", 0.1)),
+        ParameterRule(r"1\.weight", Role.READOUT, Init("normal_fan_in", 1.0)),
+        ParameterRule(r"1\.bias", Role.SCALAR, Init("constant", 0.0)),
+    ),
+    branches=(Slot(r"(\d)\.norm", r"\1.norm"),),
+    readout="1",
+)
+
+
+def apply(network: nn.Module, roles: Roles = POST_NORM_ROLES, base_width: int = 4) -> models.ScaledModel:
+    base = Size(width=base_width, depth=1)
+    return models.apply(ParameterizationConfig(), network, size=Size(width=8, depth=4), base=base, roles=roles)
+
+
+def post_norm() -> nn.Module:
+    return nn.Sequential(PostNorm(), nn.Linear(8, 2))
+
+
 def test_a_fold_that_is_impossible_names_the_module() -> None:
-    init = Init("normal_fan_in", 1.0)
-    roles = Roles(
-        parameters=(
-            ParameterRule(r"0\.fc\.(weight|bias)", Role.BRANCH_HIDDEN, Init("normal", 0.1)),
-            ParameterRule(r"1\.weight", Role.READOUT, init),
-            ParameterRule(r"1\.bias", Role.SCALAR, Init("constant", 0.0)),
-        ),
-        branches=(Slot(r"(\d)\.norm", r"\1.norm"),),
-        readout="1",
-    )
-    network = nn.Sequential(PostNorm(), nn.Linear(8, 2))
-    sizes = {"size": Size(width=8, depth=4), "base": Size(width=8, depth=1)}
-    scaled = models.apply(ParameterizationConfig(), network, **sizes, roles=roles)
     with pytest.raises(ValueError, match=r"0\.norm is a LayerNorm whose output does not scale"):
-        folded_state(scaled)
+        folded_state(apply(post_norm()))
 
 
-def test_apply_changes_nothing_when_a_parameter_has_no_role() -> None:
-    network = nn.Sequential(PostNorm(), nn.Linear(8, 2))
+def with_rules(*rules: ParameterRule) -> Roles:
+    return replace(POST_NORM_ROLES, parameters=rules)
+
+
+FC, READOUT, BIAS = POST_NORM_ROLES.parameters
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda: {"roles": with_rules()}, r"0\.fc\.weight: no rule gives it a role"),
+        (
+            lambda: {"roles": with_rules(FC, READOUT, BIAS, replace(FC, pattern=r"0\.fcs\.weight"))},
+            r"'0\\\\.fcs\\\\.weight' matches no parameter of Sequential; nearest: 0\.fc\.weight",
+        ),
+        (
+            lambda: {"roles": with_rules(replace(FC, pattern="0.fc("))},
+            "ParameterRule.pattern: not a regular expression",
+        ),
+        (
+            lambda: {"roles": with_rules(replace(FC, init=Init("normal_fan_in", 1.0)), READOUT, BIAS)},
+            r"a branch_hidden of shape \(8,\) has no fan at base size, which Init normal_fan_in needs",
+        ),
+        (
+            lambda: {"roles": with_rules(FC, replace(READOUT, role=Role.HIDDEN), BIAS), "base_width": 1},
+            r"a hidden of shape \(2, 8\) has no fan at base size",
+        ),
+        (lambda: {"roles": replace(POST_NORM_ROLES, readout="2")}, "no module of Sequential is called '2'"),
+        (lambda: {"roles": replace(POST_NORM_ROLES, branches=(Slot("9", "9"),))}, "no module .* matches '9'"),
+        (lambda: {"roles": replace(POST_NORM_ROLES, branches=(Slot("0.norm", "fc"),))}, "is called 'fc'"),
+        (lambda: {"roles": replace(POST_NORM_ROLES, branches=(Slot("0.norm", r"\1.fc"),))}, "is no template"),
+    ],
+    ids=range(9),
+)
+def test_apply_refuses_roles_that_do_not_fit_and_leaves_the_network_as_it_was(
+    change: Callable[[], dict[str, Any]], message: str
+) -> None:
+    network = post_norm()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    roles = Roles(parameters=(), branches=(Slot(r"(\d)\.norm", r"\1.norm"),), readout="1")
-    with pytest.raises(ValueError, match=r"0\.fc\.weight: no rule gives it a role"):
-        models.apply(
-            ParameterizationConfig(), network, size=Size(width=8, depth=4), base=Size(width=4, depth=1), roles=roles
-        )
+    with pytest.raises(ModelError, match=message):
+        apply(network, **change())
     assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
-    assert not any(module._forward_hooks for module in network.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
+
+
+def test_apply_refuses_a_network_that_it_has_scaled_and_one_on_meta() -> None:
+    network = post_norm()
+    apply(network)
+    with pytest.raises(ModelError, match="multipliers from an earlier"):
+        apply(network)
+    with pytest.raises(ModelError, match="this Sequential is on the meta device"), torch.device("meta"):
+        apply(post_norm())
+
+
+def test_apply_takes_a_network_with_an_infinite_mask() -> None:
+    network = post_norm()
+    network.register_buffer("mask", torch.full((2, 2), -torch.inf).triu(1))
+    assert torch.isinf(apply(network).network.get_buffer("mask")).any()
 
 
 def test_the_example_of_the_page_on_your_own_model_runs_and_gives_the_tables_factors() -> None:
