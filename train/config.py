@@ -129,6 +129,11 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.optimizer.name == "muon" and self.parallel.engine == "deepspeed":
             raise ValueError("optimizer.name muon needs whole matrices, which deepspeed flattens: use ddp")
+        if self.optimizer.name == "muon" and self.model.family != "vit":
+            raise ValueError(
+                f"optimizer.name muon has no rule for model.family {self.model.family}, whose hidden weights are "
+                "convolutions: use adamw or sgd"
+            )
         if misfit := streams_misfit(self.data.num_streams, self.train.global_batch_size):
             raise ValueError(misfit)
 
@@ -229,6 +234,12 @@ def describe(error: Any, cls: Any) -> str:
     key = ".".join(str(part) for part in location if part not in FAMILIES)
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return f"{key}: unknown key; {suggestion(cls, location)}"
+    if error["type"] == "union_tag_invalid":
+        tag = error["ctx"]["tag"]
+        nearest = difflib.get_close_matches(tag, FAMILIES, 1) or FAMILIES
+        return f"{key}.family: unknown {tag!r}; did you mean {' or '.join(map(repr, nearest))}?"
+    if error["type"] == "union_tag_not_found":
+        return f"{key}.family: missing; use {' or '.join(map(repr, FAMILIES))}"
     if error["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{key}: missing"
     return f"{key}: {said(error)}" if key else said(error)  # a rule over several sections names its keys itself
