@@ -30,35 +30,56 @@ def timm_arguments(config: VisionTransformerConfig) -> dict[str, Any]:
     return {key: value for key, value in arguments.items() if value is not None}
 
 
+START = "start from vit_base_patch16_224, say, and state model.patch_size, mlp_ratio ... beside it"
+
+
 def build(config: VisionTransformerConfig) -> nn.Module:
     """The timm ViT called `config.timm_name` at this width and depth, with what else the config states.
 
-    Raises ModelError for a name that timm does not know as a VisionTransformer, or whose LayerScale has no value.
+    Raises ModelError for a name that timm does not know, or whose network has parts without rules or without a value.
     """
     import models.torchvision_ops  # noqa: F401  isort: skip  (must run before timm)
     import timm
-    from timm.layers import LayerScale
-    from timm.models.vision_transformer import VisionTransformer
 
+    name = config.timm_name
     names = timm.list_models(module="vision_transformer") + timm.list_models(module="deit")
-    if config.timm_name not in names:
-        nearest = difflib.get_close_matches(config.timm_name, names, n=3, cutoff=0)
-        raise ModelError(f"model.timm_name: timm has no ViT {config.timm_name!r}; nearest: {', '.join(nearest)}")
-    # weight_init: every parameter is initialised by models.init, so timm need not
-    network = timm.create_model(config.timm_name, weight_init="reset", **timm_arguments(config))
-    if not isinstance(network, VisionTransformer):
-        raise ModelError(f"model.timm_name: {config.timm_name} is a {type(network).__name__}, not a VisionTransformer")
-    if config.layer_scale is None and any(isinstance(module, LayerScale) for module in network.modules()):
+    if name not in names:
+        plain, tag, _ = name.partition(".")
+        nearest = ", ".join(difflib.get_close_matches(plain, names, n=3, cutoff=0))
+        what = "no plain ViT (timm's VisionTransformer)" if timm.is_model(plain) else "unknown to timm"
+        what = "a name with a tag of weights, which are not loaded" if tag else what
+        raise ModelError(f"model.timm_name: {name!r} is {what}; nearest: {nearest}")
+    try:
+        # weight_init: every parameter is initialised by models.init, so timm need not
+        network: Any = timm.create_model(name, weight_init="reset", **timm_arguments(config))
+    except AssertionError as error:
+        raise ModelError(f"model: timm cannot build {name} with these keys: {error}") from None
+    if why := without_rules(network):
+        raise ModelError(f"model.timm_name: {name} has {why}")
+    if config.layer_scale is None and hasattr(network.blocks[0].ls1, "gamma"):
         raise ModelError(
-            f"model.layer_scale: {config.timm_name} has LayerScale; state its initial value (timm's is mostly 1e-5), "
+            f"model.layer_scale: {name} has LayerScale; state its initial value (timm's is mostly 1e-5), "
             "or 0 to leave it out"
         )
     patch_size = network.patch_embed.patch_size[0]
     if config.image_size % patch_size:
-        raise ModelError(
-            f"model.image_size {config.image_size} must be a multiple of {config.timm_name}'s patch size {patch_size}"
-        )
+        raise ModelError(f"model.image_size {config.image_size} must be a multiple of {name}'s patch size {patch_size}")
     return network
+
+
+def without_rules(network: Any) -> str | None:
+    """What of timm's network the rules do not cover, and what to do instead."""
+    from timm.layers import Attention
+    from timm.models.vision_transformer import Block, VisionTransformer
+
+    if type(network) is not VisionTransformer:
+        return f"a second readout ({type(network).__name__}), for which there is no rule: {START}"
+    if getattr(network, "attn_pool", None) is not None:
+        return "attention pooling, for which there is no rule: state model.global_pool: avg"
+    for part, plain in ((network.blocks[0], Block), (getattr(network.blocks[0], "attn", None), Attention)):
+        if type(part) is not plain:
+            return f"another {plain.__name__} than timm's plain one ({type(part).__name__}), without rules: {START}"
+    return None
 
 
 TIMM = Init("normal", 0.02)  # timm's trunc_normal_(std=0.02) cuts at 100 standard deviations: a normal

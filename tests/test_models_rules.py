@@ -4,8 +4,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import mup
 import pytest
+
+import models.torchvision_ops  # noqa: F401  isort: skip  (must run before timm)
+import mup
+import timm
 import torch
 from torch import nn
 
@@ -73,8 +76,6 @@ def test_a_model_of_any_size_trains_one_step_with_few_groups(config: AnyModelCon
 
 
 def test_at_base_size_the_network_is_timms_own_bit_for_bit() -> None:
-    import timm
-
     calls: list[tuple[AnyModelConfig, str, dict[str, Any]]] = [
         (
             at_base(VIT),
@@ -111,8 +112,6 @@ def test_at_base_size_the_network_is_timms_own_bit_for_bit() -> None:
 
 
 def test_named_sizes_are_timms_networks() -> None:
-    import timm
-
     from train.config import RunConfig, from_plain
 
     names = {
@@ -357,12 +356,45 @@ def test_bad_sizes_and_names_are_refused_with_what_would_do() -> None:
         replace(RESNET, depth=6)
     with pytest.raises(ValueError, match="depth 4 must be a multiple of num_stages 3: use 3 or 6"):
         replace(CONV_RESNET, depth=4)
-    with pytest.raises(ValueError, match="nearest: vit_small_patch16_224"):
-        build_meta(replace(VIT, timm_name="vit_smal_patch16_224"), ParameterizationConfig())
-    with pytest.raises(ValueError, match="state its initial value"):
-        build_meta(replace(VIT, timm_name="deit3_small_patch16_224"), ParameterizationConfig())
-    with pytest.raises(ValueError, match="attn_pool"):
-        build_meta(replace(VIT, timm_name="vit_base_patch16_siglip_224"), ParameterizationConfig())
+
+
+@pytest.mark.parametrize(
+    ("timm_name", "stated", "message"),
+    [
+        ("vit_smal_patch16_224", {}, "unknown to timm; nearest: vit_small_patch16_224"),
+        ("vit_relpos_small_patch16_224", {}, "no plain ViT .* nearest: vit_small_patch16_224"),
+        (
+            "vit_base_patch16_224.augreg_in21k",
+            {},
+            "a tag of weights, which are not loaded; nearest: vit_base_patch16_224",
+        ),
+        ("deit3_small_patch16_224", {}, "state its initial value"),
+        ("vit_base_patch16_siglip_224", {}, "attention pooling, .*: state model.global_pool: avg"),
+        (
+            "vit_base_patch16_siglip_224",
+            {"global_pool": "token"},
+            "cannot build vit_base_patch16_siglip_224 with these",
+        ),
+        ("vit_base_patch16_xp_224", {}, "ParallelScalingBlock.*: start from vit_base_patch16_224"),
+        ("vit_dwee_patch16_reg1_gap_256", {}, "DiffAttention.*: start from vit_base_patch16_224"),
+        ("deit_small_distilled_patch16_224", {}, "a second readout .*: start from vit_base_patch16_224"),
+    ],
+    ids=range(9),
+)
+def test_a_timm_name_without_rules_is_refused_with_what_to_do_instead(
+    timm_name: str, stated: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        build_meta(replace(VIT, timm_name=timm_name, **stated), ParameterizationConfig())
+
+
+def test_every_plain_vit_of_timm_is_a_starting_point() -> None:
+    special = ("_xp_", "_18x2_", "_rpn_", "_dlittle_", "_dwee_", "_dpwee_", "_pwee_", "_distilled_")
+    names = timm.list_models(module="vision_transformer") + timm.list_models(module="deit")
+    for name in names:
+        if not any(part in name for part in special):
+            stated = {"layer_scale": 0.1, "class_token": False, "global_pool": "avg", "patch_size": 8}
+            build_meta(replace(VIT, timm_name=name, width=32, depth=2, **stated), ParameterizationConfig())
 
 
 def test_a_base_larger_than_the_model_is_allowed_and_scales_down() -> None:
