@@ -137,7 +137,7 @@ class Parameterization:
     alpha            depth exponent: branches are multiplied by beta * L^-alpha
     adam_depth_lr    exponent of L in AdamW's learning rate inside branches; None is alpha - 1 (Tensor Programs VI,
                      CompleteP), 0 is what Bordelon et al. are reported to have used
-    eps_scaling      "table", or "branch" (CompleteP's table: residual blocks only), or "none" (Tensor Programs V)
+    eps_scaling      "table" (Complete(d)P's, 2512.22382), "branch" (in residual blocks only), or "none"
     weight_decay_scaling   exponent of N in a hidden matrix's coupled weight decay: 1 keeps lr * decay constant
     beta, gamma0     tunable constants that transfer: branch scale and feature-learning strength
     """
@@ -157,9 +157,11 @@ PRESETS: dict[str, Parameterization] = {
     preset.name: preset
     for preset in (
         Parameterization("sp", width_rules=False, depth_rules=False, alpha=0.0),
-        Parameterization("mup", width_rules=True, depth_rules=False, alpha=0.0),
+        # neither 2203.03466 nor its package scales eps
+        Parameterization("mup", width_rules=True, depth_rules=False, alpha=0.0, eps_scaling="none"),
         Parameterization("depth_mup", width_rules=True, depth_rules=True, alpha=0.5),
-        Parameterization("completep", width_rules=True, depth_rules=True, alpha=1.0),
+        # 2505.01618, table 1, which scales eps in residual blocks
+        Parameterization("completep", width_rules=True, depth_rules=True, alpha=1.0, eps_scaling="branch"),
     )
 }
 
@@ -231,9 +233,7 @@ class Scale:
         lr = row.lr_adam(N, L, p.alpha) * gamma0
         if in_branch and p.adam_depth_lr is not None:
             lr *= L ** (p.adam_depth_lr - (p.alpha - 1))
-        if p.eps_scaling == "none" or (p.eps_scaling == "branch" and not in_branch):
-            eps = 1.0
-        else:
-            eps = row.eps_adam(N, L, p.alpha) / gamma0
+        eps_scales = p.eps_scaling == "table" or (p.eps_scaling == "branch" and in_branch)
+        eps = (row.eps_adam(N, L, p.alpha) if eps_scales else 1.0) / gamma0
         weight_decay = row.weight_decay(N, L, p.alpha) ** p.weight_decay_scaling / gamma0 if decays else 0.0
         return Factors(lr=lr, eps=eps, weight_decay=weight_decay)

@@ -170,6 +170,7 @@ def test_width_rules_are_those_of_the_mup_package(config: AnyModelConfig) -> Non
         ours = parameter_groups(scaled.network, scaled.rules, scaled.scale, OptimizerConfig(name=name, lr=0.1))
         our_names = {id(p): n for n, p in scaled.network.named_parameters()}
         our_lr = {our_names[id(p)]: group["lr"] for group in ours for p in group["params"]}
+        assert {group["eps"] for group in (*ours, *their_groups) if "eps" in group} <= {1e-8}, name
         assert our_lr == pytest.approx(their_lr), name
         assert len(set(our_lr.values())) > 1
 
@@ -196,7 +197,7 @@ def test_width_rules_are_those_of_the_mup_package(config: AnyModelConfig) -> Non
 def test_completep_gives_the_published_table() -> None:
     """CompleteP (2505.01618), table 1, at m_N = 4 and m_L = 8."""
     N, L = 4.0, 8.0
-    scale = Scale(replace(PRESETS["completep"], eps_scaling="branch"), N, L)
+    scale = Scale(PRESETS["completep"], N, L)
     hidden, norm = scale.factors(Role.BRANCH_HIDDEN, "adamw"), scale.factors(Role.BRANCH_VECTOR, "adamw")
     assert scale.branch_multiplier() == 1 / L
     assert scale.readout_multiplier() == 1 / N

@@ -68,10 +68,10 @@ LITERAL = {
         "readout":       (1 / 2, 1,         1,           1,            1),
     },
     "mup": {
-        "input":         (1,     4,         1,           1 / 4,        1),
-        "branch_hidden": (1 / 2, 1,         1 / 4,       1 / 4,        4),
-        "hidden":        (1 / 2, 1,         1 / 4,       1 / 4,        4),
-        "branch_vector": (1,     4,         1,           1 / 4,        0),
+        "input":         (1,     4,         1,           1,            1),
+        "branch_hidden": (1 / 2, 1,         1 / 4,       1,            4),
+        "hidden":        (1 / 2, 1,         1 / 4,       1,            4),
+        "branch_vector": (1,     4,         1,           1,            0),
         "vector":        (1,     4,         1,           1,            0),
         "branch_scalar": (1,     1,         1,           1,            0),
         "scalar":        (1,     1,         1,           1,            0),
@@ -88,9 +88,9 @@ LITERAL = {
         "readout":       (1,     4,         1,           1,            1),
     },
     "completep": {
-        "input":         (1,     4,         1,           1 / 4,        1),
+        "input":         (1,     4,         1,           1,            1),
         "branch_hidden": (1 / 2, 9,         1 / 4,       1 / 36,       4),
-        "hidden":        (1 / 2, 1,         1 / 4,       1 / 4,        4),
+        "hidden":        (1 / 2, 1,         1 / 4,       1,            4),
         "branch_vector": (1,     36,        1,           1 / 36,       0),
         "vector":        (1,     4,         1,           1,            0),
         "branch_scalar": (1,     9,         1,           1 / 9,        0),
@@ -182,6 +182,9 @@ def test_eps_scaling_is_the_tables_or_in_branches_only_or_none() -> None:
     assert eps("table") == pytest.approx(everywhere)
     assert eps("branch") == pytest.approx(dict.fromkeys(everywhere, 1) | in_branches)
     assert eps("none") == dict.fromkeys(everywhere, 1)
+    # gamma0 divides every gradient but that of the readout's bias, and so eps, whatever else scales it
+    held = held_by_the_optimizer(scaled_at(name="depth_mup", eps_scaling="none", gamma0=4.0), adamw())
+    assert {role: group["eps"] for role, group in held.items()} == dict.fromkeys(everywhere, 1 / 4) | {"scalar": 1}
 
 
 def test_weight_decay_scaling_is_the_exponent_of_width_in_a_hidden_matrixs_coupled_decay() -> None:
