@@ -128,6 +128,8 @@ class ResNetConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         check_multiple("depth", self.depth, sum(self.blocks), f"the blocks in {list(self.blocks)},")
+        if self.base_depth < len(self.blocks):  # the base's pattern may be another: that of ResNet-18 for ResNet-50
+            raise ModelError(f"base_depth {self.base_depth} must be at least {len(self.blocks)}: a block in each stage")
         divisor, what = (self.num_groups, "num_groups") if self.norm == "group" else (8, "timm's channel step")
         for name, width in (("width", self.width), ("base_width", self.base_width)):
             check_multiple(name, width, divisor, what)
@@ -195,6 +197,14 @@ class ParameterizationConfig:
     weight_decay_scaling: Number | None = None
     beta: Annotated[Number, Field(gt=0)] = 1.0
     gamma0: Annotated[Number, Field(gt=0)] = 1.0
+
+    def __post_init__(self) -> None:
+        stated = [key for key in ("alpha", "adam_depth_lr") if getattr(self, key) is not None]
+        if stated and not PRESETS[self.name].depth_rules:
+            with_depth = " or ".join(name for name, preset in PRESETS.items() if preset.depth_rules)
+            raise ModelError(
+                f"{' and '.join(stated)} would do nothing: {self.name} has no depth rules; use {with_depth}"
+            )
 
     def resolve(self) -> Parameterization:
         """The preset with this config's overrides."""

@@ -224,6 +224,9 @@ def test_plan_prints_every_run_with_its_cost_and_launches_nothing(study_file: Pa
     assert "12 runs (0 done)" in planned.stdout
     assert planned.stdout.count("depth_mup") == 4
     assert "4 more points" in planned.stdout
+    assert "is larger than" not in planned.stdout
+    smaller = depthmup("plan", study_file, "study.sizes=[{width: 8, depth: 3}, {width: 4, depth: 3}]")
+    assert "base width 8, depth 3 is larger than width 4, depth 3: factors scale down" in smaller.stdout
     assert not (study_file.parent / "runs").exists()
 
 

@@ -334,6 +334,14 @@ def test_a_name_with_no_role_or_with_two_is_an_error() -> None:
     [
         (lambda: ParameterizationConfig(name="depthmup"), "ParameterizationConfig.name: .* 'depth_mup' .*'depthmup'"),
         (lambda: ParameterizationConfig(bta=1.0), "ParameterizationConfig.bta: unknown; known: name, .*, beta, gamma0"),
+        (
+            lambda: ParameterizationConfig(name="mup", alpha=1.0),
+            "alpha would do nothing: mup has no .* use depth_mup or",
+        ),
+        (
+            lambda: ParameterizationConfig(name="sp", adam_depth_lr=0.0),
+            "adam_depth_lr would do nothing: sp has no depth",
+        ),
         (lambda: OptimizerConfig(name="lion", lr=1.0), "OptimizerConfig.name: .* 'sgd', 'adamw' or 'muon'"),
         (lambda: OptimizerConfig(lr=0), "OptimizerConfig.lr: Input should be greater than 0"),
         (lambda: replace(RESNET, norm="batchnorm"), "ResNetConfig.norm: .* 'batch', 'group' or 'none'"),
@@ -342,7 +350,7 @@ def test_a_name_with_no_role_or_with_two_is_an_error() -> None:
         (lambda: Init("norml", 1.0), "Init.kind: Input should be 'constant', 'normal', .*'norml'"),
         (lambda: ParameterRule("fc", "hiden", ONES), "ParameterRule.role: Input should be 'input', 'branch_hidden'"),
     ],
-    ids=range(9),
+    ids=range(11),
 )
 def test_python_code_is_refused_a_wrong_value_as_a_file_is(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ModelError, match=message) as error:
@@ -355,6 +363,8 @@ def test_bad_sizes_and_names_are_refused_with_what_would_do() -> None:
         replace(VIT, num_heads=None, head_dim=16, width=40)
     with pytest.raises(ValueError, match="depth 6 must be a multiple of the blocks"):
         replace(RESNET, depth=6)
+    with pytest.raises(ValueError, match="base_depth 3 must be at least 4: a block in each stage"):
+        replace(RESNET, base_depth=3)
     with pytest.raises(ValueError, match="depth 4 must be a multiple of num_stages 3: use 3 or 6"):
         replace(CONV_RESNET, depth=4)
 
