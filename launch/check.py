@@ -34,7 +34,7 @@ def table(axis: Axis, lines: list[Line]) -> list[str]:
     """Text of at most 80 columns: a row per quantity; each slope with its standard error, beside what is demanded."""
     cells: dict[str, dict[int, Line]] = defaultdict(dict)
     for line in lines:
-        cells[line.quantity.partition(",")[0]][line.step] = line
+        cells[line.quantity][line.step] = line
     first, *later = sorted({line.step for line in lines} | {0})
 
     def slope(line: Line | None) -> str:

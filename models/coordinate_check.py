@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.build import ScaledModel, build, find_slots
-from models.config import AnyModelConfig, OptimizerConfig, ParameterizationConfig
+from models.config import AnyModelConfig, OptimizerConfig, ParameterizationConfig, Size
 from models.family import modules_matching
 from models.optimizer import build_optimizer, parameter_groups
 from models.parameterization import Role
@@ -69,12 +69,13 @@ def attention_update(alpha: float) -> Span:
 @dataclass(frozen=True)
 class Target:
     """Slopes of log2 RMS over log2 width and over log2 depth: of the value at step 0, and of its update at later
-    steps. None is not judged."""
+    steps. None is not judged. `spectral`: of matrices' spectral norms, not of their entries."""
 
     width: Allowed | None
     depth: Allowed | None
     update_width: Allowed
     update_depth: Allowed | None
+    spectral: bool = False
 
 
 FLAT = slope(0.0)
@@ -87,7 +88,6 @@ TARGETS: dict[str, Target] = {
     # logits are a mean over a random readout at first, attention logits a mean over the head dim: noise that shrinks
     "logits":                   Target(slope(-0.5),  FLAT,          FLAT,            FLAT),
     "attention logits":         Target(slope(-0.5),  FLAT,          span(-0.5, 0.0), attention_update),
-    "attention logits, fixed head dim": Target(FLAT, FLAT,          span(-0.5, 0.0), attention_update),
     Role.INPUT.value:           Target(None,         None,          FLAT,            FLAT),
     Role.BRANCH_HIDDEN.value:   Target(None,         None,          slope(-1.0),     as_update),
     Role.HIDDEN.value:          Target(None,         None,          slope(-1.0),     FLAT),
@@ -98,13 +98,14 @@ TARGETS: dict[str, Target] = {
     Role.SCALAR.value:          Target(None,         None,          FLAT,            FLAT),
     Role.READOUT.value:         Target(None,         None,          FLAT,            FLAT),
 }
+FIXED_HEAD_DIM = {
+    "attention logits":         Target(FLAT,         FLAT,          span(-0.5, 0.0), attention_update),
+}
 # Muon gives each matrix's update a spectral norm, so that is measured of it: RMS mixes it with its rank.
 # It orthogonalises q, k and v as one matrix, in which the share of q and k changes with depth.
-MUON_TARGETS = TARGETS | {
-    "attention logits":         replace(TARGETS["attention logits"], update_depth=None),
-    "attention logits, fixed head dim": replace(TARGETS["attention logits, fixed head dim"], update_depth=None),
-    f"muon {Role.BRANCH_HIDDEN.value}": Target(None, None,      FLAT,            as_update),
-    f"muon {Role.HIDDEN.value}": Target(None,        None,          FLAT,            FLAT),
+MUON = {
+    f"muon {Role.BRANCH_HIDDEN.value}": Target(None, None,      FLAT,            as_update, spectral=True),
+    f"muon {Role.HIDDEN.value}": Target(None,        None,          FLAT,            FLAT,      spectral=True),
 }
 # fmt: on
 
@@ -145,6 +146,7 @@ class Line:
         return "ok" if self.deviation <= BAND and 2 * self.error <= BAND else "unclear"
 
 
+Batch = tuple[Tensor, Tensor]  # inputs (batch, ...), labels (batch,)
 Values = dict[str, dict[int, Tensor]]  # quantity -> position -> what flows there
 
 
@@ -177,12 +179,12 @@ def recording(scaled: ScaledModel) -> Iterator[Values]:
             handle.remove()
 
 
-def observe(scaled: ScaledModel, values: Values, attention: str, by_muon: set[str]) -> Values:
+def observe(scaled: ScaledModel, values: Values, by_muon: set[str]) -> Values:
     """A copy of `values` with attention logits in place of queries and keys, and the weights of each role; matrices
     that muon trains, `by_muon`, one by one."""
     observed = {quantity: dict(at) for quantity, at in values.items() if quantity not in ("queries", "keys")}
     if "queries" in values and "keys" in values:
-        observed[attention] = {
+        observed["attention logits"] = {
             i: q @ values["keys"][i].transpose(-2, -1) / math.sqrt(q.shape[-1])  # (batch, heads, tokens, tokens)
             for i, q in values["queries"].items()
         }
@@ -201,14 +203,14 @@ def rms(tensor: Tensor) -> float:
     return float(tensor.float().square().mean().sqrt())
 
 
-def sizes(quantity: str, at: dict[int, Tensor]) -> list[float]:
-    """RMS at each position; of Muon's matrices, the one RMS of their spectral norms."""
-    if quantity.startswith("muon "):
+def sizes(target: Target, at: dict[int, Tensor]) -> list[float]:
+    """RMS at each position, or the one RMS of matrices' spectral norms."""
+    if target.spectral:
         return [rms(torch.stack([torch.linalg.matrix_norm(matrix, ord=2) for matrix in at.values()]))]
     return [rms(at[i]) for i in sorted(at)]
 
 
-def fixed_batch(config: AnyModelConfig, settings: Settings, seed: int) -> tuple[Tensor, Tensor]:
+def fixed_batch(config: AnyModelConfig, settings: Settings, seed: int) -> Batch:
     """Images that a network can tell apart, a coarse pattern per class under noise, and their labels."""
     generator = torch.Generator().manual_seed(seed)
     size, channels = config.image_size, config.in_channels
@@ -222,36 +224,30 @@ Measured = dict[tuple[str, int], list[float]]  # (quantity, step) -> RMS at each
 
 
 def measure(
-    config: AnyModelConfig,
-    parameterization: ParameterizationConfig,
-    optimizer_config: OptimizerConfig,
-    settings: Settings,
-    seed: int,
+    scaled: ScaledModel, batch: Batch, optimizer_config: OptimizerConfig, steps: int, targets: dict[str, Target]
 ) -> Measured:
-    """RMS of every quantity at step 0, and of its change after 1 and after `settings.steps` steps.
+    """Trains `scaled`: RMS of every quantity at step 0, and of its change after 1 and after `steps` steps.
 
     The loss sees the logits minus those of step 0. These shrink with width (see TARGETS), and with them the first
     gradients would change from width to width for a reason that has nothing to do with the rules.
     """
-    scaled = build(config, parameterization, seed)
     groups = parameter_groups(scaled.network, scaled.rules, scaled.scale, optimizer_config)
     optimizer = build_optimizer(groups, optimizer_config)
-    images, labels = fixed_batch(config, settings, seed)
-    attention = "attention logits" + ("" if getattr(config, "num_heads", None) else ", fixed head dim")
+    inputs, labels = batch
     by_muon = {id(p) for group in groups if group["algorithm"] == "muon" for p in group["params"]}
     names = {name for name, parameter in scaled.network.named_parameters() if id(parameter) in by_muon}
     measured: Measured = {}
     initial: Values = {}
     with recording(scaled) as values:
-        for step in range(settings.steps + 1):
-            logits = scaled.network(images)
+        for step in range(steps + 1):
+            logits = scaled.network(inputs)
             if step == 0:
-                initial = observe(scaled, values, attention, names)
-                measured |= {(q, 0): sizes(q, at) for q, at in initial.items()}
-            elif step in (1, settings.steps):
-                now = observe(scaled, values, attention, names)
+                initial = observe(scaled, values, names)
+                measured |= {(q, 0): sizes(targets[q], at) for q, at in initial.items()}
+            elif step in (1, steps):
+                now = observe(scaled, values, names)
                 changes = {q: {i: at[i] - initial[q][i] for i in at} for q, at in now.items()}
-                measured |= {(q, step): sizes(q, at) for q, at in changes.items()}
+                measured |= {(q, step): sizes(targets[q], at) for q, at in changes.items()}
             optimizer.zero_grad()
             F.cross_entropy(logits - initial["logits"][0], labels).backward()
             optimizer.step()
@@ -291,6 +287,42 @@ def judge(
     return lines
 
 
+def targets_for(optimizer: OptimizerConfig, head_dim_grows: bool) -> dict[str, Target]:
+    """What each quantity is held to."""
+    targets = TARGETS if head_dim_grows else TARGETS | FIXED_HEAD_DIM
+    if optimizer.name != "muon":
+        return targets
+    return targets | MUON | {"attention logits": replace(targets["attention logits"], update_depth=None)}
+
+
+def check_sizes(
+    build_at: Callable[[Size, int], ScaledModel],
+    batch: Callable[[int], Batch],
+    base: Size,
+    optimizer: OptimizerConfig,
+    settings: Settings,
+    axes: tuple[Axis, ...] = AXES,
+    head_dim_grows: bool = False,
+    progress: Callable[[str], None] = lambda size: None,
+) -> list[Line]:
+    """Trains networks at multiples of the base width, then of the base depth, and judges every slope.
+
+    build_at: (size, seed) -> a network of that width and depth, scaled from `base` by `models.apply` or built here.
+    batch: seed -> the one batch that it is trained on. `progress` is told each size before it runs.
+    """
+    targets = targets_for(optimizer, head_dim_grows)
+    alpha = build_at(base, 0).scale.parameterization.alpha
+    lines: list[Line] = []
+    for axis in axes:
+        runs: list[list[Measured]] = []
+        for size in [replace(base, **{axis: getattr(base, axis) * factor}) for factor in settings.factors]:
+            progress(f"{axis} {getattr(size, axis)}")
+            networks = ((seed, build_at(size, seed)) for seed in range(settings.num_seeds))
+            runs.append([measure(scaled, batch(seed), optimizer, settings.steps, targets) for seed, scaled in networks])
+        lines += judge(axis, runs, settings, targets, alpha)
+    return lines
+
+
 def check(
     config: AnyModelConfig,
     parameterization: ParameterizationConfig,
@@ -299,19 +331,18 @@ def check(
     axes: tuple[Axis, ...] = AXES,
     progress: Callable[[str], None] = lambda size: None,
 ) -> list[Line]:
-    """Trains the model at multiples of its base width, then of its base depth, and judges every slope.
+    """`check_sizes` of a model of the families here. Raises ModelError when a size does not fit it."""
 
-    Raises ModelError when a size does not fit the model. `progress` is told each size before it runs.
-    """
-    alpha = parameterization.resolve().alpha
-    targets = MUON_TARGETS if optimizer.name == "muon" else TARGETS
-    base = replace(config, width=config.base_width, depth=config.base_depth)
-    lines: list[Line] = []
-    for axis in axes:
-        runs = []
-        for size in [replace(base, **{axis: getattr(base, axis) * factor}) for factor in settings.factors]:
-            progress(f"{axis} {getattr(size, axis)}")
-            seeds = range(settings.num_seeds)
-            runs.append([measure(size, parameterization, optimizer, settings, seed) for seed in seeds])
-        lines += judge(axis, runs, settings, targets, alpha)
-    return lines
+    def build_at(size: Size, seed: int) -> ScaledModel:
+        return build(replace(config, width=size.width, depth=size.depth), parameterization, seed)
+
+    return check_sizes(
+        build_at,
+        lambda seed: fixed_batch(config, settings, seed),
+        Size(width=config.base_width, depth=config.base_depth),
+        optimizer,
+        settings,
+        axes,
+        head_dim_grows=getattr(config, "num_heads", None) is not None,
+        progress=progress,
+    )

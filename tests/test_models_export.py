@@ -24,7 +24,7 @@ from launch.cli import cli
 from launch.export import export_run
 from models import Init, ParameterizationConfig, ParameterRule, Role, Roles, Size, Slot
 from models.build import build
-from models.coordinate_check import rms
+from models.coordinate_check import Settings, check_sizes, rms
 from models.errors import ModelError
 from models.export import folded_state
 from train.config import RunConfig, from_plain, to_yaml
@@ -225,7 +225,7 @@ def test_apply_takes_a_network_with_an_infinite_mask() -> None:
 
 def test_the_example_of_the_page_on_your_own_model_runs_and_gives_the_tables_factors() -> None:
     page = Path(__file__).parents[1] / "docs" / "your-model.md"
-    (example,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    example = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
     names: dict[str, Any] = {"__name__": "example"}
     exec(compile(example, str(page), "exec"), names)
     scaled, optimizer = names["scaled"], names["optimizer"]
@@ -239,3 +239,10 @@ def test_the_example_of_the_page_on_your_own_model_runs_and_gives_the_tables_fac
     plain = names["Net"](256, 24)
     plain.load_state_dict(folded_state(scaled))
     torch.testing.assert_close(plain(x), scaled.network(x), rtol=1e-5, atol=1e-5)
+
+    assert {line.axis for line in names["lines"]} == {"width", "depth"}
+    assert {"stream", "branch", "logits", "branch_hidden"} <= {line.quantity for line in names["lines"]}
+    assert not names["off"]
+    names["parameterization"] = ParameterizationConfig(name="sp")
+    lines = check_sizes(names["build_at"], names["batch"], names["base"], names["config"], Settings((1, 4), 2, 16, 2))
+    assert {line.axis for line in lines if line.verdict == "off"} == {"width", "depth"}
