@@ -104,6 +104,22 @@ def test_stopped_and_killed_runs_go_on_with_other_engines_and_world_sizes(config
     assert losses(tmp_path) == pytest.approx(losses(whole), rel=1e-3)  # 240 steps of Adam widen 1e-7 of rounding
 
 
+@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
+def test_a_process_that_hangs_ends_the_others_within_the_time_out(config: Path, tmp_path: Path, engine: str) -> None:
+    """Also where an engine makes groups of its own: DeepSpeed's wait for half an hour unless they are told."""
+    overrides = (f"parallel.engine={engine}", "parallel.step_timeout=2", f"train.samples={10**6}")
+    processes = train(config, tmp_path, *overrides, world_size=2)
+    wait_for_step(tmp_path, 3)
+    processes[1].send_signal(signal.SIGSTOP)
+    codes, output = finish(processes[:1], timeout=60)
+    processes[1].kill()
+    processes[1].communicate()
+    assert codes == [EXIT_FAILED], output
+    failed = RunDirectory(tmp_path).failed()
+    assert failed
+    assert "timeout" in failed["error"].lower()
+
+
 def children(process: "subprocess.Popen[str]") -> list[int]:
     tasks = Path(f"/proc/{process.pid}/task").glob("*/children")
     return [int(child) for task in tasks for child in task.read_text().split()]

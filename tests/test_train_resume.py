@@ -25,6 +25,7 @@ from train import checkpoint
 from train.config import RunConfig
 from train.interrupt import Interrupt, Interrupted
 from train.loop import run
+from train.metrics import MetricsWriter
 
 TIMED = {"images_per_second", "data_wait", "memory", "mfu"}  # what a clock or the process decides
 
@@ -167,6 +168,96 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_the_run_goes_on(shards: Pat
     kept = {path.name for path in checkpoint.complete(tmp_path / "checkpoints")}
     assert "step-8" in kept
     assert "step-12" not in kept
+    assert_same_end(tmp_path, whole)
+
+
+def test_on_a_full_disk_metrics_lines_wait_until_there_is_room(
+    shards: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Metrics and log can grow no more from step 9 to step 15."""
+    limits, file = resource.getrlimit(resource.RLIMIT_FSIZE), tmp_path / "metrics.jsonl"
+
+    def watch(line: dict[str, Any]) -> None:
+        if line["step"] == 9:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 10, limits[1]))
+        if line["step"] == 15:
+            assert file.read_text().count("\n") == 3  # of steps 3, 6 and 9
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    try:
+        run(config_of(shards), tmp_path, watch=watch)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "lines from step 12 on wait until they can be written" in capsys.readouterr().err
+    assert_same_end(tmp_path, whole)
+
+
+def test_no_step_is_saved_whose_metrics_are_not_on_the_disk(
+    shards: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a resume from it would leave their lines out for ever."""
+    flush, answers = MetricsWriter.flush, iter([None, None, OSError("no space left")])  # at steps 4, 8 and 12
+    monkeypatch.setattr(MetricsWriter, "flush", lambda self: next(answers, None) or flush(self))
+    run(config_of(shards, "train.keep_last=100"), tmp_path)
+    steps = {path.name for path in checkpoint.complete(tmp_path / "checkpoints")}
+    assert {"step-8", "step-16"} <= steps
+    assert "step-12" not in steps
+    assert_same_end(tmp_path, whole)
+
+
+def test_a_stop_at_a_saved_step_does_not_save_it_again(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With keep_last=1 the one checkpoint that there is would be replaced, in the seconds before the job is killed."""
+    interrupt, saved = Interrupt(), []
+    save = checkpoint.dcp.save
+    monkeypatch.setattr(checkpoint.dcp, "save", lambda *given, **more: saved.append(1) or save(*given, **more))
+
+    def watch(line: dict[str, Any]) -> None:
+        if line["step"] == 12:
+            interrupt.request()
+
+    with pytest.raises(Interrupted):
+        run(config_of(shards, "train.keep_last=1"), tmp_path, interrupt=interrupt, watch=watch)
+    assert len(saved) == 3  # steps 4, 8 and 12
+
+
+def test_a_stop_in_the_last_evaluation_is_obeyed_and_only_the_evaluation_is_done_again(
+    shards: Path, whole: Path, tmp_path: Path
+) -> None:
+    interrupt = Interrupt()
+
+    def watch(line: dict[str, Any]) -> None:
+        if line["step"] == 50:
+            interrupt.request()
+
+    with pytest.raises(Interrupted, match="after step 50 of 50"):
+        run(config_of(shards), tmp_path, interrupt=interrupt, watch=watch)
+    run(config_of(shards), tmp_path, watch=lambda line: pytest.fail(f"trained again: {line}"))
+    assert_same_end(tmp_path, whole)
+
+
+def test_a_corrupt_newer_checkpoint_does_not_push_out_those_after_the_resume(
+    shards: Path, whole: Path, tmp_path: Path
+) -> None:
+    def stop_at(step: int) -> None:
+        interrupt = Interrupt()
+        with pytest.raises(Interrupted):
+            run(
+                config_of(shards, "train.keep_last=1"),
+                tmp_path,
+                interrupt=interrupt,
+                watch=lambda line: interrupt.request() if line["step"] == step else None,
+            )
+
+    stop_at(9)
+    copytree(tmp_path / "checkpoints" / "step-9", tmp_path / "step-9")
+    stop_at(24)
+    copytree(tmp_path / "step-9", tmp_path / "checkpoints" / "step-9")
+    (tmp_path / "checkpoints" / "step-24" / "state.json").write_text("{")
+    stop_at(12)
+    assert (tmp_path / "checkpoints" / "step-12").exists()
+    run(config_of(shards), tmp_path)
     assert_same_end(tmp_path, whole)
 
 

@@ -58,9 +58,12 @@ def train(config: RunConfig, directory: RunDirectory) -> int:
         return EXIT_REQUEUE
     except Exception as error:
         reason = {"rank": world.rank, "error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
-        is_first = directory.write_first_failure(reason, started)
-        with directory.rank_log(world.rank).open("a") as log:
-            traceback.print_exc(file=log)
+        try:
+            is_first = directory.write_first_failure(reason, started)
+        except OSError as unwritable:  # a full disk: then at least the terminal, or the job's log, has the reason
+            is_first = True
+            print(f"warning: no failed.json ({unwritable})", file=sys.stderr)
+        directory.add_to_log(traceback.format_exc(), world.rank)
         if isinstance(error, UserError | ModelError):
             if is_first:  # torchrun stops the others before they can say it
                 print(f"error: {error}", file=sys.stderr)

@@ -174,6 +174,7 @@ class Checkpoints:
         self.world_size = dist.get_world_size() if self.group else 1
         self.writer = ThreadPoolExecutor(1, "checkpoint")
         self.pending: Future[None] | None = None
+        self.saved_step: int | None = None  # of the last save that succeeded, the same in every process
 
     def together(self, mine: Any) -> list[Any]:
         """What every process has to say, in the order of ranks."""
@@ -183,10 +184,15 @@ class Checkpoints:
         dist.all_gather_object(everybody, mine, group=self.group)
         return everybody
 
-    def save(self, progress: Progress, tensors: Any) -> None:
-        """Copies the tensors and returns; a thread writes them. A save that is still under way is waited for."""
+    def save(self, progress: Progress, tensors: Any, problem: OSError | None = None) -> None:
+        """Copies the tensors and returns; a thread writes them. A save that is still under way is waited for.
+
+        Nothing is written when the step is saved already, or when any process has a `problem`: then it could not make
+        durable what goes with this step, and a resume has to begin before it.
+        """
         self.wait()
-        self.pending = self.writer.submit(self.write, progress, copy_to_cpu(tensors))
+        if progress.step != self.saved_step:
+            self.pending = self.writer.submit(self.write, progress, copy_to_cpu(tensors), problem)
 
     def wait(self) -> None:
         """Returns when the last save is durable, or has failed and said so in the log."""
@@ -194,50 +200,67 @@ class Checkpoints:
             self.pending.result()
             self.pending = None
 
-    def write(self, progress: Progress, tensors: Any) -> None:
-        final = self.directory / f"step-{progress.step}"
+    def write(self, progress: Progress, tensors: Any, problem: OSError | None) -> None:
         temporary = self.directory / f"tmp-step-{progress.step}"
         if self.rank == 0:
             for stale in self.directory.glob("tmp-step-*"):
-                shutil.rmtree(stale)
-        self.together(None)
-        error, files = None, {}
+                self.remove(stale)
+        error = next((str(error) for error in self.together(problem) if error), None)
+        if not error:
+            mine = self.write_shards(temporary, tensors)
+            answers = self.together(mine)
+            error = next((error for error, _ in answers if error), None)
+            if self.rank == 0 and not error:
+                error = self.publish(progress, temporary, {k: v for _, files in answers for k, v in files.items()})
+            error = self.together(error)[0]
+        if not error:
+            self.saved_step = progress.step
+        elif self.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            self.log(f"warning: no checkpoint of step {progress.step}, the older ones stay ({error})")
+
+    def write_shards(self, temporary: Path, tensors: Any) -> tuple[str | None, dict[str, list[int]]]:
+        """Every process writes what it holds. Returns what went wrong here, or the checksums of its files."""
         try:
             writer = dcp.FileSystemWriter(temporary)
             dcp.save(tensors, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
             mine = [*temporary.glob(f"__{self.rank}_*"), *([temporary / ".metadata"] if self.rank == 0 else [])]
-            files = {path.name: checksum(path) for path in mine}
+            return None, {path.name: checksum(path) for path in mine}
         except CheckpointException as raised:
-            error = reasons(raised)[0]
+            return reasons(raised)[0], {}
         except (OSError, RuntimeError) as raised:  # torch's writer raises RuntimeError on a full disk
-            error = str(raised).strip().splitlines()[0]
-        answers = self.together((error, files))
-        error = next((error for error, _ in answers if error), None)
-        if self.rank == 0 and not error:
-            error = self.publish(progress, temporary, final, {k: v for _, files in answers for k, v in files.items()})
-        if self.rank == 0 and error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            self.log(f"warning: no checkpoint of step {progress.step}, the older ones stay ({error})")
-        self.together(None)
+            return str(raised).strip().splitlines()[0], {}
 
-    def publish(self, progress: Progress, temporary: Path, final: Path, files: dict[str, list[int]]) -> str | None:
+    def publish(self, progress: Progress, temporary: Path, files: dict[str, list[int]]) -> str | None:
         """Durable under its final name, then the pointer, then the older ones go. Returns what went wrong."""
+        final, aside = self.directory / f"step-{progress.step}", self.directory / f"tmp-step-{progress.step}-old"
         content = {**asdict(progress), "identity": self.identity, "files": files}
         try:
             (temporary / "state.json").write_text(json.dumps(content))
             for path in (*temporary.iterdir(), temporary):
                 fsync(path)
-            shutil.rmtree(final, ignore_errors=True)  # a corrupt one that was passed over
+            if final.exists():  # a corrupt one that was passed over, or that of a replica which was ahead of its pack
+                os.rename(final, aside)
             os.rename(temporary, final)
             fsync(self.directory)
             write_atomically(self.directory / "latest", final.name.encode())
         except OSError as error:
             return os.strerror(error.errno) if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
-        for old in complete(self.directory)[self.keep_last :]:
-            step = int(old.name.removeprefix("step-"))
+        steps = [(int(path.name.removeprefix("step-")), path) for path in complete(self.directory)]
+        upto = [(step, path) for step, path in steps if step <= progress.step]  # later ones are corrupt, passed over
+        for step, path in upto[self.keep_last :]:
             if not (self.keep_every and step % self.keep_every == 0):
-                shutil.rmtree(old)
+                self.remove(path)
+        if aside.exists():
+            self.remove(aside)
         return None
+
+    def remove(self, path: Path) -> None:
+        """Says so where the file system keeps something of it, as NFS does of an open file."""
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            self.log(f"warning: {path.name} could not be removed ({error})")
 
     def load_newest(self, template: Callable[[], Any]) -> tuple[Progress, Any] | None:
         """The newest checkpoint that is whole, or None when there is none to load.

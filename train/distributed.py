@@ -67,10 +67,13 @@ def pick_device(name: str, world: World) -> torch.device:
     return device
 
 
-def set_timeout(timeout: timedelta) -> None:
-    """Sets how long a collective of the default group may wait for the other processes."""
+def set_timeout(timeout: timedelta, except_for: dist.ProcessGroup | None = None) -> None:
+    """Sets how long a collective may wait for the other processes, in every group that there is: DeepSpeed reduces
+    gradients in one of its own. `except_for` keeps the time that it has."""
     if dist.is_initialized():
-        dist.distributed_c10d._set_pg_timeout(timeout, dist.group.WORLD)  # torch has no public setter
+        for group in dist.distributed_c10d._world.pg_map:  # torch has no public list, and no public setter
+            if group is not except_for:
+                dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """Loss and accuracy over a split, spread over the processes, each image counted once."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -9,6 +11,7 @@ from data.loader import evaluation_batches
 from train.config import RunConfig
 from train.distributed import World, sum_over_ranks
 from train.engine import Engine, average_buffers
+from train.interrupt import Interrupted
 from train.step import autocast
 
 
@@ -22,8 +25,12 @@ def evaluate(
     device: torch.device,
     dtype: torch.dtype | None,
     channels_last: bool,
+    stop: Callable[[], bool] | None = None,
 ) -> dict[str, float]:
-    """Mean loss, top-1 and top-5 accuracy over `split`; every process calls it and gets the same."""
+    """Mean loss, top-1 and top-5 accuracy over `split`; every process calls it and gets the same.
+
+    `stop` is asked after every batch, and says the same to every process. Raises Interrupted when it says so.
+    """
     average_buffers(engine.network)
     engine.module.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, top-1, top-5, images
@@ -33,21 +40,26 @@ def evaluate(
         data, index, split, batch_size, model.image_size, model.in_channels, world.rank, world.size, device
     )
     images_of_all = sum(span.samples for span in index.spans(split, data.minival))
-    for _ in range(-(-images_of_all // (world.size * batch_size))):  # the same number everywhere: FSDP gathers in each
-        batch = next(batches, None)
-        if batch is None:
-            engine.module(torch.zeros(1, model.in_channels, model.image_size, model.image_size, device=device))
-            continue
-        images, labels = to_float(batch, data, device)
-        if channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        with autocast(device, dtype):
-            logits = engine.module(images).float()  # (batch, classes)
-        hits = logits.topk(min(5, model.num_classes), dim=1).indices == labels[:, None]  # (batch, 5)
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        sums += torch.stack([loss.double(), hits[:, 0].sum(), hits.sum(), torch.tensor(len(labels), device=device)])
-    engine.reshard()
-    engine.module.train()
+    try:
+        for _ in range(-(-images_of_all // (world.size * batch_size))):  # the same everywhere: FSDP gathers in each
+            batch = next(batches, None)
+            if batch is None:
+                engine.module(torch.zeros(1, model.in_channels, model.image_size, model.image_size, device=device))
+            else:
+                images, labels = to_float(batch, data, device)
+                if channels_last:
+                    images = images.contiguous(memory_format=torch.channels_last)
+                with autocast(device, dtype):
+                    logits = engine.module(images).float()  # (batch, classes)
+                hits = logits.topk(min(5, model.num_classes), dim=1).indices == labels[:, None]  # (batch, 5)
+                loss = F.cross_entropy(logits, labels, reduction="sum")
+                number = torch.tensor(len(labels), device=device)
+                sums += torch.stack([loss.double(), hits[:, 0].sum(), hits.sum(), number])
+            if stop and stop():
+                raise Interrupted(f"stopped in the evaluation of {split}, as asked")
+    finally:
+        engine.reshard()
+        engine.module.train()
     loss_sum, top1, top5, images_seen = sum_over_ranks(sums).tolist()
     return {
         f"{split}_loss": loss_sum / images_seen,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors.torch import save_file
@@ -135,7 +135,6 @@ class Run:
         )
         self.directory = RunDirectory(path)
         path.mkdir(parents=True, exist_ok=True)
-        self.log_file = closing.enter_context(self.directory.rank_log(world.rank).open("a", buffering=1))
 
         # data and model
         self.index = open_data(config)
@@ -202,12 +201,13 @@ class Run:
         self.metrics = None
         if world.is_main:
             self.directory.config.write_text(to_yaml(config))
-            self.metrics = MetricsWriter(self.directory.metrics, self.step, open_trackers(config, path, self.step))
+            trackers = open_trackers(config, path, self.step)
+            self.metrics = MetricsWriter(self.directory.metrics, self.step, self.log, trackers)
             closing.callback(self.metrics.close)
 
     def log(self, text: str) -> None:
         """To this process's log; warnings also to whoever watches the first process."""
-        print(text, file=self.log_file)
+        self.directory.add_to_log(text, self.world.rank)
         if text.startswith("warning: ") and self.world.is_main:
             print(text, file=sys.stderr)
 
@@ -221,10 +221,9 @@ class Run:
         if not self.window.finite():
             return
         average_buffers(self.engine.network)
-        if self.metrics:
-            self.metrics.flush()
+        problem = self.metrics.flush() if self.metrics else None
         progress = Progress(self.step, self.loader.state, self.window.read[:], self.seconds())
-        self.checkpoints.save(progress, self.tensors())
+        self.checkpoints.save(progress, self.tensors(), problem)
 
     def seconds(self) -> float:
         """Of all processes together, those of earlier starts up to the checkpoint included."""
@@ -267,17 +266,21 @@ class Run:
             self.window.pending.append(result.loss)
             self.step += 1
             if self.step == first_step + 1:
-                set_timeout(timedelta(seconds=config.parallel.step_timeout))
+                set_timeout(timedelta(seconds=config.parallel.step_timeout), except_for=self.checkpoints.group)
             if logs and (diverged_at := self.write_metrics(result, clock)) is not None:
                 break
             if self.step % config.train.checkpoint_every == 0 and self.step < num_steps:
                 self.save()
             if vote.stop() and self.step < num_steps:
-                self.save()
-                self.checkpoints.wait()
-                raise Interrupted(f"stopped after step {self.step} of {num_steps}, as asked")
+                self.stop()
         self.checkpoints.wait()
-        return self.finish(diverged_at)
+        return self.finish(diverged_at, vote)
+
+    def stop(self) -> NoReturn:
+        """Saves and raises Interrupted."""
+        self.save()
+        self.checkpoints.wait()
+        raise Interrupted(f"stopped after step {self.step} of {self.config.train.num_steps}, as asked")
 
     def write_metrics(self, result: StepResult, clock: Clock) -> int | None:
         """Writes one metrics line; returns the step of the first loss since the last one that is not finite.
@@ -312,10 +315,13 @@ class Run:
             self.watch(line)
         return diverged_at
 
-    def evaluate(self) -> dict[str, float]:
-        """Metrics of every split in `train.evaluate`; with an average of the weights also its own, as SPLIT_ema_..."""
+    def evaluate(self, stop: Callable[[], bool] | None = None) -> dict[str, float]:
+        """Metrics of every split in `train.evaluate`; with an average of the weights also its own, as SPLIT_ema_...
+
+        `stop` is asked after every batch. Raises Interrupted when it says so.
+        """
         found: dict[str, float] = {}
-        arguments = (self.config, self.index, self.world, self.device, self.dtype, self.channels_last)
+        arguments = (self.config, self.index, self.world, self.device, self.dtype, self.channels_last, stop)
         for split in self.config.train.evaluate:
             found |= evaluate(self.engine, split, *arguments)
             if self.average:
@@ -324,19 +330,24 @@ class Run:
                 found |= {key.replace(split, f"{split}_ema", 1): value for key, value in averaged.items()}
         return found
 
-    def finish(self, diverged_at: int | None) -> dict[str, Any]:
-        """Evaluates, writes the weights, and marks the run done."""
+    def finish(self, diverged_at: int | None, vote: StopVote) -> dict[str, Any]:
+        """Evaluates, writes the weights, and marks the run done. When asked to stop meanwhile: saves, Interrupted."""
         result: dict[str, Any] = {"outcome": "completed", "step": self.step}
         if diverged_at is not None:
             result = {"outcome": "diverged", "step": diverged_at}
         result["samples"] = self.step * self.config.train.global_batch_size
         if diverged_at is None:
-            result |= self.evaluate()
+            try:
+                result |= self.evaluate(vote.stop)
+            except Interrupted:
+                self.stop()
             weights = self.engine.full_weights()
             if self.average:
                 with self.average.swapped_in():
                     averaged = self.engine.full_weights()
-            if self.world.is_main:
+            if self.metrics:
+                if problem := self.metrics.flush():
+                    raise problem
                 after = math.ceil(self.step * (1 - FINAL_SHARE))
                 result["train_loss"] = mean_loss(self.directory.metrics, after)
                 save_weights(self.directory.weights, weights)

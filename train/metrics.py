@@ -3,13 +3,15 @@
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from data.errors import UserError
 from data.storage import write_atomically
 from train.config import RunConfig, TrackConfig, run_hash, to_plain
+
+Log = Callable[[str], None]
 
 
 def truncate_after(path: Path, step: int) -> None:
@@ -45,23 +47,40 @@ class Tracker(Protocol):
 
 
 class MetricsWriter:
-    """Appends to metrics.jsonl from `resumed_step` on."""
+    """Appends to metrics.jsonl from `resumed_step` on. On a full disk the lines wait until there is room again."""
 
-    def __init__(self, path: Path, resumed_step: int, trackers: Sequence[Tracker] = ()) -> None:
+    def __init__(self, path: Path, resumed_step: int, warn: Log, trackers: Sequence[Tracker] = ()) -> None:
         truncate_after(path, resumed_step)
-        self.file = path.open("a", buffering=1)
-        self.trackers = trackers
+        self.file = path.open("ab", buffering=0)  # a buffer of Python's would fail once more when it is closed
+        self.warn, self.trackers = warn, trackers
+        self.unwritten = b""
 
     def write(self, line: dict[str, float]) -> None:
         """`line["step"]` is the number of steps done."""
         strict = {key: value if math.isfinite(value) else None for key, value in line.items()}  # JSON has no NaN
-        self.file.write(json.dumps(strict, allow_nan=False) + "\n")
+        waiting = bool(self.unwritten)
+        self.unwritten += json.dumps(strict, allow_nan=False).encode() + b"\n"
+        if (error := self.write_out()) and not waiting:
+            self.warn(f"warning: {error}; lines from step {line['step']} on wait until they can be written")
         for tracker in self.trackers:
             tracker.log(strict)
 
-    def flush(self) -> None:
-        """Makes the lines durable: before a checkpoint that goes on from them."""
+    def write_out(self) -> OSError | None:
+        """Writes what waits, as far as the disk takes it; returns why not all of it."""
+        try:
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+        except OSError as error:
+            error.filename = self.file.name
+            return error
+        return None
+
+    def flush(self) -> OSError | None:
+        """Makes the lines durable, before a checkpoint that goes on from them; returns why they cannot be."""
+        if error := self.write_out():
+            return error
         os.fsync(self.file.fileno())
+        return None
 
     def close(self) -> None:
         self.file.close()

@@ -4,10 +4,9 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +48,6 @@ class Member:
     directory: RunDirectory
     checkpoints: Checkpoints
     metrics: MetricsWriter
-    log: Callable[[str], None]
     seconds: float  # its share of the time that its packs took so far
     active: bool = True  # neither diverged nor completed
 
@@ -149,8 +147,7 @@ def save_replica(replicas: Replicas, number: int, member: Member, progress: Prog
             engine.optimizer.state[parameter] = {key: moment.cpu().clone() for key, moment in moments[name].items()}
             if config.optimizer.name == "adamw":
                 engine.optimizer.state[parameter]["step"] = torch.tensor(float(progress.step))
-    member.metrics.flush()
-    member.checkpoints.save(progress, engine.state())
+    member.checkpoints.save(progress, engine.state(), member.metrics.flush())
 
 
 @torch.no_grad()
@@ -256,14 +253,12 @@ class Pack:
         self.members: list[Member] = []
         for number, (config, directory) in enumerate(zip(configs, directories, strict=True)):
             directory.path.mkdir(parents=True, exist_ok=True)
-            log = closing.enter_context(directory.log.open("a", buffering=1))
             scaled = build_meta(config.model, config.parameterization)
             groups = parameter_groups(scaled.network, scaled.rules, scaled.scale, config.optimizer)
             place = f"replica {number} of a pack of {len(configs)} on {device.type}, {dtype}"
-            write_line = partial(print, file=log)
-            write_line(describe(config, scaled, groups, place))
+            directory.add_to_log(describe(config, scaled, groups, place))
             keep = first.train.keep_last, first.train.keep_every
-            checkpoints = Checkpoints(directory.checkpoints, identity(config), write_line, *keep)
+            checkpoints = Checkpoints(directory.checkpoints, identity(config), directory.add_to_log, *keep)
             closing.callback(checkpoints.close)
             progress = Progress(0, State(seed=config.seed), [])
             if self.step:
@@ -271,9 +266,10 @@ class Pack:
             states[config.seed] = progress.data
             self.read.append(progress.losses)
             directory.config.write_text(to_yaml(config))
-            metrics = MetricsWriter(directory.metrics, self.step, open_trackers(config, directory.path, self.step))
+            trackers = open_trackers(config, directory.path, self.step)
+            metrics = MetricsWriter(directory.metrics, self.step, directory.add_to_log, trackers)
             closing.callback(metrics.close)
-            self.members.append(Member(config, directory, checkpoints, metrics, write_line, progress.seconds))
+            self.members.append(Member(config, directory, checkpoints, metrics, progress.seconds))
         self.replicas.steps_done.fill_(self.step)
         self.loaders = {seed: self.loader(state) for seed, state in states.items()}
         self.counted = time.monotonic()  # until when the members' seconds are
@@ -394,7 +390,7 @@ class Pack:
         """Marks the run done."""
         result["seconds"] = member.seconds
         for line in self.loaders[member.config.seed].bad.lines():
-            member.log(f"bad samples: {line}")
+            member.directory.add_to_log(f"bad samples: {line}")
         member.checkpoints.wait()
         member.directory.write_done(result)
         member.active = False

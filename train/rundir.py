@@ -6,6 +6,7 @@ done.json | failed.json  log-RANK.txt
 
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,14 @@ class RunDirectory:
 
     def rank_log(self, rank: int) -> Path:
         return self.path / f"log-{rank}.txt"
+
+    def add_to_log(self, text: str, rank: int = 0) -> None:
+        """A log that cannot be written, as on a full disk, does not end the run: the text goes to standard error."""
+        try:
+            with open(self.rank_log(rank), "ab", buffering=0) as file:
+                file.write(f"{text}\n".encode())
+        except OSError as error:
+            print(f"{text}\n({error})", file=sys.stderr)
 
     @property
     def lock(self) -> Path:
