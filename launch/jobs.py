@@ -12,16 +12,16 @@ asked.json                  the user's last command, launch or cancel
 import fcntl
 import json
 import secrets
-import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 from data.errors import UserError
 from data.storage import write_atomically
 from launch.slurm import QueuedTask
+from train.lock import Holder, holder
 
 
 @dataclass(frozen=True)
@@ -107,35 +107,7 @@ def queued_runs(submissions: Sequence[Submission], queue: Sequence[QueuedTask]) 
     return found
 
 
-# ---------------------------------------------------------------- locks
-
-
-@dataclass(frozen=True)
-class Holder:
-    """The process that holds a lock; empty to one who looks while the lock is being taken."""
-
-    host: str = ""
-    pid: int = 0
-
-
-def write_holder(file: TextIO, pid: int) -> None:
-    """Says in a lock's file who holds it."""
-    file.truncate(0)
-    file.write(json.dumps({"host": socket.gethostname(), "pid": pid}))
-    file.flush()
-
-
-def holder(lock: Path) -> Holder | None:
-    """Who holds the lock; None when nobody does. A lock ends with its process, however that ends."""
-    try:
-        with open(lock) as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return None
-    except BlockingIOError:
-        text = lock.read_text()
-        return Holder(**json.loads(text)) if text else Holder()
-    return None
+# ---------------------------------------------------------------- what the user asked for
 
 
 Command = Literal["launch", "cancel"]

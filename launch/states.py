@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from launch import slurm
-from launch.jobs import Holder, Submission, holder, load_all, queued_runs, recover_ids
+from launch.jobs import Submission, load_all, queued_runs, recover_ids
 from launch.slurm import QueuedTask
 from launch.study import PlannedRun, Study
+from train.lock import Holder, holder
 from train.rundir import RunDirectory
 
 State = Literal["done", "diverged", "failed", "running", "waiting", "interrupted", "lost", "new"]

@@ -22,10 +22,11 @@ import submitit
 from data.errors import UserError
 from launch import slurm, snapshot
 from launch.config import LaunchConfig
-from launch.jobs import Submission, launching, write_holder
+from launch.jobs import Submission, launching
 from launch.packs import packs_of
 from launch.study import PlannedRun, Study
 from launch.worker import work
+from train.lock import write_holder
 from train.rundir import EXIT_REQUEUE, RunDirectory
 
 

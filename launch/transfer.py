@@ -21,10 +21,11 @@ from launch import slurm, states
 from launch import snapshot as code_snapshot
 from launch.config import Size
 from launch.cost import count_flops
-from launch.jobs import ask, asked, holder, launching
+from launch.jobs import ask, asked, launching
 from launch.progress import display, duration
 from launch.states import State
 from launch.study import PlannedRun, Study
+from train.lock import holder
 
 POLL_SECONDS = 0.5
 SLURM_POLL_SECONDS = 10.0

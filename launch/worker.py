@@ -18,15 +18,15 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from data.storage import write_atomically
 from launch import snapshot
-from launch.jobs import write_holder
 from train.config import RunConfig, from_plain, read_yaml
 from train.interrupt import Interrupt, Interrupted
+from train.lock import take_lock
 from train.packing import go_together, packable
-from train.rundir import EXIT_REQUEUE, RunDirectory
+from train.rundir import EXIT_REQUEUE, HOLDS_LOCK, RunDirectory
 
 UNPACKED = "unpacked"  # an event of attempts.jsonl: the run was in a pack that failed, and goes on alone
 MAX_ATTEMPTS = 5  # that begin at the same step: more would go on for ever
@@ -48,18 +48,6 @@ def work(packs: Sequence[Sequence[RunDirectory]]) -> int:
             except Interrupted:
                 return EXIT_REQUEUE
     return 1 if any(directory.failed() for pack in packs for directory in pack) else 0
-
-
-def lock(directory: RunDirectory) -> TextIO | None:
-    """The run's lock with our process in it, or None when another process holds it."""
-    file = open(directory.lock, "a+")  # noqa: SIM115 - it is open as long as the run is ours
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    write_holder(file, os.getpid())
-    return file
 
 
 def train_some(directories: Sequence[RunDirectory], interrupt: Interrupt) -> bool:
@@ -111,7 +99,7 @@ def claim(directories: Sequence[RunDirectory], held: ExitStack) -> dict[RunDirec
         for directory in directories:
             if len(claimed) == size:
                 break
-            file = lock(directory)
+            file = take_lock(directory.lock)
             if file is None:
                 continue
             with ExitStack() as candidate:
@@ -229,10 +217,11 @@ def run_distributed(directory: RunDirectory) -> None:
     if directory.done() or directory.failed():
         return
     if os.environ["SLURM_PROCID"] == "0":
-        held = lock(directory)
+        held = take_lock(directory.lock)
         if held is None:
             sys.exit(f"{directory.path}: another job trains it")
         os.set_inheritable(held.fileno(), True)  # the lock lives on in the process that we become
+        os.environ[HOLDS_LOCK] = "1"
         begin_attempt(directory)
     os.execv(sys.executable, [sys.executable, "-m", "train", str(directory.config), str(directory.path)])
 

@@ -1,11 +1,13 @@
 """Runs of several processes as a cluster treats them: signals, dead processes, other world sizes, bad set-ups."""
 
+import fcntl
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from train_processes import environment, start
 from train import __main__ as command
 from train.config import RunConfig, run_hash, to_yaml
 from train.distributed import World, first_host, world_from_environment
+from train.lock import Holder, holder, take_lock
 from train.rundir import EXIT_DIVERGED, EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, EXIT_USER_ERROR, RunDirectory
 
 STEPS = 240
@@ -104,20 +107,47 @@ def test_stopped_and_killed_runs_go_on_with_other_engines_and_world_sizes(config
     assert losses(tmp_path) == pytest.approx(losses(whole), rel=1e-3)  # 240 steps of Adam widen 1e-7 of rounding
 
 
-@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
-def test_a_process_that_hangs_ends_the_others_within_the_time_out(config: Path, tmp_path: Path, engine: str) -> None:
-    """Also where an engine makes groups of its own: DeepSpeed's wait for half an hour unless they are told."""
-    overrides = (f"parallel.engine={engine}", "parallel.step_timeout=2", f"train.samples={10**6}")
-    processes = train(config, tmp_path, *overrides, world_size=2)
+def test_a_run_that_another_process_trains_is_left_alone(config: Path, tmp_path: Path) -> None:
+    (first,) = train(config, tmp_path, f"train.samples={10**6}")
     wait_for_step(tmp_path, 3)
-    processes[1].send_signal(signal.SIGSTOP)
-    codes, output = finish(processes[:1], timeout=60)
-    processes[1].kill()
-    processes[1].communicate()
+    codes, output = finish(train(config, tmp_path, f"train.samples={10**6}"))
+    assert codes == [EXIT_USER_ERROR], output
+    assert output.splitlines()[-1] == (
+        f"error: {tmp_path}: process {first.pid} on {socket.gethostname()} trains it: wait for it, or end it"
+    )
+    assert not RunDirectory(tmp_path).failed()
+    first.send_signal(signal.SIGTERM)
+    assert finish([first])[0] == [EXIT_REQUEUE]
+
+
+def test_whoever_looks_for_a_locks_holder_does_not_keep_a_worker_from_taking_it(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with path.open("w") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        threading.Timer(0.05, looking.close).start()
+        held = take_lock(path)
+    assert held
+    assert holder(path) == Holder(socket.gethostname(), os.getpid())
+    assert take_lock(path) is None
+    held.close()
+    assert holder(path) is None
+
+
+def test_a_process_that_hangs_ends_the_others_within_the_time_out(config: Path, tmp_path: Path) -> None:
+    """Also in the groups that an engine makes for itself: DeepSpeed's wait for half an hour unless they are told."""
+    overrides = ("parallel.engine=deepspeed", "parallel.step_timeout=2", f"train.samples={10**6}")
+    first, hanging = train(config, tmp_path, *overrides, world_size=2)
+    try:
+        wait_for_step(tmp_path, 3)
+        hanging.send_signal(signal.SIGSTOP)
+        codes, output = finish([first], timeout=60)
+    finally:
+        hanging.kill()
+        hanging.communicate()
     assert codes == [EXIT_FAILED], output
     failed = RunDirectory(tmp_path).failed()
     assert failed
-    assert "timeout" in failed["error"].lower()
+    assert "timed out" in failed["error"].lower()
 
 
 def children(process: "subprocess.Popen[str]") -> list[int]:

@@ -11,14 +11,27 @@ import signal
 import sys
 import time
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from data.errors import UserError
 from models.errors import ModelError
 from train.config import RunConfig, from_plain, read_yaml, run_hash, set_dotted
 from train.interrupt import Interrupt, Interrupted
-from train.rundir import EXIT_DIVERGED, EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, EXIT_USER_ERROR, RunDirectory
+from train.lock import holder, take_lock
+from train.rundir import (
+    EXIT_DIVERGED,
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_REQUEUE,
+    EXIT_USER_ERROR,
+    HOLDS_LOCK,
+    RunDirectory,
+)
+
+if TYPE_CHECKING:
+    from train.distributed import World
 
 
 def read_config(path: Path, overrides: list[str]) -> RunConfig:
@@ -36,13 +49,33 @@ def leave(code: int) -> NoReturn:
 
 
 def train(config: RunConfig, directory: RunDirectory) -> int:
+    """Trains the run while no other process can; returns the exit code."""
+    from train.distributed import world_from_environment
+
+    world = world_from_environment()
+    try:
+        directory.path.mkdir(parents=True, exist_ok=True)
+        needless = not world.is_main or HOLDS_LOCK in os.environ  # the first process holds it for all
+        held = nullcontext() if needless else take_lock(directory.lock)
+    except OSError as error:
+        print(
+            f"error: {directory.path}: cannot write there ({error.strerror}): name another directory", file=sys.stderr
+        )
+        return EXIT_USER_ERROR
+    if held is None:
+        reason = f"{holder(directory.lock) or 'another process'} trains it: wait for it, or end it"
+        print(f"error: {directory.path}: {reason}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    with held:
+        return train_locked(config, directory, world)
+
+
+def train_locked(config: RunConfig, directory: RunDirectory, world: "World") -> int:
     from train.checkpoint import complete
     from train.display import summary, watch_terminal
-    from train.distributed import world_from_environment
     from train.loop import run
 
-    world, started = world_from_environment(), time.time()
-    directory.path.mkdir(parents=True, exist_ok=True)
+    started = time.time()
     if world.is_main:
         (directory.path / "failed.json").unlink(missing_ok=True)
         if directory.done():
