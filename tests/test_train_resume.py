@@ -31,9 +31,10 @@ TIMED = {"images_per_second", "data_wait", "memory", "mfu"}  # what a clock or t
 
 
 def config_of(shards: Path, *overrides: str) -> RunConfig:
-    """AdamW, stochastic depth and an average of the weights; metrics every 3 steps, a checkpoint every 4."""
+    """AdamW, BatchNorm, stochastic depth and an average of the weights; metrics every 3 steps, a checkpoint every 4."""
     return run_config(
         shards,
+        "model.norm=batch",
         "optimizer.name=adamw",
         "optimizer.lr=0.002",
         "train.drop_path=0.2",
@@ -155,6 +156,8 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_the_run_goes_on(shards: Pat
 
     def watch(line: dict[str, Any]) -> None:
         if line["step"] == 9:  # step 8 is saved, step 12 cannot be
+            while not (tmp_path / "checkpoints" / "step-8").exists():
+                time.sleep(0.01)
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
         if line["step"] == 15:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)

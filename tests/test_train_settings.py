@@ -14,6 +14,7 @@ from train_configs import VIT, pack_digits, run_config
 from data.batch import Batch
 from data.errors import UserError
 from train import loop
+from train.average import WeightAverage
 from train.config import ParallelConfig, run_hash
 from train.distributed import World, process_group
 from train.loop import run
@@ -171,6 +172,19 @@ def test_stochastic_depth_drops_whole_images_keeps_the_mean_and_rests_in_evaluat
     assert torch.equal(dropped[:, 0], dropped[:, 2])
     assert dropped.mean().item() == pytest.approx(1, abs=0.05)
     assert torch.equal(network[1].eval()(ones), ones)
+
+
+def test_an_average_of_the_weights_comes_with_the_average_of_the_statistics_that_belong_to_them() -> None:
+    """With decays of at most 1/10 and 2/11 in the first two steps."""
+    network = torch.nn.BatchNorm1d(1)
+    average = WeightAverage(network, decay=0.9)
+    for step, mean in enumerate((10.0, 20.0)):
+        network.running_mean.fill_(mean)  # type: ignore[union-attr, operator]
+        average.update(step)
+    expected = 2 / 11 * (0.9 * 10) + 9 / 11 * 20
+    with average.swapped_in():
+        assert network.running_mean.item() == pytest.approx(expected)  # type: ignore[union-attr, operator]
+    assert network.running_mean.item() == 20  # type: ignore[union-attr, operator]
 
 
 def test_the_step_of_the_first_bad_loss_is_found_in_a_window() -> None:

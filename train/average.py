@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights, in float32, sharded as they are."""
+"""An exponential moving average of the weights and of BatchNorm's statistics, in float32, sharded as they are."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,16 +10,22 @@ from train.telemetry import local
 
 
 class WeightAverage:
-    """`weights` is the average by parameter name. It starts as the initial weights and forgets them quickly, since the
-    decay is at most (1 + step) / (10 + step) (as in TensorFlow's ExponentialMovingAverage)."""
+    """`weights` is the average by name, of parameters and of buffers of floats: BatchNorm's statistics belong to the
+    weights that they were measured with. It starts as the initial weights and forgets them quickly, since the decay is
+    at most (1 + step) / (10 + step) (as in TensorFlow's ExponentialMovingAverage)."""
 
     def __init__(self, network: nn.Module, decay: float) -> None:
         self.network, self.decay = network, decay
-        self.weights = {name: p.detach().clone().float() for name, p in network.named_parameters()}
+        self.weights = {name: tensor.detach().clone().float() for name, tensor in self.averaged()}
+
+    def averaged(self) -> list[tuple[str, Tensor]]:
+        """What of the network is averaged, by name."""
+        statistics = [(name, buffer) for name, buffer in self.network.named_buffers() if buffer.is_floating_point()]
+        return [*self.network.named_parameters(), *statistics]
 
     def pairs(self) -> tuple[list[Tensor], list[Tensor]]:
         """(averages, weights): this process's shards, in the same order."""
-        return [local(w) for w in self.weights.values()], [local(p.detach()) for p in self.network.parameters()]
+        return [local(w) for w in self.weights.values()], [local(tensor.detach()) for _, tensor in self.averaged()]
 
     @torch.no_grad()
     def update(self, step: int) -> None:

@@ -220,10 +220,17 @@ class Run:
         """Saves a checkpoint of the present step, unless a loss is not finite: then there is nothing worth keeping."""
         if not self.window.finite():
             return
-        average_buffers(self.engine.network)
+        self.average_statistics()
         problem = self.metrics.flush() if self.metrics else None
         progress = Progress(self.step, self.loader.state, self.window.read[:], self.seconds())
         self.checkpoints.save(progress, self.tensors(), problem)
+
+    def average_statistics(self) -> None:
+        """What is written of BatchNorm is the mean over the processes."""
+        average_buffers(self.engine.network)
+        if self.average:
+            with self.average.swapped_in():
+                average_buffers(self.engine.network)
 
     def seconds(self) -> float:
         """Of all processes together, those of earlier starts up to the checkpoint included."""
@@ -341,6 +348,7 @@ class Run:
                 result |= self.evaluate(vote.stop)
             except Interrupted:
                 self.stop()
+            self.average_statistics()
             weights = self.engine.full_weights()
             if self.average:
                 with self.average.swapped_in():
