@@ -174,6 +174,17 @@ def test_stochastic_depth_drops_whole_images_keeps_the_mean_and_rests_in_evaluat
     assert torch.equal(network[1].eval()(ones), ones)
 
 
+def test_wandb_without_a_key_is_kept_on_the_disk_and_said(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # with no .netrc
+    run(run_config(shards, "track.wandb=online", "train.samples=64"), tmp_path / "run")
+    assert "no wandb key, so track.wandb is offline" in capsys.readouterr().err
+    (kept,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    assert kept.stat().st_size > 0
+
+
 def test_an_average_of_the_weights_comes_with_the_average_of_the_statistics_that_belong_to_them() -> None:
     """With decays of at most 1/10 and 2/11 in the first two steps."""
     network = torch.nn.BatchNorm1d(1)

@@ -201,7 +201,7 @@ class Run:
         self.metrics = None
         if world.is_main:
             self.directory.config.write_text(to_yaml(config))
-            trackers = open_trackers(config, path, self.step)
+            trackers = open_trackers(config, path, self.step, self.log)
             self.metrics = MetricsWriter(self.directory.metrics, self.step, self.log, trackers)
             closing.callback(self.metrics.close)
 

@@ -89,13 +89,19 @@ class MetricsWriter:
 
 
 class WandbTracker:
-    """A wandb run whose id is the run's hash: a run that is requeued goes on as the same wandb run."""
+    """A wandb run whose id is the run's hash: a run that is requeued goes on as the same wandb run. Without a key it is
+    kept in the run's directory, for `wandb sync`."""
 
-    def __init__(self, track: TrackConfig, config: RunConfig, run_id: str, directory: Path) -> None:
+    def __init__(self, track: TrackConfig, config: RunConfig, run_id: str, directory: Path, warn: Log) -> None:
         try:
             import wandb
         except ImportError:
             raise UserError("track.wandb needs wandb: pip install 'depthmup[wandb]', or set track.wandb=off") from None
+        online = track.wandb == "online"
+        if online and not wandb.login(prompt=False):
+            online = False
+            later = f"wandb sync {directory}/wandb/offline-run-*"
+            warn(f"warning: no wandb key, so track.wandb is offline: run `wandb login`, and later `{later}`")
         self.run = wandb.init(
             project=track.project,
             group=track.group,
@@ -103,7 +109,7 @@ class WandbTracker:
             name=run_id,
             config=to_plain(config),
             dir=directory,
-            mode="offline" if track.wandb == "offline" else "online",
+            mode="online" if online else "offline",
             resume="allow",
             settings=wandb.Settings(silent=True),
         )
@@ -136,11 +142,11 @@ class TensorBoardTracker:
         self.writer.close()
 
 
-def open_trackers(config: RunConfig, directory: Path, resumed_step: int) -> list[Tracker]:
+def open_trackers(config: RunConfig, directory: Path, resumed_step: int, warn: Log) -> list[Tracker]:
     """The trackers that `config.track` asks for. Raises UserError when one is not installed."""
     trackers: list[Tracker] = []
     if config.track.wandb != "off":
-        trackers.append(WandbTracker(config.track, config, run_hash(config), directory))
+        trackers.append(WandbTracker(config.track, config, run_hash(config), directory, warn))
     if config.track.tensorboard:
         trackers.append(TensorBoardTracker(directory, resumed_step))
     return trackers

@@ -266,7 +266,7 @@ class Pack:
             states[config.seed] = progress.data
             self.read.append(progress.losses)
             directory.config.write_text(to_yaml(config))
-            trackers = open_trackers(config, directory.path, self.step)
+            trackers = open_trackers(config, directory.path, self.step, directory.add_to_log)
             metrics = MetricsWriter(directory.metrics, self.step, directory.add_to_log, trackers)
             closing.callback(metrics.close)
             self.members.append(Member(config, directory, checkpoints, metrics, progress.seconds))
