@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from scipy.optimize import minimize_scalar
 
-from launch.optimum import Spread, interval
+from launch.optimum import Spread, half_width
 
 Measure = Literal["mean", "scatter"]
 MIN_SEEDS, MIN_SIZES = 3, 3  # a variance that outlives the jackknife; two distances to the largest
@@ -51,6 +51,7 @@ class Rate:
     sizes: np.ndarray
     largest: int
     distance: np.ndarray  # relative to the norm of the largest's mean; NaN where it is lost in the noise
+    error: np.ndarray  # half the distance's interval over seeds
     noise: np.ndarray  # what seeds alone would give; 0 for the scatter
     exponent: float | None  # None where `remark` says why
     interval: tuple[float, float] | None
@@ -94,40 +95,47 @@ def fit_exponent(law: Law, sizes: np.ndarray, largest: float, distance: np.ndarr
 def fit_rate(law: Law, values: Mapping[int, np.ndarray]) -> Rate:
     """The rate along one axis. values: size -> (seeds, entries), the same seeds at each.
 
-    Sizes count whose squared distance exceeds its noise. The interval is Student's, from a jackknife over seeds.
+    Sizes count whose squared distance exceeds its noise. Intervals are Student's, from a jackknife over seeds.
     """
     ordered = sorted(values)
     largest, smaller = ordered[-1], ordered[:-1]
     sizes, count = np.array(smaller, dtype=float), len(values[largest])
-    distance = noise = np.full(len(sizes), np.nan)
+    distance = error = noise = np.full(len(sizes), np.nan)
 
     def rate(remark: str, fitted: tuple[float, float] | None = None, bounds: tuple[float, float] | None = None) -> Rate:
         exponent, factor = fitted or (None, None)
-        return Rate(law, sizes, largest, distance, noise, exponent, bounds, factor, remark)
+        return Rate(law, sizes, largest, distance, error, noise, exponent, bounds, factor, remark)
 
     if len(ordered) < MIN_SIZES or count < MIN_SEEDS:
         return rate(f"needs {MIN_SIZES} sizes and {MIN_SEEDS} seeds that train, found {len(ordered)} and {count}")
-    found = np.array([squared_distance(values[size], values[largest], law.measure) for size in smaller])
+
+    def squared(of: Mapping[int, np.ndarray]) -> np.ndarray:
+        """Of each smaller size (squared distance, its noise). (sizes, 2)"""
+        return np.array([squared_distance(of[size], of[largest], law.measure) for size in smaller])
+
+    def jackknife(without: np.ndarray) -> Spread:
+        """Of a number, from what it is without each seed."""
+        return Spread((count - 1) / count * float(((without - without.mean()) ** 2).sum()), count - 1)
+
+    found = squared(values)
     clear = found[:, 0] > found[:, 1]
     distance, noise = np.sqrt(np.where(clear, found[:, 0], np.nan)), np.sqrt(found[:, 1])
+    rest = ({size: np.delete(rows, seed, axis=0) for size, rows in values.items()} for seed in range(count))
+    again = np.array([squared(each)[:, 0] for each in rest])  # (seeds, sizes)
+    again = np.sqrt(np.where(clear & (again > 0), again, np.nan))
+    error = np.array([half_width(jackknife(column)) for column in again.T])
     if clear.sum() < MIN_SIZES - 1:
         return rate(f"not resolved: {int((~clear).sum())} of {len(smaller)} distances are lost in the seeds' noise")
     fitted = fit_exponent(law, sizes[clear], largest, distance[clear])
     if fitted is None:
         return rate("does not fall as a power of the size")
     lost = "" if clear.all() else f"without {law.axis} {', '.join(f'{x:g}' for x in sizes[~clear])}: lost in the noise"
-    left_out = []
-    for seed in range(count):
-        rest = {size: np.delete(rows, seed, axis=0) for size, rows in values.items()}
-        again = np.array(
-            [squared_distance(rest[size], rest[largest], law.measure)[0] for size in np.array(smaller)[clear]]
-        )
-        refitted = fit_exponent(law, sizes[clear], largest, np.sqrt(again)) if (again > 0).all() else None
-        if refitted is None:
-            return rate("; ".join(filter(None, [lost, "interval unknown: one seed decides"])), fitted)
-        left_out.append(refitted[0])
-    variance = (count - 1) / count * float(((np.array(left_out) - np.mean(left_out)) ** 2).sum())
-    return rate(lost, fitted, interval(fitted[0], Spread(variance, count - 1)))
+    refitted = [fit_exponent(law, sizes[clear], largest, row) for row in again[:, clear] if np.isfinite(row).all()]
+    exponents = np.array([each[0] for each in refitted if each])
+    if len(exponents) < count:
+        return rate("; ".join(filter(None, [lost, "interval unknown: one seed decides"])), fitted)
+    half = half_width(jackknife(exponents))
+    return rate(lost, fitted, (fitted[0] - half, fitted[0] + half))
 
 
 def rates(values: Mapping[int, np.ndarray], axis: str, laws: Sequence[Law] = LAWS) -> list[Rate]:

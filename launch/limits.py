@@ -161,6 +161,7 @@ def as_record(found: Line, quantity: str, rate: Rate) -> dict[str, Any]:
         "sizes": rate.sizes.tolist(),
         "largest": rate.largest,
         "distance": [plain(d) for d in rate.distance.tolist()],
+        "error": [plain(e) for e in rate.error.tolist()],
         "noise": [plain(n) for n in rate.noise.tolist()],
         "exponent": plain(rate.exponent),
         "interval": bounds(rate.interval),

@@ -107,6 +107,11 @@ def difference(first: Spread | None, second: Spread | None) -> Spread | None:
     return Spread(variance, variance**2 / parts if parts else first.freedom + second.freedom)
 
 
+def half_width(spread: Spread) -> float:
+    """Of Student's interval of CONFIDENCE."""
+    return float(stdtrit(spread.freedom, (1 + CONFIDENCE) / 2)) * math.sqrt(spread.variance)
+
+
 def interval(
     centre: float, spread: Spread | None, *, resolution: float = 0.0, open_sides: frozenset[Side] = frozenset()
 ) -> tuple[float, float] | None:
@@ -114,7 +119,7 @@ def interval(
     `resolution` wide; None without a spread."""
     if spread is None:
         return None
-    half = max(float(stdtrit(spread.freedom, (1 + CONFIDENCE) / 2)) * math.sqrt(spread.variance), resolution)
+    half = max(half_width(spread), resolution)
     low = -math.inf if "low" in open_sides else centre - half
     high = math.inf if "high" in open_sides else centre + half
     return low, high

@@ -147,7 +147,8 @@ def against_size(analysis: Analysis, study: StudyConfig, what: str) -> Figure | 
 
 
 def distances(found: list[tuple["Line", str, "Rate"]]) -> Figure:
-    """Distance to the largest size: one row per quantity, one column per law; fits solid, the theory's slope dashed."""
+    """Distance to the largest size: one row per quantity, one column per law; fits solid, the theory's slope dashed,
+    bars: intervals over seeds."""
     laws = list(dict.fromkeys(rate.law for _, _, rate in found))
     quantities = list(dict.fromkeys(quantity for _, quantity, _ in found))
     names = list(dict.fromkeys(line.parameterization for line, _, _ in found))
@@ -159,7 +160,7 @@ def distances(found: list[tuple["Line", str, "Rate"]]) -> Figure:
         for line, rate in shown:
             colour = f"C{names.index(line.parameterization)}"
             label = line.parameterization if rate.exponent is None else f"{line.parameterization}: {rate.exponent:.2f}"
-            axis.plot(rate.sizes, rate.distance, "o", color=colour, label=label)
+            axis.errorbar(rate.sizes, rate.distance, rate.error, fmt="o", capsize=3, color=colour, label=label)
             lost = np.isnan(rate.distance)
             axis.plot(rate.sizes[lost], rate.noise[lost], "v", color=colour, fillstyle="none")  # at most about this
             if rate.exponent is not None and rate.factor is not None:

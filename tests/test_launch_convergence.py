@@ -69,6 +69,16 @@ def test_about_nine_of_ten_intervals_hold_the_exponent(law: Law, exponent: float
     assert 0.8 * known < inside < known
 
 
+def test_about_nine_of_ten_error_bars_hold_the_distance() -> None:
+    inside = known = 0
+    for seed in range(100):
+        rate, true = (fit_rate(MEAN, approaching(1.0, seed, noise=noise)) for noise in (0.02, 0.0))
+        inside += int((abs(rate.distance - true.distance) <= rate.error).sum())
+        known += int(np.isfinite(rate.error).sum())
+    assert known > 270
+    assert 0.8 * known < inside < known
+
+
 def test_the_noise_of_the_seeds_is_not_taken_for_distance() -> None:
     """Squared distances of means that are equal are 0 on average, where noise alone would give 2 / 8."""
     generator = np.random.default_rng(0)
