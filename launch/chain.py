@@ -33,8 +33,8 @@ def show_report(study: Study, console: Console) -> "Report":
     report = collect(study)
     if not report.results:
         raise UserError(f"no run of {study.path} is finished: start them with 'depthmup transfer {study.path}'")
+    print_report(report, console)  # first: the folder may be another user's
     write_report(report)
-    print_report(report, console)
     console.print(f"Report: {study.file.directory / 'report.html'} (also .csv and .json)", highlight=False)
     return report
 

@@ -1,5 +1,6 @@
 """The command line. Commands import what they need when they run, so that `--help` is quick."""
 
+import errno
 import functools
 import sys
 from collections.abc import Callable
@@ -33,6 +34,11 @@ EXAMPLES = {
     "check": "depthmup check configs/digits_vit.yaml parameterization.name=completep",
     "export": "depthmup export runs/0123456789ab vit.safetensors",
 }
+
+
+# What keeps a command from writing where it was told to: a folder is another user's, or no folder, or full.
+NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
+NOT_WRITABLE |= {errno.ENOSPC, errno.EDQUOT}
 
 
 class InOrder(click.Group):
@@ -363,4 +369,9 @@ def main() -> None:
         cli()
     except (UserError, ModelError) as error:
         click.echo(f"depthmup: {error}", err=True)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in NOT_WRITABLE:
+            raise
+        click.echo(f"depthmup: {error.filename}: cannot write there ({error.strerror})", err=True)
         sys.exit(2)

@@ -22,6 +22,7 @@ from data.errors import UserError
 from data.storage import write_atomically
 from launch.slurm import QueuedTask
 from train.lock import Holder, holder
+from train.rundir import parse
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,10 @@ class Submission:
     @property
     def job_id(self) -> str | None:
         try:
-            return str(json.loads((self.path / "job.json").read_text())["job_id"])
+            text = (self.path / "job.json").read_text()
         except FileNotFoundError:
             return None
+        return str(parse(text, self.path / "job.json", "job_id")["job_id"])
 
     def write_job_id(self, job_id: str) -> None:
         write_atomically(self.path / "job.json", json.dumps({"job_id": job_id}).encode())
@@ -79,7 +81,8 @@ class Submission:
 
     @classmethod
     def load(cls, file: Path) -> "Submission":
-        content = json.loads(file.read_text())
+        """Raises UserError for a file that cannot be read."""
+        content = parse(file.read_text(), file, "tasks", "details")
         return cls(file.parent, content["tasks"], content["details"], file.stat().st_mtime_ns)
 
 
@@ -122,9 +125,10 @@ def asked(folder: Path) -> tuple[Command, int]:
     """The user's last command, and when: in nanoseconds of the file system's clock, as `Submission.created` is."""
     file = folder / "asked.json"
     try:
-        return json.loads(file.read_text())["command"], file.stat().st_mtime_ns
+        text, since = file.read_text(), file.stat().st_mtime_ns
     except FileNotFoundError:
         return "launch", 0
+    return parse(text, file, "command")["command"], since
 
 
 @contextmanager

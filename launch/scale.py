@@ -148,6 +148,7 @@ def run_of(config: dict[str, Any], source: str) -> RunConfig:
 
 def write_target(transferred: Transferred, path: Path) -> None:
     """Writes the target's file. Raises UserError when another content is there: it may have been edited."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and path.read_text() != transferred.text():
         raise UserError(f"{path} exists and differs: delete it, or choose another --out")
     write_atomically(path, transferred.text().encode())

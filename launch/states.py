@@ -1,6 +1,5 @@
 """Where every run stands: its own files say what it did, one call to squeue says what waits and runs."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,8 @@ from launch import slurm
 from launch.jobs import Submission, load_all, queued_runs, recover_ids
 from launch.slurm import QueuedTask
 from launch.study import PlannedRun, Study
+from launch.worker import attempts
 from train.lock import Holder, holder
-from train.rundir import RunDirectory
 
 State = Literal["done", "diverged", "failed", "running", "waiting", "interrupted", "lost", "new"]
 STATES: tuple[State, ...] = get_args(State)
@@ -51,15 +50,6 @@ class Snapshot:
         return {state: count for state, count in counted.items() if count}
 
 
-def last_attempt(directory: RunDirectory) -> str | None:
-    """The last event of attempts.jsonl, None before the first attempt."""
-    try:
-        lines = (directory.path / "attempts.jsonl").read_text().split("\n")[:-1]
-    except FileNotFoundError:
-        return None
-    return json.loads(lines[-1])["event"] if lines else None
-
-
 def state_of(
     run: PlannedRun,
     task: QueuedTask | None,
@@ -73,10 +63,10 @@ def state_of(
     if done := directory.done():
         if done["outcome"] == "completed":
             return RunState(run, "done")
-        return RunState(run, "diverged", f"at step {done['step']}")
+        return RunState(run, "diverged", f"at step {done.get('step')}")
     if failed := directory.failed():
         return RunState(run, "failed", failed["error"].splitlines()[0], task)
-    event = last_attempt(directory)
+    event = begun[-1]["event"] if (begun := attempts(directory)) else None
     if task and task.waits:
         return RunState(run, "waiting", ("requeued, " if event else "") + task.reason, task)
     if event == "started" and (task or holder(directory.lock)):

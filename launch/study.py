@@ -5,16 +5,29 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, TypeVar
+
+from pydantic import ValidationError
 
 from data.errors import UserError
 from data.storage import is_remote, write_atomically
 from launch.config import Size, StudyFile, label, settings_of
 from models.config import ParameterizationConfig, scale_of
-from train.config import RunConfig, dump_yaml, from_plain, identity, read_yaml, run_hash, set_dotted, to_plain, to_yaml
-from train.rundir import RunDirectory
+from train.config import (
+    RunConfig,
+    adapter,
+    dump_yaml,
+    from_plain,
+    identity,
+    read_yaml,
+    run_hash,
+    set_dotted,
+    to_plain,
+    to_yaml,
+)
+from train.rundir import RunDirectory, unreadable
 
 
 @dataclass(frozen=True)
@@ -39,6 +52,45 @@ def factors(config: RunConfig) -> tuple[Any, ...]:
     """What the parameterization makes of this run's size: at the base size, for one, all of them make the same."""
     scale = scale_of(config.model.size, config.model.base_size, config.parameterization)
     return scale.all_factors(config.optimizer.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddedValues:
+    """Values that a curve got beyond study.values."""
+
+    parameterization: str  # its label
+    width: int
+    depth: int
+    values: list[float]
+
+    @property
+    def curve(self) -> tuple[str, Size]:
+        return self.parameterization, Size(width=self.width, depth=self.depth)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddedSeed(AddedValues):
+    """One seed more at some values of a curve."""
+
+    seed: int
+
+
+Growth = TypeVar("Growth", bound=AddedValues)
+
+
+def read_rounds(file: Path, kind: type[Growth]) -> list[list[Growth]]:
+    """What was added in every round so far. Raises UserError for a file of another shape."""
+    try:
+        rounds: list[list[Growth]] = adapter(list[list[kind]]).validate_json(file.read_bytes())  # type: ignore[valid-type]
+    except FileNotFoundError:
+        return []
+    except ValidationError:
+        raise unreadable(file) from None
+    return rounds
+
+
+def write_rounds(file: Path, rounds: Sequence[Sequence[AddedValues]]) -> None:
+    write_atomically(file, json.dumps([[vars(entry) for entry in added] for added in rounds], indent=1).encode())
 
 
 Added = TypeVar("Added")  # a value, or a value and a seed
@@ -163,16 +215,15 @@ class Study:
     def _added_file(self) -> Path:
         return self.file.directory / "added_values.json"
 
-    def _added_rounds(self) -> list[list[dict[str, Any]]]:
+    def _added_rounds(self) -> list[list[AddedValues]]:
         """Per round of growth: which values were added to which curve."""
-        return json.loads(self._added_file.read_text()) if self._added_file.exists() else []
+        return read_rounds(self._added_file, AddedValues)
 
     def added_values(self) -> dict[tuple[str, Size], list[float]]:
         """Values beyond study.values, per (parameterization, size)."""
         found: dict[tuple[str, Size], list[float]] = {}
-        for entry in (entry for growth in self._added_rounds() for entry in growth):
-            size = Size(width=entry["width"], depth=entry["depth"])
-            found.setdefault((entry["parameterization"], size), []).extend(entry["values"])
+        for entry in chain.from_iterable(self._added_rounds()):
+            found.setdefault(entry.curve, []).extend(entry.values)
         return self._shared(found)
 
     def grow(self, edges: Mapping[tuple[str, Size], str]) -> int:
@@ -190,10 +241,10 @@ class Study:
             x = sorted(map(self.file.study.octaves, grid), reverse=side == "high")
             values = [self.file.study.value_at(x[0] + steps * (x[0] - x[1])) for steps in (1, 2)]
             if valid := [value for value in values if self._is_valid(parameterization, size, value)]:
-                growth.append({"parameterization": parameterization, **vars(size), "values": valid})
+                growth.append(AddedValues(parameterization=parameterization, **vars(size), values=valid))
         if not growth:
             return 0
-        write_atomically(self._added_file, json.dumps([*rounds, growth], indent=1).encode())
+        write_rounds(self._added_file, [*rounds, growth])
         del self.points, self.runs
         return len(self.runs) - before
 
@@ -201,17 +252,15 @@ class Study:
     def _seeds_file(self) -> Path:
         return self.file.directory / "added_seeds.json"
 
-    def _seed_rounds(self) -> list[list[dict[str, Any]]]:
+    def _seed_rounds(self) -> list[list[AddedSeed]]:
         """Per round: which curve got which seed more, at which values."""
-        return json.loads(self._seeds_file.read_text()) if self._seeds_file.exists() else []
+        return read_rounds(self._seeds_file, AddedSeed)
 
     def added_seeds(self) -> dict[tuple[str, Size], list[tuple[float, int]]]:
         """(value, seed) beyond study.seeds, per (parameterization, size)."""
         found: dict[tuple[str, Size], list[tuple[float, int]]] = {}
-        for entry in (entry for added in self._seed_rounds() for entry in added):
-            size = Size(width=entry["width"], depth=entry["depth"])
-            points = [(value, entry["seed"]) for value in entry["values"]]
-            found.setdefault((entry["parameterization"], size), []).extend(points)
+        for entry in chain.from_iterable(self._seed_rounds()):
+            found.setdefault(entry.curve, []).extend((value, entry.seed) for value in entry.values)
         return self._shared(found)
 
     def add_seeds(self, wanted: Mapping[tuple[str, Size], Sequence[float]]) -> int:
@@ -225,8 +274,8 @@ class Study:
         added = []
         for (parameterization, size), values in wanted.items():
             seed = max([*self.file.study.seeds, *(seed for _, seed in known.get((parameterization, size), ()))]) + 1
-            added.append({"parameterization": parameterization, **vars(size), "values": list(values), "seed": seed})
-        write_atomically(self._seeds_file, json.dumps([*rounds, added], indent=1).encode())
+            added.append(AddedSeed(parameterization=parameterization, **vars(size), values=list(values), seed=seed))
+        write_rounds(self._seeds_file, [*rounds, added])
         del self.points, self.runs
         return len(self.runs) - before
 

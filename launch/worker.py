@@ -22,11 +22,12 @@ from typing import Any
 
 from data.storage import write_atomically
 from launch import snapshot
+from launch.jobs import Submission
 from train.config import RunConfig, from_plain, read_yaml
 from train.interrupt import Interrupt, Interrupted
 from train.lock import take_lock
 from train.packing import go_together, packable
-from train.rundir import EXIT_REQUEUE, HOLDS_LOCK, RunDirectory
+from train.rundir import EXIT_REQUEUE, HOLDS_LOCK, RunDirectory, parse
 
 UNPACKED = "unpacked"  # an event of attempts.jsonl: the run was in a pack that failed, and goes on alone
 MAX_ATTEMPTS = 5  # that begin at the same step: more would go on for ever
@@ -170,12 +171,13 @@ def note(directory: RunDirectory, event: str, **details: Any) -> None:
 
 
 def attempts(directory: RunDirectory) -> list[dict[str, Any]]:
-    """The attempts to train the run, the oldest first; a half-written line is left out."""
+    """The attempts to train the run, the oldest first; a half-written line is left out. Raises UserError."""
+    file = directory.path / "attempts.jsonl"
     try:
-        lines = (directory.path / "attempts.jsonl").read_text().split("\n")[:-1]
+        lines = file.read_text().split("\n")[:-1]
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in lines]
+    return [parse(line, file, "event") for line in lines]
 
 
 def fail(directory: RunDirectory, error: str, **details: Any) -> None:
@@ -268,15 +270,15 @@ def main() -> int:
     parser.add_argument("--slot", action="store_true", help="one of several processes that share the list")
     parser.add_argument("--ended", type=int, metavar="CODE", help="only record that the step ended so")
     arguments = parser.parse_args()
-    content = json.loads(arguments.submission.read_text())
-    details = content["details"]
+    submission = Submission.load(arguments.submission)
+    details = submission.details
     root = arguments.submission.parent.parent.parent / "runs"
     if arguments.local:
-        return work([[RunDirectory(root / name) for name in names] for names in content["tasks"]])
+        return work([[RunDirectory(root / name) for name in names] for names in submission.tasks])
     index = int(os.environ["SLURM_ARRAY_TASK_ID"])
-    directories = [RunDirectory(root / name) for name in content["tasks"][index]]
+    directories = [RunDirectory(root / name) for name in submission.tasks[index]]
     if arguments.ended is not None:
-        log = arguments.submission.parent / f"{job_name()}_0_log.out"
+        log = submission.path / f"{job_name()}_0_log.out"
         record_end(directories, arguments.ended, log, details)
         return 0
     if int(os.environ.get("SLURM_NTASKS", "1")) > 1:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.errors import UserError
 from data.storage import write_atomically
 
 # Exit codes of `python -m train`, which a launcher reads.
@@ -21,6 +22,24 @@ EXIT_DIVERGED = 3  # done.json says so too: a result, but not what was wanted fr
 EXIT_REQUEUE = 75  # stopped by a signal, checkpoint saved: start it again (EX_TEMPFAIL of sysexits.h)
 
 HOLDS_LOCK = "DEPTHMUP_HOLDS_LOCK"  # set in the environment of a process that was begun with the run's lock
+
+
+def unreadable(path: Path) -> UserError:
+    return UserError(
+        f"{path}: damaged, or written by another version of depthmup: delete this file, or choose another study.name"
+    )
+
+
+def parse(text: str, path: Path, *keys: str) -> dict[str, Any]:
+    """The JSON object `text` of `path`, with `keys` in it. Raises UserError for anything else: a file that was cut
+    short, or is another version's."""
+    try:
+        content = json.loads(text)
+    except ValueError:
+        content = None
+    if not isinstance(content, dict) or not content.keys() >= {*keys}:
+        raise unreadable(path)
+    return content
 
 
 @dataclass(frozen=True)
@@ -96,17 +115,21 @@ class RunDirectory:
             temporary.unlink(missing_ok=True)
         return True
 
-    def read_marker(self, name: str) -> dict[str, Any] | None:
+    def read_marker(self, name: str, *keys: str) -> dict[str, Any] | None:
+        path = self.path / name
         try:
-            return json.loads((self.path / name).read_text())
+            text = path.read_text()
         except FileNotFoundError:
             return None
+        return parse(text, path, *keys)
 
     def done(self) -> dict[str, Any] | None:
-        return self.read_marker("done.json")
+        """The marker's content, None before the run's end. Raises UserError for one that cannot be read."""
+        return self.read_marker("done.json", "outcome")
 
     def failed(self) -> dict[str, Any] | None:
-        return self.read_marker("failed.json")
+        """As `done`."""
+        return self.read_marker("failed.json", "error")
 
     def last_metrics(self) -> dict[str, Any] | None:
         """The last whole line of metrics.jsonl, read from the file's end."""
@@ -117,4 +140,4 @@ class RunDirectory:
                 lines = file.read().split(b"\n")[:-1]
         except FileNotFoundError:
             return None
-        return json.loads(lines[-1]) if lines and lines[-1] else None
+        return parse(lines[-1].decode(errors="replace"), self.metrics, "step") if lines and lines[-1] else None
