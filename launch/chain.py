@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from data.errors import UserError
-from launch import states
+from launch import slurm, states
 from launch.config import read_study, read_study_or_run
 from launch.study import Study
 from launch.transfer import IDLE, UNFINISHED, Launched, Unfinished, grow, launch, prepare_data, unfinished, wait
@@ -164,10 +164,18 @@ def advance(study: Study, target: Path | None, console: Console, by_itself: bool
     launched = launch(current, IDLE if by_itself else UNFINISHED, by_itself)
     if launched.job_ids:
         console.print(f"{len(launched.runs)} runs submitted: jobs {', '.join(launched.job_ids)}", highlight=False)
-    job_ids = sorted({found.task.job_id for found in states.take(current).runs if found.task})
+    job_ids = sorted({found.task.job_id for found in take(current, launched.job_ids).runs if found.task})
     if not job_ids:
         raise unfinished(current)
     console.print(go_on_after(study, target, job_ids), highlight=False)
+
+
+def take(study: Study, job_ids: Sequence[str]) -> states.Snapshot:
+    """The states after `job_ids` were submitted. Raises UserError when Slurm has stopped answering since."""
+    snapshot = states.take(study)
+    if snapshot.slurm_error:
+        raise slurm.silent(snapshot.slurm_error, job_ids)
+    return snapshot
 
 
 def go_on_after(study: Study, target: Path | None, job_ids: Sequence[str]) -> str:
@@ -175,7 +183,7 @@ def go_on_after(study: Study, target: Path | None, job_ids: Sequence[str]) -> st
     from launch.submit import submit_continuation
 
     own = os.environ.get("SLURM_ARRAY_JOB_ID")
-    waiting = [task for task in states.take(study).continuations if task.job_id != own]
+    waiting = [task for task in take(study, job_ids).continuations if task.job_id != own]
     job_id = waiting[0].job_id if waiting else submit_continuation(study, target, job_ids)
     return f"Job {job_id} goes on after {', '.join(job_ids)}: see 'depthmup status {study.file.directory}'."
 

@@ -120,6 +120,15 @@ def cancel(job_ids: Sequence[str]) -> None:
         call("scancel", *job_ids)
 
 
+def silent(words: str, job_ids: Sequence[str]) -> UserError:
+    """What to say when Slurm stopped answering before the job was submitted that goes on after `job_ids`."""
+    jobs = f" The runs wait or run as jobs {', '.join(job_ids)}." if job_ids else ""
+    return UserError(
+        f"Slurm stopped answering: {words}.{jobs} Give the same command again once it answers: it adds the job that "
+        "goes on after the runs"
+    )
+
+
 def refusal(error: SlurmError) -> UserError:
     """What sbatch said, and which key to change."""
     words = re.sub(r"(sbatch|allocation failure|error): ", "", str(error))

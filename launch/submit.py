@@ -215,7 +215,8 @@ def dry_run_script(study: Study) -> str:
 
 
 def submit_arrays(submissions: Sequence[Submission], lock: int) -> None:
-    """Submits every array, or none: what Slurm took is cancelled when it refuses a later one. Raises UserError."""
+    """Submits every array, or none: what Slurm took is cancelled when it refuses a later one. Raises UserError for a
+    refusal, and SlurmError when Slurm stops answering: it may then have taken the first arrays, and the next, too."""
     taken: list[str] = []
     for submission in submissions:
         try:
@@ -238,7 +239,7 @@ START = "import sys; sys.path[0] = sys.argv.pop(1); from launch.chain import mai
 
 def submit_continuation(study: Study, target: Path | None, job_ids: Sequence[str]) -> str:
     """Submits the small job that goes on with the study, in this folder, once `job_ids` have ended, however they end;
-    returns its id. Raises UserError."""
+    returns its id. Raises UserError; when Slurm stops answering, the job may be there, and is found when it is."""
     config, root = study.file.launch, study.file.directory.absolute()
     small = replace(
         config,
@@ -260,5 +261,7 @@ def submit_continuation(study: Study, target: Path | None, job_ids: Sequence[str
         except UserError:
             shutil.rmtree(submission.path)
             raise
+        except slurm.SlurmError as error:
+            raise slurm.silent(str(error), job_ids) from None
     assert submission.job_id is not None
     return submission.job_id

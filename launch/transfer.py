@@ -106,10 +106,7 @@ def launch(study: Study, only: Sequence[State] = UNFINISHED, by_itself: bool = F
 
         packs = make_packs(runs, config)
         if config.cluster == "slurm":
-            try:
-                return Launched(runs, launch_arrays(study, packs, lock), [])
-            except slurm.SlurmError as error:
-                raise UserError(f"Slurm does not answer: {error}. Nothing was submitted") from None
+            return Launched(runs, launch_arrays(study, packs, lock), [])
         study.write()
         forget_failures(runs)
         if config.cluster == "local":
@@ -119,11 +116,15 @@ def launch(study: Study, only: Sequence[State] = UNFINISHED, by_itself: bool = F
 
 
 def launch_arrays(study: Study, packs: Sequence[Sequence[PlannedRun]], lock: int) -> list[str]:
-    """Submits `packs` to Slurm; returns the job ids. Raises UserError when Slurm refuses, and leaves nothing behind."""
+    """Submits `packs` to Slurm; returns the job ids. Raises UserError when Slurm refuses, and leaves nothing behind, or
+    when it stops answering, and then leaves what it has taken, to be found by the next launch."""
     from launch.submit import prepare_arrays, submit_arrays
 
     root = study.file.directory
-    limit = slurm.max_array_size()  # first: without Slurm nothing is written
+    try:
+        limit = slurm.max_array_size()  # first: without Slurm nothing is written
+    except slurm.SlurmError as error:
+        raise UserError(f"Slurm does not answer: {error}. Nothing was submitted") from None
     study.write()
     code = code_snapshot.take(root / "code")
     name = f"depthmup-{study.file.study.name}"
@@ -137,6 +138,14 @@ def launch_arrays(study: Study, packs: Sequence[Sequence[PlannedRun]], lock: int
         for path, content in forgotten.items():
             write_atomically(path, content)
         raise
+    except slurm.SlurmError as error:
+        taken = [submission for submission in submissions if submission.job_id]
+        count = sum(len(names) for submission in taken for names in submission.tasks)
+        jobs = f" as jobs {', '.join(str(submission.job_id) for submission in taken)}" if taken else ""
+        raise UserError(
+            f"Slurm stopped answering: {error}. {count} of {sum(map(len, packs))} runs were submitted{jobs}, of the "
+            "others perhaps some. Give the same command again once it answers: it submits those that are left"
+        ) from None
     return [submission.job_id or "" for submission in submissions]
 
 

@@ -16,6 +16,7 @@ before) kill -9 $PPID; exit 1;;
 during) kill -9 $PPID; sleep 1; exec {sbatch} "$@";;
 after) {sbatch} "$@"; kill -9 $PPID; exit 0;;
 lost) {sbatch} "$@" >/dev/null; echo "Socket timed out on send/recv operation" >&2; exit 1;;
+gone) {sbatch} "$@"; code=$?; while kill $CONTROLLER; do sleep 0.2; done 2>/dev/null; exit $code;;
 esac
 """
 
@@ -30,14 +31,19 @@ def held(cluster: Cluster, study_file: Path) -> Iterator[Path]:
     cluster.call("scancel", "--user", cluster.call("id", "-un"))
 
 
-def test_nothing_is_submitted_twice_when_the_launcher_is_killed_at_any_point(
-    cluster: Cluster, held: Path, tmp_path: Path
-) -> None:
+@pytest.fixture
+def path(cluster: Cluster, tmp_path: Path) -> str:
+    """A PATH on which sbatch is SBATCH."""
     fake = tmp_path / "bin" / "sbatch"
     fake.parent.mkdir()
     fake.write_text(SBATCH.format(sbatch=cluster.call("which", "sbatch")))
     fake.chmod(0o755)
-    path = f"{fake.parent}:{cluster.environment['PATH']}"
+    return f"{fake.parent}:{cluster.environment['PATH']}"
+
+
+def test_nothing_is_submitted_twice_when_the_launcher_is_killed_at_any_point(
+    cluster: Cluster, held: Path, path: str
+) -> None:
     for when in ("before", "during", "after"):
         study = [held, f"study.name={when}"]
         killed = cluster.depthmup("launch", *study, env={"PATH": path, "WHEN": when})
@@ -64,6 +70,33 @@ def test_nothing_is_submitted_twice_when_the_launcher_is_killed_at_any_point(
     assert "Slurm does not answer" in status.stdout
     assert "Nothing to submit" in cluster.depthmup("launch", held, "study.name=before").stdout
     assert len(cluster.queued("-before-")) == 6
+
+
+def test_what_was_submitted_is_said_when_the_controller_goes_away_right_after_the_first_array(
+    cluster: Cluster, held: Path, path: str
+) -> None:
+    def without_controller(*command: str) -> subprocess.CompletedProcess[str]:
+        controller = (cluster.directory / "run" / "slurmctld.pid").read_text()
+        said = cluster.depthmup(*command, env={"PATH": path, "WHEN": "gone", "CONTROLLER": controller})
+        cluster.start_controller()
+        assert said.returncode == 2, said.stderr
+        assert len(said.stderr.strip().splitlines()) == 1, said.stderr
+        return said
+
+    two_arrays = (str(held), "launch.runs_per_job=1")  # of 8 and 4
+    stopped = without_controller("launch", *two_arrays)
+    (job,) = {element.split("_")[0] for element in cluster.queued()}
+    assert f"8 of 12 runs were submitted as jobs {job}" in stopped.stderr
+    assert "4 runs submitted" in cluster.depthmup("launch", *two_arrays).stdout
+    assert len(cluster.queued()) == 12
+
+    detached = (str(held), "study.name=detached", "--detach")
+    stopped = without_controller("transfer", *detached)
+    (job,) = {element.split("_")[0] for element in cluster.queued("-detached-")}
+    assert f"12 runs submitted: jobs {job}" in stopped.stdout
+    assert f"The runs wait or run as jobs {job}. Give the same command again" in stopped.stderr
+    assert f"goes on after {job}" in cluster.depthmup("transfer", *detached).stdout
+    assert len(cluster.queued("-detached-")) == 7
 
 
 def test_a_cancelled_study_stays_so_though_a_transfer_waits_for_it(cluster: Cluster, held: Path) -> None:
