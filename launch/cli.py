@@ -121,6 +121,12 @@ def print_launched(study: "Study", launched: "Launched", console: "Console") -> 
 
         counts = ", ".join(f"{count} {state}" for state, count in take(study).counts().items())
         console.print(f"Nothing to submit: {counts}.", highlight=False)
+    else:  # they were trained in this process
+        from launch.transfer import unfinished
+
+        if not all(run.directory.done() for run in launched.runs):
+            raise unfinished(study)
+        console.print(f"{len(launched.runs)} runs trained.", highlight=False)
 
 
 @command("launch")

@@ -1,8 +1,10 @@
 """Several studies side by side: one row per study and parameterization, from their records (see launch.record)."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from rich.console import Console
 
@@ -67,7 +69,7 @@ def write_overview(reports: Sequence[Report], path: Path) -> None:
         .get_template("overview.html.j2")
         .render(
             rows=overview([as_record(report) for report in reports]),
-            links=[(name, file.absolute().as_uri()) for name, file in links],
+            links=[(name, quote(os.path.relpath(file, path.parent))) for name, file in links],
             reports=reports,
         )
     )

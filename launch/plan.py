@@ -66,12 +66,10 @@ def print_plan(study: Study, console: Console) -> None:
         estimate = hours * everything / sum(flops[run.size][1] for run, done in runs if done)
         console.print(f"about {estimate:.2g} hours of training in all, as the runs that are done took", highlight=False)
     if shared := len(study.points) - len(runs):
-        console.print(
-            f"{shared} more points of the curves need no run: there the parameterizations are the same", highlight=False
-        )
+        console.print(f"{shared} more points need no run: there the parameterizations are the same", highlight=False)
     if study.file.study.extend:
         rounds = study.file.study.extend
-        console.print(f"and 2 values more, up to {rounds} times, for a curve whose best is on the edge (study.extend)")
+        console.print(f"and 2 values more, up to {rounds} times, where the best is on the edge (study.extend)")
     if study.file.study.more_seeds:
         rounds = study.file.study.more_seeds
-        console.print(f"and 1 seed more, up to {rounds} times, where a verdict hangs on the noise (study.more_seeds)")
+        console.print(f"and 1 seed more, up to {rounds} times, where noise decides (study.more_seeds)")

@@ -147,10 +147,14 @@ def run_of(config: dict[str, Any], source: str) -> RunConfig:
 
 
 def write_target(transferred: Transferred, path: Path) -> None:
-    """Writes the target's file. Raises UserError when another content is there: it may have been edited."""
+    """Writes the target's file. Raises UserError when that of another run is there: it may have been edited. Where it
+    runs, and what comments say of it, does not make it another."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and path.read_text() != transferred.text():
-        raise UserError(f"{path} exists and differs: delete it, or choose another --out")
+    if path.exists() and {**read_yaml(path), "launch": None} != {**yaml.safe_load(transferred.text()), "launch": None}:
+        raise UserError(
+            f"{path} exists and differs: start it as it is with 'depthmup launch {path}', delete it to have it written "
+            "again, or choose another --out"
+        )
     write_atomically(path, transferred.text().encode())
 
 

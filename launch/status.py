@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -119,8 +120,8 @@ def print_status(study: Study, console: Console, everything: bool = False) -> No
 
 
 def watch_status(study: Study, console: Console, everything: bool = False) -> None:
-    """Shows the status again and again until nothing waits or runs."""
-    with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
+    """Shows the status again and again until nothing waits or runs, or Ctrl-C."""
+    with suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
         while True:
             snapshot = states.take(study)
             live.update(render(snapshot, study, everything), refresh=True)

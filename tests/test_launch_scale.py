@@ -51,8 +51,10 @@ def test_scale_writes_a_configuration_that_carries_the_optimum_to_another_size(s
     assert large["parameterization"]["name"] == "depth_mup"
     assert "transfers" in said
     assert "1 run " in invoke("plan", out)  # the written file is a configuration that the other commands take
-    out.write_text("edited")
-    with pytest.raises(UserError, match="exists and differs"):
+    invoke("scale", study_file, *arguments, "launch.max_running=3")  # the same run, launched otherwise
+    assert yaml.safe_load(out.read_text()) == {**large, "launch": {"max_running": 3}}
+    out.write_text(yaml.safe_dump({**large, "seed": 7}))
+    with pytest.raises(UserError, match="exists and differs: start it as it is with 'depthmup launch "):
         invoke("scale", study_file, *arguments)
 
 

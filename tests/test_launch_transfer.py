@@ -216,6 +216,11 @@ def test_a_failed_run_is_named_and_the_others_finish(study_file: Path) -> None:
     assert broken.name in report.read_text()  # it is of what is done, and says what is not
     assert "failed" in depthmup("status", study_file).stdout
     assert all((path / "done.json").exists() for path in others)
+    failed = depthmup("retry", study_file, "--cluster", "debug")  # in the foreground: it says how that ended
+    assert failed.returncode == 2
+    assert broken.name in failed.stderr
+    (broken / "log-0.txt").rmdir()
+    assert "1 runs trained" in depthmup("retry", study_file, "--cluster", "debug").stdout
 
 
 def test_plan_prints_every_run_with_its_cost_and_launches_nothing(study_file: Path) -> None:
@@ -227,6 +232,9 @@ def test_plan_prints_every_run_with_its_cost_and_launches_nothing(study_file: Pa
     assert "is larger than" not in planned.stdout
     smaller = depthmup("plan", study_file, "study.sizes=[{width: 8, depth: 3}, {width: 4, depth: 3}]")
     assert "base width 8, depth 3 is larger than width 4, depth 3: factors scale down" in smaller.stdout
+    grows = depthmup("plan", study_file, "study.extend=2", "study.more_seeds=2").stdout
+    assert "study.extend" in grows
+    assert max(map(len, grows.splitlines())) <= 80
     assert not (study_file.parent / "runs").exists()
 
 
