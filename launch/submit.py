@@ -105,16 +105,16 @@ SETUP = (
     "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK",  # srun no longer inherits sbatch's value since Slurm 22.05
     "export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{cpus}}} PYTHONUNBUFFERED=1",
 )
+STOPPED = f"{EXIT_REQUEUE}|{128 + signal.SIGUSR2}|{128 + signal.SIGTERM}"
 TEARDOWN = (
     "code=$?",
+    f"case $code in 0|{STOPPED}) ;; *) {{worker}} --ended $code; code=$?;; esac",
     "case $code in",
-    f"{EXIT_REQUEUE}|{128 + signal.SIGUSR2}|{128 + signal.SIGTERM})",
+    f"{STOPPED})",
     "  for try in 1 2 3 4 5; do",
     "    state=$(squeue --noheader --job=$SLURM_JOB_ID --format=%T) && break || sleep 5",
     "  done",
     '  [ "$state" = RUNNING ] && scontrol requeue $SLURM_JOB_ID;;',
-    "0) ;;",
-    "*) {worker} --ended $code;;",
     "esac",
     "exit $code",
 )

@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -23,11 +24,12 @@ from typing import Any
 from data.storage import write_atomically
 from launch import snapshot
 from launch.jobs import Submission
+from train.__main__ import leave, train_locked
 from train.config import RunConfig, from_plain, read_yaml
 from train.interrupt import Interrupt, Interrupted
 from train.lock import take_lock
 from train.packing import go_together, packable
-from train.rundir import EXIT_REQUEUE, HOLDS_LOCK, RunDirectory, parse
+from train.rundir import EXIT_REQUEUE, RunDirectory, parse
 
 UNPACKED = "unpacked"  # an event of attempts.jsonl: the run was in a pack that failed, and goes on alone
 MAX_ATTEMPTS = 5  # that begin at the same step: more would go on for ever
@@ -214,18 +216,30 @@ def job_name() -> str | None:
 # ---------------------------------------------------------------- Slurm
 
 
-def run_distributed(directory: RunDirectory) -> None:
-    """Becomes this task's process of a run over all tasks of the job. Returns only when there is nothing to do."""
+def run_distributed(directory: RunDirectory) -> int:
+    """This task's process of a run over all tasks of the job; returns its exit code.
+
+    srun ends the others once one ends with another code than 0. So of a run that was interrupted only the first does,
+    after it has noted it: what comes of the others then, the batch script need not know (see `record_end`).
+    """
+    from train.distributed import world_from_environment  # torch, which takes seconds
+
     if directory.done() or directory.failed():
-        return
-    if os.environ["SLURM_PROCID"] == "0":
-        held = take_lock(directory.lock)
+        return 0
+    first = os.environ["SLURM_PROCID"] == "0"
+    if first:
+        held = take_lock(directory.lock)  # as long as this process lives
         if held is None:
             sys.exit(f"{directory.path}: another job trains it")
-        os.set_inheritable(held.fileno(), True)  # the lock lives on in the process that we become
-        os.environ[HOLDS_LOCK] = "1"
-        begin_attempt(directory)
-    os.execv(sys.executable, [sys.executable, "-m", "train", str(directory.config), str(directory.path)])
+        try:
+            begin_attempt(directory)
+        except RuntimeError as error:
+            fail(directory, str(error))
+            return 1
+    code = train_locked(read_config(directory), directory, world_from_environment())
+    if code == EXIT_REQUEUE and first:
+        note(directory, "interrupted")
+    return 0 if code == EXIT_REQUEUE and not first else code
 
 
 def run_side_by_side(file: Path, count: int) -> int:
@@ -238,11 +252,18 @@ def run_side_by_side(file: Path, count: int) -> int:
     return EXIT_REQUEUE if EXIT_REQUEUE in codes else max(128 - code if code < 0 else code for code in codes)
 
 
-def record_end(directories: Sequence[RunDirectory], code: int, log: Path, details: dict[str, Any]) -> None:
-    """Called by the batch script when the step died: marks the runs that this job had begun, with the reason."""
+def record_end(directories: Sequence[RunDirectory], code: int, log: Path, details: dict[str, Any]) -> int:
+    """Called by the batch script when the step died: marks the runs that this job had begun, with the reason.
+
+    Returns the job's exit code: EXIT_REQUEUE, and nothing is marked, where the job's runs had saved before it died.
+    """
     number = code - 128 if code > 128 else None
+    left = list(filter(pending, directories))
+    begun = [directory for directory in left if last_job(directory) == job_name()]
+    if number == signal.SIGKILL and any(attempts(directory)[-1]["event"] == "interrupted" for directory in begun):
+        return EXIT_REQUEUE
     tail = log.read_text(errors="replace")[-20000:] if log.exists() else ""
-    if number == 9 or OUT_OF_MEMORY.search(tail):
+    if number == signal.SIGKILL or OUT_OF_MEMORY.search(tail):
         asked = (
             f"{details['memory_gb']} GB were asked for"
             if details["memory_gb"]
@@ -251,10 +272,9 @@ def record_end(directories: Sequence[RunDirectory], code: int, log: Path, detail
         reason = f"killed (SIGKILL), most likely out of memory: {asked}; set launch.memory_gb higher and retry"
     else:
         reason = f"its process ended with {code}; see {log}"
-    left = list(filter(pending, directories))
-    begun = [directory for directory in left if last_job(directory) == job_name()]
     for directory in begun or left:  # none had begun: the job cannot even start
         fail(directory, reason, traceback=tail[-2000:], log=str(log))
+    return code
 
 
 def last_job(directory: RunDirectory) -> str | None:
@@ -268,7 +288,7 @@ def main() -> int:
     parser.add_argument("submission", type=Path)
     parser.add_argument("--local", action="store_true", help="all of the submission, on this machine")
     parser.add_argument("--slot", action="store_true", help="one of several processes that share the list")
-    parser.add_argument("--ended", type=int, metavar="CODE", help="only record that the step ended so")
+    parser.add_argument("--ended", type=int, metavar="CODE", help="only record that the step ended so; end so, too")
     arguments = parser.parse_args()
     submission = Submission.load(arguments.submission)
     details = submission.details
@@ -279,11 +299,9 @@ def main() -> int:
     directories = [RunDirectory(root / name) for name in submission.tasks[index]]
     if arguments.ended is not None:
         log = submission.path / f"{job_name()}_0_log.out"
-        record_end(directories, arguments.ended, log, details)
-        return 0
+        return record_end(directories, arguments.ended, log, details)
     if int(os.environ.get("SLURM_NTASKS", "1")) > 1:
-        run_distributed(directories[0])
-        return 0
+        leave(run_distributed(directories[0]))
     if details["runs_per_gpu"] > 1 and not arguments.slot:
         return run_side_by_side(arguments.submission, min(details["runs_per_gpu"], len(directories)))
     if arguments.slot:

@@ -197,6 +197,40 @@ def test_nothing_asks_sacct(wave: Wave) -> None:
     assert not wave.sacct_calls.exists()
 
 
+SLOW_TO_LEAVE = """
+import os, signal, time
+leave = os._exit
+def slowly(code):
+    if os.environ.get("SLURM_PROCID") == "1":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(60)
+    leave(code)
+os._exit = slowly
+"""
+
+
+def test_a_run_of_two_tasks_goes_on_from_where_it_saved_though_one_task_is_killed_while_it_leaves(
+    cluster: Cluster, digits: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(SLOW_TO_LEAVE)
+    content = settings_on(digits)
+    content["train"] |= {"samples": 600 * 32, "log_every": 50, "checkpoint_every": 50}
+    place = {"nodes": 2, "tasks_per_node": 1, "setup": [f"export PYTHONPATH={tmp_path}"]}
+    both = launch(cluster, tmp_path / "both.yaml", {**content, "launch": {"cluster": "slurm", **place}})
+    warning = ("scancel", "--signal=USR2")  # Slurm's own before the time limit
+    for number, command in enumerate((warning, ("scontrol", "requeue")), 1):
+        known = steps(both.runs[0])
+        wait_for(lambda known=known: steps(both.runs[0]) > known)
+        cluster.call(*command, both.element(0))
+        wait_for(lambda number=number: len(events(both.runs[0])["started"]) > number)
+    wait_for(lambda: done(both.runs[0]))
+    assert set(events(both.runs[0])) == {"started", "interrupted"}
+    starts = [line["step"] for line in events(both.runs[0])["started"]]
+    assert 0 < starts[1] < starts[2]
+    assert steps(both.runs[0]) == sorted({*steps(both.runs[0]), *range(50, 601, 50)})
+    assert not (both.runs[0] / "failed.json").exists()
+
+
 def test_a_run_that_takes_more_memory_than_asked_for_is_killed_by_slurm_and_says_so(
     cluster: Cluster, digits: Path, tmp_path: Path
 ) -> None:

@@ -20,15 +20,7 @@ from models.errors import ModelError
 from train.config import RunConfig, from_plain, read_yaml, run_hash, set_dotted
 from train.interrupt import Interrupt, Interrupted
 from train.lock import holder, take_lock
-from train.rundir import (
-    EXIT_DIVERGED,
-    EXIT_DONE,
-    EXIT_FAILED,
-    EXIT_REQUEUE,
-    EXIT_USER_ERROR,
-    HOLDS_LOCK,
-    RunDirectory,
-)
+from train.rundir import EXIT_DIVERGED, EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, EXIT_USER_ERROR, RunDirectory
 
 if TYPE_CHECKING:
     from train.distributed import World
@@ -55,8 +47,7 @@ def train(config: RunConfig, directory: RunDirectory) -> int:
     world = world_from_environment()
     try:
         directory.path.mkdir(parents=True, exist_ok=True)
-        needless = not world.is_main or HOLDS_LOCK in os.environ  # the first process holds it for all
-        held = nullcontext() if needless else take_lock(directory.lock)
+        held = take_lock(directory.lock) if world.is_main else nullcontext()  # the first process holds it for all
     except OSError as error:
         print(
             f"error: {directory.path}: cannot write there ({error.strerror}): name another directory", file=sys.stderr
@@ -71,6 +62,7 @@ def train(config: RunConfig, directory: RunDirectory) -> int:
 
 
 def train_locked(config: RunConfig, directory: RunDirectory, world: "World") -> int:
+    """As `train`, for a caller that holds the run's lock."""
     from train.checkpoint import complete
     from train.display import summary, watch_terminal
     from train.loop import run

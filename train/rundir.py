@@ -21,8 +21,6 @@ EXIT_USER_ERROR = 2  # one line on standard error says what to mend
 EXIT_DIVERGED = 3  # done.json says so too: a result, but not what was wanted from a single run
 EXIT_REQUEUE = 75  # stopped by a signal, checkpoint saved: start it again (EX_TEMPFAIL of sysexits.h)
 
-HOLDS_LOCK = "DEPTHMUP_HOLDS_LOCK"  # set in the environment of a process that was begun with the run's lock
-
 
 def unreadable(path: Path) -> UserError:
     return UserError(
