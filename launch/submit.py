@@ -131,8 +131,15 @@ class Executor(submitit.SlurmExecutor):
 def script_text(submission: Submission, config: LaunchConfig, code: Path, max_running: int) -> str:
     """The sbatch script for all tasks of `submission`, which runs the worker from the snapshot `code`."""
     worker = f"{config.python or shlex.quote(sys.executable)} -m launch.worker {shlex.quote(str(submission.file))}"
-    teardown = [line.format(worker=worker) if "{worker}" in line else line for line in TEARDOWN]
+    one = f"srun --nodes=1 --ntasks=1 {shlex.join(container(config))} {worker}" if config.container_image else worker
+    teardown = [line.format(worker=one) if "{worker}" in line else line for line in TEARDOWN]
     return sbatch_text(submission, config, code, worker, teardown, max_running)
+
+
+def container(config: LaunchConfig) -> list[str]:
+    """srun's options for the image that the interpreter is in; none without one."""
+    options = {"--container-image": config.container_image, "--container-mounts": config.container_mounts}
+    return [f"{key}={value}" for key, value in options.items() if value]
 
 
 def sbatch_text(
@@ -140,7 +147,6 @@ def sbatch_text(
 ) -> str:
     """An sbatch script that runs `command` in `folder`, as an array of the submission's tasks."""
     executor = Executor(folder=submission.path)
-    container = {"--container-image": config.container_image, "--container-mounts": config.container_mounts}
     executor.update_parameters(
         job_name=submission.name,
         comment="depthmup",
@@ -158,7 +164,7 @@ def sbatch_text(
         array_parallelism=max_running,
         stderr_to_stdout=True,
         wckey=None,
-        srun_args=["--kill-on-bad-exit=1", *(f"{key}={value}" for key, value in container.items() if value)],
+        srun_args=["--kill-on-bad-exit=1", *container(config)],
         setup=[
             *config.setup,
             *(line.format(cpus=config.cpus_per_task) for line in SETUP),
@@ -249,6 +255,8 @@ def submit_continuation(study: Study, target: Path | None, job_ids: Sequence[str
         cpus_per_task=1,
         memory_gb=CONTINUATION_MEMORY_GB,
         timeout_min=min(config.timeout_min, CONTINUATION_MINUTES),
+        container_image=None,  # it calls sbatch, and runs with the interpreter that launches
+        container_mounts=None,
         sbatch={**config.continuation, "dependency": f"afterany:{':'.join(job_ids)}"},
     )
     code = snapshot.take(root / "code").absolute()

@@ -16,7 +16,7 @@ from launch.jobs import Submission, ask, load_all
 from launch.slurm import SlurmError, refusal
 from launch.states import RunState, Snapshot
 from launch.study import Study
-from launch.submit import slot_gpus
+from launch.submit import dry_run_script, slot_gpus, submit_continuation
 from launch.transfer import may_go_again
 
 REPOSITORY = Path(__file__).parents[1]
@@ -236,6 +236,22 @@ def test_plan_prints_every_run_with_its_cost_and_launches_nothing(study_file: Pa
     assert "study.extend" in grows
     assert max(map(len, grows.splitlines())) <= 80
     assert not (study_file.parent / "runs").exists()
+
+
+def test_in_a_container_the_workers_run_and_the_job_after_the_runs_does_not(
+    study_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = ("launch.container_image=image.sqsh", "launch.python=python")
+    study = Study(study_file, read_study(study_file, ("launch.cluster=slurm", *place)))
+    workers = [line for line in dry_run_script(study).splitlines() if "launch.worker" in line]
+    assert len(workers) == 2  # it trains, and it records how that ended
+    assert all("srun" in line and "--container-image=image.sqsh" in line for line in workers)
+
+    monkeypatch.setattr("launch.submit.submit_arrays", lambda submissions, lock: submissions[0].write_job_id("7"))
+    assert submit_continuation(study, None, ["6"]) == "7"
+    (script,) = study.file.directory.glob("jobs/*-then-*/job.sh")
+    assert sys.executable in script.read_text()
+    assert "image.sqsh" not in script.read_text()
 
 
 @pytest.mark.parametrize(
