@@ -49,9 +49,7 @@ def train(config: RunConfig, directory: RunDirectory) -> int:
         directory.path.mkdir(parents=True, exist_ok=True)
         held = take_lock(directory.lock) if world.is_main else nullcontext()  # the first process holds it for all
     except OSError as error:
-        print(
-            f"error: {directory.path}: cannot write there ({error.strerror}): name another directory", file=sys.stderr
-        )
+        print(f"error: cannot write to {directory.path} ({error.strerror}): name another directory", file=sys.stderr)
         return EXIT_USER_ERROR
     if held is None:
         reason = f"{holder(directory.lock) or 'another process'} trains it: wait for it, or end it"

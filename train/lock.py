@@ -3,13 +3,12 @@
 import fcntl
 import json
 import os
+import random
 import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
-
-PAUSES = (0.01, 0.1, 0.5)  # seconds between attempts: whoever asks for a lock's holder has it for a moment
 
 
 @dataclass(frozen=True)
@@ -46,15 +45,18 @@ def holder(lock: Path) -> Holder | None:
 def take_lock(lock: Path) -> TextIO | None:
     """The lock with this process in it, held as long as the file is open; None when another process holds it."""
     file = open(lock, "a+")  # noqa: SIM115
-    for pause in (*PAUSES, None):
+    while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if pause is None:
-                file.close()
-                return None
-            time.sleep(pause)
-        else:
             break
+        except BlockingIOError:
+            pass
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared with whoever only looks, as `holder` does
+        except BlockingIOError:
+            file.close()
+            return None
+        fcntl.flock(file, fcntl.LOCK_UN)
+        time.sleep(random.uniform(0, 0.01))
     write_holder(file, os.getpid())
     return file
