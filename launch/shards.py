@@ -4,12 +4,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
 
-from data.index import INDEX_NAME, Index
 from launch.progress import Display, display, duration
+
+if TYPE_CHECKING:
+    from data.index import Index
 
 COUNT = click.IntRange(min=1)
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
@@ -27,7 +30,7 @@ def reporter(shown: Display, unit: str) -> Callable[[int, int], None]:
     return report
 
 
-def print_splits(index: Index, console: Console) -> None:
+def print_splits(index: "Index", console: Console) -> None:
     for split in index.splits:
         console.print(f"{split}: {index.describe(split, 'image')}", highlight=False)
 
@@ -78,6 +81,7 @@ def pack(
     Goes on where an earlier call was killed; changes nothing in a folder that holds these images packed with these
     options, and refuses one that was packed otherwise.
     """
+    from data.index import INDEX_NAME
     from data.pack import pack as pack_images
 
     console = new_console()
@@ -117,6 +121,7 @@ def index(shards: str, out: Path | None, classes: Path | None, processes: int | 
 
     An index of the same shards and classes is left as it is, one of others refused.
     """
+    from data.index import INDEX_NAME
     from data.scan import index_shards
     from data.sources import read_lines
 
@@ -138,6 +143,7 @@ def index(shards: str, out: Path | None, classes: Path | None, processes: int | 
 @click.option("--processes", type=COUNT, help="[default: one for each core]")
 def inspect(shards: str, sheet: Path | None, processes: int | None) -> None:
     """Decode all images of the folder SHARDS: counts, classes, sizes, bad samples. Ends 1 when there is a bad one."""
+    from data.index import Index
     from data.inspect import contact_sheet, inspect_split, summary
 
     console = new_console()
