@@ -1,9 +1,9 @@
 """A batch, and how it becomes the network's input."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,12 +11,9 @@ from torch import Tensor
 
 from data.config import DataConfig
 from data.decode import decode
-from data.errors import UserError
 from data.images import BadImage
 from data.index import Index, Span
 from data.reader import BadSample, read_sample
-
-Sample = TypeVar("Sample")
 
 
 @dataclass(frozen=True)
@@ -56,19 +53,6 @@ def decode_sample(
         return decode(sample.image, channels, backend, buffer), sample.label
     except BadImage as error:
         raise BadSample(sample.shard, sample.key, str(error)) from None
-
-
-def first_good(candidates: Sequence[Callable[[], Sample]], bad: list[BadSample]) -> Sample:
-    """The first candidate that is no bad sample: a bad one's place is taken by the next of its window, so the order of
-    all others stays. The one whose place it is, is added to `bad`. Raises UserError when all are bad."""
-    for number, candidate in enumerate(candidates):
-        try:
-            return candidate()
-        except BadSample as error:
-            last = error
-            if number == 0:
-                bad.append(error)
-    raise UserError(f"{last}; and so are all {len(candidates)} samples that are shuffled with it")
 
 
 def new_tensor(shape: torch.Size, dtype: type) -> Tensor:

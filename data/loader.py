@@ -4,10 +4,8 @@ import ctypes
 import os
 import signal
 import threading
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -16,7 +14,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from data import memory
 from data.augment import augment
-from data.batch import Batch, collate, decode_sample, first_good
+from data.bad import BadCount, StandIns
+from data.batch import Batch, collate, decode_sample
 from data.config import DataConfig
 from data.decode import center_crop, scratch
 from data.distort import num_draws, rand_augment, training_image
@@ -55,24 +54,39 @@ class TrainingStream(IterableDataset):
             window=self.config.window,
         )
 
+    def stand_ins(self, order: EpochOrder, buffer: np.ndarray) -> StandIns[tuple[Span, int], tuple[Tensor, int]]:
+        """Reads samples from the shards."""
+
+        def places(stream: int, window: int) -> list[tuple[Span, int]]:
+            spans = order.contiguous(stream, *order.window_bounds(window))
+            for span in spans:
+                prefetch(self.index, span)
+            unshuffled = [(span, number) for span in spans for number in range(span.samples)]
+            return [unshuffled[place] for place in order.permutation(stream, window)]
+
+        def read(place: tuple[Span, int]) -> tuple[Tensor, int]:
+            return decode_sample(self.index, *place, self.channels, self.config.backend, buffer)
+
+        return StandIns(order, places, read, self.config.max_bad_fraction)
+
     def stream(
-        self, order: EpochOrder, stream: int, position: int, bad: list[BadSample], buffer: np.ndarray
+        self,
+        samples: StandIns[tuple[Span, int], tuple[Tensor, int]],
+        order: EpochOrder,
+        stream: int,
+        position: int,
+        bad: list[BadSample],
     ) -> Iterator[Prepared]:
         """Decoded samples of one stream, from stream position `position` on; bad ones are added to `bad`."""
         config = self.config
         for window in range(position // order.window, order.num_windows):
             first, last = order.window_bounds(window)
-            spans = order.contiguous(stream, first, last)
-            for span in spans:
-                prefetch(self.index, span)
-            places = [(span, number) for span in spans for number in range(span.samples)]
-            candidates = [
-                partial(decode_sample, self.index, span, number, self.channels, config.backend, buffer)
-                for span, number in (places[place] for place in order.permutation(stream, window))
-            ]
+            places = samples.places(stream, window)
             draws = order.draws(stream, window, num_draws(config))
             for served in range(max(position - first, 0), last - first):
-                image, label = first_good(candidates[served:] + candidates[:served], bad)
+                image, label = samples.first_good(stream, window, served, places)
+                if places[served] in samples.bad:
+                    bad.append(samples.bad[places[served]])
                 yield training_image(image, config, self.image_size, draws[served]), draws[served], label
 
     def __iter__(self) -> Iterator[Batch]:
@@ -85,7 +99,9 @@ class TrainingStream(IterableDataset):
             order = self.order(epoch)
             step = position // self.global_batch_size
             bad: list[BadSample] = []
-            streams = [self.stream(order, stream, step * order.per_stream_batch, bad, buffer) for stream in mine]
+            samples = self.stand_ins(order, buffer)
+            start = step * order.per_stream_batch
+            streams = [self.stream(samples, order, stream, start, bad) for stream in mine]
             for _ in range(step, order.num_steps):
                 images, draws, labels = zip(
                     *[next(stream) for stream in streams for _ in range(order.per_stream_batch)], strict=True
@@ -153,43 +169,17 @@ def read_by_workers(loader: DataLoader) -> Iterator[Batch]:
         raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
 
 
-class BadCount:
-    """Counts bad samples by shard and reason. Raises UserError past `max_bad_fraction` of `samples`."""
-
-    def __init__(self, max_bad_fraction: float, samples: int) -> None:
-        self.allowed, self.max_bad_fraction, self.samples = max_bad_fraction * samples, max_bad_fraction, samples
-        self.counts: Counter[tuple[str, str]] = Counter()
-        self.in_epoch = 0
-
-    def add(self, bad: Sequence[BadSample]) -> None:
-        self.counts.update((sample.shard, sample.reason) for sample in bad)
-        self.in_epoch += len(bad)
-        if self.in_epoch > self.allowed:
-            raise UserError(
-                f"{self.in_epoch} of {self.samples} samples are bad, more than data.max_bad_fraction "
-                f"{self.max_bad_fraction}: {'; '.join(self.lines()[:5])}. 'depthmup inspect' lists them"
-            )
-
-    def total(self) -> int:
-        return self.counts.total()
-
-    def lines(self) -> list[str]:
-        """'train-000001.tar: 2 x empty file', the most frequent first."""
-        return [f"{shard}: {count} x {reason}" for (shard, reason), count in self.counts.most_common()]
-
-
 class TrainingLoader:
     """Endless batches of one rank; `state` is where the global stream stands after the batches taken so far, and
-    `bad` counts the samples that another of their window had to stand in for."""
+    `bad` counts the rank's samples that others had to stand in for. A run of one rank is checked for them at once; with
+    several the caller adds the ranks' counts up (BadCount.over_ranks) and checks the sum, now and then."""
 
     def __init__(self, stream: TrainingStream, device: torch.device = CPU) -> None:
         self.stream, self.device = stream, device
         self.state = stream.state
         self.steps_per_epoch = stream.order(stream.state.epoch).num_steps
         config = stream.config
-        self.bad = BadCount(
-            config.max_bad_fraction, self.steps_per_epoch * stream.global_batch_size // stream.world_size
-        )
+        self.bad = BadCount(config.max_bad_fraction, self.steps_per_epoch * stream.global_batch_size)
         streams_of(stream.rank, stream.world_size, 0, config.num_workers, config.num_streams)  # refuse early
         if config.rand_augment:
             rand_augment(config.rand_augment, stream.image_size, config.mean)  # one import of timm for all workers
@@ -214,12 +204,12 @@ class TrainingLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self.local_batches():
-            self.bad.add(batch.bad)
+            self.bad.add(batch.bad, self.state.epoch)
+            if self.stream.world_size == 1:
+                self.bad.check()
             position = self.state.position + self.stream.global_batch_size
             ended = position >= self.steps_per_epoch * self.stream.global_batch_size
             self.state = replace(self.state, epoch=self.state.epoch + ended, position=0 if ended else position)
-            if ended:
-                self.bad.in_epoch = 0
             yield batch
 
 
@@ -246,15 +236,20 @@ def evaluation_batches(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device = CPU,
+    bad: BadCount | None = None,
 ) -> Iterator[Batch]:
     """Every sample of `split` (val or minival) exactly once over all ranks, in order; the last batch may be short.
 
-    Bad samples are left out, and stand in the batches' `bad`; past data.max_bad_fraction of them, UserError.
+    Bad samples are left out, and counted in `bad`, which the caller checks. Without it: UserError past
+    data.max_bad_fraction of them.
     """
-    spans = share(index.spans(split, config.minival), rank, world_size)
-    count = BadCount(config.max_bad_fraction, sum(span.samples for span in spans))
-    for batch in evaluated(config, index, split, spans, batch_size, image_size, channels, device):
+    spans = index.spans(split, config.minival)
+    count = bad or BadCount(config.max_bad_fraction, sum(span.samples for span in spans))
+    mine = share(spans, rank, world_size)
+    for batch in evaluated(config, index, split, mine, batch_size, image_size, channels, device):
         count.add(batch.bad)
+        if bad is None:
+            count.check()
         if len(batch.labels):
             yield batch
 

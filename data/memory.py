@@ -2,14 +2,15 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from data.augment import augment
-from data.batch import Batch, collate, decode_sample, first_good
+from data.bad import StandIns
+from data.batch import Batch, collate, decode_sample
 from data.config import DataConfig
 from data.decode import center_crop
 from data.distort import distorts, num_draws, training_image
@@ -45,16 +46,11 @@ class PixelStore:
         kept = rows[[row not in self.bad for row in rows.tolist()]] if bad else rows
         return replace(self.take(kept), bad=tuple(bad))
 
-    def replace_bad(self, rows: np.ndarray) -> np.ndarray:
-        """A window's rows, with each bad one replaced by the next good one."""
-
-        def check(row: int) -> int:
-            if row in self.bad:
-                raise self.bad[row]
-            return row
-
-        checks = [partial(check, row) for row in rows.tolist()]
-        return np.array([first_good(checks[number:] + checks[:number], []) for number in range(len(rows))])
+    def good(self, row: int) -> int:
+        """The row itself. Raises BadSample."""
+        if row in self.bad:
+            raise self.bad[row]
+        return row
 
 
 def pick_device(num_bytes: int, device: torch.device) -> torch.device:
@@ -128,13 +124,21 @@ def training_steps(
     intended = rows  # the samples whose turn it is: the same, but for bad ones
     position = first_step * step_length
     skip = position % order.window
-    for window in range(position // order.window, order.num_windows):
+
+    def in_order(stream: int, window: int) -> list[int]:
         first, last = order.window_bounds(window)
+        unshuffled = ring[(order.stream_start(stream) + np.arange(first, last)) % order.total]
+        return unshuffled[order.permutation(stream, window)].tolist()
+
+    samples = StandIns(order, in_order, store.good, config.max_bad_fraction)
+    for window in range(position // order.window, order.num_windows):
         new_rows, new_draws, new_intended = [], [], []
         for stream in streams:
-            unshuffled = ring[(order.stream_start(stream) + np.arange(first, last)) % order.total]
-            new_intended.append(unshuffled[order.permutation(stream, window)])
-            new_rows.append(store.replace_bad(new_intended[-1]) if store.bad else new_intended[-1])
+            of_window = in_order(stream, window)
+            new_intended.append(of_window)
+            if store.bad:
+                of_window = [samples.first_good(stream, window, n, of_window) for n in range(len(of_window))]
+            new_rows.append(of_window)
             new_draws.append(order.draws(stream, window, count))
         intended = np.concatenate([intended, np.stack(new_intended)[:, skip:]], axis=1)
         rows = np.concatenate([rows, np.stack(new_rows)[:, skip:]], axis=1)

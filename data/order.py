@@ -6,8 +6,9 @@ global batch of B samples takes B / C from each stream. Inside a stream fixed wi
 re-reads at most one window a stream. What B does not divide is left out, and moves with the start point.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 
@@ -39,7 +40,7 @@ class EpochOrder:
         """Raises UserError when `num_streams` does not divide the batch or the data holds less than one batch."""
         if misfit := streams_misfit(num_streams, global_batch_size):
             raise UserError(misfit)
-        self.seed, self.epoch, self.window = seed, epoch, window
+        self.seed, self.epoch, self.window, self.num_streams = seed, epoch, window, num_streams
         self.global_batch_size = global_batch_size
         self.per_stream_batch = global_batch_size // num_streams
         total = sum(span.samples for span in spans)
@@ -80,6 +81,11 @@ class EpochOrder:
     def window_bounds(self, window: int) -> tuple[int, int]:
         """First and last (exclusive) stream position of a window."""
         return window * self.window, min((window + 1) * self.window, self.stream_length)
+
+    def windows_after(self, stream: int, window: int) -> Iterator[tuple[int, int]]:
+        """Every (stream, window) in a ring without end, from the one after the given one on."""
+        for number in count(stream * self.num_windows + window + 1):
+            yield divmod(number % (self.num_streams * self.num_windows), self.num_windows)
 
     def permutation(self, stream: int, window: int) -> np.ndarray:
         """Order in which the window's samples are served, int64 of the window's length."""

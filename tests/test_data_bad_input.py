@@ -113,6 +113,39 @@ def test_stand_ins_are_the_same_streamed_and_in_memory(rotten):
         assert bad == other_bad
 
 
+def test_a_window_of_bad_samples_alone_is_served_by_the_next_and_ends_the_run_past_the_allowed_fraction(tmp_path):
+    """Of 48 samples the first 16 are bad: at least 3 windows of 4. Streamed, by two ranks or in memory: the same."""
+    write_tar(
+        tmp_path / "train-0.tar",
+        [(f"{n}.jpg", encode(Image.new("RGB", (16, 16), (4 * n, 0, 0)), "jpeg"), b"0" if n >= 16 else None)
+         for n in range(48)],
+    )  # fmt: skip
+    index = index_shards(str(tmp_path), processes=1)
+
+    def batches(max_bad_fraction, rank=0, world_size=1, **options):
+        settings = config(index, minival=0, num_streams=4, window=4, max_bad_fraction=max_bad_fraction, **options)
+        loader = TrainingLoader(TrainingStream(settings, index, State(0), 8, 16, 3, rank, world_size))
+        return torch.stack([batch.images for batch in islice(loader, 6)]), loader.bad
+
+    streamed, count = batches(0.34)
+    assert count.total() == 16
+    assert torch.equal(streamed, batches(0.34, in_memory=True)[0])
+    ranks = [batches(0.34, rank, 2) for rank in range(2)]
+    assert torch.equal(streamed.unflatten(1, (4, 2))[:, ::2].flatten(1, 2), ranks[0][0])
+    assert max(count.total() for _, count in ranks) > 0.34 * 24  # of its own share one has too many
+    together = ranks[0][1].over_ranks(count for _, count in ranks)
+    together.check()
+    assert together.metrics() == {"bad_samples": 16, "bad_samples/train-0.tar/no whole number in a member .cls": 16}
+    for in_memory in (False, True):
+        with pytest.raises(UserError, match=r"\d+ of 48 samples are bad, more than data\.max_bad_fraction 0\.3"):
+            batches(0.3, in_memory=in_memory)
+    write_tar(tmp_path / "train-0.tar", [(f"{n}.jpg", JPEG, None) for n in range(48)])
+    (tmp_path / "index.json").unlink()
+    index = index_shards(str(tmp_path), classes=["a"], processes=1)
+    with pytest.raises(UserError, match=r"48 of 48 samples are bad"):
+        batches(1.0)
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_past_the_allowed_fraction_the_run_ends_with_the_counts(rotten, num_workers):
     options = config(rotten, minival=0, num_streams=4, window=12, max_bad_fraction=0.05, num_workers=num_workers)

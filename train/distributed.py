@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -122,6 +123,14 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """`value` of every process, in their order, by way of the CPU: no GPU is waited for."""
+    gathered = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if len(gathered) > 1:
+        dist.all_gather_object(gathered, value)
+    return gathered
 
 
 class StopVote:

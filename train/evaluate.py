@@ -5,11 +5,12 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from data.bad import BadCount
 from data.batch import to_float
 from data.index import Index
 from data.loader import evaluation_batches
 from train.config import RunConfig
-from train.distributed import World, sum_over_ranks
+from train.distributed import World, gather_objects, sum_over_ranks
 from train.engine import Engine, average_buffers
 from train.interrupt import Interrupted
 from train.step import autocast
@@ -29,17 +30,19 @@ def evaluate(
 ) -> dict[str, float]:
     """Mean loss, top-1 and top-5 accuracy over `split`; every process calls it and gets the same.
 
-    `stop` is asked after every batch, and says the same to every process. Raises Interrupted when it says so.
+    `stop` is asked after every batch, and says the same to every process. Raises Interrupted when it says so, and
+    UserError past data.max_bad_fraction of bad samples.
     """
     average_buffers(engine.network)
     engine.module.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, top-1, top-5, images
     model, data = config.model, config.data
     batch_size = config.parallel.micro_batch_size or max(config.train.global_batch_size // world.size, 1)
-    batches = evaluation_batches(
-        data, index, split, batch_size, model.image_size, model.in_channels, world.rank, world.size, device
-    )
     images_of_all = sum(span.samples for span in index.spans(split, data.minival))
+    bad = BadCount(data.max_bad_fraction, images_of_all)
+    batches = evaluation_batches(
+        data, index, split, batch_size, model.image_size, model.in_channels, world.rank, world.size, device, bad
+    )
     try:
         for _ in range(-(-images_of_all // (world.size * batch_size))):  # the same everywhere: FSDP gathers in each
             batch = next(batches, None)
@@ -60,6 +63,7 @@ def evaluate(
     finally:
         engine.reshard()
         engine.module.train()
+    bad.over_ranks(gather_objects(bad)).check()
     loss_sum, top1, top5, images_seen = sum_over_ranks(sums).tolist()
     return {
         f"{split}_loss": loss_sum / images_seen,

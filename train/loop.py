@@ -27,7 +27,7 @@ from models.optimizer import build_optimizer, parameter_groups
 from train.average import WeightAverage
 from train.checkpoint import Checkpoints, Progress
 from train.config import RunConfig, identity, run_hash, to_yaml
-from train.distributed import StopVote, World, pick_device, process_group, set_timeout
+from train.distributed import StopVote, World, gather_objects, pick_device, process_group, set_timeout
 from train.engine import Engine, average_buffers, choose, make_engine
 from train.evaluate import evaluate
 from train.interrupt import Interrupt, Interrupted
@@ -296,6 +296,7 @@ class Run:
         """
         config, engine = self.config, self.engine
         losses, diverged_at = self.window.drain(self.step)
+        bad = self.loader.bad.over_ranks(gather_objects(self.loader.bad))
         images_per_second, data_wait = clock.lap(self.step, config.train.global_batch_size)
         line: dict[str, Any] = {
             "step": self.step,
@@ -306,7 +307,7 @@ class Run:
             "logit_rms": float(result.logits.float().square().mean().sqrt()),
             "images_per_second": images_per_second,
             "data_wait": data_wait,
-            "bad_samples": self.loader.bad.total(),
+            **bad.metrics(),
             "memory": memory_gb(self.device),
         }
         if peak := peak_flops(self.device, self.dtype):
@@ -320,6 +321,7 @@ class Run:
             self.metrics.write(line)
         if self.watch:
             self.watch(line)
+        bad.check()
         return diverged_at
 
     def evaluate(self, stop: Callable[[], bool] | None = None) -> dict[str, float]:

@@ -355,7 +355,7 @@ class Pack:
                 "logit_rms": logits[number],
                 "images_per_second": images_per_second,
                 "data_wait": data_wait,
-                "bad_samples": self.loaders[member.config.seed].bad.total(),
+                **self.loaders[member.config.seed].bad.metrics(),
                 "memory": memory_gb(self.device),
                 **roles[number],
             }
