@@ -302,16 +302,18 @@ def probe() -> None:
 @with_config
 @click.option("--directory", type=click.Path(path_type=Path), help="The run's directory [default: runs/HASH].")
 def train(config: Path, overrides: tuple[str, ...], directory: Path | None) -> None:
-    """Train one run in this process, or continue it.
+    """Train one run in this process, or continue it; packs data.source first where there are no shards.
 
     Ctrl-C saves a checkpoint. Ends 3 when the loss diverged, 75 when it was stopped.
     """
     from launch.config import read_run
+    from launch.transfer import pack_source
     from train.__main__ import train as train_run
     from train.config import run_hash
     from train.rundir import RunDirectory
 
     run_config = read_run(config, overrides)
+    pack_source(run_config.data, new_console())
     sys.exit(train_run(run_config, RunDirectory(directory or Path("runs") / run_hash(run_config))))
 
 

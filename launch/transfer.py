@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from data.config import DataConfig
 from data.errors import UserError
 from data.index import INDEX_NAME, Index
 from data.storage import write_atomically
@@ -34,30 +35,36 @@ STOPPED: tuple[State, ...] = ("failed", "lost", "interrupted")  # they began
 UNFINISHED: tuple[State, ...] = (*IDLE, "failed")
 
 
+def pack_source(data: DataConfig, console: Console) -> None:
+    """Packs data.source where there are no shards yet. Raises UserError."""
+    root = Path(data.root)
+    if not data.source or (root / INDEX_NAME).exists():
+        return
+    from data.pack import pack
+
+    with display(console, f"packing {data.source}") as shown:
+        started = time.monotonic()
+
+        def progress(done: int, total: int) -> None:
+            rate = done / (time.monotonic() - started)
+            shown.update(done / total, f"{done} of {total} images, {rate:.0f}/s", final=done == total)
+
+        _, left_out = pack(data.source, root, validation_share=data.validation_share, progress=progress)
+    for line in left_out:
+        console.print(line, highlight=False, markup=False)
+
+
 def prepare_data(study: Study, console: Console) -> Index:
     """The data set's index; packs data.source first where there are no shards. Raises UserError."""
     study.check_writable()
     if study.file.launch.cluster == "slurm":
         slurm.require()
     data = study.file.data
-    root = Path(data.root)
-    if data.source and not (root / INDEX_NAME).exists():
-        from data.pack import pack
-
-        with display(console, f"packing {data.source}") as shown:
-            started = time.monotonic()
-
-            def progress(done: int, total: int) -> None:
-                rate = done / (time.monotonic() - started)
-                shown.update(done / total, f"{done} of {total} images, {rate:.0f}/s", final=done == total)
-
-            _, left_out = pack(data.source, root, validation_share=data.validation_share, progress=progress)
-        for line in left_out:
-            console.print(line, highlight=False, markup=False)
+    pack_source(data, console)
     index = Index.load(data.root, data.trust)
     if len(index.classes) != study.file.model.num_classes:
         raise UserError(
-            f"{root} has {len(index.classes)} classes, but model.num_classes is {study.file.model.num_classes}"
+            f"{data.root} has {len(index.classes)} classes, but model.num_classes is {study.file.model.num_classes}"
         )
     index.check_files()
     return index

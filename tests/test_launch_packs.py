@@ -182,7 +182,7 @@ def test_fresh_runs_do_not_join_those_that_are_far_ahead(written: Callable[[int]
 
 def test_the_runs_of_a_pack_that_fails_go_on_one_by_one(written: Callable[[int], list[RunDirectory]]) -> None:
     directories = written(3)
-    directories[1].log.mkdir()  # it cannot open its log
+    directories[1].metrics.mkdir()  # it cannot open its metrics
     assert work([directories]) == 1
     assert [bool(d.done()) for d in directories] == [True, False, True]
     assert "IsADirectoryError" in (directories[1].failed() or {})["error"]

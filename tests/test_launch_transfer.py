@@ -283,6 +283,14 @@ def test_a_users_mistake_is_one_line_exit_2_and_starts_nothing(
     assert not (tmp_path / "runs").exists()
 
 
+def test_one_run_alone_packs_its_source_first_too(study_file: Path, tmp_path: Path) -> None:
+    source = ["data.root=packed", "data.source=sklearn:digits", "data.validation_share=0.2"]
+    trained = depthmup("train", study_file, *source, cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    assert "completed" in trained.stdout
+    assert list((tmp_path / "packed").glob("val-*.tar"))
+
+
 def test_a_missing_shard_is_named(study_file: Path, digits: Path) -> None:
     shard = next(digits.glob("train-*.tar"))
     hidden = shard.rename(shard.with_suffix(".hidden"))
