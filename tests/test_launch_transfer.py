@@ -206,8 +206,8 @@ def test_a_failed_run_is_named_and_the_others_finish(study_file: Path) -> None:
     depthmup("transfer", study_file, "launch.cluster=debug", "study.values=[2**-6, 2**-5, 2**-4]")
     broken, *others = run_directories(study_file)
     (broken / "done.json").unlink()
-    (broken / "log-0.txt").unlink()
-    (broken / "log-0.txt").mkdir()  # the run cannot open its log
+    (broken / "weights.safetensors").unlink()
+    (broken / "weights.safetensors").mkdir()  # the run cannot write its weights
     report = broken.parents[1] / "report.html"
     report.unlink()
     failed = depthmup("transfer", study_file)
@@ -219,7 +219,7 @@ def test_a_failed_run_is_named_and_the_others_finish(study_file: Path) -> None:
     failed = depthmup("retry", study_file, "--cluster", "debug")  # in the foreground: it says how that ended
     assert failed.returncode == 2
     assert broken.name in failed.stderr
-    (broken / "log-0.txt").rmdir()
+    (broken / "weights.safetensors").rmdir()
     assert "1 runs trained" in depthmup("retry", study_file, "--cluster", "debug").stdout
 
 
