@@ -5,7 +5,6 @@ does so again once their jobs have ended, so that the user may log out. That job
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from rich.console import Console
 from data.errors import UserError
 from launch import slurm, states
 from launch.config import read_study, read_study_or_run
+from launch.jobs import launching
 from launch.study import Study
 from launch.transfer import IDLE, UNFINISHED, Launched, Unfinished, grow, launch, prepare_data, unfinished, wait
 from models.errors import ModelError
@@ -179,12 +179,13 @@ def take(study: Study, job_ids: Sequence[str]) -> states.Snapshot:
 
 
 def go_on_after(study: Study, target: Path | None, job_ids: Sequence[str]) -> str:
-    """Leaves a job that goes on once `job_ids` have ended, unless one waits already; says which."""
+    """Leaves a job that goes on once `job_ids` have ended, unless one waits already; says which. One that runs may have
+    looked already, or be this one."""
     from launch.submit import submit_continuation
 
-    own = os.environ.get("SLURM_ARRAY_JOB_ID")
-    waiting = [task for task in take(study, job_ids).continuations if task.job_id != own]
-    job_id = waiting[0].job_id if waiting else submit_continuation(study, target, job_ids)
+    with launching(study.file.directory) as lock:  # of two that look at once, the second finds the first's
+        waiting = [task for task in take(study, job_ids).continuations if task.waits]
+        job_id = waiting[0].job_id if waiting else submit_continuation(study, target, job_ids, lock)
     return f"Job {job_id} goes on after {', '.join(job_ids)}: see 'depthmup status {study.file.directory}'."
 
 

@@ -22,7 +22,7 @@ import submitit
 from data.errors import UserError
 from launch import slurm, snapshot
 from launch.config import LaunchConfig
-from launch.jobs import Submission, launching
+from launch.jobs import Submission
 from launch.packs import packs_of
 from launch.study import PlannedRun, Study
 from launch.worker import work
@@ -243,9 +243,10 @@ CONTINUATION_MEMORY_GB = 4  # torch counts FLOPs, matplotlib draws
 START = "import sys; sys.path[0] = sys.argv.pop(1); from launch.chain import main; sys.exit(main())"
 
 
-def submit_continuation(study: Study, target: Path | None, job_ids: Sequence[str]) -> str:
+def submit_continuation(study: Study, target: Path | None, job_ids: Sequence[str], lock: int) -> str:
     """Submits the small job that goes on with the study, in this folder, once `job_ids` have ended, however they end;
-    returns its id. Raises UserError; when Slurm stops answering, the job may be there, and is found when it is."""
+    returns its id. `lock` is that of `launching`. Raises UserError; when Slurm stops answering, the job may be there
+    all the same, and is found later."""
     config, root = study.file.launch, study.file.directory.absolute()
     small = replace(
         config,
@@ -261,15 +262,14 @@ def submit_continuation(study: Study, target: Path | None, job_ids: Sequence[str
     )
     code = snapshot.take(root / "code").absolute()
     arguments = [sys.executable, "-c", START, str(code), str(root), *([str(target.absolute())] if target else [])]
-    with launching(root) as lock:
-        submission = Submission.create(root / "jobs", f"depthmup-{study.file.study.name}-then", [[]], {})
-        submission.script.write_text(sbatch_text(submission, small, Path.cwd(), shlex.join(arguments), []))
-        try:
-            submit_arrays([submission], lock)
-        except UserError:
-            shutil.rmtree(submission.path)
-            raise
-        except slurm.SlurmError as error:
-            raise slurm.silent(str(error), job_ids) from None
+    submission = Submission.create(root / "jobs", f"depthmup-{study.file.study.name}-then", [[]], {})
+    submission.script.write_text(sbatch_text(submission, small, Path.cwd(), shlex.join(arguments), []))
+    try:
+        submit_arrays([submission], lock)
+    except UserError:
+        shutil.rmtree(submission.path)
+        raise
+    except slurm.SlurmError as error:
+        raise slurm.silent(str(error), job_ids) from None
     assert submission.job_id is not None
     return submission.job_id
