@@ -1,6 +1,6 @@
 """docs/RESULTS.md from the studies' records, negative results and unfinished studies with the others.
 
-depthmup report configs/paper/*.yaml --publish docs/results
+depthmup report runs/paper_* --publish docs/results
 python -m benchmarks.results docs/results/*.json > docs/RESULTS.md
 
 Where the runs themselves are gone, `python -m benchmarks.recompute docs/results` makes the records anew.
@@ -27,15 +27,16 @@ share its runs, and the seeds that were added there. Seeds are added while a ver
 flatters one that is then settled just so: the verdict at the planned seeds stands beside it.
 
 **To make a figure anew**: CIFAR-10 as an archive of class folders, `cifar10/{train,test}/CLASS/*.jpg` (here JPEGs of
-quality 90, 4:4:4), is packed once. Then one command a study, at the head of its section, trains it, and writes its
-figures and its report to `runs/NAME/`:
+quality 90, 4:4:4), is packed once. Then the command at the head of a study's section trains it, and writes its figures
+and its report to `runs/NAME/`; where figures are of `depthmup converge`, that command stands above them. What a study
+holds fixed, its learning rate if another value is swept, stands in its file.
 
 ```sh
 depthmup pack cifar10.tar.xz shards/cifar10
 depthmup transfer configs/paper/conv_resnet.yaml
 ```
 
-This page: `depthmup report configs/paper/*.yaml --publish docs/results`, then
+This page: `depthmup report runs/paper_* --publish docs/results`, then
 `python -m benchmarks.results docs/results/*.json > docs/RESULTS.md`; do not edit. Without the runs,
 `python -m benchmarks.recompute docs/results` analyses the results in the records there once more and draws the figures.
 """
@@ -64,15 +65,26 @@ def listed(seeds: Sequence[int]) -> str:
     return f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 8 else ", ".join(map(str, seeds))
 
 
+def question(record: dict[str, Any]) -> str:
+    """'swept: optimizer.momentum, in octaves of 1 - momentum', or the one value that ran."""
+    name, values = record["hyperparameter"], {point["value"] for point in record["points"]}
+    if not swept(record):
+        return f"at {name} {values.pop():g}"
+    octaves = record["octaves_of"]
+    return f"swept: {name}" + (f", in octaves of {octaves}" if octaves != name.rpartition(".")[2] else "")
+
+
 def settings(record: dict[str, Any]) -> list[str]:
     cost, seeds = record["cost"], sorted({run["seed"] for run in record["points"]})
+    is_swept = record["hyperparameter"] == "schedule.warmup" and swept(record)
+    warmup = "warm-up as swept" if is_swept else f"{100 * record['warmup']:g} % warm-up"
     unfinished = f" **{record['num_unfinished']} runs are not finished.**" if record["num_unfinished"] else ""
     return [
         f"`depthmup transfer {record['config']}`: {record['model']}, {record['optimizer']}, {record['data']} at "
-        f"{record['image_size']} pixels, {record['schedule']} schedule with {100 * record['warmup']:g} % warm-up, "
+        f"{record['image_size']} pixels, {record['schedule']} schedule with {warmup}, "
         f"{record['samples']} samples in batches of {record['global_batch_size']} ({record['steps']} steps), "
         f"{100 * record['minival']:g} % of the training set held out as minival, seeds {listed(seeds)}, "
-        f"{'swept: ' if swept(record) else 'at one '}{record['hyperparameter']}. {record['num_runs']} runs, "
+        f"{question(record)}. {record['num_runs']} runs, "
         f"{record['num_diverged']} of them diverged; "
         f"{quantity(cost['flops'])}FLOPs, {cost['hours']:.1f} hours of training processes.{unfinished}"
     ]
@@ -120,6 +132,18 @@ def held(records: Sequence[dict[str, Any]], parameterization: str | None = None)
     return f"{sum(checked.values())} of {len(checked)}"
 
 
+def seen_and_interval(forecast: dict[str, Any]) -> tuple[str, str]:
+    """With as many digits as show whether one lies in the other."""
+    if forecast["diverged"] or forecast["seen"] is None or not forecast["interval"]:
+        shown = "{:.3g} to {:.3g}".format(*forecast["interval"]) if forecast["interval"] else ""
+        return "diverged" if forecast["diverged"] else number(forecast["seen"]), shown
+    for digits in range(3, 9):
+        seen, low, high = (f"{value:.{digits}g}" for value in (forecast["seen"], *forecast["interval"]))
+        if (float(low) <= float(seen) <= float(high)) == forecast["inside"]:
+            break
+    return seen, f"{low} to {high}"
+
+
 def forecast_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     """Of all studies: what was foretold and what was seen, and why where nothing was."""
     return [
@@ -128,8 +152,8 @@ def forecast_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
             "parameterization": f["parameterization"],
             "target": size(f["target"]),
             "predicted": number(f["predicted"]),
-            "interval": "{:.3g} to {:.3g}".format(*f["interval"]) if f["interval"] else "",
-            "seen": "diverged" if f["diverged"] else number(f["seen"]),
+            "interval": seen_and_interval(f)[1],
+            "seen": seen_and_interval(f)[0],
             "inside": {True: "yes", False: "no", None: ""}[f["inside"]],
             "law, sizes": f"{f['law']}, {f['fitted_sizes']}",
             "remark": f["remark"],
@@ -179,14 +203,16 @@ def rate_rows(record: dict[str, Any]) -> list[dict[str, str]]:
     ]
 
 
-def convergence(name: str, folder: Path) -> list[str]:
+def convergence(study: dict[str, Any], folder: Path) -> list[str]:
     """What `depthmup converge` found of the study, where it was asked."""
+    name = study["study"]
     path = folder / f"{name}-convergence.json"
     if not path.exists():
         return []
     record = read_record(path)
     return [
-        f"`depthmup converge`: distances to the largest size at {record['rates'][0]['value']:g}, relative, of training "
+        f"`depthmup converge {study['config']}`: distances to the largest size at {study['hyperparameter']} "
+        f"{record['rates'][0]['value']:g}, relative, of training "
         f"loss curves and of last-layer feature kernels between {record['images']} images; "
         f"means over {len(record['rates'][0]['seeds'])} seeds, and the scatter of single runs.",
         "",
@@ -210,7 +236,8 @@ def study_section(record: dict[str, Any], folder: Path) -> list[str]:
     name = record["study"]
     lines = [f"## {name}", "", *settings(record), ""]
     if not swept(record):
-        return [*lines, *convergence(name, folder)]
+        foretold = markdown_table([dict(list(row.items())[1:]) for row in forecast_rows([record])])
+        return [*lines, *foretold, "", *convergence(record, folder)]
     lines += [verdict(found) for found in record["verdicts"]]
     lines += [
         "",
@@ -218,7 +245,7 @@ def study_section(record: dict[str, Any], folder: Path) -> list[str]:
         *figure(folder, f"{name}-drift"),
         *markdown_table(size_rows(record)),
     ]
-    return [*lines, "", *convergence(name, folder)]
+    return [*lines, "", *convergence(record, folder)]
 
 
 def results(records: Sequence[dict[str, Any]], folder: Path) -> str:
@@ -232,7 +259,7 @@ def results(records: Sequence[dict[str, Any]], folder: Path) -> str:
         "## Forecasts",
         "",
         f"{held(records)} hold what was seen; of `depth_mup`'s {held(records, 'depth_mup')}. A forecast of several "
-        "parameterizations that is made of the same runs counts once.",
+        "parameterizations that is made of the same runs counts once; a variant of `depth_mup` counts among all alone.",
         "",
     ]
     lines += [*markdown_table(forecasts), ""]

@@ -50,10 +50,9 @@ def print_plan(study: Study, console: Console) -> None:
     console.print("\n", totals, sep="")
     base = study.file.model.base_size
     if smaller := [str(size) for size in flops if size.width < base.width or size.depth < base.depth]:
-        console.print(
-            f"\nbase width {base.width}, depth {base.depth} is larger than {'; '.join(smaller)}: factors scale down",
-            highlight=False,
-        )
+        them = smaller[0] if len(smaller) == 1 else f"{len(smaller)} of these sizes"
+        larger = f"base width {base.width}, depth {base.depth} is larger than {them}: factors scale down"
+        console.print(f"\n{larger}", highlight=False)
     finished = [done for _, done in runs if done]
     console.print(
         f"\n{len(runs)} run{'s' if len(runs) > 1 else ''} ({len(finished)} done), {quantity(everything)}FLOPs in all",
