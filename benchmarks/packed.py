@@ -48,7 +48,9 @@ def config(family: str, width: int, image_size: int, lr: float, seed: int = 0) -
     )
     optimizer = OptimizerConfig(name="adamw" if family == "vit" else "sgd", lr=lr, weight_decay=1e-4)
     train = TrainConfig(samples=BATCH * NUM_STEPS, global_batch_size=BATCH)
-    return RunConfig(model=model, optimizer=optimizer, data=DataConfig(name="none", root="."), train=train, seed=seed)
+    return RunConfig(
+        model=model, optimizer=optimizer, data=DataConfig(name="none", root=".", num_streams=1), train=train, seed=seed
+    )
 
 
 def rates(first: RunConfig, num_replicas: int) -> list[RunConfig]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from data.errors import UserError
 from launch.config import LaunchConfig
 from launch.study import PlannedRun
-from train.packing import alike, pack_limit, unknown_to_packs
+from train.packing import alike, pack_limit, packable, unknown_to_packs
 
 
 def packs_of(runs: Sequence[PlannedRun], config: LaunchConfig, on_gpu: bool, slots: int) -> list[list[PlannedRun]]:
@@ -26,6 +26,18 @@ def packs_of(runs: Sequence[PlannedRun], config: LaunchConfig, on_gpu: bool, slo
     if largest == 1:
         return [[run] for run in runs]
     return [pack for group, limit in zip(groups, limits, strict=True) for pack in split(group, min(limit, largest))]
+
+
+def check_packable(runs: Sequence[PlannedRun]) -> None:
+    """Raises UserError when train.pack asks for packs of a study no two runs of which can share one, and says why."""
+    configs = [run.config for run in runs]
+    if len(configs) > 1 and (configs[0].train.pack or 0) > 1 and len(alike(configs)) == len(configs):
+        names = sorted(set.intersection(*(set(packable(configs[0], config)) for config in configs[1:])))
+        raise UserError(
+            f"train.pack is {configs[0].train.pack}, but no two of the study's {len(configs)} runs can be trained "
+            f"together: each has values of its own of {', '.join(names) or 'keys that packs cannot hold apart'}. "
+            "Set train.pack=1"
+        )
 
 
 def count_packs(groups: Sequence[Sequence[PlannedRun]], limits: Sequence[int], largest: int) -> int:

@@ -23,7 +23,7 @@ from data.errors import UserError
 from launch import slurm, snapshot
 from launch.config import LaunchConfig
 from launch.jobs import Submission
-from launch.packs import packs_of
+from launch.packs import check_packable, packs_of
 from launch.study import PlannedRun, Study
 from launch.worker import work
 from train.lock import write_holder
@@ -211,6 +211,7 @@ def dry_run_script(study: Study) -> str:
         raise UserError(
             f"--dry-run shows an sbatch script, and launch.cluster is {config.cluster}: add --cluster slurm"
         )
+    check_packable(study.runs)
     tasks = group(make_packs(study.pending(), config), config.runs_per_job)
     if not tasks:
         raise UserError("every run is done: there is nothing to submit")

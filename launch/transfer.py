@@ -23,6 +23,7 @@ from launch import snapshot as code_snapshot
 from launch.config import Size
 from launch.cost import count_flops
 from launch.jobs import ask, asked, launching
+from launch.packs import check_packable
 from launch.progress import display, duration
 from launch.states import State
 from launch.study import PlannedRun, Study
@@ -98,6 +99,7 @@ def launch(study: Study, only: Sequence[State] = UNFINISHED, by_itself: bool = F
     """
     config = study.file.launch
     study.refuse_other_study()
+    check_packable(study.runs)
     with launching(study.file.directory) as lock:
         snapshot = states.take(study)
         if snapshot.slurm_error:

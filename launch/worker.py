@@ -19,8 +19,9 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from data.errors import UserError
 from data.storage import write_atomically
 from launch import snapshot
 from launch.jobs import Submission
@@ -30,6 +31,9 @@ from train.interrupt import Interrupt, Interrupted
 from train.lock import take_lock
 from train.packing import go_together, packable
 from train.rundir import EXIT_REQUEUE, RunDirectory, parse
+
+if TYPE_CHECKING:
+    import torch
 
 UNPACKED = "unpacked"  # an event of attempts.jsonl: the run was in a pack that failed, and goes on alone
 MAX_ATTEMPTS = 5  # that begin at the same step: more would go on for ever
@@ -81,10 +85,12 @@ def train_some(directories: Sequence[RunDirectory], interrupt: Interrupt) -> boo
             raise
         except Exception as error:
             if len(begun) > 1:
-                print(f"a pack of {len(begun)} failed, its runs go on one by one: {traceback.format_exc()}", flush=True)
+                # a user's mistake needs no traceback, and failed.json has it for each run
+                reason = str(error) if isinstance(error, UserError) else traceback.format_exc()
+                print(f"a pack of {len(begun)} failed, its runs go on one by one: {reason}", flush=True)
             for directory in filter(pending, begun):
                 if len(begun) > 1:
-                    note(directory, UNPACKED, error=f"{type(error).__name__}: {error}")
+                    note(directory, UNPACKED, error=one_line(error))
                 else:
                     record_failure(directory, error)
     return bool(claimed)
@@ -94,7 +100,6 @@ def claim(directories: Sequence[RunDirectory], held: ExitStack) -> dict[RunDirec
     """Locks the first pending run that is free, and as many of those after it as can be trained with it now; the locks
     are closed with `held`. Empty when no run is free."""
     from train.distributed import World, pick_device
-    from train.pack import pack_size
 
     claimed: dict[RunDirectory, RunConfig] = {}
     size = 1
@@ -111,18 +116,32 @@ def claim(directories: Sequence[RunDirectory], held: ExitStack) -> dict[RunDirec
                     continue
                 try:
                     config = read_config(directory)
-                    if not claimed and len(directories) > 1 and not failed_in_a_pack(directory):
-                        size = pack_size(config, pick_device(config.train.device, World()))
-                        if size < min(config.train.pack or 1, len(directories)):
-                            print(f"train.pack is {config.train.pack}, but at most {size} fit into memory", flush=True)
+                    device = pick_device(config.train.device, World())
                 except Exception as error:
                     record_failure(directory, error)
                     continue
+                if not claimed and len(directories) > 1 and not failed_in_a_pack(directory):
+                    size = size_that_fits(config, device, len(directories))
                 if claimed and not joins(directory, config, claimed):
                     continue
                 held.enter_context(candidate.pop_all())
                 claimed[directory] = config
     return claimed
+
+
+def size_that_fits(config: RunConfig, device: "torch.device", most: int) -> int:
+    """How many of `most` runs like `config` to train together; 1 where that cannot be measured, as for a network that
+    does not batch."""
+    from train.pack_memory import pack_size
+
+    try:
+        size = pack_size(config, device)
+    except Exception as error:
+        print(f"no packs: {one_line(error)}", flush=True)
+        return 1
+    if size < min(config.train.pack or 1, most):
+        print(f"train.pack is {config.train.pack}, but at most {size} fit into memory", flush=True)
+    return size
 
 
 def joins(directory: RunDirectory, config: RunConfig, pack: dict[RunDirectory, RunConfig]) -> bool:
@@ -153,9 +172,13 @@ def pending(directory: RunDirectory) -> bool:
     return not directory.done() and not directory.failed()
 
 
+def one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
 def record_failure(directory: RunDirectory, error: Exception) -> None:
     """For use where `error` is being handled."""
-    fail(directory, f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
+    fail(directory, one_line(error), traceback=traceback.format_exc())
 
 
 def read_config(directory: RunDirectory) -> RunConfig:

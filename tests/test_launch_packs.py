@@ -20,7 +20,7 @@ from test_launch_transfer import COMMAND, REPOSITORY, depthmup
 from data.errors import UserError
 from launch.config import LaunchConfig, read_study
 from launch.jobs import Submission
-from launch.packs import packs_of
+from launch.packs import check_packable, packs_of
 from launch.study import PlannedRun, Study
 from launch.submit import group
 from launch.worker import attempts, work
@@ -131,6 +131,16 @@ def test_packs_that_are_asked_for_but_cannot_be_are_refused_with_the_reason(
 ) -> None:
     with pytest.raises(UserError, match=f"train.pack is 4, but {words}"):
         packs_of(runs("train.pack=4", override), LaunchConfig(**launch), on_gpu=True, slots=1)
+
+
+def test_a_study_of_which_no_two_runs_can_be_packed_is_refused_with_the_key(
+    runs: Callable[..., list[PlannedRun]],
+) -> None:
+    one_of_each_size = ("study.seeds=[0]", "study.values=[0.1]", "study.parameterizations=[sp]")
+    with pytest.raises(UserError, match=r"no two of the study's \d runs can be trained together: .* of model\.depth"):
+        check_packable(runs("train.pack=4", *one_of_each_size))
+    check_packable(runs(*one_of_each_size))
+    check_packable(runs("train.pack=4"))
 
 
 # ---------------------------------------------------------------- the worker

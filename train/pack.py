@@ -1,7 +1,6 @@
 """K runs as one process: the replicas of train.replicas, each with the run directory that it would have alone."""
 
 import math
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from data.errors import UserError
 from data.index import Index
 from data.loader import TrainingLoader, TrainingStream, evaluation_batches
 from data.order import State
-from models.build import build, build_meta
+from models.build import build_meta
 from models.flops import training_flops
 from models.init import materialize
 from models.optimizer import build_optimizer, parameter_groups
@@ -30,14 +29,13 @@ from train.engine import Engine
 from train.interrupt import Interrupt, Interrupted
 from train.loop import FINAL_SHARE, describe, open_data, run, save_weights
 from train.metrics import MetricsWriter, mean_loss, open_trackers
-from train.packing import pack_limit, packable
-from train.replicas import MOMENTS, Replicas
+from train.pack_memory import largest_pack
+from train.packing import packable
+from train.replicas import Replicas
 from train.rundir import RunDirectory
 from train.schedule import schedule
-from train.step import autocast, autocast_dtype, set_backends
+from train.step import autocast_dtype, set_backends
 from train.telemetry import Clock, memory_gb, peak_flops
-
-MEMORY_SHARE = 0.8  # of what is free: the rest is for workspaces and what lives for a moment in the backward pass
 
 
 @dataclass
@@ -50,55 +48,6 @@ class Member:
     metrics: MetricsWriter
     seconds: float  # its share of the time that its packs took so far
     active: bool = True  # neither diverged nor completed
-
-
-# ---------------------------------------------------------------- size of a pack
-
-
-def replica_bytes(config: RunConfig, device: torch.device) -> int:
-    """Memory that one replica takes on `device`: what its forward pass keeps for the backward pass, measured on one
-    batch of zeros, its weights, their gradients (once as they come, once side by side) and the moments."""
-    network = build(config.model, config.parameterization, 0, device).network
-    own = {tensor.untyped_storage().data_ptr() for tensor in network.parameters()}
-    kept: dict[int, int] = {}
-
-    def count(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    batch, model = config.train.global_batch_size, config.model
-    images = torch.zeros(batch, model.in_channels, model.image_size, model.image_size, device=device)
-    labels = torch.zeros(batch, dtype=torch.int64, device=device)
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        with autocast(device, autocast_dtype(config.train, device)):
-            logits = network(images)
-        loss = F.cross_entropy(logits.float(), labels)  # the graph keeps what was counted until here
-    del loss
-    weights = sum(parameter.nbytes for parameter in network.parameters())
-    return sum(kept.values()) + weights * (3 + len(MOMENTS[config.optimizer.name]))
-
-
-def free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    available = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
-    return int(available.split()[1]) * 1024  # what the page cache holds counts as free
-
-
-def largest_pack(config: RunConfig, device: torch.device) -> int:
-    """Most replicas of `config` that fit into the memory that is free on `device`; 0 when not even one does."""
-    return int(free_bytes(device) * MEMORY_SHARE / replica_bytes(config, device))
-
-
-def pack_size(config: RunConfig, device: torch.device) -> int:
-    """How many such runs to train together: train.pack or what pays, but no more than fit."""
-    limit = pack_limit(config, device.type == "cuda")
-    return min(limit, max(largest_pack(config, device), 1)) if limit > 1 else 1
 
 
 def check_pack(configs: Sequence[RunConfig]) -> None:

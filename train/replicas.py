@@ -143,9 +143,10 @@ class Replicas:
         clips = [c.train.clip_norm for c in configs]
         self.clip = column([clip or float("inf") for clip in clips], device) if any(clips) else None
         num_steps = configs[0].train.num_steps
-        shapes = {c.schedule: [schedule(c.schedule, s, num_steps) for s in range(num_steps)] for c in configs}
-        factors = torch.tensor([shapes[c.schedule] for c in configs], dtype=torch.float64)
-        self.schedules = factors.T[:, :, None].to(device)  # (steps, K, 1)
+        shapes = list(dict.fromkeys(c.schedule for c in configs))  # mostly one
+        factors = [[schedule(shape, step, num_steps) for shape in shapes] for step in range(num_steps)]
+        self.schedules = torch.tensor(factors, dtype=torch.float64, device=device)  # (steps, shapes)
+        self.schedule_of = torch.tensor([shapes.index(c.schedule) for c in configs], device=device)
         self.steps_done = torch.zeros(1, dtype=torch.int64, device=device)
         self.alive = torch.ones(len(configs), 1, dtype=torch.bool, device=device)
         self.losses = torch.zeros(len(configs), device=device)
@@ -271,7 +272,8 @@ class Replicas:
     def update(self) -> None:
         """torch's SGD or AdamW in all replicas at once. One whose loss is not finite stays as it is from then on."""
         self.alive &= self.losses.isfinite()[:, None]
-        factor = self.schedules.index_select(0, self.steps_done)[0] * self.alive  # (K, 1)
+        factors = self.schedules.index_select(0, self.steps_done)[0]
+        factor = factors.index_select(0, self.schedule_of)[:, None] * self.alive  # (K, 1)
         self.steps_done += 1
         norms = torch.stack([torch.linalg.vector_norm(gradient, dim=1) for gradient in self.gradients])
         self.gradient_norms.copy_(torch.linalg.vector_norm(norms, dim=0))
@@ -289,11 +291,12 @@ class Replicas:
                 self.update_adamw(group, gradient, lr)
 
     def update_sgd(self, group: Group, gradient: Tensor, lr: Tensor) -> None:
-        momentum = self.momentum.float()
-        gradient = gradient.addcmul(group.values, group.settings["weight_decay"].float())
-        buffer = group.moments["momentum_buffer"].mul_(momentum).add_(gradient)
-        direction = gradient.addcmul(buffer, momentum) if self.configs[0].optimizer.nesterov else buffer
-        group.values.addcmul_(direction, -lr.float())
+        """In place: a copy of the weights beside the moments would be a fifth of a pack's memory at a small batch."""
+        momentum, decay = self.momentum.float(), group.settings["weight_decay"].float()
+        buffer = group.moments["momentum_buffer"].mul_(momentum).add_(gradient).addcmul_(group.values, decay)
+        if self.configs[0].optimizer.nesterov:
+            buffer = gradient.addcmul(group.values, decay).addcmul_(buffer, momentum)
+        group.values.addcmul_(buffer, -lr.float())
 
     def update_adamw(self, group: Group, gradient: Tensor, lr: Tensor) -> None:
         first, second = group.moments["exp_avg"], group.moments["exp_avg_sq"]
