@@ -7,19 +7,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
-
-from launch.progress import Display, display, duration
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from data.index import Index
+    from launch.progress import Display
 
 COUNT = click.IntRange(min=1)
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 
 
-def reporter(shown: Display, unit: str) -> Callable[[int, int], None]:
+def reporter(shown: "Display", unit: str) -> Callable[[int, int], None]:
     """Shows (done, total) with the rate and the time that is left."""
+    from launch.progress import duration
+
     started = time.monotonic()
 
     def report(done: int, total: int) -> None:
@@ -30,12 +32,14 @@ def reporter(shown: Display, unit: str) -> Callable[[int, int], None]:
     return report
 
 
-def print_splits(index: "Index", console: Console) -> None:
+def print_splits(index: "Index", console: "Console") -> None:
     for split in index.splits:
         console.print(f"{split}: {index.describe(split, 'image')}", highlight=False)
 
 
-def new_console() -> Console:
+def new_console() -> "Console":
+    from rich.console import Console
+
     return Console(soft_wrap=not sys.stdout.isatty())
 
 
@@ -83,6 +87,7 @@ def pack(
     """
     from data.index import INDEX_NAME
     from data.pack import pack as pack_images
+    from launch.progress import display
 
     console = new_console()
     packed_before = (out / INDEX_NAME).exists()
@@ -124,6 +129,7 @@ def index(shards: str, out: Path | None, classes: Path | None, processes: int | 
     from data.index import INDEX_NAME
     from data.scan import index_shards
     from data.sources import read_lines
+    from launch.progress import display
 
     console = new_console()
     indexed_before = ((out or Path(shards)) / INDEX_NAME).exists()
@@ -145,6 +151,7 @@ def inspect(shards: str, sheet: Path | None, processes: int | None) -> None:
     """Decode all images of the folder SHARDS: counts, classes, sizes, bad samples. Ends 1 when there is a bad one."""
     from data.index import Index
     from data.inspect import contact_sheet, inspect_split, summary
+    from launch.progress import display
 
     console = new_console()
     opened = Index.load(shards)

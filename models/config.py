@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from models.errors import ModelError, checked
+from models.checked import checked
+from models.errors import ModelError
 from models.parameterization import PRESETS, Parameterization, Scale
 
 POWER = re.compile(r"\s*([+-]?[\d.]+)\s*(?:\*\*|\^)\s*([+-]?[\d.]+)\s*")

@@ -10,7 +10,8 @@ import torch
 from pydantic import AfterValidator, Field
 from torch import nn
 
-from models.errors import ModelError, checked
+from models.checked import checked
+from models.errors import ModelError
 from models.parameterization import Role
 
 

@@ -18,8 +18,8 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 
 from data.config import NOT_IDENTITY, DataConfig, Positive, streams_misfit
 from data.errors import UserError
+from models.checked import said
 from models.config import AnyModelConfig, Number, OptimizerConfig, ParameterizationConfig
-from models.errors import said
 
 Switch = BeforeValidator(lambda value: "off" if value is False else value)  # YAML 1.1 reads a bare `off` as false
 
