@@ -25,6 +25,7 @@ from train.lock import Holder, holder, take_lock
 from train.rundir import EXIT_DIVERGED, EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, EXIT_USER_ERROR, RunDirectory
 
 STEPS = 240
+TIMED = {"images_per_second", "data_wait", "memory"}
 OVERRIDES = ("optimizer.name=adamw", "optimizer.lr=0.002", "train.clip_norm=1", "train.checkpoint_every=10")
 
 
@@ -63,6 +64,11 @@ def finish(processes: list["subprocess.Popen[str]"], timeout: float = 120) -> tu
 
 def lines(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(directory: Path) -> list[dict[str, Any]]:
+    """The metrics but for what a clock or the process decides."""
+    return [{key: value for key, value in line.items() if key not in TIMED} for line in lines(directory)]
 
 
 def losses(directory: Path) -> list[float]:
@@ -107,6 +113,25 @@ def test_stopped_and_killed_runs_go_on_with_other_engines_and_world_sizes(config
     whole = tmp_path / "whole"
     assert finish(train(config, whole))[0] == [EXIT_DONE]
     assert losses(tmp_path) == pytest.approx(losses(whole), rel=1e-3)  # 240 steps of Adam widen 1e-7 of rounding
+
+
+@pytest.mark.parametrize(("engine", "rank"), [("ddp", 1), ("fsdp", 0), ("deepspeed", 1)])
+def test_a_run_of_two_processes_of_which_one_is_killed_ends_bit_for_bit_as_one_that_was_not(
+    engine: str, rank: int, config: Path, tmp_path: Path
+) -> None:
+    overrides = (f"parallel.engine={engine}", "train.samples=2560", "train.checkpoint_every=7", "model.norm=batch")
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    processes = train(config, killed, *overrides, world_size=2)
+    wait_for_step(killed, 20 + int(time.time()) % 20)
+    processes[rank].kill()
+    codes, output = finish(processes)
+    assert sorted(codes) == [-signal.SIGKILL, EXIT_FAILED], output
+    for directory in (killed, whole):
+        codes, output = finish(train(config, directory, *overrides, world_size=2))
+        assert codes == [EXIT_DONE] * 2, output
+    assert "resumed from step-" in (killed / "log-0.txt").read_text()
+    assert timeless(killed) == timeless(whole)
+    assert (killed / "weights.safetensors").read_bytes() == (whole / "weights.safetensors").read_bytes()
 
 
 def test_a_run_that_another_process_trains_is_left_alone(config: Path, tmp_path: Path) -> None:
