@@ -11,6 +11,7 @@ import click
 
 from data.errors import UserError
 from launch import shards
+from launch.shards import new_console
 from models.errors import ModelError
 
 if TYPE_CHECKING:
@@ -73,12 +74,6 @@ def with_config(function: Callable[..., None]) -> Callable[..., None]:
         function(config=config, overrides=(*overrides, *chosen), **options)
 
     return wrapped
-
-
-def new_console() -> "Console":
-    from rich.console import Console
-
-    return Console(soft_wrap=not sys.stdout.isatty())
 
 
 def open_study(config: Path, overrides: tuple[str, ...]) -> "Study":

@@ -30,13 +30,14 @@ def packs_of(runs: Sequence[PlannedRun], config: LaunchConfig, on_gpu: bool, slo
 
 def check_packable(runs: Sequence[PlannedRun]) -> None:
     """Raises UserError when train.pack asks for packs of a study no two runs of which can share one, and says why."""
-    configs = [run.config for run in runs]
-    if len(configs) > 1 and (configs[0].train.pack or 0) > 1 and len(alike(configs)) == len(configs):
-        names = sorted(set.intersection(*(set(packable(configs[0], config)) for config in configs[1:])))
+    first, *others = (run.config for run in runs)
+    if not others or (first.train.pack or 0) <= 1 or unknown_to_packs(first):  # of the last, `packs_of` says which
+        return
+    if len(alike([first, *others])) == len(runs):
+        names = sorted({name for other in others for name in packable(first, other)})
         raise UserError(
-            f"train.pack is {configs[0].train.pack}, but no two of the study's {len(configs)} runs can be trained "
-            f"together: each has values of its own of {', '.join(names) or 'keys that packs cannot hold apart'}. "
-            "Set train.pack=1"
+            f"train.pack is {first.train.pack}, but no two of the study's {len(runs)} runs can be trained together: "
+            f"each has values of its own of {', '.join(names)}. Set train.pack=1"
         )
 
 

@@ -26,7 +26,7 @@ def checked(cls: Class) -> Class:
 
     It raises ModelError with every mistake in one line.
     """
-    cls.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
+    cls.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]  # pydantic's own name
     adapter: Callable[[], TypeAdapter[Any]] = cache(lambda: TypeAdapter(cls))
     names = [field.name for field in fields(cls)]
 
@@ -38,7 +38,7 @@ def checked(cls: Class) -> Class:
         key = ".".join(map(str, [cls.__name__, *path]))
         return f"{key}: " + (f"unknown; known: {', '.join(names)}" if unknown else said(error))
 
-    @wraps(cls.__init__)  # type: ignore[misc]
+    @wraps(cls.__init__)  # type: ignore[misc]  # mypy: a subclass could have another; these have none
     def init(self: Any, *args: Any, **values: Any) -> None:
         try:
             # pydantic makes an instance of its own without calling this
@@ -46,5 +46,5 @@ def checked(cls: Class) -> Class:
         except ValidationError as error:
             raise ModelError("; ".join(describe(item) for item in error.errors(include_url=False))) from None
 
-    cls.__init__ = init  # type: ignore[misc]
+    cls.__init__ = init  # type: ignore[misc]  # mypy knows no class decorator that replaces a method
     return cls

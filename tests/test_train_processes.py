@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from train_configs import pack_digits, run_config
+from train_configs import pack_digits, run_config, timeless_metrics
 from train_processes import environment, start
 
 from train import __main__ as command
@@ -25,7 +25,6 @@ from train.lock import Holder, holder, take_lock
 from train.rundir import EXIT_DIVERGED, EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, EXIT_USER_ERROR, RunDirectory
 
 STEPS = 240
-TIMED = {"images_per_second", "data_wait", "memory"}
 OVERRIDES = ("optimizer.name=adamw", "optimizer.lr=0.002", "train.clip_norm=1", "train.checkpoint_every=10")
 
 
@@ -64,11 +63,6 @@ def finish(processes: list["subprocess.Popen[str]"], timeout: float = 120) -> tu
 
 def lines(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-
-
-def timeless(directory: Path) -> list[dict[str, Any]]:
-    """The metrics but for what a clock or the process decides."""
-    return [{key: value for key, value in line.items() if key not in TIMED} for line in lines(directory)]
 
 
 def losses(directory: Path) -> list[float]:
@@ -130,7 +124,7 @@ def test_a_run_of_two_processes_of_which_one_is_killed_ends_bit_for_bit_as_one_t
         codes, output = finish(train(config, directory, *overrides, world_size=2))
         assert codes == [EXIT_DONE] * 2, output
     assert "resumed from step-" in (killed / "log-0.txt").read_text()
-    assert timeless(killed) == timeless(whole)
+    assert timeless_metrics(killed) == timeless_metrics(whole)
     assert (killed / "weights.safetensors").read_bytes() == (whole / "weights.safetensors").read_bytes()
 
 

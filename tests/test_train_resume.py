@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
-from train_configs import pack_digits, run_config
+from train_configs import pack_digits, run_config, timeless_metrics
 
 from data.errors import UserError
 from train import checkpoint
@@ -26,8 +26,6 @@ from train.config import RunConfig
 from train.interrupt import Interrupt, Interrupted
 from train.loop import run
 from train.metrics import MetricsWriter
-
-TIMED = {"images_per_second", "data_wait", "memory", "mfu"}  # what a clock or the process decides
 
 
 def config_of(shards: Path, *overrides: str) -> RunConfig:
@@ -47,13 +45,8 @@ def config_of(shards: Path, *overrides: str) -> RunConfig:
     )
 
 
-def metrics(directory: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMED} for line in lines]
-
-
 def assert_same_end(directory: Path, whole: Path) -> None:
-    assert metrics(directory) == metrics(whole)
+    assert timeless_metrics(directory) == timeless_metrics(whole)
     for name in ("weights.safetensors", "weights_ema.safetensors"):
         assert (directory / name).read_bytes() == (whole / name).read_bytes()
 

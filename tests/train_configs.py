@@ -1,5 +1,6 @@
 """Small runs on the packed digits, for the tests of train."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from train.config import RunConfig, from_plain, set_dotted
 
 VIT = {"family": "vit", "width": 16, "depth": 4, "base_width": 8, "base_depth": 2, "num_heads": 2, "patch_size": 2}
 CONV_RESNET = {"family": "conv_resnet", "width": 8, "depth": 6, "base_width": 4, "base_depth": 3}
+TIMED = {"images_per_second", "data_wait", "memory", "mfu"}  # what a clock or the process decides
 DIGITS = {"num_classes": 10, "image_size": 8, "in_channels": 1}
 
 
@@ -27,3 +29,9 @@ def run_config(shards: Path | str, *overrides: str, model: dict[str, Any] = CONV
     for override in overrides:
         set_dotted(raw, override)
     return from_plain(RunConfig, raw, "test")
+
+
+def timeless_metrics(directory: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics without what is TIMED."""
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMED} for line in lines]

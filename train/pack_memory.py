@@ -3,6 +3,7 @@
 import os
 import weakref
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ class PeakBytes(TorchDispatchMode):
         self.live -= size
 
 
+@cache  # a worker asks to choose a pack, and the pack itself asks again
 def pack_bytes(config: RunConfig, num_replicas: int, device: torch.device) -> int:
     """The most memory that is taken at once while so many replicas of `config` are built and make their first step."""
     model, batch = config.model, config.train.global_batch_size
@@ -75,7 +77,7 @@ def largest_pack(config: RunConfig, device: torch.device) -> int:
     """Most replicas of `config` that fit into the memory that is free on `device`; 0 when not even one does."""
     free = free_bytes(device) * MEMORY_SHARE
     one, two = (pack_bytes(config, number, device) for number in (1, 2))
-    return max(0, int((free - one) / (two - one)) + 1) if free >= one else 0
+    return 1 + int((free - one) / (two - one)) if free >= one else 0
 
 
 def pack_size(config: RunConfig, device: torch.device) -> int:
