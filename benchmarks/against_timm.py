@@ -2,13 +2,14 @@
 
     git clone https://github.com/huggingface/pytorch-image-models
     OMP_NUM_THREADS=1 python benchmarks/against_timm.py pytorch-image-models [--workers 1] [--rounds 3]
+    ... pytorch-image-models --device cuda --models vit_s16 resnet50 --batch 256 --workers 16      # bf16, compiled
 
 Both train the same timm network on the same JPEG files (500x375 crops of scikit-learn's two photographs, quality 90)
 with the same crop, flip, batch, workers, precision, optimizer and clipping: timm from an ImageFolder, `python -m train`
-from shards of it. Runs alternate; the first 20 steps of each do not count; the table shows medians of the rounds. CPU
+from shards of it. Runs alternate; the first steps of each do not count; the table shows medians of the rounds. CPU
 milliseconds are those of all processes: what counts where processes share cores. Decoding an image for ViT-S/16 on a
 GPU with 16 workers takes about as long as its step; on a CPU the same holds for the very small networks here, and
-`vit_large` is one whose step costs much more, where no loader can help.
+`vit_large` is one whose step costs much more, where no loader can help. On a GPU both compile the whole network.
 """
 
 import argparse
@@ -34,8 +35,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.pack import pack
 
 ROOT = Path(__file__).resolve().parents[1]
-NUM_DIFFERENT, NUM_IMAGES, CLASSES = 512, 4096, 4  # one epoch is longer than a run: its start does not count
-LOG_EVERY, FIRST_STEP = 10, 20
+NUM_DIFFERENT, CLASSES = 512, 4
+LOG_EVERY = 10
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,15 @@ class Case:
     model: dict[str, Any]
     timm: tuple[str, ...]
     steps: int
+    first: int = 20  # steps that do not count: what timm's workers made ready (2 batches each) while it compiled
 
 
-def vit(width: int, depth: int, steps: int) -> Case:
+def vit(width: int, depth: int, steps: int, patch_size: int = 32, first: int = 20) -> Case:
     heads = width // 64
     model = {"family": "vit", "width": width, "depth": depth, "base_width": 64, "base_depth": 1, "head_dim": 64}
     timm = ("vit_tiny_patch16_224", "--model-kwargs", f"embed_dim={width}", f"depth={depth}", f"num_heads={heads}")
-    return Case(model | {"patch_size": 32, "image_size": 224}, (*timm, "patch_size=32", "--img-size", "224"), steps)
+    sizes = {"patch_size": patch_size, "image_size": 224}
+    return Case(model | sizes, (*timm, f"patch_size={patch_size}", "--img-size", "224"), steps, first)
 
 
 CASES = {
@@ -64,16 +67,25 @@ CASES = {
          "--input-size", "3", "96", "96"),
         120,
     ),
+    "vit_s16": vit(384, 12, 130, patch_size=16, first=60),
+    "resnet50": Case(
+        {"family": "resnet", "block": "bottleneck", "blocks": [3, 4, 6, 3], "width": 64, "depth": 16, "base_width": 64,
+         "base_depth": 16, "image_size": 224},
+        ("resnet50", "--channels-last"),
+        130,
+        60,
+    ),
 }  # fmt: skip
+ON_CPUS = ["vit", "vit_large", "resnet"]
 
 
-def make_photographs(folder: Path) -> None:
-    """Class folders of JPEG files."""
+def make_photographs(folder: Path, num_images: int) -> None:
+    """Class folders of JPEG files: an epoch that is longer than a run, so that none starts while it is measured."""
     from PIL import Image
     from sklearn.datasets import load_sample_images
 
     photographs, generator = load_sample_images().images, np.random.default_rng(0)
-    for number in range(NUM_IMAGES):
+    for number in range(num_images):
         photograph = photographs[number % 2]
         top, left = (int(generator.integers(0, limit)) for limit in np.array(photograph.shape[:2]) - (375, 500) + 1)
         path = folder / f"class-{number % CLASSES}" / f"{number:04}.jpg"
@@ -109,13 +121,14 @@ def measure(command: list[str], output: Path, step_line: str, case: Case, batch:
             raise SystemExit(f"{shlex.join(command)} ended early: start it by hand to see why")
         for each in (*tree.children(recursive=True), process):
             each.kill()
-    steps = sorted(step for step in marks if step >= FIRST_STEP)
+    steps = sorted(step for step in marks if step >= case.first)
     (since, cpu_before), (until, cpu_after) = marks[steps[0]], marks[steps[-1]]
     images = (steps[-1] - steps[0]) * batch
     return Rate(images / (until - since), (cpu_after - cpu_before) / images * 1000)
 
 
-def ours(case: Case, photographs: Path, folder: Path, batch: int, workers: int) -> Rate:
+def ours(case: Case, photographs: Path, folder: Path, batch: int, workers: int, device: str) -> Rate:
+    compute = {"precision": "bf16", "compile": "model"} if device == "cuda" else {"precision": "fp32"}
     config = {
         "model": case.model | {"num_classes": CLASSES},
         "parameterization": {"name": "depth_mup"},
@@ -123,24 +136,26 @@ def ours(case: Case, photographs: Path, folder: Path, batch: int, workers: int) 
         "data": {"name": "photographs", "root": str(photographs / "shards"), "augment": "resized_crop_flip",
                  "minival": 0, "num_streams": batch, "num_workers": workers, "window": 8},
         "train": {"samples": batch * (case.steps + 100), "global_batch_size": batch, "clip_norm": 1.0, "evaluate": [],
-                  "log_every": LOG_EVERY, "device": "cpu", "precision": "fp32"},
+                  "log_every": LOG_EVERY, "device": device, **compute},
     }  # fmt: skip
     (folder / "run.json").write_text(json.dumps(config))  # YAML reads JSON
     command = [sys.executable, "-m", "train", str(folder / "run.json"), str(folder / "run")]
     return measure(command, folder / "run" / "metrics.jsonl", r'"step": (\d+)', case, batch)
 
 
-def timm(checkout: Path, case: Case, photographs: Path, folder: Path, batch: int, workers: int) -> Rate:
+def timm(checkout: Path, case: Case, photographs: Path, folder: Path, batch: int, workers: int, device: str) -> Rate:
     start = "import models.torchvision_ops, runpy, sys; sys.path[0] = sys.argv[1]; "  # mends torchvision's import
     start += "sys.argv = sys.argv[2:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     settings = {
         "--data-dir": photographs / "images", "--train-split": "", "--val-split": "", "--num-classes": CLASSES,
-        "--batch-size": batch, "--workers": workers, "--device": "cpu", "--epochs": 1, "--opt": "adamw",
+        "--batch-size": batch, "--workers": workers, "--device": device, "--epochs": 1, "--opt": "adamw",
         "--lr": 1e-4, "--weight-decay": 0.05, "--clip-grad": 1.0, "--smoothing": 0, "--color-jitter": 0,
         "--train-interpolation": "bicubic", "--warmup-epochs": 0, "--log-interval": LOG_EVERY, "--output": folder,
     }  # fmt: skip
     arguments = [str(part) for setting in settings.items() for part in setting]
     train = shlex.join([sys.executable, "-c", start, str(checkout), str(checkout / "train.py"), "--model", *case.timm])
+    if device == "cuda":
+        arguments += ["--amp", "--amp-dtype", "bfloat16", "--torchcompile"]
     command = ["bash", "-c", f"exec {train} {shlex.join(arguments)} 2> {folder / 'log'}"]
     return measure(command, folder / "log", r"Train: 0 \[ *(\d+)/", case, batch)
 
@@ -148,21 +163,26 @@ def timm(checkout: Path, case: Case, photographs: Path, folder: Path, batch: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkout", type=Path, help="a checkout of github.com/huggingface/pytorch-image-models")
-    parser.add_argument("--models", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--models", nargs="+", default=ON_CPUS, choices=list(CASES))
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     arguments = parser.parse_args()
+    if arguments.batch % arguments.workers:
+        parser.error("--workers must divide --batch: our workers read equal shares of every batch")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_photographs(folder / "images")
+        longest = max(CASES[model].steps for model in arguments.models)
+        make_photographs(folder / "images", arguments.batch * (longest + 20))
         pack(str(folder / "images"), folder / "shards", shard_samples=128)
-        print(f"{arguments.workers} worker(s), batches of {arguments.batch}, fp32 on a CPU")
+        print(f"{arguments.workers} worker(s), batches of {arguments.batch}, {arguments.device}")
         print("            images/s: ours   timm  ratio   CPU ms an image: ours   timm  ratio", flush=True)
         for model in arguments.models:
             rates: list[tuple[Rate, Rate]] = []
             for number in range(arguments.rounds):
                 shared = (CASES[model], folder, folder / f"{model}-{number}", arguments.batch, arguments.workers)
+                shared = (*shared, arguments.device)
                 shared[2].mkdir()
                 rates.append((ours(*shared), timm(arguments.checkout.resolve(), *shared)))
             speed = medians([(a.images_per_second, b.images_per_second) for a, b in rates])

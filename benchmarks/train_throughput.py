@@ -1,184 +1,169 @@
-"""Images per second and MFU of the training step, and its cost over a bare hand-written loop.
+"""Images per second and MFU of whole runs of train.loop, and their cost over a bare hand-written loop.
 
-    python benchmarks/train_throughput.py                       # on a GPU: ViT-S/16, ViT-B/16, ResNet-50
-    python benchmarks/train_throughput.py --models tiny --compile off      # on a CPU
+    python -m benchmarks.train_throughput                                # on a GPU: ViT-S/16, ViT-B/16, ResNet-50
+    python -m benchmarks.train_throughput --models tiny --compile off    # on a CPU
 
-Images are synthetic uint8 pixels that lie on the device already, so no loader takes part: figures for the step alone.
-`ours` is what train.loop does for each step: learning rate, normalisation, micro-batches, backward, clipping,
-optimizer, loss window, read every 10 steps. `bare` is ten plain lines around the same timm network, built without
-multipliers. Both alternate in rounds; the table shows medians. FLOPs are counted on the network (a multiply-add is 2,
-backward is twice forward, no recomputation counted); MFU is FLOP/s over the device's dense peak.
+`ours` is train.loop.run itself on shards of random pictures, decoded once and kept on the device (data.in_memory), so
+that no disk and no decoder takes part. `bare` is ten plain lines around the same timm network, built without
+multipliers, on one batch that lies on the device. After every metrics line, the bare loop takes its turn for as many
+steps; the table shows medians of the turns. FLOPs are counted on the network (a multiply-add is 2, backward is twice
+forward, no recomputation counted); MFU is FLOP/s over the device's dense peak.
 """
 
 import argparse
+import io
 import statistics
-import sys
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from PIL import Image
 
 import models.torchvision_ops  # noqa: F401  isort: skip  (must run before timm)
 import timm
 
-from models.build import build
-from models.config import OptimizerConfig, ParameterizationConfig, VisionTransformerConfig
+from data.pack import pack
+from models.build import build_meta
 from models.flops import training_flops
-from models.optimizer import build_optimizer, parameter_groups
-from train.config import ScheduleConfig, TrainConfig
-from train.engine import Engine
-from train.schedule import schedule, set_learning_rate
-from train.step import autocast, autocast_dtype, prepare, set_backends, take_step
-from train.telemetry import LossWindow, memory_gb, peak_flops
+from train.config import RunConfig, from_plain
+from train.loop import run
+from train.step import autocast, autocast_dtype
+from train.telemetry import memory_gb, peak_flops
 
-LOG_EVERY = 10
-OPTIMIZER = OptimizerConfig(name="adamw", lr=1e-4, weight_decay=1e-4)
+NUM_CLASSES, IMAGES_PER_CLASS, IMAGE_SIZE = 1000, 4, 224
 
 
 @dataclass(frozen=True)
 class Case:
     timm_name: str
     batch_size: int
-    vit: VisionTransformerConfig | None  # our own network; None: timm's, with one group
-    image_size: int = 224
+    model: dict[str, Any]
 
 
-def vit(width: int, depth: int, image_size: int = 224, num_classes: int = 1000) -> VisionTransformerConfig:
-    return VisionTransformerConfig(
-        width=width,
-        depth=depth,
-        base_width=64,
-        base_depth=depth // 2,
-        head_dim=64,
-        patch_size=16,
-        image_size=image_size,
-        num_classes=num_classes,
-    )
+def vit(width: int) -> dict[str, Any]:
+    shape = {"width": width, "depth": 12, "base_width": 64, "base_depth": 6, "head_dim": 64, "patch_size": 16}
+    return {"family": "vit", **shape}
 
 
+RESNET50 = {"family": "resnet", "block": "bottleneck", "blocks": [3, 4, 6, 3]}
 CASES = {
-    "vit_s16": Case("vit_small_patch16_224", 1024, vit(384, 12)),
-    "vit_b16": Case("vit_base_patch16_224", 512, vit(768, 12)),
-    "resnet50": Case("resnet50", 512, None),
-    "tiny": Case("vit_tiny_patch16_224", 8, vit(192, 12)),
+    "vit_s16": Case("vit_small_patch16_224", 1024, vit(384)),
+    "vit_b16": Case("vit_base_patch16_224", 512, vit(768)),
+    "resnet50": Case("resnet50", 512, RESNET50 | {"width": 64, "depth": 16, "base_width": 16, "base_depth": 16}),
+    "tiny": Case("vit_tiny_patch16_224", 8, vit(192)),
 }
 
 
-def normalise(pixels: Tensor) -> Tensor:
-    """uint8 -> float32 in [-1, 1], as data.batch does it."""
-    return (pixels.float() / 255 - 0.5) / 0.5
+def make_shards(folder: Path) -> Path:
+    """Eight pictures of noise under many names."""
+    generator = np.random.default_rng(0)
+    pictures = []
+    for _ in range(8):
+        content = io.BytesIO()
+        Image.fromarray(generator.integers(256, size=(IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)).save(content, "jpeg")
+        pictures.append(content.getvalue())
+    for number in range(NUM_CLASSES * IMAGES_PER_CLASS):
+        path = folder / "images" / f"{number % NUM_CLASSES:04}" / f"{number:05}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(pictures[number % 8])
+    pack(str(folder / "images"), folder / "shards")
+    return folder / "shards"
 
 
-def our_network(case: Case, device: torch.device) -> tuple[nn.Module, torch.optim.Optimizer]:
-    if case.vit:
-        scaled = build(case.vit, ParameterizationConfig(name="depth_mup"), seed=0, device=device)
-        groups = parameter_groups(scaled.network, scaled.rules, scaled.scale, OPTIMIZER)
-        return scaled.network, build_optimizer(groups, OPTIMIZER)
-    network = timm.create_model(case.timm_name).to(device)
-    settings = {"name": "all", "lr": OPTIMIZER.lr, "lr_mult": 1.0, "weight_decay": 0.05, "eps": 1e-8}
-    return network, build_optimizer([{"params": list(network.parameters()), **settings}], OPTIMIZER)
+def configuration(case: Case, shards: Path, arguments: argparse.Namespace) -> RunConfig:
+    batch_size = arguments.batch or case.batch_size
+    train = {
+        "samples": batch_size * arguments.steps * (1 + arguments.rounds),
+        "global_batch_size": batch_size, "clip_norm": 1.0, "evaluate": [], "log_every": arguments.steps,
+        "checkpoint_every": 10**6, "compile": arguments.compile, "precision": arguments.precision,
+        "bf16_residual": arguments.bf16_residual,
+    }  # fmt: skip
+    raw = {
+        "model": case.model,
+        "optimizer": {"name": "adamw", "lr": 1e-4, "weight_decay": 1e-4},
+        "data": {"name": "noise", "root": str(shards), "in_memory": True, "minival": 0, "num_streams": 8},
+        "train": train,
+    }
+    return from_plain(RunConfig, raw, "train_throughput")
 
 
-def our_step(case: Case, config: TrainConfig, pixels: Tensor, labels: Tensor) -> Callable[[int], None]:
-    """A function of the step number that does what train.loop does for one step."""
-    device = pixels.device
-    network, optimizer = our_network(case, device)
-    dtype = autocast_dtype(config, device)
-    blocks = [name for name, m in network.named_modules() if name.startswith("blocks.") and name.count(".") == 1]
-    blocks = blocks or [name for name, m in network.named_modules() if type(m).__name__ == "Bottleneck"]
-    channels_last = prepare(network, blocks, config, "none", device, dtype)
-    engine, window, peak_lr = Engine(network, lambda _: optimizer), LossWindow([]), ScheduleConfig()
-
-    def step(number: int) -> None:
-        images = normalise(pixels)
-        if channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        set_learning_rate(optimizer, OPTIMIZER.lr, schedule(peak_lr, number, 10**6))
-        result = take_step(engine, images, labels, autocast_dtype=dtype, clip_norm=config.clip_norm)
-        window.pending.append(result.loss)
-        if number % LOG_EVERY == 0:
-            window.drain(number)
-
-    return step
-
-
-def bare_step(case: Case, config: TrainConfig, pixels: Tensor, labels: Tensor) -> Callable[[int], None]:
-    device = pixels.device
-    dtype = autocast_dtype(config, device)
-    network = timm.create_model(case.timm_name, img_size=case.image_size) if case.vit else timm.create_model("resnet50")
-    network = network.to(device)
+def bare_step(case: Case, config: RunConfig, device: torch.device) -> Callable[[int], None]:
+    size, dtype = config.train.global_batch_size, autocast_dtype(config.train, device)
+    pixels = torch.randint(256, (size, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8, device=device)
+    labels = torch.randint(NUM_CLASSES, (size,), device=device)
+    is_vit = config.model.family == "vit"
+    memory_format = torch.channels_last if device.type == "cuda" and not is_vit else torch.contiguous_format
+    network = timm.create_model(case.timm_name).to(device, memory_format=memory_format)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-6, weight_decay=0.05, fused=device.type == "cuda")
-    channels_last = device.type == "cuda" and not case.vit
-    if channels_last:
-        network = network.to(memory_format=torch.channels_last)
-    if config.compile == "model":
+    if config.train.compile == "model":
         network.compile()
-    elif config.compile == "block":
-        for block in network.blocks if case.vit else [b for n in range(1, 5) for b in getattr(network, f"layer{n}")]:
+    elif config.train.compile == "block":
+        for block in network.blocks if is_vit else [b for n in range(1, 5) for b in getattr(network, f"layer{n}")]:
             block.compile()
 
     def step(number: int) -> None:
-        images = normalise(pixels)
-        if channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
+        images = (pixels.float() / 255 - 0.5) / 0.5
         with autocast(device, dtype):
-            loss = F.cross_entropy(network(images), labels)
+            loss = F.cross_entropy(network(images.contiguous(memory_format=memory_format)), labels)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), config.clip_norm or 1.0)
+        torch.nn.utils.clip_grad_norm_(network.parameters(), config.train.clip_norm)
         optimizer.step()
-        if number % LOG_EVERY == 0:
+        if number % config.train.log_every == 0:
             loss.item()
 
     return step
 
 
-def seconds(step: Callable[[int], None], first: int, count: int, device: torch.device) -> float:
-    """Seconds per step over `count` steps, the device idle at both ends."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    for number in range(first, first + count):
-        step(number)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) / count
+@dataclass
+class Turns:
+    """The `watch` of a run. Called at its metrics lines, when the device has nothing left to do, it takes the time of
+    the run's steps since the last line, then lets the bare loop make as many."""
+
+    steps: int
+    device: torch.device
+    bare: Callable[[int], None] | None
+    ours: list[float] = field(default_factory=list)  # seconds a step
+    theirs: list[float] = field(default_factory=list)
+    since: float = 0.0
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def __call__(self, line: dict[str, Any]) -> None:
+        after_ours, warm = self.now(), line["step"] > self.steps  # the first turns compile, and search algorithms
+        if warm:
+            self.ours.append((after_ours - self.since) / self.steps)
+        if self.bare:
+            for number in range(1, self.steps + 1):
+                self.bare(number)
+            if warm:
+                self.theirs.append((self.now() - after_ours) / self.steps)
+        self.since = self.now()
 
 
-def measure(name: str, case: Case, arguments: argparse.Namespace, device: torch.device) -> str:
-    config = TrainConfig(
-        samples=10**9, global_batch_size=case.batch_size, compile=arguments.compile, clip_norm=1.0,
-        precision=arguments.precision, bf16_residual=arguments.bf16_residual,
-    )  # fmt: skip
-    batch = arguments.batch or case.batch_size
-    pixels = torch.randint(256, (batch, 3, case.image_size, case.image_size), dtype=torch.uint8, device=device)
-    labels = torch.randint(1000, (batch,), device=device)
-    with torch.device("meta"):
-        flops = training_flops(timm.create_model(case.timm_name), (3, case.image_size, case.image_size))
-    steps = {"ours": our_step(case, config, pixels, labels)}
-    if not arguments.no_bare:
-        steps["bare"] = bare_step(case, config, pixels, labels)
-    for step in steps.values():
-        seconds(step, 1, arguments.warmup, device)  # compilation, cudnn's search
-    times: dict[str, list[float]] = {key: [] for key in steps}
-    for round_number in range(arguments.rounds):
-        order = list(steps) if round_number % 2 else list(reversed(steps))
-        for key in order:
-            times[key].append(seconds(steps[key], 1, arguments.steps, device))
-    median = {key: statistics.median(values) for key, values in times.items()}
-    peak = peak_flops(device, autocast_dtype(config, device))
-    mfu = f"{flops * batch / median['ours'] / peak:6.1%}" if peak else "   n/a"
-    ratio = statistics.median(a / b for a, b in zip(times["ours"], times.get("bare", times["ours"]), strict=True))
-    overhead = "   n/a" if arguments.no_bare else f"{ratio:6.3f}"
+def measure(name: str, case: Case, shards: Path, out: Path, arguments: argparse.Namespace, device: torch.device) -> str:
+    config = configuration(case, shards, arguments)
+    shape = (3, IMAGE_SIZE, IMAGE_SIZE)
+    flops = training_flops(build_meta(config.model, config.parameterization).network, shape)
+    turns = Turns(arguments.steps, device, None if arguments.no_bare else bare_step(case, config, device))
+    run(config, out, watch=turns)
+    batch, seconds = config.train.global_batch_size, statistics.median(turns.ours)
+    peak = peak_flops(device, autocast_dtype(config.train, device))
+    mfu = f"{flops * batch / seconds / peak:6.1%}" if peak else "   n/a"
+    ratios = [ours / bare for ours, bare in zip(turns.ours, turns.theirs, strict=False)]
+    overhead = f"{statistics.median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f})" if ratios else "n/a"
     return (
-        f"{name:10} {batch:6} {median['ours'] * 1000:9.1f} {batch / median['ours']:10.0f} {flops / 1e9:10.2f} {mfu} "
-        f"{overhead:>10} {memory_gb(device):8.1f}"
+        f"{name:10} {batch:6} {seconds * 1000:9.1f} {batch / seconds:10.0f} {flops / 1e9:10.2f} {mfu} "
+        f"{overhead:>22} {memory_gb(device):8.1f}"
     )
 
 
@@ -189,23 +174,23 @@ def main() -> None:
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"])
     parser.add_argument("--bf16-residual", action="store_true", help="keep a ViT's residual stream in bf16")
     parser.add_argument("--batch", type=int, help="images a step [default: per model]")
-    parser.add_argument("--warmup", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=20, help="per round")
+    parser.add_argument("--steps", type=int, default=20, help="a turn, with one metrics line")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-bare", action="store_true")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    set_backends(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}, timm {timm.__version__}, {vars(arguments)}")
-    print("model       batch   ms/step   images/s  GFLOP/img    MFU  ours/bare  peak GB", flush=True)
-    for model in arguments.models:
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        print(measure(model, CASES[model], arguments, device), flush=True)
-        torch.compiler.reset()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+    print("model       batch   ms/step   images/s  GFLOP/img    MFU  ours/bare (min to max)  peak GB", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        shards = make_shards(Path(folder))
+        for model in arguments.models:
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            print(measure(model, CASES[model], shards, Path(folder) / model, arguments, device), flush=True)
+            torch.compiler.reset()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

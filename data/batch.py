@@ -60,6 +60,12 @@ def new_tensor(shape: torch.Size, dtype: type) -> Tensor:
     return torch.from_numpy(np.empty(shape, dtype))
 
 
+def on_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """`array` on `device`. From pageable memory the host would wait for all that the GPU was asked to do before."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 def collate(images: Sequence[Tensor], labels: Sequence[int], bad: Sequence[BadSample] = ()) -> Batch:
     pixels = new_tensor(torch.Size((len(images), *images[0].shape)), np.uint8)
     return Batch(torch.stack(list(images), out=pixels), torch.tensor(labels), tuple(bad))

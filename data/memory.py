@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data.augment import augment
 from data.bad import StandIns
-from data.batch import Batch, collate, decode_sample
+from data.batch import Batch, collate, decode_sample, on_device
 from data.config import DataConfig
 from data.decode import center_crop
 from data.distort import distorts, num_draws, training_image
@@ -37,7 +37,7 @@ class PixelStore:
         return np.concatenate([np.arange(s.samples) + (self.rows[s.shard] + s.first) for s in spans])
 
     def take(self, rows: np.ndarray) -> Batch:
-        numbers = torch.from_numpy(rows).to(self.images.device)
+        numbers = on_device(rows, self.images.device)
         return Batch(self.images[numbers], self.labels[numbers])
 
     def take_good(self, rows: np.ndarray) -> Batch:
@@ -158,5 +158,5 @@ def training_steps(
                         for image, drawn in zip(images.cpu(), taken_draws, strict=True)
                     ]
                 ).to(images.device)
-            images = augment(images, config.augment, torch.from_numpy(taken_draws).to(images.device))
+            images = augment(images, config.augment, on_device(taken_draws, images.device))
             yield Batch(images, batch.labels, tuple(bad))

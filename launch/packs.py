@@ -30,9 +30,9 @@ def packs_of(runs: Sequence[PlannedRun], config: LaunchConfig, on_gpu: bool, slo
 
 def check_packable(runs: Sequence[PlannedRun]) -> None:
     """Raises UserError when train.pack asks for packs of a study no two runs of which can share one, and says why."""
+    if len(runs) < 2 or (runs[0].config.train.pack or 0) <= 1 or unknown_to_packs(runs[0].config):
+        return  # of what packs do not know, `packs_of` says so
     first, *others = (run.config for run in runs)
-    if not others or (first.train.pack or 0) <= 1 or unknown_to_packs(first):  # of the last, `packs_of` says which
-        return
     if len(alike([first, *others])) == len(runs):
         names = sorted({name for other in others for name in packable(first, other)})
         raise UserError(

@@ -141,6 +141,7 @@ def test_a_study_of_which_no_two_runs_can_be_packed_is_refused_with_the_key(
         check_packable(runs("train.pack=4", *one_of_each_size))
     check_packable(runs(*one_of_each_size))
     check_packable(runs("train.pack=4"))
+    check_packable(runs("train.pack=4", "train.ema=0.9"))  # refused by packs_of, with another reason
 
 
 # ---------------------------------------------------------------- the worker

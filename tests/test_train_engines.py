@@ -27,6 +27,7 @@ RECIPE = (
     "data.mixup=0.3", "data.cutmix=0.5", "train.label_smoothing=0.1", "train.drop_path=0.2",
     "schedule.name=constant", "train.evaluate_every=10",  # the average lags behind; a run goes on after an evaluation
 )  # fmt: skip
+RESNET = {"family": "resnet", "width": 16, "depth": 4, "base_width": 8, "base_depth": 4, "norm": "batch"}
 MUON = ("optimizer.name=muon", "optimizer.momentum=0.95")
 
 
@@ -44,8 +45,12 @@ def config_of(shards: str, case: str, *overrides: str) -> RunConfig:
     )
 
 
+def values(run: Path, key: str) -> list[float]:
+    return [json.loads(line)[key] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return values(run, "loss")
 
 
 def cases_of(engine: str) -> list[str]:
@@ -92,6 +97,10 @@ def train_all(shards: str, out: str) -> None:
             for case in cases_of(name):
                 config = config_of(shards, case, "parallel.micro_batch_size=8", *overrides)
                 run(config, Path(out) / name / case, world)
+            of_batch_norm = ("optimizer.lr=0.05", "parallel.micro_batch_size=8", *overrides)
+            run(run_config(shards, *of_batch_norm, model=RESNET), Path(out) / name / "batch_norm", world)
+            in_bf16 = ("train.precision=bf16", *overrides)
+            run(config_of(shards, "vit-depth_mup-adamw", *in_bf16), Path(out) / name / "bf16", world)
             recipe = (*RECIPE, *(() if name == "zero3" else ("train.ema=0.9",)))
             for case, more in {"recipe": recipe, **({"muon": MUON} if name in ("ddp", "fsdp") else {})}.items():
                 config = config_of(shards, "vit-depth_mup-adamw", "parallel.micro_batch_size=8", *overrides, *more)
@@ -141,6 +150,22 @@ def test_mixing_smoothing_stochastic_depth_and_the_average_are_the_same_under_ev
         found, expected = (json.loads((runs / e / "recipe" / "done.json").read_text()) for e in (engine, "ddp"))
         assert expected["val_ema_loss"] != pytest.approx(expected["val_loss"], rel=1e-4)
         assert found["val_ema_loss"] == pytest.approx(expected["val_ema_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine != "ddp"])
+def test_batch_norm_learns_and_is_evaluated_the_same_under_every_engine(runs: Path, engine: str) -> None:
+    """On as many processes: each normalises over its own images."""
+    assert losses(runs / engine / "batch_norm") == pytest.approx(losses(runs / "ddp" / "batch_norm"), rel=1e-5)
+    found, expected = (json.loads((runs / e / "batch_norm" / "done.json").read_text()) for e in (engine, "ddp"))
+    assert found["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine != "ddp"])
+def test_gradients_of_bf16_are_averaged_in_fp32_under_every_engine(runs: Path, engine: str) -> None:
+    """bf16 itself rounds to 4e-3; what the processes compute before they average is the same to the last bit."""
+    found, expected = (values(runs / e / "bf16", "grad_norm") for e in (engine, "ddp"))
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    assert losses(runs / engine / "bf16") == pytest.approx(losses(runs / "ddp" / "bf16"), rel=1e-2)
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.utils import counters
 from train_configs import VIT, pack_digits, run_config
 
@@ -18,7 +19,7 @@ from train.average import WeightAverage
 from train.config import ParallelConfig, run_hash
 from train.distributed import World, process_group
 from train.loop import run
-from train.step import autocast_dtype, prepare
+from train.step import autocast_dtype, cuts_patches, patch_product, prepare
 from train.stochastic_depth import install_stochastic_depth
 from train.telemetry import LossWindow, peak_row
 
@@ -131,6 +132,20 @@ def test_compilation_takes_every_block_and_leaves_the_losses_as_they_are(
     assert compiled["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-5)
 
 
+def test_a_patch_embedding_as_a_product_is_the_conv_and_no_other_conv_is_taken_for_one() -> None:
+    for conv in (nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.Conv2d(3, 8, 1), nn.Conv2d(3, 9, 2, 2, groups=3)):
+        assert not cuts_patches(conv)
+    conv = nn.Conv2d(3, 8, (4, 2), stride=(4, 2))
+    assert cuts_patches(conv)
+    images = torch.randn(2, 3, 9, 10)
+    found = []
+    for forward in (conv, patch_product(conv)):
+        embedded = forward(images)
+        found.append((embedded, *torch.autograd.grad(embedded.square().sum(), (conv.weight, conv.bias))))
+    for tensor, expected in zip(*found, strict=True):
+        torch.testing.assert_close(tensor, expected, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.usefixtures("one_group")
 @pytest.mark.parametrize("residual", ["true", "false"])
 def test_bf16_gives_the_residual_stream_the_same_type_and_the_losses_the_same_size_under_every_engine(
@@ -213,6 +228,9 @@ def test_the_step_of_the_first_bad_loss_is_found_in_a_window() -> None:
         ("NVIDIA H200", "H200"),
         ("NVIDIA GH200 480GB", "GH200"),
         ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA A10", "A10"),
+        ("NVIDIA H20", "H20"),
+        ("AMD Instinct MI300X", "MI300X"),
         ("NVIDIA L40S", "L40S"),
         ("NVIDIA L40", "L40"),
         ("NVIDIA L4", "L4"),

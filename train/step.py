@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -103,6 +104,27 @@ def recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return recomputing
 
 
+def cuts_patches(module: nn.Module) -> bool:
+    """Whether it is a ViT's patch embedding: a conv of patches that neither overlap nor leave gaps."""
+    plain = isinstance(module, nn.Conv2d) and module.dilation == (1, 1) and module.groups == 1
+    return plain and module.kernel_size == module.stride != (1, 1) and module.padding == (0, 0)
+
+
+def patch_product(conv: nn.Conv2d) -> Callable[[Tensor], Tensor]:
+    """The forward pass of a conv that `cuts_patches` as one matrix product, for which GPUs have fast kernels: cudnn's
+    for such a conv took 8 % of a ViT-S/16's step (H200)."""
+    height, width = conv.kernel_size
+
+    def forward(images: Tensor) -> Tensor:  # (batch, channels, H, W) -> (batch, out channels, H / height, W / width)
+        rows, columns = images.shape[2] // height, images.shape[3] // width
+        patches = images[:, :, : rows * height, : columns * width].unflatten(3, (columns, width))
+        patches = patches.unflatten(2, (rows, height)).permute(0, 2, 4, 1, 3, 5)
+        embedded = F.linear(patches.flatten(3).flatten(1, 2), conv.weight.flatten(1), conv.bias)
+        return embedded.transpose(1, 2).unflatten(2, (rows, columns))
+
+    return forward
+
+
 def prepare(
     network: nn.Module,
     blocks: list[str],
@@ -122,6 +144,9 @@ def prepare(
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
     if dtype and config.bf16_residual:
         network.get_submodule(blocks[0]).register_forward_pre_hook(lambda module, inputs: (inputs[0].to(dtype),))
+    for module in network.modules() if device.type == "cuda" else ():
+        if cuts_patches(module):
+            module.forward = patch_product(cast(nn.Conv2d, module))
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     for block in map(network.get_submodule, blocks):
         if config.activation_checkpointing:

@@ -18,19 +18,27 @@ from train.distributed import mean_over_ranks, sum_over_ranks
 # Dense peak, FLOP/s: (bf16, TF32 or fp32 on tensor cores), from the makers' data sheets, without sparsity. The
 # first name that stands as whole words in the device's name counts.
 PEAK_FLOPS: tuple[tuple[str, float, float], ...] = (
+    ("GB300", 2500e12, 1250e12),
     ("GB200", 2500e12, 1250e12),
+    ("B300", 2250e12, 1125e12),
     ("B200", 2250e12, 1125e12),
     ("GH200", 989e12, 494.7e12),
     ("H200", 989e12, 494.7e12),
     ("H100 PCIe", 756e12, 378e12),
     ("H100 NVL", 835e12, 417.5e12),
     ("H100", 989e12, 494.7e12),
+    ("H800", 989e12, 494.7e12),
+    ("H20", 148e12, 74e12),
     ("A100", 312e12, 156e12),
+    ("A800", 312e12, 156e12),
     ("L40S", 362e12, 183e12),
     ("L40", 181e12, 90.5e12),
     ("A40", 149.7e12, 74.8e12),
+    ("A30", 165e12, 82e12),
+    ("A10", 125e12, 62.5e12),
     ("L4", 121e12, 60e12),
     ("RTX 4090", 165.2e12, 82.6e12),
+    ("MI300X", 1307.4e12, 653.7e12),
 )
 
 

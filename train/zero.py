@@ -65,7 +65,12 @@ class ZeroRedundancy(Engine):
             "gradient_clipping": (clip_norm or 0.0) if stage else 0.0,
             "zero_optimization": {"stage": stage},
             "zero_allow_untested_optimizer": True,
-            "torch_autocast": {"enabled": autocast_dtype is not None, "dtype": "bfloat16"},
+            "torch_autocast": {
+                "enabled": autocast_dtype is not None,
+                "dtype": "bfloat16",
+                # By default it rounds the gradients of convs and linear layers to bf16 before it averages them.
+                "lower_precision_safe_modules": [],
+            },
         }
         self.stage, self.network = stage, network
         self.module, self.optimizer, _, _ = deepspeed.initialize(
