@@ -97,6 +97,10 @@ def process_group(world: World, device: torch.device, config: ParallelConfig, en
         dist.all_reduce(torch.zeros(1, device=device))  # everybody is here, or it fails now
     except RuntimeError as error:  # torch's DistError and what gloo and nccl throw are RuntimeErrors
         reason = str(error).strip().splitlines()[0]
+        if "EADDRINUSE" in reason:
+            raise UserError(
+                f"port {world.port} of {world.host} is used by another program: set MASTER_PORT to a free one"
+            ) from None
         raise UserError(
             f"process {world.rank} of {world.size} found no others at {world.host}:{world.port} within "
             f"{config.init_timeout} s: set MASTER_ADDR and MASTER_PORT to a reachable host and a free port ({reason})"

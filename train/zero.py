@@ -129,8 +129,8 @@ class ZeroRedundancy(Engine):
         model: dict[str, Tensor] = dict(self.network.named_buffers())
         moments: dict[str, dict[str, Tensor]] = {}
         for name, parameter in self.network.named_parameters():
-            model[name] = safe_get_full_fp32_param(parameter)
-            moments[name] = {key: safe_get_full_optimizer_state(parameter, key) for key in keys if key != STEP}
+            model[name] = safe_get_full_fp32_param(parameter).cpu()  # one at a time: a GPU need not hold all of them
+            moments[name] = {key: safe_get_full_optimizer_state(parameter, key).cpu() for key in keys if key != STEP}
             if steps is not None:
                 moments[name][STEP] = steps
         return {"model": model, "optimizer": moments}
