@@ -4,6 +4,7 @@ import ctypes
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -21,8 +22,11 @@ from data.decode import center_crop, scratch
 from data.distort import num_draws, rand_augment, training_image
 from data.errors import UserError
 from data.index import Index, Span
+from data.machine import check_shared_memory
 from data.order import EpochOrder, State, streams_of
 from data.reader import BadSample, prefetch
+
+warnings.filterwarnings("ignore", "This DataLoader will create")  # data.machine says it once, and what to do
 
 CPU = torch.device("cpu")
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
@@ -181,6 +185,9 @@ class TrainingLoader:
         config = stream.config
         self.bad = BadCount(config.max_bad_fraction, self.steps_per_epoch * stream.global_batch_size)
         streams_of(stream.rank, stream.world_size, 0, config.num_workers, config.num_streams)  # refuse early
+        if config.num_workers and not config.in_memory:
+            images = stream.global_batch_size // stream.world_size
+            check_shared_memory(images * stream.channels * stream.image_size**2)
         if config.rand_augment:
             rand_augment(config.rand_augment, stream.image_size, config.mean)  # one import of timm for all workers
 

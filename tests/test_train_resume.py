@@ -378,6 +378,11 @@ def test_no_code_in_a_checkpoint_is_run(
     assert re.search(f"{older.name} is corrupt .*posix.mkdir has no place in a checkpoint", log)
 
 
+def test_whoever_may_see_a_run_may_read_its_weights(whole: Path) -> None:
+    for name in ("weights.safetensors", "weights_ema.safetensors"):
+        assert (whole / name).stat().st_mode & 0o777 == whole.stat().st_mode & 0o666
+
+
 def test_keep_last_and_keep_every(shards: Path, tmp_path: Path) -> None:
     run(config_of(shards, "train.keep_last=1", "train.keep_every=16"), tmp_path)
     assert {p.name for p in checkpoint.complete(tmp_path / "checkpoints")} == {"step-16", "step-32", "step-48"}

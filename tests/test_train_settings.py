@@ -1,10 +1,12 @@
 """Settings of a run that are wrong, or that must not change its result."""
 
+import os
 import socket
 import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -177,6 +179,19 @@ def test_bf16_gives_the_residual_stream_the_same_type_and_the_losses_the_same_si
         losses.append(run(run_config(shards, *overrides, model=VIT), tmp_path / engine)["train_loss"])
     assert set(types) == {torch.bfloat16 if residual == "true" else torch.float32}
     assert losses == pytest.approx([losses[0]] * 4, rel=0.002)
+
+
+def test_workers_without_shared_memory_or_cpus_are_said_before_they_start(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_config(shards, "data.num_workers=4", "train.samples=64")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
+    run(config, tmp_path / "slow")
+    assert "warning: 4 data workers share 1 CPU(s): " in (tmp_path / "slow" / "log-0.txt").read_text()
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=1, f_frsize=4096))
+    with pytest.raises(UserError, match=r"^/dev/shm has 0 MB free, but data workers pass 0 MB through it: enlarge"):
+        run(config, tmp_path / "refused")
+    run(run_config(shards, "data.in_memory=true", "train.samples=64"), tmp_path / "in_memory")
 
 
 def test_a_batch_of_workers_is_pinned_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,13 +19,14 @@ from data.batch import to_float
 from data.errors import UserError
 from data.index import Index
 from data.loader import TrainingLoader, TrainingStream
+from data.machine import too_few_cpus
 from data.mixing import mix, mixes
 from data.order import State
 from models.build import ScaledModel, build, build_meta
 from models.flops import num_parameters, training_flops
 from models.optimizer import build_optimizer, parameter_groups
 from train.average import WeightAverage
-from train.checkpoint import Checkpoints, Progress
+from train.checkpoint import Checkpoints, Progress, fsync
 from train.config import RunConfig, identity, run_hash, to_yaml
 from train.distributed import StopVote, World, gather_objects, pick_device, process_group, set_timeout
 from train.engine import Engine, average_buffers, choose, make_engine
@@ -75,9 +76,11 @@ def describe(config: RunConfig, scaled: ScaledModel, groups: list[dict[str, Any]
 
 
 def save_weights(path: Path, weights: dict[str, Tensor]) -> None:
-    """Writes whole, contiguous tensors; `path` is either complete or absent."""
+    """Writes whole, contiguous tensors; `path` is either complete and durable or absent."""
     temporary = path.with_name(f".{path.name}.tmp")
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary)
+    temporary.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets nobody else read it: whoever may see the run
+    fsync(temporary)
     os.replace(temporary, path)
 
 
@@ -198,6 +201,8 @@ class Run:
             world.size,
         )
         self.loader = TrainingLoader(stream, device)
+        if problem := too_few_cpus(config.data.num_workers):
+            self.log(f"warning: {problem}")
         self.metrics = None
         if world.is_main:
             self.directory.config.write_text(to_yaml(config))
