@@ -27,7 +27,7 @@ RECIPE = (
     "data.mixup=0.3", "data.cutmix=0.5", "train.label_smoothing=0.1", "train.drop_path=0.2",
     "schedule.name=constant", "train.evaluate_every=10",  # the average lags behind; a run goes on after an evaluation
 )  # fmt: skip
-RESNET = {"family": "resnet", "width": 16, "depth": 4, "base_width": 8, "base_depth": 4, "norm": "batch"}
+BATCH_NORM = {**CONV_RESNET, "norm": "batch"}  # at 8x8 pixels: over few values it makes much of a rounding error
 MUON = ("optimizer.name=muon", "optimizer.momentum=0.95")
 
 
@@ -98,7 +98,7 @@ def train_all(shards: str, out: str) -> None:
                 config = config_of(shards, case, "parallel.micro_batch_size=8", *overrides)
                 run(config, Path(out) / name / case, world)
             of_batch_norm = ("optimizer.lr=0.05", "parallel.micro_batch_size=8", *overrides)
-            run(run_config(shards, *of_batch_norm, model=RESNET), Path(out) / name / "batch_norm", world)
+            run(run_config(shards, *of_batch_norm, model=BATCH_NORM), Path(out) / name / "batch_norm", world)
             in_bf16 = ("train.precision=bf16", *overrides)
             run(config_of(shards, "vit-depth_mup-adamw", *in_bf16), Path(out) / name / "bf16", world)
             recipe = (*RECIPE, *(() if name == "zero3" else ("train.ema=0.9",)))
@@ -162,10 +162,9 @@ def test_batch_norm_learns_and_is_evaluated_the_same_under_every_engine(runs: Pa
 
 @pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine != "ddp"])
 def test_gradients_of_bf16_are_averaged_in_fp32_under_every_engine(runs: Path, engine: str) -> None:
-    """bf16 itself rounds to 4e-3; what the processes compute before they average is the same to the last bit."""
-    found, expected = (values(runs / e / "bf16", "grad_norm") for e in (engine, "ddp"))
-    assert found[0] == pytest.approx(expected[0], rel=1e-5)
-    assert losses(runs / engine / "bf16") == pytest.approx(losses(runs / "ddp" / "bf16"), rel=1e-2)
+    """bf16 itself rounds to 4e-3; but what each process computes before they average is the same to the last bit."""
+    for key in ("loss", "grad_norm"):
+        assert values(runs / engine / "bf16", key) == pytest.approx(values(runs / "ddp" / "bf16", key), rel=1e-5)
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
