@@ -4,6 +4,7 @@ jobs/NAME/submission.json   the run directories of every task: written first, so
 jobs/NAME/job.sh            the script that sbatch got
 jobs/NAME/job.json          the job's id: written last; if it is missing, the job is found in the queue by its NAME
 jobs/NAME/*_log.out         what the tasks printed
+jobs/NAME/stopped.jsonl     why a job ended before its runs did, a line each time: its batch script asks Slurm
 
 On this machine: local/NAME/submission.json, and slot-N.lock, which slot N holds as long as it lives.
 asked.json                  the user's last command, launch or cancel
@@ -65,6 +66,20 @@ class Submission:
     def log(self, index: int) -> Path:
         """What rank 0 of element `index` printed."""
         return self.path / f"{self.job_id}_{index}_0_log.out"
+
+    @property
+    def stopped(self) -> Path:
+        return self.path / "stopped.jsonl"
+
+    def causes(self) -> dict[tuple[str, int], str]:
+        """(element as '4711_3', how often it had been requeued) -> why that start of it ended before its runs did. A
+        half-written line is left out. Raises UserError."""
+        try:
+            lines = self.stopped.read_text().split("\n")[:-1]
+        except FileNotFoundError:
+            return {}
+        found = [parse(line, self.stopped, "job", "restart", "cause") for line in lines]
+        return {(line["job"], line["restart"]): line["cause"] for line in found}
 
     def slots(self) -> list["Holder"]:
         """The processes on some machine that still work through it."""

@@ -1,9 +1,11 @@
 """Where every run stands: its own files say what it did, one call to squeue says what waits and runs."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from launch import slurm
 from launch.jobs import Submission, load_all, queued_runs, recover_ids
@@ -12,23 +14,22 @@ from launch.study import PlannedRun, Study
 from launch.worker import attempts
 from train.lock import Holder, holder
 
-State = Literal["done", "diverged", "failed", "running", "waiting", "interrupted", "lost", "new"]
+State = Literal["done", "diverged", "failed", "running", "waiting", "preempted", "interrupted", "lost", "new"]
 STATES: tuple[State, ...] = get_args(State)
+ACTIVE: tuple[State, ...] = ("running", "waiting", "preempted")
+Causes = Mapping[tuple[str, int], str]  # as Submission.causes, of all submissions
 
 
 @dataclass(frozen=True)
 class RunState:
-    """`waiting`: a job will train it. No job has the others: `interrupted` was told to stop and has saved, `lost` began
-    or was submitted and ended without a word, `new` is neither."""
+    """`waiting`: a job will train it; `preempted`: that job was preempted, and waits again. No job has the others:
+    `interrupted` was told to stop and has saved, `lost` began or was submitted and ended without a word, `new` is
+    neither. `remark` holds why it waits, and how often and why it was stopped before its end."""
 
     run: PlannedRun
     state: State
     remark: str = ""
     task: QueuedTask | None = None
-
-    @property
-    def active(self) -> bool:
-        return self.state in ("running", "waiting")
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,10 @@ def state_of(
     slot: Holder | None,
     submitted: tuple[Submission, int] | None,
     asked: bool,
+    causes: Causes,
 ) -> RunState:
     """`task`: the queued array element that has the run; `slot`: a process here that has it on its list; `submitted`:
-    the last submission and element that ever had it; `asked`: whether Slurm answered."""
+    the last submission and element that ever had it; `asked`: whether Slurm answered; `causes`: why jobs ended."""
     directory = run.directory
     if done := directory.done():
         if done["outcome"] == "completed":
@@ -67,10 +69,13 @@ def state_of(
     if failed := directory.failed():
         return RunState(run, "failed", failed["error"].splitlines()[0], task)
     event = begun[-1]["event"] if (begun := attempts(directory)) else None
+    running = event == "started" and (not task.waits if task else holder(directory.lock))
+    stops = interruptions(begun[:-1] if running else begun, causes)
     if task and task.waits:
-        return RunState(run, "waiting", ("requeued, " if event else "") + task.reason, task)
-    if event == "started" and (task or holder(directory.lock)):
-        return RunState(run, "running", "", task)
+        state: State = "preempted" if stops[-1:] == ["preempted"] else "waiting"
+        return RunState(run, state, f"requeued ({counted(stops)}), {task.reason}" if event else task.reason, task)
+    if running:
+        return RunState(run, "running", f"began again ({counted(stops)})" if stops else "", task)
     if task:
         return RunState(run, "waiting", f"in job {task.job_id}_{task.index}", task)
     if slot:
@@ -78,10 +83,28 @@ def state_of(
     if submitted and not asked:
         return RunState(run, "waiting", "Slurm does not answer")
     if event == "interrupted":
-        return RunState(run, "interrupted", "saved; 'transfer' or 'launch' resumes it")
+        return RunState(run, "interrupted", f"{counted(stops)}, and saved; 'transfer' or 'launch' resumes it")
     if event or (submitted and submitted[0].job_id):
         return RunState(run, "lost", last_words(submitted))
     return RunState(run, "new")
+
+
+def interruptions(lines: Sequence[Mapping[str, Any]], causes: Causes) -> list[str]:
+    """Why each of a run's attempts ended before the run did, the oldest first; `lines` are those of attempts.jsonl."""
+    found = []
+    for line, after in zip_longest(lines, lines[1:]):
+        if line["event"] != "started" or (after and after["event"] not in ("started", "interrupted")):
+            continue
+        # A batch script that has no word for it is gone, with its node; one told to stop elsewhere than on Slurm is.
+        unknown = "stopped" if after and after["event"] == "interrupted" else "node failed or killed"
+        found.append(causes.get((str(line.get("job")), line.get("restart", 0)), unknown))
+    return found
+
+
+def counted(causes: Sequence[str]) -> str:
+    """'preempted twice, time limit'."""
+    often = {1: "", 2: " twice"}
+    return ", ".join(cause + often.get(count, f" {count} times") for cause, count in Counter(causes).items())
 
 
 def last_words(submitted: tuple[Submission, int] | None) -> str:
@@ -109,6 +132,7 @@ def take(study: Study) -> Snapshot:
         except slurm.SlurmError as failure:
             error = str(failure)
     tasks = queued_runs(submissions, queue)
+    causes = {start: cause for submission in submissions for start, cause in submission.causes().items()}
     last = {name: (s, index) for s in submissions for index, names in enumerate(s.tasks) for name in names}
     listed, slots = {}, []
     for submission in load_all(study.file.directory / "local"):
@@ -120,5 +144,5 @@ def take(study: Study) -> Snapshot:
     found = []
     for run in study.runs:
         name = run.directory.path.name
-        found.append(state_of(run, tasks.get(name), listed.get(name), last.get(name), error is None))
+        found.append(state_of(run, tasks.get(name), listed.get(name), last.get(name), error is None, causes))
     return Snapshot(found, submissions, continuations, slots, error)

@@ -17,7 +17,8 @@ from launch.study import Study
 
 WATCH_SECONDS = 10.0
 MAX_ROWS = 40  # more of one state are counted, not listed
-ORDER: tuple[State, ...] = ("failed", "lost", "interrupted", "running", "diverged", "waiting", "new", "done")
+ORDER: tuple[State, ...] = ("failed", "lost", "interrupted", "preempted", "running", "diverged")
+ORDER += ("waiting", "new", "done")
 HINTS = (  # what an error says -> what may help
     ("out of memory", "launch.memory_gb (host), launch.runs_per_gpu=1 or a smaller micro batch (GPU)"),
     ("attempts ended at step", "launch.timeout_min, train.checkpoint_every"),
@@ -47,7 +48,7 @@ def progress(found: RunState) -> tuple[str, str, str, str]:
 
 
 def listed(snapshot: Snapshot, everything: bool) -> Iterable[RunState]:
-    """What needs a look: running, failed and lost runs, and of those that wait the first of each reason."""
+    """What needs a look: all that began and is not done, and of those that wait the first of each reason."""
     seen: dict[tuple[str, str], int] = {}
     for found in sorted(snapshot.runs, key=lambda found: ORDER.index(found.state)):
         kind = (found.state, found.remark if found.state == "waiting" else "")
@@ -82,9 +83,9 @@ def table(snapshot: Snapshot, hyperparameter: str, everything: bool) -> Table:
 
 
 def remarks(snapshot: Snapshot) -> list[str]:
-    """Every different thing that is said of failed, lost and waiting runs, with their number."""
+    """Every different thing that is said of runs that are not done, with their number."""
     grouped: dict[tuple[str, str], list[RunState]] = {}
-    for found in snapshot.of("failed", "lost", "interrupted", "waiting"):
+    for found in snapshot.of("failed", "lost", "interrupted", "preempted", "running", "waiting"):
         if found.remark:
             grouped.setdefault((found.state, found.remark), []).append(found)
     lines = []
@@ -125,16 +126,16 @@ def watch_status(study: Study, console: Console, everything: bool = False) -> No
         while True:
             snapshot = states.take(study)
             live.update(render(snapshot, study, everything), refresh=True)
-            if not snapshot.slurm_error and not snapshot.of("running", "waiting"):
+            if not snapshot.slurm_error and not snapshot.of(*states.ACTIVE):
                 return
             time.sleep(WATCH_SECONDS)
 
 
 def print_troubles(snapshot: Snapshot, console: Console) -> None:
-    """Why runs failed or were lost, and which key may help."""
+    """Why no job has runs that are not done, and which key may help."""
     advised = set()
     for line in remarks(snapshot):
-        if not line.startswith("waiting"):
+        if not line.startswith(states.ACTIVE):
             console.print(Text(line))
             advised.add(hint(line))
     for advice in sorted(filter(None, advised)):

@@ -99,7 +99,7 @@ def run_here(packs: Sequence[Sequence[PlannedRun]]) -> None:
 # A worker ends with EXIT_REQUEUE once it has saved, or by the signal when that comes before it listens. The batch
 # script asks for the requeue, since a process of the step could be killed by that very requeue before it has asked.
 # A job that Slurm no longer calls RUNNING was requeued by another, or cancelled. TERM is trapped so that the script
-# outlives its step, and slurmctld may be away for a moment.
+# outlives its step, and slurmctld may be away for a moment. Why the job ends is noted for `status`.
 SETUP = (
     "trap : TERM",
     "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK",  # srun no longer inherits sbatch's value since Slurm 22.05
@@ -112,8 +112,16 @@ TEARDOWN = (
     "case $code in",
     f"{STOPPED})",
     "  for try in 1 2 3 4 5; do",
-    "    state=$(squeue --noheader --job=$SLURM_JOB_ID --format=%T) && break || sleep 5",
+    "    found=$(squeue --noheader --job=$SLURM_JOB_ID --Format=State,PreemptTime,RestartCnt) && break || sleep 5",
     "  done",
+    '  read -r state preempted restarts <<< "$found"',
+    "  restart=${{SLURM_RESTART_COUNT:-0}} cause=signal",
+    '  [ $SECONDS -lt {late} ] || cause="time limit"',
+    '  [ "$state" = RUNNING ] || cause=cancelled',
+    '  [ "${{restarts:-0}}" -le $restart ] || cause=requeued',
+    '  [ "${{preempted:-N/A}}" = N/A ] || cause=preempted',
+    """  [ -z "$found" ] || printf '{{"job": "%s", "restart": %d, "cause": "%s"}}\\n' """
+    '${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID $restart "$cause" >> {stopped}',
     '  [ "$state" = RUNNING ] && scontrol requeue $SLURM_JOB_ID;;',
     "esac",
     "exit $code",
@@ -132,7 +140,9 @@ def script_text(submission: Submission, config: LaunchConfig, code: Path, max_ru
     """The sbatch script for all tasks of `submission`, which runs the worker from the snapshot `code`."""
     worker = f"{config.python or shlex.quote(sys.executable)} -m launch.worker {shlex.quote(str(submission.file))}"
     one = f"srun --nodes=1 --ntasks=1 {shlex.join(container(config))} {worker}" if config.container_image else worker
-    teardown = [line.format(worker=one) if "{worker}" in line else line for line in TEARDOWN]
+    late = max(60 * (config.timeout_min - 1) - config.signal_delay_s, 0)  # Slurm may warn a minute early
+    stopped = shlex.quote(str(submission.stopped))
+    teardown = [line.format(worker=one, late=late, stopped=stopped) for line in TEARDOWN]
     return sbatch_text(submission, config, code, worker, teardown, max_running)
 
 

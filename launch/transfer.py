@@ -190,7 +190,7 @@ def cancel(study: Study) -> tuple[list[str], list[int]]:
         if snapshot.slurm_error:
             raise UserError(f"Slurm does not answer: {snapshot.slurm_error}. Nothing was cancelled")
         ask(root, "cancel")
-        active = snapshot.of("running", "waiting")
+        active = snapshot.of(*states.ACTIVE)
         going_on = {task.job_id for task in snapshot.continuations}
         job_ids = sorted({found.task.job_id for found in active if found.task} | going_on)
         try:
@@ -220,7 +220,7 @@ def wait(study: Study, launched: Launched, console: Console) -> None:
         while True:
             ended = all(slot.poll() is not None for slot in launched.slots)  # asked before the markers are read
             snapshot = states.take(study)
-            ended = ended and not snapshot.slurm_error and not snapshot.of("running", "waiting")
+            ended = ended and not snapshot.slurm_error and not snapshot.of(*states.ACTIVE)
             counts = snapshot.counts()
             left = [found.run for found in snapshot.runs if found.state not in ("done", "diverged")]
             share = finished_share(snapshot, flops)

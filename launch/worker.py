@@ -224,7 +224,9 @@ def begin_attempt(directory: RunDirectory) -> None:
     begun = [line["step"] for line in lines[since_failure:] if line["event"] == "started"]
     if begun[-MAX_ATTEMPTS:] == [step] * MAX_ATTEMPTS:
         raise RuntimeError(f"{MAX_ATTEMPTS} attempts ended at step {step}: raise launch.timeout_min or memory_gb")
-    note(directory, "started", step=step, job=job_name(), host=socket.gethostname(), pid=os.getpid())
+    restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    place = {"job": job_name(), "restart": restart, "host": socket.gethostname(), "pid": os.getpid()}
+    note(directory, "started", step=step, **place)
     code = snapshot.ROOT / "code.json"
     content = code.read_text() if code.exists() else json.dumps(snapshot.describe(), indent=1)
     write_atomically(directory.path / "code.json", content.encode())
