@@ -6,7 +6,8 @@ does so again once their jobs have ended, so that the user may log out. That job
 
 import argparse
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from data.errors import UserError
 from launch import slurm, states
 from launch.config import read_study, read_study_or_run
 from launch.jobs import launching
+from launch.progress import duration
 from launch.study import Study
 from launch.transfer import IDLE, UNFINISHED, Launched, Unfinished, grow, launch, prepare_data, unfinished, wait
 from models.errors import ModelError
@@ -189,6 +191,32 @@ def go_on_after(study: Study, target: Path | None, job_ids: Sequence[str]) -> st
     return f"Job {job_id} goes on after {', '.join(job_ids)}: see 'depthmup status {study.file.directory}'."
 
 
+PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 5.0, 120.0  # between two tries: the first, doubled until the longest
+PATIENCE_SECONDS = 1800.0  # the job's own time limit is an hour, unless launch.timeout_min is less
+
+
+def patiently(step: Callable[[], None], console: Console) -> None:
+    """Takes `step` again and again while Slurm does not answer, and says so each time. Raises UserError when it has not
+    for PATIENCE_SECONDS."""
+    pause, end = PAUSE_SECONDS, time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            return step()
+        except slurm.Silent as error:
+            left = end - time.monotonic()
+            if left <= 0:
+                raise UserError(f"{error} (waited {duration(PATIENCE_SECONDS)} for it)") from None
+            pause = min(pause, left)
+            console.print(f"{error}. Next try in {duration(pause)}", markup=False, highlight=False)
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+
+def go_on(folder: Path, target: Path | None, console: Console) -> None:
+    """`advance` by itself, with what is in the study's folder now."""
+    advance(Study(folder, read_study(folder)), target, console, by_itself=True)
+
+
 def main() -> int:
     """One step in a Slurm job."""
     parser = argparse.ArgumentParser()
@@ -197,8 +225,7 @@ def main() -> int:
     arguments = parser.parse_args()
     console = Console(width=120, soft_wrap=True)  # one line each: status shows the last
     try:
-        study = Study(arguments.study, read_study(arguments.study))
-        advance(study, arguments.target, console, by_itself=True)
+        patiently(lambda: go_on(arguments.study, arguments.target, console), console)
     except (UserError, ModelError) as error:
         console.print(f"Stopped: {error}", markup=False, highlight=False)
         return 2

@@ -38,6 +38,10 @@ class SlurmError(Exception):
     """A Slurm command failed; the message is its own words."""
 
 
+class Silent(UserError):
+    """Slurm does not answer now; the same command goes on once it does."""
+
+
 @dataclass(frozen=True)
 class QueuedTask:
     """One array element that has not ended."""
@@ -120,10 +124,10 @@ def cancel(job_ids: Sequence[str]) -> None:
         call("scancel", *job_ids)
 
 
-def silent(words: str, job_ids: Sequence[str]) -> UserError:
+def silent(words: str, job_ids: Sequence[str]) -> Silent:
     """What to say when Slurm stopped answering before the job was submitted that goes on after `job_ids`."""
     jobs = f" The runs wait or run as jobs {', '.join(job_ids)}." if job_ids else ""
-    return UserError(
+    return Silent(
         f"Slurm stopped answering: {words}.{jobs} Give the same command again once it answers: it adds the job that "
         "goes on after the runs"
     )

@@ -103,7 +103,7 @@ def launch(study: Study, only: Sequence[State] = UNFINISHED, by_itself: bool = F
     with launching(study.file.directory) as lock:
         snapshot = states.take(study)
         if snapshot.slurm_error:
-            raise UserError(f"Slurm does not answer: {snapshot.slurm_error}. Nothing was submitted")
+            raise slurm.Silent(f"Slurm does not answer: {snapshot.slurm_error}. Nothing was submitted")
         if not by_itself:
             ask(study.file.directory, "launch")
         runs = may_go_again(study, snapshot, only) if by_itself else [found.run for found in snapshot.of(*only)]
@@ -133,7 +133,7 @@ def launch_arrays(study: Study, packs: Sequence[Sequence[PlannedRun]], lock: int
     try:
         limit = slurm.max_array_size()  # first: without Slurm nothing is written
     except slurm.SlurmError as error:
-        raise UserError(f"Slurm does not answer: {error}. Nothing was submitted") from None
+        raise slurm.Silent(f"Slurm does not answer: {error}. Nothing was submitted") from None
     study.write()
     code = code_snapshot.take(root / "code")
     name = f"depthmup-{study.file.study.name}"
@@ -151,7 +151,7 @@ def launch_arrays(study: Study, packs: Sequence[Sequence[PlannedRun]], lock: int
         taken = [submission for submission in submissions if submission.job_id]
         count = sum(len(names) for submission in taken for names in submission.tasks)
         jobs = f" as jobs {', '.join(str(submission.job_id) for submission in taken)}" if taken else ""
-        raise UserError(
+        raise slurm.Silent(
             f"Slurm stopped answering: {error}. {count} of {sum(map(len, packs))} runs were submitted{jobs}, of the "
             "others perhaps some. Give the same command again once it answers: it submits those that are left"
         ) from None

@@ -10,10 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from data.errors import UserError
+from launch import chain
 from launch.config import LaunchConfig, read_study
 from launch.jobs import Submission, ask, load_all
-from launch.slurm import SlurmError, refusal
+from launch.slurm import Silent, SlurmError, refusal
 from launch.states import RunState, Snapshot
 from launch.study import Study
 from launch.submit import dry_run_script, slot_gpus, submit_continuation
@@ -157,6 +160,22 @@ def test_what_goes_on_by_itself_keeps_to_the_users_last_command_and_to_max_attem
     assert going_again() == names
     ask(root, "cancel")
     assert going_again() == []
+
+
+def test_what_goes_on_by_itself_gives_up_with_the_reason_when_slurm_stays_silent(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(chain, "PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(chain, "PATIENCE_SECONDS", 0.05)
+    tries: list[int] = []
+
+    def unanswered() -> None:
+        tries.append(1)
+        raise Silent("Slurm does not answer: no route")
+
+    with pytest.raises(UserError, match=r"Slurm does not answer: no route \(waited"):
+        chain.patiently(unanswered, Console())
+    assert capsys.readouterr().out.count("Next try in") == len(tries) - 1 > 0
 
 
 def test_cancel_and_retry_of_a_study_that_never_ran_leave_no_folder(study_file: Path) -> None:
