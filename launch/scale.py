@@ -37,19 +37,22 @@ def choose(report: Report, parameterization: str | None, force: bool) -> tuple[C
     Without a name: the one whose verdict is `transfers`, of several the one whose value has the lowest loss at the
     largest size: at the base they may be the same network. Raises UserError for an inconclusive study unless `force`.
     """
-    base_size = report.study.file.study.sizes[0]
+    path, base_size = report.study.path, report.study.file.study.sizes[0]
     curves = {curve.parameterization: curve for curve in report.analysis.curves if curve.size == base_size}
     judgements = {judgement.parameterization: judgement for judgement in report.analysis.judgements}
     if not judgements:
-        raise UserError(f"no run of the base size is finished: run 'depthmup transfer {report.study.path}' first")
+        raise UserError(f"{path}: no run of the base size is finished: run 'depthmup transfer {path}' first")
     if parameterization and parameterization not in judgements:
-        raise UserError(f"no parameterization {parameterization!r} in the study; it has {', '.join(judgements)}")
+        raise UserError(
+            f"{path}: no parameterization {parameterization!r} in the study; it has {', '.join(judgements)}"
+        )
     names = [parameterization] if parameterization else list(judgements)
     good = [name for name in names if judgements[name].verdict == "transfers" and not report.unfinished]
     if not good and not force:
         why = [f"{len(report.unfinished)} runs are not finished"] if report.unfinished else []
         why += [f"{name} {judgements[name].verdict} ({judgements[name].reason})" for name in names]
-        raise UserError(f"this study does not say which value to use: {'; '.join(why)}. --force uses it all the same")
+        reasons = "; ".join(why)
+        raise UserError(f"{path}: this study does not say which value to use: {reasons}. --force uses it all the same")
     at_largest = {direct.parameterization: direct.transferred for direct in report.direct}
     candidates = good or names
     curve = min(
@@ -57,7 +60,8 @@ def choose(report: Report, parameterization: str | None, force: bool) -> tuple[C
         key=lambda c: (at_largest.get(c.parameterization, math.inf), c.optimum.metric),
     )
     if curve.optimum.x is None:
-        raise UserError(f"{curve.parameterization}: every run of the base size diverged; there is nothing to transfer")
+        nothing = "every run of the base size diverged; there is nothing to transfer"
+        raise UserError(f"{path}: {curve.parameterization}: {nothing}")
     judgement = judgements[curve.parameterization]
     study, train = report.study.file.study, report.study.file.train
     low, high = (study.show(bound) for bound in curve.interval or (0, 0))
@@ -112,13 +116,16 @@ def scale(
     set_dotted(config, f"{file.study.hyperparameter}={file.study.value_at(curve.optimum.x)!r}")
     if named_cluster(changes):
         config.pop("launch", None)  # another place to run: the proxy's settings would win over its profile
-    proxy = run_of(config, "the proxy")
-    config = merge(config, changes)
-    target = run_of(config, "the target")
+    proxy = run_of(config, str(report.study.path))
+    config, source = merge(config, changes), f"{report.study.path}, scaled to {name}"
+    target = run_of(config, source)
     changed = [key for key in KEPT if attrgetter(key)(proxy) != attrgetter(key)(target)]
     if changed and not force:
         shown = ", ".join(f"{key} {attrgetter(key)(proxy)} -> {attrgetter(key)(target)}" for key in changed)
-        raise UserError(f"the proxy's optimum does not hold for a target with {shown}. --force uses it all the same")
+        raise UserError(
+            f"{report.study.path}: the proxy's optimum does not hold for a target with {shown}. --force uses it "
+            "all the same"
+        )
     for section in ("optimizer", "schedule"):
         for key in changes.get(section, {}):
             facts.append(f"Not transferred: {section}.{key} was given.")
@@ -127,7 +134,7 @@ def scale(
     if scale_batch:
         config["optimizer"]["batch_ratio"] = proxy.optimizer.batch_ratio * batch_ratio
         config["optimizer"]["samples_ratio"] = proxy.optimizer.samples_ratio * samples_ratio
-        run_of(config, "the target")  # not every optimizer has a rule, and not every ratio leaves betas
+        run_of(config, source)  # not every optimizer has a rule, and not every ratio leaves betas
         facts.append(f"Scaled for {batch_ratio:g} times the batch and {samples_ratio:g} times the samples.")
     elif (batch_ratio, samples_ratio) != (1, 1):
         facts.append(
@@ -163,7 +170,8 @@ def read_changes(target: Path | None, overrides: tuple[str, ...]) -> dict[str, A
     changes = read_yaml(target) if target else {}
     changes.pop("study", None)  # a target that was itself written by scale has one
     if unknown := sorted(set(changes) - set(SECTIONS)):
-        raise UserError(f"{target}: unknown section {unknown[0]!r} of a target; known: {', '.join(SECTIONS)}")
+        source = target or "KEY=VALUE"
+        raise UserError(f"{source}: unknown section {unknown[0]!r} of a target; known: {', '.join(SECTIONS)}")
     for override in overrides:
         set_dotted(changes, override)
     apply_profile(changes, target or Path())

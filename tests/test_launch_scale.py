@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,7 @@ def test_scale_writes_a_configuration_that_carries_the_optimum_to_another_size(s
 
 def test_a_censored_study_is_refused_unless_forced(study_file: Path) -> None:
     finish(Study(study_file, read_study(study_file)), best=-9)
-    with pytest.raises(UserError, match="on the low edge"):
+    with pytest.raises(UserError, match=rf"^{re.escape(str(study_file))}: .*on the low edge"):
         invoke("scale", study_file)
     assert "censored on the low edge" in invoke("scale", study_file, "--force")
 
@@ -75,7 +76,9 @@ def test_scale_batch_hands_the_ratios_to_the_optimizer_which_knows_the_rule(stud
     optimizer = read_run(study.target_file).optimizer
     assert (optimizer.batch_ratio, optimizer.samples_ratio) == (4, 16)
     finish(Study(study_file, read_study(study_file)), best=-5)
-    with pytest.raises(UserError, match="rules for adamw only"):
+    with pytest.raises(
+        UserError, match=rf"^{re.escape(str(study_file))}, scaled to tiny_target: .*rules for adamw only"
+    ):
         invoke("scale", study_file, *larger)
 
 
@@ -125,7 +128,10 @@ def test_a_target_that_the_optimum_does_not_belong_to_is_refused_by_what_differs
     two_seeds(study_file)
     finish(Study(study_file, read_study(study_file)), best=-5)
     wrong = ("model.base_depth=6", "optimizer.name=adamw", "schedule.name=constant")
-    with pytest.raises(UserError, match=r"base_depth 3 -> 6, optimizer.name sgd -> adamw, schedule.name cosine -> con"):
+    with pytest.raises(
+        UserError,
+        match=rf"^{re.escape(str(study_file))}: .*base_depth 3 -> 6, optimizer.name sgd -> adamw, schedule.name cosine -> con",
+    ):
         invoke("scale", study_file, *wrong)
     invoke("scale", study_file, *wrong, "--force")
 
