@@ -19,7 +19,18 @@ from launch.config import read_study, read_study_or_run
 from launch.jobs import launching
 from launch.progress import duration
 from launch.study import Study
-from launch.transfer import IDLE, UNFINISHED, Launched, Unfinished, grow, launch, prepare_data, unfinished, wait
+from launch.transfer import (
+    IDLE,
+    UNFINISHED,
+    Launched,
+    Unfinished,
+    grow,
+    interrupted,
+    launch,
+    prepare_data,
+    unfinished,
+    wait,
+)
 from models.errors import ModelError
 
 if TYPE_CHECKING:
@@ -54,7 +65,7 @@ def finish(study: Study, console: Console) -> None:
             place = study.file.launch.cluster
             others = place == "slurm" or (place == "local" and not launched.slots)  # an earlier launch's
             go_on = " Its jobs go on; 'depthmup cancel' stops them." if others else ""
-            console.print(f"Interrupted; the same command continues.{go_on}")
+            console.print(f"{interrupted(study)}{go_on}", highlight=False)
             sys.exit(130)
 
 

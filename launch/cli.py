@@ -42,14 +42,22 @@ NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EIS
 NOT_WRITABLE |= {errno.ENOSPC, errno.EDQUOT}
 
 
-class InOrder(click.Group):
+class Commands(click.Group):
     """Lists the commands as they are defined, the main job first, and not by the alphabet."""
 
     def list_commands(self, context: click.Context) -> list[str]:
         return list(self.commands)
 
+    def invoke(self, context: click.Context) -> Any:
+        """Ctrl-C ends a command with one line; click itself says Aborted! and ends 1."""
+        try:
+            return super().invoke(context)
+        except KeyboardInterrupt as stopped:
+            click.echo(str(stopped) or "Interrupted; the same command continues.", err=True)
+            sys.exit(130)
 
-@click.group(cls=InOrder, context_settings={"help_option_names": ["-h", "--help"]})
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 def cli() -> None:
     """Tune a small network, train a wide and deep one with the same learning rate.
 

@@ -88,9 +88,10 @@ def submit_local(
 
 
 def run_here(packs: Sequence[Sequence[PlannedRun]]) -> None:
-    """Trains one pack after another in this process. Raises KeyboardInterrupt when they were told to stop."""
+    """Trains one pack after another in this process. Raises KeyboardInterrupt when it was told to stop, as by Ctrl-C:
+    then the runs have saved, unless it was told twice."""
     directories = [[RunDirectory(run.directory.path.absolute()) for run in pack] for pack in packs]
-    if work(directories) == EXIT_REQUEUE:
+    if work(directories, signal.SIGINT) == EXIT_REQUEUE:
         raise KeyboardInterrupt
 
 

@@ -27,6 +27,7 @@ from launch.packs import check_packable
 from launch.progress import display, duration
 from launch.states import State
 from launch.study import PlannedRun, Study
+from launch.worker import newest_step
 from train.lock import holder
 
 POLL_SECONDS = 0.5
@@ -95,7 +96,8 @@ def launch(study: Study, only: Sequence[State] = UNFINISHED, by_itself: bool = F
     """Writes the study and submits every run whose state is in `only`, the costliest first. Failed runs go again.
 
     What waits or runs already is left alone, also when an earlier launcher was killed. `by_itself`: no user asked for
-    it now, so that only runs that `may_go_again` go. Raises UserError, and has then submitted nothing.
+    it now, so that only runs that `may_go_again` go. Raises UserError, and has then submitted nothing, and
+    KeyboardInterrupt with the line to say when what trains in this process was stopped.
     """
     config = study.file.launch
     study.refuse_other_study()
@@ -120,7 +122,10 @@ def launch(study: Study, only: Sequence[State] = UNFINISHED, by_itself: bool = F
         forget_failures(runs)
         if config.cluster == "local":
             return Launched(runs, [], submit_local(packs, config, study.file.directory / "local"))
-    run_here(packs)
+    try:
+        run_here(packs)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(interrupted(study)) from None
     return Launched(runs, [], [])
 
 
@@ -238,6 +243,15 @@ def wait(study: Study, launched: Launched, console: Console) -> None:
             time.sleep(SLURM_POLL_SECONDS if on_slurm else POLL_SECONDS)
     if left:
         raise unfinished(study)
+
+
+def interrupted(study: Study) -> str:
+    """What to say after Ctrl-C: where the runs stand, and how to go on."""
+    left = study.pending()
+    saved = [f"{run.directory.path.name} saved at step {step}" for run in left if (step := newest_step(run.directory))]
+    shown = saved if len(saved) <= 2 else [f"{len(saved)} others saved"]
+    stand = ", ".join([f"{len(study.runs) - len(left)} of {len(study.runs)} runs are done", *shown])
+    return f"Interrupted: {stand}; the same command continues."
 
 
 class Unfinished(UserError):

@@ -40,14 +40,14 @@ MAX_ATTEMPTS = 5  # that begin at the same step: more would go on for ever
 OUT_OF_MEMORY = re.compile(r"oom.kill|out of memory|exceeded (job|step)? ?memory limit", re.IGNORECASE)
 
 
-def work(packs: Sequence[Sequence[RunDirectory]]) -> int:
+def work(packs: Sequence[Sequence[RunDirectory]], *stops: signal.Signals) -> int:
     """Trains one list of runs after another, those of one list together where they can be; returns the exit code:
     interrupted, 1 when a run failed, 0.
 
     Several processes may hold the same lists: each takes the next runs that are neither done nor locked by another. The
-    lock belongs to the process, so it ends with it however the process ends.
+    lock belongs to the process, so it ends with it however the process ends. `stops`: signals that interrupt, too.
     """
-    with Interrupt.on_signals() as interrupt:
+    with Interrupt.on_signals(*stops) as interrupt:
         for pack in packs:
             try:
                 while train_some(pack, interrupt):

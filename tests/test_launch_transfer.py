@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -104,7 +105,10 @@ def test_an_interrupted_study_continues_where_it_was(study_file: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does on Ctrl-C
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
-    assert output.splitlines()[-1] == "Interrupted; the same command continues."
+    assert re.fullmatch(
+        r"Interrupted: \d+ of 12 runs are done, \w{12} saved at step \d+; the same command continues.",
+        output.splitlines()[-1],
+    )
     assert "Traceback" not in output
     assert not slots_of(study_file)  # the workers have saved and ended before the command has
     status = depthmup("status", study_file, longer).stdout
@@ -117,6 +121,26 @@ def test_an_interrupted_study_continues_where_it_was(study_file: Path) -> None:
     assert again.returncode == 0, again.stderr
     assert len(list(runs.glob("*/done.json"))) == 12
     assert {path: path.stat().st_mtime_ns for path in done} == done
+
+
+def test_ctrl_c_in_the_foreground_saves_says_where_the_runs_stand_and_ends_130(study_file: Path) -> None:
+    place = ("--cluster", "debug", "train.samples=640000", "train.pack=1")  # longer than this test
+    command = [sys.executable, "-c", HEARS_CTRL_C, "launch", str(study_file), *place]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        deadline = time.monotonic() + 120
+        while not any(path.stat().st_size for path in study_file.parent.glob("runs/tiny/runs/*/metrics.jsonl")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    said = output.splitlines()[-1]
+    stand = r"Interrupted: 0 of 12 runs are done, (\w{12}) saved at step \d+; the same command continues."
+    assert (name := re.fullmatch(stand, said)), output
+    assert "Traceback" not in output
+    assert list(study_file.parent.glob(f"runs/tiny/runs/{name[1]}/checkpoints/step-*"))
+    assert f"interrupted, {name[1]}: stopped, and saved" in depthmup("status", study_file, *place).stdout
 
 
 def test_a_second_launch_starts_nothing_twice_and_cancel_stops_slots_that_have_no_run_yet(study_file: Path) -> None:
