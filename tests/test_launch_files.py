@@ -1,5 +1,6 @@
 """Files that a command cannot read, and folders that it cannot write: one line says which, and nothing starts."""
 
+import json
 import os
 import subprocess
 import sys
@@ -20,6 +21,8 @@ DAMAGED = {  # paths in the study's folder, RUN for the first run's: what anothe
     "RUN/attempts.jsonl": ATTEMPT,
     "RUN/metrics.jsonl": '{"loss": 0.3}\n',
     "jobs/depthmup-tiny-0/submission.json": '{"tasks": [["abc"]]}',
+    "jobs/depthmup-tiny-0/job.json": '{"id": 7}',
+    "jobs/depthmup-tiny-0/stopped.jsonl": '{"job": "7_0"}\n',
     "local/local-0/submission.json": "[]",
     "added_values.json": '{"depth_mup": [0.5]}',
     "added_seeds.json": '[[{"parameterization": "sp", "width": 8, "depth": 3, "values": [0.5]}]]',
@@ -47,6 +50,9 @@ def test_a_damaged_file_or_one_of_another_version_is_named_and_nothing_starts(
         run.write_failed({"error": "mended"})
     file = study.file.directory / place.replace("RUN", f"runs/{run.path.name}")
     file.parent.mkdir(parents=True, exist_ok=True)
+    if file.parent.parent.name == "jobs":  # status reads what lies beside a submission of a run that is not done
+        (file.parent / "submission.json").write_text(json.dumps({"tasks": [[run.path.name]], "details": {}}))
+        monkeypatch.setattr("launch.slurm.queue", lambda: [])
     file.write_text(DAMAGED[place])
     before = sorted(study.file.directory.rglob("*"))
     assert f"{file}: damaged, or written by another version" in said(["status", str(study_file)], monkeypatch, capsys)

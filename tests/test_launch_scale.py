@@ -128,10 +128,8 @@ def test_a_target_that_the_optimum_does_not_belong_to_is_refused_by_what_differs
     two_seeds(study_file)
     finish(Study(study_file, read_study(study_file)), best=-5)
     wrong = ("model.base_depth=6", "optimizer.name=adamw", "schedule.name=constant")
-    with pytest.raises(
-        UserError,
-        match=rf"^{re.escape(str(study_file))}: .*base_depth 3 -> 6, optimizer.name sgd -> adamw, schedule.name cosine -> con",
-    ):
+    differs = "base_depth 3 -> 6, optimizer.name sgd -> adamw, schedule.name cosine -> con"
+    with pytest.raises(UserError, match=rf"^{re.escape(str(study_file))}: .*{differs}"):
         invoke("scale", study_file, *wrong)
     invoke("scale", study_file, *wrong, "--force")
 

@@ -184,6 +184,9 @@ def test_what_goes_on_by_itself_keeps_to_the_users_last_command_and_to_max_attem
     assert going_again() == names
     ask(root, "cancel")
     assert going_again() == []
+    (root / "asked.json").write_text("{}")  # nobody knows what was asked for: nothing goes by itself
+    with pytest.raises(UserError, match=r"asked\.json: damaged"):
+        going_again()
 
 
 def test_what_goes_on_by_itself_gives_up_with_the_reason_when_slurm_stays_silent(

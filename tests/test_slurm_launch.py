@@ -8,7 +8,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from slurm_cluster import START, Cluster, wait_for
+from slurm_cluster import REPOSITORY, START, Cluster, wait_for
+
+from launch.config import read_study
+from launch.study import Study
+from launch.submit import START as GO_ON
 
 SBATCH = """#!/bin/sh
 case $WHEN in
@@ -111,6 +115,26 @@ def test_a_cancelled_study_stays_so_though_a_transfer_waits_for_it(cluster: Clus
     assert cluster.queued("-tiny-") == []
     assert cluster.depthmup("launch", held).returncode == 0
     assert len(cluster.queued("-tiny-")) == 6  # the user's word counts
+
+
+def test_the_job_after_the_runs_waits_for_a_slurm_that_does_not_answer_and_then_goes_on(
+    cluster: Cluster, held: Path
+) -> None:
+    study = Study(held, read_study(held))
+    study.write()
+    cluster.stop_controller()
+    command = [sys.executable, "-c", GO_ON, str(REPOSITORY), str(study.file.directory)]
+    with subprocess.Popen(command, env=cluster.environment, stdout=subprocess.PIPE, text=True) as job:
+        assert job.stdout is not None
+        first = job.stdout.readline()
+        cluster.start_controller()
+        said, _ = job.communicate(timeout=90)
+    assert "Slurm does not answer" in first
+    assert "Next try in 5 s" in first
+    assert job.returncode == 0, said
+    assert "12 runs submitted" in said
+    assert len(cluster.queued("-tiny-")) == 6 + 1
+    assert len(cluster.queued("-tiny-then-")) == 1
 
 
 def test_an_array_larger_than_the_cluster_allows_is_cut(cluster: Cluster, held: Path) -> None:
