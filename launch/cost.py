@@ -26,10 +26,12 @@ def cache_file() -> Path:
 
 
 def read_cache(file: Path) -> dict[str, list[int]]:
+    """Empty where there is none that can be read: then all is counted again."""
     try:
-        return json.loads(file.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def count(run: PlannedRun) -> list[int]:

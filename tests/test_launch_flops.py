@@ -1,8 +1,13 @@
 """The formulas that spare a plan the import of torch say what torch counts."""
 
+from pathlib import Path
+
 import pytest
 
+from launch.config import read_study
+from launch.cost import cache_file, count_flops
 from launch.flops import by_formula
+from launch.study import Study
 from models.build import build_meta
 from models.config import (
     AnyModelConfig,
@@ -42,3 +47,18 @@ def test_other_networks_are_left_to_torch() -> None:
     assert by_formula(ResNetConfig(width=64, depth=4, base_width=64, base_depth=4)) is None
     registers = VisionTransformerConfig(**VIT, head_dim=16, timm_name="vit_base_patch14_reg4_dinov2")
     assert by_formula(registers) is None
+
+
+def test_counts_are_kept_on_disk_and_a_damaged_file_of_them_only_costs_time(
+    study_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    runs = Study(study_file, read_study(study_file)).runs
+    counted = count_flops(runs)
+    kept = cache_file().read_text()
+    for damaged in ("", "[]", kept[:-9]):
+        cache_file().write_text(damaged)
+        assert count_flops(runs) == counted
+        assert cache_file().read_text() == kept
+    monkeypatch.setattr("launch.cost.count", None)  # not asked again
+    assert count_flops(runs) == counted
