@@ -79,7 +79,7 @@ def on_slurm(folder: Path) -> None:
         file = study(folder, "thousand", seeds=10, cluster="slurm", sbatch={"hold": True})
         seconds("plan", file)
         launched = seconds("launch", file, "data.root=" + str(folder / "shards"), environment=cluster.environment)
-        show("launch of 1,000 runs in one array (with packing)", [launched], 5)
+        show("launch of 1,000 runs, with the images packed first", [launched], 5)
         cluster.call("scancel", "--user", cluster.call("id", "-un"))
         again = seconds("launch", file, environment=cluster.environment)
         show("launch of 1,000 runs in one array", [again], 5)
