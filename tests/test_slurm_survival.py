@@ -13,13 +13,18 @@ import yaml
 from conftest import settings_on
 from slurm_cluster import Cluster, wait_for
 
+from launch.jobs import load_all
+from launch.states import interruptions
+from launch.worker import attempts
 from train.config import RunConfig, from_plain, read_yaml
 from train.loop import run
+from train.rundir import RunDirectory
 
 STEPS = 1500
 # Slurm looks at time limits every 30 s: with a limit of 120 s its signal comes within 90 s of the start, whatever the
 # phase. The run must last longer than that.
 LIMITED_STEPS = 18000
+LIMITED_STEPS_OF_TWO = 9000  # two processes that wait for each other are slower
 NODE = 8  # CPUs of a node: with as many per task, every run has a node of its own
 
 
@@ -87,6 +92,7 @@ class Wave:
     study: Job  # four runs, one per fate
     cancelled: Job  # preempted where preemption cancels
     limited: Job  # its time limit comes before its end
+    two_tasks: Job  # so does that of this one, over two nodes
     after_kill: list[subprocess.CompletedProcess[str]]  # status and retry once a run was killed
     sacct_calls: Path  # exists if anything called sacct
 
@@ -138,22 +144,28 @@ def wave(cluster: Cluster, digits: Path, tmp_path_factory: pytest.TempPathFactor
 
     wait_for(lambda: (study.runs[KILLED] / "failed.json").exists())
     after_kill = [study.depthmup("status"), study.depthmup("retry")]
+    for path in study.runs:
+        wait_for(lambda path=path: done(path), 400)  # with them beside it, a busy machine leaves a start no time
     # Only now: a job that is requeued while slurmctld restarts is held by it ("launch failed requeued held").
     limits = {"timeout_min": 2, "signal_delay_s": 60}
     long = {**content, "train": {**content["train"], "samples": LIMITED_STEPS * 32}}
     limited = launch(cluster, folder / "limited.yaml", {**long, "launch": {**launching, **limits}})
-    wait_for(lambda: list(limited.runs[0].glob("checkpoints/step-*")))
-    wait_for(lambda: "interrupted" in events(limited.runs[0]), 150)
-    lift_time_limit(cluster, limited.element(0))  # once is enough
+    long = {**content, "train": {**content["train"], "samples": LIMITED_STEPS_OF_TWO * 32}}
+    two_nodes = {**launching, **limits, "cpus_per_task": 1, "nodes": 2, "tasks_per_node": 1}
+    two_tasks = launch(cluster, folder / "two_tasks.yaml", {**long, "launch": two_nodes})
+    for job in (limited, two_tasks):
+        wait_for((job.runs[0] / "attempts.jsonl").exists, 180)
+        wait_for(lambda job=job: "interrupted" in events(job.runs[0]), 240)
+        lift_time_limit(cluster, job.element(0))  # once is enough
     wait_for(lambda: done(cancelled.runs[0]) or not cluster.queued("cancelled"), 150)
     cancelled.depthmup("launch")  # submits nothing where the job had itself requeued
-    for path in (*study.runs, *cancelled.runs, *limited.runs):
-        wait_for(lambda path=path: done(path), 400)
-    return Wave(study, cancelled, limited, after_kill, folder / "sacct-was-called")
+    for path in (*cancelled.runs, *limited.runs, *two_tasks.runs):
+        wait_for(lambda path=path: done(path), 900)
+    return Wave(study, cancelled, limited, two_tasks, after_kill, folder / "sacct-was-called")
 
 
 def all_runs(wave: Wave) -> list[Path]:
-    return [*wave.study.runs, *wave.cancelled.runs, *wave.limited.runs]
+    return [*wave.study.runs, *wave.cancelled.runs, *wave.limited.runs, *wave.two_tasks.runs]
 
 
 def test_no_run_is_lost_and_no_step_is_missing_or_done_twice(wave: Wave) -> None:
@@ -171,6 +183,20 @@ def test_what_was_interrupted_goes_on_from_its_checkpoint(wave: Wave) -> None:
         assert len(starts) >= 2, path
         assert starts == sorted(starts), path
         assert starts[-1] > 0, path
+
+
+def test_why_each_run_was_stopped_is_known_afterwards(wave: Wave) -> None:
+    def causes(job: Job, index: int = 0) -> list[str]:
+        submissions = load_all(job.runs[index].parents[1] / "jobs")
+        known = {start: cause for submission in submissions for start, cause in submission.causes().items()}
+        return interruptions(attempts(RunDirectory(job.runs[index]))[:-1], known)  # but for the last attempt
+
+    assert "preempted" in causes(wave.study, PREEMPTED)
+    assert "preempted" in causes(wave.cancelled)
+    assert {"requeued", "stopped"} & {*causes(wave.study, REQUEUED)}  # a slow script is killed before it has noted it
+    assert "node failed or killed" in causes(wave.study, CRASHED)
+    assert "time limit" in causes(wave.limited)
+    assert "time limit" in causes(wave.two_tasks)
 
 
 def test_a_run_that_was_interrupted_ends_as_if_it_had_not_been(wave: Wave, tmp_path: Path) -> None:
