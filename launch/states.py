@@ -73,7 +73,7 @@ def state_of(
     stops = interruptions(begun[:-1] if running else begun, causes)
     if task and task.waits:
         state: State = "preempted" if stops[-1:] == ["preempted"] else "waiting"
-        return RunState(run, state, f"requeued ({counted(stops)}), {task.reason}" if event else task.reason, task)
+        return RunState(run, state, f"requeued ({counted(stops)}), {task.reason}" if stops else task.reason, task)
     if running:
         return RunState(run, "running", f"began again ({counted(stops)})" if stops else "", task)
     if task:

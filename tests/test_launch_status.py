@@ -34,6 +34,7 @@ def test_status_shows_that_runs_were_preempted_or_stopped_otherwise_how_often_an
     begin(runs[0], 0, "interrupted", "interrupted", "interrupted")
     begin(runs[1], 1, "interrupted")
     begin(runs[2], 2, "killed", "killed")
+    begin(runs[3], 3, "failed")  # given `retry` since
     begin(runs[4], 4, "interrupted")
     causes = [("7_0", 0, "time limit"), ("7_0", 1, "preempted"), ("7_0", 2, "preempted"), ("7_1", 0, "time limit")]
     lines = [json.dumps({"job": job, "restart": restart, "cause": cause}) for job, restart, cause in causes]
