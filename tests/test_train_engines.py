@@ -162,9 +162,11 @@ def test_batch_norm_learns_and_is_evaluated_the_same_under_every_engine(runs: Pa
 
 @pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine != "ddp"])
 def test_gradients_of_bf16_are_averaged_in_fp32_under_every_engine(runs: Path, engine: str) -> None:
-    """bf16 itself rounds to 4e-3; but what each process computes before they average is the same to the last bit."""
-    for key in ("loss", "grad_norm"):
-        assert values(runs / engine / "bf16", key) == pytest.approx(values(runs / "ddp" / "bf16", key), rel=1e-5)
+    """bf16 itself rounds to 4e-3; but what each process computes before they average is the same. The first step's norm
+    shows it: later AdamW makes whole steps of what is zero but for rounding. Averaged in bf16, it differs by 1e-5."""
+    first, expected = (values(runs / e / "bf16", "grad_norm")[0] for e in (engine, "ddp"))
+    assert first == pytest.approx(expected, rel=1e-6)
+    assert losses(runs / engine / "bf16") == pytest.approx(losses(runs / "ddp" / "bf16"), rel=1e-4)
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
