@@ -3,9 +3,14 @@
 import hashlib
 import os
 import random
+import re
+import secrets
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import lru_cache
 from io import FileIO
 from pathlib import Path
@@ -20,18 +25,28 @@ TRIES = 5
 TIMEOUT = float(os.environ.get("DEPTHMUP_TIMEOUT", "60"))  # seconds for one request
 CACHE = Path(os.environ.get("DEPTHMUP_CACHE", Path(tempfile.gettempdir()) / f"depthmup-cache-{os.getuid()}"))
 CACHE_BYTES = int(float(os.environ.get("DEPTHMUP_CACHE_GB", "50")) * 1e9)
+CACHED_NAME = re.compile(r"[0-9a-f]{40}|(?P<unfinished>\.[0-9a-f]{40}\..+\.tmp)")  # all else in the folder is not ours
+TOUCH_AFTER = 60  # seconds since a block was last marked as used
+STALE_AFTER = 3600  # seconds after which an unfinished block is what a killed process has left
+PAUSE = 60  # seconds without caching after a failure to write to the cache
 
 Result = TypeVar("Result")
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes `content` to a temporary file beside `path`, makes it durable, and renames it into place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def write_atomically(path: Path, content: bytes, durable: bool = True) -> None:
+    """Writes `content` to a temporary file beside `path`, makes it `durable`, and renames it into place."""
+    # random: threads have one process id, and so may processes on machines that share the file system
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def is_remote(location: str) -> bool:
@@ -80,33 +95,8 @@ def request(url: str, **arguments: int) -> bytes:
     return system.cat_file(path, **arguments, **timeout)
 
 
-def evict() -> None:
-    """Removes the blocks that were used longest ago until the cache is under its cap; others may do so meanwhile."""
-    blocks = []
-    for entry in os.scandir(CACHE):
-        try:
-            status = entry.stat()
-        except FileNotFoundError:
-            continue
-        blocks.append((status.st_mtime, status.st_size, entry.path))
-    excess = sum(size for _, size, _ in blocks) - CACHE_BYTES
-    for _, size, path in sorted(blocks):
-        if excess <= 0:
-            break
-        Path(path).unlink(missing_ok=True)
-        excess -= size
-
-
-def read_block(url: str, version: str, number: int, size: int) -> bytes:
-    """Block `number` of a remote file of `size` bytes, from the cache or by one request."""
-    start, stop = number * BLOCK, min((number + 1) * BLOCK, size)
-    cached = CACHE / hashlib.sha256(f"{url} {version} {start} {stop}".encode()).hexdigest()[:40]
-    try:
-        content = cached.read_bytes()
-        os.utime(cached)
-        return content
-    except FileNotFoundError:
-        pass
+def fetch(url: str, start: int, stop: int) -> bytes:
+    """Bytes [start, stop) of a remote file. Raises as `retry` does."""
 
     def attempt() -> bytes:
         content = request(url, start=start, end=stop)
@@ -114,11 +104,88 @@ def read_block(url: str, version: str, number: int, size: int) -> bytes:
             raise OSError(f"{len(content)} bytes came for {stop - start} (does the server know ranges?)")
         return content
 
-    content = retry(url, attempt)
-    CACHE.mkdir(parents=True, exist_ok=True)
-    write_atomically(cached, content)  # a reader sees a whole block or none; who comes second writes the same bytes
-    evict()
-    return content
+    return retry(url, attempt)
+
+
+@dataclass
+class CacheUse:
+    """This process's use of the cache: bytes fetched since it last looked at the cap (None: it has not yet), and the
+    time, as of time.monotonic, up to which it caches nothing."""
+
+    fetched: int | None = None
+    paused_until: float = 0.0
+
+
+cache_use = CacheUse()
+
+
+def evict() -> None:
+    """Where the cache is over its cap, removes the blocks used longest ago down to 90 %; others may do so meanwhile."""
+    blocks, now = [], time.time()
+    for entry in os.scandir(CACHE):
+        name = CACHED_NAME.fullmatch(entry.name)
+        try:
+            status = entry.stat()
+        except FileNotFoundError:
+            continue
+        if name and name["unfinished"]:
+            if now - status.st_mtime > STALE_AFTER:
+                Path(entry.path).unlink(missing_ok=True)
+        elif name:
+            blocks.append((status.st_mtime, status.st_size, entry.path))
+    size = sum(size for _, size, _ in blocks)
+    excess = size - CACHE_BYTES * 0.9 if size > CACHE_BYTES else 0
+    for _, size, path in sorted(blocks):
+        if excess <= 0:
+            break
+        Path(path).unlink(missing_ok=True)
+        excess -= size
+
+
+def keep(cached: Path, content: bytes) -> None:
+    """Puts a block into the cache, and has it evict after each 0.1 % of its cap. Where that fails, as on a full disk,
+    warns once a process and caches nothing for a while: reading goes on, only slower."""
+    try:
+        CACHE.mkdir(parents=True, exist_ok=True)
+        # A reader sees a whole block or none; who comes second writes the same bytes. A lost one is fetched again.
+        write_atomically(cached, content, durable=False)
+        if cache_use.fetched is not None:
+            cache_use.fetched += len(content)
+        if cache_use.fetched is None or cache_use.fetched >= CACHE_BYTES / 1000:
+            cache_use.fetched = 0
+            evict()
+    except OSError as error:
+        if not cache_use.paused_until:
+            warnings.warn(f"{CACHE}: cannot cache remote data ({error.strerror or error}): slower", stacklevel=2)
+        cache_use.paused_until = time.monotonic() + PAUSE
+
+
+def read_cached(cached: Path, block_size: int, start: int, stop: int) -> bytes | None:
+    """Bytes [start, stop) of a cached block; None when it is not there, damaged or cannot be read."""
+    try:
+        with open(cached, "rb", buffering=0) as file:
+            status = os.fstat(file.fileno())
+            content = os.pread(file.fileno(), stop - start, start)
+            if time.time() - status.st_mtime > TOUCH_AFTER:
+                with suppress(OSError):  # another user's, in a folder that several share
+                    os.utime(file.fileno())
+    except OSError:
+        return None
+    return content if status.st_size == block_size and len(content) == stop - start else None
+
+
+def read_block(url: str, version: str, number: int, file_size: int, start: int, stop: int) -> bytes:
+    """Bytes [start, stop), counted from the block's first, of block `number` of a remote file of `file_size` bytes."""
+    first, end = number * BLOCK, min((number + 1) * BLOCK, file_size)
+    cached = CACHE / hashlib.sha256(f"{url} {version} {first} {end}".encode()).hexdigest()[:40]
+    content = read_cached(cached, end - first, start, stop)
+    if content is not None:
+        return content
+    if time.monotonic() < cache_use.paused_until:
+        return fetch(url, first + start, first + stop)
+    block = fetch(url, first, end)
+    keep(cached, block)
+    return block[start:stop]
 
 
 @lru_cache(maxsize=128)
@@ -138,9 +205,12 @@ def read_range(location: str, version: str, file_size: int, offset: int, size: i
         if not is_remote(location):
             return os.pread(open_local(location, version).fileno(), size, offset)
         stop = min(offset + size, file_size)
-        blocks = range(offset // BLOCK, -(-stop // BLOCK))
-        content = b"".join(read_block(location, version, number, file_size) for number in blocks)
-        return content[offset - blocks.start * BLOCK :][:size]
+        if stop <= offset:
+            return b""
+        return b"".join(
+            read_block(location, version, n, file_size, max(offset - n * BLOCK, 0), min(stop - n * BLOCK, BLOCK))
+            for n in range(offset // BLOCK, -(-stop // BLOCK))
+        )
     except OSError as error:
         raise UserError(f"{location}: {error.strerror or error}") from None
 

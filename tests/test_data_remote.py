@@ -1,10 +1,13 @@
 """Shards behind a real HTTP server and a real S3 server that fail, stall and cut connections."""
 
+import os
 import re
+import resource
 import shutil
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
@@ -31,6 +34,7 @@ def shards(tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(storage, "BLOCK", 4096)
     monkeypatch.setattr(storage, "TIMEOUT", 1.0)
+    monkeypatch.setattr(storage, "cache_use", storage.CacheUse())
     return make_shards(tmp_path, samples=60)
 
 
@@ -42,7 +46,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.folder, self.faults, self.requests = folder, [], []
+        self.folder, self.faults, self.requests, self.sent = folder, [], [], 0
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -96,6 +100,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
+            server.sent += len(content)
             self.wfile.write(content[: len(content) // 2] if fault == "cut" else content)
 
     def log_message(self, *arguments):
@@ -134,11 +139,108 @@ def test_an_http_server_that_fails_stalls_and_cuts_gives_the_local_batches(shard
     assert [path for path in requests if path.endswith(".tar")] == []  # all from the cache
 
 
-def test_the_cache_stays_under_its_cap(shards, server, monkeypatch):
+def test_a_sample_in_the_cache_costs_its_own_bytes_and_no_whole_block(shards, server, monkeypatch):
+    monkeypatch.setattr(storage, "BLOCK", 4 << 20)
+    index = Index.load(server.url)
+    shard = index.shards[0]
+
+    def read():
+        return storage.read_range(index.location(shard), shard.sha256, shard.size, 1000, 500)
+
+    def bytes_read():
+        return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])
+
+    expected = read()
+    before = bytes_read()
+    assert read() == expected
+    assert 500 <= bytes_read() - before < 1000  # with what /proc itself takes
+    assert shard.size > 5000
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_cache_stays_under_its_cap_and_touches_no_other_files(shards, server, monkeypatch, num_workers):
     monkeypatch.setattr(storage, "CACHE_BYTES", 20_000)
-    got = epoch(Index.load(server.url))
+    storage.CACHE.mkdir()
+    others = [storage.CACHE / name for name in ("notes.txt", ".config", "f" * 39)]
+    being_written, left_by_a_killed_process = (storage.CACHE / f".{'f' * 40}.{part}.tmp" for part in "01")
+    for path in (*others, being_written, left_by_a_killed_process):
+        path.write_bytes(b"x")
+    for path in (*others, left_by_a_killed_process):
+        os.utime(path, (0, 0))
+    got = epoch(Index.load(server.url), num_workers)
     assert all(torch.equal(a.images, b.images) for a, b in zip(epoch(shards), got, strict=True))
-    assert 0 < sum(path.stat().st_size for path in storage.CACHE.iterdir()) <= 20_000
+    kept = set(storage.CACHE.iterdir())
+    assert {*others, being_written} < kept
+    assert left_by_a_killed_process not in kept
+    if num_workers == 0:  # workers may have been stopped before they removed anything
+        assert 0 < sum(path.stat().st_size for path in kept - {*others, being_written}) <= 20_000
+
+
+def test_the_cache_is_listed_once_for_a_thousandth_of_its_cap_and_emptied_to_nine_tenths(shards, server, monkeypatch):
+    listed = []
+    scandir = os.scandir
+    monkeypatch.setattr(storage.os, "scandir", lambda folder: listed.append(folder) or scandir(folder))
+    index = Index.load(server.url)
+    shard = index.shards[0]
+
+    def fetch_block(number):
+        storage.read_range(index.location(shard), str(number), shard.size, 0, 1)
+
+    monkeypatch.setattr(storage, "CACHE_BYTES", 3 * 4096 * 1000)
+    for number in range(7):
+        fetch_block(number)
+    assert len(listed) == 3  # at the first block, since processes may be short, then at each third
+    os.utime(next(storage.CACHE.iterdir()), (0, 0))
+    monkeypatch.setattr(storage, "CACHE_BYTES", 7 * 4096)
+    fetch_block(7)
+    assert len(list(storage.CACHE.iterdir())) == 6
+
+
+def test_a_cached_block_that_is_gone_or_of_another_size_is_fetched_again(shards, server):
+    expected = epoch(shards)
+    index = Index.load(server.url)
+    epoch(index)
+    blocks = sorted(storage.CACHE.iterdir())
+    contents = [block.read_bytes() for block in blocks]
+    blocks[0].unlink()
+    blocks[1].write_bytes(contents[1][:-1])
+    blocks[2].write_bytes(b"")
+    blocks[3].write_bytes(contents[3] + b"x")
+    asked = len(server.requests)
+    assert all(torch.equal(a.images, b.images) for a, b in zip(expected, epoch(index), strict=True))
+    assert len(server.requests) - asked == 4
+    assert [block.read_bytes() for block in blocks] == contents
+
+
+@pytest.mark.parametrize("pause", [0, 60])
+def test_a_disk_too_full_for_the_cache_costs_one_warning_and_the_cache_comes_back(shards, server, monkeypatch, pause):
+    expected = epoch(shards)
+    warned = []
+    monkeypatch.setattr(storage, "PAUSE", pause)
+    monkeypatch.setattr(storage.warnings, "warn", lambda text, stacklevel: warned.append(text))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # no file can grow beyond that
+    try:
+        got = epoch(Index.load(server.url))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert all(torch.equal(a.images, b.images) for a, b in zip(expected, got, strict=True))
+    [warning] = warned
+    assert "cannot cache remote data (File too large)" in warning
+    whole_blocks = len(expected) * 8 * 4096
+    assert (server.sent < whole_blocks / 3) == (pause > 0)  # in the pause no more is fetched than is wanted
+    assert list(storage.CACHE.iterdir()) == []  # nothing half written either
+    storage.cache_use.paused_until = 1.0
+    assert all(torch.equal(a.images, b.images) for a, b in zip(expected, epoch(Index.load(server.url)), strict=True))
+    assert len(list(storage.CACHE.iterdir())) > 10
+
+
+def test_threads_that_write_one_file_leave_one_of_their_contents_whole(tmp_path):
+    contents = [bytes([number]) * 100_000 for number in range(8)]
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda content: storage.write_atomically(tmp_path / "file", content), contents * 5))
+    assert (tmp_path / "file").read_bytes() in contents
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_server_that_stays_down_or_lacks_a_file_ends_with_one_clear_error(shards, server, monkeypatch):
