@@ -10,14 +10,29 @@ import json
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field, PlainValidator, TypeAdapter, ValidationError
 
 from data import storage
 from data.errors import UserError
 
 INDEX_NAME = "index.json"
+AGAIN = f"delete {INDEX_NAME} and pack or index again"  # what mends an index that is wrong
 NO_LABEL = -1
+TAR_BLOCK = 512  # bytes: contents of a tar's members begin at multiples of it, each after one such header
+
+
+def check_name(value: Any) -> str:
+    """`value`, when it can name a file or a class. A file's name may hold bytes that are no UTF-8, as surrogates."""
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise ValueError("no name")
+    return value
+
+
+Name = Annotated[str, PlainValidator(check_name)]
+Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 
 
 def counted(number: int, noun: str) -> str:
@@ -29,10 +44,21 @@ def counted(number: int, noun: str) -> str:
 class Shard:
     """One tar: its file name (or URL), number of samples, size in bytes and SHA-256."""
 
-    name: str
-    samples: int
-    size: int
-    sha256: str
+    name: Name
+    samples: Count
+    size: Count
+    sha256: Annotated[str, Field(strict=True)]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What index.json holds."""
+
+    classes: Annotated[tuple[Name, ...], Field(min_length=1)]
+    splits: dict[str, tuple[Shard, ...]]
+
+
+CONTENTS = TypeAdapter(Contents)
 
 
 @dataclass(frozen=True)
@@ -70,15 +96,21 @@ class Index:
         """
         path = storage.join(str(root), INDEX_NAME)
         try:
-            raw = json.loads(storage.read_whole(path))
-            splits = {name: tuple(Shard(**shard) for shard in shards) for name, shards in raw["splits"].items()}
-            index = cls(str(root), tuple(raw["classes"]), splits)
-            names = [Path(shard.name) for shard in index.shards if not storage.is_remote(shard.name)]
+            contents = CONTENTS.validate_python(json.loads(storage.read_whole(path)))
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(no_index(str(root))) from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: not an index of shards ({error!r}); delete it and pack or index again") from None
-        outside = next((name for name in names if name.is_absolute() or ".." in name.parts), None)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            reason = ": ".join(part for part in (".".join(map(str, first["loc"])), first["msg"]) if part)
+            raise UserError(f"{path}: not an index of shards ({reason}); {AGAIN}") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: not an index of shards ({error}); {AGAIN}") from None
+        index = cls(str(root), contents.classes, contents.splits)
+        names = [shard.name for shard in index.shards]
+        if len(set(names)) < len(names):
+            raise UserError(f"{path}: lists a shard twice; {AGAIN}")
+        local = [Path(name) for name in names if not storage.is_remote(name)]
+        outside = next((name for name in local if name.is_absolute() or ".." in name.parts), None)
         if outside and not trust:
             raise UserError(f"{path}: names {outside}, outside of {root}. If you trust this index, set data.trust=true")
         return index
@@ -111,14 +143,11 @@ class Index:
             path = Path(location)
             for needed in (path, Path(sidecar(self.root, shard.name))):
                 if not needed.exists():
-                    raise UserError(
-                        f"{needed}: missing, though {INDEX_NAME} lists it. Restore it, or delete {INDEX_NAME} and pack "
-                        "or index again"
-                    )
+                    raise UserError(f"{needed}: missing, though {INDEX_NAME} lists it. Restore it, or {AGAIN}")
             if path.stat().st_size != shard.size:
                 raise UserError(
                     f"{path}: {path.stat().st_size} bytes, but {INDEX_NAME} says {shard.size}. "
-                    f"Restore the shard, or pack or index again"
+                    f"Restore the shard, or {AGAIN}"
                 )
 
     def spans(self, split: str, minival: float) -> list[Span]:
@@ -166,12 +195,12 @@ def sidecar(root: str, shard_name: str) -> str:
 
 @lru_cache(maxsize=256)
 def load_members(root: str, shard: Shard) -> Members:
-    """The sidecar of one shard. Raises UserError when it is missing, broken, or of another number of samples."""
+    """The sidecar of one shard. Raises UserError when it is missing, broken, or does not fit the shard."""
     location = sidecar(root, shard.name)
     try:
         content = storage.read_whole(location)
     except OSError as error:
-        raise UserError(f"{location}: {error.strerror}. Make it with 'depthmup index {root}'") from None
+        raise UserError(f"{location}: {error.strerror or 'no such file'}. Restore it, or {AGAIN}") from None
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             offsets, sizes, labels = (
@@ -180,9 +209,14 @@ def load_members(root: str, shard: Shard) -> Members:
             names = arrays["names"].astype(bytes, casting="safe")
         if any(array.shape != (len(names),) for array in (offsets, sizes, labels, names)):
             raise ValueError("arrays of different shapes")
-        members = Members(offsets, sizes, labels, names)
+        if (offsets < TAR_BLOCK).any() or (offsets % TAR_BLOCK).any() or (offsets > shard.size).any():
+            raise ValueError("an offset at which no member of a tar of this size begins")
+        if (sizes < 0).any() or (sizes > shard.size - offsets).any():
+            raise ValueError("a sample that ends outside of the shard")
+        if (labels < NO_LABEL).any():
+            raise ValueError("a negative label")
     except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds for damaged bytes
-        raise UserError(f"{location}: not a shard's index ({error}). Delete it and run 'depthmup index'") from None
-    if len(members.names) != shard.samples:
-        raise UserError(f"{location}: {counted(len(members.names), 'sample')}, but {INDEX_NAME} says {shard.samples}")
-    return members
+        raise UserError(f"{location}: not the index of {shard.name} ({error}); {AGAIN}") from None
+    if len(names) != shard.samples:
+        raise UserError(f"{location}: {counted(len(names), 'sample')}, but {INDEX_NAME} says {shard.samples}; {AGAIN}")
+    return Members(offsets, sizes, labels, names)

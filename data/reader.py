@@ -5,9 +5,7 @@ import tarfile
 from dataclasses import dataclass
 
 from data import storage
-from data.index import NO_LABEL, Index, Span, load_members
-
-BLOCK = 512  # of a tar: each member has one such header before its content
+from data.index import NO_LABEL, TAR_BLOCK, Index, Span, load_members
 
 
 class BadSample(Exception):
@@ -42,12 +40,12 @@ def read_sample(index: Index, span: Span, number: int) -> RawSample:
     row = span.first + number
     offset, size, label = int(members.offsets[row]), int(members.sizes[row]), int(members.labels[row])
     name = members.names[row].decode("utf-8", "backslashreplace")
-    content = storage.read_range(index.location(shard), shard.sha256, shard.size, offset - BLOCK, size + BLOCK)
+    content = storage.read_range(index.location(shard), shard.sha256, shard.size, offset - TAR_BLOCK, size + TAR_BLOCK)
     try:
-        header = tarfile.TarInfo.frombuf(content[:BLOCK], "utf-8", "surrogateescape")
+        header = tarfile.TarInfo.frombuf(content[:TAR_BLOCK], "utf-8", "surrogateescape")
         indexed = only_ascii(members.names[row].decode("utf-8", "surrogateescape"))
         named = indexed.startswith(only_ascii(header.name).rstrip("?"))  # a long name is cut, maybe inside a character
-        agrees = named and header.size == size and len(content) == size + BLOCK
+        agrees = named and header.size == size and len(content) == size + TAR_BLOCK
     except tarfile.HeaderError:
         agrees = False
     reason = None
@@ -61,7 +59,7 @@ def read_sample(index: Index, span: Span, number: int) -> RawSample:
         reason = f"label {label}, but there are {len(index.classes)} classes"
     if reason:
         raise BadSample(shard.name, name, reason)
-    return RawSample(shard.name, name, content[BLOCK:], label)
+    return RawSample(shard.name, name, content[TAR_BLOCK:], label)
 
 
 def prefetch(index: Index, span: Span) -> None:

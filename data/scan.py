@@ -20,6 +20,7 @@ from data.index import INDEX_NAME, NO_LABEL, Index, Members, Shard, counted, loa
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp")
 MAX_LABEL_BYTES = 64  # of a member .cls: more is no number
+MOST_CLASSES = 1_000_000  # where their number is that of the highest label, which a single bad one makes huge
 webdataset_metadata = re.compile(r"__[^/]*__($|/)").match  # names that webdataset's own reader leaves out
 Result = TypeVar("Result")
 Progress = Callable[[int, int], None]  # (shards done, shards in all)
@@ -163,7 +164,7 @@ def index_shards(
 
     Shards whose name starts with val or test are the split val. Without `classes` the labels are numbers 0 ... highest.
     An index of the same shards and classes is left as it is. Raises UserError for one of others, and for what is
-    missing or no whole tar.
+    missing, no whole tar, or without classes and labels.
     """
     if out is None and (storage.is_remote(source) or not Path(source).is_dir()):
         if source.endswith(".tar") or storage.is_remote(source):
@@ -192,6 +193,12 @@ def index_shards(
         splits.setdefault("val" if name.startswith(("val", "test")) else "train", []).append(shard)
     if not classes:
         highest = max(int(load_members(str(folder), shard).labels.max()) for shard in shards)
+        if highest == NO_LABEL:
+            raise UserError(f"{source}: no image has a label, which is a whole number in a member .cls of its name")
+        if highest >= MOST_CLASSES:
+            raise UserError(
+                f"{source}: has the label {highest}, too high to be a class. Name the classes with --classes"
+            )
         classes = [str(number) for number in range(highest + 1)]
     index = Index(str(folder), tuple(classes), {split: tuple(chosen) for split, chosen in splits.items()})
     index.save()

@@ -1,5 +1,7 @@
 """Small data sets of generated images, packed into real shards."""
 
+import io
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -31,3 +33,15 @@ def make_shards(root: Path, samples: int, shard_samples: int = 17, **options) ->
 
 def config(index: Index, **options) -> DataConfig:
     return DataConfig(name="generated", root=str(index.root), **options)
+
+
+def write_tar(path: Path, samples: list[tuple[str, bytes, bytes | None]]) -> None:
+    """Each sample: name of the image member, its bytes, the content of .cls or None."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, image, label in samples:
+            for member, content in ((name, image), (name.partition(".")[0] + ".cls", label)):
+                if content is not None:
+                    info = tarfile.TarInfo(member)
+                    info.size = len(content)
+                    archive.addfile(info, io.BytesIO(content))

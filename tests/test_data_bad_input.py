@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from image_sets import config
+from image_sets import config, write_tar
 from PIL import Image
 
 from data.decode import decode
@@ -49,18 +49,6 @@ def huge_png(side: int) -> bytes:
         + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
         + chunk(b"IEND", b"")
     )
-
-
-def write_tar(path: Path, samples: list[tuple[str, bytes, bytes | None]]) -> None:
-    """Each sample: name of the image member, its bytes, the content of .cls or None."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
-        for name, image, label in samples:
-            for member, content in ((name, image), (name.partition(".")[0] + ".cls", label)):
-                if content is not None:
-                    info = tarfile.TarInfo(member)
-                    info.size = len(content)
-                    archive.addfile(info, io.BytesIO(content))
 
 
 JPEG = encode(picture(), "jpeg")
@@ -297,20 +285,6 @@ def test_images_of_a_batch_do_not_share_the_memory_they_were_decoded_into(tmp_pa
     [evaluated] = evaluation_batches(options, index, "train", 4, 16, 3)
     for images in (trained, evaluated.images):
         assert sorted(round(image[0].float().mean().item(), -1) for image in images) == [0, 50, 100, 150]
-
-
-def test_a_damaged_sidecar_is_refused_whatever_its_reader_raises(rotten):
-    path = Path(rotten.root) / "train-0.index.npz"
-    content = path.read_bytes()
-    end = content.index(b"PK\x01\x02")
-    for damaged in (content[:100], b"", content[: end + 6] + b"\x40" + content[end + 7 :], content[:70] + content[71:]):
-        path.write_bytes(damaged)
-        load_members.cache_clear()
-        with pytest.raises(UserError, match=r"train-0\.index\.npz: not a shard's index"):
-            load_members(rotten.root, rotten.shards[0])
-    path.unlink()
-    with pytest.raises(UserError, match=r"No such file.*depthmup index"):
-        load_members(rotten.root, rotten.shards[0])
 
 
 def test_fast_and_reference_backend_give_the_same_pictures():
