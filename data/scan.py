@@ -41,15 +41,29 @@ class HashingReader:
         return content
 
     def read_all(self) -> None:
-        while self.read(1 << 20):
+        while self.read(storage.BLOCK):
             pass
 
 
+class RemoteFile:
+    """A remote file that is read once from front to end. A range that fails is tried again by itself."""
+
+    def __init__(self, url: str) -> None:
+        self.url, self.position, self.size = url, 0, storage.remote_size(url)
+
+    def __enter__(self) -> "RemoteFile":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def read(self, size: int) -> bytes:
+        start, self.position = self.position, min(self.position + size, self.size)
+        return storage.fetch(self.url, start, self.position) if self.position > start else b""
+
+
 def open_stream(location: str) -> Any:
-    if not storage.is_remote(location):
-        return open(location, "rb")
-    system, path = storage.file_system(location)
-    return system.open(path, "rb", cache_type="readahead")
+    return RemoteFile(location) if storage.is_remote(location) else open(location, "rb")
 
 
 def check_end(last_header: int, end: int, size: int) -> None:
@@ -65,7 +79,7 @@ def check_end(last_header: int, end: int, size: int) -> None:
 
 def members_of(file: HashingReader, location: str) -> Iterator[dict[str, Any]]:
     """webdataset's file samples, with (offset, size, content) for data; only labels have their content read."""
-    with tarfile.open(fileobj=file, mode="r|", bufsize=1 << 20) as archive:  # type: ignore[call-overload]  # it only reads
+    with tarfile.open(fileobj=file, mode="r|", bufsize=storage.BLOCK) as archive:  # type: ignore[call-overload]  # it only reads
         for member in archive:
             name = member.name
             if webdataset_metadata(name) or member.isdir():
@@ -82,8 +96,8 @@ def members_of(file: HashingReader, location: str) -> Iterator[dict[str, Any]]:
 def scan(location: str) -> tuple[Members, int, str]:
     """(members, size in bytes, SHA-256) of a tar. Raises UserError when it is no whole tar of samples."""
 
-    def attempt() -> tuple[Members, int, str]:
-        rows = []
+    rows = []
+    try:
         with open_stream(location) as stream:
             file = HashingReader(stream)
             for sample in webdataset.tariterators.group_by_keys(members_of(file, location)):
@@ -93,16 +107,15 @@ def scan(location: str) -> tuple[Members, int, str]:
                 label = sample["cls"][3].strip() if "cls" in sample else b""
                 number = int(label) if label.isdigit() and len(label) < 10 else NO_LABEL
                 rows.append((image[1], image[2], number, image[0].encode("utf-8", "surrogateescape")))
-        if not rows:
-            raise UserError(f"{location}: no samples in it")
-        numbers = np.array([row[:3] for row in rows], np.int64)
-        members = Members(numbers[:, 0], numbers[:, 1], numbers[:, 2], np.array([row[3] for row in rows]))
-        return members, file.size, file.sha256.hexdigest()
-
-    try:
-        return storage.retry(location, attempt) if storage.is_remote(location) else attempt()
+    except FileNotFoundError:
+        raise UserError(f"{location}: no such file") from None
     except (OSError, ValueError, tarfile.TarError) as error:
         raise UserError(f"{location}: not a whole tar of samples ({error})") from None
+    if not rows:
+        raise UserError(f"{location}: no samples in it")
+    numbers = np.array([row[:3] for row in rows], np.int64)
+    members = Members(numbers[:, 0], numbers[:, 1], numbers[:, 2], np.array([row[3] for row in rows]))
+    return members, file.size, file.sha256.hexdigest()
 
 
 def scan_and_save(location: str, name: str, out: Path) -> Shard:

@@ -88,11 +88,15 @@ def retry(url: str, attempt: Callable[[], Result]) -> Result:
     raise UserError(f"{url}: {TRIES} tries failed, the last with {reason}")
 
 
+def timeout_of(system: Any) -> dict[str, float]:
+    """The argument that limits one call of a file system: fsspec's own, which those that are not async lack."""
+    return {"timeout": TIMEOUT} if system.async_impl else {}
+
+
 def request(url: str, **arguments: int) -> bytes:
     """One request for a file, or for the range [start, end) of it."""
     system, path = file_system(url)
-    timeout = {"timeout": TIMEOUT} if system.async_impl else {}  # fsspec's own, for all of a call
-    return system.cat_file(path, **arguments, **timeout)
+    return system.cat_file(path, **arguments, **timeout_of(system))
 
 
 def fetch(url: str, start: int, stop: int) -> bytes:
@@ -103,6 +107,24 @@ def fetch(url: str, start: int, stop: int) -> bytes:
         if len(content) != stop - start:
             raise OSError(f"{len(content)} bytes came for {stop - start} (does the server know ranges?)")
         return content
+
+    return retry(url, attempt)
+
+
+def remote_size(url: str) -> int:
+    """Bytes of a remote file. Raises as `retry` does."""
+
+    def attempt() -> int:
+        system, path = file_system(url)
+        try:
+            size = system.info(path, **timeout_of(system))["size"]
+        except FileNotFoundError as error:  # fsspec's HTTP raises it from whatever went wrong
+            if url.startswith("http") and getattr(error.__cause__, "status", None) not in (404, 410):
+                raise OSError(f"{error.__cause__!r}") from None
+            raise
+        if size is None:
+            raise UserError(f"{url}: the server does not tell its size")
+        return size
 
     return retry(url, attempt)
 

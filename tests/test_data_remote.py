@@ -256,14 +256,39 @@ def test_a_server_that_stays_down_or_lacks_a_file_ends_with_one_clear_error(shar
         Index.load(server.url + "/nothing")
 
 
-def test_shards_of_an_http_server_are_indexed_by_pattern(shards, server, tmp_path):
-    names = ",".join(shard.name for shard in shards.shards)
-    server.faults = [503]
-    made = index_shards(f"{server.url}/{{{names}}}", tmp_path / "index", processes=1)
+def pattern(server, shards):
+    return f"{server.url}/{{{','.join(shard.name for shard in shards.shards)}}}"
+
+
+def test_shards_of_a_server_that_fails_stalls_and_cuts_are_indexed_by_pattern(shards, server, tmp_path):
+    """Each shard once: of a connection that broke, only the range is asked for again."""
+    server.faults = [503, 503, None, "cut", None, "stall", None, 500, "cut"]
+    made = index_shards(pattern(server, shards), tmp_path / "index", processes=1)
+    assert not server.faults
     assert [(s.samples, s.size, s.sha256) for s in made.shards] == [
         (s.samples, s.size, s.sha256) for s in shards.shards
     ]
+    assert server.sent < 1.5 * sum(shard.size for shard in shards.shards)
     assert torch.equal(epoch(Index.load(made.root))[3].labels, epoch(made)[3].labels)
+
+
+@pytest.mark.parametrize("served", [0, 1, 3])
+def test_indexing_a_server_that_goes_down_or_stalls_for_good_ends_in_one_line(shards, server, tmp_path, served):
+    server.faults = [None] * served + ["stall" if served == 3 else 503] * 100
+    with pytest.raises(UserError, match=r"^http://127\.0\.0\.1\S+train-000000\.tar: 5 tries failed[^\n]+$"):
+        index_shards(pattern(server, shards), tmp_path / "index", processes=1)
+    assert not (tmp_path / "index" / "index.json").exists()
+
+
+def test_indexing_a_remote_tar_that_is_missing_or_broken_asks_for_it_once(shards, server, tmp_path):
+    with pytest.raises(UserError, match=r"^\S+nothing\.tar: no such file$"):
+        index_shards(f"{server.url}/nothing.tar", tmp_path / "index", processes=1)
+    path = Path(shards.root) / shards.shards[0].name
+    path.write_bytes(path.read_bytes()[:9000])
+    server.requests.clear()
+    with pytest.raises(UserError, match=r"train-000000\.tar: not a whole tar of samples"):
+        index_shards(pattern(server, shards), tmp_path / "index", processes=1)
+    assert len(server.requests) <= 4  # its size, and three ranges of 4096 bytes
 
 
 @pytest.fixture
