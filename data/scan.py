@@ -152,6 +152,14 @@ def parallel_map(function: Callable[..., Result], processes: int | None, *argume
         yield from pool.map(function, *arguments)
 
 
+def name_in(folder: Path, location: str) -> str:
+    """The name of a shard in the index of `folder`: a URL, or the path from there, whatever links lead to either."""
+    if storage.is_remote(location):
+        return location
+    path = Path(location)
+    return os.path.relpath(path.parent.resolve() / path.name, folder.resolve())
+
+
 def same_index(index: Index, names: Sequence[str], classes: tuple[str, ...]) -> Index:
     """`index`, when it is of these shards and classes (or none are given). Raises UserError otherwise."""
     listed = {shard.name for shard in index.shards}
@@ -185,15 +193,15 @@ def index_shards(
         raise UserError(f"{source}: no such folder. Name a folder of .tar files, or tars as in 'a-{{000..099}}.tar'")
     folder = Path(out or source)
     locations = find_shards(source)
-    names = [
-        location if storage.is_remote(location) else os.path.relpath(location, folder.resolve())
-        for location in locations
-    ]
+    names = [name_in(folder, location) for location in locations]
     short = [name.rpartition("/")[2] for name in names]
     if len(set(short)) < len(short):
         raise UserError(f"{source}: two shards have the same file name; index them into folders of their own")
-    if outside := next((name for name in names if name.startswith("..")), None):
-        raise UserError(f"{outside}: shards must lie in the folder of their index ({folder})")
+    if outside := next((at for at, name in zip(locations, names, strict=True) if Path(name).parts[0] == ".."), None):
+        raise UserError(
+            f"{outside}: not in {folder}, the folder for the index, as shards must be. Leave out --out, name a folder "
+            f"above the shards, or link to them there (ln -s) and index that: depthmup index {folder}"
+        )
     if (folder / INDEX_NAME).exists():
         return same_index(Index.load(folder), names, tuple(classes))
     folder.mkdir(parents=True, exist_ok=True)

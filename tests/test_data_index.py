@@ -1,15 +1,25 @@
 """Index and sidecars are read as data of unknown origin: what cannot be true is refused with one clear line."""
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from image_sets import make_shards, write_tar
+from image_sets import config, make_shards, write_tar
+from PIL import Image
 
 from data.errors import UserError
 from data.index import Index, load_members
+from data.loader import TrainingLoader, TrainingStream
+from data.order import State
 from data.scan import index_shards, scan
+
+
+def png() -> bytes:
+    content = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(content, "png")
+    return content.getvalue()
 
 
 @pytest.fixture
@@ -130,3 +140,31 @@ def test_labels_that_give_no_classes_are_refused(tmp_path, label, reason):
         index_shards(str(tmp_path), processes=1)
     assert not (tmp_path / "index.json").exists()
     assert index_shards(str(tmp_path), classes=["a"], processes=1).classes == ("a",)
+
+
+def test_shards_outside_of_the_folder_of_their_index_are_refused_and_each_way_out_that_is_named_trains(tmp_path):
+    shards = tmp_path / "shards"
+    write_tar(shards / "train-0.tar", [(f"{n}.png", png(), b"0") for n in range(8)])
+    elsewhere = tmp_path / "elsewhere"
+    with pytest.raises(UserError, match=r"train-0\.tar: not in \S+elsewhere.*ln -s.*depthmup index \S+elsewhere$"):
+        index_shards(str(shards), elsewhere, processes=1)
+    assert not elsewhere.exists()
+    elsewhere.mkdir()
+    (elsewhere / "train-0.tar").symlink_to(shards / "train-0.tar")
+    (tmp_path / "link").symlink_to(shards)
+    for source, out, files in (
+        (elsewhere, None, elsewhere),  # links to the shards, which may lie in a folder that cannot be written
+        (shards, tmp_path, shards),
+        (tmp_path / "link", None, shards),
+        (tmp_path / "link", shards, shards),
+        (shards, tmp_path / "link", shards),
+    ):
+        made = index_shards(str(source), out, processes=1)
+        loaded = Index.load(out or source)
+        assert loaded == made
+        batch = next(iter(TrainingLoader(TrainingStream(config(loaded, num_streams=4), loaded, State(0), 4, 8, 3))))
+        assert len(batch.labels) == 4
+        assert (files / "train-0.index.npz").exists()
+        (Path(made.root) / "index.json").unlink()
+        (files / "train-0.index.npz").unlink()
+        load_members.cache_clear()
