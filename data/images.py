@@ -1,6 +1,7 @@
 """Image files as PIL reads them, for packing and for training alike. Nothing here imports torch."""
 
 import io
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,6 +10,7 @@ from PIL import Image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")  # no others: for EPS, PIL would start Ghostscript
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485  # PIL's own limit against decompression bombs
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # PIL's below twice the limit: check_pixels refuses
 
 
 class BadImage(Exception):

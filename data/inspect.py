@@ -88,7 +88,8 @@ def contact_sheet(index: Index, split: str, path: Path) -> None:
             break
     if not shown:
         raise UserError(f"{index.root}: no image of {split} can be decoded")
-    sheet.save(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path, "png")
 
 
 def summary(index: Index, split: str, found: Findings) -> list[str]:

@@ -336,7 +336,7 @@ def test_indexing_existing_shards_gives_packs_own_index_and_inspect_reports(tmp_
     classes.write_text("a\nb\nc")
     ran = runner.invoke(cli, ["index", str(tmp_path / "shards"), "--classes", str(classes)])
     assert "index.json exists and has 3 classes, other than those given" in str(ran.exception)
-    sheet = tmp_path / "sheet.png"
+    sheet = tmp_path / "made" / "sheet"
     ran = runner.invoke(cli, ["inspect", str(tmp_path / "shards"), "--sheet", str(sheet), "--processes", "1"])
     assert ran.exit_code == 0, ran.output
     assert "24 samples in 3 shards" in ran.output
