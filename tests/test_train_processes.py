@@ -263,7 +263,7 @@ def test_a_port_in_use_and_other_mistakes_end_with_one_line_and_exit_2(config: P
     assert codes == [EXIT_USER_ERROR], output
     errors = [line for line in output.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
-    assert f"localhost:{port}" in errors[0]
+    assert f"localhost:{port} is used by another program: set MASTER_PORT" in errors[0]
     assert "Traceback" not in output
 
 

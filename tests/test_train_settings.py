@@ -1,7 +1,6 @@
 """Settings of a run that are wrong, or that must not change its result."""
 
 import os
-import socket
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -77,16 +76,6 @@ def test_a_gpu_without_bf16_is_said_and_auto_takes_fp32_there(shards: Path, monk
 def test_a_world_size_that_does_not_divide_the_batch_is_refused() -> None:
     with pytest.raises(ValueError, match="global_batch_size 32 must be a multiple of the 3 processes: use 30 or 33"):
         ParallelConfig().micro_batches(32, 3)
-
-
-def test_a_port_that_another_program_uses_is_said() -> None:
-    with socket.create_server(("localhost", 0)) as other:
-        port = other.getsockname()[1]
-        with (
-            pytest.raises(UserError, match=rf"^port {port} of localhost is used by another program: set MASTER_PORT"),
-            process_group(World(0, 2, 0, "localhost", port), torch.device("cpu"), ParallelConfig(), "ddp"),
-        ):
-            pass
 
 
 def test_deepspeed_that_is_not_installed_is_said(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

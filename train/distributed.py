@@ -99,7 +99,7 @@ def process_group(world: World, device: torch.device, config: ParallelConfig, en
         reason = str(error).strip().splitlines()[0]
         if "EADDRINUSE" in reason:
             raise UserError(
-                f"port {world.port} of {world.host} is used by another program: set MASTER_PORT to a free one"
+                f"{world.host}:{world.port} is used by another program: set MASTER_PORT to a free port"
             ) from None
         raise UserError(
             f"process {world.rank} of {world.size} found no others at {world.host}:{world.port} within "
