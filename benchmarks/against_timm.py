@@ -181,9 +181,9 @@ def main() -> None:
         for model in arguments.models:
             rates: list[tuple[Rate, Rate]] = []
             for number in range(arguments.rounds):
-                shared = (CASES[model], folder, folder / f"{model}-{number}", arguments.batch, arguments.workers)
-                shared = (*shared, arguments.device)
-                shared[2].mkdir()
+                out = folder / f"{model}-{number}"
+                out.mkdir()
+                shared = (CASES[model], folder, out, arguments.batch, arguments.workers, arguments.device)
                 rates.append((ours(*shared), timm(arguments.checkout.resolve(), *shared)))
             speed = medians([(a.images_per_second, b.images_per_second) for a, b in rates])
             cost = medians([(a.cpu_ms_per_image, b.cpu_ms_per_image) for a, b in rates])

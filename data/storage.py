@@ -1,6 +1,7 @@
 """Bytes of a file by offset: local, or remote through fsspec, with retries and a cache of blocks on disk."""
 
 import hashlib
+import math
 import os
 import random
 import re
@@ -131,10 +132,10 @@ def remote_size(url: str) -> int:
 
 @dataclass
 class CacheUse:
-    """This process's use of the cache: bytes fetched since it last looked at the cap (None: it has not yet), and the
-    time, as of time.monotonic, up to which it caches nothing."""
+    """This process's use of the cache: bytes fetched since it last looked at the cap (infinite: it has not yet), and
+    the time, as of time.monotonic, up to which it caches nothing."""
 
-    fetched: int | None = None
+    fetched: float = math.inf
     paused_until: float = 0.0
 
 
@@ -171,9 +172,8 @@ def keep(cached: Path, content: bytes) -> None:
         CACHE.mkdir(parents=True, exist_ok=True)
         # A reader sees a whole block or none; who comes second writes the same bytes. A lost one is fetched again.
         write_atomically(cached, content, durable=False)
-        if cache_use.fetched is not None:
-            cache_use.fetched += len(content)
-        if cache_use.fetched is None or cache_use.fetched >= CACHE_BYTES / 1000:
+        cache_use.fetched += len(content)
+        if cache_use.fetched >= CACHE_BYTES / 1000:
             cache_use.fetched = 0
             evict()
     except OSError as error:

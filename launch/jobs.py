@@ -23,7 +23,7 @@ from data.errors import UserError
 from data.storage import write_atomically
 from launch.slurm import QueuedTask
 from train.lock import Holder, holder
-from train.rundir import parse
+from train.rundir import parse, parse_lines
 
 
 @dataclass(frozen=True)
@@ -71,16 +71,6 @@ class Submission:
     def stopped(self) -> Path:
         return self.path / "stopped.jsonl"
 
-    def causes(self) -> dict[tuple[str, int], str]:
-        """(element as '4711_3', how often it had been requeued) -> why that start of it ended before its runs did. A
-        half-written line is left out. Raises UserError."""
-        try:
-            lines = self.stopped.read_text().split("\n")[:-1]
-        except FileNotFoundError:
-            return {}
-        found = [parse(line, self.stopped, "job", "restart", "cause") for line in lines]
-        return {(line["job"], line["restart"]): line["cause"] for line in found}
-
     def slots(self) -> list["Holder"]:
         """The processes on some machine that still work through it."""
         return [found for lock in sorted(self.path.glob("slot-*.lock")) if (found := holder(lock))]
@@ -105,6 +95,13 @@ def load_all(jobs: Path) -> list[Submission]:
     """Every submission, the oldest first."""
     found = map(Submission.load, jobs.glob("*/submission.json"))
     return sorted(found, key=lambda submission: submission.created)
+
+
+def stop_causes(submissions: Sequence[Submission]) -> dict[tuple[str, int], str]:
+    """(array element as '4711_3', how often it had been requeued) -> why that start of it ended before its runs did.
+    Raises UserError."""
+    lines = [line for s in submissions for line in parse_lines(s.stopped, "job", "restart", "cause")]
+    return {(line["job"], line["restart"]): line["cause"] for line in lines}
 
 
 def recover_ids(submissions: Sequence[Submission], queue: Sequence[QueuedTask]) -> None:

@@ -30,14 +30,14 @@ def packs_of(runs: Sequence[PlannedRun], config: LaunchConfig, on_gpu: bool, slo
 
 def check_packable(runs: Sequence[PlannedRun]) -> None:
     """Raises UserError when train.pack asks for packs of a study no two runs of which can share one, and says why."""
-    if len(runs) < 2 or (runs[0].config.train.pack or 0) <= 1 or unknown_to_packs(runs[0].config):
+    configs = [run.config for run in runs]
+    if len(configs) < 2 or (configs[0].train.pack or 0) <= 1 or unknown_to_packs(configs[0]):
         return  # of what packs do not know, `packs_of` says so
-    first, *others = (run.config for run in runs)
-    if len(alike([first, *others])) == len(runs):
-        names = sorted({name for other in others for name in packable(first, other)})
+    if len(alike(configs)) == len(configs):
+        names = sorted({name for config in configs[1:] for name in packable(configs[0], config)})
         raise UserError(
-            f"train.pack is {first.train.pack}, but no two of the study's {len(runs)} runs can be trained together: "
-            f"each has values of its own of {', '.join(names)}. Set train.pack=1"
+            f"train.pack is {configs[0].train.pack}, but no two of the study's {len(configs)} runs can be trained "
+            f"together: each has values of its own of {', '.join(names)}. Set train.pack=1"
         )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from launch import slurm
-from launch.jobs import Submission, load_all, queued_runs, recover_ids
+from launch.jobs import Submission, load_all, queued_runs, recover_ids, stop_causes
 from launch.slurm import QueuedTask
 from launch.study import PlannedRun, Study
 from launch.worker import attempts
@@ -17,7 +17,7 @@ from train.lock import Holder, holder
 State = Literal["done", "diverged", "failed", "running", "waiting", "preempted", "interrupted", "lost", "new"]
 STATES: tuple[State, ...] = get_args(State)
 ACTIVE: tuple[State, ...] = ("running", "waiting", "preempted")
-Causes = Mapping[tuple[str, int], str]  # as Submission.causes, of all submissions
+Causes = Mapping[tuple[str, int], str]  # as stop_causes gives them
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def take(study: Study) -> Snapshot:
         except slurm.SlurmError as failure:
             error = str(failure)
     tasks = queued_runs(submissions, queue)
-    causes = {start: cause for submission in submissions for start, cause in submission.causes().items()}
+    causes = stop_causes(submissions)
     last = {name: (s, index) for s in submissions for index, names in enumerate(s.tasks) for name in names}
     listed, slots = {}, []
     for submission in load_all(study.file.directory / "local"):

@@ -81,7 +81,7 @@ Growth = TypeVar("Growth", bound=AddedValues)
 def read_rounds(file: Path, kind: type[Growth]) -> list[list[Growth]]:
     """What was added in every round so far. Raises UserError for a file of another shape."""
     try:
-        rounds: list[list[Growth]] = adapter(list[list[kind]]).validate_json(file.read_bytes())  # type: ignore[valid-type]  # a class as a value
+        rounds: list[list[Growth]] = adapter(list[list[kind]]).validate_json(file.read_bytes())  # type: ignore[valid-type]  # mypy takes no variable for a type
     except FileNotFoundError:
         return []
     except ValidationError:

@@ -30,7 +30,7 @@ from train.config import RunConfig, from_plain, read_yaml
 from train.interrupt import Interrupt, Interrupted
 from train.lock import take_lock
 from train.packing import go_together, packable
-from train.rundir import EXIT_REQUEUE, RunDirectory, parse
+from train.rundir import EXIT_REQUEUE, RunDirectory, parse_lines
 
 if TYPE_CHECKING:
     import torch
@@ -197,12 +197,7 @@ def note(directory: RunDirectory, event: str, **details: Any) -> None:
 
 def attempts(directory: RunDirectory) -> list[dict[str, Any]]:
     """The attempts to train the run, the oldest first; a half-written line is left out. Raises UserError."""
-    file = directory.path / "attempts.jsonl"
-    try:
-        lines = file.read_text().split("\n")[:-1]
-    except FileNotFoundError:
-        return []
-    return [parse(line, file, "event") for line in lines]
+    return parse_lines(directory.path / "attempts.jsonl", "event")
 
 
 def fail(directory: RunDirectory, error: str, **details: Any) -> None:

@@ -1,13 +1,12 @@
 """On a GPU: the same runs as on the CPU, packs as one CUDA graph, and a host that never waits between metrics lines."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from train_configs import CONV_RESNET, VIT, pack_digits, run_config, timeless_metrics
+from train_configs import CONV_RESNET, VIT, losses, metric, pack_digits, run_config
 
 from data.memory import open_store
 from train import loop
@@ -52,10 +51,6 @@ def full_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def on_gpu(shards: Path, network: str, *overrides: str) -> RunConfig:
     return run_config(shards, "train.device=cuda", *overrides, model=NETWORKS[network])
-
-
-def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -117,7 +112,7 @@ def test_a_run_stopped_on_a_gpu_and_resumed_has_the_metrics_of_one_that_never_wa
     with pytest.raises(Interrupted):
         loop.run(config, tmp_path / "stopped", interrupt=StopAfter(10))
     loop.run(config, tmp_path / "stopped")
-    assert [line["step"] for line in timeless_metrics(tmp_path / "stopped")] == [3, 6, 9, 12, 15, 18, 20]
+    assert metric(tmp_path / "stopped", "step") == [3, 6, 9, 12, 15, 18, 20]
     assert losses(tmp_path / "stopped") == pytest.approx(losses(tmp_path / "whole"), rel=1e-3)
 
 

@@ -13,7 +13,7 @@ import yaml
 from conftest import settings_on
 from slurm_cluster import Cluster, wait_for
 
-from launch.jobs import load_all
+from launch.jobs import load_all, stop_causes
 from launch.states import interruptions
 from launch.worker import attempts
 from train.config import RunConfig, from_plain, read_yaml
@@ -187,8 +187,7 @@ def test_what_was_interrupted_goes_on_from_its_checkpoint(wave: Wave) -> None:
 
 def test_why_each_run_was_stopped_is_known_afterwards(wave: Wave) -> None:
     def causes(job: Job, index: int = 0) -> list[str]:
-        submissions = load_all(job.runs[index].parents[1] / "jobs")
-        known = {start: cause for submission in submissions for start, cause in submission.causes().items()}
+        known = stop_causes(load_all(job.runs[index].parents[1] / "jobs"))
         return interruptions(attempts(RunDirectory(job.runs[index]))[:-1], known)  # but for the last attempt
 
     assert "preempted" in causes(wave.study, PREEMPTED)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from train_configs import CONV_RESNET, VIT, pack_digits, run_config
+from train_configs import CONV_RESNET, VIT, losses, metric, pack_digits, run_config
 from train_processes import run_function
 
 from train.config import ParallelConfig, RunConfig
@@ -43,14 +43,6 @@ def config_of(shards: str, case: str, *overrides: str) -> RunConfig:
         *overrides,
         model=model,
     )
-
-
-def values(run: Path, key: str) -> list[float]:
-    return [json.loads(line)[key] for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(run: Path) -> list[float]:
-    return values(run, "loss")
 
 
 def cases_of(engine: str) -> list[str]:
@@ -164,7 +156,7 @@ def test_batch_norm_learns_and_is_evaluated_the_same_under_every_engine(runs: Pa
 def test_gradients_of_bf16_are_averaged_in_fp32_under_every_engine(runs: Path, engine: str) -> None:
     """bf16 itself rounds to 4e-3; but what each process computes before they average is the same. The first step's norm
     shows it: later AdamW makes whole steps of what is zero but for rounding. Averaged in bf16, it differs by 1e-5."""
-    first, expected = (values(runs / e / "bf16", "grad_norm")[0] for e in (engine, "ddp"))
+    first, expected = (metric(runs / e / "bf16", "grad_norm")[0] for e in (engine, "ddp"))
     assert first == pytest.approx(expected, rel=1e-6)
     assert losses(runs / engine / "bf16") == pytest.approx(losses(runs / "ddp" / "bf16"), rel=1e-4)
 

@@ -1,17 +1,15 @@
 """Several processes that stop and go on end bit for bit as those that never stopped, under every engine."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from test_train_engines import ENGINES
-from train_configs import VIT, pack_digits, run_config
+from train_configs import VIT, pack_digits, run_config, timeless_metrics
 from train_processes import run_function
 
 from train.config import ParallelConfig
 
-TIMED = {"images_per_second", "data_wait", "memory"}
 WORLD_SIZE = 3  # sums of two numbers have one order only
 
 
@@ -41,11 +39,6 @@ def stop_and_go_on(shards: str, out: str) -> None:
             run(config, Path(out) / name / "stopped", world)
 
 
-def metrics(run: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMED} for line in lines]
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("exact")
@@ -56,6 +49,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_run_of_three_processes_that_stops_ends_as_one_that_never_did(runs: Path, engine: str) -> None:
     whole, stopped = runs / engine / "whole", runs / engine / "stopped"
-    assert len(metrics(whole)) == 14
-    assert metrics(stopped) == metrics(whole)
+    assert len(timeless_metrics(whole)) == 14
+    assert timeless_metrics(stopped) == timeless_metrics(whole)
     assert (stopped / "weights.safetensors").read_bytes() == (whole / "weights.safetensors").read_bytes()

@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from train_configs import metric, metrics
 
 from benchmarks import packed as measured
 from data.config import DataConfig
@@ -81,15 +82,6 @@ def make(run_settings: dict[str, Any]) -> Callable[..., RunConfig]:
     return make
 
 
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-
-
-def metrics(path: Path, key: str) -> list[Any]:
-    """One column of metrics.jsonl."""
-    return [line[key] for line in lines(path)]
-
-
 @pytest.mark.parametrize("optimizer", RATES)
 @pytest.mark.parametrize("network", NETWORKS | AMPLIFIES)
 def test_each_replica_ends_as_it_would_alone_while_one_diverges(
@@ -118,8 +110,8 @@ def test_each_replica_ends_as_it_would_alone_while_one_diverges(
         for key in one.keys() - {"seconds"}:
             assert other[key] == (one[key] if key == "outcome" else pytest.approx(one[key], rel=1e-4)), key
         assert {p.name for p in single.iterdir()} == {p.name for p in together.iterdir()}
-        assert len(lines(together)) == len(lines(single))
-        for mine, theirs in zip(lines(together), lines(single), strict=True):
+        assert len(metrics(together)) == len(metrics(single))
+        for mine, theirs in zip(metrics(together), metrics(single), strict=True):
             assert mine.keys() == theirs.keys()
             for key in mine.keys() - {"images_per_second", "data_wait", "memory"}:
                 # gradients and updates are differences of larger numbers, and show rounding sooner than losses do
@@ -194,7 +186,7 @@ def test_a_replica_alone_can_go_on_from_a_packs_checkpoint(make: Callable[..., R
             (path / "done.json").unlink()
             assert (path / "checkpoints" / "step-8").is_dir()
             assert run(config, path)["train_loss"] == pytest.approx(before["train_loss"], rel=1e-5)
-            assert metrics(path, "step") == [2, 4, 6, 8, 10, 12]
+            assert metric(path, "step") == [2, 4, 6, 8, 10, 12]
 
 
 @pytest.mark.parametrize(
@@ -236,7 +228,7 @@ def test_a_pack_killed_between_two_saves_ends_bit_for_bit_as_without(
 
     run_pack(configs, broken)
     for one, other in zip(whole, broken, strict=True):
-        assert metrics(other, "loss") == metrics(one, "loss")
+        assert metric(other, "loss") == metric(one, "loss")
         assert json.loads((other / "done.json").read_text())["seconds"] > 1000  # of the first start
         expected = load_file(one / "weights.safetensors")
         assert all(torch.equal(w, expected[name]) for name, w in load_file(other / "weights.safetensors").items())
@@ -277,7 +269,7 @@ def test_a_pack_whose_process_is_killed_goes_on_and_leaves_a_finished_replica_al
         assert results[number]["train_loss"] == pytest.approx(
             json.loads((whole[number] / "done.json").read_text())["train_loss"], rel=1e-5
         )
-        assert metrics(broken[number], "step") == metrics(whole[number], "step")
+        assert metric(broken[number], "step") == metric(whole[number], "step")
     assert "resumed from step-" in (broken[0] / "log-0.txt").read_text()
 
 
@@ -301,7 +293,7 @@ def test_a_pack_that_is_asked_to_stop_saves_all_replicas_and_goes_on(
         run_pack(configs, paths, AfterFive())
     assert all((path / "checkpoints" / "step-5").is_dir() for path in paths)
     assert [result["step"] for result in run_pack(configs, paths)] == [12, 12]
-    assert metrics(paths[1], "step") == [2, 4, 6, 8, 10, 12]
+    assert metric(paths[1], "step") == [2, 4, 6, 8, 10, 12]
 
 
 def test_a_frozen_replica_keeps_its_weights_while_the_others_learn(make: Callable[..., RunConfig]) -> None:

@@ -11,11 +11,10 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from train_configs import pack_digits, run_config, timeless_metrics
+from train_configs import metric, pack_digits, run_config, timeless_metrics
 from train_processes import environment, start
 
 from train import __main__ as command
@@ -61,13 +60,9 @@ def finish(processes: list["subprocess.Popen[str]"], timeout: float = 120) -> tu
     return [process.returncode for process in processes], output
 
 
-def lines(directory: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-
-
 def losses(directory: Path) -> list[float]:
-    assert [line["step"] for line in lines(directory)] == list(range(1, STEPS + 1))
-    return [line["loss"] for line in lines(directory)]
+    assert metric(directory, "step") == list(range(1, STEPS + 1))
+    return metric(directory, "loss")
 
 
 def test_stopped_and_killed_runs_go_on_with_other_engines_and_world_sizes(config: Path, tmp_path: Path) -> None:
@@ -79,7 +74,7 @@ def test_stopped_and_killed_runs_go_on_with_other_engines_and_world_sizes(config
     assert codes == [EXIT_REQUEUE, EXIT_REQUEUE], output
     assert "as asked" in output
     saved = max((tmp_path / "checkpoints").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
-    passed = sum(32 / line["images_per_second"] for line in lines(tmp_path))
+    passed = sum(32 / rate for rate in metric(tmp_path, "images_per_second"))
     assert json.loads((saved / "state.json").read_text())["seconds"] > 1.5 * passed  # of two processes
 
     processes = train(config, tmp_path, "parallel.engine=deepspeed", world_size=2)

@@ -31,7 +31,20 @@ def run_config(shards: Path | str, *overrides: str, model: dict[str, Any] = CONV
     return from_plain(RunConfig, raw, "test")
 
 
+def metrics(directory: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics."""
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def metric(directory: Path, key: str) -> list[Any]:
+    """One column of them."""
+    return [line[key] for line in metrics(directory)]
+
+
+def losses(directory: Path) -> list[float]:
+    return metric(directory, "loss")
+
+
 def timeless_metrics(directory: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics without what is TIMED."""
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMED} for line in lines]
+    """The lines without what is TIMED."""
+    return [{key: value for key, value in line.items() if key not in TIMED} for line in metrics(directory)]

@@ -56,8 +56,8 @@ def evaluate(
                     logits = engine.module(images).float()  # (batch, classes)
                 hits = logits.topk(min(5, model.num_classes), dim=1).indices == labels[:, None]  # (batch, 5)
                 loss = F.cross_entropy(logits, labels, reduction="sum")
-                number = hits.new_full((), len(labels), dtype=torch.int64)  # filled on the device: the host goes on
-                sums += torch.stack([loss.double(), hits[:, 0].sum(), hits.sum(), number])
+                sums[:3] += torch.stack([loss.double(), hits[:, 0].sum(), hits.sum()])
+                sums[3] += len(labels)
             if stop and stop():
                 raise Interrupted(f"stopped in the evaluation of {split}, as asked")
     finally:

@@ -40,6 +40,16 @@ def parse(text: str, path: Path, *keys: str) -> dict[str, Any]:
     return content
 
 
+def parse_lines(path: Path, *keys: str) -> list[dict[str, Any]]:
+    """The lines of `path`, each as `parse`; a half-written one at its end is left out, and without a file there is
+    none. Raises UserError."""
+    try:
+        lines = path.read_text().split("\n")[:-1]
+    except FileNotFoundError:
+        return []
+    return [parse(line, path, *keys) for line in lines]
+
+
 @dataclass(frozen=True)
 class RunDirectory:
     path: Path

@@ -112,7 +112,7 @@ def cuts_patches(module: nn.Module) -> bool:
 
 def patch_product(conv: nn.Conv2d) -> Callable[[Tensor], Tensor]:
     """The forward pass of a conv that `cuts_patches` as one matrix product, for which GPUs have fast kernels: cudnn's
-    for such a conv took 8 % of a ViT-S/16's step (H200)."""
+    for such a conv made a ViT-S/16's step 6 % longer (H200)."""
     height, width = conv.kernel_size
 
     def forward(images: Tensor) -> Tensor:  # (batch, channels, H, W) -> (batch, out channels, H / height, W / width)
@@ -144,9 +144,9 @@ def prepare(
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
     if dtype and config.bf16_residual:
         network.get_submodule(blocks[0]).register_forward_pre_hook(lambda module, inputs: (inputs[0].to(dtype),))
-    for module in network.modules() if device.type == "cuda" else ():
-        if cuts_patches(module):
-            module.forward = patch_product(cast(nn.Conv2d, module))
+    if device.type == "cuda":
+        for conv in filter(cuts_patches, network.modules()):
+            conv.forward = patch_product(cast(nn.Conv2d, conv))
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     for block in map(network.get_submodule, blocks):
         if config.activation_checkpointing:
