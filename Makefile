@@ -1,6 +1,7 @@
 # make demo: the demo study, end to end.   make test: the whole test suite.   make check: lint, format, types.
 PYTHON ?= python3
 VENV ?= .venv
+TEST_PROCESSES ?= 2
 BIN := $(VENV)/bin
 UV_ENV := UV_CONSTRAINT=constraints.txt $(if $(wildcard $(PIP_FIND_LINKS)),UV_FIND_LINKS=$(PIP_FIND_LINKS))
 
@@ -8,7 +9,7 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/depthmup transfer configs/digits_resnet.yaml
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder $(TESTS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

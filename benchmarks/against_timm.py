@@ -107,18 +107,22 @@ def cpu_seconds(process: psutil.Process) -> float:
     return sum(each.user + each.system for each in times)
 
 
-def measure(command: list[str], output: Path, step_line: str, case: Case, batch: int) -> Rate:
-    """Starts `command`, watches the file `output` for lines that `step_line` finds a step's number in, and kills it."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+def measure(command: list[str], log: Path, output: Path, step_line: str, case: Case, batch: int) -> Rate:
+    """Starts `command`, watches the file `output` for lines that `step_line` finds a step's number in, and kills it.
+    What it says on standard error goes to `log`."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     marks: dict[int, tuple[float, float]] = {}  # step -> (time, CPU seconds)
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=DEVNULL, stderr=DEVNULL) as process:
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(command, cwd=ROOT, env=environment, stdout=DEVNULL, stderr=errors) as process,
+    ):
         tree = psutil.Process(process.pid)
         while process.poll() is None and max(marks, default=0) < case.steps:
             time.sleep(0.02)
             if output.exists() and (steps := re.findall(step_line, output.read_text())):
                 marks.setdefault(int(steps[-1]), (time.monotonic(), cpu_seconds(tree)))
         if process.poll() is not None:
-            raise SystemExit(f"{shlex.join(command)} ended early: start it by hand to see why")
+            raise SystemExit(f"{shlex.join(command)} ended early:\n{log.read_text()[-2000:]}")
         for each in (*tree.children(recursive=True), process):
             each.kill()
     steps = sorted(step for step in marks if step >= case.first)
@@ -140,7 +144,7 @@ def ours(case: Case, photographs: Path, folder: Path, batch: int, workers: int, 
     }  # fmt: skip
     (folder / "run.json").write_text(json.dumps(config))  # YAML reads JSON
     command = [sys.executable, "-m", "train", str(folder / "run.json"), str(folder / "run")]
-    return measure(command, folder / "run" / "metrics.jsonl", r'"step": (\d+)', case, batch)
+    return measure(command, folder / "ours.log", folder / "run" / "metrics.jsonl", r'"step": (\d+)', case, batch)
 
 
 def timm(checkout: Path, case: Case, photographs: Path, folder: Path, batch: int, workers: int, device: str) -> Rate:
@@ -153,11 +157,20 @@ def timm(checkout: Path, case: Case, photographs: Path, folder: Path, batch: int
         "--train-interpolation": "bicubic", "--warmup-epochs": 0, "--log-interval": LOG_EVERY, "--output": folder,
     }  # fmt: skip
     arguments = [str(part) for setting in settings.items() for part in setting]
-    train = shlex.join([sys.executable, "-c", start, str(checkout), str(checkout / "train.py"), "--model", *case.timm])
     if device == "cuda":
         arguments += ["--amp", "--amp-dtype", "bfloat16", "--torchcompile"]
-    command = ["bash", "-c", f"exec {train} {shlex.join(arguments)} 2> {folder / 'log'}"]
-    return measure(command, folder / "log", r"Train: 0 \[ *(\d+)/", case, batch)
+    command = [
+        sys.executable,
+        "-c",
+        start,
+        str(checkout),
+        str(checkout / "train.py"),
+        "--model",
+        *case.timm,
+        *arguments,
+    ]
+    log = folder / "timm.log"
+    return measure(command, log, log, r"Train: 0 \[ *(\d+)/", case, batch)
 
 
 def main() -> None:

@@ -17,6 +17,16 @@ from data.pack import pack
 from train.config import RunConfig, from_plain
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several test processes, one takes a whole file, and one all that need the cluster: it comes first, since its
+    tests wait most of their time."""
+    on_cluster = {item: "cluster" in getattr(item, "fixturenames", ()) for item in items}
+    for item, needs_it in on_cluster.items():
+        item.add_marker(pytest.mark.xdist_group("cluster" if needs_it else item.path.name))
+    items.sort(key=lambda item: not on_cluster[item])
+
+
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of digits in several small shards, with train and val splits."""

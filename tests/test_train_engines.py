@@ -25,13 +25,15 @@ CASES = {
 LEARNING_RATE = {"sgd": 0.05, "adamw": 0.002}
 RECIPE = (
     "data.mixup=0.3", "data.cutmix=0.5", "train.label_smoothing=0.1", "train.drop_path=0.2",
-    "schedule.name=constant", "train.evaluate_every=10",  # the average lags behind; a run goes on after an evaluation
+    "schedule.name=constant",  # so that the average lags behind
+    "train.evaluate=[val]", "train.evaluate_every=10",  # a run goes on after an evaluation
 )  # fmt: skip
 BATCH_NORM = {**CONV_RESNET, "norm": "batch"}  # at 8x8 pixels: over few values it makes much of a rounding error
 MUON = ("optimizer.name=muon", "optimizer.momentum=0.95")
 
 
 def config_of(shards: str, case: str, *overrides: str) -> RunConfig:
+    """Reads the digits from memory and evaluates when `overrides` say so: what is compared here are the steps."""
     model, parameterization, optimizer = CASES[case]
     return run_config(
         shards,
@@ -40,6 +42,8 @@ def config_of(shards: str, case: str, *overrides: str) -> RunConfig:
         f"optimizer.lr={LEARNING_RATE[optimizer]}",
         "optimizer.weight_decay=0.0001",
         "train.clip_norm=0.5",
+        "data.in_memory=true",
+        "train.evaluate=[]",
         *overrides,
         model=model,
     )

@@ -10,12 +10,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from train_configs import metric, pack_digits, run_config, timeless_metrics
-from train_processes import environment, start
+from train_processes import Process, environment, start
 
 from train import __main__ as command
 from train.config import RunConfig, run_hash, to_yaml
@@ -23,6 +24,7 @@ from train.distributed import World, first_host, world_from_environment
 from train.lock import Holder, holder, take_lock
 from train.rundir import EXIT_DIVERGED, EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, EXIT_USER_ERROR, RunDirectory
 
+Python = subprocess.Popen[str]
 STEPS = 240
 OVERRIDES = ("optimizer.name=adamw", "optimizer.lr=0.002", "train.clip_norm=1", "train.checkpoint_every=10")
 
@@ -37,7 +39,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def train(config: Path, directory: Path, *overrides: str, world_size: int = 1) -> list["subprocess.Popen[str]"]:
+def train(config: Path, directory: Path, *overrides: str, world_size: int = 1) -> list[Process]:
     return start(["-m", "train", str(config), str(directory), *overrides], world_size)
 
 
@@ -50,7 +52,7 @@ def wait_for_step(directory: Path, step: int) -> None:
     raise AssertionError(f"{directory} did not reach step {step}")
 
 
-def finish(processes: list["subprocess.Popen[str]"], timeout: float = 120) -> tuple[list[int], str]:
+def finish(processes: Sequence[Process | Python], timeout: float = 120) -> tuple[list[int], str]:
     """(exit codes, everything that was printed)."""
     try:
         output = "".join(process.communicate(timeout=timeout)[0] for process in processes)
@@ -159,7 +161,6 @@ def test_a_process_that_hangs_ends_the_others_within_the_time_out(config: Path, 
         codes, output = finish([first], timeout=60)
     finally:
         hanging.kill()
-        hanging.communicate()
     assert codes == [EXIT_FAILED], output
     failed = RunDirectory(tmp_path).failed()
     assert failed
@@ -185,7 +186,16 @@ def test_bad_samples_of_all_processes_together_end_the_run_everywhere(config: Pa
     assert codes == [EXIT_DONE] * 2, output
 
 
-def children(process: "subprocess.Popen[str]") -> list[int]:
+def by_command_line(config: Path, directory: Path, *overrides: str, port: int = 1, world_size: int = 1) -> Python:
+    """The first process, not forked: with an interpreter, and a session, of its own."""
+    command = [sys.executable, "-m", "train", str(config), str(directory), *overrides]
+    return subprocess.Popen(
+        command, env=environment(0, world_size, port), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def children(process: Python) -> list[int]:
     tasks = Path(f"/proc/{process.pid}/task").glob("*/children")
     return [int(child) for task in tasks for child in task.read_text().split()]
 
@@ -200,12 +210,8 @@ def wait_until_gone(processes: list[int]) -> None:
 def test_a_signal_to_every_process_of_a_job_stops_the_run_and_its_data_workers(config: Path, tmp_path: Path) -> None:
     """As Slurm, a batch system or a terminal sends it: the workers of training and of evaluation get it too, and must
     not die of it first."""
-    overrides = [f"train.samples={10**6}", "data.num_workers=2", "train.evaluate_every=2"]
-    command = [sys.executable, "-m", "train", str(config), str(tmp_path), *overrides]
-    process = subprocess.Popen(
-        command, env=environment(0, 1, 1), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )  # fmt: skip
+    overrides = (f"train.samples={10**6}", "data.num_workers=2", "train.evaluate_every=2")
+    process = by_command_line(config, tmp_path, *overrides)
     wait_for_step(tmp_path, 3)
     workers = children(process)
     assert len(workers) >= 2
@@ -220,7 +226,8 @@ def test_a_signal_to_every_process_of_a_job_stops_the_run_and_its_data_workers(c
 
 
 def test_a_second_ctrl_c_ends_the_run_at_once_and_its_data_workers_too(config: Path, tmp_path: Path) -> None:
-    (process,) = train(config, tmp_path, f"train.samples={10**6}", "data.num_workers=2", "train.evaluate_every=1")
+    overrides = (f"train.samples={10**6}", "data.num_workers=2", "train.evaluate_every=1")
+    process = by_command_line(config, tmp_path, *overrides)
     wait_for_step(tmp_path, 3)
     workers = children(process)
     for _ in range(2):
@@ -247,13 +254,7 @@ def test_a_port_in_use_and_other_mistakes_end_with_one_line_and_exit_2(config: P
         taken.bind(("localhost", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        process = subprocess.Popen(
-            [sys.executable, "-m", "train", str(config), str(tmp_path), "parallel.init_timeout=5"],
-            env=environment(0, 2, port),
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
+        process = by_command_line(config, tmp_path, "parallel.init_timeout=5", port=port, world_size=2)
         codes, output = finish([process])
     assert codes == [EXIT_USER_ERROR], output
     errors = [line for line in output.splitlines() if line.startswith("error: ")]

@@ -1,12 +1,26 @@
-"""Starts a function of a test file in several processes that find each other, as torchrun would."""
+"""Starts `python ARGUMENTS` in several processes that find each other, as torchrun would.
 
+They are forked from one process that has imported torch and the loop before: that takes a core ten seconds, and the
+tests start a hundred such processes.
+"""
+
+import multiprocessing
 import os
+import runpy
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import warnings
 from pathlib import Path
+from typing import IO
 
 ROOT = Path(__file__).resolve().parents[1]
+FORK_SERVER = multiprocessing.get_context("forkserver")
+FORK_SERVER.set_forkserver_preload(
+    ["models.torchvision_ops", "timm", "train.checkpoint", "train.loop", "train.display"]
+)
 
 
 def free_port() -> int:
@@ -30,20 +44,57 @@ def environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     }
 
 
-def start(arguments: list[str], world_size: int) -> list[subprocess.Popen[str]]:
+def become(arguments: list[str], environment: dict[str, str], output: str) -> None:
+    """In a process just forked: what `python ARGUMENTS > output 2>&1` does."""
+    descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    warnings.simplefilter("ignore")
+    option, what, *sys.argv[1:] = arguments
+    if option == "-m":
+        runpy.run_module(what, run_name="__main__", alter_sys=True)
+    else:
+        exec(what, {"__name__": "__main__"})
+
+
+class Process:
+    """A forked process, with what the tests use of subprocess.Popen."""
+
+    def __init__(self, arguments: list[str], environment: dict[str, str]) -> None:
+        self.output: IO[str] = tempfile.NamedTemporaryFile("r+", prefix="depthmup-test-")  # noqa: SIM115  (kept open)
+        self.process = FORK_SERVER.Process(target=become, args=(arguments, environment, self.output.name))
+        self.process.start()
+
+    @property
+    def pid(self) -> int:
+        assert self.process.pid
+        return self.process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+    def communicate(self, timeout: float) -> tuple[str, None]:
+        self.process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired("python", timeout, self.output.read())
+        return self.output.read(), None
+
+    def send_signal(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+
+def start(arguments: list[str], world_size: int) -> list[Process]:
     """`python ARGUMENTS` in `world_size` processes."""
     port = free_port()
-    return [
-        subprocess.Popen(
-            [sys.executable, *arguments],
-            env=environment(rank, world_size, port),
-            cwd=ROOT,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(world_size)
-    ]
+    return [Process(arguments, environment(rank, world_size, port)) for rank in range(world_size)]
 
 
 def run_function(module: str, function: str, world_size: int, *arguments: str, timeout: float = 900) -> None:

@@ -51,7 +51,7 @@ class TrainConfig:
     evaluate_every: Positive | None = field(default=None, metadata=NOT_IDENTITY)  # steps; null: at the end only
     device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata=NOT_IDENTITY)
     compile: Annotated[Literal["off", "block", "model"], Switch] = field(default="off", metadata=NOT_IDENTITY)
-    channels_last: bool | None = field(default=None, metadata=NOT_IDENTITY)  # null: on a GPU, for networks of convs
+    channels_last: bool | None = field(default=None, metadata=NOT_IDENTITY)  # null: for networks of convs
     activation_checkpointing: bool = field(default=False, metadata=NOT_IDENTITY)  # recompute blocks: less memory
     log_every: Positive = field(default=10, metadata=NOT_IDENTITY)  # steps
     checkpoint_every: Positive = field(default=1000, metadata=NOT_IDENTITY)  # steps

@@ -139,7 +139,7 @@ def prepare(
     """
     channels_last = config.channels_last
     if channels_last is None:
-        channels_last = device.type == "cuda" and is_convolutional(network)
+        channels_last = is_convolutional(network)
     if channels_last and engine in ("none", "ddp"):  # the others shard flat weights; cudnn turns those as it goes
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
     if dtype and config.bf16_residual:
