@@ -160,8 +160,21 @@ def end_with_parent() -> None:
     os._exit(0)
 
 
-def read_by_workers(loader: DataLoader) -> Iterator[Batch]:
-    """The loader's batches. Raises a worker's UserError with its own words, which torch buries in a traceback."""
+def read_by_workers(
+    dataset: Dataset[Batch], num_workers: int, device: torch.device, generator: torch.Generator | None = None
+) -> Iterator[Batch]:
+    """The dataset's batches, in pinned memory for a GPU. Raises a worker's UserError with its own words, which torch
+    buries in a traceback."""
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=start_worker,
+        generator=generator,
+        # Python's default until 3.14. There a server starts them, and they would not end with this process.
+        multiprocessing_context="fork" if num_workers else None,
+    )
     before = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)  # workers are born with it
     try:
         batches = iter(loader)
@@ -195,14 +208,7 @@ class TrainingLoader:
         config = self.stream.config
         if config.in_memory:
             yield from self.stream.from_memory(self.device)
-        loader = DataLoader(
-            self.stream,
-            batch_size=None,
-            num_workers=config.num_workers,
-            pin_memory=self.device.type == "cuda",
-            worker_init_fn=start_worker,
-        )
-        parts = read_by_workers(loader)
+        parts = read_by_workers(self.stream, config.num_workers, self.device)
         per_stream_batch = self.stream.global_batch_size // config.num_streams
         copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         while True:
@@ -277,16 +283,9 @@ def evaluated(
         yield from (store.take_good(rows[first : first + batch_size]) for first in range(0, len(rows), batch_size))
         return
     dataset = EvaluationBatches(config, index, spans, batch_size, image_size, channels)
-    loader = DataLoader(
-        dataset,
-        batch_size=None,
-        num_workers=min(config.num_workers, len(dataset)),
-        pin_memory=device.type == "cuda",
-        worker_init_fn=start_worker,
-        generator=torch.Generator(),  # its own, so that an evaluation takes no number from the training's
-    )
+    generator = torch.Generator()  # its own, so that an evaluation takes no number from the training's
     copies = torch.cuda.Stream(device) if device.type == "cuda" else None
-    for batch in read_by_workers(loader):
+    for batch in read_by_workers(dataset, min(config.num_workers, len(dataset)), device, generator):
         yield batch.to(device, copies)
 
 

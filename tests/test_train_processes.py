@@ -195,7 +195,7 @@ def by_command_line(config: Path, directory: Path, *overrides: str, port: int = 
     )  # fmt: skip
 
 
-def children(process: Python) -> list[int]:
+def children(process: Process | Python) -> list[int]:
     tasks = Path(f"/proc/{process.pid}/task").glob("*/children")
     return [int(child) for task in tasks for child in task.read_text().split()]
 
@@ -222,6 +222,20 @@ def test_a_signal_to_every_process_of_a_job_stops_the_run_and_its_data_workers(c
     assert "as asked" in output
     assert "killed by signal" not in output
     assert RunDirectory(tmp_path).checkpoint_steps()
+    wait_until_gone(workers)
+
+
+def test_data_workers_are_children_of_the_process_that_trains_whatever_pythons_default_is(
+    config: Path, tmp_path: Path
+) -> None:
+    """From 3.14 on it is a fork server, as in the processes that `train` starts here."""
+    (process,) = train(config, tmp_path, f"train.samples={10**6}", "data.num_workers=2", "train.evaluate=[]")
+    wait_for_step(tmp_path, 3)
+    workers = children(process)
+    assert len(workers) == 2
+    process.send_signal(signal.SIGTERM)
+    codes, output = finish([process])
+    assert codes == [EXIT_REQUEUE], output
     wait_until_gone(workers)
 
 
