@@ -9,7 +9,7 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/depthmup transfer configs/digits_resnet.yaml
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --durations 10 $(TESTS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

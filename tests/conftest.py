@@ -17,14 +17,26 @@ from data.pack import pack
 from train.config import RunConfig, from_plain
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def needs_cluster(path: str) -> bool:
+    return Path(path).name.startswith("test_slurm")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several test processes, one takes a whole file, and one all that need the cluster: it comes first, since its
-    tests wait most of their time."""
-    on_cluster = {item: "cluster" in getattr(item, "fixturenames", ()) for item in items}
-    for item, needs_it in on_cluster.items():
-        item.add_marker(pytest.mark.xdist_group("cluster" if needs_it else item.path.name))
-    items.sort(key=lambda item: not on_cluster[item])
+    """The cluster's tests come first: they wait most of their time, while another process has the cores."""
+    items.sort(key=lambda item: not needs_cluster(item.nodeid.partition("::")[0]))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With several test processes, one takes a whole file, and one takes all that need the cluster: there is one."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return "cluster" if needs_cluster(file) else file
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")
