@@ -108,7 +108,7 @@ class Cluster:
         return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, **settings)
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 90) -> Any:
+def wait_for(condition: Callable[[], Any], seconds: float = 300) -> Any:
     """Waits until `condition()` is true and returns it."""
     end = time.monotonic() + seconds
     while not (found := condition()):

@@ -60,7 +60,7 @@ def test_a_killed_pack_leaves_whole_shards_and_the_next_one_finishes_the_same(tm
     arguments = [str(source), str(tmp_path / "killed"), "--shard-samples", "20", "--processes", "2"]
     runner = "from launch.cli import main; main()"
     process = subprocess.Popen([sys.executable, "-c", runner, "pack", *arguments], start_new_session=True)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not list((tmp_path / "killed").glob("train-*.tar")) and time.monotonic() < deadline:
         time.sleep(0.002)
     os.killpg(process.pid, signal.SIGKILL)

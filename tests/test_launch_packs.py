@@ -53,7 +53,7 @@ def test_a_packed_study_has_the_table_of_an_unpacked_one_also_after_a_kill(study
 
     packed = ["transfer", str(study_file), "study.name=packed", longer, "train.pack=6", "launch.slots=1"]
     process = subprocess.Popen([*COMMAND, *packed], stdout=subprocess.PIPE, start_new_session=True)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while len(saved := list((runs / "packed" / "runs").glob("*/checkpoints/step-8"))) < 4:
         assert process.poll() is None
         assert time.monotonic() < deadline
