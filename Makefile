@@ -1,4 +1,5 @@
 # make demo: the demo study, end to end.   make test: the whole test suite.   make check: lint, format, types.
+# TEST_PROCESSES=8 make test: where there are more cores than two.
 PYTHON ?= python3
 VENV ?= .venv
 TEST_PROCESSES ?= 2
