@@ -145,7 +145,7 @@ def wave(cluster: Cluster, digits: Path, tmp_path_factory: pytest.TempPathFactor
     wait_for(lambda: (study.runs[KILLED] / "failed.json").exists())
     after_kill = [study.depthmup("status"), study.depthmup("retry")]
     for path in study.runs:
-        wait_for(lambda path=path: done(path), 400)  # with them beside it, a busy machine leaves a start no time
+        wait_for(lambda path=path: done(path), 900)  # with them beside it, a busy machine leaves a start no time
     # Only now: a job that is requeued while slurmctld restarts is held by it ("launch failed requeued held").
     limits = {"timeout_min": 2, "signal_delay_s": 60}
     long = {**content, "train": {**content["train"], "samples": LIMITED_STEPS * 32}}
@@ -154,10 +154,10 @@ def wave(cluster: Cluster, digits: Path, tmp_path_factory: pytest.TempPathFactor
     two_nodes = {**launching, **limits, "cpus_per_task": 1, "nodes": 2, "tasks_per_node": 1}
     two_tasks = launch(cluster, folder / "two_tasks.yaml", {**long, "launch": two_nodes})
     for job in (limited, two_tasks):
-        wait_for((job.runs[0] / "attempts.jsonl").exists, 180)
-        wait_for(lambda job=job: "interrupted" in events(job.runs[0]), 240)
+        wait_for((job.runs[0] / "attempts.jsonl").exists, 400)
+        wait_for(lambda job=job: "interrupted" in events(job.runs[0]), 600)
         lift_time_limit(cluster, job.element(0))  # once is enough
-    wait_for(lambda: done(cancelled.runs[0]) or not cluster.queued("cancelled"), 150)
+    wait_for(lambda: done(cancelled.runs[0]) or not cluster.queued("cancelled"), 300)
     cancelled.depthmup("launch")  # submits nothing where the job had itself requeued
     for path in (*cancelled.runs, *limited.runs, *two_tasks.runs):
         wait_for(lambda path=path: done(path), 900)
