@@ -158,7 +158,7 @@ def test_a_process_that_hangs_ends_the_others_within_the_time_out(config: Path, 
     try:
         wait_for_step(tmp_path, 3)
         hanging.send_signal(signal.SIGSTOP)
-        codes, output = finish([first], timeout=180)
+        codes, output = finish([first], timeout=60)
     finally:
         hanging.kill()
     assert codes == [EXIT_FAILED], output
@@ -201,7 +201,7 @@ def children(process: Process | Python) -> list[int]:
 
 
 def wait_until_gone(processes: list[int]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 30
     while any(Path(f"/proc/{process}").exists() for process in processes):
         assert time.monotonic() < deadline, f"{processes} are still there"
         time.sleep(0.05)
@@ -247,7 +247,7 @@ def test_a_second_ctrl_c_ends_the_run_at_once_and_its_data_workers_too(config: P
     for _ in range(2):
         process.send_signal(signal.SIGINT)
         time.sleep(0.01)
-    codes, output = finish([process], timeout=120)
+    codes, output = finish([process], timeout=30)
     assert codes in ([-signal.SIGINT], [EXIT_REQUEUE]), output  # the second may come after the run's end
     wait_until_gone(workers)
 

@@ -1,7 +1,6 @@
 """Starts `python ARGUMENTS` in several processes that find each other, as torchrun would.
 
-They are forked from one process that has imported torch and the loop before: that takes a core ten seconds, and the
-tests start a hundred such processes.
+They are forked from one process that has imported torch and the loop before, which takes seconds of a core each time.
 """
 
 import multiprocessing
