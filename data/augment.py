@@ -1,6 +1,7 @@
 """Random augmentation as a pure function of uniform numbers, which the order draws for each sample.
 
-`prepare` is done an image at a time, where it is decoded; `augment` a batch at a time, on any device.
+`prepare` is done an image at a time, where it is decoded (random resized crops are flipped there, too: a tenth of the
+time at 224 pixels, see data.distort.training_image); `crop_flip` a batch at a time, on any device.
 """
 
 import math
@@ -37,14 +38,11 @@ def prepare(image: Tensor, recipe: str, size: int, draws: np.ndarray, backend: s
     return center_crop(image, size, backend)
 
 
-def augment(images: Tensor, recipe: str, draws: Tensor) -> Tensor:
-    """crop_flip: flips half of (batch, channels, size, size), shifts all by up to 1/8, black beyond the edge. Random
-    resized crops are flipped one by one (data.distort.training_image), a tenth of the time at 224 pixels.
+def crop_flip(images: Tensor, draws: Tensor) -> Tensor:
+    """Flips half of (batch, channels, size, size), shifts all by up to 1/8, black beyond the edge.
 
-    `draws`: (batch, NUM_DRAWS[recipe] or more) float64 on the images' device.
+    `draws`: (batch, NUM_DRAWS["crop_flip"] or more) float64 on the images' device.
     """
-    if recipe != "crop_flip":
-        return images
     size = images.shape[-1]
     columns = torch.arange(size, device=images.device)
     flip = draws[:, :1] < 0.5

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -24,9 +25,10 @@ class Batch:
     labels: Tensor
     bad: tuple[BadSample, ...] = ()
 
-    def pin_memory(self) -> "Batch":
-        """For torch's DataLoader, which leaves an object without this method in memory that GPUs wait for."""
-        return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
+    def copy(self) -> "Batch":
+        """In memory of its own, on the CPU."""
+        images, labels = (new_tensor(tensor.shape, tensor.numpy().dtype) for tensor in (self.images, self.labels))
+        return replace(self, images=images.copy_(self.images), labels=labels.copy_(self.labels))
 
     def to(self, device: torch.device | str, stream: torch.cuda.Stream | None = None) -> "Batch":
         """On `device`; from pinned memory the host does not wait for the copy, and with a `stream` of its own the copy
@@ -55,7 +57,7 @@ def decode_sample(
         raise BadSample(sample.shard, sample.key, str(error)) from None
 
 
-def new_tensor(shape: torch.Size, dtype: type) -> Tensor:
+def new_tensor(shape: torch.Size, dtype: npt.DTypeLike) -> Tensor:
     """Uninitialised memory of the CPU, by numpy: it asks Linux for huge pages, whose first touch costs far less."""
     return torch.from_numpy(np.empty(shape, dtype))
 

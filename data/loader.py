@@ -1,43 +1,32 @@
 """Batches for training and evaluation: the order of data.order, read by worker processes where asked for."""
 
-import ctypes
-import os
-import signal
-import threading
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from data import memory
-from data.augment import augment
+from data.augment import crop_flip
 from data.bad import BadCount, StandIns
-from data.batch import Batch, collate, decode_sample
+from data.batch import Batch, decode_sample
 from data.config import DataConfig
 from data.decode import center_crop, scratch
 from data.distort import num_draws, rand_augment, training_image
-from data.errors import UserError
-from data.index import Index, Span
-from data.machine import check_shared_memory
+from data.index import NO_LABEL, Index, Span
 from data.order import EpochOrder, State, streams_of
 from data.reader import BadSample, prefetch
-
-warnings.filterwarnings("ignore", "This DataLoader will create")  # data.machine says it once, and what to do
+from data.workers import Slots, batches
 
 CPU = torch.device("cpu")
-M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
-# Sent to all processes of a job, they are for the one that trains: a worker that died of them would end the run.
-JOB_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR2}
 Prepared = tuple[Tensor, np.ndarray, int]  # image (channels, size, size), its random numbers, its label
 
 
 @dataclass
-class TrainingStream(IterableDataset):
-    """One rank's share of the global batches, from `state` on, without end. A worker yields its streams' part."""
+class TrainingStream:
+    """One rank's share of the global batches, from `state` on, without end. A worker fills its streams' part."""
 
     config: DataConfig
     index: Index
@@ -47,6 +36,10 @@ class TrainingStream(IterableDataset):
     channels: int
     rank: int = 0
     world_size: int = 1
+
+    @property
+    def local_batch_size(self) -> int:
+        return self.global_batch_size // self.world_size
 
     def order(self, epoch: int) -> EpochOrder:
         return EpochOrder(
@@ -93,27 +86,29 @@ class TrainingStream(IterableDataset):
                     bad.append(samples.bad[places[served]])
                 yield training_image(image, config, self.image_size, draws[served]), draws[served], label
 
-    def __iter__(self) -> Iterator[Batch]:
-        info = get_worker_info()
-        worker, num_workers = (info.id, info.num_workers) if info else (0, 0)
+    def fill(self, slots: Slots, worker: int, num_workers: int) -> Iterator[tuple[BadSample, ...]]:
+        """See data.workers.Work."""
         mine = streams_of(self.rank, self.world_size, worker, num_workers, self.config.num_streams)
         epoch, position = self.state.epoch, self.state.position
-        buffer = scratch()
+        buffer, numbers = scratch(), count()
         while True:
             order = self.order(epoch)
-            step = position // self.global_batch_size
+            step, length = position // self.global_batch_size, order.per_stream_batch
             bad: list[BadSample] = []
             samples = self.stand_ins(order, buffer)
-            start = step * order.per_stream_batch
-            streams = [self.stream(samples, order, stream, start, bad) for stream in mine]
+            streams = [self.stream(samples, order, stream, step * length, bad) for stream in mine]
+            # stream k of worker w is the rank's stream k * num_workers + w, and a stream's samples stand together
+            rows = torch.arange(self.local_batch_size).view(-1, num_workers, length)[:, worker].flatten().tolist()
             for _ in range(step, order.num_steps):
-                images, draws, labels = zip(
-                    *[next(stream) for stream in streams for _ in range(order.per_stream_batch)], strict=True
-                )
-                batch = collate(images, labels, bad)
+                images, labels = slots.of(next(numbers))
+                draws = []
+                for place, row in enumerate(rows):
+                    images[row], drawn, labels[row] = next(streams[place // length])
+                    draws.append(drawn)
+                if self.config.augment == "crop_flip":
+                    images[rows] = crop_flip(images[rows], torch.from_numpy(np.stack(draws)))
+                yield tuple(bad)
                 bad.clear()
-                augmented = augment(batch.images, self.config.augment, torch.from_numpy(np.stack(draws)))
-                yield replace(batch, images=augmented)
             epoch, position = epoch + 1, 0
 
     def from_memory(self, device: torch.device) -> Iterator[Batch]:
@@ -125,65 +120,6 @@ class TrainingStream(IterableDataset):
             step = position // self.global_batch_size
             yield from memory.training_steps(store, self.config, self.order(epoch), mine, step, self.image_size)
             epoch, position = epoch + 1, 0
-
-
-def merge_worker_parts(parts: Sequence[Batch], per_stream_batch: int) -> Batch:
-    """The parts of one step from workers 0, 1, ... -> the rank's batch in the order of its streams."""
-    if len(parts) == 1:
-        return parts[0]
-
-    def interleave(tensors: list[Tensor]) -> Tensor:
-        streams = torch.stack([tensor.unflatten(0, (-1, per_stream_batch)) for tensor in tensors], dim=1)
-        return streams.flatten(0, 2)  # stream k of worker w is the rank's stream k * num_workers + w
-
-    return Batch(
-        interleave([part.images for part in parts]),
-        interleave([part.labels for part in parts]),
-        tuple(bad for part in parts for bad in part.bad),
-    )
-
-
-def start_worker(worker: int) -> None:
-    """In a new worker: it ends when the process that trains says so or is gone, and sleeps through JOB_SIGNALS.
-
-    Has glibc give freed pictures back at once: its heap of buffers of all sizes grew from 80 to 280 MB a worker.
-    """
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # other C libraries have none, and no need of it
-        mallopt(M_MMAP_THRESHOLD, 256 * 1024)
-
-
-def end_with_parent() -> None:
-    """Ends this worker at a SIGTERM of its parent, which is how Python stops workers that are left at its exit."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
-
-
-def read_by_workers(
-    dataset: Dataset[Batch], num_workers: int, device: torch.device, generator: torch.Generator | None = None
-) -> Iterator[Batch]:
-    """The dataset's batches, in pinned memory for a GPU. Raises a worker's UserError with its own words, which torch
-    buries in a traceback."""
-    loader = DataLoader(
-        dataset,
-        batch_size=None,
-        num_workers=num_workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=start_worker,
-        generator=generator,
-        # Python's default until 3.14. There a server starts them, and they would not end with this process.
-        multiprocessing_context="fork" if num_workers else None,
-    )
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)  # workers are born with it
-    try:
-        batches = iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    try:
-        yield from batches
-    except UserError as error:
-        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
 
 
 class TrainingLoader:
@@ -198,22 +134,15 @@ class TrainingLoader:
         config = stream.config
         self.bad = BadCount(config.max_bad_fraction, self.steps_per_epoch * stream.global_batch_size)
         streams_of(stream.rank, stream.world_size, 0, config.num_workers, config.num_streams)  # refuse early
-        if config.num_workers and not config.in_memory:
-            images = stream.global_batch_size // stream.world_size
-            check_shared_memory(images * stream.channels * stream.image_size**2)
         if config.rand_augment:
             rand_augment(config.rand_augment, stream.image_size, config.mean)  # one import of timm for all workers
 
     def local_batches(self) -> Iterator[Batch]:
-        config = self.stream.config
+        stream, config = self.stream, self.stream.config
         if config.in_memory:
-            yield from self.stream.from_memory(self.device)
-        parts = read_by_workers(self.stream, config.num_workers, self.device)
-        per_stream_batch = self.stream.global_batch_size // config.num_streams
-        copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        while True:
-            of_step = [next(parts).to(self.device, copies) for _ in range(max(config.num_workers, 1))]
-            yield merge_worker_parts(of_step, per_stream_batch)
+            return stream.from_memory(self.device)
+        shape = (stream.local_batch_size, stream.channels, stream.image_size, stream.image_size)
+        return batches(stream, shape, config.num_workers, self.device)
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self.local_batches():
@@ -282,15 +211,13 @@ def evaluated(
         rows = store.row_numbers(spans)
         yield from (store.take_good(rows[first : first + batch_size]) for first in range(0, len(rows), batch_size))
         return
-    dataset = EvaluationBatches(config, index, spans, batch_size, image_size, channels)
-    generator = torch.Generator()  # its own, so that an evaluation takes no number from the training's
-    copies = torch.cuda.Stream(device) if device.type == "cuda" else None
-    for batch in read_by_workers(dataset, min(config.num_workers, len(dataset)), device, generator):
-        yield batch.to(device, copies)
+    work = Evaluation(config, index, spans, batch_size, image_size, channels)
+    num_workers = min(config.num_workers, batch_size, len(work.places))
+    yield from batches(work, (batch_size, channels, image_size, image_size), num_workers, device)
 
 
-class EvaluationBatches(Dataset[Batch]):
-    """Batch number i of the samples of `spans`, in order, without its bad ones, which stand in `bad`."""
+class Evaluation:
+    """The samples of `spans` in order, each batch shared by all workers."""
 
     def __init__(
         self, config: DataConfig, index: Index, spans: Sequence[Span], batch_size: int, image_size: int, channels: int
@@ -298,25 +225,20 @@ class EvaluationBatches(Dataset[Batch]):
         self.config, self.index = config, index
         self.image_size, self.channels, self.batch_size = image_size, channels, batch_size
         self.places = [(span, number) for span in spans for number in range(span.samples)]
-        self.buffer: np.ndarray | None = None  # each worker makes its own
 
-    def __len__(self) -> int:
-        return -(-len(self.places) // self.batch_size)
-
-    def __getitem__(self, number: int) -> Batch:
-        self.buffer = scratch() if self.buffer is None else self.buffer
-        images, labels, bad = [], [], []
-        for span, position in self.places[number * self.batch_size : (number + 1) * self.batch_size]:
-            try:
-                image, label = decode_sample(
-                    self.index, span, position, self.channels, self.config.backend, self.buffer
-                )
-            except BadSample as error:
-                bad.append(error)
-                continue
-            images.append(center_crop(image, self.image_size, self.config.backend))
-            labels.append(label)
-        if images:
-            return collate(images, labels, bad)
-        none = torch.empty(0, self.channels, self.image_size, self.image_size, dtype=torch.uint8)
-        return Batch(none, torch.empty(0, dtype=torch.int64), tuple(bad))
+    def fill(self, slots: Slots, worker: int, num_workers: int) -> Iterator[tuple[BadSample, ...]]:
+        """See data.workers.Work."""
+        buffer = scratch()
+        for step, first in enumerate(range(0, len(self.places), self.batch_size)):
+            places = self.places[first : first + self.batch_size]
+            images, labels = slots.of(step)
+            labels[worker::num_workers] = NO_LABEL
+            bad = []
+            for row in range(worker, len(places), num_workers):
+                try:
+                    image, label = decode_sample(self.index, *places[row], self.channels, self.config.backend, buffer)
+                except BadSample as error:
+                    bad.append(error)
+                    continue
+                images[row], labels[row] = center_crop(image, self.image_size, self.config.backend), label
+            yield tuple(bad)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.augment import augment
+from data.augment import crop_flip
 from data.bad import StandIns
 from data.batch import Batch, collate, decode_sample, on_device
 from data.config import DataConfig
@@ -158,5 +158,6 @@ def training_steps(
                         for image, drawn in zip(images.cpu(), taken_draws, strict=True)
                     ]
                 ).to(images.device)
-            images = augment(images, config.augment, on_device(taken_draws, images.device))
+            if config.augment == "crop_flip":
+                images = crop_flip(images, on_device(taken_draws, images.device))
             yield Batch(images, batch.labels, tuple(bad))

@@ -1,6 +1,8 @@
 """On a GPU: the same runs as on the CPU, packs as one CUDA graph, and a host that never waits between metrics lines."""
 
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,11 @@ import pytest
 import torch
 from train_configs import CONV_RESNET, VIT, losses, metric, pack_digits, run_config
 
+from data.batch import Batch
+from data.loader import TrainingLoader, TrainingStream
 from data.memory import open_store
+from data.order import State
+from data.workers import Slots
 from train import loop
 from train.config import ParallelConfig, RunConfig
 from train.distributed import World, process_group
@@ -62,6 +68,29 @@ def test_a_run_on_a_gpu_has_the_losses_of_the_cpu_from_workers_and_from_memory(
         loop.run(on_gpu(shards, network, *ADAMW, FP32, data), tmp_path / name)
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "cpu"), rel=1e-3), name
     assert losses(tmp_path / "workers") == losses(tmp_path / "memory")
+
+
+def test_a_batch_on_a_gpu_keeps_its_pixels_when_workers_fill_its_slot_again(shards: Path) -> None:
+    config = on_gpu(shards, "vit", "data.num_workers=2")
+
+    def first_batches(num_workers: int, device: torch.device) -> list[Batch]:
+        data = replace(config.data, num_workers=num_workers)
+        stream = TrainingStream(data, loop.open_data(config), State(0), 32, 8, 1)
+        return list(islice(TrainingLoader(stream, device), 20))
+
+    for got, expected in zip(first_batches(2, CUDA), first_batches(0, torch.device("cpu")), strict=True):
+        assert got.images.device == CUDA
+        assert torch.equal(got.images.cpu(), expected.images)
+        assert torch.equal(got.labels.cpu(), expected.labels)
+
+
+def test_what_workers_fill_is_pinned_while_it_is_used() -> None:
+    slots = Slots(3, (4, 3, 8, 8))
+    assert not slots.images.is_pinned()
+    with slots.pinned():
+        assert slots.images.is_pinned()
+        assert slots.labels.is_pinned()
+    assert not slots.images.is_pinned()
 
 
 def test_pixels_in_memory_lie_on_the_gpu(shards: Path) -> None:

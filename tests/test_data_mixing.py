@@ -19,7 +19,7 @@ from timm.data.auto_augment import rand_augment_transform
 from timm.data.mixup import Mixup
 from torchvision.transforms import functional
 
-from data.augment import augment
+from data.augment import crop_flip
 from data.config import DataConfig
 from data.decode import to_pil
 from data.distort import color_jitter, distort, seeded, training_image
@@ -58,7 +58,7 @@ def test_a_draw_below_one_half_mirrors_left_and_right():
     images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
     draws = np.full((2, 41), 0.45)  # the middle of the possible shifts, and of the possible crops
     draws[1, 0] = 0.55
-    mirrored, kept = augment(images[:1].expand(2, -1, -1, -1), "crop_flip", torch.from_numpy(draws))
+    mirrored, kept = crop_flip(images[:1].expand(2, -1, -1, -1), torch.from_numpy(draws))
     assert torch.equal(mirrored, kept.flip(2))
     settings = DataConfig(name="x", root="x", augment="resized_crop_flip")
     mirrored, kept = (training_image(images[0], settings, 8, drawn) for drawn in draws)

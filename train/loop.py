@@ -19,9 +19,9 @@ from data.batch import to_float
 from data.errors import UserError
 from data.index import Index
 from data.loader import TrainingLoader, TrainingStream
-from data.machine import too_few_cpus
 from data.mixing import mix, mixes
 from data.order import State
+from data.workers import too_few_cpus
 from models.build import ScaledModel, build, build_meta
 from models.flops import num_parameters, training_flops
 from models.optimizer import build_optimizer, parameter_groups

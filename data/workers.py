@@ -1,0 +1,176 @@
+"""Worker processes that write batches straight into memory which they share with the process that trains."""
+
+import ctypes
+import gc
+import mmap
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from data.batch import Batch
+from data.errors import UserError
+from data.index import NO_LABEL
+from data.reader import BadSample
+
+warnings.filterwarnings("ignore", "This DataLoader will create")  # too_few_cpus says it once, and what to do
+
+PREFETCHED = 2  # batches that workers make ready ahead
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+# Sent to all processes of a job, they are for the one that trains: a worker that died of them would end the run.
+JOB_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR2}
+
+
+def shared(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros that this process and those forked from it share. Not in /dev/shm, which containers keep small."""
+    count = int(np.prod(shape))
+    return torch.frombuffer(mmap.mmap(-1, max(count * dtype.itemsize, 1)), dtype=dtype, count=count).view(shape)
+
+
+def too_few_cpus(num_workers: int) -> str | None:
+    """What to do where the workers have fewer CPUs than they are, and so are slow for no reason that anyone sees; None
+    where they have enough."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if cpus >= num_workers:
+        return None
+    return (
+        f"{num_workers} data workers share {cpus} CPU(s): ask for more a task (launch.cpus_per_task; "
+        f"srun --cpus-per-task, which sbatch's own does not set), or set data.num_workers={cpus}"
+    )
+
+
+class Slots:
+    """Memory for a few batches, filled in turns: batch number n of a run of batches lies in slot n % `count`.
+
+    What the workers inherit and use again and again is mapped, touched and pinned once, not for each batch. `shape`:
+    (batch, channels, size, size) of the images.
+    """
+
+    def __init__(self, count: int, shape: tuple[int, int, int, int]) -> None:
+        self.images = shared((count, *shape), torch.uint8)
+        self.labels = shared((count, shape[0]), torch.int64)
+
+    def of(self, number: int) -> tuple[Tensor, Tensor]:
+        """Images and labels of batch `number`, to be filled or read."""
+        slot = number % len(self.images)
+        return self.images[slot], self.labels[slot]
+
+    def filled(self, number: int, bad: tuple[BadSample, ...]) -> Batch:
+        """The rows of batch `number` that hold a sample; good until its slot is filled again."""
+        images, labels = self.of(number)
+        good = labels != NO_LABEL
+        return Batch(images, labels, bad) if good.all() else Batch(images[good], labels[good], bad)
+
+    @contextmanager
+    def pinned(self) -> Iterator[None]:
+        """Page-locked, so that a GPU copies from them while the host goes on. Raises torch.cuda.CudaError."""
+        runtime, tensors = torch.cuda.cudart(), (self.images, self.labels)
+        for tensor in tensors:
+            torch.cuda.check_error(runtime.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0))
+        try:
+            yield
+        finally:
+            for tensor in tensors:
+                torch.cuda.check_error(runtime.cudaHostUnregister(tensor.data_ptr()))
+
+
+class Work(Protocol):
+    """What workers do together: each fills some rows of every batch."""
+
+    def fill(self, slots: Slots, worker: int, num_workers: int) -> Iterator[tuple[BadSample, ...]]:
+        """Writes its rows of batch 0, 1, ... to `slots`, only when asked for the next, and gives the bad samples among
+        them. A row without a sample gets NO_LABEL; all workers fill the same number of batches."""
+        ...
+
+
+@dataclass
+class Parts(IterableDataset):
+    """A worker's side: torch's DataLoader asks for one part of a batch after the other, and carries what was bad."""
+
+    work: Work
+    slots: Slots
+
+    def __iter__(self) -> Iterator[tuple[BadSample, ...]]:
+        info = get_worker_info()
+        return self.work.fill(self.slots, *((info.id, info.num_workers) if info else (0, 1)))
+
+
+def start_worker(worker: int) -> None:
+    """In a new worker: it ends when the process that trains says so or is gone, and sleeps through JOB_SIGNALS.
+
+    Has glibc give freed pictures back at once: its heap of buffers of all sizes grew from 80 to 280 MB a worker. And
+    keeps the garbage collector off what it inherited: to look at an object is to get an own copy of its memory, 43 MB.
+    """
+    gc.freeze()
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # other C libraries have none, and no need of it
+        mallopt(M_MMAP_THRESHOLD, 256 * 1024)
+
+
+def end_with_parent() -> None:
+    """Ends this worker at a SIGTERM of its parent, which is how Python stops workers that are left at its exit."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+def start(work: Work, slots: Slots, num_workers: int) -> Iterator[tuple[BadSample, ...]]:
+    """Starts the workers. Each turn of what is returned has filled a worker's rows, those of worker 0 first."""
+    loader = DataLoader(
+        Parts(work, slots),
+        batch_size=None,
+        collate_fn=tuple,
+        num_workers=num_workers,
+        prefetch_factor=PREFETCHED if num_workers else None,
+        worker_init_fn=start_worker,
+        generator=torch.Generator(),  # its own, so that no number is taken from the training's
+        # Python's default until 3.14. There a server starts them, and they would not end with this process.
+        multiprocessing_context="fork" if num_workers else None,
+    )
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)  # workers are born with it
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def in_turn(parts: Iterator[tuple[BadSample, ...]], num_parts: int) -> Iterator[tuple[BadSample, ...]]:
+    """The bad samples of one batch after the other, each of `num_parts` parts. Raises a worker's UserError with its own
+    words, which torch buries in a traceback."""
+    try:
+        for of_batch in zip(*[parts] * num_parts, strict=False):
+            yield tuple(bad for part in of_batch for bad in part)
+    except UserError as error:
+        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
+
+
+def batches(work: Work, shape: tuple[int, int, int, int], num_workers: int, device: torch.device) -> Iterator[Batch]:
+    """The batches that `num_workers` processes (0: this one) fill, on `device`. `shape`: of a batch's images.
+
+    A worker is asked for its part of batch n + PREFETCHED when that of batch n is taken. With one slot more than that,
+    batch n is written over only after this generator has gone on from it.
+    """
+    slots = Slots(PREFETCHED + 1 if num_workers else 1, shape)
+    parts = start(work, slots, num_workers)  # before they are pinned: what CUDA has registered need not survive a fork
+    if device.type != "cuda":
+        for number, bad in enumerate(in_turn(parts, max(num_workers, 1))):
+            yield slots.filled(number, bad).copy()
+        return
+    copies = torch.cuda.Stream(device)
+    with slots.pinned():
+        for number, bad in enumerate(in_turn(parts, max(num_workers, 1))):
+            batch = slots.filled(number, bad).to(device, copies)
+            copied = copies.record_event()
+            try:
+                yield batch
+            finally:
+                copied.synchronize()

@@ -1,0 +1,91 @@
+"""Workers fill batches in memory that they share with the process that trains: none too early, none late, none lost."""
+
+import gc
+import time
+from collections.abc import Iterator
+from itertools import count, islice
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from data.index import NO_LABEL
+from data.reader import BadSample
+from data.workers import Slots, batches
+
+CPU = torch.device("cpu")
+SHAPE = (6, 1, 2, 2)  # of a batch
+
+
+class Numbered:
+    """Every row of batch n holds n. The last worker is slow: a batch stands half filled while others go on."""
+
+    def fill(self, slots: Slots, worker: int, num_workers: int) -> Iterator[tuple[BadSample, ...]]:
+        for number in range(30):
+            if num_workers > 1 and worker == num_workers - 1:
+                time.sleep(0.01)
+            images, labels = slots.of(number)
+            images[worker::num_workers] = number
+            labels[worker::num_workers] = number
+            yield (BadSample("a.tar", f"{number}-{worker}", "empty file"),) if number == 7 else ()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+def test_a_batch_is_whole_and_stays_what_it_is_when_its_slot_is_filled_again(num_workers: int) -> None:
+    got = []
+    for number, batch in enumerate(batches(Numbered(), SHAPE, num_workers, CPU)):
+        if number % 4 == 0:
+            time.sleep(0.02)  # workers run ahead as far as they may
+        got.append(batch)
+    assert len(got) == 30
+    for number, batch in enumerate(got):
+        assert batch.images.shape == SHAPE
+        assert batch.images.unique().tolist() == batch.labels.unique().tolist() == [number]
+    assert [bad.key for batch in got for bad in batch.bad] == [f"7-{worker}" for worker in range(max(num_workers, 1))]
+
+
+class Sparse:
+    """Row r of batch n holds a sample where n + r is even."""
+
+    def fill(self, slots: Slots, worker: int, num_workers: int) -> Iterator[tuple[BadSample, ...]]:
+        for number in range(3):
+            images, labels = slots.of(number)
+            for row in range(worker, len(images), num_workers):
+                images[row] = row
+                labels[row] = row if (number + row) % 2 == 0 else NO_LABEL
+            yield ()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_rows_without_a_sample_are_left_out(num_workers: int) -> None:
+    got = list(batches(Sparse(), SHAPE, num_workers, CPU))
+    assert [batch.labels.tolist() for batch in got] == [[0, 2, 4], [1, 3, 5], [0, 2, 4]]
+    assert [batch.images[:, 0, 0, 0].tolist() for batch in got] == [[0, 2, 4], [1, 3, 5], [0, 2, 4]]
+
+
+class Collecting:
+    """Collects garbage; the labels say how much memory the worker has for itself before and after, KiB."""
+
+    def fill(self, slots: Slots, worker: int, num_workers: int) -> Iterator[tuple[BadSample, ...]]:
+        for number in count():
+            _, labels = slots.of(number)
+            labels[0] = psutil.Process().memory_full_info().uss >> 10
+            gc.collect()
+            labels[1:] = psutil.Process().memory_full_info().uss >> 10
+            yield ()
+
+
+def test_a_garbage_collection_in_a_worker_copies_nothing_of_what_it_inherited() -> None:
+    inherited = [[number] for number in range(500_000)]  # over 40 MB of lists
+    [batch] = islice(batches(Collecting(), SHAPE, 1, CPU), 1)
+    before, after = batch.labels[:2].tolist()
+    assert after - before < 8 << 10
+    assert len(inherited) == 500_000
+
+
+def test_nothing_goes_through_dev_shm() -> None:
+    """Containers give it 64 MB, and who writes more dies of a bus error."""
+    filled = batches(Numbered(), (64, 3, 224, 224), 2, CPU)
+    next(filled)
+    assert "/dev/shm/torch" not in Path("/proc/self/maps").read_text()
