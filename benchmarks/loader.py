@@ -1,10 +1,13 @@
-"""Images per second of one thread in one process: this loader beside others, on the same photographs.
+"""Images per second and core: this loader beside others, on the same photographs.
 
-    OMP_NUM_THREADS=1 python benchmarks/loader.py PHOTOS [--repeats 5]
+    OMP_NUM_THREADS=1 python benchmarks/loader.py PHOTOS [--repeats 15] [--workers 0]
 
 PHOTOS is a folder (or tar) of class folders of JPEG files; they are repeated to 512 samples. Each loader delivers uint8
 or float batches of 64 random resized crops of 224 pixels, ready for the network, and all take turns, so that a busy
 machine slows all alike. Medians over the turns. litdata and opencv are compared when they are installed.
+
+A second is one of CPU time, of this process and of the loader's workers together, so that what it costs to hand batches
+over counts, and other work on the machine does not. The bare loop has no workers.
 """
 
 import argparse
@@ -18,12 +21,13 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 import webdataset
 from PIL import Image
 
 from data.augment import NUM_DRAWS, prepare
-from data.batch import collate, to_float
+from data.batch import Batch, to_float
 from data.config import DataConfig
 from data.decode import decode, scratch
 from data.index import Index, Span
@@ -49,9 +53,15 @@ def make_shards(photos: str, folder: Path) -> Index:
     return pack(str(folder / "images"), folder / "shards", shard_samples=128)[0]
 
 
-def own(index: Index, backend: str) -> Iterator[object]:
+def own(index: Index, backend: str, workers: int) -> Iterator[object]:
     config = DataConfig(
-        name="photos", root=index.root, augment="resized_crop_flip", backend=backend, minival=0, num_streams=16
+        name="photos",
+        root=index.root,
+        augment="resized_crop_flip",
+        backend=backend,
+        minival=0,
+        num_streams=16,
+        num_workers=workers,
     )
     for batch in TrainingLoader(TrainingStream(config, index, State(0), BATCH, SIZE, 3)):
         yield to_float(batch, config, "cpu")
@@ -62,14 +72,15 @@ def bare(index: Index) -> Iterator[object]:
     samples = [read_sample(index, Span(s, 0, s.samples), n).image for s in index.shards for n in range(s.samples)]
     random, config, buffer = np.random.default_rng(0), DataConfig(name="photos", root=index.root), scratch()
     while True:
-        images = []
-        for number in random.integers(len(samples), size=BATCH):
+        images = torch.from_numpy(np.empty((BATCH, 3, SIZE, SIZE), np.uint8))
+        for image, number in zip(images, random.integers(len(samples), size=BATCH), strict=True):
             draws = random.random(NUM_DRAWS["resized_crop_flip"])
-            images.append(prepare(decode(samples[number], 3, "fast", buffer), "resized_crop_flip", SIZE, draws, "fast"))
-        yield to_float(collate(images, [0] * BATCH), config, "cpu")
+            decoded = decode(samples[number], 3, "fast", buffer)
+            image.copy_(prepare(decoded, "resized_crop_flip", SIZE, draws, "fast"))
+        yield to_float(Batch(images, torch.zeros(BATCH)), config, "cpu")
 
 
-def as_users_write_it(index: Index) -> Iterator[object]:
+def as_users_write_it(index: Index, workers: int) -> Iterator[object]:
     """webdataset, PIL, torchvision's transforms (timm's are the same code), default collate."""
     from torchvision import transforms
 
@@ -90,10 +101,10 @@ def as_users_write_it(index: Index) -> Iterator[object]:
         .map_tuple(transform, int)
         .repeat()
     )
-    return iter(torch.utils.data.DataLoader(dataset, batch_size=BATCH))
+    return iter(torch.utils.data.DataLoader(dataset, batch_size=BATCH, num_workers=workers))
 
 
-def opencv(index: Index) -> Iterator[object]:
+def opencv(index: Index, workers: int) -> Iterator[object]:
     """webdataset's reader, opencv's decode and area resize, uint8 until the batch is whole."""
     import cv2
 
@@ -112,11 +123,11 @@ def opencv(index: Index) -> Iterator[object]:
     dataset = (
         webdataset.WebDataset(shards, shardshuffle=4).shuffle(64).to_tuple("jpg", "cls").map_tuple(crop, int).repeat()
     )
-    for images, _ in torch.utils.data.DataLoader(dataset, batch_size=BATCH):
+    for images, _ in torch.utils.data.DataLoader(dataset, batch_size=BATCH, num_workers=workers):
         yield images.float().mul_(1 / 127.5).sub_(1)
 
 
-def litdata(index: Index, folder: Path) -> Iterator[object]:
+def litdata(index: Index, folder: Path, workers: int) -> Iterator[object]:
     """litdata's streaming of the same JPEG bytes; PIL and torchvision, uint8 until the batch is whole."""
     from litdata import StreamingDataLoader, StreamingDataset
     from litdata.streaming.writer import BinaryWriter
@@ -141,9 +152,24 @@ def litdata(index: Index, folder: Path) -> Iterator[object]:
         writer.add_item(number, {"image": sample.image, "label": sample.label})
     writer.done()
     writer.merge()
+    photos = Photos(str(folder), shuffle=True)
     while True:
-        for images, _ in StreamingDataLoader(Photos(str(folder), shuffle=True), batch_size=BATCH):
+        for images, _ in StreamingDataLoader(photos, batch_size=BATCH, num_workers=workers):
             yield images.float().mul_(1 / 127.5).sub_(1)
+
+
+def cpu_seconds() -> float:
+    """Of this process and its workers. Waits until they rest, their batches made ready."""
+    workers = psutil.Process().children()
+
+    def of_workers() -> float:
+        return sum(sum(worker.cpu_times()[:2]) for worker in workers)
+
+    before = -1.0
+    while workers and (now := of_workers()) > before:
+        before = now
+        time.sleep(0.3)
+    return time.process_time() + max(before, 0)
 
 
 def measure(loaders: dict[str, Iterator[object]], repeats: int, batches: int) -> dict[str, float]:
@@ -153,33 +179,35 @@ def measure(loaders: dict[str, Iterator[object]], repeats: int, batches: int) ->
         next(loader)
     for _ in range(repeats):
         for name, loader in loaders.items():
-            started = time.process_time()  # of this process: other work on the machine does not count
+            before = cpu_seconds()
             for _ in islice(loader, batches):
                 pass
-            rates[name].append(batches * BATCH / (time.process_time() - started))
+            rates[name].append(batches * BATCH / (cpu_seconds() - before))
     return {name: statistics.median(values) for name, values in rates.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photos")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--workers", type=int, default=0, help="processes of each loader")
     parser.add_argument("--batches", type=int, default=4, help="in one turn")
     arguments = parser.parse_args()
+    workers = arguments.workers
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         index = make_shards(arguments.photos, folder)
         loaders = {
-            "depthmup": own(index, "fast"),
-            "depthmup, data.backend: pil": own(index, "pil"),
+            "depthmup": own(index, "fast", workers),
+            "depthmup, data.backend: pil": own(index, "pil", workers),
             "bare loop, same decoder": bare(index),
-            "webdataset + PIL + torchvision": as_users_write_it(index),
+            "webdataset + PIL + torchvision": as_users_write_it(index, workers),
         }
         if importlib.util.find_spec("cv2"):
-            loaders["webdataset + opencv (area)"] = opencv(index)
+            loaders["webdataset + opencv (area)"] = opencv(index, workers)
         if importlib.util.find_spec("litdata"):
-            loaders["litdata + PIL + torchvision"] = litdata(index, folder / "litdata")
+            loaders["litdata + PIL + torchvision"] = litdata(index, folder / "litdata", workers)
         rates = measure(loaders, arguments.repeats, arguments.batches)
         for loader, rate in rates.items():
             print(f"{loader:32} {rate:6.0f} images/s  {rate / rates['webdataset + PIL + torchvision']:5.2f}")

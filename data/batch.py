@@ -1,6 +1,5 @@
 """A batch, and how it becomes the network's input."""
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +18,8 @@ from data.reader import BadSample, read_sample
 
 @dataclass(frozen=True)
 class Batch:
-    """images: (batch, channels, size, size) uint8; labels: (batch,) int64; `bad`: samples that could not be used."""
+    """images: (batch, channels, size, size) uint8, in any memory format; labels: (batch,) int64; `bad`: samples that
+    could not be used."""
 
     images: Tensor
     labels: Tensor
@@ -27,8 +27,8 @@ class Batch:
 
     def copy(self) -> "Batch":
         """In memory of its own, on the CPU."""
-        images, labels = (new_tensor(tensor.shape, tensor.numpy().dtype) for tensor in (self.images, self.labels))
-        return replace(self, images=images.copy_(self.images), labels=labels.copy_(self.labels))
+        images, labels = (new_like(tensor).copy_(tensor) for tensor in (self.images, self.labels))
+        return replace(self, images=images, labels=labels)
 
     def to(self, device: torch.device | str, stream: torch.cuda.Stream | None = None) -> "Batch":
         """On `device`; from pinned memory the host does not wait for the copy, and with a `stream` of its own the copy
@@ -57,9 +57,10 @@ def decode_sample(
         raise BadSample(sample.shard, sample.key, str(error)) from None
 
 
-def new_tensor(shape: torch.Size, dtype: npt.DTypeLike) -> Tensor:
-    """Uninitialised memory of the CPU, by numpy: it asks Linux for huge pages, whose first touch costs far less."""
-    return torch.from_numpy(np.empty(shape, dtype))
+def new_like(tensor: Tensor, dtype: npt.DTypeLike | None = None) -> Tensor:
+    """Uninitialised memory of the CPU for a tensor of the same shape and strides, by numpy: it asks Linux for huge
+    pages, whose first touch costs far less."""
+    return torch.from_numpy(np.empty_like(tensor.numpy(), dtype))
 
 
 def on_device(array: np.ndarray, device: torch.device) -> Tensor:
@@ -68,15 +69,10 @@ def on_device(array: np.ndarray, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def collate(images: Sequence[Tensor], labels: Sequence[int], bad: Sequence[BadSample] = ()) -> Batch:
-    pixels = new_tensor(torch.Size((len(images), *images[0].shape)), np.uint8)
-    return Batch(torch.stack(list(images), out=pixels), torch.tensor(labels), tuple(bad))
-
-
-def to_float(batch: Batch, config: DataConfig, device: Any) -> tuple[Tensor, Tensor]:
+def to_float(batch: Batch, config: DataConfig, device: Any, channels_last: bool = False) -> tuple[Tensor, Tensor]:
     """uint8 pixels to normalised float32 on `device`: (batch, channels, size, size), and the labels."""
     batch = batch.to(device)
-    images = batch.images
-    on_cpu = images.device.type == "cpu"
-    images = new_tensor(images.shape, np.float32).copy_(images) if on_cpu else images.float()  # then in place
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    pixels = batch.images.contiguous(memory_format=memory_format)  # now, while they are bytes
+    images = new_like(pixels, np.float32).copy_(pixels) if pixels.device.type == "cpu" else pixels.float()
     return images.mul_(1 / (255 * config.std)).sub_(config.mean / config.std), batch.labels

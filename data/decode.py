@@ -62,7 +62,10 @@ def crop_resize(image: Tensor, box: tuple[int, int, int, int], size: int, backen
         return crop.clone()
     if backend == "pil":
         return from_array(np.array(to_pil(crop).resize((size, size), Image.Resampling.BICUBIC)))
-    return F.interpolate(crop[None], (size, size), mode="bicubic", antialias=True)[0]
+    pixels = crop[None].contiguous(
+        memory_format=torch.channels_last
+    )  # or torch would resize to planes, for a fifth more
+    return F.interpolate(pixels, (size, size), mode="bicubic", antialias=True)[0]
 
 
 def center_box(height: int, width: int) -> tuple[int, int, int, int]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data.augment import crop_flip
 from data.bad import StandIns
-from data.batch import Batch, collate, decode_sample, on_device
+from data.batch import Batch, decode_sample, on_device
 from data.config import DataConfig
 from data.decode import center_crop
 from data.distort import distorts, num_draws, training_image
@@ -94,9 +94,9 @@ def decode_all(
         raise UserError(
             "data.in_memory with augment resized_crop_flip needs images of one size: set data.in_memory=false"
         )
-    batch = collate([torch.zeros_like(good) if image is None else image for image in images], labels)
-    device = pick_device(batch.images.nbytes, device)
-    return PixelStore(batch.images.to(device), batch.labels.to(device), rows, bad)
+    pixels = torch.stack([torch.zeros_like(good) if image is None else image for image in images])
+    device = pick_device(pixels.nbytes, device)
+    return PixelStore(pixels.to(device), torch.tensor(labels).to(device), rows, bad)
 
 
 def open_store(

@@ -52,12 +52,15 @@ class Slots:
     """Memory for a few batches, filled in turns: batch number n of a run of batches lies in slot n % `count`.
 
     What the workers inherit and use again and again is mapped, touched and pinned once, not for each batch. `shape`:
-    (batch, channels, size, size) of the images.
+    (batch, channels, size, size) of the images, which lie channels last, as they are decoded.
     """
 
     def __init__(self, count: int, shape: tuple[int, int, int, int]) -> None:
-        self.images = shared((count, *shape), torch.uint8)
-        self.labels = shared((count, shape[0]), torch.int64)
+        batch_size, channels, height, width = shape
+        pixels = shared((count, batch_size, height, width, channels), torch.uint8)
+        # One channel is first and last; convolutions then go by the strides, and shall see the usual ones.
+        self.images = pixels.view(count, *shape) if channels == 1 else pixels.permute(0, 1, 4, 2, 3)
+        self.labels = shared((count, batch_size), torch.int64)
 
     def of(self, number: int) -> tuple[Tensor, Tensor]:
         """Images and labels of batch `number`, to be filled or read."""

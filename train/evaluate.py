@@ -49,9 +49,7 @@ def evaluate(
             if batch is None:
                 engine.module(torch.zeros(1, model.in_channels, model.image_size, model.image_size, device=device))
             else:
-                images, labels = to_float(batch, data, device)
-                if channels_last:
-                    images = images.contiguous(memory_format=torch.channels_last)
+                images, labels = to_float(batch, data, device, channels_last)
                 with autocast(device, dtype):
                     logits = engine.module(images).float()  # (batch, classes)
                 hits = logits.topk(min(5, model.num_classes), dim=1).indices == labels[:, None]  # (batch, 5)

@@ -245,11 +245,9 @@ class Run:
         """Images and targets of the steps from the present one on, as `take_step` wants them."""
         config = self.config
         for step, batch in enumerate(self.loader, start=self.step):
-            images, targets = to_float(batch, config.data, self.device)
+            images, targets = to_float(batch, config.data, self.device, self.channels_last)
             if mixes(config.data):
                 images, targets = mix(images, targets, config.data, config.model.num_classes, config.seed, step)
-            if self.channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
             yield images, targets
 
     def train(self, interrupt: Interrupt) -> dict[str, Any]:
