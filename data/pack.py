@@ -187,6 +187,21 @@ def check_plan(out: Path, plan: dict[str, Any]) -> None:
     storage.write_atomically(path, (json.dumps(plan, indent=1) + "\n").encode())
 
 
+def archive_stamp(source: str) -> list[int] | None:
+    """Bytes and time of change of a source that is one file. While both stay, it need not be unpacked again."""
+    if not os.path.isfile(source):
+        return None
+    status = os.stat(source)
+    return [status.st_size, status.st_mtime_ns]
+
+
+def packed_before(out: Path) -> Index:
+    """The index of a pack that is done. Raises UserError when a shard of it is missing."""
+    index = Index.load(out)
+    index.check_files()
+    return index
+
+
 def write_shards(
     tasks: Mapping[Path, Sequence[SourceImage]],
     finished: dict[Path, PackedShard],
@@ -264,19 +279,29 @@ def pack(
         "quality": resize and quality,
         "seed": seed,
     }
+    stamp, done = archive_stamp(source), out / INDEX_NAME
     with claim_folder(out):
+        if stamp and not validation_list and done.exists() and (out / PLAN_NAME).exists():
+            recorded = json.loads((out / PLAN_NAME).read_text())
+            if (recorded["archive"], recorded["options"]) == (stamp, options):
+                return packed_before(out), recorded["left_out"]
         opened = open_source(source, out, validation_list)
         images = opened.images
         splits = split_images(images, validation_share, seed)
         classes = sorted({image.class_name for image in images})
         names = read_list(class_names, "'CLASS NAME'") if class_names else {}
         listing = hashlib.sha256("\n".join(f"{i.path} {i.size} {i.class_name} {i.split}" for i in images).encode())
-        plan = {"source": source, "images": len(images), "listing": listing.hexdigest(), "options": options}
+        plan = {
+            "source": source,
+            "archive": stamp,
+            "images": len(images),
+            "listing": listing.hexdigest(),
+            "left_out": opened.lines(),
+            "options": options,
+        }
         check_plan(out, plan)
-        if (out / INDEX_NAME).exists():
-            index = Index.load(out)
-            index.check_files()
-            return index, opened.lines()
+        if done.exists():
+            return packed_before(out), opened.lines()
 
         tasks = {
             out / f"{split}-{number:06d}.tar": part

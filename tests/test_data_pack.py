@@ -317,6 +317,32 @@ def test_a_tar_compressed_or_not_and_size_limits_give_the_images_of_the_folder(t
             pack(str(path), tmp_path / "refused")
 
 
+def test_a_packed_archive_is_unpacked_again_only_when_it_or_the_options_changed(tmp_path, monkeypatch):
+    path, shards, opened = tmp_path / "images.tar.gz", tmp_path / "shards", []
+    original = packing.open_source
+    monkeypatch.setattr(packing, "open_source", lambda *arguments: opened.append(arguments) or original(*arguments))
+
+    def compress(count):
+        source = make_folder(tmp_path / f"images{count}", count)
+        (source / "class0" / "notes.txt").touch()
+        with tarfile.open(path, "w:gz") as archive:
+            archive.add(source, "images")
+
+    compress(9)
+    first = pack(str(path), shards)
+    assert len(opened) == 1
+    assert pack(str(path), shards) == first
+    assert len(opened) == 1
+    with pytest.raises(UserError, match="then --seed 0, now 1"):
+        pack(str(path), shards, seed=1)
+    os.utime(path, (0, 0))  # as a copy has another time
+    assert pack(str(path), shards) == pack(str(path), shards) == first
+    assert len(opened) == 3
+    compress(10)
+    with pytest.raises(UserError, match=r"then 9 images .* now 10 others"):
+        pack(str(path), shards)
+
+
 def test_indexing_existing_shards_gives_packs_own_index_and_inspect_reports(tmp_path):
     index, _ = pack(
         str(make_folder(tmp_path / "images", 30)), tmp_path / "shards", shard_samples=8, validation_share=0.2
