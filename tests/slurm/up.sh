@@ -132,7 +132,9 @@ SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf_interval=1,bf_resolution=1
 SlurmctldTimeout=10
 SlurmdTimeout=6
-MessageTimeout=5
+# MessageTimeout: longer than KillWait, for which a node may answer nothing while it kills a step. slurmctld would send that
+# kill again a minute later, and hit the requeued job's next step (elsewhere cred_expire, 120 s, keeps that from starting)
+MessageTimeout=10
 KillWait=5
 UnkillableStepTimeout=20
 CompleteWait=0
