@@ -4,12 +4,14 @@ import ctypes
 import gc
 import mmap
 import os
+import shutil
 import signal
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -24,6 +26,7 @@ from data.reader import BadSample
 
 warnings.filterwarnings("ignore", "This DataLoader will create")  # too_few_cpus says it once, and what to do
 
+SHARED_MEMORY = Path("/dev/shm")
 PREFETCHED = 2  # batches that workers make ready ahead
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 # Sent to all processes of a job, they are for the one that trains: a worker that died of them would end the run.
@@ -46,6 +49,17 @@ def too_few_cpus(num_workers: int) -> str | None:
         f"{num_workers} data workers share {cpus} CPU(s): ask for more a task (launch.cpus_per_task; "
         f"srun --cpus-per-task, which sbatch's own does not set), or set data.num_workers={cpus}"
     )
+
+
+def check_shared_memory(num_workers: int) -> None:
+    """The queues to the workers have their semaphores in /dev/shm: 32 KiB, and 12 for each (torch 2.13), and as much
+    again for those of an evaluation. Raises UserError where there is less."""
+    needed = 2 * (32 + 12 * num_workers) if num_workers and SHARED_MEMORY.exists() else 0  # KiB; Linux alone has it
+    if needed and (free := shutil.disk_usage(SHARED_MEMORY).free >> 10) < needed:
+        raise UserError(
+            f"{SHARED_MEMORY} has {free} KiB free, and {num_workers} data workers need {needed}: remove what was left "
+            f"there (ls -l {SHARED_MEMORY}), enlarge it (docker: --shm-size=1g), or set data.num_workers=0"
+        )
 
 
 class Slots:
@@ -127,7 +141,11 @@ def end_with_parent() -> None:
 
 
 def start(work: Work, slots: Slots, num_workers: int) -> Iterator[tuple[BadSample, ...]]:
-    """Starts the workers. Each turn of what is returned has filled a worker's rows, those of worker 0 first."""
+    """Starts the workers. Each turn of what is returned has filled a worker's rows, those of worker 0 first.
+
+    Raises UserError where /dev/shm is full.
+    """
+    check_shared_memory(num_workers)
     loader = DataLoader(
         Parts(work, slots),
         batch_size=None,

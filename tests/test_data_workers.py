@@ -1,15 +1,18 @@
 """Workers fill batches in memory that they share with the process that trains: none too early, none late, none lost."""
 
 import gc
+import shutil
 import time
 from collections.abc import Iterator
 from itertools import count, islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 
+from data.errors import UserError
 from data.index import NO_LABEL
 from data.reader import BadSample
 from data.workers import Slots, batches
@@ -89,3 +92,12 @@ def test_nothing_goes_through_dev_shm() -> None:
     filled = batches(Numbered(), (64, 3, 224, 224), 2, CPU)
     next(filled)
     assert "/dev/shm/torch" not in Path("/proc/self/maps").read_text()
+
+
+def test_a_full_dev_shm_is_said_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100 << 10))
+    with pytest.raises(UserError, match=r"^/dev/shm has 100 KiB free, and 2 data workers need 112: remove .*=0$"):
+        next(batches(Numbered(), SHAPE, 2, CPU))
+    next(batches(Numbered(), SHAPE, 1, CPU))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    next(batches(Numbered(), SHAPE, 0, CPU))
