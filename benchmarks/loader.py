@@ -13,11 +13,14 @@ over counts, and other work on the machine does not. The bare loop has no worker
 import argparse
 import importlib.util
 import io
+import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -172,17 +175,32 @@ def cpu_seconds() -> float:
     return time.process_time() + max(before, 0)
 
 
-def measure(loaders: dict[str, Iterator[object]], repeats: int, batches: int) -> dict[str, float]:
-    """Median images per second of each, in turns."""
+def serve(make: Callable[[], Iterator[object]], turns: Connection, batches: int) -> None:
+    """Answers each turn that is asked for with its images per second."""
+    torch.set_num_threads(1)
+    loader = make()
+    next(loader)
+    while turns.recv():
+        before = cpu_seconds()
+        for _ in islice(loader, batches):
+            pass
+        turns.send(batches * BATCH / (cpu_seconds() - before))
+
+
+def measure(loaders: dict[str, Callable[[], Iterator[object]]], repeats: int, batches: int) -> dict[str, float]:
+    """Median images per second of each, in turns; each has a process, so that none pays for another's use of memory."""
+    context, turns = multiprocessing.get_context("fork"), {}
+    for name, make in loaders.items():
+        turns[name], theirs = context.Pipe()
+        context.Process(target=serve, args=(make, theirs, batches)).start()
+        theirs.close()  # so that the end of the process is seen here
     rates: dict[str, list[float]] = {name: [] for name in loaders}
-    for loader in loaders.values():
-        next(loader)
     for _ in range(repeats):
-        for name, loader in loaders.items():
-            before = cpu_seconds()
-            for _ in islice(loader, batches):
-                pass
-            rates[name].append(batches * BATCH / (cpu_seconds() - before))
+        for name, turn in turns.items():
+            turn.send(True)
+            rates[name].append(turn.recv())
+    for turn in turns.values():
+        turn.send(False)
     return {name: statistics.median(values) for name, values in rates.items()}
 
 
@@ -194,20 +212,19 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=4, help="in one turn")
     arguments = parser.parse_args()
     workers = arguments.workers
-    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         index = make_shards(arguments.photos, folder)
         loaders = {
-            "depthmup": own(index, "fast", workers),
-            "depthmup, data.backend: pil": own(index, "pil", workers),
-            "bare loop, same decoder": bare(index),
-            "webdataset + PIL + torchvision": as_users_write_it(index, workers),
+            "depthmup": partial(own, index, "fast", workers),
+            "depthmup, data.backend: pil": partial(own, index, "pil", workers),
+            "bare loop, same decoder": partial(bare, index),
+            "webdataset + PIL + torchvision": partial(as_users_write_it, index, workers),
         }
         if importlib.util.find_spec("cv2"):
-            loaders["webdataset + opencv (area)"] = opencv(index, workers)
+            loaders["webdataset + opencv (area)"] = partial(opencv, index, workers)
         if importlib.util.find_spec("litdata"):
-            loaders["litdata + PIL + torchvision"] = litdata(index, folder / "litdata", workers)
+            loaders["litdata + PIL + torchvision"] = partial(litdata, index, folder / "litdata", workers)
         rates = measure(loaders, arguments.repeats, arguments.batches)
         for loader, rate in rates.items():
             print(f"{loader:32} {rate:6.0f} images/s  {rate / rates['webdataset + PIL + torchvision']:5.2f}")
