@@ -92,7 +92,7 @@ def distort(image: Tensor, config: DataConfig, draws: np.ndarray) -> Tensor:
 
 
 def training_image(image: Tensor, config: DataConfig, size: int, draws: np.ndarray) -> Tensor:
-    """A decoded image -> its (channels, size, size) uint8 of training, but for what data.augment.augment does.
+    """A decoded image -> its (channels, size, size) uint8 of training, but for what data.augment.crop_flip does.
 
     `draws`: (num_draws(config),).
     """

@@ -112,7 +112,7 @@ class TrainingStream:
             epoch, position = epoch + 1, 0
 
     def from_memory(self, device: torch.device) -> Iterator[Batch]:
-        """The batches that iterating gives, from pixels that are decoded once, on `device` where they fit."""
+        """The batches that `fill` makes, from pixels that are decoded once, on `device` where they fit."""
         store = memory.open_store(self.config, self.index, "train", self.image_size, self.channels, device)
         mine = streams_of(self.rank, self.world_size, 0, 0, self.config.num_streams)
         epoch, position = self.state.epoch, self.state.position
