@@ -1,10 +1,11 @@
 """The data's configuration. Nothing here imports torch."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
 
 NOT_IDENTITY = {"identity": False}  # on a field that does not change a result: no part of a run's hash
 Positive = Annotated[int, Field(gt=0)]
@@ -25,7 +26,7 @@ def streams_misfit(num_streams: int, global_batch_size: int) -> str | None:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
 class DataConfig:
     """`name` says which data set it is and belongs to a run's identity; where its files lie does not."""
 

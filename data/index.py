@@ -17,8 +17,8 @@ from pydantic import Field, PlainValidator, TypeAdapter, ValidationError
 
 from data import storage
 from data.errors import UserError
+from data.fingerprint import INDEX_NAME
 
-INDEX_NAME = "index.json"
 AGAIN = f"delete {INDEX_NAME} and pack or index again"  # what mends an index that is wrong
 NO_LABEL = -1
 TAR_BLOCK = 512  # bytes: contents of a tar's members begin at multiples of it, each after one such header

@@ -127,7 +127,7 @@ def print_launched(study: "Study", launched: "Launched", console: "Console") -> 
     else:  # they were trained in this process
         from launch.transfer import unfinished
 
-        if not all(run.directory.done() for run in launched.runs):
+        if not all(run.done() for run in launched.runs):
             raise unfinished(study)
         console.print(f"{len(launched.runs)} runs trained.", highlight=False)
 

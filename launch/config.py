@@ -2,16 +2,18 @@
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic.dataclasses import dataclass
 
 from data.config import NOT_IDENTITY, Positive
 from data.errors import UserError
+from models.checked import STRICT
 from models.config import Number, ParameterizationConfig
-from train.config import RunConfig, from_plain, read_yaml, set_dotted, to_plain
+from train.config import RunConfig, checked_setting, from_plain, read_yaml, set_dotted, to_plain
 
 Preset = Annotated[
     ParameterizationConfig, BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value)
@@ -23,7 +25,8 @@ Seeds = Annotated[
 ]
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_setting
+@dataclass(config=STRICT, frozen=True, kw_only=True)
 class Size:
     width: Positive
     depth: Positive
@@ -32,7 +35,8 @@ class Size:
         return f"width {self.width}, depth {self.depth}"
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_setting
+@dataclass(config=STRICT, frozen=True, kw_only=True)
 class Octaves:
     """first, first * 2^(1/per_octave), ... up to last."""
 
@@ -67,7 +71,8 @@ def enough(values: Octaves | tuple[float, ...]) -> Octaves | tuple[float, ...]:
     return values
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_setting
+@dataclass(config=STRICT, frozen=True, kw_only=True)
 class StudyConfig:
     """Every parameterization x size x value x seed is one run. The first size is the base that others compare with."""
 
@@ -82,6 +87,8 @@ class StudyConfig:
     tolerance: Annotated[Number, Field(gt=0)] = 1.0  # octaves by which an optimum may drift and still transfer
     extend: Annotated[int, Field(ge=0)] = 2  # rounds in which a grid grows by two values where its best is on the edge
     more_seeds: Annotated[int, Field(ge=0)] = 2  # rounds in which one seed is added where a verdict hangs on the noise
+    # lets results of different code, or of different shards under one data.name, count side by side; the report says so
+    pool_different: tuple[Literal["code", "shards"], ...] = field(default=(), metadata=NOT_IDENTITY)
 
     def __post_init__(self) -> None:
         if self.complement and max(self.grid) >= 1:
@@ -116,7 +123,8 @@ class StudyConfig:
         return 1 - 2.0**octaves if self.complement else 2.0**octaves
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_setting
+@dataclass(config=STRICT, frozen=True, kw_only=True)
 class LaunchConfig:
     """Where runs execute. Hardware: no part of any run's identity.
 
@@ -162,7 +170,8 @@ class LaunchConfig:
         return self.nodes * (self.tasks_per_node or max(self.gpus_per_node, 1))
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_setting
+@dataclass(config=STRICT, frozen=True, kw_only=True)
 class StudyFile(RunConfig):
     """A configuration file with a study. Without its last two sections it is the configuration of one run."""
 

@@ -123,7 +123,7 @@ def line(study: Study, parameterization: str, axis: str, value: float, shown: li
             point.seed: (point, done["outcome"])
             for point in study.points
             if (point.parameterization, point.size, point.value) == (parameterization, size, value)
-            and (done := point.directory.done())
+            and (done := point.done())
         }
         number = getattr(size, axis)
         if not at_value:

@@ -26,7 +26,7 @@ def power_of_two(value: float) -> str:
 def print_plan(study: Study, console: Console) -> None:
     """One line per run, then the totals per size. 80 columns."""
     flops = count_flops(study.runs)
-    runs = [(run, run.directory.done()) for run in study.runs]
+    runs = [(run, run.done()) for run in study.runs]
     # text rather than a rich table, which takes seconds for thousands of rows
     width = max(len(run.parameterization) for run, _ in runs)
     name = study.file.study.hyperparameter.split(".")[-1]

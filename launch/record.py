@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from launch.pool import origins
 from launch.report import Report
 
 
@@ -66,6 +67,7 @@ def as_record(report: Report) -> dict[str, Any]:
         "num_runs": len(report.finished),
         "num_diverged": report.num_diverged,
         "num_unfinished": len(report.unfinished),
+        "origins": origins(report.study),  # code and shards: fingerprint -> number of runs
         "cost": {
             "flops": report.total_flops,
             "hours": report.hours,

@@ -13,6 +13,7 @@ from launch.cost import count_flops
 from launch.direct import Direct, compare_with_direct
 from launch.forecast import Forecast, forecasts
 from launch.plan import quantity
+from launch.pool import mixtures, refuse_mixture
 from launch.study import PlannedRun, Study
 
 
@@ -59,7 +60,7 @@ class Report:
     @cached_property
     def finished(self) -> list[tuple[PlannedRun, dict[str, Any]]]:
         """The runs that are done, each once, with their markers."""
-        return [(run, done) for run in self.study.runs if (done := run.directory.done())]
+        return [(run, done) for run in self.study.runs if (done := run.done())]
 
     @property
     def num_diverged(self) -> int:
@@ -89,6 +90,7 @@ class Report:
             f"{self.num_diverged} of them diverged; {quantity(self.total_flops)}FLOPs "
             f"({self.total_flops / max(self.flops.values()):.3g} times one run of the costliest size), "
             f"{self.hours:.2f} hours of training processes."
+            f"{''.join(f' Results of {mixture}.' for mixture in mixtures(self.study))}"
             f"{' ' + target if (target := target_line(self.study)) else ''}"
         )
 
@@ -110,7 +112,7 @@ def target_line(study: Study) -> str | None:
     if not study.target_file.exists():
         return None
     run = Study(study.target_file, read_study_or_run(study.target_file)).runs[0]
-    done = run.directory.done() or {"outcome": "not finished"}
+    done = run.done() or {"outcome": "not finished"}
     numbers = "".join(f", {key} {value:.4g}" for key, value in done.items() if isinstance(value, int | float))
     return f"Target of {run.size} at {study.file.study.hyperparameter} {run.value:.4g}: {done['outcome']}{numbers}."
 
@@ -121,10 +123,13 @@ def analyse_results(study: Study, results: Sequence[Result]) -> Analysis:
 
 
 def collect(study: Study) -> Report:
-    """Reads the done markers of all runs and analyses them. Raises UserError where one has no metric."""
+    """Reads the done markers of all runs and analyses them. Raises UserError where one has no metric, and where they
+    come from different code or images."""
     settings, results = study.file.study, []
+    study.refuse_other_study()
+    refuse_mixture(study)
     for point in study.points:
-        if done := point.directory.done():
+        if done := point.done():
             metric = done.get(settings.metric) if done["outcome"] == "completed" else math.inf
             if metric is None:
                 raise UserError(
@@ -135,7 +140,7 @@ def collect(study: Study) -> Report:
     failures, waiting = [], []
     for run in study.pending():
         line = f"{run.directory.path.name} {run.parameterization}, {run.size}, seed {run.seed}"
-        if failed := run.directory.failed():
+        if failed := run.failed():
             failures.append(f"{line}: failed: {failed['error']}")
         else:
             waiting.append(f"{line}: not finished")

@@ -62,11 +62,11 @@ def state_of(
     """`task`: the queued array element that has the run; `slot`: a process here that has it on its list; `submitted`:
     the last submission and element that ever had it; `asked`: whether Slurm answered; `causes`: why jobs ended."""
     directory = run.directory
-    if done := directory.done():
+    if done := run.done():
         if done["outcome"] == "completed":
             return RunState(run, "done")
         return RunState(run, "diverged", f"at step {done.get('step')}")
-    if failed := directory.failed():
+    if failed := run.failed():
         return RunState(run, "failed", failed["error"].splitlines()[0], task)
     event = begun[-1]["event"] if (begun := attempts(directory)) else None
     running = event == "started" and (not task.waits if task else holder(directory.lock))

@@ -27,6 +27,7 @@ from train.config import (
     to_plain,
     to_yaml,
 )
+from train.owner import check_owner, data_fingerprint
 from train.rundir import RunDirectory, unreadable
 
 
@@ -40,6 +41,19 @@ class PlannedRun:
     seed: int
     config: RunConfig
     directory: RunDirectory
+    any_shards: bool = False  # whether a result counts that was trained on other images
+
+    def done(self) -> dict[str, Any] | None:
+        """The done marker, None before the run's end. Raises UserError for one that is damaged, or another run's."""
+        if done := self.directory.done():
+            shards = None if self.any_shards or is_remote(self.config.data.root) else data_fingerprint(self.config)
+            check_owner(self.directory.path / "done.json", done, self.config, shards)
+        return done
+
+    def failed(self) -> dict[str, Any] | None:
+        """As `done`, of the failed marker; None where another run failed in this directory."""
+        failed, name = self.directory.failed(), self.directory.path.name
+        return failed if failed and failed.get("run", name) == name else None
 
 
 def with_value(config: RunConfig, key: str, value: Any) -> RunConfig:
@@ -120,7 +134,7 @@ class Study:
     def _grid(self) -> Iterator[PlannedRun]:
         """Every size and every value is checked once, not every pair of them: a plan of thousands is quick."""
         study, runs = self.file.study, self.file.directory / "runs"
-        added, seeds = self.added_values(), self.added_seeds()
+        added, seeds, any_shards = self.added_values(), self.added_seeds(), "shards" in study.pool_different
         checked: dict[float, Any] = {}
         for parameterization, size in product(study.parameterizations, study.sizes):
             name = label(parameterization)
@@ -135,7 +149,7 @@ class Study:
             points = {*product(values, study.seeds), *seeds.get((name, size), ())}
             for value, seed in sorted(points):
                 one = replace(with_value(config, study.hyperparameter, checked[value]), seed=seed)
-                yield PlannedRun(name, size, value, seed, one, RunDirectory(runs / run_hash(one)))
+                yield PlannedRun(name, size, value, seed, one, RunDirectory(runs / run_hash(one)), any_shards)
 
     @cached_property
     def _first_alike(self) -> dict[tuple[str, Size], ParameterizationConfig]:
@@ -200,7 +214,7 @@ class Study:
         return self.file.directory / f"{self.file.study.name}_target.yaml"
 
     def pending(self) -> list[PlannedRun]:
-        return [run for run in self.runs if not run.directory.done()]
+        return [run for run in self.runs if not run.done()]
 
     def check_writable(self) -> None:
         """Raises UserError when the study's folder could not be made. Makes nothing."""
@@ -323,6 +337,8 @@ class Study:
             for run in self.pending():
                 content = to_yaml(run.config)
                 run.directory.path.mkdir(parents=True, exist_ok=True)
+                if run.directory.failed() and not run.failed():
+                    (run.directory.path / "failed.json").unlink()  # of another run, which would keep this one back
                 if not run.directory.config.exists() or run.directory.config.read_text() != content:
                     run.directory.config.write_text(content)
         except OSError as error:

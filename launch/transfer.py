@@ -24,6 +24,7 @@ from launch.config import Size
 from launch.cost import count_flops
 from launch.jobs import ask, asked, launching
 from launch.packs import check_packable
+from launch.pool import refuse_mixture
 from launch.progress import display, duration
 from launch.states import State
 from launch.study import PlannedRun, Study
@@ -111,6 +112,7 @@ def launch(study: Study, only: Sequence[State] = UNFINISHED, by_itself: bool = F
         runs = may_go_again(study, snapshot, only) if by_itself else [found.run for found in snapshot.of(*only)]
         if not runs:
             return Launched([], [], [])
+        refuse_mixture(study, starting=True)
         flops = count_flops(study.runs)
         runs.sort(key=lambda run: -flops[run.size][1])
         from launch.submit import make_packs, run_here, submit_local

@@ -1,14 +1,17 @@
-"""Dataclasses that hold every value to its annotation. Nothing here imports torch."""
+"""Errors of pydantic's dataclasses, which hold every value to its annotation, in one line. Imports no torch."""
 
 from collections.abc import Callable
 from dataclasses import fields
-from functools import cache, wraps
+from functools import wraps
 from typing import Any, TypeVar
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-from pydantic_core import ArgsKwargs, ErrorDetails
+from pydantic import ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 from models.errors import ModelError
+
+STRICT = ConfigDict(extra="forbid")
+Class = TypeVar("Class", bound=type)
 
 
 def said(error: ErrorDetails) -> str:
@@ -18,33 +21,34 @@ def said(error: ErrorDetails) -> str:
     return message + (f" (got {found!r})" if isinstance(found, str | int | float | bool) else "")
 
 
-Class = TypeVar("Class", bound=type)
+def checked(error_type: type[Exception]) -> Callable[[Class], Class]:
+    """For a dataclass of pydantic's: its constructor, and so `dataclasses.replace`, raises `error_type` with every
+    mistake in one line."""
+
+    def decorate(cls: Class) -> Class:
+        names = [field.name for field in fields(cls)]
+
+        def describe(error: ErrorDetails) -> str:
+            unknown = error["type"].startswith("unexpected_")
+            path = list(error["loc"])
+            if path and isinstance(path[0], int) and not unknown:  # given by position
+                path[0] = names[path[0]]
+            key = ".".join(map(str, [cls.__name__, *path]))
+            return f"{key}: " + (f"unknown; known: {', '.join(names)}" if unknown else said(error))
+
+        construct = cls.__init__  # type: ignore[misc]  # mypy: a subclass could have another; these have none
+
+        @wraps(construct)
+        def init(self: Any, *args: Any, **values: Any) -> None:
+            try:
+                construct(self, *args, **values)
+            except ValidationError as error:
+                raise error_type("; ".join(describe(item) for item in error.errors(include_url=False))) from None
+
+        cls.__init__ = init  # type: ignore[misc]  # mypy knows no class decorator that replaces a method
+        return cls
+
+    return decorate
 
 
-def checked(cls: Class) -> Class:
-    """The dataclass `cls` with a constructor that holds every value to its annotation, as reading YAML does.
-
-    It raises ModelError with every mistake in one line.
-    """
-    cls.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]  # pydantic's own name
-    adapter: Callable[[], TypeAdapter[Any]] = cache(lambda: TypeAdapter(cls))
-    names = [field.name for field in fields(cls)]
-
-    def describe(error: ErrorDetails) -> str:
-        unknown = error["type"].startswith("unexpected_")
-        path = list(error["loc"])
-        if path and isinstance(path[0], int) and not unknown:  # given by position
-            path[0] = names[path[0]]
-        key = ".".join(map(str, [cls.__name__, *path]))
-        return f"{key}: " + (f"unknown; known: {', '.join(names)}" if unknown else said(error))
-
-    @wraps(cls.__init__)  # type: ignore[misc]  # mypy: a subclass could have another; these have none
-    def init(self: Any, *args: Any, **values: Any) -> None:
-        try:
-            # pydantic makes an instance of its own without calling this
-            vars(self).update(vars(adapter().validate_python(ArgsKwargs(args, values))))
-        except ValidationError as error:
-            raise ModelError("; ".join(describe(item) for item in error.errors(include_url=False))) from None
-
-    cls.__init__ = init  # type: ignore[misc]  # mypy knows no class decorator that replaces a method
-    return cls
+checked_model = checked(ModelError)

@@ -1,15 +1,17 @@
 """The models' configuration. Nothing here imports torch, so that a plan of thousands of runs is read in no time."""
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import field, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
+from pydantic.dataclasses import dataclass
 
-from models.checked import checked
+from models.checked import STRICT, checked_model
 from models.errors import ModelError
 from models.parameterization import PRESETS, Parameterization, Scale
 
+TAG = {"identity": "always"}  # on a field that says which class this is: never left out of a run's identity
 POWER = re.compile(r"\s*([+-]?[\d.]+)\s*(?:\*\*|\^)\s*([+-]?[\d.]+)\s*")
 
 
@@ -29,8 +31,8 @@ Number = Annotated[float, BeforeValidator(parse_number), Field(allow_inf_nan=Fal
 Positive = Annotated[int, Field(gt=0)]
 
 
-@checked
-@dataclass(frozen=True, kw_only=True)
+@checked_model
+@dataclass(config=STRICT, frozen=True, kw_only=True)
 class Size:
     """What the scaling rules compare between a model and its base. `head_dim` matters only where it grows."""
 
@@ -39,7 +41,7 @@ class Size:
     head_dim: Positive = 1
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(config=STRICT, frozen=True, kw_only=True)
 class ModelConfig:
     """Size and shape of a model. At the base size every scaling factor is 1."""
 
@@ -68,8 +70,8 @@ def check_multiple(name: str, value: int, divisor: int, what: str) -> None:
         raise ModelError(f"{name} {value} must be a multiple of {what} {divisor}: use {nearest}")
 
 
-@checked
-@dataclass(frozen=True, kw_only=True)
+@checked_model
+@dataclass(config=STRICT, frozen=True, kw_only=True)
 class VisionTransformerConfig(ModelConfig):
     """timm's ViT called `timm_name`, at this width and depth; a key that is null is as timm has it under that name.
 
@@ -77,7 +79,7 @@ class VisionTransformerConfig(ModelConfig):
     al.). Block types other than timm's plain one, and attention pooling, have no rules and are refused.
     """
 
-    family: Literal["vit"] = "vit"
+    family: Literal["vit"] = field(default="vit", metadata=TAG)
     timm_name: str = "vit_base_patch16_224"
     head_dim: Positive | None = None
     num_heads: Positive | None = None
@@ -114,13 +116,13 @@ class VisionTransformerConfig(ModelConfig):
         return Size(width=self.base_width, depth=self.base_depth, head_dim=self.heads(self.base_width)[1])
 
 
-@checked
-@dataclass(frozen=True, kw_only=True)
+@checked_model
+@dataclass(config=STRICT, frozen=True, kw_only=True)
 class ResNetConfig(ModelConfig):
     """timm's ResNet, or its ResNetV2 (`preactivation`). `width` is the channels of the stem and of the first stage's
     3x3 convs, 64 in ResNet-50; `depth` counts residual blocks and is a multiple of the pattern `blocks`."""
 
-    family: Literal["resnet"] = "resnet"
+    family: Literal["resnet"] = field(default="resnet", metadata=TAG)
     block: Literal["basic", "bottleneck"] = "basic"
     blocks: tuple[Positive, Positive, Positive, Positive] = (1, 1, 1, 1)  # per stage
     preactivation: bool = False
@@ -140,12 +142,12 @@ class ResNetConfig(ModelConfig):
         return tuple(count * self.depth // sum(self.blocks) for count in self.blocks)
 
 
-@checked
-@dataclass(frozen=True, kw_only=True)
+@checked_model
+@dataclass(config=STRICT, frozen=True, kw_only=True)
 class ConvResNetConfig(ModelConfig):
     """The paper's net: `depth` residual blocks in `num_stages` stages of equal length and width."""
 
-    family: Literal["conv_resnet"] = "conv_resnet"
+    family: Literal["conv_resnet"] = field(default="conv_resnet", metadata=TAG)
     num_stages: Positive = 3
     convs_per_branch: Positive = 1
     norm: Literal["none", "batch", "layer"] = "none"
@@ -186,8 +188,8 @@ AnyModelConfig = Annotated[
 ]
 
 
-@checked
-@dataclass(frozen=True, kw_only=True)
+@checked_model
+@dataclass(config=STRICT, frozen=True, kw_only=True)
 class ParameterizationConfig:
     """A preset by name; a field that is not null overrides the preset's."""
 
@@ -218,8 +220,8 @@ def scale_of(size: Size, base: Size, parameterization: ParameterizationConfig) -
     return Scale(parameterization.resolve(), *ratios)
 
 
-@checked
-@dataclass(frozen=True, kw_only=True)
+@checked_model
+@dataclass(config=STRICT, frozen=True, kw_only=True)
 class OptimizerConfig:
     """Base hyperparameters: those of the proxy. `lr` is the peak learning rate of the base model.
 

@@ -6,17 +6,18 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+import pydantic.dataclasses
 import torch
 from pydantic import AfterValidator, Field
 from torch import nn
 
-from models.checked import checked
+from models.checked import STRICT, checked_model
 from models.errors import ModelError
 from models.parameterization import Role
 
 
-@checked
-@dataclass(frozen=True)
+@checked_model
+@pydantic.dataclasses.dataclass(config=STRICT, frozen=True)
 class Init:
     """A base model's init. `scale` is a standard deviation, a constant, or a gain on 1 / sqrt(fan)."""
 
@@ -49,8 +50,8 @@ RegularExpression = Annotated[str, AfterValidator(compiles)]  # that a whole nam
 ZEROS, ONES = Init("constant", 0.0), Init("constant", 1.0)
 
 
-@checked
-@dataclass(frozen=True)
+@checked_model
+@pydantic.dataclasses.dataclass(config=STRICT, frozen=True)
 class ParameterRule:
     """Every parameter whose whole name matches `pattern` has this role and this base init."""
 
@@ -59,8 +60,8 @@ class ParameterRule:
     init: Init
 
 
-@checked
-@dataclass(frozen=True)
+@checked_model
+@pydantic.dataclasses.dataclass(config=STRICT, frozen=True)
 class Slot:
     """Modules of one kind whose output gets a multiplier, such as the ends of all attention branches.
 
@@ -81,8 +82,8 @@ class Slot:
             raise ModelError(f"Slot.last {self.last!r} is no template over {self.output!r}: {error}") from None
 
 
-@checked
-@dataclass(frozen=True)
+@checked_model
+@pydantic.dataclasses.dataclass(config=STRICT, frozen=True)
 class Roles:
     """What the scaling rules have to know about a network: the role of each parameter, and where multipliers sit."""
 

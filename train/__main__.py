@@ -20,6 +20,7 @@ from models.errors import ModelError
 from train.config import RunConfig, from_plain, read_yaml, run_hash, set_dotted
 from train.interrupt import Interrupt, Interrupted
 from train.lock import holder, take_lock
+from train.owner import check_directory
 from train.rundir import EXIT_DIVERGED, EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, EXIT_USER_ERROR, RunDirectory
 
 if TYPE_CHECKING:
@@ -65,6 +66,12 @@ def train_locked(config: RunConfig, directory: RunDirectory, world: "World") -> 
     from train.display import summary, watch_terminal
     from train.loop import run
 
+    try:
+        check_directory(directory, config)
+    except UserError as error:  # nothing is written there: it is another run's
+        if world.is_main:
+            print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
     started = time.time()
     if world.is_main:
         (directory.path / "failed.json").unlink(missing_ok=True)
@@ -80,7 +87,8 @@ def train_locked(config: RunConfig, directory: RunDirectory, world: "World") -> 
             print(f"{stopped}; the same command continues it ({directory.path})", file=sys.stderr)
         return EXIT_REQUEUE
     except Exception as error:
-        reason = {"rank": world.rank, "error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+        reason = {"run": run_hash(config), "rank": world.rank, "error": f"{type(error).__name__}: {error}"}
+        reason["traceback"] = traceback.format_exc()
         try:
             is_first = directory.write_first_failure(reason, started)
         except OSError as unwritable:  # a full disk: then at least the terminal, or the job's log, has the reason

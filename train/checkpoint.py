@@ -29,6 +29,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from data.errors import UserError
 from data.order import State
 from data.storage import write_atomically
+from train.config import RunConfig
+from train.owner import check_owner, owner
 
 # torch says so whenever `no_dist` is set, which is how one process alone has to be set.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
@@ -81,6 +83,7 @@ class Progress:
     data: State
     losses: list[float]  # of the steps since the last metrics line
     seconds: float = 0.0  # that it took so far, summed over its processes and starts
+    code: str = ""  # fingerprints of the sources that brought it here, joined by +
 
 
 def complete(checkpoints: Path) -> list[Path]:
@@ -110,7 +113,9 @@ def fsync(path: Path) -> None:
 
 def progress_of(content: dict[str, Any]) -> Progress:
     """Of a state.json. Raises KeyError or TypeError where it is none."""
-    return Progress(content["step"], State(**content["data"]), content["losses"], content["seconds"])
+    return Progress(
+        content["step"], State(**content["data"]), content["losses"], content["seconds"], content.get("code", "unknown")
+    )
 
 
 def fault(path: Path, rank: int, world_size: int) -> str | None:
@@ -118,30 +123,13 @@ def fault(path: Path, rank: int, world_size: int) -> str | None:
     try:
         content = json.loads((path / "state.json").read_text())
         progress_of(content)  # raises, like the next line, where the file does not hold what load_newest reads
-        flat(content["identity"])
+        content["identity"].items()
         for number, (name, expected) in enumerate(sorted(content["files"].items())):
             if number % world_size == rank and checksum(path / name) != expected:
                 return f"{name} is not what was written"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return None
-
-
-def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"model": {"depth": 3}} -> {"model.depth": 3}"""
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return found
-
-
-def check_identity(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raises UserError with every differing key when the checkpoint belongs to another run."""
-    before, now = flat(saved), flat(json.loads(json.dumps(wanted)))
-    differing = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
-    if differing:
-        shown = "; ".join(f"{key}: {before.get(key)} there, {now.get(key)} here" for key in differing)
-        raise UserError(f"{path} is a checkpoint of another run ({shown}): use another directory, or that config")
 
 
 def reasons(error: CheckpointException) -> list[str]:
@@ -162,12 +150,12 @@ class Checkpoints:
     def __init__(
         self,
         directory: Path,
-        identity: dict[str, Any],
+        config: RunConfig,
         log: Callable[[str], None],
         keep_last: int,
         keep_every: int | None,
     ) -> None:
-        self.directory, self.identity, self.log = directory, identity, log
+        self.directory, self.config, self.log, self.owner = directory, config, log, owner(config)
         self.keep_last, self.keep_every = keep_last, keep_every
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self.rank = dist.get_rank() if self.group else 0
@@ -234,7 +222,7 @@ class Checkpoints:
     def publish(self, progress: Progress, temporary: Path, files: dict[str, list[int]]) -> str | None:
         """Durable under its final name, then the pointer, then the older ones go. Returns what went wrong."""
         final, aside = self.directory / f"step-{progress.step}", self.directory / f"tmp-step-{progress.step}-old"
-        content = {**asdict(progress), "identity": self.identity, "files": files}
+        content = {**asdict(progress), **self.owner, "files": files}
         try:
             (temporary / "state.json").write_text(json.dumps(content))
             for path in (*temporary.iterdir(), temporary):
@@ -273,7 +261,7 @@ class Checkpoints:
             problems = [problem for problem in self.together(fault(path, self.rank, self.world_size)) if problem]
             if not problems:
                 content = json.loads((path / "state.json").read_text())
-                check_identity(path, content["identity"], self.identity)
+                check_owner(path, content, self.config, self.owner["shards"])
                 tensors = template()
                 try:
                     dcp.load(

@@ -9,22 +9,26 @@ import difflib
 import hashlib
 import json
 import types
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 from data.config import NOT_IDENTITY, DataConfig, Positive, streams_misfit
 from data.errors import UserError
-from models.checked import said
+from models.checked import STRICT, checked, said
 from models.config import AnyModelConfig, Number, OptimizerConfig, ParameterizationConfig
 
+checked_setting = checked(UserError)
+checked_setting(DataConfig)  # here, as the packages data and models know nothing of each other
 Switch = BeforeValidator(lambda value: "off" if value is False else value)  # YAML 1.1 reads a bare `off` as false
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_setting
+@dataclass(config=STRICT, frozen=True, kw_only=True)
 class ScheduleConfig:
     """Shape of the learning rate over the run; `warmup` and `decay` are shares of its steps."""
 
@@ -33,7 +37,8 @@ class ScheduleConfig:
     decay: Annotated[Number, Field(gt=0, le=1)] = 0.2  # wsd: the share at the end that falls linearly to zero
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_setting
+@dataclass(config=STRICT, frozen=True, kw_only=True)
 class TrainConfig:
     """Users state samples; steps are derived: samples // global_batch_size."""
 
@@ -69,7 +74,8 @@ class TrainConfig:
         return self.samples // self.global_batch_size
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_setting
+@dataclass(config=STRICT, frozen=True, kw_only=True)
 class ParallelConfig:
     """How a run is spread over processes: hardware, no part of its identity.
 
@@ -102,7 +108,8 @@ class ParallelConfig:
         return local // size
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_setting
+@dataclass(config=STRICT, frozen=True, kw_only=True)
 class TrackConfig:
     wandb: Annotated[Literal["off", "offline", "online"], Switch] = "off"
     tensorboard: bool = False
@@ -110,11 +117,10 @@ class TrackConfig:
     group: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_setting
+@dataclass(config=STRICT, frozen=True, kw_only=True)
 class RunConfig:
     """Everything that one run needs."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
 
     model: AnyModelConfig
     parameterization: ParameterizationConfig = field(default_factory=ParameterizationConfig)
@@ -138,20 +144,40 @@ class RunConfig:
             raise ValueError(misfit)
 
 
-def identity(config: Any) -> Any:
-    """The configuration as plain data, without the fields that do not change a result."""
-    if dataclasses.is_dataclass(config):
-        return {
-            f.name: identity(getattr(config, f.name))
-            for f in dataclasses.fields(config)
-            if f.metadata.get("identity", True)
-        }
-    return list(config) if isinstance(config, tuple) else config
+def default_of(f: "dataclasses.Field[Any]") -> Any:
+    """A field's default; dataclasses.MISSING, which equals nothing, where a value has to be stated."""
+    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+
+
+def identity(config: Any, defaults: bool = True) -> Any:
+    """The configuration as plain data, without the fields that do not change a result.
+
+    Without `defaults` also without what equals its default, so that a field that is new, and has a default under which
+    nothing changes, leaves every older run what it was. Which of several classes a section is of is never left out.
+    """
+    if isinstance(config, tuple):
+        return [identity(item, defaults) for item in config]
+    if not dataclasses.is_dataclass(config):
+        return config
+    found = {}
+    for f in dataclasses.fields(config):
+        value, part = getattr(config, f.name), f.metadata.get("identity", "unless default")
+        if part and (defaults or part == "always" or value != default_of(f)):
+            found[f.name] = identity(value, defaults)
+    return found
 
 
 def run_hash(config: RunConfig) -> str:
     """12 hexadecimal digits, the same for every way of writing the same run."""
-    return hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps(identity(config, defaults=False), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def flat(sections: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"model": {"depth": 3}} -> {"model.depth": 3}"""
+    found: dict[str, Any] = {}
+    for key, value in sections.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
 
 
 # ---------------------------------------------------------------- reading

@@ -27,12 +27,13 @@ from models.flops import num_parameters, training_flops
 from models.optimizer import build_optimizer, parameter_groups
 from train.average import WeightAverage
 from train.checkpoint import Checkpoints, Progress, fsync
-from train.config import RunConfig, identity, run_hash, to_yaml
+from train.config import RunConfig, run_hash, to_yaml
 from train.distributed import StopVote, World, gather_objects, pick_device, process_group, set_timeout
 from train.engine import Engine, average_buffers, choose, make_engine
 from train.evaluate import evaluate
 from train.interrupt import Interrupt, Interrupted
 from train.metrics import MetricsWriter, mean_loss, open_trackers
+from train.owner import codes, finished
 from train.rundir import RunDirectory
 from train.schedule import schedule, set_learning_rate
 from train.step import StepResult, autocast_dtype, block_names, prepare, seed_step, set_backends, take_step
@@ -97,7 +98,7 @@ def run(
     any process has it set, all save and raise Interrupted. `watch` gets every metrics line. A loss that is not finite
     ends the run with `outcome: diverged`; anything else that goes wrong is raised, a user's mistake as UserError.
     """
-    if done := RunDirectory(path).done():
+    if done := finished(RunDirectory(path), config):
         return done
     try:
         engine_name = choose(config.parallel, world.size)
@@ -181,7 +182,7 @@ class Run:
 
         # resume
         self.checkpoints = Checkpoints(
-            self.directory.checkpoints, identity(config), self.log, config.train.keep_last, config.train.keep_every
+            self.directory.checkpoints, config, self.log, config.train.keep_last, config.train.keep_every
         )
         closing.callback(self.checkpoints.close)
         progress = Progress(0, State(seed=config.seed), [])
@@ -189,7 +190,7 @@ class Run:
             progress, tensors = loaded
             self.engine.load_state(tensors)
         self.step, self.window = progress.step, LossWindow([], progress.losses)
-        self.seconds_before, self.started = progress.seconds, time.monotonic()
+        self.seconds_before, self.started, self.code = progress.seconds, time.monotonic(), codes(progress.code)
         stream = TrainingStream(
             config.data,
             self.index,
@@ -227,7 +228,7 @@ class Run:
             return
         self.average_statistics()
         problem = self.metrics.flush() if self.metrics else None
-        progress = Progress(self.step, self.loader.state, self.window.read[:], self.seconds())
+        progress = Progress(self.step, self.loader.state, self.window.read[:], self.seconds(), self.code)
         self.checkpoints.save(progress, self.tensors(), problem)
 
     def average_statistics(self) -> None:
@@ -369,6 +370,7 @@ class Run:
         result["seconds"] = self.seconds()
         for line in self.loader.bad.lines():
             self.log(f"bad samples: {line}")
+        result |= {**self.checkpoints.owner, "code": self.code}
         if self.world.is_main:
             self.directory.write_done(result)
         return result

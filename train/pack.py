@@ -23,12 +23,13 @@ from models.flops import training_flops
 from models.init import materialize
 from models.optimizer import build_optimizer, parameter_groups
 from train.checkpoint import Checkpoints, Progress, complete, fault
-from train.config import RunConfig, identity, to_yaml
+from train.config import RunConfig, to_yaml
 from train.distributed import World, pick_device
 from train.engine import Engine
 from train.interrupt import Interrupt, Interrupted
 from train.loop import FINAL_SHARE, describe, open_data, run, save_weights
 from train.metrics import MetricsWriter, mean_loss, open_trackers
+from train.owner import codes, finished
 from train.pack_memory import largest_pack
 from train.packing import packable
 from train.replicas import Replicas
@@ -47,6 +48,7 @@ class Member:
     checkpoints: Checkpoints
     metrics: MetricsWriter
     seconds: float  # its share of the time that its packs took so far
+    code: str  # fingerprints of the sources that trained it
     active: bool = True  # neither diverged nor completed
 
 
@@ -166,7 +168,7 @@ def run_pack(
     if len(configs) > 1:
         check_pack(configs)
     interrupt = interrupt or Interrupt()
-    pending = [(c, path) for c, path in zip(configs, paths, strict=True) if not RunDirectory(path).done()]
+    pending = [(c, path) for c, path in zip(configs, paths, strict=True) if not finished(RunDirectory(path), c)]
     if len(pending) == 1:
         run(*pending[0], interrupt=interrupt)
     elif pending:
@@ -207,7 +209,7 @@ class Pack:
             place = f"replica {number} of a pack of {len(configs)} on {device.type}, {dtype}"
             directory.add_to_log(describe(config, scaled, groups, place))
             keep = first.train.keep_last, first.train.keep_every
-            checkpoints = Checkpoints(directory.checkpoints, identity(config), directory.add_to_log, *keep)
+            checkpoints = Checkpoints(directory.checkpoints, config, directory.add_to_log, *keep)
             closing.callback(checkpoints.close)
             progress = Progress(0, State(seed=config.seed), [])
             if self.step:
@@ -218,7 +220,7 @@ class Pack:
             trackers = open_trackers(config, directory.path, self.step, directory.add_to_log)
             metrics = MetricsWriter(directory.metrics, self.step, directory.add_to_log, trackers)
             closing.callback(metrics.close)
-            self.members.append(Member(config, directory, checkpoints, metrics, progress.seconds))
+            self.members.append(Member(config, directory, checkpoints, metrics, progress.seconds, codes(progress.code)))
         self.replicas.steps_done.fill_(self.step)
         self.loaders = {seed: self.loader(state) for seed, state in states.items()}
         self.counted = time.monotonic()  # until when the members' seconds are
@@ -278,7 +280,7 @@ class Pack:
         for number, member in self.active:
             if all(map(math.isfinite, self.read[number])):
                 state = self.loaders[member.config.seed].state
-                progress = Progress(self.step, state, self.read[number][:], member.seconds)
+                progress = Progress(self.step, state, self.read[number][:], member.seconds, member.code)
                 save_replica(self.replicas, number, member, progress)
 
     def write_metrics(self, before: list[Tensor], clock: Clock) -> None:
@@ -337,7 +339,7 @@ class Pack:
 
     def close(self, member: Member, result: dict[str, Any]) -> None:
         """Marks the run done."""
-        result["seconds"] = member.seconds
+        result |= {"seconds": member.seconds, **member.checkpoints.owner, "code": member.code}
         for line in self.loaders[member.config.seed].bad.lines():
             member.directory.add_to_log(f"bad samples: {line}")
         member.checkpoints.wait()

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from train.config import RunConfig, TrainConfig
+from train.config import RunConfig, TrainConfig, default_of
 from train.rundir import RunDirectory
 
 # What may differ between the replicas of a pack: numbers that meet the stacked weights one replica at a time.
@@ -60,8 +60,7 @@ def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
         if dataclasses.is_dataclass(value):
             yield from walk(value, f"{name}.")
         else:
-            factory = field.default_factory
-            yield name, value, field.default if factory is dataclasses.MISSING else factory()
+            yield name, value, default_of(field)
 
 
 def may_differ(name: str) -> bool:

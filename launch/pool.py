@@ -1,0 +1,50 @@
+"""Which code and which images a study's results come from: results of different ones are compared only when asked for.
+
+Without torch.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+
+from data.errors import UserError
+from launch.study import Study
+from train.owner import code_fingerprint, data_fingerprint
+
+WHAT = {"code": "versions of the code", "shards": "sets of shards"}
+
+
+def origins(study: Study) -> dict[str, Counter[str]]:
+    """For code and for shards: fingerprint -> number of finished runs whose markers say it. Raises UserError for a
+    marker of another run."""
+    done = [marker for run in study.runs if (marker := run.done())]
+    return {key: Counter(marker[key] for marker in done if marker.get(key)) for key in WHAT}
+
+
+def describe(key: str, counts: Mapping[str, int]) -> str:
+    """'2 versions of the code: 12 runs of 0123..., 3 of 4567...'"""
+    ordered = sorted(counts.items(), key=lambda item: -item[1])
+    shown = ", ".join(f"{count} run{'s' if count != 1 else ''} of {value}" for value, count in ordered)
+    return f"{len(counts)} {WHAT[key]}: {shown}"
+
+
+def mixtures(study: Study) -> list[str]:
+    """What the finished runs have several of, in words."""
+    return [describe(key, counts) for key, counts in origins(study).items() if len(counts) > 1]
+
+
+def refuse_mixture(study: Study, starting: bool = False) -> None:
+    """Raises UserError where finished runs come from different code or images and study.pool_different does not allow
+    it. `starting`: also where runs that begin now would be different ones."""
+    for key, counts in origins(study).items():
+        if key in study.file.study.pool_different or not counts:
+            continue
+        if starting:
+            now = code_fingerprint() if key == "code" else data_fingerprint(study.runs[0].config)
+            counts = counts if now is None or now in counts else counts | Counter({now: len(study.pending())})
+        if len(counts) > 1:
+            allowed = ", ".join([*study.file.study.pool_different, key])
+            raise UserError(
+                f"{study.file.directory}: {describe(key, counts)}. Their results may differ for that alone: choose "
+                f"another study.name to train all anew, delete the folders of the fewer ones, or compare them all the "
+                f"same with study.pool_different=[{allowed}]"
+            )

@@ -1,0 +1,142 @@
+"""Whose a marker is: what done.json and a checkpoint say of the run that wrote them, of its code and of its data."""
+
+import ast
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from data.errors import UserError
+from data.fingerprint import INDEX_NAME, fingerprint
+from data.storage import is_remote
+from train.config import RunConfig, flat, identity, run_hash
+from train.rundir import RunDirectory
+
+PACKAGES = ("models", "data", "train")  # what a result depends on
+ROOT = Path(__file__).resolve().parent.parent
+DEFINITIONS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+# ---------------------------------------------------------------- whose
+
+
+def flat_identity(config: RunConfig) -> dict[str, Any]:
+    """Every field that is part of the run's identity, by dotted name, as JSON gives it back."""
+    found: dict[str, Any] = json.loads(json.dumps(flat(identity(config))))
+    return found
+
+
+def differences(saved: Mapping[str, Any], config: RunConfig) -> list[str]:
+    """How the run whose `flat_identity` was saved is another than `config`, in words; empty for the same run.
+
+    A field that was not there when it was saved had the effect of its default.
+    """
+    now, stated = flat_identity(config), flat(identity(config, defaults=False))
+    different = [key for key in sorted(now) if (saved[key] != now[key] if key in saved else key in stated)]
+    found = [f"{key}: {saved.get(key, 'not known')} there, {now[key]} here" for key in different]
+    return found + [f"{key}: {saved[key]} there, not known here" for key in sorted(saved.keys() - now.keys())]
+
+
+def owner(config: RunConfig) -> dict[str, Any]:
+    """What a marker holds for `check_owner`."""
+    return {"identity": flat_identity(config), "shards": data_fingerprint(config)}
+
+
+def check_owner(path: Path, marker: Mapping[str, Any], config: RunConfig, shards: str | None) -> None:
+    """Raises UserError when the marker, read from `path`, is another run's than `config`, or was made with other images
+    than those of the fingerprint `shards` (None: not known).
+
+    A marker that does not say whose it is counts in a directory that is called by the run's hash, and nowhere else.
+    """
+    if "identity" not in marker:
+        if path.parent.name == run_hash(config):
+            return
+        raise UserError(f"{path} does not say which run it is of: use another directory, or delete this one")
+    if different := differences(marker["identity"], config):
+        raise UserError(f"{path} is of another run ({'; '.join(different)}): use another directory, or that config")
+    if shards and marker.get("shards") not in (None, shards):
+        raise UserError(
+            f"{path}: trained on other images (shards {marker['shards']}) than {config.data.root} holds ({shards}): "
+            "give these a data.name of their own, or use another directory"
+        )
+
+
+def check_directory(directory: RunDirectory, config: RunConfig) -> None:
+    """Raises UserError when the directory holds the result or the newest checkpoint of another run: before anything in
+    it is touched."""
+    markers = [directory.path / "done.json"]
+    if steps := directory.checkpoint_steps():
+        markers.append(directory.checkpoints / f"step-{max(steps)}" / "state.json")
+    for path in markers:
+        try:
+            marker = json.loads(path.read_text())
+        except (OSError, ValueError):
+            continue  # none there, or damaged: whoever reads it for its content says so
+        if isinstance(marker, dict) and isinstance(marker.get("identity"), dict):
+            check_owner(path, marker, config, data_fingerprint(config))
+
+
+def finished(directory: RunDirectory, config: RunConfig) -> dict[str, Any] | None:
+    """The done marker of this very run; None before its end. Raises UserError when it is another run's."""
+    if done := directory.done():
+        check_owner(directory.path / "done.json", done, config, data_fingerprint(config))
+    return done
+
+
+# ---------------------------------------------------------------- data
+
+
+@cache
+def fingerprint_of_file(root: str, splits: frozenset[str], changed: int) -> str | None:
+    return fingerprint(root, splits)
+
+
+def data_fingerprint(config: RunConfig) -> str | None:
+    """Of the shards of the splits that the run uses; None where there is no index. Raises UserError."""
+    splits = frozenset({"train", *("val" for split in config.train.evaluate if split == "val")})
+    root = config.data.root
+    if is_remote(root):
+        return fingerprint(root, splits)
+    file = Path(root) / INDEX_NAME
+    return fingerprint_of_file(root, splits, file.stat().st_mtime_ns) if file.exists() else None
+
+
+# ---------------------------------------------------------------- code
+
+
+def without_docstring(node: ast.AST) -> Any:
+    """The statements of `node`'s body that do something."""
+    body: list[ast.stmt] = getattr(node, "body", [])
+    first = body[0] if body else None
+    is_docstring = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+    return body[1:] if is_docstring and isinstance(first.value.value, str) else body  # type: ignore[union-attr]
+
+
+def meaning(node: Any) -> Any:
+    """A syntax tree as plain data, without docstrings, and without what is empty: newer Pythons add empty fields."""
+    if isinstance(node, list):
+        return [meaning(item) for item in node]
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    parts = {name: value for name, value in ast.iter_fields(node) if value not in (None, [])}
+    if isinstance(node, DEFINITIONS):
+        parts["body"] = without_docstring(node)
+    return [type(node).__name__, *((name, meaning(value)) for name, value in parts.items())]
+
+
+def codes(before: str) -> str:
+    """Fingerprints of the sources that made a result, joined by +: those `before` it was resumed, and the present."""
+    return "+".join(dict.fromkeys([*filter(None, before.split("+")), code_fingerprint()]))
+
+
+@cache
+def code_fingerprint(root: Path = ROOT) -> str:
+    """12 hexadecimal digits of the sources that a result depends on. Comments, docstrings and layout do not enter."""
+    hashed = hashlib.sha256()
+    for package in PACKAGES:
+        for file in sorted((root / package).rglob("*.py")):
+            name = file.relative_to(root).as_posix()
+            hashed.update(json.dumps([name, meaning(ast.parse(file.read_bytes()))]).encode())
+    return hashed.hexdigest()[:12]
