@@ -8,6 +8,23 @@ from data.distort import seeded
 from data.errors import UserError
 
 
+def pairs(places: np.ndarray, num_streams: int, global_batch_size: int) -> np.ndarray:
+    """The order of images in which `mix`, which pairs the first with the last, pairs the same ones whatever the number
+    of processes: int64.
+
+    places: those of this process in the global batch (data.order.places). An image's partner is of its own stream or,
+    where a batch has an odd number of each stream, half of all streams away: in the same process, as `mix` needs it.
+    """
+    length = global_batch_size // num_streams
+    number, stream = np.divmod(places, num_streams)
+    if length % 2 == 0:
+        second, pair = number >= length // 2, stream * length + np.minimum(number, length - 1 - number)
+    else:
+        second, pair = stream >= num_streams // 2, number * num_streams + stream % max(num_streams // 2, 1)
+    ordered = np.argsort(pair, kind="stable")
+    return np.concatenate([ordered[~second[ordered]], ordered[second[ordered]][::-1]])
+
+
 def mixes(config: DataConfig) -> bool:
     return bool(config.mixup or config.cutmix)
 

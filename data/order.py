@@ -98,6 +98,14 @@ class EpochOrder:
         return random_generator(self.seed, self.epoch, stream, window, 1).random((last - first, count))
 
 
+def places(rank: int, world_size: int, num_streams: int, global_batch_size: int) -> np.ndarray:
+    """Where the samples of one rank's share of a global batch stand in the whole batch, in the order in which they are
+    served (one stream's after the other's): int64 of the share's length. The batch itself is counted across streams,
+    so that a rank has every `world_size`-th place."""
+    streams = np.arange(rank, num_streams, world_size)
+    return (np.arange(global_batch_size // num_streams) * num_streams + streams[:, None]).ravel()
+
+
 def streams_of(rank: int, world_size: int, worker: int, num_workers: int, num_streams: int) -> list[int]:
     """The streams that one worker of one rank serves. Raises UserError when they do not divide evenly."""
     readers = world_size * max(num_workers, 1)

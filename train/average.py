@@ -16,11 +16,13 @@ class WeightAverage:
 
     def __init__(self, network: nn.Module, decay: float) -> None:
         self.network, self.decay = network, decay
+        self.saved = set(network.state_dict())  # without what BatchNorm keeps of a single step
         self.weights = {name: tensor.detach().clone().float() for name, tensor in self.averaged()}
 
     def averaged(self) -> list[tuple[str, Tensor]]:
         """What of the network is averaged, by name."""
-        statistics = [(name, buffer) for name, buffer in self.network.named_buffers() if buffer.is_floating_point()]
+        buffers = self.network.named_buffers()
+        statistics = [(name, buffer) for name, buffer in buffers if name in self.saved and buffer.is_floating_point()]
         return [*self.network.named_parameters(), *statistics]
 
     def pairs(self) -> tuple[list[Tensor], list[Tensor]]:

@@ -27,6 +27,12 @@ checked_setting(DataConfig)  # here, as the packages data and models know nothin
 Switch = BeforeValidator(lambda value: "off" if value is False else value)  # YAML 1.1 reads a bare `off` as false
 
 
+def refuse_auto(value: Any) -> Any:
+    if value == "auto":
+        raise ValueError("auto meant another result on another device: state bf16 (what it was on GPUs) or fp32 (CPUs)")
+    return value
+
+
 @checked_setting
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class ScheduleConfig:
@@ -48,10 +54,11 @@ class TrainConfig:
     clip_norm: Annotated[Number, Field(gt=0)] | None = None
     drop_path: Annotated[Number, Field(ge=0, lt=1)] = 0.0  # stochastic depth of the last block; linear from 0
     ema: Annotated[Number, Field(gt=0, lt=1)] | None = None  # decay a step of the average of the weights, in fp32
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on a GPU that has it, else fp32
-    bf16_residual: bool = (
-        False  # a ViT's residual stream in bf16 too: faster, but small branch outputs are rounded away
-    )
+    # Products and convolutions in it; weights, optimizer and the residual stream are fp32 always. tf32: GPUs only.
+    precision: Annotated[Literal["fp32", "tf32", "bf16"], BeforeValidator(refuse_auto)] = "fp32"
+    bf16_residual: bool = False  # with bf16, the residual stream too: faster, but small branch outputs are rounded away
+    # images that each BatchNorm statistic is taken over, however they are spread; null: the whole global batch
+    batch_norm_images: Annotated[int, Field(ge=2)] | None = None
     evaluate: tuple[Literal["minival", "val"], ...] = ("minival",)  # at the end of the run
     evaluate_every: Positive | None = field(default=None, metadata=NOT_IDENTITY)  # steps; null: at the end only
     device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata=NOT_IDENTITY)
@@ -68,6 +75,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.samples < self.global_batch_size:
             raise ValueError(f"samples {self.samples} is less than one global batch of {self.global_batch_size}")
+        if self.batch_norm_images and self.global_batch_size % self.batch_norm_images:
+            raise ValueError(
+                f"batch_norm_images {self.batch_norm_images} must divide global_batch_size {self.global_batch_size}"
+            )
 
     @property
     def num_steps(self) -> int:
@@ -139,6 +150,11 @@ class RunConfig:
             raise ValueError(
                 f"optimizer.name muon has no rule for model.family {self.model.family}, whose hidden weights are "
                 "convolutions: use adamw or sgd"
+            )
+        if self.train.batch_norm_images and getattr(self.model, "norm", None) != "batch":
+            raise ValueError(
+                f"train.batch_norm_images would do nothing: model.family {self.model.family} has no BatchNorm as "
+                "stated; leave it out"
             )
         if misfit := streams_misfit(self.data.num_streams, self.train.global_batch_size):
             raise ValueError(misfit)

@@ -19,13 +19,14 @@ from data.batch import to_float
 from data.errors import UserError
 from data.index import Index
 from data.loader import TrainingLoader, TrainingStream
-from data.mixing import mix, mixes
-from data.order import State
+from data.mixing import mix, mixes, pairs
+from data.order import State, places
 from data.workers import too_few_cpus
 from models.build import ScaledModel, build, build_meta
 from models.flops import num_parameters, training_flops
 from models.optimizer import build_optimizer, parameter_groups
 from train.average import WeightAverage
+from train.batch_norm import BatchStatistics, batch_norms, grouping, process_group_of
 from train.checkpoint import Checkpoints, Progress, fsync
 from train.config import RunConfig, run_hash, to_yaml
 from train.distributed import StopVote, World, gather_objects, pick_device, process_group, set_timeout
@@ -36,7 +37,16 @@ from train.metrics import MetricsWriter, mean_loss, open_trackers
 from train.owner import codes, finished
 from train.rundir import RunDirectory
 from train.schedule import schedule, set_learning_rate
-from train.step import StepResult, autocast_dtype, block_names, prepare, seed_step, set_backends, take_step
+from train.step import (
+    StepResult,
+    autocast_dtype,
+    block_names,
+    prepare,
+    set_backends,
+    set_stream_type,
+    set_tf32,
+    take_step,
+)
 from train.stochastic_depth import install_stochastic_depth
 from train.telemetry import Clock, LossWindow, RoleStatistics, memory_gb, peak_flops
 
@@ -142,13 +152,17 @@ class Run:
 
         # data and model
         self.index = open_data(config)
+        set_tf32(config.train)
         set_backends(device)
         self.dtype = autocast_dtype(config.train, device)
         scaled = build(config.model, config.parameterization, config.seed, device)
         branches = list(scaled.branches)
         blocks = block_names(branches)
-        install_stochastic_depth(scaled.network, branches, blocks, config.train.drop_path)
-        self.channels_last = prepare(scaled.network, blocks, config.train, engine_name, device, self.dtype)
+        self.draws = install_stochastic_depth(scaled.network, branches, blocks, config.train.drop_path)
+        if self.dtype:
+            set_stream_type(scaled.network, branches, self.dtype if config.train.bf16_residual else torch.float32)
+        self.channels_last = prepare(scaled.network, blocks, config.train, engine_name, device)
+        self.arrange_images(scaled.network)
         shape = (config.model.in_channels, config.model.image_size, config.model.image_size)
         self.flops = training_flops(build_meta(config.model, config.parameterization).network, shape)
 
@@ -211,6 +225,25 @@ class Run:
             self.metrics = MetricsWriter(self.directory.metrics, self.step, self.log, trackers)
             closing.callback(self.metrics.close)
 
+    def arrange_images(self, network: nn.Module) -> None:
+        """Decides in which order this process takes its images of a global batch, so that what is mixed, normalised
+        and dropped together does not depend on the number of processes and micro-batches."""
+        config, world = self.config, self.world
+        batch = config.data.num_streams, config.train.global_batch_size
+        self.places = places(world.rank, world.size, *batch)
+        self.paired: Tensor | None = None
+        self.grouped: Tensor | None = None
+        self.statistics = None
+        if mixes(config.data):
+            order = pairs(self.places, *batch)
+            self.places, self.paired = self.places[order], torch.from_numpy(order).to(self.device)
+        if batch_norms(network):
+            groups = grouping(config, world.size, self.micro_batches)
+            self.statistics = BatchStatistics(network, groups.images, process_group_of(groups))
+            if groups.num_groups > 1:
+                order = groups.order(self.places)
+                self.places, self.grouped = self.places[order], torch.from_numpy(order).to(self.device)
+
     def log(self, text: str) -> None:
         """To this process's log; warnings also to whoever watches the first process."""
         self.directory.add_to_log(text, self.world.rank)
@@ -247,8 +280,11 @@ class Run:
         config = self.config
         for step, batch in enumerate(self.loader, start=self.step):
             images, targets = to_float(batch, config.data, self.device, self.channels_last)
-            if mixes(config.data):
+            if self.paired is not None:
+                images, targets = images[self.paired], targets[self.paired]
                 images, targets = mix(images, targets, config.data, config.model.num_classes, config.seed, step)
+            if self.grouped is not None:
+                images, targets = images[self.grouped], targets[self.grouped]
             yield images, targets
 
     def train(self, interrupt: Interrupt) -> dict[str, Any]:
@@ -258,7 +294,7 @@ class Run:
         first_step, diverged_at = self.step, None
         while self.step < num_steps:
             images, targets = clock.wait(lambda: next(batches))
-            seed_step(config.seed, self.step, self.world.rank)
+            self.draws.start_step(config.seed, self.step, config.train.global_batch_size, self.places, self.device)
             set_learning_rate(engine.optimizer, config.optimizer.lr, schedule(config.schedule, self.step, num_steps))
             logs = (self.step + 1) % config.train.log_every == 0 or self.step + 1 == num_steps
             if logs and self.roles:
@@ -268,6 +304,8 @@ class Run:
                 images,
                 targets,
                 micro_batches=self.micro_batches,
+                statistics=self.statistics,
+                draws=self.draws,
                 autocast_dtype=self.dtype,
                 label_smoothing=config.train.label_smoothing,
                 clip_norm=config.train.clip_norm,

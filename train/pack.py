@@ -17,11 +17,12 @@ from data.batch import to_float
 from data.errors import UserError
 from data.index import Index
 from data.loader import TrainingLoader, TrainingStream, evaluation_batches
-from data.order import State
+from data.order import State, places
 from models.build import build_meta
 from models.flops import training_flops
 from models.init import materialize
 from models.optimizer import build_optimizer, parameter_groups
+from train.batch_norm import grouping
 from train.checkpoint import Checkpoints, Progress, complete, fault
 from train.config import RunConfig, to_yaml
 from train.distributed import World, pick_device
@@ -35,7 +36,7 @@ from train.packing import packable
 from train.replicas import Replicas
 from train.rundir import RunDirectory
 from train.schedule import schedule
-from train.step import autocast_dtype, set_backends
+from train.step import autocast_dtype, set_backends, set_tf32
 from train.telemetry import Clock, memory_gb, peak_flops
 
 
@@ -184,6 +185,7 @@ class Pack:
         self.config = first = configs[0]
         self.device = device = pick_device(first.train.device, World())
         self.index = open_data(first)
+        set_tf32(first.train)
         set_backends(device)
         dtype = autocast_dtype(first.train, device)
         if len(configs) > (largest := largest_pack(first, device)):
@@ -195,6 +197,11 @@ class Pack:
         shape = (first.model.in_channels, first.model.image_size, first.model.image_size)
         self.flops = training_flops(build_meta(first.model, first.parameterization).network, shape)
         self.peak = peak_flops(device, dtype)
+
+        batch_norm, self.grouped = grouping(first, 1, 1), None
+        if first.train.batch_norm_images:
+            order = batch_norm.order(places(0, 1, first.data.num_streams, first.train.global_batch_size))
+            self.grouped = torch.from_numpy(order).to(device)
 
         # resume
         self.step = common_step(directories)
@@ -245,6 +252,8 @@ class Pack:
             batches = [to_float(next(stream), self.config.data, self.device) for stream in streams]
             clock.waited += time.monotonic() - waiting
             images, labels = (torch.stack(tensors) for tensors in zip(*batches, strict=True))
+            if self.grouped is not None:
+                images, labels = images[:, self.grouped], labels[:, self.grouped]
             logs = (self.step + 1) % config.log_every == 0 or self.step + 1 == num_steps
             before = self.replicas.values() if logs else []
             self.pending.append(self.replicas.step(images, labels))

@@ -34,6 +34,7 @@ HONOURED_FIELDS = {
     "train.global_batch_size",
     "train.label_smoothing",
     "train.precision",
+    "train.batch_norm_images",
     "train.evaluate",
     "train.device",
     "train.log_every",

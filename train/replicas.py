@@ -20,9 +20,11 @@ from data.errors import UserError
 from models.build import ScaledModel, build, build_meta
 from models.multiplier import OutputMultiplier, scale_input, scale_output
 from models.optimizer import parameter_groups
+from train.batch_norm import BatchStatistics, momentum_of, move
 from train.batched import HandBatched, default_convolution
 from train.config import RunConfig
 from train.schedule import schedule
+from train.step import set_stream_type
 
 EAGER_STEPS = 3  # before a CUDA graph is captured: libraries choose their kernels and workspaces in them
 MOMENTS = {"sgd": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}  # torch's names of the moments
@@ -119,6 +121,8 @@ class Replicas:
         self.configs, self.device, self.autocast_dtype = configs, device, autocast_dtype
         scaled = [build_meta(c.model, c.parameterization) for c in configs]
         self.network = scaled[0].network
+        if autocast_dtype:
+            set_stream_type(self.network, scaled[0].branches, torch.float32)
         self.multipliers = stack_multipliers(scaled, device)
         self.installed = scaled[0].multipliers
         self.roles = {name: rule.role.value for name, rule in scaled[0].rules.items()}
@@ -155,6 +159,7 @@ class Replicas:
         self.gradient_norms = torch.zeros(len(configs), device=device)  # before clipping
         self.step_function = GraphedStep(self.eager_step) if device.type == "cuda" else self.eager_step
         self.check_batches()
+        self.install_batch_norm()
 
     # ------------------------------------------------------------ one replica's part
 
@@ -221,6 +226,17 @@ class Replicas:
         for name, buffer in buffers.items():
             self.buffers[name].copy_(buffer)
 
+    def install_batch_norm(self) -> None:
+        """Statistics over train.batch_norm_images, as a run alone takes them."""
+        statistics = BatchStatistics(self.network, self.configs[0].train.batch_norm_images)
+        for name, buffer in self.network.named_buffers():
+            if name not in self.buffers:
+                self.buffers[name] = torch.zeros(len(self.configs), *buffer.shape, device=self.device)
+        self.batch_norms = [
+            (momentum_of(module), {key: self.buffers[f"{name}.{key}"] for key, _ in module.named_buffers()})
+            for name, module in statistics.modules.items()
+        ]
+
     # ------------------------------------------------------------ one step
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -238,6 +254,8 @@ class Replicas:
         )
         losses = each.view(labels.shape).mean(1)
         self.gradients = torch.autograd.grad(losses.sum(), [group.values for group in self.groups])
+        for momentum, buffers in self.batch_norms:
+            move(buffers, momentum)
         self.losses.copy_(losses.detach())
         self.logit_rms.copy_(logits.detach().float().square().mean((1, 2)).sqrt())
         self.update()

@@ -1,19 +1,20 @@
 """One optimizer step, and how a network is made ready for it: precision, memory format, recomputation, compilation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data.errors import UserError
+from train.batch_norm import BatchStatistics
 from train.config import TrainConfig
 from train.engine import Engine
+from train.stochastic_depth import Draws
 
 # Blocks of one class share torch's cache of compiled code. A ResNet-50 has 8 kinds of block, times training and
 # evaluation; past the limit, whose default is 8, torch runs the others uncompiled.
@@ -35,32 +36,33 @@ def take_step(
     targets: Tensor,
     *,
     micro_batches: int = 1,
+    statistics: BatchStatistics | None = None,
+    draws: Draws | None = None,
     autocast_dtype: torch.dtype | None = None,
     label_smoothing: float = 0.0,
     clip_norm: float | None = None,
 ) -> StepResult:
     """One step on this process's share of a global batch; never waits for the device.
 
-    images: (batch, channels, size, size) float; targets: (batch,) classes or (batch, classes) probabilities.
+    images: (batch, channels, size, size) float; targets: (batch,) classes or (batch, classes) probabilities;
+    statistics: BatchNorm's, where they are installed; draws: those of this step for stochastic depth.
     """
     engine.zero_grad()
     total = torch.zeros((), device=images.device)
     parts = zip(images.chunk(micro_batches), targets.chunk(micro_batches), strict=True)
     for number, (micro_images, micro_targets) in enumerate(parts, start=1):
         engine.start_micro_batch(last=number == micro_batches)
+        if draws:
+            draws.start_micro_batch(number - 1, micro_batches)
         with autocast(images.device, autocast_dtype):
             logits = engine.module(micro_images)  # (micro batch, classes)
             loss = F.cross_entropy(logits.float(), micro_targets, label_smoothing=label_smoothing) / micro_batches
         engine.backward(loss)
+        if statistics:
+            statistics.move(number - 1, micro_batches)
         total += loss.detach()
     norm = engine.step(clip_norm)
     return StepResult(total, norm, logits.detach())
-
-
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Random numbers inside the network (stochastic depth) depend on (seed, step, rank) alone, so that a run that is
-    resumed draws those of a run that never stopped, and no generator's state has to be saved."""
-    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1))
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[None]:
@@ -68,20 +70,42 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContext
 
 
 def autocast_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:
-    """bfloat16 or None for float32. Raises UserError when the GPU has no bf16."""
-    has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
-    if config.precision == "bf16" and not has_bf16:
-        raise UserError(f"train.precision is bf16, which {torch.cuda.get_device_name(device)} lacks: use fp32")
-    wanted = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda" and has_bf16)
-    return torch.bfloat16 if wanted else None
+    """bfloat16 or None for float32. Raises UserError when the device lacks train.precision."""
+    on_gpu, wanted = device.type == "cuda", config.precision
+    has_it = wanted == "fp32" or (wanted == "bf16" and not on_gpu)
+    if on_gpu and wanted != "fp32":  # the first generation that has bf16 is that which has TF32
+        has_it = torch.cuda.is_bf16_supported(including_emulation=False)
+    if not has_it:
+        name = torch.cuda.get_device_name(device) if on_gpu else "a CPU"
+        raise UserError(f"train.precision is {wanted}, which {name} lacks: use fp32")
+    return torch.bfloat16 if wanted == "bf16" else None
+
+
+def set_tf32(config: TrainConfig) -> None:
+    """GPUs round the factors of float32 products to TF32 where train.precision says so, and nowhere else."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
 
 
 def set_backends(device: torch.device) -> None:
-    """TF32 for what stays in float32, and cudnn tries its algorithms once for each shape. CPU runs are untouched."""
+    """cudnn tries its algorithms once for each shape. CPU runs are untouched."""
     if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
+
+
+def set_stream_type(network: nn.Module, branches: Iterable[str], dtype: torch.dtype) -> None:
+    """Keeps the residual stream in `dtype` under autocast, whose convolutions and products return bf16: what enters the
+    first block and what every branch adds is cast to it, before its multiplier. `branches`: names of their ends."""
+    names = list(branches)
+
+    def cast_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (inputs[0].to(dtype), *inputs[1:])
+
+    def cast_output(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output.to(dtype)
+
+    network.get_submodule(block_names(names)[0]).register_forward_pre_hook(cast_input)
+    for name in names:
+        network.get_submodule(name).register_forward_hook(cast_output, prepend=True)
 
 
 def is_convolutional(network: nn.Module) -> bool:
@@ -131,7 +155,6 @@ def prepare(
     config: TrainConfig,
     engine: str,
     device: torch.device,
-    dtype: torch.dtype | None,
 ) -> bool:
     """Memory format, recomputation and compilation, in place and before wrapping, so that names stay.
 
@@ -142,8 +165,6 @@ def prepare(
         channels_last = is_convolutional(network)
     if channels_last and engine in ("none", "ddp"):  # the others shard flat weights; cudnn turns those as it goes
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
-    if dtype and config.bf16_residual:
-        network.get_submodule(blocks[0]).register_forward_pre_hook(lambda module, inputs: (inputs[0].to(dtype),))
     if device.type == "cuda":
         for conv in filter(cuts_patches, network.modules()):
             conv.forward = patch_product(cast(nn.Conv2d, conv))

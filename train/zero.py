@@ -126,7 +126,8 @@ class ZeroRedundancy(Engine):
 
         keys, base = self.materialize_optimizer(), self.optimizer.optimizer
         steps = next((state[STEP] for state in base.state.values() if STEP in state), None)
-        model: dict[str, Tensor] = dict(self.network.named_buffers())
+        saved = self.network.state_dict().keys()
+        model: dict[str, Tensor] = {name: buffer for name, buffer in self.network.named_buffers() if name in saved}
         moments: dict[str, dict[str, Tensor]] = {}
         for name, parameter in self.network.named_parameters():
             model[name] = safe_get_full_fp32_param(parameter).cpu()  # one at a time: a GPU need not hold all of them
@@ -144,7 +145,8 @@ class ZeroRedundancy(Engine):
         self.materialize_optimizer()
         with torch.no_grad():
             for name, buffer in self.network.named_buffers():
-                buffer.copy_(state["model"][name])
+                if name in state["model"]:
+                    buffer.copy_(state["model"][name])
             for name, parameter in self.network.named_parameters():
                 weight, moments = state["model"][name], state["optimizer"][name]
                 with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.stage == 3):
