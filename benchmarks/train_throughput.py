@@ -171,7 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["vit_s16", "vit_b16", "resnet50"], choices=list(CASES))
     parser.add_argument("--compile", default="model", choices=["off", "block", "model"])
-    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"])
+    parser.add_argument("--precision", default="bf16", choices=["fp32", "tf32", "bf16"])
     parser.add_argument("--bf16-residual", action="store_true", help="keep a ViT's residual stream in bf16")
     parser.add_argument("--batch", type=int, help="images a step [default: per model]")
     parser.add_argument("--steps", type=int, default=20, help="a turn, with one metrics line")

@@ -89,7 +89,7 @@ def test_the_number_of_images_of_a_statistic_is_part_of_a_runs_identity_and_matt
     assert hashes[0] != hashes[1]
 
 
-def test_what_is_mixed_dropped_and_normalised_depends_on_the_seed(shards: Path, tmp_path: Path) -> None:
+def test_stochastic_depth_drops_the_same_after_whatever_else_a_run_does(shards: Path, tmp_path: Path) -> None:
     found = [
         run(run_config(shards, "train.samples=64", "train.drop_path=0.9", *more, model=VIT), tmp_path / str(len(more)))
         for more in ((), ("train.log_every=2", "train.checkpoint_every=1"))

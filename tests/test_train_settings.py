@@ -19,7 +19,7 @@ from train.average import WeightAverage
 from train.config import ParallelConfig, run_hash
 from train.distributed import World, process_group
 from train.loop import run
-from train.step import autocast_dtype, cuts_patches, patch_product, prepare
+from train.step import cuts_patches, patch_product, prepare
 from train.stochastic_depth import install_stochastic_depth
 from train.telemetry import LossWindow, peak_row
 
@@ -60,15 +60,6 @@ def test_settings_that_cannot_work_are_refused_in_one_line(
     with pytest.raises(UserError, match=message) as refused:
         run(run_config(shards, *override.split()), tmp_path)
     assert "\n" not in str(refused.value)
-
-
-def test_a_gpu_without_bf16_is_said_and_auto_takes_fp32_there(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Old GPU")
-    asked = [run_config(shards, f"train.precision={precision}").train for precision in ("bf16", "auto")]
-    with pytest.raises(UserError, match="precision is bf16, which Old GPU lacks: use fp32"):
-        autocast_dtype(asked[0], torch.device("cuda"))
-    assert autocast_dtype(asked[1], torch.device("cuda")) is None
 
 
 def test_a_world_size_that_does_not_divide_the_batch_is_refused() -> None:

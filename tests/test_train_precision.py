@@ -1,0 +1,118 @@
+"""Precision: what is rounded to what, under every family."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from data.errors import UserError
+from models.build import ScaledModel, build
+from models.config import ParameterizationConfig
+from train.config import RunConfig, TrainConfig, from_plain
+from train.replicas import Replicas
+from train.step import autocast, autocast_dtype, block_names, set_stream_type, set_tf32
+
+CPU = torch.device("cpu")
+SIZE = {"width": 16, "depth": 8, "base_width": 8, "base_depth": 4, "num_classes": 10, "in_channels": 1}
+MODELS: dict[str, dict[str, Any]] = {
+    "vit": {"family": "vit", "num_heads": 2, "patch_size": 2, "image_size": 8},
+    "vit with LayerScale": {"family": "vit", "num_heads": 2, "patch_size": 2, "image_size": 8, "layer_scale": 1e-5},
+    **{
+        f"{kind}, norm {norm}": {"family": "resnet", "image_size": 32, "norm": norm, "num_groups": 4, **more}
+        for kind, more in {
+            "ResNet": {},
+            "ResNet of bottlenecks": {"block": "bottleneck"},
+            "ResNetV2": {"preactivation": True},
+        }.items()
+        for norm in ("batch", "group", "none")
+    },
+    **{
+        f"conv_resnet, norm {norm}": {"family": "conv_resnet", "image_size": 8, "norm": norm, "num_stages": 2}
+        for norm in ("none", "batch", "layer")
+    },
+}
+
+
+def run_of(name: str) -> RunConfig:
+    raw = {
+        "model": {**SIZE, **MODELS[name]},
+        "optimizer": {"name": "sgd", "lr": 0.1},
+        "data": {"name": "none", "root": "nowhere", "num_streams": 4},
+        "train": {"samples": 64, "global_batch_size": 4, "precision": "bf16"},
+    }
+    return from_plain(RunConfig, raw, "test")
+
+
+def stream_types(scaled: ScaledModel, images: Tensor) -> set[torch.dtype]:
+    """Of what enters and leaves each block, in a pass under autocast whose branches are bf16."""
+    types, of_branches = set(), set()
+
+    def record(module: Any, inputs: Any, output: Tensor) -> None:
+        types.update({inputs[0].dtype, output.dtype})
+
+    for block in block_names(list(scaled.branches)):
+        scaled.network.get_submodule(block).register_forward_hook(record)
+    for module in scaled.network.modules():
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
+            module.register_forward_hook(lambda module, inputs, output: of_branches.add(output.dtype))
+    with autocast(CPU, torch.bfloat16):
+        scaled.network(images)
+    assert of_branches == {torch.bfloat16}
+    return types
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_residual_stream_has_the_stated_type_throughout(name: str, dtype: torch.dtype) -> None:
+    config = run_of(name)
+    scaled = build(config.model, ParameterizationConfig(), 0)
+    set_stream_type(scaled.network, scaled.branches, dtype)
+    size = config.model.image_size
+    assert stream_types(scaled, torch.randn(4, 1, size, size)) == {dtype}
+
+
+@pytest.mark.parametrize("name", ["vit", "conv_resnet, norm none", "conv_resnet, norm batch", "ResNetV2, norm batch"])
+def test_the_residual_stream_of_a_pack_is_fp32_too(name: str) -> None:
+    config = run_of(name)
+    replicas = Replicas([config, config], CPU, torch.bfloat16)
+    types = set()
+    for block in block_names([slot for slot in dict(replicas.network.named_modules()) if slot.endswith("drop_path")]):
+        replicas.network.get_submodule(block).register_forward_hook(
+            lambda module, inputs, output: types.update({inputs[0].dtype, output.dtype})
+        )
+    replicas.forward(torch.randn(1, 4, 1, config.model.image_size, config.model.image_size))
+    assert types <= {torch.float32}
+
+
+def test_precisions_are_what_is_stated_on_every_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stated(precision: str) -> TrainConfig:
+        return TrainConfig(samples=8, global_batch_size=8, precision=precision)  # type: ignore[arg-type]
+
+    assert TrainConfig(samples=8, global_batch_size=8).precision == "fp32"
+    for device in (CPU, torch.device("cuda")):
+        assert autocast_dtype(stated("fp32"), device) is None
+    assert autocast_dtype(stated("bf16"), CPU) == torch.bfloat16
+    with pytest.raises(UserError, match="precision is tf32, which a CPU lacks: use fp32"):
+        autocast_dtype(stated("tf32"), CPU)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Old GPU")
+    for has_bf16 in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has_bf16=has_bf16, **_: has_bf16)
+        for precision, dtype in (("bf16", torch.bfloat16), ("tf32", None)):
+            if has_bf16:
+                assert autocast_dtype(stated(precision), torch.device("cuda")) == dtype
+            else:
+                with pytest.raises(UserError, match=f"precision is {precision}, which Old GPU lacks: use fp32"):
+                    autocast_dtype(stated(precision), torch.device("cuda"))
+
+
+def test_fp32_is_fp32_and_tf32_is_asked_for() -> None:
+    for precision in ("tf32", "bf16", "tf32", "fp32"):
+        set_tf32(TrainConfig(samples=8, global_batch_size=8, precision=precision))
+        allowed = {torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32}
+        assert allowed == {precision == "tf32"}
+
+
+def test_auto_is_refused_with_what_to_write() -> None:
+    with pytest.raises(UserError, match="precision: auto meant another result on another device: state bf16 .* fp32"):
+        TrainConfig(samples=8, global_batch_size=8, precision="auto")  # type: ignore[arg-type]
