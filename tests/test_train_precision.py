@@ -114,5 +114,5 @@ def test_fp32_is_fp32_and_tf32_is_asked_for() -> None:
 
 
 def test_auto_is_refused_with_what_to_write() -> None:
-    with pytest.raises(UserError, match="precision: auto meant another result on another device: state bf16 .* fp32"):
+    with pytest.raises(UserError, match=r"precision: auto meant another result on another device: state bf16 .* fp32"):
         TrainConfig(samples=8, global_batch_size=8, precision="auto")  # type: ignore[arg-type]

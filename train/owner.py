@@ -28,20 +28,22 @@ def flat_identity(config: RunConfig) -> dict[str, Any]:
     return found
 
 
-def differences(saved: Mapping[str, Any], config: RunConfig) -> list[str]:
-    """How the run whose `flat_identity` was saved is another than `config`, in words; empty for the same run.
-
-    A field that was not there when it was saved had the effect of its default.
-    """
-    now, stated = flat_identity(config), flat(identity(config, defaults=False))
-    different = [key for key in sorted(now) if (saved[key] != now[key] if key in saved else key in stated)]
-    found = [f"{key}: {saved.get(key, 'not known')} there, {now[key]} here" for key in different]
-    return found + [f"{key}: {saved[key]} there, not known here" for key in sorted(saved.keys() - now.keys())]
-
-
 def owner(config: RunConfig) -> dict[str, Any]:
     """What a marker holds for `check_owner`."""
-    return {"identity": flat_identity(config), "shards": data_fingerprint(config)}
+    return {"run": run_hash(config), "identity": flat_identity(config), "shards": data_fingerprint(config)}
+
+
+def differences(marker: Mapping[str, Any], config: RunConfig) -> list[str]:
+    """How the run that is the owner of `marker` is another than `config`, in words; empty for the same run.
+
+    A field that only one of the two versions has, that which wrote the marker and this one, is at its default there: it
+    makes another run where the hash says so. A default that has changed does, too, which the hash cannot see.
+    """
+    saved, now, stated = marker["identity"], flat_identity(config), flat(identity(config, defaults=False))
+    different = [key for key in sorted(now) if (saved[key] != now[key] if key in saved else key in stated)]
+    found = [f"{key}: {saved.get(key, 'not known')} there, {now[key]} here" for key in different]
+    unknown = sorted(saved.keys() - now.keys()) if marker.get("run") != run_hash(config) else []
+    return found + [f"{key}: {saved[key]} there, not known here" for key in unknown]
 
 
 def check_owner(path: Path, marker: Mapping[str, Any], config: RunConfig, shards: str | None) -> None:
@@ -54,7 +56,7 @@ def check_owner(path: Path, marker: Mapping[str, Any], config: RunConfig, shards
         if path.parent.name == run_hash(config):
             return
         raise UserError(f"{path} does not say which run it is of: use another directory, or delete this one")
-    if different := differences(marker["identity"], config):
+    if different := differences(marker, config):
         raise UserError(f"{path} is of another run ({'; '.join(different)}): use another directory, or that config")
     if shards and marker.get("shards") not in (None, shards):
         raise UserError(
