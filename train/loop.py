@@ -34,7 +34,7 @@ from train.engine import Engine, average_buffers, choose, make_engine
 from train.evaluate import evaluate
 from train.interrupt import Interrupt, Interrupted
 from train.metrics import MetricsWriter, mean_loss, open_trackers
-from train.owner import codes, finished
+from train.owner import codes, finished, result_of
 from train.rundir import RunDirectory
 from train.schedule import schedule, set_learning_rate
 from train.step import (
@@ -102,14 +102,14 @@ def run(
     interrupt: Interrupt | None = None,
     watch: Watch | None = None,
 ) -> dict[str, Any]:
-    """Trains `config` in directory `path`, resuming what is there; returns the content of done.json.
+    """Trains `config` in directory `path`, resuming what is there; returns what it came to (train.owner.result_of).
 
     Every process of a distributed run calls it with its own `world`. `interrupt` is looked at after every step: when
     any process has it set, all save and raise Interrupted. `watch` gets every metrics line. A loss that is not finite
     ends the run with `outcome: diverged`; anything else that goes wrong is raised, a user's mistake as UserError.
     """
     if done := finished(RunDirectory(path), config):
-        return done
+        return result_of(done)
     try:
         engine_name = choose(config.parallel, world.size)
         micro_batches = config.parallel.micro_batches(config.train.global_batch_size, world.size)
@@ -408,7 +408,6 @@ class Run:
         result["seconds"] = self.seconds()
         for line in self.loader.bad.lines():
             self.log(f"bad samples: {line}")
-        result |= {**self.checkpoints.owner, "code": self.code}
         if self.world.is_main:
-            self.directory.write_done(result)
+            self.directory.write_done({**result, **self.checkpoints.owner, "code": self.code})
         return result

@@ -16,6 +16,7 @@ from train.rundir import RunDirectory
 
 PACKAGES = ("models", "data", "train")  # what a result depends on
 ROOT = Path(__file__).resolve().parent.parent
+OWNER = ("run", "identity", "shards", "code")  # what a done marker holds beside the result
 DEFINITIONS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -85,6 +86,11 @@ def finished(directory: RunDirectory, config: RunConfig) -> dict[str, Any] | Non
     if done := directory.done():
         check_owner(directory.path / "done.json", done, config, data_fingerprint(config))
     return done
+
+
+def result_of(done: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run came to: its done marker without whose it is."""
+    return {key: value for key, value in done.items() if key not in OWNER}
 
 
 # ---------------------------------------------------------------- data

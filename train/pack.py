@@ -30,7 +30,7 @@ from train.engine import Engine
 from train.interrupt import Interrupt, Interrupted
 from train.loop import FINAL_SHARE, describe, open_data, run, save_weights
 from train.metrics import MetricsWriter, mean_loss, open_trackers
-from train.owner import codes, finished
+from train.owner import codes, finished, result_of
 from train.pack_memory import largest_pack
 from train.packing import packable
 from train.replicas import Replicas
@@ -157,7 +157,7 @@ def evaluate(replicas: Replicas, index: Index, split: str) -> list[dict[str, flo
 def run_pack(
     configs: Sequence[RunConfig], paths: Sequence[Path], interrupt: Interrupt | None = None
 ) -> list[dict[str, Any]]:
-    """Trains the runs `configs` in the directories `paths`, all at once; returns the content of each done.json.
+    """Trains the runs `configs` in the directories `paths`, all at once; returns what each came to.
 
     Resumes what is there: runs that are done are left alone, the others go on from the newest step of which all of
     them have a checkpoint. `interrupt` is looked at after every step: when set, all save and Interrupted is raised.
@@ -175,7 +175,7 @@ def run_pack(
     elif pending:
         with ExitStack() as closing:
             Pack([c for c, _ in pending], [RunDirectory(path) for _, path in pending], closing).train(interrupt)
-    return [RunDirectory(path).done() or {} for path in paths]
+    return [result_of(RunDirectory(path).done() or {}) for path in paths]
 
 
 class Pack:
