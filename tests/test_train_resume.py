@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from enum import Enum
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -21,8 +22,9 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from train_configs import pack_digits, run_config, timeless_metrics
 
 from data.errors import UserError
-from train import checkpoint
+from train import checkpoint, contents
 from train.config import RunConfig
+from train.contents import CONTENTS, Reader, describe
 from train.interrupt import Interrupt, Interrupted
 from train.loop import run
 from train.metrics import MetricsWriter
@@ -273,7 +275,7 @@ def test_a_corrupt_checkpoint_is_passed_over_for_an_older_one(
     (newest / "__0_0.distcp").write_bytes(tensors)
     run(config, tmp_path)
     log = (tmp_path / "log-0.txt").read_text()
-    warning = f"warning: {newest.name} is corrupt and passed over"
+    warning = f"warning: {newest.name} is corrupt ("
     assert warning in log
     assert warning in capsys.readouterr().err
     assert f"resumed from {older.name}" in log
@@ -335,23 +337,90 @@ class Attack:
         return os.mkdir, (str(self.folder),)
 
 
-def rewrite_metadata(step: Path, change: Callable[[Metadata], object]) -> None:
-    """Changes a checkpoint's table of contents, with a checksum that fits: what an attacker can do."""
-    path = step / ".metadata"
-    path.write_bytes(pickle.dumps(change(pickle.loads(path.read_bytes()))))
+class AttributeAttack:
+    """Unpickled, it takes an attribute of a class that a checkpoint may name."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (Metadata, "__init__")
+
+
+def update_checksums(step: Path) -> None:
     state = json.loads((step / "state.json").read_text())
-    state["files"] = {name: checkpoint.checksum(step / name) for name in state["files"]}
+    names = (path.name for path in step.iterdir() if path.name != "state.json")
+    state["files"] = {name: checkpoint.checksum(step / name) for name in names}
     (step / "state.json").write_text(json.dumps(state))
+
+
+class PicklerOfPython3112(pickle.Pickler):
+    """Python 3.11.0 to 3.11.3 pickle the member of an enum as a call of getattr."""
+
+    def reducer_override(self, value: Any) -> Any:
+        return (getattr, (type(value), value.name)) if isinstance(value, Enum) else NotImplemented
+
+
+def pickle_contents(
+    step: Path,
+    change: Callable[[Metadata], object] = lambda metadata: metadata,
+    pickler: type[pickle.Pickler] = pickle.Pickler,
+) -> None:
+    """Gives a checkpoint the table of contents of older versions, with checksums that fit."""
+    metadata = Reader(step).read_metadata()
+    with open(step / ".metadata", "wb") as file:
+        pickler(file).dump(change(metadata))
+    (step / CONTENTS).unlink()
+    update_checksums(step)
+
+
+@pytest.mark.parametrize("pickler", [pickle.Pickler, PicklerOfPython3112])
+def test_a_checkpoint_of_an_older_version_is_resumed(
+    shards: Path, whole: Path, tmp_path: Path, pickler: type[pickle.Pickler]
+) -> None:
+    copytree(whole / "checkpoints", tmp_path / "checkpoints")
+    newest = checkpoint.complete(tmp_path / "checkpoints")[0]
+    pickle_contents(newest, pickler=pickler)
+    run(config_of(shards), tmp_path)
+    assert f"resumed from {newest.name}" in (tmp_path / "log-0.txt").read_text()
+    weights = "weights.safetensors"
+    assert (tmp_path / weights).read_bytes() == (whole / weights).read_bytes()
+
+
+def test_a_checkpoint_holds_no_pickled_table_of_contents(whole: Path) -> None:
+    step = checkpoint.complete(whole / "checkpoints")[0]
+    names = {path.name for path in step.iterdir()}
+    assert CONTENTS in names
+    assert ".metadata" not in names
+    assert describe(Reader(step).read_metadata()) == json.loads((step / CONTENTS).read_text())
+
+
+def test_what_this_version_cannot_read_is_not_called_corrupt_and_nothing_is_to_be_deleted(
+    shards: Path, whole: Path, tmp_path: Path
+) -> None:
+    copytree(whole / "checkpoints", tmp_path / "checkpoints")
+    for step in checkpoint.complete(tmp_path / "checkpoints"):
+        tensors = json.loads((step / CONTENTS).read_text())
+        next(iter(tensors.values()))["dtype"] = "float3_of_a_later_version"
+        (step / CONTENTS).write_text(json.dumps(tensors))
+        update_checksums(step)
+    with pytest.raises(UserError) as raised:
+        run(config_of(shards), tmp_path)
+    message = str(raised.value)
+    assert "as it was written" in message
+    assert "float3_of_a_later_version" in message
+    assert "corrupt" not in message
+    assert "delete" not in message
 
 
 @pytest.mark.parametrize("planner", ["ours", "torch's"])
 def test_no_code_in_a_checkpoint_is_run(
     shards: Path, whole: Path, tmp_path: Path, planner: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither in the table of contents nor in an item that says it is no tensor; each of two doors is shut alone."""
+    """Neither in a pickled table of contents, by name or by attribute, nor in an item that says it is no tensor; each
+    of two doors to the latter is shut alone."""
     copytree(whole / "checkpoints", tmp_path / "checkpoints")
-    newest, older = checkpoint.complete(tmp_path / "checkpoints")[:2]
-    rewrite_metadata(older, lambda metadata: Attack(tmp_path / "attacked"))
+    newest, *others = checkpoint.complete(tmp_path / "checkpoints")
+    attacks = (Attack(tmp_path / "attacked"), AttributeAttack())
+    for step, attack in zip(others, attacks, strict=False):
+        pickle_contents(step, lambda metadata, attack=attack: attack)
 
     def with_bytes(metadata: Metadata) -> Metadata:
         index = next(index for index in metadata.storage_data if index.fqn.startswith("model."))
@@ -364,18 +433,18 @@ def test_no_code_in_a_checkpoint_is_run(
         file.write_bytes(file.read_bytes() + item)
         return metadata
 
-    rewrite_metadata(newest, with_bytes)
+    pickle_contents(newest, with_bytes)
     if planner == "ours":
         allowed = ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata")
-        monkeypatch.setattr(checkpoint, "METADATA_CLASSES", {*checkpoint.METADATA_CLASSES, allowed})
+        monkeypatch.setattr(contents, "ALLOWED", {*contents.ALLOWED, allowed})
     else:
         monkeypatch.setattr(checkpoint, "TensorPlanner", checkpoint.dcp.DefaultLoadPlanner)
-    with pytest.raises(UserError, match="every checkpoint is corrupt"):
+    with pytest.raises(UserError, match="no checkpoint can be used"):
         run(config_of(shards), tmp_path)
     assert not (tmp_path / "attacked").exists()
     log = (tmp_path / "log-0.txt").read_text()
-    assert re.search(f"{newest.name} is corrupt .*has no place in a checkpoint", log)
-    assert re.search(f"{older.name} is corrupt .*posix.mkdir has no place in a checkpoint", log)
+    assert re.search(f"{newest.name} .*has no place in a checkpoint", log)
+    assert re.search(f"{others[0].name} .*posix.mkdir has no place in a checkpoint", log)
 
 
 def test_whoever_may_see_a_run_may_read_its_weights(whole: Path) -> None:

@@ -30,42 +30,13 @@ from data.errors import UserError
 from data.order import State
 from data.storage import write_atomically
 from train.config import RunConfig
+from train.contents import CONTENTS, Reader, Writer
 from train.owner import check_owner, owner
 
 # torch says so whenever `no_dist` is set, which is how one process alone has to be set.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
 STEP = re.compile(r"step-(\d+)")
-# All that a checkpoint's .metadata, a pickle, may name: nothing that runs. BytesStorageMetadata is not among them: it
-# stands for an object that is no tensor, which torch would unpickle.
-METADATA_CLASSES = {
-    *(("torch.distributed.checkpoint.metadata", name) for name in (
-        "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
-        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING")),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch", "Size"), ("torch", "float32"), ("torch", "bfloat16"), ("torch", "float64"), ("torch", "int64"),
-    ("torch", "float16"), ("torch", "bool"), ("torch", "uint8"), ("torch", "int32"), ("torch", "strided"),
-    ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath"),
-}  # fmt: skip
-
-
-class MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in METADATA_CLASSES:
-            raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
-        return super().find_class(module, name)
-
-
-class Reader(dcp.FileSystemReader):
-    """torch's reader, except that its pickled table of contents cannot run code."""
-
-    def read_metadata(self, *arguments: Any, **settings: Any) -> Any:
-        with open(Path(self.path) / ".metadata", "rb") as file:
-            metadata = MetadataUnpickler(file).load()
-        if getattr(metadata, "storage_meta", None) is None:
-            metadata.storage_meta = dcp.metadata.StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
 
 
 class TensorPlanner(dcp.DefaultLoadPlanner):
@@ -210,9 +181,9 @@ class Checkpoints:
     def write_shards(self, temporary: Path, tensors: Any) -> tuple[str | None, dict[str, list[int]]]:
         """Every process writes what it holds. Returns what went wrong here, or the checksums of its files."""
         try:
-            writer = dcp.FileSystemWriter(temporary)
+            writer = Writer(temporary)
             dcp.save(tensors, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
-            mine = [*temporary.glob(f"__{self.rank}_*"), *([temporary / ".metadata"] if self.rank == 0 else [])]
+            mine = [*temporary.glob(f"__{self.rank}_*"), *([temporary / CONTENTS] if self.rank == 0 else [])]
             return None, {path.name: checksum(path) for path in mine}
         except CheckpointException as raised:
             return reasons(raised)[0], {}
@@ -254,11 +225,12 @@ class Checkpoints:
         """The newest checkpoint that is whole, or None when there is none to load.
 
         template: gives tensors of the right names, shapes and shards, which are overwritten. Raises UserError when the
-        checkpoint belongs to another run, or when there are checkpoints and all are broken.
+        checkpoint belongs to another run, or when there are checkpoints and none can be used.
         """
-        found = complete(self.directory)
-        for path in found:
+        unusable = []
+        for path in complete(self.directory):
             problems = [problem for problem in self.together(fault(path, self.rank, self.world_size)) if problem]
+            what = f"{path.name} is corrupt"
             if not problems:
                 content = json.loads((path / "state.json").read_text())
                 check_owner(path, content, self.config, self.owner["shards"])
@@ -273,12 +245,17 @@ class Checkpoints:
                     )
                 except CheckpointException as error:  # the same for every process
                     problems = reasons(error)
+                    what = f"{path.name} is as it was written, but this version of torch or depthmup cannot read it"
                 else:
                     self.log(f"resumed from {path.name}")
                     return progress_of(content), tensors
-            self.log(f"warning: {path.name} is corrupt and passed over ({problems[0]})")
-        if found:
-            raise UserError(f"{self.directory}: every checkpoint is corrupt; delete the folder to start anew")
+            unusable.append(f"{what} ({problems[0]})")
+            self.log(f"warning: {unusable[-1]}: it is passed over")
+        if unusable:
+            raise UserError(
+                f"{self.directory}: no checkpoint can be used: {'; '.join(unusable)}. Go on with the version that "
+                "wrote them, or from a copy, or train into another directory; nothing was changed here"
+            )
         return None
 
     def close(self) -> None:
