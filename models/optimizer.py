@@ -25,7 +25,7 @@ def group_settings(factors: Factors, config: OptimizerConfig, algorithm: Algorit
     if factors.weight_decay == 0:
         weight_decay = 0.0
     elif config.weight_decay_mode == "independent":
-        # torch multiplies by the learning rate, which cancels; what a step takes off is lr * decay, hence the ratio
+        # the optimizer multiplies by the learning rate, which cancels; a step takes off lr * decay, hence the ratio
         weight_decay = config.weight_decay * config.noise_ratio / lr
     else:
         weight_decay = config.weight_decay * factors.weight_decay * noise_root
@@ -68,6 +68,26 @@ def parameter_groups(
     return groups
 
 
+class DecoupledSGD(torch.optim.SGD):
+    """torch's SGD with the decay kept out of the gradient (SGDW, arXiv 1711.05101): a step takes lr * weight_decay off
+    a weight, as AdamW's and Muon's does. torch adds the decay to the gradient, so that momentum repeats it, and what a
+    step takes off grows to lr * weight_decay / (1 - momentum)."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        with torch.enable_grad():
+            loss = closure() if closure else None
+        decays = [group["weight_decay"] for group in self.param_groups]
+        for group, decay in zip(self.param_groups, decays, strict=True):
+            if decay and (trained := [parameter for parameter in group["params"] if parameter.grad is not None]):
+                torch._foreach_mul_(trained, 1 - group["lr"] * decay)
+            group["weight_decay"] = 0.0  # for torch's step
+        super().step()
+        for group, decay in zip(self.param_groups, decays, strict=True):
+            group["weight_decay"] = decay
+        return loss
+
+
 class MuonWithAdamW(torch.optim.Optimizer):
     """torch's Muon for the groups whose `algorithm` is muon, torch's AdamW for the others, as one optimizer: one list
     of groups, one state, one checkpoint."""
@@ -102,10 +122,12 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """torch's own optimizer over `groups`, fused where the parameters' device has it."""
+    """torch's optimizer over `groups`, fused where the parameters' device has it. Where decay is independent of the
+    learning rate, it is independent of momentum, too."""
     fused = all(parameter.is_cuda for group in groups for parameter in group["params"]) or None
     if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
+        kind = torch.optim.SGD if config.weight_decay_mode == "coupled" else DecoupledSGD
+        return kind(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
     if config.name == "muon":
         return MuonWithAdamW(groups, config, fused)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.scaled_betas, fused=fused)
