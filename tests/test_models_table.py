@@ -82,10 +82,10 @@ LITERAL = {
         "branch_hidden": (1 / 2, 1,         1 / 12,      1 / 12,       4),
         "hidden":        (1 / 2, 1,         1 / 4,       1 / 4,        4),
         "branch_vector": (1,     4,         1 / 3,       1 / 12,       0),
-        "vector":        (1,     4,         1,           1,            0),
+        "vector":        (1,     4,         1,           1 / 4,        0),
         "branch_scalar": (1,     1,         1 / 3,       1 / 3,        0),
         "scalar":        (1,     1,         1,           1,            0),
-        "readout":       (1,     4,         1,           1,            1),
+        "readout":       (1,     4,         1,           1 / 4,        1),
     },
     "completep": {
         "input":         (1,     4,         1,           1,            1),
