@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from models.config import OptimizerConfig
+from models.config import OptimizerConfig, refuse_idle
 from models.errors import ModelError
 from models.family import ParameterRule
 from models.parameterization import TABLE, Factors, Role, Scale
@@ -46,8 +46,9 @@ def parameter_groups(
     """Parameter groups for a torch optimizer; roles with equal settings share one, so there are at most eight.
 
     Each group has `name` (its roles), `algorithm`, `params`, `lr` (peak), `lr_mult`, `weight_decay` and, for AdamW,
-    `eps`. Raises ModelError when muon would find no matrix to train.
+    `eps`. Raises ModelError when muon would find no matrix to train, or a setting would do nothing.
     """
+    refuse_idle(scale.parameterization, config)
     merged: dict[tuple[tuple[str, Any], ...], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         role: Role = rules[name].role

@@ -84,7 +84,9 @@ def test_independent_decay_moves_a_weight_beside_its_gradient_and_leaves_no_trac
     (initial, free), (_, shrunk) = train(0.0), train(DECAY)
     scaled = build(VIT if name == "muon" else CONV_RESNET, ParameterizationConfig(), seed=0)
     roles = [scaled.rules[n].role for n, _ in scaled.network.named_parameters()]
-    left = torch.cat([torch.full_like(w.flatten(), 1 - DECAY * (r in DECAYING)) for w, r in zip(initial, roles)])
+    left = torch.cat(
+        [torch.full_like(w.flatten(), 1 - DECAY * (r in DECAYING)) for w, r in zip(initial, roles, strict=True)]
+    )
     weight = last = torch.cat([w.flatten() for w in initial])
     for with_decay, without in zip(shrunk, free, strict=True):
         weight, last = weight * left + (without - last), without

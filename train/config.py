@@ -19,7 +19,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 from data.config import NOT_IDENTITY, DataConfig, Positive, streams_misfit
 from data.errors import UserError
 from models.checked import said
-from models.config import AnyModelConfig, Number, OptimizerConfig, ParameterizationConfig
+from models.config import AnyModelConfig, Number, OptimizerConfig, ParameterizationConfig, refuse_idle
 
 Switch = BeforeValidator(lambda value: "off" if value is False else value)  # YAML 1.1 reads a bare `off` as false
 
@@ -31,6 +31,12 @@ class ScheduleConfig:
     name: Literal["cosine", "constant", "wsd"] = "cosine"
     warmup: Annotated[Number, Field(ge=0, lt=1)] = 0.1
     decay: Annotated[Number, Field(gt=0, le=1)] = 0.2  # wsd: the share at the end that falls linearly to zero
+
+    def __post_init__(self) -> None:
+        if self.name != "wsd" and self.decay != ScheduleConfig.decay:
+            raise ValueError(f"decay would do nothing: {self.name} has none; leave it out, or use wsd")
+        if self.name == "wsd" and self.warmup + self.decay > 1 + 1e-9:  # shares as 0.9 and 0.1 are rounded
+            raise ValueError(f"warmup {self.warmup:g} and decay {self.decay:g} are more than the whole run together")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +133,7 @@ class RunConfig:
     seed: Annotated[int, Field(ge=0)] = 0
 
     def __post_init__(self) -> None:
+        refuse_idle(self.parameterization.resolve(), self.optimizer)
         if self.optimizer.name == "muon" and self.parallel.engine == "deepspeed":
             raise ValueError("optimizer.name muon needs whole matrices, which deepspeed flattens: use ddp")
         if self.optimizer.name == "muon" and self.model.family != "vit":

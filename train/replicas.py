@@ -271,7 +271,7 @@ class Replicas:
 
     @torch.no_grad()
     def update(self) -> None:
-        """models.optimizer's SGD or AdamW in all replicas at once. One whose loss is not finite stays as it is from then on."""
+        """The runs' own SGD or AdamW in all replicas at once. One whose loss is not finite stays as it is from then."""
         self.alive &= self.losses.isfinite()[:, None]
         factors = self.schedules.index_select(0, self.steps_done)[0]
         factor = factors.index_select(0, self.schedule_of)[:, None] * self.alive  # (K, 1)
