@@ -14,15 +14,15 @@ from models.parameterization import TABLE, Factors, Role, Scale
 Algorithm = Literal["sgd", "adamw", "muon"]
 
 
-def group_settings(factors: Factors, config: OptimizerConfig, algorithm: Algorithm) -> dict[str, Any]:
-    """lr_mult, peak lr, weight decay and AdamW's eps of the parameters that have these factors.
+def group_settings(factors: Factors, config: OptimizerConfig, algorithm: Algorithm, decays: bool) -> dict[str, Any]:
+    """lr_mult, peak lr, weight decay (if it `decays`) and AdamW's eps of the parameters that have these factors.
 
     With m_B / m_D the batch-and-samples ratio of Complete(d)P (2512.22382): lr and decay times its root, eps over it.
     """
     noise_root = math.sqrt(config.noise_ratio)
     lr_mult = factors.lr * noise_root
     lr = config.lr * lr_mult
-    if factors.weight_decay == 0:
+    if factors.weight_decay == 0 or not decays:
         weight_decay = 0.0
     elif config.weight_decay_mode == "independent":
         # the optimizer multiplies by the learning rate, which cancels; a step takes off lr * decay, hence the ratio
@@ -51,11 +51,12 @@ def parameter_groups(
     refuse_idle(scale.parameterization, config)
     merged: dict[tuple[tuple[str, Any], ...], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
-        role: Role = rules[name].role
+        role, decays = rules[name].role, rules[name].decays
         algorithm: Algorithm = config.name
         if algorithm == "muon" and not trained_by_muon(role, parameter):
             algorithm = "adamw"
-        settings = group_settings(scale.factors(role, algorithm), config, algorithm) | {"algorithm": algorithm}
+        settings = group_settings(scale.factors(role, algorithm), config, algorithm, decays)
+        settings["algorithm"] = algorithm
         group = merged.setdefault(tuple(settings.items()), {"roles": [], "params": [], **settings})
         group["params"].append(parameter)
         if role.value not in group["roles"]:

@@ -26,16 +26,16 @@ ROLES = Roles(
 class OneOfEachRole(nn.Module):
     """A matrix or a vector per role, called as its role is; never run forward."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
         for role in Role:
-            one = nn.Linear(64, 64, bias=False) if role in MATRICES else nn.RMSNorm(4096)
+            one = nn.Linear(width, width, bias=False) if role in MATRICES else nn.RMSNorm(64 * width)
             self.add_module(role.value, one)
 
 
 def scaled_at(size: Size = SIZE, **parameterization: Any) -> models.ScaledModel:
     return models.apply(
-        ParameterizationConfig(**parameterization), OneOfEachRole(), size=size, base=BASE, roles=ROLES, seed=0
+        ParameterizationConfig(**parameterization), OneOfEachRole(size.width), size=size, base=BASE, roles=ROLES, seed=0
     )
 
 

@@ -35,7 +35,7 @@ from train.interrupt import Interrupt, Interrupted
 from train.metrics import MetricsWriter, mean_loss, open_trackers
 from train.rundir import RunDirectory
 from train.schedule import schedule, set_learning_rate
-from train.step import StepResult, autocast_dtype, block_names, prepare, seed_step, set_backends, take_step
+from train.step import StepResult, autocast_dtype, prepare, seed_step, set_backends, take_step
 from train.stochastic_depth import install_stochastic_depth
 from train.telemetry import Clock, LossWindow, RoleStatistics, memory_gb, peak_flops
 
@@ -144,9 +144,8 @@ class Run:
         set_backends(device)
         self.dtype = autocast_dtype(config.train, device)
         scaled = build(config.model, config.parameterization, config.seed, device)
-        branches = list(scaled.branches)
-        blocks = block_names(branches)
-        install_stochastic_depth(scaled.network, branches, blocks, config.train.drop_path)
+        blocks = list(scaled.blocks)
+        install_stochastic_depth(scaled.network, list(scaled.branches), blocks, config.train.drop_path)
         self.channels_last = prepare(scaled.network, blocks, config.train, engine_name, device, self.dtype)
         shape = (config.model.in_channels, config.model.image_size, config.model.image_size)
         self.flops = training_flops(build_meta(config.model, config.parameterization).network, shape)

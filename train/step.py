@@ -90,11 +90,6 @@ def is_convolutional(network: nn.Module) -> bool:
     return convs > sum(isinstance(module, nn.Linear) for module in network.modules())
 
 
-def block_names(branches: list[str]) -> list[str]:
-    """The residual blocks that hold the modules `branches` (the ends of residual branches), in their order."""
-    return list(dict.fromkeys(name.rpartition(".")[0] for name in branches))
-
-
 def recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`forward`, recomputed in the backward pass. A function of ours, since torch.compile skips a bare `checkpoint`."""
 
