@@ -140,9 +140,9 @@ def check_growth(network: nn.Module, rules: dict[str, ParameterRule], roles: Rol
             widths.update(side for sides in growing for side in sides)
         if any(all(side * base.width % size.width for side in sides) for sides in growing):
             raise ModelError(
-                f"{name} of shape {tuple(parameter.shape)} is {rule.role.value}, which grows with width, but a ratio of "
-                f"{size.width / base.width:g} (width {base.width} to {size.width}) does not divide it: choose widths "
-                "whose ratio does, or give it a role that does not grow"
+                f"{name} of shape {tuple(parameter.shape)} is {rule.role.value}, which grows with width, but a ratio "
+                f"of {size.width / base.width:g} (width {base.width} to {size.width}) does not divide it: choose "
+                "widths whose ratio does, or give it a role that does not grow"
             )
     if widths and size.width not in widths:
         raise ModelError(

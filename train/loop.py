@@ -200,8 +200,9 @@ class Run:
             world.size,
         )
         self.loader = TrainingLoader(stream, device)
-        if problem := too_few_cpus(config.data.num_workers):
-            self.log(f"warning: {problem}")
+        for problem in (too_few_cpus(config.data.num_workers), config.decay_warning):
+            if problem:
+                self.log(f"warning: {problem}")
         self.metrics = None
         if world.is_main:
             self.directory.config.write_text(to_yaml(config))
