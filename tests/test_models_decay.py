@@ -1,16 +1,24 @@
 """What a weight loses in a step, measured on the weights themselves, for every optimizer, alone and in a pack."""
 
+import re
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import Tensor, nn
 
+from data.errors import UserError
+from launch.cli import cli
 from models.build import build
 from models.config import ConvResNetConfig, OptimizerConfig, ParameterizationConfig, VisionTransformerConfig
 from models.optimizer import build_optimizer, parameter_groups
 from models.parameterization import Role
-from train.config import RunConfig, from_plain
+from train.config import RunConfig, ScheduleConfig, from_plain
+from train.loop import run
+from train.pack import run_pack
 from train.replicas import Replicas
 from train.schedule import schedule, set_learning_rate
 
@@ -45,7 +53,7 @@ def without_gradient(config: OptimizerConfig, steps: int) -> tuple[dict[str, Ten
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
     after = {name: parameter.detach() for name, parameter in scaled.network.named_parameters()}
-    decaying = {name for name, rule in scaled.rules.items() if rule.role in DECAYING}
+    decaying = {name for name, rule in scaled.rules.items() if rule.role in DECAYING and rule.decays}
     return before, after, decaying
 
 
@@ -83,10 +91,9 @@ def test_independent_decay_moves_a_weight_beside_its_gradient_and_leaves_no_trac
 
     (initial, free), (_, shrunk) = train(0.0), train(DECAY)
     scaled = build(VIT if name == "muon" else CONV_RESNET, ParameterizationConfig(), seed=0)
-    roles = [scaled.rules[n].role for n, _ in scaled.network.named_parameters()]
-    left = torch.cat(
-        [torch.full_like(w.flatten(), 1 - DECAY * (r in DECAYING)) for w, r in zip(initial, roles, strict=True)]
-    )
+    rules = [scaled.rules[n] for n, _ in scaled.network.named_parameters()]
+    shares = [1 - DECAY * (rule.role in DECAYING and rule.decays) for rule in rules]
+    left = torch.cat([torch.full_like(w.flatten(), share) for w, share in zip(initial, shares, strict=True)])
     weight = last = torch.cat([w.flatten() for w in initial])
     for with_decay, without in zip(shrunk, free, strict=True):
         weight, last = weight * left + (without - last), without
@@ -159,3 +166,51 @@ def test_a_replica_of_a_pack_loses_in_each_step_what_it_would_alone(
     for number, decay in ((0, DECAY), (2, 0.0), (3, 2 * DECAY)):
         left = torch.tensor([1 - decay * factor for factor in factors]).prod()
         assert float(shrunk[number]) == pytest.approx(float(left), rel=1e-6)
+
+
+def recipe(samples: int, **settings: object) -> RunConfig:
+    """A recipe's rate and decay, written for torch's AdamW."""
+    raw = {
+        "model": {"family": "conv_resnet", "width": 8, "depth": 3, "base_width": 8, "base_depth": 3, **DIGITS},
+        "optimizer": {"lr": 1e-3, "weight_decay": 0.05, **settings},
+        "data": {"name": "x", "root": "x", "num_streams": 1},
+        "train": {"samples": samples, "global_batch_size": 1},
+    }
+    return from_plain(RunConfig, raw, "test")
+
+
+def test_a_recipes_decay_in_the_default_mode_is_warned_of_in_a_short_run_and_refused_in_a_long_one() -> None:
+    cure = r"means optimizer.weight_decay_mode=coupled; the same in this mode is optimizer.weight_decay=5e-05"
+    warning = recipe(200).decay_warning
+    assert warning
+    assert re.search(rf"a step takes up to 0.05 of every weight, and 200 steps leave e\^-5 of it.* {cure}$", warning)
+    with pytest.raises(UserError, match=rf"^test: .*10000 steps leave e\^-250 of it.* {cure}$"):
+        recipe(10_000)
+    assert recipe(10_000, weight_decay_mode="coupled").decay_warning is None
+
+
+def test_decays_that_make_sense_are_left_alone() -> None:
+    for samples, decay in ((100, 0.05), (200, 0.02), (1000, 2**-8), (10_000, 5e-3), (1_000_000, 3e-4)):
+        assert recipe(samples, weight_decay=decay).decay_warning is None
+
+
+def test_the_warning_is_in_the_logs_of_a_run_alone_and_in_a_pack_and_is_printed_by_plan(
+    run_settings: dict[str, Any], study_file: Path, tmp_path: Path
+) -> None:
+    much = {"weight_decay": 0.9}  # 12 steps
+    settings = {key: value for key, value in run_settings.items() if key != "study"}  # which study_file put in
+    config = from_plain(RunConfig, {**settings, "optimizer": {**settings["optimizer"], **much}}, "test")
+    run(config, tmp_path / "alone")
+    run_pack([config, replace(config, seed=1)], [tmp_path / "one", tmp_path / "two"])
+    for name in ("alone", "one", "two"):
+        assert "warning: optimizer.weight_decay 0.9 does not" in (tmp_path / name / "log-0.txt").read_text()
+    plan = CliRunner().invoke(cli, ["plan", str(study_file), "optimizer.weight_decay=0.9"])
+    assert (plan.exit_code, "warning: optimizer.weight_decay 0.9" in plan.stderr) == (0, True)
+
+
+@pytest.mark.parametrize("warmup", [0.1, 0.25])
+@pytest.mark.parametrize("name", ["cosine", "constant", "wsd"])
+def test_a_schedules_mean_is_that_of_its_steps(name: str, warmup: float) -> None:
+    shape = ScheduleConfig(name=name, warmup=warmup)
+    factors = [schedule(shape, step, 4000) for step in range(4000)]
+    assert shape.mean == pytest.approx(sum(factors) / 4000, rel=1e-3)
