@@ -89,7 +89,10 @@ def open_study(config: Path, overrides: tuple[str, ...]) -> "Study":
     from launch.config import read_study_or_run
     from launch.study import Study
 
-    return Study(config, read_study_or_run(config, overrides))
+    file = read_study_or_run(config, overrides)
+    if file.decay_warning and file.study.hyperparameter != "optimizer.weight_decay":  # which a sweep does not use
+        click.echo(f"warning: {file.decay_warning}", err=True)
+    return Study(config, file)
 
 
 @command("transfer")

@@ -178,6 +178,14 @@ class StudyFile(RunConfig):
     study: StudyConfig
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.parameterization not in (ParameterizationConfig(), *self.study.parameterizations):
+            raise ValueError(
+                f"parameterization: {label(self.parameterization)} would do nothing: study.parameterizations says what "
+                "a study compares; state it there, as in study.parameterizations=[{name: depth_mup, beta: 0.5}]"
+            )
+
     @property
     def directory(self) -> Path:
         return Path(self.study.directory) / self.study.name

@@ -1,7 +1,7 @@
 """`depthmup scale`: from a finished proxy study to the large run's configuration."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,14 @@ from launch.config import StudyFile, apply_profile, label, named_cluster, settin
 from launch.report import Report
 from train.config import RunConfig, from_plain, read_yaml, set_dotted
 
-# What an optimum belongs to: with another one of these the proxy's says nothing.
-KEPT = ("model.family", "model.base_width", "model.base_depth", "optimizer.name", "schedule.name", "data.name")
+# What an optimum belongs to: with another one of these the proxy's says nothing. Of a model it is everything but what
+# has a rule: width, depth and how depth is spread over stages. Heads are looked at in the base: from there they may
+# grow in number or in their dim.
+KEPT = ("optimizer.name", "schedule.name", "data.name")
+WITH_RULES = ("width", "depth", "blocks", "head_dim", "num_heads")
+# What moves an optimum, too, but belongs to the target: it is named.
+NAMED = ("data", "train")
+NOT_NAMED = (*KEPT, "train.samples", "train.global_batch_size", "train.evaluate")  # batch and samples have their lines
 SECTIONS = ("model", "optimizer", "schedule", "data", "train", "parallel", "track", "seed", "launch")
 
 
@@ -84,6 +90,31 @@ def choose(report: Report, parameterization: str | None, force: bool) -> tuple[C
     return curve, facts
 
 
+def kept(run: RunConfig) -> dict[str, Any]:
+    """Dotted key -> value of what the optimum of `run` belongs to."""
+    model = {field.name: getattr(run.model, field.name) for field in fields(run.model) if field.name not in WITH_RULES}
+    found = {f"model.{key}": value for key, value in model.items()}
+    if run.model.family == "vit":
+        found["model.head_dim at base_width"] = run.model.heads(run.model.base_width)[1]
+    return found | {key: attrgetter(key)(run) for key in KEPT}
+
+
+def different(a: dict[str, Any], b: dict[str, Any]) -> str:
+    """'key VALUE -> VALUE, ...' of all that is not the same."""
+    keys = [key for key in {**a, **b} if a.get(key) != b.get(key)]
+    return ", ".join(f"{key} {a.get(key)} -> {b.get(key)}" for key in keys)
+
+
+def named(run: RunConfig) -> dict[str, Any]:
+    """Dotted key -> value of what a target may change, and what has no rule."""
+    return {
+        f"{section}.{field.name}": getattr(getattr(run, section), field.name)
+        for section in NAMED
+        for field in fields(getattr(run, section))
+        if field.metadata.get("identity", True) and f"{section}.{field.name}" not in NOT_NAMED
+    }
+
+
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """`base` with every section of `changes` laid over it."""
     merged = {**base}
@@ -119,13 +150,16 @@ def scale(
     proxy = run_of(config, str(report.study.path))
     config, source = merge(config, changes), f"{report.study.path}, scaled to {name}"
     target = run_of(config, source)
-    changed = [key for key in KEPT if attrgetter(key)(proxy) != attrgetter(key)(target)]
-    if changed and not force:
-        shown = ", ".join(f"{key} {attrgetter(key)(proxy)} -> {attrgetter(key)(target)}" for key in changed)
+    if (changed := different(kept(proxy), kept(target))) and not force:
         raise UserError(
-            f"{report.study.path}: the proxy's optimum does not hold for a target with {shown}. --force uses it "
-            "all the same"
+            f"{report.study.path}: the proxy's optimum does not hold for a target with {changed}: the rules cover "
+            "width and depth alone. Leave it as the proxy has it, run the study anew with the target's, or use the "
+            "value all the same with --force"
         )
+    if changed:
+        facts.append(f"Forced: no rule covers {changed}.")
+    if other := different(named(proxy), named(target)):
+        facts.append(f"No rule covers {other}: an optimum may move with it.")
     for section in ("optimizer", "schedule"):
         for key in changes.get(section, {}):
             facts.append(f"Not transferred: {section}.{key} was given.")

@@ -5,15 +5,15 @@ import re
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from models.config import AnyModelConfig, ParameterizationConfig, Size, scale_of
 from models.conv_resnet import CONV_RESNET
 from models.errors import ModelError
-from models.family import Family, ParameterRule, Roles, Slot, match_rules, modules_matching
+from models.family import Family, ParameterRule, Roles, Slot, match_rules, modules_matching, stated_blocks
 from models.init import init_std, initialize, materialize
 from models.multiplier import Multiplier, is_scaled, scale_input, scale_output
-from models.parameterization import Scale
+from models.parameterization import BRANCH_ROLES, Role, Scale
 from models.resnet import RESNET
 from models.vit import VIT
 
@@ -29,6 +29,7 @@ class ScaledModel:
     roles: Roles
     rules: dict[str, ParameterRule]  # parameter name -> role and base init
     branches: tuple[str, ...]  # modules at the ends of residual branches
+    blocks: tuple[str, ...]  # residual blocks; none where `roles` does not state them
     multipliers: dict[str, Multiplier]  # module name -> its multiplier, where it is not 1
 
 
@@ -43,15 +44,23 @@ def find_slots(network: nn.Module, slots: tuple[Slot, ...]) -> dict[str, Slot]:
     return found
 
 
+def rules_of(network: nn.Module, roles: Roles, scale: Scale) -> dict[str, ParameterRule]:
+    """Name of each parameter -> its rule. Raises UnmatchedParameterError, or ModelError for an init that does not
+    fit."""
+    rules = match_rules((name for name, _ in network.named_parameters()), roles.parameters)
+    for name, parameter in network.named_parameters():
+        init_std(parameter.shape, rules[name], scale)
+    return rules
+
+
 def scaled_model(network: nn.Module, roles: Roles, scale: Scale) -> ScaledModel:
     """Gives every parameter its role and puts the multipliers on `network`. All is checked before any change.
 
     Raises UnmatchedParameterError, or ModelError for a pattern that no module matches or an init that does not fit.
     """
-    rules = match_rules((name for name, _ in network.named_parameters()), roles.parameters)
-    for name, parameter in network.named_parameters():
-        init_std(parameter.shape, rules[name], scale)
+    rules = rules_of(network, roles, scale)
     branches, queries = find_slots(network, roles.branches), find_slots(network, roles.queries)
+    blocks = stated_blocks(network, roles, branches)
     if roles.readout not in dict(network.named_modules()):
         raise ModelError(f"no module of {type(network).__name__} is called {roles.readout!r} (the readout)")
     installed: dict[str, Multiplier | None] = {}
@@ -61,7 +70,7 @@ def scaled_model(network: nn.Module, roles: Roles, scale: Scale) -> ScaledModel:
         installed[name] = scale_output(network, name, scale.attention_multiplier())
     installed[roles.readout] = scale_input(network, roles.readout, scale.readout_multiplier())
     multipliers = {name: multiplier for name, multiplier in installed.items() if multiplier is not None}
-    return ScaledModel(network, scale, roles, rules, tuple(branches), multipliers)
+    return ScaledModel(network, scale, roles, rules, tuple(branches), blocks, multipliers)
 
 
 def build_meta(config: AnyModelConfig, parameterization: ParameterizationConfig) -> ScaledModel:
@@ -96,16 +105,65 @@ def check_own(network: nn.Module, roles: Roles) -> None:
             raise ModelError(f"ParameterRule {rule.pattern!r} matches no parameter of {kind}; nearest: {nearest}")
 
 
+def growing_sides(parameter: Tensor, rule: ParameterRule, module: nn.Module) -> list[tuple[int, ...]]:
+    """Sides of a parameter that grow with width: of each tuple at least one side does."""
+    sides = tuple(parameter.shape)
+    match rule.role:
+        case Role.HIDDEN | Role.BRANCH_HIDDEN:
+            return [(side,) for side in sides[:2]]
+        case Role.READOUT:
+            return [(sides[1],)] if len(sides) > 1 else []
+        case Role.SCALAR | Role.BRANCH_SCALAR:
+            return []
+        case _:  # rows of a matrix or conv; an embedding has its width elsewhere
+            plain = isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
+            return [sides[:1] if plain else sides]
+
+
+def check_growth(network: nn.Module, rules: dict[str, ParameterRule], roles: Roles, size: Size, base: Size) -> None:
+    """Raises ModelError where the sizes cannot be those of the network and its base."""
+    kind, widths = type(network).__name__, set[int]()
+    if (size.head_dim == 1) != (base.head_dim == 1):
+        raise ModelError(
+            f"head_dim is {size.head_dim} here and {base.head_dim} in the base: state it in both or neither"
+        )
+    if size.head_dim != base.head_dim and not roles.queries:
+        raise ModelError(
+            f"head_dim grows from {base.head_dim} to {size.head_dim}, and Roles.queries names no module whose output "
+            f"is the queries of {kind}: attention would lack its multiplier. Give Roles.queries, or keep head_dim and "
+            "let the number of heads grow"
+        )
+    for name, parameter in network.named_parameters():
+        rule = rules[name]
+        growing = growing_sides(parameter, rule, network.get_submodule(name.rpartition(".")[0]))
+        if rule.role not in BRANCH_ROLES:
+            widths.update(side for sides in growing for side in sides)
+        if any(all(side * base.width % size.width for side in sides) for sides in growing):
+            raise ModelError(
+                f"{name} of shape {tuple(parameter.shape)} is {rule.role.value}, which grows with width, but a ratio "
+                f"of {size.width / base.width:g} (width {base.width} to {size.width}) does not divide it: choose "
+                "widths whose ratio does, or give it a role that does not grow"
+            )
+    if widths and size.width not in widths:
+        raise ModelError(
+            f"size.width is {size.width}, but no parameter of {kind} outside of branches has a growing side of that: "
+            f"found {', '.join(map(str, sorted(widths)))}. State the width of the network, and its base's likewise"
+        )
+
+
 def apply(
     parameterization: ParameterizationConfig, network: nn.Module, *, size: Size, base: Size, roles: Roles, seed: int = 0
 ) -> ScaledModel:
     """Scales a network of the user's own from `base` to its `size`: installs multipliers, draws initial weights anew.
 
     Raises ModelError for a parameter without exactly one role, a pattern that matches nothing, an init that does not
-    fit, a network on meta, or one that was scaled before; `network` is then as it was. Train it with
+    fit, sizes that are not the network's, a head dim that grows without queries, a network on meta, or one that was
+    scaled before; `network` is then as it was. Train it with
     `models.parameter_groups`.
     """
     check_own(network, roles)
-    scaled = scaled_model(network, roles, scale_of(size, base, parameterization))
+    scale = scale_of(size, base, parameterization)
+    check_growth(network, rules_of(network, roles, scale), roles, size, base)
+    scaled = scaled_model(network, roles, scale)
     initialize(network, scaled.rules, scaled.scale, seed)
     return scaled

@@ -1,7 +1,7 @@
 """The models' configuration. Nothing here imports torch, so that a plan of thousands of runs is read in no time."""
 
 import re
-from dataclasses import field, replace
+from dataclasses import field, fields, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -202,12 +202,13 @@ class ParameterizationConfig:
     gamma0: Annotated[Number, Field(gt=0)] = 1.0
 
     def __post_init__(self) -> None:
-        stated = [key for key in ("alpha", "adam_depth_lr") if getattr(self, key) is not None]
-        if stated and not PRESETS[self.name].depth_rules:
-            with_depth = " or ".join(name for name, preset in PRESETS.items() if preset.depth_rules)
-            raise ModelError(
-                f"{' and '.join(stated)} would do nothing: {self.name} has no depth rules; use {with_depth}"
-            )
+        for rules, keys in (("depth", ("alpha", "adam_depth_lr")), ("width", ("eps_scaling", "weight_decay_scaling"))):
+            stated = [key for key in keys if getattr(self, key) is not None]
+            if stated and not getattr(PRESETS[self.name], f"{rules}_rules"):
+                others = " or ".join(name for name, preset in PRESETS.items() if getattr(preset, f"{rules}_rules"))
+                raise ModelError(
+                    f"{' and '.join(stated)} would do nothing: {self.name} has no {rules} rules; use {others}"
+                )
 
     def resolve(self) -> Parameterization:
         """The preset with this config's overrides."""
@@ -218,6 +219,14 @@ class ParameterizationConfig:
 def scale_of(size: Size, base: Size, parameterization: ParameterizationConfig) -> Scale:
     ratios = size.width / base.width, size.depth / base.depth, size.head_dim / base.head_dim
     return Scale(parameterization.resolve(), *ratios)
+
+
+USERS = {  # of a key that not every optimizer has
+    "momentum": ("sgd", "muon"),
+    "nesterov": ("sgd",),
+    "betas": ("adamw", "muon"),
+    "eps": ("adamw", "muon"),
+}
 
 
 @checked_model
@@ -245,6 +254,14 @@ class OptimizerConfig:
     samples_ratio: Annotated[Number, Field(gt=0)] = 1.0
 
     def __post_init__(self) -> None:
+        for each in fields(self):
+            users = USERS.get(each.name, (self.name,))
+            if self.name not in users and getattr(self, each.name) != each.default:
+                raise ModelError(
+                    f"{each.name} would do nothing: {self.name} has none; leave it out, or use {' or '.join(users)}"
+                )
+        if self.nesterov and not self.momentum:
+            raise ModelError("nesterov needs a momentum above 0")
         if self.noise_ratio != 1 and self.name != "adamw":
             raise ModelError(f"batch_ratio and samples_ratio have rules for adamw only, not for {self.name}")
         if min(self.scaled_betas) < 0:
@@ -260,3 +277,24 @@ class OptimizerConfig:
         """1 - beta grows with m_B / m_D (2512.22382)."""
         first, second = (1 - (1 - beta) * self.noise_ratio for beta in self.betas)
         return first, second
+
+
+def refuse_idle(parameterization: Parameterization, optimizer: OptimizerConfig) -> None:
+    """Raises ModelError for a field of the parameterization that is not its preset's, and that `optimizer` never reads.
+    At every size the field would do nothing."""
+    coupled = optimizer.weight_decay_mode == "coupled"
+    readers = {
+        "adam_depth_lr": (optimizer.name != "sgd", "optimizer.name adamw or muon"),
+        "eps_scaling": (optimizer.name != "sgd", "optimizer.name adamw or muon"),
+        "weight_decay_scaling": (
+            optimizer.name != "sgd" and coupled,
+            "optimizer.weight_decay_mode coupled and optimizer.name adamw or muon",
+        ),
+    }
+    preset = PRESETS[parameterization.name]
+    for key, (is_read, needed) in readers.items():
+        if not is_read and getattr(parameterization, key) != getattr(preset, key):
+            raise ModelError(
+                f"parameterization.{key} would do nothing under {optimizer.name} with {optimizer.weight_decay_mode} "
+                f"weight decay: leave it out, or use {needed}"
+            )

@@ -76,6 +76,7 @@ def roles(config: ConvResNetConfig) -> Roles:
         ),
         branches=(Slot(rf"({block})\.drop_path", rf"\1.convs.{config.convs_per_branch - 1}"),),
         readout="fc",
+        blocks=block,
     )
 
 

@@ -30,6 +30,7 @@ from models.config import AnyModelConfig, OptimizerConfig, ParameterizationConfi
 from models.family import modules_matching
 from models.optimizer import build_optimizer, parameter_groups
 from models.parameterization import Role
+from models.stream import stream_modules
 
 Axis = Literal["width", "depth"]
 Span = tuple[float, float]  # lowest and highest slope that the limit allows
@@ -151,8 +152,9 @@ Values = dict[str, dict[int, Tensor]]  # quantity -> position -> what flows ther
 
 
 @contextmanager
-def recording(scaled: ScaledModel) -> Iterator[Values]:
-    """Fills the yielded dict, anew in each forward pass, with what the network's positions put out."""
+def recording(scaled: ScaledModel, inputs: Tensor) -> Iterator[Values]:
+    """Fills the yielded dict, anew in each forward pass, with what the network's positions put out. `inputs`: a batch,
+    by which residual blocks are found where nobody stated them."""
     modules, values = dict(scaled.network.named_modules()), Values()
 
     def record(quantity: str, position: int) -> Callable[[nn.Module, Any, Tensor], None]:
@@ -164,7 +166,7 @@ def recording(scaled: ScaledModel) -> Iterator[Values]:
     def record_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         values["stream input"] = {0: inputs[0].detach().clone()}
 
-    blocks = list(dict.fromkeys(name.rpartition(".")[0] for name in scaled.branches))
+    blocks = stream_modules(scaled, inputs)
     watched = {"stream": blocks, "branch": list(scaled.branches), "logits": [""]}
     watched["queries"] = list(find_slots(scaled.network, scaled.roles.queries))
     if scaled.roles.keys:
@@ -238,7 +240,7 @@ def measure(
     names = {name for name, parameter in scaled.network.named_parameters() if id(parameter) in by_muon}
     measured: Measured = {}
     initial: Values = {}
-    with recording(scaled) as values:
+    with recording(scaled, inputs) as values:
         for step in range(steps + 1):
             logits = scaled.network(inputs)
             if step == 0:

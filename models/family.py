@@ -58,6 +58,7 @@ class ParameterRule:
     pattern: RegularExpression
     role: Role
     init: Init
+    decays: bool = True  # False: no weight decay, though its role has one, as timm's position embedding
 
 
 @checked_model
@@ -92,6 +93,9 @@ class Roles:
     readout: str  # name of the module whose input gets the readout multiplier
     queries: tuple[Slot, ...] = ()  # modules whose output is the queries
     keys: RegularExpression | None = None  # modules whose output is the keys; only the coordinate check looks at them
+    # Modules that put out the residual stream, around the ends of their branches. None: the coordinate check, which
+    # alone needs them in a network of your own, finds them in a forward pass (models.stream).
+    blocks: RegularExpression | None = None
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,18 @@ def modules_matching(model: nn.Module, pattern: str) -> list[str]:
     if not names:
         raise ModelError(f"no module of {type(model).__name__} matches {pattern!r}")
     return names
+
+
+def stated_blocks(model: nn.Module, roles: Roles, branches: Iterable[str]) -> tuple[str, ...]:
+    """Names of the residual blocks, in the model's order; none where `roles` does not state them. Raises ModelError
+    for a branch that ends outside of every block."""
+    if roles.blocks is None:
+        return ()
+    blocks = modules_matching(model, roles.blocks)
+    for name in branches:
+        if not any(name.startswith(f"{block}.") for block in blocks):
+            raise ModelError(f"Roles.blocks {roles.blocks!r}: the branch that ends in {name} is in none of them")
+    return tuple(blocks)
 
 
 def base_shape(shape: torch.Size, role: Role, width_ratio: float) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from models.config import OptimizerConfig
+from models.config import OptimizerConfig, refuse_idle
 from models.errors import ModelError
 from models.family import ParameterRule
 from models.parameterization import TABLE, Factors, Role, Scale
@@ -14,18 +14,18 @@ from models.parameterization import TABLE, Factors, Role, Scale
 Algorithm = Literal["sgd", "adamw", "muon"]
 
 
-def group_settings(factors: Factors, config: OptimizerConfig, algorithm: Algorithm) -> dict[str, Any]:
-    """lr_mult, peak lr, weight decay and AdamW's eps of the parameters that have these factors.
+def group_settings(factors: Factors, config: OptimizerConfig, algorithm: Algorithm, decays: bool) -> dict[str, Any]:
+    """lr_mult, peak lr, weight decay (if it `decays`) and AdamW's eps of the parameters that have these factors.
 
     With m_B / m_D the batch-and-samples ratio of Complete(d)P (2512.22382): lr and decay times its root, eps over it.
     """
     noise_root = math.sqrt(config.noise_ratio)
     lr_mult = factors.lr * noise_root
     lr = config.lr * lr_mult
-    if factors.weight_decay == 0:
+    if factors.weight_decay == 0 or not decays:
         weight_decay = 0.0
     elif config.weight_decay_mode == "independent":
-        # torch multiplies by the learning rate, which cancels; what a step takes off is lr * decay, hence the ratio
+        # the optimizer multiplies by the learning rate, which cancels; a step takes off lr * decay, hence the ratio
         weight_decay = config.weight_decay * config.noise_ratio / lr
     else:
         weight_decay = config.weight_decay * factors.weight_decay * noise_root
@@ -46,15 +46,17 @@ def parameter_groups(
     """Parameter groups for a torch optimizer; roles with equal settings share one, so there are at most eight.
 
     Each group has `name` (its roles), `algorithm`, `params`, `lr` (peak), `lr_mult`, `weight_decay` and, for AdamW,
-    `eps`. Raises ModelError when muon would find no matrix to train.
+    `eps`. Raises ModelError when muon would find no matrix to train, or a setting would do nothing.
     """
+    refuse_idle(scale.parameterization, config)
     merged: dict[tuple[tuple[str, Any], ...], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
-        role: Role = rules[name].role
+        role, decays = rules[name].role, rules[name].decays
         algorithm: Algorithm = config.name
         if algorithm == "muon" and not trained_by_muon(role, parameter):
             algorithm = "adamw"
-        settings = group_settings(scale.factors(role, algorithm), config, algorithm) | {"algorithm": algorithm}
+        settings = group_settings(scale.factors(role, algorithm), config, algorithm, decays)
+        settings["algorithm"] = algorithm
         group = merged.setdefault(tuple(settings.items()), {"roles": [], "params": [], **settings})
         group["params"].append(parameter)
         if role.value not in group["roles"]:
@@ -66,6 +68,26 @@ def parameter_groups(
             "none that grows on both sides; use adamw or sgd"
         )
     return groups
+
+
+class DecoupledSGD(torch.optim.SGD):
+    """torch's SGD with the decay kept out of the gradient (SGDW, arXiv 1711.05101): a step takes lr * weight_decay off
+    a weight, as AdamW's and Muon's does. torch adds the decay to the gradient, so that momentum repeats it, and what a
+    step takes off grows to lr * weight_decay / (1 - momentum)."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        with torch.enable_grad():
+            loss = closure() if closure else None
+        decays = [group["weight_decay"] for group in self.param_groups]
+        for group, decay in zip(self.param_groups, decays, strict=True):
+            if decay and (trained := [parameter for parameter in group["params"] if parameter.grad is not None]):
+                torch._foreach_mul_(trained, 1 - group["lr"] * decay)
+            group["weight_decay"] = 0.0  # for torch's step
+        super().step()
+        for group, decay in zip(self.param_groups, decays, strict=True):
+            group["weight_decay"] = decay
+        return loss
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
@@ -102,10 +124,12 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """torch's own optimizer over `groups`, fused where the parameters' device has it."""
+    """torch's optimizer over `groups`, fused where the parameters' device has it. Where decay is independent of the
+    learning rate, it is independent of momentum, too."""
     fused = all(parameter.is_cuda for group in groups for parameter in group["params"]) or None
     if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
+        kind = torch.optim.SGD if config.weight_decay_mode == "coupled" else DecoupledSGD
+        return kind(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
     if config.name == "muon":
         return MuonWithAdamW(groups, config, fused)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.scaled_betas, fused=fused)

@@ -9,7 +9,12 @@ Every factor is relative to the base model and is 1 at N = L = 1, where the mode
 optimizer settings. The absolute form of Bordelon et al. (beta / sqrt(L)) is the same with base_depth = 1.
 
 Sources: Bordelon et al. (arXiv 2309.16620) and Tensor Programs VI (2310.02244) for depth, Tensor Programs V
-(2203.03466, table 8) for width, CompleteP (2505.01618, table 1) for alpha = 1 and AdamW's epsilon and weight decay.
+(2203.03466, table 8) for width, CompleteP (2505.01618, table 1) for alpha = 1 and AdamW's weight decay.
+
+AdamW's epsilon stands beside a gradient, and scales as the parameter's gradient does in the form used here. The
+multiplier 1/N of the readout's input makes every gradient N times smaller but that of the readout's bias, which comes
+after it, and those of parameters that N heads share. Published tables have 1 for the readout, for vectors outside of
+branches, or for both (2512.22382, 2505.01618): they belong to a readout without multiplier.
 
 Muon's cells are for torch's `match_rms_adamw`, which multiplies a matrix's update by 0.2 sqrt(max(rows, columns)) and
 so carries N^(1/2): N^(-1/2) here is the factor 1 of the original Muon in width (2603.00541), and L^(alpha - 1) lets L
@@ -100,7 +105,7 @@ TABLE: dict[Role, Row] = {
         init_variance_sp=one, init_variance=one,
         lr_sgd=lambda N, L, a: N,
         lr_adam=one,
-        eps_adam=one,
+        eps_adam=lambda N, L, a: 1 / N,
         weight_decay=zero,
     ),
     Role.BRANCH_SCALAR: Row(
@@ -121,7 +126,7 @@ TABLE: dict[Role, Row] = {
         init_variance_sp=lambda N, L, a: 1 / N, init_variance=one,
         lr_sgd=lambda N, L, a: N,
         lr_adam=one,
-        eps_adam=one,
+        eps_adam=lambda N, L, a: 1 / N,
         weight_decay=one,
     ),
 }
@@ -137,7 +142,7 @@ class Parameterization:
     alpha            depth exponent: branches are multiplied by beta * L^-alpha
     adam_depth_lr    exponent of L in AdamW's learning rate inside branches; None is alpha - 1 (Tensor Programs VI,
                      CompleteP), 0 is what Bordelon et al. are reported to have used
-    eps_scaling      "table" (Complete(d)P's, 2512.22382), "branch" (in residual blocks only), or "none"
+    eps_scaling      "table" (every parameter's), "branch" (in residual blocks only), or "none"
     weight_decay_scaling   exponent of N in a hidden matrix's coupled weight decay: 1 keeps lr * decay constant
     beta, gamma0     tunable constants that transfer: branch scale and feature-learning strength
     """

@@ -116,6 +116,7 @@ def roles(config: ResNetConfig) -> Roles:
         ),
         branches=(Slot(rf"({block})\.drop_path", rf"\1.{norm if ends_in_norm else 'conv'}{last}"),),
         readout=readout,
+        blocks=block,
     )
 
 

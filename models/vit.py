@@ -96,8 +96,8 @@ def roles(config: VisionTransformerConfig) -> Roles:
         parameters=(
             ParameterRule(r"patch_embed\.proj\.weight", Role.INPUT, Init("uniform_fan_in", 3**-0.5)),
             ParameterRule(r"patch_embed\.proj\.bias", Role.VECTOR, ZEROS),
-            ParameterRule(r"pos_embed", Role.INPUT, TIMM),
-            ParameterRule(r"cls_token|reg_token", Role.INPUT, Init("normal", 1e-6)),
+            ParameterRule(r"pos_embed", Role.INPUT, TIMM, decays=False),
+            ParameterRule(r"cls_token|reg_token", Role.INPUT, Init("normal", 1e-6), decays=False),
             ParameterRule(rf"{BRANCH_MATRIX}\.weight", Role.BRANCH_HIDDEN, TIMM),
             ParameterRule(rf"{BRANCH_MATRIX}\.bias", Role.BRANCH_VECTOR, ZEROS),
             ParameterRule(rf"{BRANCH_NORM}\.weight", Role.BRANCH_VECTOR, ONES),
@@ -117,6 +117,7 @@ def roles(config: VisionTransformerConfig) -> Roles:
         readout="head",
         queries=(Slot(r"(blocks\.\d+\.attn)\.q_norm", r"\1.qkv", share=1 / 3),),
         keys=r"blocks\.\d+\.attn\.k_norm",
+        blocks=r"blocks\.\d+",
     )
 
 

@@ -3,7 +3,9 @@
 import json
 import math
 import re
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -128,10 +130,82 @@ def test_a_target_that_the_optimum_does_not_belong_to_is_refused_by_what_differs
     two_seeds(study_file)
     finish(Study(study_file, read_study(study_file)), best=-5)
     wrong = ("model.base_depth=6", "optimizer.name=adamw", "schedule.name=constant")
-    differs = "base_depth 3 -> 6, optimizer.name sgd -> adamw, schedule.name cosine -> con"
+    differs = "model.base_depth 3 -> 6, optimizer.name sgd -> adamw, schedule.name cosine -> con"
     with pytest.raises(UserError, match=rf"^{re.escape(str(study_file))}: .*{differs}"):
         invoke("scale", study_file, *wrong)
     invoke("scale", study_file, *wrong, "--force")
+
+
+FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # the proxy, and another value of each of its keys
+    "conv_resnet": (
+        {"family": "conv_resnet"},
+        {
+            "num_classes": 20,
+            "image_size": 16,
+            "in_channels": 3,
+            "num_stages": 1,
+            "convs_per_branch": 2,
+            "norm": "layer",
+        },
+    ),
+    "resnet": (
+        {"family": "resnet", "base_depth": 4, "depth": 4, "base_width": 16, "width": 16},
+        {
+            **{"num_classes": 20, "image_size": 16, "in_channels": 3, "block": "bottleneck", "preactivation": True},
+            **{"norm": "none", "num_groups": 8},
+        },
+    ),
+    "vit": (
+        {"family": "vit", "patch_size": 2, "head_dim": 4, "mlp_ratio": 4.0},
+        {
+            **{"num_classes": 20, "image_size": 16, "in_channels": 3, "patch_size": 4, "mlp_ratio": 2.0, "head_dim": 8},
+            **{"qk_norm": True, "layer_scale": 0.1, "timm_name": "vit_small_patch16_224", "class_token": True},
+            **{"global_pool": "avg"},
+        },
+    ),
+}
+WITH_RULES = {"width", "depth", "base_width", "base_depth", "family", "blocks", "num_heads"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scale_refuses_by_name_every_change_of_the_model_that_no_rule_covers(family: str, study_file: Path) -> None:
+    model, others = FAMILIES[family]
+    settings = yaml.safe_load(study_file.read_text())
+    settings["model"] |= model
+    base = {"width": settings["model"]["base_width"], "depth": settings["model"]["base_depth"]}
+    settings["study"] |= {"seeds": [0, 1], "sizes": [base, {**base, "depth": 2 * base["depth"]}]}
+    study_file.write_text(yaml.safe_dump(settings))
+    study = Study(study_file, read_study(study_file))
+    assert {field.name for field in fields(study.file.model)} == {*others, *WITH_RULES & set(vars(study.file.model))}
+    finish(study, best=-5)
+    for key, value in others.items():
+        with pytest.raises(UserError, match=rf"target with model\.{key}.* -> {value}: the rules cover width and depth"):
+            invoke("scale", study_file, f"model.{key}={value}")
+    larger = ("model.depth=12", "--parameterization", "depth_mup")
+    assert "rule" not in invoke("scale", study_file, *larger)
+    out = ("--out", study_file.parent / "forced.yaml", "--force")
+    assert "Forced: no rule covers model.image_size 8 -> 16" in invoke("scale", study_file, "model.image_size=16", *out)
+
+
+def test_from_one_base_heads_may_grow_in_number_or_in_their_dim(study_file: Path) -> None:
+    two_seeds(study_file)
+    vit = ("model.family=vit", "model.patch_size=2", "model.head_dim=4", "study.name=vit")
+    study = Study(study_file, read_study(study_file, vit))
+    finish(study, best=-5)
+    growing = ("model.width=32", "model.head_dim=null", "--parameterization", "depth_mup")
+    invoke("scale", study.file.directory, *growing, "model.num_heads=2")
+    assert read_run(study.target_file).model.size.head_dim == 16
+    with pytest.raises(UserError, match=r"model.head_dim at base_width 4 -> 2"):
+        invoke("scale", study.file.directory, *growing, "model.num_heads=4")
+
+
+def test_scale_names_what_moves_an_optimum_and_belongs_to_the_target(study_file: Path) -> None:
+    two_seeds(study_file)
+    finish(Study(study_file, read_study(study_file)), best=-5)
+    said = invoke("scale", study_file, "train.label_smoothing=0.1", "data.augment=crop_flip", "train.log_every=3")
+    assert (
+        "No rule covers data.augment none -> crop_flip, train.label_smoothing 0.0 -> 0.1: an optimum may move" in said
+    )
 
 
 def test_without_a_name_scale_takes_the_parameterization_that_is_best_at_the_largest_size(study_file: Path) -> None:

@@ -137,6 +137,56 @@ def test_named_sizes_are_timms_networks() -> None:
         assert {name: tensor.shape for name, tensor in network.state_dict().items()} == shapes, named
 
 
+DEPARTURES = {  # from timm's init, with timm's own value; docs/models.md
+    "vit_base_patch16_224": {"patch_embed.proj.bias": 768**-0.5 * 3**-0.5},
+    "resnet18": {"bn2.weight": 0.0, "fc.bias": 512**-0.5 * 3**-0.5},
+    "resnet50": {"bn3.weight": 0.0, "fc.bias": 2048**-0.5 * 3**-0.5},
+    "resnetv2_50": {},
+}
+
+
+@pytest.mark.parametrize("name", DEPARTURES)
+def test_the_base_has_timms_init_but_for_what_the_page_says(name: str) -> None:
+    """By the RMS of each parameter; biases of a few numbers are left a wide margin."""
+    shape = {"num_classes": 10, "image_size": 64, "width": 64, "base_width": 64}
+    config: AnyModelConfig
+    if name == "vit_base_patch16_224":
+        config = replace(at_base(VIT), width=192, base_width=192, patch_size=16, image_size=64)
+        plain = timm.create_model(name, num_classes=10, embed_dim=192, depth=2, num_heads=4, img_size=64)
+        assert {n for n, _ in plain.named_parameters()} & plain.no_weight_decay() == {"cls_token", "pos_embed"}
+    else:
+        blocks, block = ((2, 2, 2, 2), "basic") if name == "resnet18" else ((3, 4, 6, 3), "bottleneck")
+        depth = {"depth": sum(blocks), "base_depth": sum(blocks)}
+        config = ResNetConfig(**shape, **depth, blocks=blocks, block=block, preactivation="v2" in name)
+        plain = timm.create_model(name, num_classes=10)
+    ours = dict(build(config, ParameterizationConfig(), seed=0).network.named_parameters())
+    found = set()
+    for parameter, theirs in plain.named_parameters():
+        known = [end for end in DEPARTURES[name] if parameter.endswith(end)]
+        if known:
+            assert rms(theirs.detach()) == pytest.approx(DEPARTURES[name][known[0]], rel=0.5), parameter
+            assert rms(ours[parameter].detach()) in (0, 1)
+            found.update(known)
+        else:
+            here, there = rms(ours[parameter].detach()), rms(theirs.detach())
+            assert here == pytest.approx(there, rel=0.1 + 2 * theirs.numel() ** -0.5), parameter
+    assert found == set(DEPARTURES[name])
+
+
+def test_what_timm_does_not_decay_is_not_decayed() -> None:
+    config = replace(VIT, timm_name="vit_medium_patch16_reg4_gap_256", layer_scale=0.0)
+    config = replace(config, class_token=True, global_pool="token")
+    scaled = build_meta(config, ParameterizationConfig())
+    groups = parameter_groups(scaled.network, scaled.rules, scaled.scale, OptimizerConfig(lr=1.0, weight_decay=0.1))
+    names = {id(parameter): name for name, parameter in scaled.network.named_parameters()}
+    undecayed = {names[id(p)] for group in groups if not group["weight_decay"] for p in group["params"]}
+    spared = {name for name in names.values() if name in scaled.network.no_weight_decay()}
+    assert spared == {"cls_token", "pos_embed", "reg_token"}
+    assert spared <= undecayed
+    assert {name for name in names.values() if name.endswith("weight") and "norm" not in name}.isdisjoint(undecayed)
+    assert len(groups) <= 8
+
+
 def mup_network(config: AnyModelConfig) -> nn.Module:
     """The plain network of `config` with the readout that `mup` asks for."""
     network = build(config, ParameterizationConfig(name="sp"), seed=0).network
@@ -237,7 +287,7 @@ def test_presets_without_depth_rules_ignore_depth_and_sp_ignores_width() -> None
 @pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
 def test_gamma0_moves_the_features_in_proportion_and_the_logits_not_at_all(name: str) -> None:
     """To first order in the learning rate, over two steps, with an eps of AdamW that is felt."""
-    optimizer_config = OptimizerConfig(name=name, lr=1e-6, eps=1e-3)
+    optimizer_config = OptimizerConfig(name=name, lr=1e-6, **({} if name == "sgd" else {"eps": 1e-3}))
 
     def moved(gamma0: float) -> tuple[torch.Tensor, torch.Tensor]:
         scaled = build(VIT, ParameterizationConfig(gamma0=gamma0), seed=0)

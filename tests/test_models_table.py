@@ -26,16 +26,16 @@ ROLES = Roles(
 class OneOfEachRole(nn.Module):
     """A matrix or a vector per role, called as its role is; never run forward."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
         for role in Role:
-            one = nn.Linear(64, 64, bias=False) if role in MATRICES else nn.RMSNorm(4096)
+            one = nn.Linear(width, width, bias=False) if role in MATRICES else nn.RMSNorm(64 * width)
             self.add_module(role.value, one)
 
 
 def scaled_at(size: Size = SIZE, **parameterization: Any) -> models.ScaledModel:
     return models.apply(
-        ParameterizationConfig(**parameterization), OneOfEachRole(), size=size, base=BASE, roles=ROLES, seed=0
+        ParameterizationConfig(**parameterization), OneOfEachRole(size.width), size=size, base=BASE, roles=ROLES, seed=0
     )
 
 
@@ -52,6 +52,10 @@ def held_by_the_optimizer(scaled: models.ScaledModel, config: OptimizerConfig) -
 
 def adamw(**settings: Any) -> OptimizerConfig:
     return OptimizerConfig(**{"lr": 1.0, "eps": 1.0, "weight_decay": 1.0, "weight_decay_mode": "coupled"} | settings)
+
+
+def sgd(**settings: Any) -> OptimizerConfig:
+    return OptimizerConfig(**{"name": "sgd", "lr": 1.0, "weight_decay": 1.0, "weight_decay_mode": "coupled"} | settings)
 
 
 # fmt: off
@@ -82,10 +86,10 @@ LITERAL = {
         "branch_hidden": (1 / 2, 1,         1 / 12,      1 / 12,       4),
         "hidden":        (1 / 2, 1,         1 / 4,       1 / 4,        4),
         "branch_vector": (1,     4,         1 / 3,       1 / 12,       0),
-        "vector":        (1,     4,         1,           1,            0),
+        "vector":        (1,     4,         1,           1 / 4,        0),
         "branch_scalar": (1,     1,         1 / 3,       1 / 3,        0),
         "scalar":        (1,     1,         1,           1,            0),
-        "readout":       (1,     4,         1,           1,            1),
+        "readout":       (1,     4,         1,           1 / 4,        1),
     },
     "completep": {
         "input":         (1,     4,         1,           1,            1),
@@ -113,15 +117,15 @@ LITERAL_MUON = {"sp": (1, 1), "mup": (1 / 2, 1 / 2), "depth_mup": (1 / 6, 1 / 2)
 @pytest.mark.parametrize("name", LITERAL)
 def test_every_cell_of_the_table_is_the_papers_number(name: str) -> None:
     scaled = scaled_at(name=name)
-    sgd = held_by_the_optimizer(scaled, adamw(name="sgd"))
+    with_sgd = held_by_the_optimizer(scaled, sgd())
     adam = held_by_the_optimizer(scaled, adamw())
     independent = held_by_the_optimizer(scaled, adamw(lr=0.1, weight_decay_mode="independent"))
     assert set(adam) == set(LITERAL[name])
     for role, (init_std, lr_sgd, lr_adam, eps, decay) in LITERAL[name].items():
         weight = scaled.network.get_submodule(role).weight
         assert weight.std().item() == pytest.approx(init_std, rel=0.05), role  # 4096 draws
-        assert sgd[role]["lr"] == pytest.approx(lr_sgd), role
-        assert sgd[role]["weight_decay"] == pytest.approx(1 / lr_sgd if role in DECAYING else 0), role
+        assert with_sgd[role]["lr"] == pytest.approx(lr_sgd), role
+        assert with_sgd[role]["weight_decay"] == pytest.approx(1 / lr_sgd if role in DECAYING else 0), role
         held = adam[role]
         assert (held["lr"], held["eps"], held["weight_decay"]) == pytest.approx((lr_adam, eps, decay)), role
         per_step = independent[role]["lr"] * independent[role]["weight_decay"]
@@ -153,11 +157,11 @@ def test_alpha_overrides_the_presets_exponent_in_every_formula_that_has_it() -> 
     deep = Size(width=16, depth=16, head_dim=4)
     scaled = scaled_at(deep, name="depth_mup", alpha=0.75)
     assert scaled.multipliers["branch_hidden"].value == pytest.approx(1 / 8)
-    sgd, adam = (held_by_the_optimizer(scaled, adamw(name=name)) for name in ("sgd", "adamw"))
+    with_sgd, adam = (held_by_the_optimizer(scaled, config) for config in (sgd(), adamw()))
     for role in ("branch_hidden", "branch_vector", "branch_scalar"):
-        assert (sgd[role]["lr"], adam[role]["lr"], adam[role]["eps"]) == pytest.approx((4, 1 / 2, 1 / 8)), role
+        assert (with_sgd[role]["lr"], adam[role]["lr"], adam[role]["eps"]) == pytest.approx((4, 1 / 2, 1 / 8)), role
     for role in ("input", "hidden", "vector", "scalar", "readout"):
-        assert (sgd[role]["lr"], adam[role]["lr"], adam[role]["eps"]) == (1, 1, 1), role
+        assert (with_sgd[role]["lr"], adam[role]["lr"], adam[role]["eps"]) == (1, 1, 1), role
 
 
 def test_adam_depth_lr_is_the_exponent_of_depth_in_adamws_rate_inside_branches_only() -> None:
@@ -169,7 +173,6 @@ def test_adam_depth_lr_is_the_exponent_of_depth_in_adamws_rate_inside_branches_o
         assert adam["branch_scalar"]["lr"] == pytest.approx(in_branch)
         assert (adam["hidden"]["lr"], adam["input"]["lr"], adam["vector"]["lr"]) == (1 / 4, 1, 1)
         assert adam["branch_hidden"]["eps"] == pytest.approx(1 / 12)  # untouched
-        assert held_by_the_optimizer(scaled, adamw(name="sgd"))["branch_hidden"]["lr"] == 1
 
 
 def test_eps_scaling_is_the_tables_or_in_branches_only_or_none() -> None:
@@ -211,7 +214,8 @@ def test_batch_and_duration_move_adamws_settings_by_roots_of_their_ratio() -> No
 
 def test_gamma0_moves_rates_but_no_decay_a_step_and_not_the_readouts_bias() -> None:
     def held(gamma0: float, name: str, **settings: Any) -> dict[str, dict[str, Any]]:
-        return held_by_the_optimizer(scaled_at(BASE, gamma0=gamma0), adamw(name=name, **settings))
+        config = sgd(**settings) if name == "sgd" else adamw(name=name, **settings)
+        return held_by_the_optimizer(scaled_at(BASE, gamma0=gamma0), config)
 
     for name, factor, eps in (("sgd", 16, None), ("adamw", 4, 1 / 4), ("muon", 4, 1 / 4)):
         for role, group in held(4.0, name).items():
@@ -226,8 +230,8 @@ def test_gamma0_moves_rates_but_no_decay_a_step_and_not_the_readouts_bias() -> N
 
 def test_the_optimizers_own_settings_reach_it() -> None:
     scaled = scaled_at(BASE)
-    sgd = held_by_the_optimizer(scaled, adamw(name="sgd", momentum=0.8, nesterov=True))["hidden"]
-    assert (sgd["momentum"], sgd["nesterov"]) == (0.8, True)
+    with_sgd = held_by_the_optimizer(scaled, sgd(momentum=0.8, nesterov=True))["hidden"]
+    assert (with_sgd["momentum"], with_sgd["nesterov"]) == (0.8, True)
     assert held_by_the_optimizer(scaled, adamw(betas=(0.8, 0.95)))["hidden"]["betas"] == (0.8, 0.95)
     muon = held_by_the_optimizer(scaled, adamw(name="muon", momentum=0.9, betas=(0.8, 0.95)))
     assert (muon["hidden"]["momentum"], muon["input"]["betas"]) == (0.9, (0.8, 0.95))

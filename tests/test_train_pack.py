@@ -54,6 +54,14 @@ AMPLIFIES = {  # rounding, at the rates of the others to more than 1e-4 within 5
     "timm's ResNetV2": {"family": "resnet", "depth": 4, "base_depth": 4, "preactivation": True},
 }
 RATES = {"sgd": 0.005, "adamw": 0.004}
+OWN = {  # three settings of its own for each
+    "sgd": ({"optimizer__momentum": 0.5}, {"optimizer__momentum": 0.0}, {"optimizer__momentum": 0.99}),
+    "adamw": (
+        {"optimizer__betas": [0.8, 0.999]},
+        {"optimizer__betas": [0.8, 0.9]},
+        {"optimizer__eps": 1e-3, "optimizer__betas": [0.95, 0.999]},
+    ),
+}
 DIVERGES = 1e37  # a learning rate after which no weight is finite
 
 Change = Callable[[dict[str, Any]], None]
@@ -93,7 +101,7 @@ def test_each_replica_ends_as_it_would_alone_while_one_diverges(
         make(),
         make(optimizer__lr=rate * DIVERGES),
         make(optimizer__lr=rate / 2, optimizer__weight_decay=0.0, schedule__name="constant"),
-        make(optimizer__momentum=0.5, parameterization={"name": "mup", "gamma0": 1.5}),
+        make(**OWN[optimizer][0], parameterization={"name": "mup", "gamma0": 1.5}),
         make(seed=1, train__clip_norm=None, parameterization={"beta": 0.5}),
     ]
     alone = [run(config, tmp_path / f"alone-{number}") for number, config in enumerate(configs)]
@@ -134,8 +142,8 @@ def test_in_double_precision_fifty_packed_steps_are_those_of_each_run_alone(
         for network in (*AMPLIFIES, "vit"):
             one = partial(make, network, optimizer, 50, optimizer__lr=0.02)
             configs = [
-                one(optimizer__betas=[0.8, 0.9], optimizer__momentum=0.0, parameterization={"gamma0": 1.5}),
-                one(optimizer__eps=1e-3, optimizer__momentum=0.99, parameterization={"beta": 0.5}, seed=1),
+                one(**OWN[optimizer][1], optimizer__weight_decay=0.02, parameterization={"gamma0": 1.5}),
+                one(**OWN[optimizer][2], parameterization={"beta": 0.5}, seed=1),
                 one(optimizer__weight_decay=0.1, optimizer__weight_decay_mode="coupled", train__clip_norm=None),
             ]
             images = torch.rand(2, 8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -178,7 +186,7 @@ def test_runs_of_one_seed_read_every_image_once(
 
 def test_a_replica_alone_can_go_on_from_a_packs_checkpoint(make: Callable[..., RunConfig], tmp_path: Path) -> None:
     for optimizer in RATES:
-        configs = [make("vit", optimizer), make("vit", optimizer, optimizer__momentum=0.0, seed=3)]
+        configs = [make("vit", optimizer), make("vit", optimizer, **OWN[optimizer][1], seed=3)]
         paths = [tmp_path / optimizer / str(number) for number in range(2)]
         run_pack(configs, paths)
         for config, path in zip(configs, paths, strict=True):
@@ -346,7 +354,7 @@ def test_what_cannot_be_packed_is_named(make: Callable[..., RunConfig], tmp_path
     base = make("vit", parameterization={"name": "sp"})
     packs = [
         make("vit", seed=5),
-        make("vit", optimizer__lr=1.0, optimizer__momentum=0.1, optimizer__eps=1e-6, schedule__warmup=0.3),
+        make("vit", optimizer__lr=1.0, optimizer__momentum=0.1, schedule__warmup=0.3),
         make("vit", model__base_width=16, parameterization={"name": "completep", "alpha": 0.7}),
     ]
     assert [packable(base, other) for other in packs] == [[], [], []]

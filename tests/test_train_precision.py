@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from data.errors import UserError
-from models.build import ScaledModel, build
+from models.build import ScaledModel, build, build_meta
 from models.config import ParameterizationConfig
 from train.config import RunConfig, TrainConfig, from_plain
 from train.replicas import Replicas
-from train.step import autocast, autocast_dtype, block_names, set_stream_type, set_tf32
+from train.step import autocast, autocast_dtype, set_stream_type, set_tf32
 
 CPU = torch.device("cpu")
 SIZE = {"width": 16, "depth": 8, "base_width": 8, "base_depth": 4, "num_classes": 10, "in_channels": 1}
@@ -51,7 +51,7 @@ def stream_types(scaled: ScaledModel, images: Tensor) -> set[torch.dtype]:
     def record(module: Any, inputs: Any, output: Tensor) -> None:
         types.update({inputs[0].dtype, output.dtype})
 
-    for block in block_names(list(scaled.branches)):
+    for block in scaled.blocks:
         scaled.network.get_submodule(block).register_forward_hook(record)
     for module in scaled.network.modules():
         if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
@@ -67,7 +67,7 @@ def stream_types(scaled: ScaledModel, images: Tensor) -> set[torch.dtype]:
 def test_the_residual_stream_has_the_stated_type_throughout(name: str, dtype: torch.dtype) -> None:
     config = run_of(name)
     scaled = build(config.model, ParameterizationConfig(), 0)
-    set_stream_type(scaled.network, scaled.branches, dtype)
+    set_stream_type(scaled.network, scaled.blocks[0], scaled.branches, dtype)
     size = config.model.image_size
     assert stream_types(scaled, torch.randn(4, 1, size, size)) == {dtype}
 
@@ -77,7 +77,7 @@ def test_the_residual_stream_of_a_pack_is_fp32_too(name: str) -> None:
     config = run_of(name)
     replicas = Replicas([config, config], CPU, torch.bfloat16)
     types = set()
-    for block in block_names([slot for slot in dict(replicas.network.named_modules()) if slot.endswith("drop_path")]):
+    for block in build_meta(config.model, config.parameterization).blocks:
         replicas.network.get_submodule(block).register_forward_hook(
             lambda module, inputs, output: types.update({inputs[0].dtype, output.dtype})
         )

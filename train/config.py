@@ -20,7 +20,12 @@ from pydantic.dataclasses import dataclass
 from data.config import NOT_IDENTITY, DataConfig, Positive, streams_misfit
 from data.errors import UserError
 from models.checked import STRICT, checked, said
-from models.config import AnyModelConfig, Number, OptimizerConfig, ParameterizationConfig
+from models.config import AnyModelConfig, Number, OptimizerConfig, ParameterizationConfig, refuse_idle
+
+# Independent weight decay is a mistake where weights remember fewer than 100 steps and the run is many times as long:
+# only e^-3 of what was there at the start is left (a warning), or e^-30 (refused). The runs of a few hundred steps of a
+# proxy may need more than 1 % a step, and long runs forget their start many times over, but slowly.
+TAKES_MUCH, LEAVES_LITTLE, LEAVES_NOTHING = 0.01, 3, 30
 
 checked_setting = checked(UserError)
 checked_setting(DataConfig)  # here, as the packages data and models know nothing of each other
@@ -41,6 +46,18 @@ class ScheduleConfig:
     name: Literal["cosine", "constant", "wsd"] = "cosine"
     warmup: Annotated[Number, Field(ge=0, lt=1)] = 0.1
     decay: Annotated[Number, Field(gt=0, le=1)] = 0.2  # wsd: the share at the end that falls linearly to zero
+
+    def __post_init__(self) -> None:
+        if self.name != "wsd" and self.decay != ScheduleConfig.decay:
+            raise ValueError(f"decay would do nothing: {self.name} has none; leave it out, or use wsd")
+        if self.name == "wsd" and self.warmup + self.decay > 1 + 1e-9:  # shares as 0.9 and 0.1 are rounded
+            raise ValueError(f"warmup {self.warmup:g} and decay {self.decay:g} are more than the whole run together")
+
+    @property
+    def mean(self) -> float:
+        """Mean of the factor over a run."""
+        falling = {"cosine": 1 - self.warmup, "constant": 0.0, "wsd": self.decay}[self.name]
+        return 1 - (self.warmup + falling) / 2
 
 
 @checked_setting
@@ -144,6 +161,7 @@ class RunConfig:
     seed: Annotated[int, Field(ge=0)] = 0
 
     def __post_init__(self) -> None:
+        refuse_idle(self.parameterization.resolve(), self.optimizer)
         if self.optimizer.name == "muon" and self.parallel.engine == "deepspeed":
             raise ValueError("optimizer.name muon needs whole matrices, which deepspeed flattens: use ddp")
         if self.optimizer.name == "muon" and self.model.family != "vit":
@@ -158,6 +176,30 @@ class RunConfig:
             )
         if misfit := streams_misfit(self.data.num_streams, self.train.global_batch_size):
             raise ValueError(misfit)
+        if self.forgets >= LEAVES_NOTHING:
+            raise ValueError(str(self.decay_warning))
+
+    @property
+    def forgets(self) -> float:
+        """What independent weight decay takes off over the run, as an exponent: e to the minus this is what it leaves.
+        0 where a step takes little, and in the coupled mode."""
+        taken = self.optimizer.weight_decay * self.optimizer.noise_ratio
+        if self.optimizer.weight_decay_mode == "coupled" or taken < TAKES_MUCH:
+            return 0.0
+        return taken * self.schedule.mean * self.train.num_steps
+
+    @property
+    def decay_warning(self) -> str | None:
+        """Says that weight decay takes off too much to be meant, and what would be."""
+        if self.forgets < LEAVES_LITTLE:
+            return None
+        decay, lr = self.optimizer.weight_decay, self.optimizer.lr
+        return (
+            f"optimizer.weight_decay {decay:g} does not depend on the learning rate: a step takes up to "
+            f"{decay * self.optimizer.noise_ratio:.3g} of every weight, and {self.train.num_steps} steps leave "
+            f"e^-{self.forgets:.3g} of it. A recipe for torch's own rule, lr * weight_decay, means "
+            f"optimizer.weight_decay_mode=coupled; the same in this mode is optimizer.weight_decay={decay * lr:.3g}"
+        )
 
 
 def default_of(f: "dataclasses.Field[Any]") -> Any:

@@ -40,7 +40,6 @@ from train.schedule import schedule, set_learning_rate
 from train.step import (
     StepResult,
     autocast_dtype,
-    block_names,
     prepare,
     set_backends,
     set_stream_type,
@@ -156,11 +155,11 @@ class Run:
         set_backends(device)
         self.dtype = autocast_dtype(config.train, device)
         scaled = build(config.model, config.parameterization, config.seed, device)
-        branches = list(scaled.branches)
-        blocks = block_names(branches)
+        branches, blocks = list(scaled.branches), list(scaled.blocks)
         self.draws = install_stochastic_depth(scaled.network, branches, blocks, config.train.drop_path)
         if self.dtype:
-            set_stream_type(scaled.network, branches, self.dtype if config.train.bf16_residual else torch.float32)
+            stream = self.dtype if config.train.bf16_residual else torch.float32
+            set_stream_type(scaled.network, blocks[0], branches, stream)
         self.channels_last = prepare(scaled.network, blocks, config.train, engine_name, device)
         self.arrange_images(scaled.network)
         shape = (config.model.in_channels, config.model.image_size, config.model.image_size)
@@ -216,8 +215,9 @@ class Run:
             world.size,
         )
         self.loader = TrainingLoader(stream, device)
-        if problem := too_few_cpus(config.data.num_workers):
-            self.log(f"warning: {problem}")
+        for problem in (too_few_cpus(config.data.num_workers), config.decay_warning):
+            if problem:
+                self.log(f"warning: {problem}")
         self.metrics = None
         if world.is_main:
             self.directory.config.write_text(to_yaml(config))

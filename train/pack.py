@@ -215,6 +215,8 @@ class Pack:
             groups = parameter_groups(scaled.network, scaled.rules, scaled.scale, config.optimizer)
             place = f"replica {number} of a pack of {len(configs)} on {device.type}, {dtype}"
             directory.add_to_log(describe(config, scaled, groups, place))
+            if config.decay_warning:
+                directory.add_to_log(f"warning: {config.decay_warning}")
             keep = first.train.keep_last, first.train.keep_every
             checkpoints = Checkpoints(directory.checkpoints, config, directory.add_to_log, *keep)
             closing.callback(checkpoints.close)

@@ -122,7 +122,7 @@ class Replicas:
         scaled = [build_meta(c.model, c.parameterization) for c in configs]
         self.network = scaled[0].network
         if autocast_dtype:
-            set_stream_type(self.network, scaled[0].branches, torch.float32)
+            set_stream_type(self.network, scaled[0].blocks[0], scaled[0].branches, torch.float32)
         self.multipliers = stack_multipliers(scaled, device)
         self.installed = scaled[0].multipliers
         self.roles = {name: rule.role.value for name, rule in scaled[0].rules.items()}
@@ -143,6 +143,7 @@ class Replicas:
 
         optimizers = [c.optimizer for c in configs]
         self.momentum = column([o.momentum for o in optimizers], device)
+        self.coupled = column([float(o.weight_decay_mode == "coupled") for o in optimizers], device)
         self.betas = [column([o.scaled_betas[i] for o in optimizers], device) for i in (0, 1)]
         clips = [c.train.clip_norm for c in configs]
         self.clip = column([clip or float("inf") for clip in clips], device) if any(clips) else None
@@ -288,7 +289,7 @@ class Replicas:
 
     @torch.no_grad()
     def update(self) -> None:
-        """torch's SGD or AdamW in all replicas at once. One whose loss is not finite stays as it is from then on."""
+        """The runs' own SGD or AdamW in all replicas at once. One whose loss is not finite stays as it is from then."""
         self.alive &= self.losses.isfinite()[:, None]
         factors = self.schedules.index_select(0, self.steps_done)[0]
         factor = factors.index_select(0, self.schedule_of)[:, None] * self.alive  # (K, 1)
@@ -310,10 +311,11 @@ class Replicas:
 
     def update_sgd(self, group: Group, gradient: Tensor, lr: Tensor) -> None:
         """In place: a copy of the weights beside the moments would be a fifth of a pack's memory at a small batch."""
-        momentum, decay = self.momentum.float(), group.settings["weight_decay"].float()
+        momentum, decay = self.momentum.float(), (group.settings["weight_decay"] * self.coupled).float()
         buffer = group.moments["momentum_buffer"].mul_(momentum).add_(gradient).addcmul_(group.values, decay)
         if self.configs[0].optimizer.nesterov:
             buffer = gradient.addcmul(group.values, decay).addcmul_(buffer, momentum)
+        group.values.mul_((1 - lr * group.settings["weight_decay"] * (1 - self.coupled)).float())
         group.values.addcmul_(buffer, -lr.float())
 
     def update_adamw(self, group: Group, gradient: Tensor, lr: Tensor) -> None:

@@ -92,10 +92,9 @@ def set_backends(device: torch.device) -> None:
         torch.backends.cudnn.benchmark = True
 
 
-def set_stream_type(network: nn.Module, branches: Iterable[str], dtype: torch.dtype) -> None:
+def set_stream_type(network: nn.Module, first_block: str, branches: Iterable[str], dtype: torch.dtype) -> None:
     """Keeps the residual stream in `dtype` under autocast, whose convolutions and products return bf16: what enters the
     first block and what every branch adds is cast to it, before its multiplier. `branches`: names of their ends."""
-    names = list(branches)
 
     def cast_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (inputs[0].to(dtype), *inputs[1:])
@@ -103,8 +102,8 @@ def set_stream_type(network: nn.Module, branches: Iterable[str], dtype: torch.dt
     def cast_output(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return output.to(dtype)
 
-    network.get_submodule(block_names(names)[0]).register_forward_pre_hook(cast_input)
-    for name in names:
+    network.get_submodule(first_block).register_forward_pre_hook(cast_input)
+    for name in branches:
         network.get_submodule(name).register_forward_hook(cast_output, prepend=True)
 
 
@@ -112,11 +111,6 @@ def is_convolutional(network: nn.Module) -> bool:
     """More convs than linear layers: a ResNet, but not a ViT with its one patch embedding."""
     convs = sum(isinstance(module, nn.Conv2d) for module in network.modules())
     return convs > sum(isinstance(module, nn.Linear) for module in network.modules())
-
-
-def block_names(branches: list[str]) -> list[str]:
-    """The residual blocks that hold the modules `branches` (the ends of residual branches), in their order."""
-    return list(dict.fromkeys(name.rpartition(".")[0] for name in branches))
 
 
 def recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:

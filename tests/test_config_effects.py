@@ -1,0 +1,193 @@
+"""A setting either changes what is trained, or is refused: every field of three sections, in every kind of run."""
+
+from dataclasses import fields
+from functools import cache
+from itertools import pairwise, product
+from typing import Any
+
+import pytest
+import torch
+
+from data.errors import UserError
+from launch.config import StudyFile
+from models.build import ScaledModel, build
+from models.config import OptimizerConfig, ParameterizationConfig
+from models.errors import ModelError
+from models.optimizer import build_optimizer, parameter_groups
+from train.config import RunConfig, ScheduleConfig, from_plain
+from train.schedule import schedule, set_learning_rate
+
+MODEL = {
+    **{"family": "vit", "width": 16, "depth": 4, "base_width": 8, "base_depth": 2, "num_heads": 2, "patch_size": 4},
+    **{"num_classes": 10, "image_size": 8, "in_channels": 1},
+}
+PRESETS = ("sp", "mup", "depth_mup", "completep")
+DECAY = {"lr": 0.01, "weight_decay": 0.01}
+OPTIMIZERS: tuple[dict[str, Any], ...] = tuple(
+    {"name": name, "weight_decay_mode": mode, **DECAY}
+    for name, mode in product(("sgd", "adamw", "muon"), ("independent", "coupled"))
+)
+SCHEDULES = ("cosine", "constant", "wsd")
+OTHER: dict[Any, dict[str, tuple[Any, ...]]] = {  # than the default, or than what is stated above
+    OptimizerConfig: {
+        **{"name": ("sgd", "adamw", "muon"), "lr": (0.02,), "momentum": (0.5,), "nesterov": (True,)},
+        **{"betas": ([0.8, 0.999], [0.9, 0.99]), "eps": (1e-3,), "weight_decay": (0.02,)},
+        **{"weight_decay_mode": ("independent", "coupled"), "batch_ratio": (2.0,), "samples_ratio": (2.0,)},
+    },
+    ParameterizationConfig: {
+        **{"name": PRESETS, "alpha": (0.75,), "adam_depth_lr": (0.25,), "eps_scaling": ("table", "branch", "none")},
+        **{"weight_decay_scaling": (0.5,), "beta": (0.5,), "gamma0": (2.0,)},
+    },
+    ScheduleConfig: {"name": SCHEDULES, "warmup": (0.3,), "decay": (0.4,)},
+}
+
+
+def run_of(
+    optimizer: dict[str, Any], parameterization: dict[str, Any], shape: dict[str, Any], steps: int = 20
+) -> RunConfig:
+    raw = {
+        **{"model": MODEL, "optimizer": optimizer, "parameterization": parameterization, "schedule": shape},
+        **{
+            "data": {"name": "x", "root": "x", "num_streams": 4},
+            "train": {"samples": 4 * steps, "global_batch_size": 4},
+        },
+    }
+    return from_plain(RunConfig, raw, "test")
+
+
+@cache
+def network_of(parameterization: ParameterizationConfig) -> tuple[ScaledModel, dict[str, torch.Tensor]]:
+    """The network, and a copy of its initial weights."""
+    scaled = build(run_of({"lr": 0.01}, {}, {}).model, parameterization, seed=0)
+    return scaled, {name: tensor.clone() for name, tensor in scaled.network.state_dict().items()}
+
+
+def learned(run: RunConfig) -> tuple[Any, ...]:
+    """All that the three sections can change: multipliers, and the weights at first and after three steps."""
+    scaled, initial = network_of(run.parameterization)
+    scaled.network.load_state_dict(initial)
+    multipliers = {name: multiplier.value for name, multiplier in scaled.multipliers.items()}
+    groups = parameter_groups(scaled.network, scaled.rules, scaled.scale, run.optimizer)
+    optimizer = build_optimizer(groups, run.optimizer)
+    weights = [torch.cat([p.detach().flatten() for p in scaled.network.parameters()])]
+    generator = torch.Generator().manual_seed(0)
+    for step in range(3):
+        set_learning_rate(optimizer, run.optimizer.lr, schedule(run.schedule, step, run.train.num_steps))
+        for parameter in scaled.network.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+        weights.append(torch.cat([p.detach().flatten() for p in scaled.network.parameters()]))
+    return multipliers, torch.stack(weights).double().numpy().tobytes()
+
+
+def idle_or_refused(section: Any, context: dict[str, Any], base: Any, observe: Any) -> tuple[list[str], set[str]]:
+    """(fields whose other value is accepted and changes nothing, fields whose other value changes something)."""
+    idle, working = [], set()
+    for field in fields(section):
+        for value in OTHER[section][field.name]:
+            if value == context.get(field.name):
+                continue
+            try:
+                changed = observe({**context, field.name: value})
+            except UserError as error:
+                if "would do nothing" in str(error) or "rules for adamw only" in str(error):
+                    continue
+                raise
+            if changed == base:
+                idle.append(f"{field.name}: {value} in {context}")
+            else:
+                working.add(field.name)
+    return idle, working
+
+
+def all_of(section: Any) -> set[str]:
+    return {field.name for field in fields(section)}
+
+
+def test_every_field_of_the_optimizer_acts_or_is_refused() -> None:
+    def observe(optimizer: dict[str, Any]) -> tuple[Any, ...]:
+        return learned(run_of(optimizer, {}, {}))
+
+    acting = set()
+    for context in OPTIMIZERS:
+        idle, working = idle_or_refused(OptimizerConfig, context, observe(context), observe)
+        assert not idle
+        acting |= working
+    assert acting == all_of(OptimizerConfig)  # none is refused everywhere
+
+
+def test_every_field_of_the_parameterization_acts_or_is_refused() -> None:
+    acting = set()
+    for optimizer, name in product(OPTIMIZERS, PRESETS):
+
+        def observe(parameterization: dict[str, Any], optimizer: dict[str, Any] = optimizer) -> tuple[Any, ...]:
+            return learned(run_of(optimizer, parameterization, {}))
+
+        context = {"name": name}
+        idle, working = idle_or_refused(ParameterizationConfig, context, observe(context), observe)
+        own = (
+            f"eps_scaling: {ParameterizationConfig(name=name).resolve().eps_scaling} "  # what a preset has may be said
+        )
+        assert not [text for text in idle if not text.startswith(own)]
+        acting |= working
+    assert acting == all_of(ParameterizationConfig)
+
+
+def test_every_field_of_the_schedule_acts_or_is_refused() -> None:
+    def observe(shape: dict[str, Any]) -> list[float]:
+        run = run_of({"lr": 0.01}, {}, shape)
+        return [schedule(run.schedule, step, run.train.num_steps) for step in range(run.train.num_steps)]
+
+    acting = set()
+    for name in SCHEDULES:
+        idle, working = idle_or_refused(ScheduleConfig, {"name": name}, observe({"name": name}), observe)
+        assert not idle
+        acting |= working
+    assert acting == all_of(ScheduleConfig)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"optimizer": {"name": "adamw", "momentum": 0.8}}, "optimizer: momentum would do nothing: adamw has none"),
+        ({"optimizer": {"name": "sgd", "eps": 1e-6}}, "eps would do nothing: sgd has none; .* adamw or muon"),
+        ({"optimizer": {"name": "sgd", "nesterov": True, "momentum": 0}}, "nesterov needs a momentum above 0"),
+        (
+            {"parameterization": {"weight_decay_scaling": 0.5}},
+            "weight_decay_scaling would do nothing under adamw with ind",
+        ),
+        ({"schedule": {"decay": 0.3}}, "decay would do nothing: cosine has none; leave it out, or use wsd"),
+        (
+            {"schedule": {"name": "wsd", "warmup": 0.5, "decay": 0.75}},
+            "warmup 0.5 and decay 0.75 are more than the whole",
+        ),
+    ],
+    ids=range(6),
+)
+def test_what_would_do_nothing_is_refused_in_one_line_with_what_to_do(sections: dict[str, Any], message: str) -> None:
+    optimizer = {"lr": 0.01, **sections.get("optimizer", {})}
+    with pytest.raises(UserError, match=message) as error:
+        run_of(optimizer, sections.get("parameterization", {}), sections.get("schedule", {}))
+    assert "\n" not in str(error.value)
+
+
+def test_python_code_is_refused_them_where_both_sections_meet() -> None:
+    scaled = build(run_of({"lr": 0.01}, {}, {}).model, ParameterizationConfig(adam_depth_lr=0.0), seed=0)
+    with pytest.raises(ModelError, match="adam_depth_lr would do nothing under sgd"):
+        parameter_groups(scaled.network, scaled.rules, scaled.scale, OptimizerConfig(name="sgd", lr=0.01))
+
+
+def test_warmup_and_decay_may_share_the_whole_run() -> None:
+    for warmup, decay in ((0.9, 0.1), (0.3, 0.7), (0.0, 1.0)):
+        shape = run_of({"lr": 0.01}, {}, {"name": "wsd", "warmup": warmup, "decay": decay}).schedule
+        factors = [schedule(shape, step, 20) for step in range(20)]
+        steps = [abs(a - b) for a, b in pairwise(factors)]
+        assert max(steps) <= 1 / (20 * min(warmup or 1, decay)) + 1e-9  # it never jumps
+
+
+def test_a_study_refuses_a_parameterization_beside_those_that_it_compares(run_settings: dict[str, Any]) -> None:
+    study = {"name": "x", "parameterizations": ["sp"], "sizes": [{"width": 8, "depth": 3}], "values": [1, 2, 3]}
+    raw = {**run_settings, "parameterization": {"beta": 0.5}, "study": study}
+    with pytest.raises(UserError, match=r"parameterization: depth_mup beta=0\.5 would do nothing: study.parameterizat"):
+        from_plain(StudyFile, raw, "test")
+    from_plain(StudyFile, {**raw, "study": {**study, "parameterizations": [{"beta": 0.5}]}}, "test")
