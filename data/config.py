@@ -33,7 +33,7 @@ class DataConfig:
     root: str = field(metadata=NOT_IDENTITY)  # folder of shards with index.json
     source: str | None = field(default=None, metadata=NOT_IDENTITY)  # packed into root when root has no index
     validation_share: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the source, when it has no split of its own
-    minival: Annotated[float, Field(ge=0, lt=1)] = 0.01  # share of train that is held out for tuning
+    minival: Annotated[float, Field(ge=0, lt=1)] = 0.01  # share of each class of train, held out for tuning
     augment: Literal["none", "crop_flip", "resized_crop_flip"] = "none"
     rand_augment: str | None = None  # timm's description, such as rand-m9-mstd0.5
     color_jitter: Annotated[float, Field(gt=0, le=1)] | None = None  # brightness, contrast, saturation: 1 - x to 1 + x

@@ -6,7 +6,9 @@ train-000000.index.npz   one shard, an array entry for each sample: `offsets` an
 """
 
 import io
+import itertools
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,10 +19,12 @@ from pydantic import Field, PlainValidator, TypeAdapter, ValidationError
 
 from data import storage
 from data.errors import UserError
+from data.minival import choose_held_out, hash_names
 
 INDEX_NAME = "index.json"
 AGAIN = f"delete {INDEX_NAME} and pack or index again"  # what mends an index that is wrong
 NO_LABEL = -1
+READERS = 16  # threads that read sidecars, which may be remote
 TAR_BLOCK = 512  # bytes: contents of a tar's members begin at multiples of it, each after one such header
 
 
@@ -151,25 +155,21 @@ class Index:
                 )
 
     def spans(self, split: str, minival: float) -> list[Span]:
-        """The spans of `train`, `minival` (the last share `minival` of the training samples) or `val`."""
+        """The spans of `val`, of `minival` (the share `minival` of the training samples, see data.minival), or of
+        `train` without these; those of a shard stand together."""
         source = "val" if split == "val" else "train"
         if source not in self.splits:
             raise UserError(
                 f"{storage.join(self.root, INDEX_NAME)}: no split {source!r}, only {', '.join(self.splits)}"
             )
         shards = self.splits[source]
-        total = sum(shard.samples for shard in shards)
-        held_out = round(total * minival) if source == "train" else 0
-        start, stop = {"train": (0, total - held_out), "minival": (total - held_out, total), "val": (0, total)}[split]
-        spans, seen = [], 0
-        for shard in shards:
-            first, last = max(start - seen, 0), min(stop - seen, shard.samples)
-            if last > first:
-                spans.append(Span(shard, first, last - first))
-            seen += shard.samples
+        if split != "val" and minival:
+            spans = held_out_spans(self.root, shards, minival)[split]
+        else:
+            spans = tuple(Span(shard, 0, shard.samples) for shard in shards if shard.samples and split != "minival")
         if not spans:
             raise UserError(f"split {split!r} of {self.root} is empty (data.minival is {minival})")
-        return spans
+        return list(spans)
 
 
 @dataclass(frozen=True)
@@ -220,3 +220,23 @@ def load_members(root: str, shard: Shard) -> Members:
     if len(names) != shard.samples:
         raise UserError(f"{location}: {counted(len(names), 'sample')}, but {INDEX_NAME} says {shard.samples}; {AGAIN}")
     return Members(offsets, sizes, labels, names)
+
+
+@lru_cache(maxsize=8)
+def held_out_spans(root: str, shards: tuple[Shard, ...], share: float) -> dict[str, tuple[Span, ...]]:
+    """The spans of train and minival. Reads the sidecars of all shards, once in a process."""
+
+    def read(shard: Shard) -> tuple[np.ndarray, np.ndarray]:
+        members = load_members(root, shard)
+        return members.labels, hash_names(members.names.tolist())
+
+    with ThreadPoolExecutor(READERS) as pool:
+        labels, hashes = zip(*pool.map(read, shards), strict=True)
+    held_out = choose_held_out(np.concatenate(labels), np.concatenate(hashes), share)
+    spans: dict[str, list[Span]] = {"train": [], "minival": []}
+    for shard, of_shard in zip(shards, np.split(held_out, np.cumsum([s.samples for s in shards])[:-1]), strict=True):
+        starts = [0, *(np.flatnonzero(np.diff(of_shard)) + 1).tolist(), shard.samples]
+        for first, last in itertools.pairwise(starts):
+            if last > first:
+                spans["minival" if of_shard[first] else "train"].append(Span(shard, first, last - first))
+    return {split: tuple(of_split) for split, of_split in spans.items()}

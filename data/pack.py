@@ -21,8 +21,8 @@ from data import storage
 from data.errors import UserError
 from data.images import BadImage, eight_bits, open_image, refusing_bad_images
 from data.index import INDEX_NAME, Index, Shard, sidecar
+from data.keys import random_generator
 from data.lock import NoLocks, flock
-from data.order import random_generator
 from data.scan import process_pool, scan, webdataset_metadata
 from data.sources import UNPACKED_NAME, SourceImage, open_source, read_list
 
@@ -116,7 +116,7 @@ def split_images(images: Sequence[SourceImage], validation_share: float, seed: i
     named = any(image.split for image in images)
     if named and validation_share:
         raise UserError("the source has train and val images of its own: leave validation_share at 0")
-    shuffled = [images[i] for i in random_generator(seed).permutation(len(images))]
+    shuffled = [images[i] for i in random_generator("pack", seed).permutation(len(images))]
     if named:
         return {split: chosen for split in ("train", "val") if (chosen := [i for i in shuffled if i.split == split])}
     held_out = round(len(shuffled) * validation_share)

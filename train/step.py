@@ -5,13 +5,13 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data.errors import UserError
+from data.keys import seed_for
 from train.config import TrainConfig
 from train.engine import Engine
 
@@ -60,7 +60,7 @@ def take_step(
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Random numbers inside the network (stochastic depth) depend on (seed, step, rank) alone, so that a run that is
     resumed draws those of a run that never stopped, and no generator's state has to be saved."""
-    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1))
+    torch.manual_seed(seed_for("step", seed, step, rank) % 2**63)
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[None]:
