@@ -8,6 +8,7 @@ train-000000.index.npz   one shard, an array entry for each sample: `offsets` an
 import io
 import itertools
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -18,6 +19,7 @@ import numpy as np
 from pydantic import Field, PlainValidator, TypeAdapter, ValidationError
 
 from data import storage
+from data.class_order import describe_class_order
 from data.errors import UserError
 from data.minival import choose_held_out, hash_names
 
@@ -25,6 +27,7 @@ INDEX_NAME = "index.json"
 AGAIN = f"delete {INDEX_NAME} and pack or index again"  # what mends an index that is wrong
 NO_LABEL = -1
 READERS = 16  # threads that read sidecars, which may be remote
+SHOWN_CLASSES = 20
 TAR_BLOCK = 512  # bytes: contents of a tar's members begin at multiples of it, each after one such header
 
 
@@ -60,6 +63,7 @@ class Contents:
 
     classes: Annotated[tuple[Name, ...], Field(min_length=1)]
     splits: dict[str, tuple[Shard, ...]]
+    first_label: Count = 0
 
 
 CONTENTS = TypeAdapter(Contents)
@@ -91,6 +95,7 @@ class Index:
     root: str
     classes: tuple[str, ...]
     splits: dict[str, tuple[Shard, ...]]
+    first_label: int = 0  # what the shards' .cls say of the first class; the sidecars count from 0
 
     @classmethod
     def load(cls, root: str | Path, trust: bool = False) -> "Index":
@@ -109,7 +114,7 @@ class Index:
             raise UserError(f"{path}: not an index of shards ({reason}); {AGAIN}") from None
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: not an index of shards ({error}); {AGAIN}") from None
-        index = cls(str(root), contents.classes, contents.splits)
+        index = cls(str(root), contents.classes, contents.splits, contents.first_label)
         names = [shard.name for shard in index.shards]
         if len(set(names)) < len(names):
             raise UserError(f"{path}: lists a shard twice; {AGAIN}")
@@ -128,12 +133,36 @@ class Index:
         shards = self.splits[split] if split else self.shards
         return f"{counted(sum(shard.samples for shard in shards), noun)} in {counted(len(shards), 'shard')}"
 
+    def labels(self, split: str) -> np.ndarray:
+        """Labels (samples,) of a split in the order of its shards, NO_LABEL where there is none."""
+        return np.concatenate([load_members(self.root, shard).labels for shard in self.splits[split]])
+
+    def describe_classes(self, split: str) -> str:
+        """'2 classes: cat 7, dog 6' of one split; of many classes the first ones, and between how many all have."""
+        labels = self.labels(split)
+        counts = np.bincount(labels[(labels >= 0) & (labels < len(self.classes))], minlength=len(self.classes))
+        each = [f"{name} {count}" for name, count in zip(self.classes, counts, strict=True)]
+        if len(each) <= SHOWN_CLASSES:
+            return f"{counted(len(each), 'class')}: {', '.join(each)}"
+        of_all = f"{len(each)} classes of {counts.min()} to {counts.max()}"
+        return f"{of_all}: {', '.join(each[: SHOWN_CLASSES // 2])}, ..., {each[-1]}"
+
+    def class_order(self) -> str | None:
+        """What is wrong, and how it is mended, where the training samples lie sorted by class; None where they do not,
+        or there are none."""
+        if "train" not in self.splits or not (found := describe_class_order(self.labels("train"))):
+            return None
+        remote = any(storage.is_remote(self.location(shard)) for shard in self.splits["train"])
+        source = "FOLDER, once the shards are copied there," if remote else self.root
+        return f"train: {found}. Shuffle them: depthmup pack {source} OUT"
+
     def location(self, shard: Shard) -> str:
         return storage.join(self.root, shard.name)
 
     def save(self) -> None:
         raw = {
             "classes": self.classes,
+            "first_label": self.first_label,
             "splits": {name: [asdict(shard) for shard in shards] for name, shards in self.splits.items()},
         }
         storage.write_atomically(Path(self.root) / INDEX_NAME, (json.dumps(raw, indent=1) + "\n").encode())
@@ -188,8 +217,8 @@ class Members:
 
 
 def sidecar(root: str, shard_name: str) -> str:
-    """Where a shard's sidecar lies: beside index.json for a remote shard, else beside the tar."""
-    name = shard_name.rpartition("/")[2] if "://" in shard_name else shard_name
+    """Where a shard's sidecar lies: beside index.json for a remote shard, named after its URL, else beside the tar."""
+    name = re.sub(r"[^\w.-]+", "_", shard_name.partition("://")[2]) if "://" in shard_name else shard_name
     return storage.join(root, name.removesuffix(".tar") + ".index.npz")
 
 

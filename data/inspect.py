@@ -110,4 +110,6 @@ def summary(index: Index, split: str, found: Findings) -> list[str]:
         ]
     if found.rotated:
         lines.append(f"  {counted(found.rotated, 'image')} with an EXIF rotation, which training does not apply")
+    if split == "train" and (order := index.class_order()):
+        lines.append(order)
     return lines + [f"  bad: {sample}" for sample in found.bad]

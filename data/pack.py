@@ -7,7 +7,7 @@ import json
 import os
 import re
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -222,7 +222,7 @@ def packed_before(out: Path) -> Index:
 def write_shards(
     tasks: Mapping[Path, Sequence[SourceImage]],
     finished: dict[Path, PackedShard],
-    classes: Sequence[str],
+    classes: Iterable[str],
     resize: int | None,
     quality: int,
     max_bad: int,
@@ -268,6 +268,8 @@ def pack(
     *,
     validation_share: float = 0.0,
     validation_list: Path | None = None,
+    train: Sequence[str] = (),
+    val: Sequence[str] = (),
     class_names: Path | None = None,
     shard_samples: int = 1024,
     shard_bytes: int | None = None,
@@ -280,6 +282,8 @@ def pack(
 ) -> tuple[Index, list[str]]:
     """Packs `source` into `out`. Returns the index and a line per unreadable image and per reason to leave files out.
 
+    `train`, `val`: patterns of the folders that are these splits, where their names do not say it.
+
     The image files' bytes are kept, unless `resize` (pixels of the shorter side) asks for JPEGs of `quality`. A folder
     that holds these images packed with these options is left as it is; after a kill, finished shards are. Raises
     UserError for a missing or empty source, a folder that is unwritable, in use or holds another pack, and for more
@@ -289,6 +293,8 @@ def pack(
     options = {
         "validation-share": validation_share,
         "validation-list": validation_list and str(validation_list),
+        "train": list(train) or None,
+        "val": list(val) or None,
         "class-names": class_names and str(class_names),
         "shard-samples": shard_samples,
         "shard-megabytes": shard_bytes and shard_bytes / 1e6,
@@ -302,10 +308,10 @@ def pack(
             recorded = json.loads((out / PLAN_NAME).read_text())
             if (recorded["archive"], recorded["options"]) == (stamp, options):
                 return packed_before(out), recorded["left_out"]
-        opened = open_source(source, out, validation_list)
+        opened = open_source(source, out, validation_list, train, val)
         images = opened.images
         splits = split_images(images, validation_share, seed)
-        classes = sorted({image.class_name for image in images})
+        classes = opened.classes
         names = read_list(class_names, "'CLASS NAME'") if class_names else {}
         listing = hashlib.sha256("\n".join(f"{i.path} {i.size} {i.class_name} {i.split}" for i in images).encode())
         plan = {
@@ -331,7 +337,11 @@ def pack(
             split: tuple(s for path in tasks if path.name.startswith(f"{split}-") and (s := finished[path].shard))
             for split in splits
         }
-        index = Index(str(out), tuple(f"{name} {names[name]}" if name in names else name for name in classes), shards)
+        index = Index(
+            str(out),
+            tuple(f"{name} {names[name]}" if name in names else shown for name, shown in classes.items()),
+            shards,
+        )
         index.save()
         for path in tasks:
             record_path(path).unlink()
