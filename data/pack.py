@@ -308,7 +308,7 @@ def pack(
             recorded = json.loads((out / PLAN_NAME).read_text())
             if (recorded["archive"], recorded["options"]) == (stamp, options):
                 return packed_before(out), recorded["left_out"]
-        opened = open_source(source, out, validation_list, train, val)
+        opened = open_source(source, out, validation_list, train, val, processes)
         images = opened.images
         splits = split_images(images, validation_share, seed)
         classes = opened.classes

@@ -236,7 +236,7 @@ def place(
     return placed
 
 
-def shards_as_source(source: str, train: Sequence[str], val: Sequence[str]) -> Source:
+def shards_as_source(source: str, train: Sequence[str], val: Sequence[str], processes: int | None) -> Source:
     """The labelled images of a folder of WebDataset shards, which are packed to be shuffled. Their labels stay.
 
     Raises UserError as data.find.find_shards and data.scan.scan do, and where there are no labels.
@@ -245,7 +245,7 @@ def shards_as_source(source: str, train: Sequence[str], val: Sequence[str]) -> S
     indexed = Index.load(source) if (Path(source) / INDEX_NAME).exists() else None
     first_label = [indexed.first_label if indexed else 0] * len(found.names)
     images, left_out, highest = [], Counter[str](), NO_LABEL
-    of_shards = parallel_map(scan, None, found.locations, first_label)
+    of_shards = parallel_map(scan, processes, found.locations, first_label)
     for location, split, (members, _, _) in zip(found.locations, found.splits, of_shards, strict=True):
         highest = max(highest, int(members.labels.max()))
         rows = zip(members.names.tolist(), members.labels, members.sizes, members.offsets, strict=True)
@@ -289,6 +289,7 @@ def open_source(
     validation_list: Path | None = None,
     train: Sequence[str] = (),
     val: Sequence[str] = (),
+    processes: int | None = None,
 ) -> Source:
     """All images of `source`, each in a class. `validation_list`: lines 'IMAGE CLASS' that name the split val; `train`,
     `val`: patterns of the splits' folders.
@@ -298,7 +299,7 @@ def open_source(
     """
     path, left_out = Path(source), Counter[str]()
     if path.is_dir() and any(tars_of_folder(path, everywhere=bool(train or val))):
-        return shards_as_source(source, train, val)
+        return shards_as_source(source, train, val, processes)
     try:
         if source in PACKAGED:
             found = list(PACKAGED[source]())

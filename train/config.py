@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from data.config import NOT_IDENTITY, DataConfig, Positive, streams_misfit
+from data.config import NOT_IDENTITY, DataConfig, Positive, channels_misfit, streams_misfit
 from data.errors import UserError
 from models.checked import said
 from models.config import AnyModelConfig, Number, OptimizerConfig, ParameterizationConfig
@@ -134,6 +134,8 @@ class RunConfig:
                 f"optimizer.name muon has no rule for model.family {self.model.family}, whose hidden weights are "
                 "convolutions: use adamw or sgd"
             )
+        if misfit := channels_misfit(self.data, self.model.in_channels):
+            raise ValueError(misfit)
         if misfit := streams_misfit(self.data.num_streams, self.train.global_batch_size):
             raise ValueError(misfit)
 
