@@ -45,10 +45,14 @@ def reporter(shown: "Display", unit: str) -> Callable[[int, int], None]:
     return report
 
 
-def print_splits(index: "Index", console: "Console") -> None:
+def print_index(index: "Index", console: "Console", unchanged: str | None) -> None:
+    """What a command has made, or that it was `unchanged` ('packed', 'indexed') already."""
+    if unchanged:
+        console.print(f"already {unchanged}: {index.describe()}", highlight=False)
+    for split in () if unchanged else index.splits:
+        console.print(f"{split} has {index.describe_classes(split)}", highlight=False, markup=False)
     for split in index.splits:
-        line = f"{split}: {index.describe(split, 'image')}, {index.describe_classes(split)}"
-        console.print(line, highlight=False, markup=False)
+        console.print(f"{split}: {index.describe(split, 'image')}", highlight=False)
 
 
 def new_console() -> "Console":
@@ -130,9 +134,7 @@ def pack(
         )
     for line in left_out:
         console.print(line, highlight=False, markup=False)
-    if packed_before:
-        console.print(f"already packed: {index.describe()}", highlight=False)
-    print_splits(index, console)
+    print_index(index, console, "packed" if packed_before else None)
 
 
 @click.command(epilog="Example: depthmup index 's3://bucket/train-{000000..001299}.tar' --out shards/imagenet")
@@ -182,9 +184,7 @@ def index(
         )
     for line in left_out:
         console.print(line, highlight=False, markup=False)
-    if indexed_before:
-        console.print(f"already indexed: {made.describe()}", highlight=False)
-    print_splits(made, console)
+    print_index(made, console, "indexed" if indexed_before else None)
     if order := made.class_order():
         console.print(order, highlight=False, markup=False)
 
