@@ -297,6 +297,9 @@ def index_shards(
         shards.append(shard)
         progress(len(shards), len(names))
     labels = np.concatenate([load_members(str(folder), shard).labels for shard in shards])
+    if not classes and len(known := labels[labels != NO_LABEL]) and known.min() > 0:
+        lowest = int(known.min()) + first_label
+        say(f"no sample has a label below {lowest}: where labels count from {lowest}, --first-label {lowest} says so")
     index = Index(
         str(folder),
         class_names(source, classes, labels, first_label),

@@ -158,7 +158,10 @@ def test_the_command_prints_splits_and_classes_with_their_counts(tmp_path):
 
 def test_labels_that_count_from_one_are_refused_with_the_cure_which_works(tmp_path):
     write_tar(tmp_path / "train-0.tar", [(f"{n}.jpg", b"image", b"%d" % (n % 5 + 1)) for n in range(20)])
-    names = ["a", "b", "c", "d", "e"]
+    names, said = ["a", "b", "c", "d", "e"], []
+    index_shards(str(tmp_path), processes=1, say=said.append)
+    assert said == ["no sample has a label below 1: where labels count from 1, --first-label 1 says so"]
+    (tmp_path / "index.json").unlink()
     with pytest.raises(
         UserError, match=r"its labels are 1 to 5, but those of 5 classes count from 0\. .*--first-label 1"
     ):
