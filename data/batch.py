@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -69,10 +70,23 @@ def on_device(array: np.ndarray, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
+@lru_cache(maxsize=8)
+def normalization(
+    mean: float | tuple[float, ...], std: float | tuple[float, ...], device: torch.device
+) -> tuple[float | Tensor, float | Tensor]:
+    """(scale, shift): bytes x become x * scale - shift, which is (x / 255 - mean) / std. Numbers, or (channels, 1, 1)
+    float32 on `device`, kept there so that no batch waits for a copy."""
+    if not isinstance(mean, tuple) and not isinstance(std, tuple):
+        return 1 / (255 * std), mean / std
+    means, stds = (torch.tensor(value, dtype=torch.float64).reshape(-1, 1, 1) for value in (mean, std))
+    return (1 / (255 * stds)).float().to(device), (means / stds).float().to(device)
+
+
 def to_float(batch: Batch, config: DataConfig, device: Any, channels_last: bool = False) -> tuple[Tensor, Tensor]:
     """uint8 pixels to normalised float32 on `device`: (batch, channels, size, size), and the labels."""
     batch = batch.to(device)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     pixels = batch.images.contiguous(memory_format=memory_format)  # now, while they are bytes
     images = new_like(pixels, np.float32).copy_(pixels) if pixels.device.type == "cpu" else pixels.float()
-    return images.mul_(1 / (255 * config.std)).sub_(config.mean / config.std), batch.labels
+    scale, shift = normalization(config.mean, config.std, images.device)
+    return images.mul_(scale).sub_(shift), batch.labels

@@ -2,16 +2,34 @@
 
 import re
 from dataclasses import field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 NOT_IDENTITY = {"identity": False}  # on a field that does not change a result: no part of a run's hash
 Positive = Annotated[int, Field(gt=0)]
+Mean = Annotated[float, Field(ge=0, le=1)]
+Std = Annotated[float, Field(gt=0)]
+Value = TypeVar("Value")
+PerChannel = Annotated[tuple[Value, ...], Field(min_length=1)]
 RAND_AUGMENT = re.compile(  # what timm's parser understands; what it does not, it ignores or asserts
     r"rand(-(m\d+|n[1-9]\d*|p(0(\.\d+)?|1(\.0+)?)|mstd\d+(\.\d+)?|mmax[1-9]\d*|inc[01]|t(weights|3aw|3a)))*"
 )
+
+
+def channels_misfit(config: "DataConfig", channels: int) -> str | None:
+    """What is wrong where `mean` or `std` has not one number for each channel of the images; None where they fit."""
+    for name in ("mean", "std"):
+        value = getattr(config, name)
+        if isinstance(value, tuple) and len(value) != channels:
+            return f"data.{name} has {len(value)} numbers, but images have {channels} channel(s) (model.in_channels)"
+    return None
+
+
+def per_channel(value: float | tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """One number for each channel."""
+    return value if isinstance(value, tuple) else (value,) * channels
 
 
 def streams_misfit(num_streams: int, global_batch_size: int) -> str | None:
@@ -34,14 +52,14 @@ class DataConfig:
     root: str = field(metadata=NOT_IDENTITY)  # folder of shards with index.json
     source: str | None = field(default=None, metadata=NOT_IDENTITY)  # packed into root when root has no index
     validation_share: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the source, when it has no split of its own
-    minival: Annotated[float, Field(ge=0, lt=1)] = 0.01  # share of train that is held out for tuning
+    minival: Annotated[float, Field(ge=0, lt=1)] = 0.01  # share of each class of train, held out for tuning
     augment: Literal["none", "crop_flip", "resized_crop_flip"] = "none"
     rand_augment: str | None = None  # timm's description, such as rand-m9-mstd0.5
     color_jitter: Annotated[float, Field(gt=0, le=1)] | None = None  # brightness, contrast, saturation: 1 - x to 1 + x
     mixup: Annotated[float, Field(gt=0)] | None = None  # alpha of the shares' beta distribution
     cutmix: Annotated[float, Field(gt=0)] | None = None  # likewise; with both, each step takes one of them
-    mean: Annotated[float, Field(ge=0, le=1)] = 0.5  # pixel values scaled to [0, 1], then (x - mean) / std
-    std: Annotated[float, Field(gt=0)] = 0.5
+    mean: Mean | PerChannel[Mean] = 0.5  # pixel values scaled to [0, 1], then (x - mean) / std; one number or one each
+    std: Std | PerChannel[Std] = 0.5
     num_streams: Positive = 64
     window: Positive = 64  # samples shuffled together inside a stream
     backend: Literal["fast", "pil"] = "fast"  # pil is the reference that fast is compared with

@@ -16,7 +16,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
 from data.augment import NUM_DRAWS, prepare
-from data.config import DataConfig
+from data.config import DataConfig, per_channel
 from data.decode import from_array, to_pil
 
 JITTER_ORDERS = tuple(permutations((ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)))
@@ -43,13 +43,13 @@ def posterize(picture: Image.Image, bits: int, **fill: Any) -> Image.Image:
 
 
 @lru_cache(maxsize=4)
-def rand_augment(recipe: str, size: int, mean: float) -> Callable[[Image.Image], Image.Image]:
+def rand_augment(recipe: str, size: int, mean: float | tuple[float, ...]) -> Callable[[Image.Image], Image.Image]:
     """timm's RandAugment of `size` x `size` RGB images, with timm's translations (at most 45 %) and fill (the mean)."""
     from timm.data import auto_augment  # slow to import: for those who use it
 
-    transform = auto_augment.rand_augment_transform(
-        recipe, {"translate_const": int(size * 0.45), "img_mean": (min(255, round(255 * mean)),) * 3}
-    )
+    fill = tuple(min(255, round(255 * value)) for value in per_channel(mean, 3))
+    fill = fill if len(fill) == 3 else fill * 3  # of a grey image, which is made RGB
+    transform = auto_augment.rand_augment_transform(recipe, {"translate_const": int(size * 0.45), "img_mean": fill})
     for operation in transform.ops:
         if operation.aug_fn is auto_augment.posterize:
             operation.aug_fn = posterize

@@ -6,7 +6,10 @@ train-000000.index.npz   one shard, an array entry for each sample: `offsets` an
 """
 
 import io
+import itertools
 import json
+import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,11 +19,15 @@ import numpy as np
 from pydantic import Field, PlainValidator, TypeAdapter, ValidationError
 
 from data import storage
+from data.class_order import describe_class_order
 from data.errors import UserError
 from data.fingerprint import INDEX_NAME
+from data.minival import choose_held_out, hash_names
 
 AGAIN = f"delete {INDEX_NAME} and pack or index again"  # what mends an index that is wrong
 NO_LABEL = -1
+READERS = 16  # threads that read sidecars, which may be remote
+SHOWN_CLASSES = 20
 TAR_BLOCK = 512  # bytes: contents of a tar's members begin at multiples of it, each after one such header
 
 
@@ -56,6 +63,7 @@ class Contents:
 
     classes: Annotated[tuple[Name, ...], Field(min_length=1)]
     splits: dict[str, tuple[Shard, ...]]
+    first_label: Count = 0
 
 
 CONTENTS = TypeAdapter(Contents)
@@ -87,6 +95,7 @@ class Index:
     root: str
     classes: tuple[str, ...]
     splits: dict[str, tuple[Shard, ...]]
+    first_label: int = 0  # what the shards' .cls say of the first class; the sidecars count from 0
 
     @classmethod
     def load(cls, root: str | Path, trust: bool = False) -> "Index":
@@ -105,7 +114,7 @@ class Index:
             raise UserError(f"{path}: not an index of shards ({reason}); {AGAIN}") from None
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: not an index of shards ({error}); {AGAIN}") from None
-        index = cls(str(root), contents.classes, contents.splits)
+        index = cls(str(root), contents.classes, contents.splits, contents.first_label)
         names = [shard.name for shard in index.shards]
         if len(set(names)) < len(names):
             raise UserError(f"{path}: lists a shard twice; {AGAIN}")
@@ -124,12 +133,36 @@ class Index:
         shards = self.splits[split] if split else self.shards
         return f"{counted(sum(shard.samples for shard in shards), noun)} in {counted(len(shards), 'shard')}"
 
+    def labels(self, split: str) -> np.ndarray:
+        """Labels (samples,) of a split in the order of its shards, NO_LABEL where there is none."""
+        return np.concatenate([load_members(self.root, shard).labels for shard in self.splits[split]])
+
+    def describe_classes(self, split: str) -> str:
+        """'2 classes: cat 7, dog 6' of one split; of many classes the first ones, and between how many all have."""
+        labels = self.labels(split)
+        counts = np.bincount(labels[(labels >= 0) & (labels < len(self.classes))], minlength=len(self.classes))
+        each = [f"{name} {count}" for name, count in zip(self.classes, counts, strict=True)]
+        if len(each) <= SHOWN_CLASSES:
+            return f"{counted(len(each), 'class')}: {', '.join(each)}"
+        of_all = f"{len(each)} classes of {counts.min()} to {counts.max()}"
+        return f"{of_all}: {', '.join(each[: SHOWN_CLASSES // 2])}, ..., {each[-1]}"
+
+    def class_order(self) -> str | None:
+        """What is wrong, and how it is mended, where the training samples lie sorted by class; None where they do not,
+        or there are none."""
+        if "train" not in self.splits or not (found := describe_class_order(self.labels("train"))):
+            return None
+        remote = any(storage.is_remote(self.location(shard)) for shard in self.splits["train"])
+        source = "FOLDER, once the shards are copied there," if remote else self.root
+        return f"train: {found}. Shuffle them: depthmup pack {source} OUT"
+
     def location(self, shard: Shard) -> str:
         return storage.join(self.root, shard.name)
 
     def save(self) -> None:
         raw = {
             "classes": self.classes,
+            "first_label": self.first_label,
             "splits": {name: [asdict(shard) for shard in shards] for name, shards in self.splits.items()},
         }
         storage.write_atomically(Path(self.root) / INDEX_NAME, (json.dumps(raw, indent=1) + "\n").encode())
@@ -151,25 +184,21 @@ class Index:
                 )
 
     def spans(self, split: str, minival: float) -> list[Span]:
-        """The spans of `train`, `minival` (the last share `minival` of the training samples) or `val`."""
+        """The spans of `val`, of `minival` (the share `minival` of the training samples, see data.minival), or of
+        `train` without these; those of a shard stand together."""
         source = "val" if split == "val" else "train"
         if source not in self.splits:
             raise UserError(
                 f"{storage.join(self.root, INDEX_NAME)}: no split {source!r}, only {', '.join(self.splits)}"
             )
         shards = self.splits[source]
-        total = sum(shard.samples for shard in shards)
-        held_out = round(total * minival) if source == "train" else 0
-        start, stop = {"train": (0, total - held_out), "minival": (total - held_out, total), "val": (0, total)}[split]
-        spans, seen = [], 0
-        for shard in shards:
-            first, last = max(start - seen, 0), min(stop - seen, shard.samples)
-            if last > first:
-                spans.append(Span(shard, first, last - first))
-            seen += shard.samples
+        if split != "val" and minival:
+            spans = held_out_spans(self.root, shards, minival)[split]
+        else:
+            spans = tuple(Span(shard, 0, shard.samples) for shard in shards if shard.samples and split != "minival")
         if not spans:
             raise UserError(f"split {split!r} of {self.root} is empty (data.minival is {minival})")
-        return spans
+        return list(spans)
 
 
 @dataclass(frozen=True)
@@ -188,8 +217,8 @@ class Members:
 
 
 def sidecar(root: str, shard_name: str) -> str:
-    """Where a shard's sidecar lies: beside index.json for a remote shard, else beside the tar."""
-    name = shard_name.rpartition("/")[2] if "://" in shard_name else shard_name
+    """Where a shard's sidecar lies: beside index.json for a remote shard, named after its URL, else beside the tar."""
+    name = re.sub(r"[^\w.-]+", "_", shard_name.partition("://")[2]) if "://" in shard_name else shard_name
     return storage.join(root, name.removesuffix(".tar") + ".index.npz")
 
 
@@ -220,3 +249,23 @@ def load_members(root: str, shard: Shard) -> Members:
     if len(names) != shard.samples:
         raise UserError(f"{location}: {counted(len(names), 'sample')}, but {INDEX_NAME} says {shard.samples}; {AGAIN}")
     return Members(offsets, sizes, labels, names)
+
+
+@lru_cache(maxsize=8)
+def held_out_spans(root: str, shards: tuple[Shard, ...], share: float) -> dict[str, tuple[Span, ...]]:
+    """The spans of train and minival. Reads the sidecars of all shards, once in a process."""
+
+    def read(shard: Shard) -> tuple[np.ndarray, np.ndarray]:
+        members = load_members(root, shard)
+        return members.labels, hash_names(members.names.tolist())
+
+    with ThreadPoolExecutor(READERS) as pool:
+        labels, hashes = zip(*pool.map(read, shards), strict=True)
+    held_out = choose_held_out(np.concatenate(labels), np.concatenate(hashes), share)
+    spans: dict[str, list[Span]] = {"train": [], "minival": []}
+    for shard, of_shard in zip(shards, np.split(held_out, np.cumsum([s.samples for s in shards])[:-1]), strict=True):
+        starts = [0, *(np.flatnonzero(np.diff(of_shard)) + 1).tolist(), shard.samples]
+        for first, last in itertools.pairwise(starts):
+            if last > first:
+                spans["minival" if of_shard[first] else "train"].append(Span(shard, first, last - first))
+    return {split: tuple(of_split) for split, of_split in spans.items()}

@@ -13,7 +13,7 @@ from data.decode import decode, to_pil
 from data.errors import UserError
 from data.images import FORMATS, BadImage
 from data.index import Index, Shard, Span, counted
-from data.order import random_generator
+from data.keys import random_generator
 from data.reader import BadSample, read_sample
 from data.scan import parallel_map
 
@@ -74,7 +74,7 @@ def contact_sheet(index: Index, split: str, path: Path) -> None:
     places = [(shard, number) for shard in shards for number in range(shard.samples)]
     sheet = Image.new("RGB", (SHEET_COLUMNS * SHEET_PIXELS, SHEET_ROWS * SHEET_PIXELS), "white")
     shown = 0
-    for place in random_generator(0).permutation(len(places)):
+    for place in random_generator("contact sheet").permutation(len(places)):
         shard, number = places[place]
         try:
             image = to_pil(decode(read_sample(index, Span(shard, 0, shard.samples), number).image, 3, "fast"))
@@ -110,4 +110,6 @@ def summary(index: Index, split: str, found: Findings) -> list[str]:
         ]
     if found.rotated:
         lines.append(f"  {counted(found.rotated, 'image')} with an EXIF rotation, which training does not apply")
+    if split == "train" and (order := index.class_order()):
+        lines.append(order)
     return lines + [f"  bad: {sample}" for sample in found.bad]

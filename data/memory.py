@@ -24,17 +24,17 @@ from data.reader import BadSample
 class PixelStore:
     """images: (samples, channels, height, width) uint8 and labels: (samples,) int64, on one device.
 
-    `rows` gives for each shard the row of its sample number 0 (or where it would be, when the split starts later).
+    `rows` gives for each shard the row of each of its samples (-1 for those of another split).
     """
 
     images: Tensor
     labels: Tensor
-    rows: dict[Shard, int]
+    rows: dict[Shard, np.ndarray]
     bad: dict[int, BadSample]  # by row; their pixels are black
 
     def row_numbers(self, spans: Sequence[Span]) -> np.ndarray:
         """Rows of all samples of `spans`, one span after the other."""
-        return np.concatenate([np.arange(s.samples) + (self.rows[s.shard] + s.first) for s in spans])
+        return np.concatenate([self.rows[s.shard][s.first : s.first + s.samples] for s in spans])
 
     def take(self, rows: np.ndarray) -> Batch:
         numbers = on_device(rows, self.images.device)
@@ -75,9 +75,10 @@ def decode_all(
 ) -> PixelStore:
     images: list[Tensor | None] = []
     labels: list[int] = []
-    rows, bad = {}, {}
+    rows = {span.shard: np.full(span.shard.samples, -1) for span in spans}
+    bad = {}
     for span in spans:
-        rows[span.shard] = len(images) - span.first
+        rows[span.shard][span.first : span.first + span.samples] = np.arange(span.samples) + len(images)
         for number in range(span.samples):
             try:
                 image, label = decode_sample(source.index, span, number, channels, backend)

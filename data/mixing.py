@@ -1,11 +1,11 @@
 """Mixup (arXiv 1710.09412) and CutMix (arXiv 1905.04899) of a batch, as a pure function of (seed, step)."""
 
-import numpy as np
 from torch import Tensor
 
 from data.config import DataConfig
 from data.distort import seeded
 from data.errors import UserError
+from data.keys import seed_for
 
 
 def pairs(places: np.ndarray, num_streams: int, global_batch_size: int) -> np.ndarray:
@@ -46,6 +46,6 @@ def mix(
     from timm.data.mixup import Mixup  # slow to import: for those who use it
 
     mixup = Mixup(config.mixup or 0.0, config.cutmix or 0.0, label_smoothing=0.0, num_classes=num_classes)
-    with seeded(int(np.random.SeedSequence((seed, step)).generate_state(1)[0])):
+    with seeded(seed_for("mix", seed, step) % 2**32):
         mixed: tuple[Tensor, Tensor] = mixup(images, labels)
     return mixed

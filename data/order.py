@@ -8,18 +8,14 @@ re-reads at most one window a stream. What B does not divide is left out, and mo
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, groupby
 
 import numpy as np
 
 from data.config import streams_misfit
 from data.errors import UserError
 from data.index import Span
-
-
-def random_generator(*key: int) -> np.random.Generator:
-    """A generator whose state depends on nothing but the integers `key`."""
-    return np.random.default_rng(np.random.SeedSequence(key))
+from data.keys import random_generator
 
 
 @dataclass(frozen=True)
@@ -32,7 +28,7 @@ class State:
 
 
 class EpochOrder:
-    """The order of one epoch over `spans`."""
+    """The order of one epoch over `spans`, of which those of a shard stand together."""
 
     def __init__(
         self, spans: Sequence[Span], *, seed: int, epoch: int, num_streams: int, global_batch_size: int, window: int
@@ -53,8 +49,9 @@ class EpochOrder:
             )
         self.stream_length = self.num_steps * self.per_stream_batch
         self.num_windows = -(-self.stream_length // window)
-        generator = random_generator(seed, epoch)
-        self.spans = [spans[i] for i in generator.permutation(len(spans))]
+        generator = random_generator("epoch", seed, epoch)
+        of_shards = [list(of_shard) for _, of_shard in groupby(spans, key=lambda span: span.shard)]
+        self.spans = [span for i in generator.permutation(len(of_shards)) for span in of_shards[i]]
         self.start = int(generator.integers(total))
         self.ends = np.cumsum([span.samples for span in self.spans])
         self.total = total
@@ -90,12 +87,12 @@ class EpochOrder:
     def permutation(self, stream: int, window: int) -> np.ndarray:
         """Order in which the window's samples are served, int64 of the window's length."""
         first, last = self.window_bounds(window)
-        return random_generator(self.seed, self.epoch, stream, window).permutation(last - first)
+        return random_generator("window", self.seed, self.epoch, stream, window).permutation(last - first)
 
     def draws(self, stream: int, window: int, count: int) -> np.ndarray:
         """`count` uniform numbers in [0, 1) for each sample of the window, in the order served: float64."""
         first, last = self.window_bounds(window)
-        return random_generator(self.seed, self.epoch, stream, window, 1).random((last - first, count))
+        return random_generator("draws", self.seed, self.epoch, stream, window).random((last - first, count))
 
 
 def places(rank: int, world_size: int, num_streams: int, global_batch_size: int) -> np.ndarray:

@@ -6,7 +6,8 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -20,13 +21,15 @@ from data import storage
 from data.errors import UserError
 from data.images import BadImage, eight_bits, open_image, refusing_bad_images
 from data.index import INDEX_NAME, Index, Shard, sidecar
-from data.order import random_generator
+from data.keys import random_generator
+from data.lock import NoLocks, flock
 from data.scan import process_pool, scan, webdataset_metadata
 from data.sources import UNPACKED_NAME, SourceImage, open_source, read_list
 
 Progress = Callable[[int, int], None]  # (images done, images in all)
 IMAGES_PER_PROCESS = 2000  # less is packed before another process has started
 LOCK_NAME = ".lock"
+CLAIM_NAME = ".claimed"  # in place of the lock, where the file system has no locks
 PLAN_NAME = "pack.json"  # stays beside index.json: what was packed, and how
 
 
@@ -113,7 +116,7 @@ def split_images(images: Sequence[SourceImage], validation_share: float, seed: i
     named = any(image.split for image in images)
     if named and validation_share:
         raise UserError("the source has train and val images of its own: leave validation_share at 0")
-    shuffled = [images[i] for i in random_generator(seed).permutation(len(images))]
+    shuffled = [images[i] for i in random_generator("pack", seed).permutation(len(images))]
     if named:
         return {split: chosen for split in ("train", "val") if (chosen := [i for i in shuffled if i.split == split])}
     held_out = round(len(shuffled) * validation_share)
@@ -150,8 +153,12 @@ def differences(recorded: dict[str, Any], plan: dict[str, Any]) -> list[str]:
 
 @contextmanager
 def claim_folder(out: Path) -> Iterator[None]:
-    """Makes `out`, for this process alone while the block runs, without files half written before. Raises UserError."""
-    path = out / LOCK_NAME
+    """Makes `out`, for this process alone while the block runs, without files half written before. Raises UserError.
+
+    On a file system without locks a file that must not be there yet takes the lock's place; a killed pack leaves it.
+    """
+    path, claimed = out / LOCK_NAME, out / CLAIM_NAME
+    in_use = UserError(f"{out}: another process is packing into it")
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = open(path, "w")  # noqa: SIM115 - closed with the block
@@ -159,17 +166,27 @@ def claim_folder(out: Path) -> Iterator[None]:
         raise UserError(f"{out}: cannot write shards there ({error.strerror or error})") from None
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                raise in_use
             os.stat(path)  # or who had it has just removed it
-        except (BlockingIOError, FileNotFoundError):
-            raise UserError(f"{out}: another process is packing into it") from None
+        except FileNotFoundError:
+            raise in_use from None
+        except NoLocks:
+            try:
+                with open(claimed, "x") as file:
+                    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            except FileExistsError:
+                raise UserError(
+                    f"{out}: {claimed.read_text() or 'another process'} is packing into it, or was killed: this file "
+                    f"system has no locks that would tell. If it does not run any more, delete {claimed}"
+                ) from None
         try:
             for leftover in out.glob(".*.tmp"):
                 leftover.unlink()
             yield
         finally:
-            (out / UNPACKED_NAME).unlink(missing_ok=True)
-            path.unlink()
+            for file_of_ours in (out / UNPACKED_NAME, claimed, path):
+                file_of_ours.unlink(missing_ok=True)
             if not any(out.iterdir()):  # nothing was packed
                 out.rmdir()
 
@@ -205,7 +222,7 @@ def packed_before(out: Path) -> Index:
 def write_shards(
     tasks: Mapping[Path, Sequence[SourceImage]],
     finished: dict[Path, PackedShard],
-    classes: Sequence[str],
+    classes: Iterable[str],
     resize: int | None,
     quality: int,
     max_bad: int,
@@ -251,6 +268,8 @@ def pack(
     *,
     validation_share: float = 0.0,
     validation_list: Path | None = None,
+    train: Sequence[str] = (),
+    val: Sequence[str] = (),
     class_names: Path | None = None,
     shard_samples: int = 1024,
     shard_bytes: int | None = None,
@@ -263,6 +282,8 @@ def pack(
 ) -> tuple[Index, list[str]]:
     """Packs `source` into `out`. Returns the index and a line per unreadable image and per reason to leave files out.
 
+    `train`, `val`: patterns of the folders that are these splits, where their names do not say it.
+
     The image files' bytes are kept, unless `resize` (pixels of the shorter side) asks for JPEGs of `quality`. A folder
     that holds these images packed with these options is left as it is; after a kill, finished shards are. Raises
     UserError for a missing or empty source, a folder that is unwritable, in use or holds another pack, and for more
@@ -272,6 +293,8 @@ def pack(
     options = {
         "validation-share": validation_share,
         "validation-list": validation_list and str(validation_list),
+        "train": list(train) or None,
+        "val": list(val) or None,
         "class-names": class_names and str(class_names),
         "shard-samples": shard_samples,
         "shard-megabytes": shard_bytes and shard_bytes / 1e6,
@@ -285,10 +308,10 @@ def pack(
             recorded = json.loads((out / PLAN_NAME).read_text())
             if (recorded["archive"], recorded["options"]) == (stamp, options):
                 return packed_before(out), recorded["left_out"]
-        opened = open_source(source, out, validation_list)
+        opened = open_source(source, out, validation_list, train, val, processes)
         images = opened.images
         splits = split_images(images, validation_share, seed)
-        classes = sorted({image.class_name for image in images})
+        classes = opened.classes
         names = read_list(class_names, "'CLASS NAME'") if class_names else {}
         listing = hashlib.sha256("\n".join(f"{i.path} {i.size} {i.class_name} {i.split}" for i in images).encode())
         plan = {
@@ -314,7 +337,11 @@ def pack(
             split: tuple(s for path in tasks if path.name.startswith(f"{split}-") and (s := finished[path].shard))
             for split in splits
         }
-        index = Index(str(out), tuple(f"{name} {names[name]}" if name in names else name for name in classes), shards)
+        index = Index(
+            str(out),
+            tuple(f"{name} {names[name]}" if name in names else shown for name, shown in classes.items()),
+            shards,
+        )
         index.save()
         for path in tasks:
             record_path(path).unlink()

@@ -11,7 +11,7 @@ import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,11 +19,16 @@ import numpy as np
 from PIL import Image
 
 from data.errors import UserError
-from data.index import counted
-from data.scan import IMAGE_EXTENSIONS, HashingReader, check_end
+from data.find import find_shards, tars_of_folder
+from data.index import INDEX_NAME, NO_LABEL, Index, counted
+from data.scan import IMAGE_EXTENSIONS, HashingReader, archive_kind, check_end, parallel_map, scan
+from data.splits import CONTENTS, is_hidden, split_folder, splits_by_word, stated_splits, words_of
 
-SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "val"}  # of top folders
-COMPRESSED: dict[bytes, Callable[[Path], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+COMPRESSED: dict[str, Callable[[Path], Any]] = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
+UNPACK_INNER = (
+    ". Archives inside are not opened. Unpack each into a folder of its class: "
+    'for t in *.tar; do mkdir "${t%.tar}" && tar -xf "$t" -C "${t%.tar}"; done'
+)
 UNPACKED_NAME = ".source.tar.tmp"
 
 
@@ -51,14 +56,20 @@ class SourceImage:
 
 @dataclass(frozen=True)
 class Source:
-    """The images to be packed, and how many files are not, by reason."""
+    """The images to be packed, how many files are not, by reason, and lines about what else is not.
+
+    classes: of each `class_name` in order what the index calls it.
+    """
 
     images: list[SourceImage]
     left_out: Counter[str]
+    classes: dict[str, str]
+    notes: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
         """'2 files left out: .gif, where jpg, ... are packed'."""
-        return [f"{counted(count, 'file')} left out: {reason}" for reason, count in self.left_out.most_common()]
+        counts = self.left_out.most_common()
+        return [*self.notes, *(f"{counted(count, 'file')} left out: {reason}" for reason, count in counts)]
 
 
 def is_image(path: str) -> bool:
@@ -114,13 +125,17 @@ def tar_images(path: Path, left_out: Counter[str]) -> Iterator[SourceImage]:
 
 
 def unpack(path: Path, folder: Path) -> Path:
-    """`path` itself; of a compressed tar an uncompressed copy in `folder`, where images are read by offset."""
+    """`path` itself; of a compressed tar an uncompressed copy in `folder`, where images are read by offset.
+
+    Raises UserError for another kind of archive.
+    """
     with open(path, "rb") as file:
-        start = file.read(6)
-    opener = next((opener for magic, opener in COMPRESSED.items() if start.startswith(magic)), None)
-    if opener is None:
+        kind = archive_kind(file.read(8))
+    if kind is None:
         return path
-    with opener(path) as packed, open(folder / UNPACKED_NAME, "wb") as plain:
+    if kind not in COMPRESSED:
+        raise UserError(f"{path}: a {kind} archive: unpack it into a folder, and pack that folder")
+    with COMPRESSED[kind](path) as packed, open(folder / UNPACKED_NAME, "wb") as plain:
         shutil.copyfileobj(packed, plain, 1 << 20)
     return folder / UNPACKED_NAME
 
@@ -147,7 +162,7 @@ def find_root(folders: Collection[tuple[str, ...]]) -> int:
     root = 0
     while True:
         tops = {path[root] for path in folders if len(path) > root}
-        if len(tops) != 1 or tops & SPLITS.keys() or all(len(path) < root + 2 for path in folders):
+        if len(tops) != 1 or split_folder(min(tops)) or all(len(path) < root + 2 for path in folders):
             return root
         root += 1
 
@@ -156,28 +171,52 @@ def find_splits(folders: Collection[tuple[str, ...]], has_list: bool) -> dict[st
     """Of each top folder that is a split, its name (None: not packed); empty where the top folders are classes.
 
     They are splits where there is a train with class folders in it, or nothing but names of splits. The images that a
-    list names are the split val where there is one, else the first of val, valid, validation and test.
+    list names are the split val where there is one, else the first of data.splits.VALIDATION.
     """
     tops = {path[0] for path in folders if path}
-    named = [name for name in SPLITS if name in tops]
-    if set(named) != tops and not any(path[0] == "train" for path in folders if len(path) > 1):
+    words = {top: word for top in sorted(tops) if (word := split_folder(top))}
+    if words.keys() != tops and not any(words.get(path[0]) == "train" for path in folders if len(path) > 1):
         return {}
-    validation = None if has_list else next((name for name in named if SPLITS[name] == "val"), None)
-    return {name: SPLITS[name] if name in ("train", validation) else None for name in named}
+    if has_list:
+        return {top: "train" if word == "train" else None for top, word in words.items()}
+    return splits_by_word(words)[0]
 
 
-def place(found: Sequence[SourceImage], validation: Mapping[str, str], left_out: Counter[str]) -> list[SourceImage]:
+def class_depth(folders: Collection[tuple[str, ...]]) -> int:
+    """How many folders of a split stand above its classes: 1 where all lies in one called images or the like."""
+    inside = {path[0] for path in folders if path}
+    return int(len(inside) == 1 and {*words_of(min(inside))} <= CONTENTS)
+
+
+def place(
+    found: Sequence[SourceImage],
+    validation: Mapping[str, str],
+    left_out: Counter[str],
+    train: Sequence[str] = (),
+    val: Sequence[str] = (),
+) -> list[SourceImage]:
     """The images with class and split. Counts those that belong to none.
 
-    `validation`: classes of the images (by name, with or without extension) that a list makes the split val.
-    'train/dog/puppies/1.jpg' is a dog of the split train, 'dog/1.jpg' one of no split.
+    `validation`: classes of the images (by name, with or without extension) that a list makes the split val. `train`,
+    `val`: patterns of the splits' folders. 'train/dog/puppies/1.jpg' is a dog of the split train, 'dog/1.jpg' one of no
+    split.
     """
-    paths = [PurePosixPath(image.path) for image in found]
-    folders = {path.parts[:-1] for path in paths}
+    visible = []
+    for image in found:
+        path = PurePosixPath(image.path)
+        if hidden := next((name for name in path.parts if is_hidden(name)), None):
+            left_out["hidden files" if hidden == path.name else f"in the hidden folder {hidden}"] += 1
+        else:
+            visible.append((image, path))
+    folders = {path.parts[:-1] for _, path in visible}
     root = find_root(folders)
-    splits = find_splits({path[root:] for path in folders}, bool(validation))
+    folders = {folder[root:] for folder in folders}
+    splits = find_splits(folders, bool(validation))
+    if train or val:
+        splits = stated_splits({folder[0] for folder in folders if folder}, train, val)
+    depth = {top: class_depth([f[1:] for f in folders if f[:1] == (top,)]) for top in splits}
     placed = []
-    for image, path in zip(found, paths, strict=True):
+    for image, path in visible:
         inside = path.parts[root:-1]
         if listed := validation.get(path.name) or validation.get(path.stem):
             placed.append(replace(image, class_name=listed, split="val"))
@@ -190,11 +229,37 @@ def place(found: Sequence[SourceImage], validation: Mapping[str, str], left_out:
         elif not (split := splits[inside[0]]):
             chosen = "the listed images are" if validation else f"{next(n for n, s in splits.items() if s == 'val')} is"
             left_out[f"in {inside[0]}, where {chosen} the validation split"] += 1
-        elif len(inside) < 2:
+        elif len(inside) < 2 + depth[inside[0]]:
             left_out[f"in {inside[0]}, but in no class folder (--validation-list names the class of such images)"] += 1
         else:
-            placed.append(replace(image, class_name=inside[1], split=split))
+            placed.append(replace(image, class_name=inside[1 + depth[inside[0]]], split=split))
     return placed
+
+
+def shards_as_source(source: str, train: Sequence[str], val: Sequence[str], processes: int | None) -> Source:
+    """The labelled images of a folder of WebDataset shards, which are packed to be shuffled. Their labels stay.
+
+    Raises UserError as data.find.find_shards and data.scan.scan do, and where there are no labels.
+    """
+    found = find_shards(source, Path(source), train, val)
+    indexed = Index.load(source) if (Path(source) / INDEX_NAME).exists() else None
+    first_label = [indexed.first_label if indexed else 0] * len(found.names)
+    images, left_out, highest = [], Counter[str](), NO_LABEL
+    of_shards = parallel_map(scan, processes, found.locations, first_label)
+    for location, split, (members, _, _) in zip(found.locations, found.splits, of_shards, strict=True):
+        highest = max(highest, int(members.labels.max()))
+        rows = zip(members.names.tolist(), members.labels, members.sizes, members.offsets, strict=True)
+        for name, label, size, offset in rows:
+            path = printable(name.decode("utf-8", "surrogateescape"))
+            if label == NO_LABEL:
+                left_out["with no whole number in a member .cls"] += 1
+                continue
+            of_split = split if "val" in found.splits else None
+            images.append(SourceImage(path, str(label), of_split, int(size), location, int(offset)))
+    if not images:
+        raise UserError(f"{source}: its tars hold no images with labels{UNPACK_INNER}, where each tar is a class")
+    names = indexed.classes if indexed and highest < len(indexed.classes) else map(str, range(highest + 1))
+    return Source(images, left_out, {str(label): name for label, name in enumerate(names)}, found.left_out)
 
 
 def read_lines(path: Path) -> list[str]:
@@ -218,13 +283,23 @@ def read_list(path: Path, what: str) -> dict[str, str]:
     return entries
 
 
-def open_source(source: str, scratch: Path, validation_list: Path | None = None) -> Source:
-    """All images of `source`, each in a class. `validation_list`: lines 'IMAGE CLASS' that name the split val.
+def open_source(
+    source: str,
+    scratch: Path,
+    validation_list: Path | None = None,
+    train: Sequence[str] = (),
+    val: Sequence[str] = (),
+    processes: int | None = None,
+) -> Source:
+    """All images of `source`, each in a class. `validation_list`: lines 'IMAGE CLASS' that name the split val; `train`,
+    `val`: patterns of the splits' folders.
 
     A compressed tar is unpacked to a file in the folder `scratch`, which the images are read from. Raises UserError
     when the source does not exist, is no whole tar, or holds no image in a class folder, or lacks a listed one.
     """
     path, left_out = Path(source), Counter[str]()
+    if path.is_dir() and any(tars_of_folder(path, everywhere=bool(train or val))):
+        return shards_as_source(source, train, val, processes)
     try:
         if source in PACKAGED:
             found = list(PACKAGED[source]())
@@ -242,11 +317,17 @@ def open_source(source: str, scratch: Path, validation_list: Path | None = None)
     if validation_list:
         listed = read_list(validation_list, "'IMAGE CLASS'")
         validation = {name: rest.split()[0] for name, rest in listed.items()}
-    opened = Source(place(found, validation, left_out), left_out)
+    images = place(found, validation, left_out, train, val)
+    opened = Source(images, left_out, {name: name for name in sorted({image.class_name for image in images})})
     if not opened.images:
         raise UserError(
             f"{source}: no images. Expected class folders ({source}/CLASS/IMAGE.jpg or {source}/train/CLASS/IMAGE.jpg)"
             + "".join(f"; {line}" for line in opened.lines())
+            + (
+                UNPACK_INNER
+                if any(reason.startswith((".tar,", ".zip,", ".tgz,", ".gz,")) for reason in left_out)
+                else ""
+            )
         )
     names = {
         name for image in opened.images for name in (PurePosixPath(image.path).name, PurePosixPath(image.path).stem)

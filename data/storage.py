@@ -6,6 +6,7 @@ import os
 import random
 import re
 import secrets
+import stat
 import tempfile
 import time
 import warnings
@@ -18,13 +19,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from data.errors import UserError
+from data.paths import expand_path
 
 REMOTE_SCHEMES = ("http", "https", "s3", "gs", "az", "abfs", "hf")
 PACKAGES = {"gs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "hf": "huggingface_hub"}  # what fsspec needs for a scheme
 BLOCK = 4 << 20  # bytes of one request
 TRIES = 5
 TIMEOUT = float(os.environ.get("DEPTHMUP_TIMEOUT", "60"))  # seconds for one request
-CACHE = Path(os.environ.get("DEPTHMUP_CACHE", Path(tempfile.gettempdir()) / f"depthmup-cache-{os.getuid()}"))
+CACHE = Path(expand_path(os.environ.get("DEPTHMUP_CACHE") or f"{tempfile.gettempdir()}/depthmup-cache-{os.getuid()}"))
 CACHE_BYTES = int(float(os.environ.get("DEPTHMUP_CACHE_GB", "50")) * 1e9)
 CACHED_NAME = re.compile(r"[0-9a-f]{40}|(?P<unfinished>\.[0-9a-f]{40}\..+\.tmp)")  # all else in the folder is not ours
 TOUCH_AFTER = 60  # seconds since a block was last marked as used
@@ -151,6 +153,8 @@ def evict() -> None:
             status = entry.stat()
         except FileNotFoundError:
             continue
+        if status.st_uid != os.getuid():
+            continue  # another user's, who keeps to a cap of their own
         if name and name["unfinished"]:
             if now - status.st_mtime > STALE_AFTER:
                 Path(entry.path).unlink(missing_ok=True)
@@ -165,11 +169,38 @@ def evict() -> None:
         excess -= size
 
 
+def is_ours(status: os.stat_result) -> bool:
+    """Whether a file or a folder belongs to this user, or to root, who could change anything anyway."""
+    return status.st_uid in (os.getuid(), 0)
+
+
+@lru_cache
+def cache_is_safe(folder: Path) -> bool:
+    """Whether nobody else decides what lies in the cache's folder, which is made here; if not, warns once a process."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = os.stat(folder)
+    except OSError:
+        return True  # nothing can be read there, and `keep` says why
+    if not is_ours(status):
+        reason = f"belongs to user {status.st_uid}"
+    elif status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
+        reason = "can be changed by everybody"
+    else:
+        return True
+    warnings.warn(
+        f"{folder}: {reason}, who could put other data there: remote data is not cached, so slower. Set DEPTHMUP_CACHE "
+        "to a folder of your own",
+        stacklevel=2,
+    )
+    return False
+
+
 def keep(cached: Path, content: bytes) -> None:
     """Puts a block into the cache, and has it evict after each 0.1 % of its cap. Where that fails, as on a full disk,
     warns once a process and caches nothing for a while: reading goes on, only slower."""
     try:
-        CACHE.mkdir(parents=True, exist_ok=True)
+        CACHE.mkdir(mode=0o700, parents=True, exist_ok=True)
         # A reader sees a whole block or none; who comes second writes the same bytes. A lost one is fetched again.
         write_atomically(cached, content, durable=False)
         cache_use.fetched += len(content)
@@ -183,13 +214,15 @@ def keep(cached: Path, content: bytes) -> None:
 
 
 def read_cached(cached: Path, block_size: int, start: int, stop: int) -> bytes | None:
-    """Bytes [start, stop) of a cached block; None when it is not there, damaged or cannot be read."""
+    """Bytes [start, stop) of a cached block; None when it is not there, damaged, another user's or cannot be read."""
     try:
         with open(cached, "rb", buffering=0) as file:
             status = os.fstat(file.fileno())
+            if not is_ours(status):
+                return None
             content = os.pread(file.fileno(), stop - start, start)
             if time.time() - status.st_mtime > TOUCH_AFTER:
-                with suppress(OSError):  # another user's, in a folder that several share
+                with suppress(OSError):  # root's
                     os.utime(file.fileno())
     except OSError:
         return None
@@ -199,7 +232,11 @@ def read_cached(cached: Path, block_size: int, start: int, stop: int) -> bytes |
 def read_block(url: str, version: str, number: int, file_size: int, start: int, stop: int) -> bytes:
     """Bytes [start, stop), counted from the block's first, of block `number` of a remote file of `file_size` bytes."""
     first, end = number * BLOCK, min((number + 1) * BLOCK, file_size)
-    cached = CACHE / hashlib.sha256(f"{url} {version} {first} {end}".encode()).hexdigest()[:40]
+    if not cache_is_safe(CACHE):
+        return fetch(url, first + start, first + stop)
+    # with the user in the name, since users who share a folder may not replace each other's files
+    name = hashlib.sha256(f"{url} {version} {first} {end} {os.getuid()}".encode()).hexdigest()[:40]
+    cached = CACHE / name
     content = read_cached(cached, end - first, start, stop)
     if content is not None:
         return content

@@ -6,6 +6,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
+from data.config import per_channel
 from data.errors import UserError
 from models.build import build_meta
 from models.export import folded_state
@@ -33,8 +34,24 @@ def loading_code(out: Path, name: str, arguments: dict[str, Any]) -> str:
     return (
         "import models.timm_registry  # first: registers depthmup's names, mends timm's import beside a CPU torch\n"
         "import timm\n\n"
-        f"network = timm.create_model({name!r}, checkpoint_path={str(out)!r}{given})"
+        f"network = timm.create_model({name!r}, checkpoint_path={str(out)!r}{given})\n"
+        "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(network))  # of a PIL image"
     )
+
+
+def preprocessing(config: RunConfig) -> dict[str, Any]:
+    """How timm makes a picture the network's input as an evaluation here does (data.decode.center_crop,
+    data.batch.to_float), in the words of timm's pretrained_cfg."""
+    model, data = config.model, config.data
+    return {
+        "input_size": [model.in_channels, model.image_size, model.image_size],
+        "mean": list(per_channel(data.mean, model.in_channels)),
+        "std": list(per_channel(data.std, model.in_channels)),
+        "crop_pct": 1.0,
+        "crop_mode": "center",
+        "interpolation": "bicubic",
+        "num_classes": model.num_classes,
+    }
 
 
 def export_run(run: Path, out: Path) -> tuple[str, dict[str, Any]]:
@@ -54,9 +71,11 @@ def export_run(run: Path, out: Path) -> tuple[str, dict[str, Any]]:
     except RuntimeError as error:
         raise UserError(f"{directory.weights}: not the weights of this run's model: {error}") from None
     name, arguments = timm_call(config.model)
+    arguments |= {"pretrained_cfg_overlay": preprocessing(config)}
     metadata = {
         "format": "pt",
         "timm": json.dumps({"model_name": name, "arguments": arguments}),
+        "pretrained_cfg": json.dumps(preprocessing(config)),
         "model": json.dumps(to_plain(config.model)),
         "parameterization": json.dumps(to_plain(config.parameterization)),
     }

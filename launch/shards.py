@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,7 +15,20 @@ if TYPE_CHECKING:
     from launch.progress import Display
 
 COUNT = click.IntRange(min=1)
-FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
+
+
+class ExpandedPath(click.Path):
+    """A path in which `~` and `$VAR` are read as a shell does."""
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        from data.paths import expand_path
+
+        return super().convert(expand_path(value) if isinstance(value, str) else value, parameter, context)
+
+
+PLACE = ExpandedPath(path_type=str)  # or a URL, or a pattern
+PATH = ExpandedPath(path_type=Path)
+FILE = ExpandedPath(path_type=Path, exists=True, dir_okay=False)
 
 
 def reporter(shown: "Display", unit: str) -> Callable[[int, int], None]:
@@ -32,7 +45,12 @@ def reporter(shown: "Display", unit: str) -> Callable[[int, int], None]:
     return report
 
 
-def print_splits(index: "Index", console: "Console") -> None:
+def print_index(index: "Index", console: "Console", unchanged: str | None) -> None:
+    """What a command has made, or that it was `unchanged` ('packed', 'indexed') already."""
+    if unchanged:
+        console.print(f"already {unchanged}: {index.describe()}", highlight=False)
+    for split in () if unchanged else index.splits:
+        console.print(f"{split} has {index.describe_classes(split)}", highlight=False, markup=False)
     for split in index.splits:
         console.print(f"{split}: {index.describe(split, 'image')}", highlight=False)
 
@@ -44,8 +62,8 @@ def new_console() -> "Console":
 
 
 @click.command(epilog="Example: depthmup pack photos/ shards/photos --validation-share 0.1")
-@click.argument("source")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("source", type=PLACE)
+@click.argument("out", type=PATH)
 @click.option(
     "--validation-share",
     type=click.FloatRange(0, 1, max_open=True),
@@ -54,6 +72,8 @@ def new_console() -> "Console":
     help="Share held out where SOURCE has no splits.",
 )
 @click.option("--validation-list", type=FILE, help="Lines 'IMAGE CLASS': these images are the validation split.")
+@click.option("--train", multiple=True, metavar="PATTERN", help="Folders that are the training split, by name.")
+@click.option("--val", multiple=True, metavar="PATTERN", help="Folders that are the validation split, by name.")
 @click.option("--class-names", type=FILE, help="Lines 'CLASS NAME': readable names of the class folders.")
 @click.option("--shard-samples", type=COUNT, default=1024, show_default=True, help="Most images in a shard.")
 @click.option("--shard-megabytes", type=COUNT, help="Most megabytes of images in a shard.")
@@ -71,6 +91,8 @@ def pack(
     out: Path,
     validation_share: float,
     validation_list: Path | None,
+    train: tuple[str, ...],
+    val: tuple[str, ...],
     class_names: Path | None,
     shard_samples: int,
     shard_megabytes: int | None,
@@ -80,7 +102,8 @@ def pack(
     max_bad: int,
     processes: int | None,
 ) -> None:
-    """Pack SOURCE (a folder of class folders, a tar of one, compressed or not, or sklearn:digits) into shards in OUT.
+    """Pack SOURCE into shuffled shards in OUT: a folder of class folders, a tar of one, compressed or not,
+    sklearn:digits, or a folder of shards that are not shuffled.
 
     Goes on where an earlier call was killed; changes nothing in a folder that holds these images packed with these
     options, and refuses one that was packed otherwise.
@@ -97,6 +120,8 @@ def pack(
             out,
             validation_share=validation_share,
             validation_list=validation_list,
+            train=train,
+            val=val,
             class_names=class_names,
             shard_samples=shard_samples,
             shard_bytes=shard_megabytes and shard_megabytes * 1_000_000,
@@ -109,22 +134,32 @@ def pack(
         )
     for line in left_out:
         console.print(line, highlight=False, markup=False)
-    if packed_before:
-        console.print(f"already packed: {index.describe()}", highlight=False)
-    print_splits(index, console)
+    print_index(index, console, "packed" if packed_before else None)
 
 
 @click.command(epilog="Example: depthmup index 's3://bucket/train-{000000..001299}.tar' --out shards/imagenet")
-@click.argument("shards")
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="Folder for the index [default: SHARDS, when it is a folder]."
-)
+@click.argument("shards", type=PLACE)
+@click.option("--out", type=PATH, help="Folder for the index [default: SHARDS, when it is a folder].")
 @click.option("--classes", type=FILE, help="One class name a line, in the order of the labels.")
+@click.option(
+    "--first-label", type=click.IntRange(min=0), default=0, show_default=True, help="Label of the first class."
+)
+@click.option("--train", multiple=True, metavar="PATTERN", help="Shards or folders of the training split, by name.")
+@click.option("--val", multiple=True, metavar="PATTERN", help="Those of the validation split.")
 @click.option("--processes", type=COUNT, help="[default: one for each core]")
-def index(shards: str, out: Path | None, classes: Path | None, processes: int | None) -> None:
+def index(
+    shards: str,
+    out: Path | None,
+    classes: Path | None,
+    first_label: int,
+    train: tuple[str, ...],
+    val: tuple[str, ...],
+    processes: int | None,
+) -> None:
     """Index SHARDS that exist already: a folder of tars, or a pattern of paths or URLs. Reads each of them once.
 
-    An index of the same shards and classes is left as it is, one of others refused.
+    The words train, val, test and the like in the names of shards and folders say the splits; test is the validation
+    split where there is no val. An index of the same shards and classes is left as it is, one of others refused.
     """
     from data.index import INDEX_NAME
     from data.scan import index_shards
@@ -134,18 +169,29 @@ def index(shards: str, out: Path | None, classes: Path | None, processes: int | 
     console = new_console()
     indexed_before = ((out or Path(shards)) / INDEX_NAME).exists()
     names = read_lines(classes) if classes else ()
+    left_out: list[str] = []
     with display(console, f"indexing {shards}") as shown:
-        made = index_shards(shards, out, classes=names, processes=processes, progress=reporter(shown, "shards"))
-    if indexed_before:
-        console.print(f"already indexed: {made.describe()}", highlight=False)
-    print_splits(made, console)
+        made = index_shards(
+            shards,
+            out,
+            classes=names,
+            train=train,
+            val=val,
+            first_label=first_label,
+            processes=processes,
+            progress=reporter(shown, "shards"),
+            say=left_out.append,
+        )
+    for line in left_out:
+        console.print(line, highlight=False, markup=False)
+    print_index(made, console, "indexed" if indexed_before else None)
+    if order := made.class_order():
+        console.print(order, highlight=False, markup=False)
 
 
 @click.command(epilog="Example: depthmup inspect shards/photos --sheet photos.png")
-@click.argument("shards")
-@click.option(
-    "--sheet", type=click.Path(path_type=Path), help="Write a contact sheet of the first split to this PNG file."
-)
+@click.argument("shards", type=PLACE)
+@click.option("--sheet", type=PATH, help="Write a contact sheet of the first split to this PNG file.")
 @click.option("--processes", type=COUNT, help="[default: one for each core]")
 def inspect(shards: str, sheet: Path | None, processes: int | None) -> None:
     """Decode all images of the folder SHARDS: counts, classes, sizes, bad samples. Ends 1 when there is a bad one."""

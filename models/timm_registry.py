@@ -16,19 +16,26 @@ from models.vit import timm_arguments
 @register_model
 def depthmup_conv_resnet(pretrained: bool = False, **arguments: Any) -> nn.Module:
     """The paper's net. `arguments` are ConvResNetConfig's, those of the base size left out."""
-    return ConvResNet(ConvResNetConfig(**arguments_with_base(arguments)))
+    network = ConvResNet(ConvResNetConfig(**arguments_with_base(arguments)))
+    return with_preprocessing(network, arguments)
 
 
 @register_model
 def depthmup_resnet(pretrained: bool = False, **arguments: Any) -> nn.Module:
     """timm's ResNet or ResNetV2 at any width. `arguments` are ResNetConfig's, those of the base size left out."""
-    return build_resnet(ResNetConfig(**arguments_with_base(arguments)))
+    return with_preprocessing(build_resnet(ResNetConfig(**arguments_with_base(arguments))), arguments)
 
 
 def arguments_with_base(arguments: dict[str, Any]) -> dict[str, Any]:
     """timm adds arguments of its own, about pretrained weights; a plain network is its own base."""
     own = {key: value for key, value in arguments.items() if not key.startswith(("pretrained", "cache_dir"))}
     return own | {"base_width": own["width"], "base_depth": own["depth"]}
+
+
+def with_preprocessing(network: nn.Module, arguments: dict[str, Any]) -> nn.Module:
+    """The network with the pretrained_cfg from which timm.data.resolve_model_data_config takes its preprocessing."""
+    network.pretrained_cfg = dict(arguments.get("pretrained_cfg_overlay") or {})  # type: ignore[assignment]  # as timm does
+    return network
 
 
 def timm_call(config: AnyModelConfig) -> tuple[str, dict[str, Any]]:

@@ -11,6 +11,7 @@ from image_sets import config, make_shards
 
 from data.errors import UserError
 from data.index import Shard, Span
+from data.keys import seed_for
 from data.loader import TrainingLoader, TrainingStream, evaluation_batches, share
 from data.order import EpochOrder, State, streams_of
 
@@ -92,7 +93,24 @@ def test_the_order_is_the_same_in_all_versions():
     spans = [Span(Shard(f"{number}.tar", 5, 0, ""), 0, 5) for number in range(3)]
     order = EpochOrder(spans, seed=1, epoch=2, num_streams=2, global_batch_size=4, window=3)
     found = " ".join(f"{shard[0]}{number}" for stream in range(2) for shard, number in served(order, stream))
-    assert found == "24 00 01 02 03 04 12 11 10 13 14 20"
+    assert found == "24 23 10 11 13 12 00 14 01 03 02 04"
+
+
+@given(st.lists(st.integers(0, 2**70), max_size=5), st.lists(st.integers(0, 2**70), max_size=5))
+@settings(max_examples=200, deadline=None)
+def test_two_keys_of_random_numbers_never_give_the_same_seed(key, other):
+    assert (seed_for("a", *key) == seed_for("a", *other)) == (key == other)
+    assert seed_for("a", *key) != seed_for("b", *key)
+    assert seed_for("a", *key) != seed_for("a", *key, 0)
+    assert seed_for("a", 2**32 + 7, *key) != seed_for("a", 7, 1, *key)
+
+
+def test_seeds_that_differ_above_32_bits_give_other_orders():
+    spans = [Span(Shard(f"{number}.tar", 50, 0, ""), 0, 50) for number in range(5)]
+    options = {"epoch": 0, "num_streams": 2, "global_batch_size": 4, "window": 50}
+    orders = [EpochOrder(spans, seed=seed, **options) for seed in (7, 7 + 2**32, 7 + 2**64)]
+    assert len({tuple(served(order, 1)) for order in orders}) == 3
+    assert len({tuple(order.draws(stream, 0, 1).ravel()) for order in orders for stream in (0, 1)}) == 6
 
 
 def test_planning_reads_only_what_one_reader_needs():

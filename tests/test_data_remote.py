@@ -4,9 +4,11 @@ import os
 import re
 import resource
 import shutil
+import stat
 import sys
 import threading
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -210,6 +212,53 @@ def test_a_cached_block_that_is_gone_or_of_another_size_is_fetched_again(shards,
     assert all(torch.equal(a.images, b.images) for a, b in zip(expected, epoch(index), strict=True))
     assert len(server.requests) - asked == 4
     assert [block.read_bytes() for block in blocks] == contents
+
+
+def give_to_another_user(path: Path, monkeypatch) -> None:
+    user = os.getuid()
+    if user == 0:
+        os.chown(path, 1234, -1)
+    else:
+        monkeypatch.setattr(os, "getuid", lambda: user + 1)
+
+
+def test_a_cache_folder_of_another_user_is_not_used_and_said(shards, server, monkeypatch):
+    expected = epoch(shards)
+    epoch(Index.load(server.url))
+    for block in storage.CACHE.iterdir():
+        block.write_bytes(bytes(block.stat().st_size))  # what another user would have us train on
+    give_to_another_user(storage.CACHE, monkeypatch)
+    storage.cache_is_safe.cache_clear()
+    with pytest.warns(UserWarning, match=r"cache: belongs to user \d+, .*not cached.* DEPTHMUP_CACHE") as warned:
+        got = epoch(Index.load(server.url))
+    assert len(warned) == 1
+    assert all(torch.equal(a.images, b.images) for a, b in zip(expected, got, strict=True))
+
+
+def test_a_cache_folder_that_everybody_can_change_is_not_used_but_one_with_the_sticky_bit_is(shards, monkeypatch):
+    storage.CACHE.mkdir()
+    for mode, safe in ((0o777, False), (0o1777, True), (0o775, True), (0o700, True)):
+        storage.CACHE.chmod(mode)
+        storage.cache_is_safe.cache_clear()
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            assert storage.cache_is_safe(storage.CACHE) == safe
+        assert len(warned) == (not safe)
+
+
+def test_a_block_of_another_user_in_a_folder_of_ours_is_not_served(shards, server, monkeypatch):
+    expected = epoch(shards)
+    epoch(Index.load(server.url))
+    blocks = sorted(storage.CACHE.iterdir())
+    blocks[0].write_bytes(bytes(blocks[0].stat().st_size))
+    give_to_another_user(blocks[0], monkeypatch)
+    got = epoch(Index.load(server.url))
+    assert all(torch.equal(a.images, b.images) for a, b in zip(expected, got, strict=True))
+
+
+def test_a_new_cache_folder_is_for_its_user_alone(shards, server):
+    epoch(Index.load(server.url))
+    assert stat.S_IMODE(storage.CACHE.stat().st_mode) == 0o700
 
 
 @pytest.mark.parametrize("pause", [0, 60])

@@ -61,7 +61,7 @@ def finished_run(directory: Path, model: dict[str, Any]) -> tuple[Path, nn.Modul
             "model": sizes | model,
             "parameterization": {"gamma0": 2.0, "beta": 0.8},
             "optimizer": {"lr": 1.0},
-            "data": {"name": "x", "root": "x", "num_streams": 1},
+            "data": {"name": "x", "root": "x", "num_streams": 1, "mean": [0.1, 0.2, 0.3]},
             "train": {"samples": 1, "global_batch_size": 1},
         },
         "test",
@@ -95,6 +95,17 @@ def test_timm_loads_an_export_strictly_and_computes_the_same_logits(model: dict[
         metadata = {key: json.loads(text) for key, text in file.metadata().items() if key != "format"}
     assert metadata["timm"] == {"model_name": name, "arguments": json.loads(json.dumps(arguments))}
     assert (metadata["model"]["width"], metadata["parameterization"]["name"]) == (config.model.width, "depth_mup")
+    size = config.model.image_size
+    assert metadata["pretrained_cfg"].items() >= {"mean": [0.1, 0.2, 0.3], "std": [0.5] * 3, "crop_pct": 1.0}.items()
+    with_its_own = timm.data.resolve_model_data_config(plain)
+    assert with_its_own == {
+        "input_size": [3, size, size],
+        "interpolation": "bicubic",
+        "mean": [0.1, 0.2, 0.3],
+        "std": [0.5, 0.5, 0.5],
+        "crop_pct": 1.0,
+        "crop_mode": "center",
+    }
 
 
 def test_the_command_prints_code_that_loads_the_file_in_a_new_process(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import yaml
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from data.config import NOT_IDENTITY, DataConfig, Positive, streams_misfit
+from data.config import NOT_IDENTITY, DataConfig, Positive, channels_misfit, streams_misfit
 from data.errors import UserError
 from models.checked import STRICT, checked, said
 from models.config import AnyModelConfig, Number, OptimizerConfig, ParameterizationConfig, refuse_idle
@@ -174,6 +174,8 @@ class RunConfig:
                 f"train.batch_norm_images would do nothing: model.family {self.model.family} has no BatchNorm as "
                 "stated; leave it out"
             )
+        if misfit := channels_misfit(self.data, self.model.in_channels):
+            raise ValueError(misfit)
         if misfit := streams_misfit(self.data.num_streams, self.train.global_batch_size):
             raise ValueError(misfit)
         if self.forgets >= LEAVES_NOTHING:

@@ -158,8 +158,8 @@ class Run:
         branches, blocks = list(scaled.branches), list(scaled.blocks)
         self.draws = install_stochastic_depth(scaled.network, branches, blocks, config.train.drop_path)
         if self.dtype:
-            stream = self.dtype if config.train.bf16_residual else torch.float32
-            set_stream_type(scaled.network, blocks[0], branches, stream)
+            stream_dtype = self.dtype if config.train.bf16_residual else torch.float32
+            set_stream_type(scaled.network, blocks[0], branches, stream_dtype)
         self.channels_last = prepare(scaled.network, blocks, config.train, engine_name, device)
         self.arrange_images(scaled.network)
         shape = (config.model.in_channels, config.model.image_size, config.model.image_size)

@@ -1,0 +1,108 @@
+"""Which tars are the shards of a data set that exists already, and which split each belongs to."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from braceexpand import braceexpand
+
+from data import storage
+from data.errors import UserError
+from data.index import counted
+from data.splits import HOW_TO_SAY, is_hidden, listed, says_split, split_word, splits_by_word, stated_splits
+
+
+@dataclass(frozen=True)
+class FoundShards:
+    """The location, name in the index and split of each shard, and a line for each reason to leave others out."""
+
+    locations: list[str]
+    names: list[str]
+    splits: list[str]
+    left_out: list[str]
+
+
+def tars_in(folder: Path) -> list[str]:
+    """The tars of a folder and those below it, without hidden ones."""
+    found = [path for path in folder.rglob("*.tar") if not any(map(is_hidden, path.relative_to(folder).parts))]
+    return sorted(str(path) for path in found)
+
+
+def tars_of_folder(folder: Path, everywhere: bool) -> tuple[list[str], list[str]]:
+    """(the tars of a folder and of those folders in it whose names say a split, or `everywhere`; and the names of other
+    folders that hold some)."""
+    found = sorted(str(path) for path in folder.glob("*.tar") if not is_hidden(path.name))
+    others = []
+    for inside in sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name)):
+        if everywhere or says_split(inside.name):
+            found += tars_in(inside)
+        elif any(inside.glob("*.tar")):
+            others.append(inside.name)
+    return found, others
+
+
+def locate(source: str, everywhere: bool) -> tuple[list[str], list[str]]:
+    """The tars of a folder, or what a brace pattern stands for; and what is left out, in words.
+
+    Raises UserError when there are none.
+    """
+    others: list[str] = []
+    if not storage.is_remote(source) and Path(source).is_dir():
+        shards, others = tars_of_folder(Path(source), everywhere)
+        if not shards and others:
+            raise UserError(
+                f"{source}: no .tar files in it, but in {listed(others)}: index each of these, or {HOW_TO_SAY}"
+            )
+        if not shards:
+            packed = sorted(
+                path.name for kind in ("gz", "tgz", "bz2", "xz", "zip") for path in Path(source).glob(f"*.{kind}")
+            )
+            unpack = f" ({listed(packed)}: unpack them to .tar files first)" if packed else ""
+            raise UserError(f"{source}: no .tar files in it{unpack}. Make some with 'depthmup pack IMAGES {source}'")
+    else:
+        shards = list(braceexpand(source))
+    if missing := [shard for shard in shards if not storage.is_remote(shard) and not Path(shard).is_file()]:
+        raise UserError(f"{missing[0]}: no such file")
+    return shards, [f"the shards in {listed(others)}, whose names say no split ({HOW_TO_SAY})"] if others else []
+
+
+def name_in(folder: Path, location: str) -> str:
+    """The name of a shard in the index of `folder`: a URL, or the path from there, whatever links lead to either."""
+    if storage.is_remote(location):
+        return location
+    path = Path(location)
+    return os.path.relpath(path.parent.resolve() / path.name, folder.resolve())
+
+
+def path_of(name: str) -> str:
+    """The part of a shard's name that may say its split: of a URL what follows the host or the bucket."""
+    return name.partition("://")[2].partition("/")[2] if storage.is_remote(name) else name
+
+
+def find_shards(source: str, folder: Path, train: Sequence[str] = (), val: Sequence[str] = ()) -> FoundShards:
+    """The shards of `source` (a folder, or a pattern of paths or URLs) for an index in `folder`. `train` and `val` are
+    patterns of their names; without them the words in the names decide.
+
+    Raises UserError when there are none, or the names contradict themselves.
+    """
+    locations, left_out = locate(source, everywhere=bool(train or val))
+    names = [name_in(folder, location) for location in locations]
+    paths = {name: path_of(name) for name in names}
+    if train or val:
+        by_path = stated_splits([*paths.values()], train, val)
+        splits = {name: by_path[path] for name, path in paths.items()}
+        if unnamed := [name for name, split in splits.items() if split is None]:
+            left_out.append(f"{counted(len(unnamed), 'shard')} that neither --train nor --val names: {listed(unnamed)}")
+    else:
+        splits, reasons = splits_by_word({name: split_word(path) for name, path in paths.items()})
+        left_out += [f"{counted(count, 'shard')} {reason}" for reason, count in reasons.items()]
+    if not any(splits.values()):
+        raise UserError(f"{source}: no shard is in a split; {HOW_TO_SAY}")
+    kept = [(at, name, split) for at, name in zip(locations, names, strict=True) if (split := splits[name])]
+    return FoundShards(
+        [at for at, _, _ in kept],
+        [name for _, name, _ in kept],
+        [split for _, _, split in kept],
+        [f"left out: {line}" for line in left_out],
+    )

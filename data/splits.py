@@ -1,0 +1,105 @@
+"""Which split a shard or a folder of images belongs to, by the words in its name: one home for `pack` and `index`."""
+
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import PurePosixPath
+
+from data.errors import UserError
+
+TRAINING = ("train", "training")
+VALIDATION = ("val", "valid", "validation", "dev", "eval", "evaluation", "test", "testing")  # the first that is there
+CONTENTS = {"image", "images", "img", "imgs", "jpeg", "jpegs", "jpg", "pictures", "photos", "data", "set", "split"}
+SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
+HOW_TO_SAY = "say it with --train PATTERN and --val PATTERN"
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is none of the user's data, such as .ipynb_checkpoints or ._dog.jpg."""
+    return name.startswith(".") or name in SYSTEM_FOLDERS
+
+
+def words_of(name: str) -> list[str]:
+    """'ImageNet1k-val_0001.tar' -> image, net, k, val, tar."""
+    return [word.lower() for word in re.split(r"[\W\d_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name)) if word]
+
+
+def says_split(name: str) -> bool:
+    return any(word in TRAINING + VALIDATION for word in words_of(name))
+
+
+def split_word(path: str) -> str | None:
+    """The word for a split in `path`, in its last part that has one: 'train' (for training too), or one of VALIDATION;
+    never a part of a word, as in valley or testbed. Raises UserError for two in one part."""
+    for part in reversed(PurePosixPath(path).parts):
+        found = {"train" if word in TRAINING else word for word in words_of(part) if word in TRAINING + VALIDATION}
+        if len(found) > 1:
+            raise UserError(f"{path}: which split is it, {' or '.join(sorted(found))}? S{HOW_TO_SAY[1:]}")
+        if found:
+            return found.pop()
+    return None
+
+
+def split_folder(name: str) -> str | None:
+    """The word for a split where `name` says nothing else, as a folder of one does: Train, val2017, training_images;
+    but not bullet_train, which may be a class."""
+    words = words_of(name)
+    chosen = [word for word in words if word in TRAINING + VALIDATION]
+    if len(chosen) != 1 or not {*words} <= {*chosen, *CONTENTS}:
+        return None
+    return "train" if chosen[0] in TRAINING else chosen[0]
+
+
+def matches(path: str, patterns: Sequence[str]) -> bool:
+    """Whether a pattern (as in a shell) is that of the whole path or of a part of it."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns for name in (path, *PurePosixPath(path).parts))
+
+
+def stated_splits(paths: Collection[str], train: Sequence[str], val: Sequence[str]) -> dict[str, str | None]:
+    """The split of each path by patterns; with those of val alone, all others are train. None: in no split.
+
+    Raises UserError for a pattern that no path matches, and for a path that those of both splits match.
+    """
+    for option, patterns in (("--train", train), ("--val", val)):
+        for pattern in patterns:
+            if not any(matches(path, [pattern]) for path in paths):
+                raise UserError(f"{option} {pattern}: nothing is called so, only {listed(sorted(paths))}")
+    splits: dict[str, str | None] = {}
+    for path in paths:
+        in_train, in_val = matches(path, train) if train else not matches(path, val), matches(path, val)
+        if in_train and in_val:
+            raise UserError(f"{path}: both --train and --val name it")
+        splits[path] = "train" if in_train else "val" if in_val else None
+    return splits
+
+
+def listed(names: Sequence[str], most: int = 6) -> str:
+    return ", ".join(names if len(names) <= most else [*names[: most - 1], f"and {len(names) - most + 1} more"])
+
+
+def validation_word(words: Collection[str | None]) -> str | None:
+    """The word that names the split val: test where there is no better, and never two of them together."""
+    return next((word for word in VALIDATION if word in words), None)
+
+
+def splits_by_word(words: Mapping[str, str | None]) -> tuple[dict[str, str | None], Counter[str]]:
+    """The split (None: in none) of each path whose word is given; and how many are in none, by reason.
+
+    Without a word for training anywhere, all that have no word are train.
+    """
+    validation = validation_word(words.values())
+    meaning: dict[str | None, str] = {"train": "train"}
+    if validation:
+        meaning[validation] = "val"
+    if "train" not in words.values():
+        meaning[None] = "train"
+    splits = {path: meaning.get(word) for path, word in words.items()}
+    left_out = Counter[str]()
+    nameless = [path for path, word in words.items() if word is None and splits[path] is None]
+    if nameless:
+        left_out[f"with no word for a split in the name: {listed(nameless)} ({HOW_TO_SAY})"] += len(nameless)
+    for path, word in words.items():
+        if word and splits[path] is None:
+            left_out[f"of {word}, where {validation} is the validation split ({HOW_TO_SAY})"] += 1
+    return splits, left_out
