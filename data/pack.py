@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from data import storage
 from data.errors import UserError
 from data.images import BadImage, eight_bits, open_image, refusing_bad_images
 from data.index import INDEX_NAME, Index, Shard, sidecar
+from data.lock import NoLocks, flock
 from data.order import random_generator
 from data.scan import process_pool, scan, webdataset_metadata
 from data.sources import UNPACKED_NAME, SourceImage, open_source, read_list
@@ -27,6 +29,7 @@ from data.sources import UNPACKED_NAME, SourceImage, open_source, read_list
 Progress = Callable[[int, int], None]  # (images done, images in all)
 IMAGES_PER_PROCESS = 2000  # less is packed before another process has started
 LOCK_NAME = ".lock"
+CLAIM_NAME = ".claimed"  # in place of the lock, where the file system has no locks
 PLAN_NAME = "pack.json"  # stays beside index.json: what was packed, and how
 
 
@@ -150,8 +153,12 @@ def differences(recorded: dict[str, Any], plan: dict[str, Any]) -> list[str]:
 
 @contextmanager
 def claim_folder(out: Path) -> Iterator[None]:
-    """Makes `out`, for this process alone while the block runs, without files half written before. Raises UserError."""
-    path = out / LOCK_NAME
+    """Makes `out`, for this process alone while the block runs, without files half written before. Raises UserError.
+
+    On a file system without locks a file that must not be there yet takes the lock's place; a killed pack leaves it.
+    """
+    path, claimed = out / LOCK_NAME, out / CLAIM_NAME
+    in_use = UserError(f"{out}: another process is packing into it")
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = open(path, "w")  # noqa: SIM115 - closed with the block
@@ -159,17 +166,27 @@ def claim_folder(out: Path) -> Iterator[None]:
         raise UserError(f"{out}: cannot write shards there ({error.strerror or error})") from None
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                raise in_use
             os.stat(path)  # or who had it has just removed it
-        except (BlockingIOError, FileNotFoundError):
-            raise UserError(f"{out}: another process is packing into it") from None
+        except FileNotFoundError:
+            raise in_use from None
+        except NoLocks:
+            try:
+                with open(claimed, "x") as file:
+                    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            except FileExistsError:
+                raise UserError(
+                    f"{out}: {claimed.read_text() or 'another process'} is packing into it, or was killed: this file "
+                    f"system has no locks that would tell. If it does not run any more, delete {claimed}"
+                ) from None
         try:
             for leftover in out.glob(".*.tmp"):
                 leftover.unlink()
             yield
         finally:
-            (out / UNPACKED_NAME).unlink(missing_ok=True)
-            path.unlink()
+            for file_of_ours in (out / UNPACKED_NAME, claimed, path):
+                file_of_ours.unlink(missing_ok=True)
             if not any(out.iterdir()):  # nothing was packed
                 out.rmdir()
 
