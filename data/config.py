@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from data.paths import PathText
+
 NOT_IDENTITY = {"identity": False}  # on a field that does not change a result: no part of a run's hash
 Positive = Annotated[int, Field(gt=0)]
 RAND_AUGMENT = re.compile(  # what timm's parser understands; what it does not, it ignores or asserts
@@ -30,8 +32,8 @@ class DataConfig:
     """`name` says which data set it is and belongs to a run's identity; where its files lie does not."""
 
     name: str
-    root: str = field(metadata=NOT_IDENTITY)  # folder of shards with index.json
-    source: str | None = field(default=None, metadata=NOT_IDENTITY)  # packed into root when root has no index
+    root: PathText = field(metadata=NOT_IDENTITY)  # folder of shards with index.json
+    source: PathText | None = field(default=None, metadata=NOT_IDENTITY)  # packed into root when root has no index
     validation_share: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the source, when it has no split of its own
     minival: Annotated[float, Field(ge=0, lt=1)] = 0.01  # share of train that is held out for tuning
     augment: Literal["none", "crop_flip", "resized_crop_flip"] = "none"

@@ -11,6 +11,7 @@ import click
 
 from data.errors import UserError
 from launch import shards
+from launch.paths import FilePath, expanded
 from launch.shards import new_console
 from models.errors import ModelError
 
@@ -73,7 +74,7 @@ def command(name: str, **settings: Any) -> Callable[[Callable[..., None]], click
 def with_config(function: Callable[..., None]) -> Callable[..., None]:
     """The arguments CONFIG [KEY=VALUE]... and the option --cluster, which is a short form of launch.cluster=..."""
 
-    @click.argument("config", type=click.Path(path_type=Path))
+    @click.argument("config", type=FilePath())
     @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
     @click.option("--cluster", help="local, debug, slurm, or the name of a profile in configs/cluster.")
     @functools.wraps(function)
@@ -94,7 +95,7 @@ def open_study(config: Path, overrides: tuple[str, ...]) -> "Study":
 
 @command("transfer")
 @with_config
-@click.option("--target", type=click.Path(path_type=Path), help="Then scale to this target's YAML, and train it.")
+@click.option("--target", type=FilePath(), help="Then scale to this target's YAML, and train it.")
 @click.option("--detach", is_flag=True, help="On Slurm: return at once; a job goes on after the runs, to the end.")
 def transfer(config: Path, overrides: tuple[str, ...], target: Path | None, detach: bool) -> None:
     """Run a whole study: data, all runs, report; or continue it."""
@@ -211,7 +212,7 @@ def status(config: Path, overrides: tuple[str, ...], watch: bool, everything: bo
 
 @command("report")
 @with_config
-@click.option("--publish", type=click.Path(path_type=Path), help="Also copy JSON and figures to this folder.")
+@click.option("--publish", type=FilePath(), help="Also copy JSON and figures to this folder.")
 def report(config: Path, overrides: tuple[str, ...], publish: Path | None) -> None:
     """Write and print the table, curves and verdicts so far.
 
@@ -220,7 +221,7 @@ def report(config: Path, overrides: tuple[str, ...], publish: Path | None) -> No
     from launch.chain import show_report
 
     changes = tuple(word for word in overrides if "=" in word)
-    configs = [config, *(Path(word) for word in overrides if "=" not in word)]
+    configs = [config, *(Path(expanded(word)) for word in overrides if "=" not in word)]
     studies, console = [open_study(path, changes) for path in configs], new_console()
     reports = [show_report(study, console) for study in studies]
     if len(reports) > 1:
@@ -255,10 +256,8 @@ def converge_command(config: Path, overrides: tuple[str, ...]) -> None:
 
 @command("scale")
 @with_config
-@click.option("--target", type=click.Path(path_type=Path), help="YAML with the target's sections, as model and train.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="File to write [default: NAME_target.yaml in the study's folder]."
-)
+@click.option("--target", type=FilePath(), help="YAML with the target's sections, as model and train.")
+@click.option("--out", type=FilePath(), help="File to write [default: NAME_target.yaml in the study's folder].")
 @click.option("--parameterization", help="Which one to transfer [default: the best one that transfers].")
 @click.option("--scale-batch", is_flag=True, help="Scale AdamW for the target's batch and samples too.")
 @click.option("--force", is_flag=True, help="Use an inconclusive study all the same.")
@@ -303,7 +302,7 @@ def probe() -> None:
 
 @command("train")
 @with_config
-@click.option("--directory", type=click.Path(path_type=Path), help="The run's directory [default: runs/HASH].")
+@click.option("--directory", type=FilePath(), help="The run's directory [default: runs/HASH].")
 def train(config: Path, overrides: tuple[str, ...], directory: Path | None) -> None:
     """Train one run in this process, or continue it; packs data.source first where there are no shards.
 
@@ -327,7 +326,7 @@ def train(config: Path, overrides: tuple[str, ...], directory: Path | None) -> N
 @click.option("--seeds", default=4, show_default=True, help="Seeds; a slope's standard error comes from them.")
 @click.option("--batch-size", default=16, show_default=True, help="Images in the one fixed batch.")
 @click.option("--axis", type=click.Choice(["width", "depth"]), help="Check this one only [default: both].")
-@click.option("--plot", type=click.Path(path_type=Path), help="The plot's file [default: check_*.png with the study].")
+@click.option("--plot", type=FilePath(), help="The plot's file [default: check_*.png with the study].")
 def check(
     config: Path,
     overrides: tuple[str, ...],
@@ -351,8 +350,8 @@ def check(
 
 
 @command("export")
-@click.argument("run", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("run", type=FilePath())
+@click.argument("out", type=FilePath())
 def export(run: Path, out: Path) -> None:
     """Write RUN's weights to OUT for plain timm.
 

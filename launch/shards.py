@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from launch.paths import FilePath, Location
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
     from launch.progress import Display
 
 COUNT = click.IntRange(min=1)
-FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
+FILE = FilePath(exists=True, dir_okay=False)
 
 
 def reporter(shown: "Display", unit: str) -> Callable[[int, int], None]:
@@ -44,8 +46,8 @@ def new_console() -> "Console":
 
 
 @click.command(epilog="Example: depthmup pack photos/ shards/photos --validation-share 0.1")
-@click.argument("source")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("source", type=Location())
+@click.argument("out", type=FilePath())
 @click.option(
     "--validation-share",
     type=click.FloatRange(0, 1, max_open=True),
@@ -115,10 +117,8 @@ def pack(
 
 
 @click.command(epilog="Example: depthmup index 's3://bucket/train-{000000..001299}.tar' --out shards/imagenet")
-@click.argument("shards")
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="Folder for the index [default: SHARDS, when it is a folder]."
-)
+@click.argument("shards", type=Location())
+@click.option("--out", type=FilePath(), help="Folder for the index [default: SHARDS, when it is a folder].")
 @click.option("--classes", type=FILE, help="One class name a line, in the order of the labels.")
 @click.option("--processes", type=COUNT, help="[default: one for each core]")
 def index(shards: str, out: Path | None, classes: Path | None, processes: int | None) -> None:
@@ -142,10 +142,8 @@ def index(shards: str, out: Path | None, classes: Path | None, processes: int | 
 
 
 @click.command(epilog="Example: depthmup inspect shards/photos --sheet photos.png")
-@click.argument("shards")
-@click.option(
-    "--sheet", type=click.Path(path_type=Path), help="Write a contact sheet of the first split to this PNG file."
-)
+@click.argument("shards", type=Location())
+@click.option("--sheet", type=FilePath(), help="Write a contact sheet of the first split to this PNG file.")
 @click.option("--processes", type=COUNT, help="[default: one for each core]")
 def inspect(shards: str, sheet: Path | None, processes: int | None) -> None:
     """Decode all images of the folder SHARDS: counts, classes, sizes, bad samples. Ends 1 when there is a bad one."""

@@ -13,12 +13,11 @@ from pydantic import ValidationError
 
 from data.errors import UserError
 from data.storage import is_remote, write_atomically
-from launch.config import Size, StudyFile, label, settings_of
+from launch.config import CONFIGURATION_FOLDER, Size, StudyFile, configuration_folders, label, settings_of
 from models.config import ParameterizationConfig, scale_of
 from train.config import (
     RunConfig,
     adapter,
-    dump_yaml,
     from_plain,
     identity,
     read_yaml,
@@ -28,6 +27,7 @@ from train.config import (
     to_yaml,
 )
 from train.rundir import RunDirectory, unreadable
+from train.yaml_text import dump_yaml
 
 
 @dataclass(frozen=True)
@@ -319,7 +319,9 @@ class Study:
         root = self.file.directory
         try:
             root.mkdir(parents=True, exist_ok=True)
-            write_atomically(root / "study.yaml", dump_yaml(settings_of(self._with_absolute_paths())).encode())
+            written_from = {CONFIGURATION_FOLDER: str(configuration_folders(self.path)[0].absolute())}
+            settings = written_from | settings_of(self._with_absolute_paths())
+            write_atomically(root / "study.yaml", dump_yaml(settings).encode())
             for run in self.pending():
                 content = to_yaml(run.config)
                 run.directory.path.mkdir(parents=True, exist_ok=True)

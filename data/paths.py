@@ -1,0 +1,67 @@
+"""Paths as users write them: with ~ and $VAR, wherever no shell has seen them."""
+
+import os
+import pwd
+import re
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, PlainSerializer
+
+VARIABLE = re.compile(r"\$(?:(?P<dollar>\$)|\{(?P<braced>\w+)\}|(?P<name>[A-Za-z_]\w*))")
+
+
+def home() -> Path | None:
+    """The user's home; None where neither HOME nor the list of users knows one, as in a container."""
+    if given := os.environ.get("HOME"):
+        return Path(given)
+    try:
+        return Path(pwd.getpwuid(os.getuid()).pw_dir)
+    except KeyError:
+        return None
+
+
+def home_of(user: str) -> str:
+    """Raises ValueError for one that is not known."""
+    if not user:
+        if own := home():
+            return str(own)
+        raise ValueError("~: HOME is not set")
+    try:
+        return pwd.getpwnam(user).pw_dir
+    except KeyError:
+        raise ValueError(f"~{user}: no such user (a folder of that name is ./~{user})") from None
+
+
+def expand(text: str) -> str:
+    """`text` with ~, ~user, $VAR and ${VAR} written out as a shell does; $$ is a dollar sign.
+
+    Raises ValueError that names what is not set: an empty value would lead to another folder.
+    """
+
+    def value(found: re.Match[str]) -> str:
+        name = found["braced"] or found["name"]
+        if found["dollar"]:
+            return "$"
+        if not os.environ.get(name):
+            raise ValueError(f"{text}: the variable {name} is not set (a dollar sign itself is $$)")
+        return os.environ[name]
+
+    if text.startswith("~"):
+        user, slash, rest = text[1:].partition("/")
+        return home_of(user) + slash + VARIABLE.sub(value, rest)
+    return VARIABLE.sub(value, text)
+
+
+def expand_all(text: str) -> str:
+    """As `expand`, for each of several paths in a list with commas and colons, as mounts are."""
+    return "".join(part if part in ",:" else expand(part) for part in re.split("([,:])", text))
+
+
+def protect(text: str) -> str:
+    """What `expand` reads as `text`."""
+    return text.replace("$", "$$")
+
+
+# A path in a configuration. It is written back so that it reads as the same path, in any environment.
+PathText = Annotated[str, AfterValidator(expand), PlainSerializer(protect)]
