@@ -76,7 +76,7 @@ def with_config(function: Callable[..., None]) -> Callable[..., None]:
 
     @click.argument("config", type=FilePath())
     @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-    @click.option("--cluster", help="local, debug, slurm, or the name of a profile in configs/cluster.")
+    @click.option("--cluster", help="local, debug, slurm, or a profile: its name, or its file.")
     @functools.wraps(function)
     def wrapped(config: Path, overrides: tuple[str, ...], cluster: str | None, **options: Any) -> None:
         chosen = (f"launch.cluster={cluster}",) if cluster else ()
@@ -90,7 +90,7 @@ def open_study(config: Path, overrides: tuple[str, ...]) -> "Study":
     from launch.config import read_study_or_run
     from launch.study import Study
 
-    return Study(config, read_study_or_run(config, overrides))
+    return Study(config, read_study_or_run(config, overrides), overrides)
 
 
 @command("transfer")
@@ -104,6 +104,8 @@ def transfer(config: Path, overrides: tuple[str, ...], target: Path | None, deta
     study, console = open_study(config, overrides), new_console()
     if target and not target.exists():
         raise UserError(f"{target}: no such file; it holds the target's sections, as model and train")
+    if target and not target.is_file():
+        raise UserError(f"{target}: the target's file is read after the runs: give a file that is there then")
     if not detach:
         chain.transfer(study, target, console)
     elif study.file.launch.cluster != "slurm":
@@ -281,7 +283,7 @@ def scale_command(
 
     of_study = tuple(override for override in overrides if override.startswith("study."))
     changes = tuple(override for override in overrides if override not in of_study)
-    study = Study(config, read_study(config, of_study))
+    study = Study(config, read_study(config, of_study), of_study)
     study.refuse_overridden()
     path = out or study.target_file
     write_scaled(study, path, target, changes, new_console(), parameterization, scale_batch, force)

@@ -175,6 +175,7 @@ class LaunchConfig:
     signal_delay_s: Positive = 120  # Slurm's warning before the time limit: a step and a checkpoint must fit in
     max_running: Positive = 64  # jobs at once
     max_attempts: Positive = 5  # of a run whose job ended without a word
+    hold_after: Annotated[int, Field(ge=0)] = 3  # runs that fail for one reason hold the rest; 0 holds nothing
     runs_per_job: Positive = 1
     runs_per_gpu: Positive = 1
     setup: tuple[str, ...] = ()  # shell lines before the job: module load, source, export

@@ -101,7 +101,7 @@ class Report:
         verb = "retry" if self.num_failed == len(self.unfinished) else "transfer"
         return (
             f"{len(self.unfinished)} of {len(self.study.runs)} runs are not in this report{failed}: every number "
-            f"may still change. 'depthmup {verb} {self.study.path}' goes on. The first: {self.unfinished[0]}"
+            f"may still change. To go on: {self.study.command(verb)}. The first: {self.unfinished[0]}"
         )
 
 

@@ -11,6 +11,7 @@ from data.paths import protect
 from data.storage import write_atomically
 from launch.analysis import Curve
 from launch.config import StudyFile, apply_profile, label, named_cluster, settings_of
+from launch.paths import command
 from launch.report import Report
 from train.config import RunConfig, from_plain, read_yaml, set_dotted
 from train.yaml_text import dump_yaml, load_yaml
@@ -41,7 +42,7 @@ def choose(report: Report, parameterization: str | None, force: bool) -> tuple[C
     curves = {curve.parameterization: curve for curve in report.analysis.curves if curve.size == base_size}
     judgements = {judgement.parameterization: judgement for judgement in report.analysis.judgements}
     if not judgements:
-        raise UserError(f"{path}: no run of the base size is finished: run 'depthmup transfer {path}' first")
+        raise UserError(f"{path}: no run of the base size is finished: first {report.study.command('transfer')}")
     if parameterization and parameterization not in judgements:
         raise UserError(
             f"{path}: no parameterization {parameterization!r} in the study; it has {', '.join(judgements)}"
@@ -160,8 +161,8 @@ def write_target(transferred: Transferred, path: Path) -> None:
     ours = load_yaml(transferred.text(), path.name)
     if path.exists() and {**read_yaml(path), "launch": None} != {**ours, "launch": None}:
         raise UserError(
-            f"{path} exists and differs: start it as it is with 'depthmup launch {path}', delete it to have it written "
-            "again, or choose another --out"
+            f"{path} exists and differs: start it as it is with {command('launch', path)}, delete it to have it "
+            "written again, or choose another --out"
         )
     write_atomically(path, transferred.text().encode())
 

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from data.errors import UserError
 from data.storage import is_remote, write_atomically
 from launch.config import CONFIGURATION_FOLDER, Size, StudyFile, configuration_folders, label, settings_of
+from launch.paths import command
 from models.config import ParameterizationConfig, scale_of
 from train.config import (
     RunConfig,
@@ -101,8 +102,16 @@ COMPARED = ("model", "optimizer", "schedule", "data", "train")
 class Study:
     """A study's file and the runs that follow from it."""
 
-    def __init__(self, path: Path, file: StudyFile) -> None:
-        self.path, self.file = path, file
+    def __init__(self, path: Path, file: StudyFile, overrides: Sequence[str] = ()) -> None:
+        self.path, self.file, self.overrides = path, file, overrides
+
+    def command(self, verb: str, *words: str) -> str:
+        """A command on this study that a shell takes as it stands: by its folder, which knows the overrides that it was
+        run with, once there is one."""
+        folder = self.file.directory
+        if (folder / "study.yaml").exists():
+            return command(verb, folder, *words)
+        return command(verb, self.path, *self.overrides, *words)
 
     @cached_property
     def points(self) -> list[PlannedRun]:
