@@ -147,9 +147,11 @@ def launch_command(config: Path, overrides: tuple[str, ...], dry_run: bool) -> N
 
     study, console = open_study(config, overrides), new_console()
     if dry_run:
+        from launch.plan import describe_jobs
         from launch.submit import dry_run_script
 
         click.echo(dry_run_script(study))
+        click.echo("\n".join(f"# {line}" for line in describe_jobs(study)))
         return
     if not study.pending() and not grow(study):
         console.print(f"All {len(study.runs)} runs are done.")

@@ -22,9 +22,10 @@ from data.errors import UserError
 from data.lock import flock
 from launch import slurm, snapshot
 from launch.config import LaunchConfig
+from launch.fits import check_fits
 from launch.hold import Hold
 from launch.jobs import Submission
-from launch.packs import check_packable, packs_of
+from launch.packs import packs_of
 from launch.study import PlannedRun, Study
 from launch.worker import work
 from train.lock import write_holder
@@ -275,14 +276,13 @@ def dry_run_script(study: Study) -> str:
         raise UserError(
             f"--dry-run shows an sbatch script, and launch.cluster is {config.cluster}: add --cluster slurm"
         )
-    check_packable(study.runs)
+    check_fits(study)
     tasks = group(make_packs(study.pending(), config), config.runs_per_job)
     if not tasks:
         raise UserError("every run is done: there is nothing to submit")
     submission = Submission(jobs / f"depthmup-{study.file.study.name}-DRYRUN", tasks, {})
-    return script_text(
-        submission, config, study.file.directory / "code" / snapshot.digest(snapshot.sources()), config.max_running
-    )
+    code = study.file.directory / "code" / snapshot.digest(snapshot.sources())
+    return script_text(submission, config, code, config.max_running)
 
 
 def submit_arrays(submissions: Sequence[Submission], turns: Turns, config: LaunchConfig, lock: int) -> None:

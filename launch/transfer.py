@@ -22,8 +22,8 @@ from launch import slurm, states
 from launch import snapshot as code_snapshot
 from launch.config import Size
 from launch.cost import count_flops
+from launch.fits import check_fits
 from launch.jobs import ask, asked, launching, places_taken
-from launch.packs import check_packable
 from launch.progress import display, duration
 from launch.reasons import explain
 from launch.states import State
@@ -60,6 +60,7 @@ def pack_source(data: DataConfig, console: Console) -> None:
 def prepare_data(study: Study, console: Console) -> Index:
     """The data set's index; packs data.source first where there are no shards. Raises UserError."""
     study.check_writable()
+    check_fits(study)  # before an hour of packing
     if study.file.launch.cluster == "slurm":
         slurm.require()
     data = study.file.data
@@ -102,7 +103,7 @@ def launch(study: Study, only: Sequence[State] = UNFINISHED, by_itself: bool = F
     """
     config = study.file.launch
     study.refuse_other_study()
-    check_packable(study.runs)
+    check_fits(study)
     with launching(study.file.directory) as lock:
         snapshot = states.take(study)
         if snapshot.slurm_error:
