@@ -66,7 +66,8 @@ def train_some(directories: Sequence[RunDirectory], interrupt: Interrupt) -> boo
     Returns False when there is none. A failure is recorded, and does not end the slot: when a pack fails, its runs are
     trained one by one, so that each has its own result or reason. Raises Interrupted.
     """
-    if not any(map(pending, directories)):
+    left = list(filter(pending, directories))
+    if not left:
         return False
     from train.pack import run_pack  # torch, which takes seconds
 
@@ -96,12 +97,12 @@ def train_some(directories: Sequence[RunDirectory], interrupt: Interrupt) -> boo
                     note(directory, UNPACKED, error=one_line(error))
                 else:
                     record_failure(directory, error)
-    return bool(claimed)
+    return bool(claimed) or any(directory.failed() for directory in left)
 
 
 def claim(directories: Sequence[RunDirectory], held: ExitStack) -> dict[RunDirectory, RunConfig]:
     """Locks the first pending run that is free, and as many of those after it as can be trained with it now; the locks
-    are closed with `held`. Empty when no run is free."""
+    are closed with `held`. Empty when no run is free, or the first could not be read and has failed."""
     from train.distributed import World, pick_device
 
     claimed: dict[RunDirectory, RunConfig] = {}
@@ -122,6 +123,8 @@ def claim(directories: Sequence[RunDirectory], held: ExitStack) -> dict[RunDirec
                     device = pick_device(config.train.device, World())
                 except Exception as error:
                     record_failure(directory, error)
+                    if not claimed:
+                        break  # the others may be held now
                     continue
                 if not claimed and len(directories) > 1 and not failed_in_a_pack(directory):
                     size = size_that_fits(config, device, len(directories))
