@@ -10,7 +10,9 @@ import pytest
 import yaml
 from slurm_cluster import REPOSITORY, START, Cluster, wait_for
 
+from launch import slurm
 from launch.config import read_study
+from launch.jobs import load_all
 from launch.study import Study
 from launch.submit import START as GO_ON
 
@@ -219,3 +221,35 @@ def test_without_sbatch_on_path_one_line_says_so(study_file: Path) -> None:
     assert "on PATH" in refused.stderr
     assert len(refused.stderr.strip().splitlines()) == 1
     assert not (study_file.parent / "runs" / "tiny" / "runs").exists()
+
+
+def test_jobs_that_slurm_has_forgotten_are_no_error(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in ("SLURM_CONF", "PATH"):
+        monkeypatch.setenv(key, cluster.environment[key])
+    assert slurm.queue(["999999"]) == []
+    assert slurm.queue(["999998", "999999"], ["depthmup-nowhere-1", "depthmup-nowhere-2"]) == []
+
+
+def test_the_log_lies_where_status_looks_in_a_folder_whose_name_holds_slurms_patterns(
+    cluster: Cluster, study_file: Path
+) -> None:
+    content = yaml.safe_load(study_file.read_text())
+    folder = study_file.parent / "100%job %n it's"
+    content["study"] |= {"directory": str(folder), "sizes": [{"width": 8, "depth": 3}], "values": ["2**-5"]}
+    content["launch"] = {"cluster": "slurm", "setup": ["set -euo pipefail"]}
+    study_file.write_text(yaml.safe_dump(content))
+    launched = cluster.depthmup("launch", study_file)
+    assert launched.returncode == 0, launched.stderr
+    (submission,) = load_all(folder / "tiny" / "jobs")
+    wait_for(lambda: list(folder.glob("tiny/runs/*/done.json")))
+    assert submission.log(0).exists(), list(submission.path.iterdir())
+
+
+def test_a_launch_of_another_user_finds_the_jobs_and_waits_its_turn(cluster: Cluster, held: Path) -> None:
+    limit = "launch.max_running=2"
+    assert "8 runs submitted" in cluster.depthmup("launch", held, limit, "study.parameterizations=[sp]").stdout
+    second = cluster.depthmup("launch", held, limit, env={"USER": "somebody", "LOGNAME": "somebody"})
+    assert "4 runs submitted" in second.stdout, second.stderr
+    assert len(cluster.queued("-tiny-")) == 6
+    waits = cluster.call("squeue", "--noheader", "--format=%i %E").splitlines()
+    assert sum("afterany" in line for line in waits) == 1
