@@ -4,12 +4,14 @@ import re
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, PlainSerializer
 
-from data.paths import PathText
+from data.paths import expand, protect
 
 NOT_IDENTITY = {"identity": False}  # on a field that does not change a result: no part of a run's hash
 Positive = Annotated[int, Field(gt=0)]
+# A path. It is written back so that it reads as the same path in any environment.
+PathText = Annotated[str, AfterValidator(expand), PlainSerializer(protect)]
 RAND_AUGMENT = re.compile(  # what timm's parser understands; what it does not, it ignores or asserts
     r"rand(-(m\d+|n[1-9]\d*|p(0(\.\d+)?|1(\.0+)?)|mstd\d+(\.\d+)?|mmax[1-9]\d*|inc[01]|t(weights|3aw|3a)))*"
 )

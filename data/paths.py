@@ -4,9 +4,6 @@ import os
 import pwd
 import re
 from pathlib import Path
-from typing import Annotated
-
-from pydantic import AfterValidator, PlainSerializer
 
 VARIABLE = re.compile(r"\$(?:(?P<dollar>\$)|\{(?P<braced>\w+)\}|(?P<name>[A-Za-z_]\w*))")
 
@@ -61,7 +58,3 @@ def expand_all(text: str) -> str:
 def protect(text: str) -> str:
     """What `expand` reads as `text`."""
     return text.replace("$", "$$")
-
-
-# A path in a configuration. It is written back so that it reads as the same path, in any environment.
-PathText = Annotated[str, AfterValidator(expand), PlainSerializer(protect)]

@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, PlainSerializer, Tag
 
-from data.config import NOT_IDENTITY, Positive
+from data.config import NOT_IDENTITY, PathText, Positive
 from data.errors import UserError
-from data.paths import PathText, expand, expand_all, protect
+from data.paths import expand, expand_all, protect
 from launch.paths import command, expanded, user_folder
 from launch.snapshot import ROOT
 from models.config import Number, ParameterizationConfig

@@ -27,6 +27,7 @@ from launch.jobs import ask, asked, launching, places_taken
 from launch.progress import display, duration
 from launch.reasons import explain
 from launch.states import State
+from launch.status import how_to_go_on
 from launch.study import PlannedRun, Study
 from launch.worker import newest_step
 from train.lock import holder
@@ -273,8 +274,6 @@ def unfinished(study: Study) -> Unfinished:
     if asked(study.file.directory)[0] == "cancel":
         return Unfinished(f"cancelled: {number} are left. Run the same command to resume them")
     if held := [found for found in left if found.state == "held"]:
-        from launch.status import how_to_go_on
-
         return Unfinished(f"{number} did not finish, {len(held)} are held: {held[0].remark}; {how_to_go_on(study)}")
     return Unfinished(
         f"{number} did not finish ({left[0].run.directory.path}: {left[0].remark or left[0].state}). "
