@@ -4,8 +4,10 @@ import re
 from dataclasses import field
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field, PlainSerializer
 from pydantic.dataclasses import dataclass
+
+from data.paths import expand, protect
 
 NOT_IDENTITY = {"identity": False}  # on a field that does not change a result: no part of a run's hash
 Positive = Annotated[int, Field(gt=0)]
@@ -13,6 +15,8 @@ Mean = Annotated[float, Field(ge=0, le=1)]
 Std = Annotated[float, Field(gt=0)]
 Value = TypeVar("Value")
 PerChannel = Annotated[tuple[Value, ...], Field(min_length=1)]
+# A path. It is written back so that it reads as the same path in any environment.
+PathText = Annotated[str, AfterValidator(expand), PlainSerializer(protect)]
 RAND_AUGMENT = re.compile(  # what timm's parser understands; what it does not, it ignores or asserts
     r"rand(-(m\d+|n[1-9]\d*|p(0(\.\d+)?|1(\.0+)?)|mstd\d+(\.\d+)?|mmax[1-9]\d*|inc[01]|t(weights|3aw|3a)))*"
 )
@@ -49,8 +53,8 @@ class DataConfig:
     """`name` says which data set it is and belongs to a run's identity; where its files lie does not."""
 
     name: str
-    root: str = field(metadata=NOT_IDENTITY)  # folder of shards with index.json
-    source: str | None = field(default=None, metadata=NOT_IDENTITY)  # packed into root when root has no index
+    root: PathText = field(metadata=NOT_IDENTITY)  # folder of shards with index.json
+    source: PathText | None = field(default=None, metadata=NOT_IDENTITY)  # packed into root when root has no index
     validation_share: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the source, when it has no split of its own
     minival: Annotated[float, Field(ge=0, lt=1)] = 0.01  # share of each class of train, held out for tuning
     augment: Literal["none", "crop_flip", "resized_crop_flip"] = "none"

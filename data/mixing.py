@@ -1,5 +1,6 @@
 """Mixup (arXiv 1710.09412) and CutMix (arXiv 1905.04899) of a batch, as a pure function of (seed, step)."""
 
+import numpy as np
 from torch import Tensor
 
 from data.config import DataConfig

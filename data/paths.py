@@ -1,20 +1,70 @@
-"""Paths as people write them."""
+"""Paths as users write them: with ~ and $VAR, wherever no shell has seen them."""
 
 import os
+import pwd
 import re
+from pathlib import Path
 
 from data.errors import UserError
 
+VARIABLE = re.compile(r"\$(?:(?P<dollar>\$)|\{(?P<braced>\w+)\}|(?P<name>[A-Za-z_]\w*))")
 
-def expand_path(path: str) -> str:
-    """`path` with `~`, `~user`, `$VAR` and `${VAR}` as a shell would read them, where no shell has.
 
-    Raises UserError for a variable that is not set and a home folder that is not known.
+def home() -> Path | None:
+    """The user's home; None where neither HOME nor the list of users knows one, as in a container."""
+    if given := os.environ.get("HOME"):
+        return Path(given)
+    try:
+        return Path(pwd.getpwuid(os.getuid()).pw_dir)
+    except KeyError:
+        return None
+
+
+def home_of(user: str) -> str:
+    """Raises ValueError for one that is not known."""
+    if not user:
+        if own := home():
+            return str(own)
+        raise ValueError("~: HOME is not set")
+    try:
+        return pwd.getpwnam(user).pw_dir
+    except KeyError:
+        raise ValueError(f"~{user}: no such user (a folder of that name is ./~{user})") from None
+
+
+def expand(text: str) -> str:
+    """`text` with ~, ~user, $VAR and ${VAR} written out as a shell does; $$ is a dollar sign.
+
+    Raises ValueError that names what is not set: an empty value would lead to another folder.
     """
-    expanded = os.path.expandvars(path)
-    if unset := re.search(r"\$(\w+|\{\w+\})", expanded):
-        raise UserError(f"{path}: the environment variable {unset[0]} is not set")
-    expanded = os.path.expanduser(expanded)
-    if expanded.startswith("~"):
-        raise UserError(f"{path}: no home folder is known for it; write the path out, as in ./{expanded} for one here")
-    return expanded
+
+    def value(found: re.Match[str]) -> str:
+        name = found["braced"] or found["name"]
+        if found["dollar"]:
+            return "$"
+        if not os.environ.get(name):
+            raise ValueError(f"{text}: the variable {name} is not set (a dollar sign itself is $$)")
+        return os.environ[name]
+
+    if text.startswith("~"):
+        user, slash, rest = text[1:].partition("/")
+        return home_of(user) + slash + VARIABLE.sub(value, rest)
+    return VARIABLE.sub(value, text)
+
+
+def expand_path(text: str) -> str:
+    """As `expand`, where no configuration's reader words the mistake. Raises UserError."""
+    try:
+        return expand(text)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def expand_all(text: str) -> str:
+    """As `expand`, for each of several paths in a list with commas and colons, as mounts are."""
+    return "".join(part if part in ",:" else expand(part) for part in re.split("([,:])", text))
+
+
+def protect(text: str) -> str:
+    """What `expand` reads as `text`."""
+    return text.replace("$", "$$")

@@ -17,6 +17,7 @@ from data.errors import UserError
 from launch import slurm, states
 from launch.config import read_study, read_study_or_run
 from launch.jobs import launching
+from launch.paths import command
 from launch.progress import duration
 from launch.study import Study
 from launch.transfer import (
@@ -45,7 +46,7 @@ def show_report(study: Study, console: Console) -> "Report":
 
     report = collect(study)
     if not report.results:
-        raise UserError(f"no run of {study.path} is finished: start them with 'depthmup transfer {study.path}'")
+        raise UserError(f"no run of {study.path} is finished: start them with {study.command('transfer')}")
     print_report(report, console)  # first: the folder may be another user's
     write_report(report)
     console.print(f"Report: {study.file.directory / 'report.html'} (also .csv and .json)", highlight=False)
@@ -64,7 +65,7 @@ def finish(study: Study, console: Console) -> None:
             launched.stop()
             place = study.file.launch.cluster
             others = place == "slurm" or (place == "local" and not launched.slots)  # an earlier launch's
-            go_on = " Its jobs go on; 'depthmup cancel' stops them." if others else ""
+            go_on = f" Its jobs go on; to stop them: {study.command('cancel')}" if others else ""
             console.print(f"{interrupted(study)}{go_on}", highlight=False)
             sys.exit(130)
 
@@ -98,7 +99,7 @@ def write_scaled(
     write_target(scaled, path)
     for fact in scaled.facts:
         console.print(fact, highlight=False)
-    console.print(f"Written: {path}. Start it with: depthmup launch {path}", highlight=False)
+    console.print(f"Written: {path}. Start it with: {command('launch', path)}", highlight=False)
 
 
 def target_study(study: Study, target: Path, console: Console) -> Study:
@@ -114,9 +115,9 @@ def say_next_step(study: Study, console: Console) -> None:
 
     if any(judgement.verdict == "transfers" for judgement in collect(study).analysis.judgements):
         model = study.file.model
-        size = f"model.width={4 * model.base_width} model.depth={4 * model.base_depth}"
-        samples = f"train.samples={10 * study.file.train.samples}"
-        console.print(f"Next, for a target of your size: depthmup scale {study.file.directory} {size} {samples}")
+        size = (f"model.width={4 * model.base_width}", f"model.depth={4 * model.base_depth}")
+        words = (study.file.directory, *size, f"train.samples={10 * study.file.train.samples}")
+        console.print(f"Next, for a target of your size: {command('scale', *words)}", markup=False)
 
 
 def transfer(study: Study, target: Path | None, console: Console) -> None:
@@ -198,8 +199,17 @@ def go_on_after(study: Study, target: Path | None, job_ids: Sequence[str]) -> st
 
     with launching(study.file.directory) as lock:  # of two that look at once, the second finds the first's
         waiting = [task for task in take(study, job_ids).continuations if task.waits]
-        job_id = waiting[0].job_id if waiting else submit_continuation(study, target, job_ids, lock)
-    return f"Job {job_id} goes on after {', '.join(job_ids)}: see 'depthmup status {study.file.directory}'."
+        try:
+            job_id = waiting[0].job_id if waiting else submit_continuation(study, target, job_ids, lock)
+        except slurm.Silent:
+            raise
+        except UserError as error:
+            again = study.command("transfer", *(["--target", str(target)] if target else []))
+            raise UserError(
+                f"the runs wait or run as jobs {', '.join(job_ids)}, but nothing goes on after them: {error}. Once "
+                f"there is place for one job more: {again} --detach; or wait for them: {again}"
+            ) from None
+    return f"Job {job_id} goes on after {', '.join(job_ids)}: see {study.command('status')}"
 
 
 PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 5.0, 120.0  # between two tries: the first, doubled until the longest

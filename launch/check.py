@@ -8,7 +8,8 @@ import matplotlib
 from rich.console import Console
 
 from data.errors import UserError
-from launch.config import read_raw, read_run
+from data.paths import expand_path
+from launch.config import read_raw, run_in
 from launch.progress import display
 from models.config import ParameterizationConfig
 from models.coordinate_check import AXES, BAND, Axis, Line, Settings, check
@@ -82,11 +83,12 @@ def write_plot(lines: list[Line], title: str, path: Path) -> None:
     plt.close(figure)
 
 
-def default_plot(config: Path, overrides: tuple[str, ...], parameterization: str) -> Path:
-    """The plot's file in the study's directory; a run's configuration has a study's name by its own."""
-    study: Any = read_raw(config, overrides).get("study")
+def default_plot(config: Path, raw: dict[str, Any], parameterization: str) -> Path:
+    """The plot's file in the study's directory; a run's configuration has a study's name by its own. `raw`: what is in
+    the file `config`."""
+    study: Any = raw.get("study")
     given = study if isinstance(study, dict) else {}
-    directory = Path(given.get("directory", "runs")) / given.get("name", config.stem)
+    directory = Path(expand_path(str(given.get("directory", "runs")))) / given.get("name", config.stem)
     return directory / f"check_{parameterization}.png"
 
 
@@ -129,9 +131,10 @@ def run_check(
     """Prints the table, writes the plot, and says whether every slope is inside its band. Raises UserError."""
     if min(steps, batch_size) < 1 or seeds < 2:
         raise UserError("--steps and --batch-size must be at least 1, --seeds at least 2")
-    run = read_run(config, overrides)
+    raw = read_raw(config, overrides)
+    run = run_in(raw, config)
     p = run.parameterization
-    plot = plot or default_plot(config, overrides, p.name)
+    plot = plot or default_plot(config, raw, p.name)
     if plot.suffix not in (".png", ".pdf", ".svg"):
         raise UserError(f"--plot {plot}: the name must end in .png, .pdf or .svg")
     settings = Settings(parse_factors(factors), steps=steps, batch_size=batch_size, num_seeds=seeds)

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from data.errors import UserError
+from data.paths import expand_path
 from launch import shards
+from launch.paths import FilePath
 from launch.shards import new_console
 from models.errors import ModelError
 
@@ -73,9 +75,9 @@ def command(name: str, **settings: Any) -> Callable[[Callable[..., None]], click
 def with_config(function: Callable[..., None]) -> Callable[..., None]:
     """The arguments CONFIG [KEY=VALUE]... and the option --cluster, which is a short form of launch.cluster=..."""
 
-    @click.argument("config", type=click.Path(path_type=Path))
+    @click.argument("config", type=FilePath())
     @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-    @click.option("--cluster", help="local, debug, slurm, or the name of a profile in configs/cluster.")
+    @click.option("--cluster", help="local, debug, slurm, or a profile: its name, or its file.")
     @functools.wraps(function)
     def wrapped(config: Path, overrides: tuple[str, ...], cluster: str | None, **options: Any) -> None:
         chosen = (f"launch.cluster={cluster}",) if cluster else ()
@@ -92,12 +94,12 @@ def open_study(config: Path, overrides: tuple[str, ...]) -> "Study":
     file = read_study_or_run(config, overrides)
     if file.decay_warning and file.study.hyperparameter != "optimizer.weight_decay":  # which a sweep does not use
         click.echo(f"warning: {file.decay_warning}", err=True)
-    return Study(config, file)
+    return Study(config, file, overrides)
 
 
 @command("transfer")
 @with_config
-@click.option("--target", type=click.Path(path_type=Path), help="Then scale to this target's YAML, and train it.")
+@click.option("--target", type=FilePath(), help="Then scale to this target's YAML, and train it.")
 @click.option("--detach", is_flag=True, help="On Slurm: return at once; a job goes on after the runs, to the end.")
 def transfer(config: Path, overrides: tuple[str, ...], target: Path | None, detach: bool) -> None:
     """Run a whole study: data, all runs, report; or continue it."""
@@ -106,6 +108,8 @@ def transfer(config: Path, overrides: tuple[str, ...], target: Path | None, deta
     study, console = open_study(config, overrides), new_console()
     if target and not target.exists():
         raise UserError(f"{target}: no such file; it holds the target's sections, as model and train")
+    if target and not target.is_file():
+        raise UserError(f"{target}: the target's file is read after the runs: give a file that is there then")
     if not detach:
         chain.transfer(study, target, console)
     elif study.file.launch.cluster != "slurm":
@@ -147,9 +151,11 @@ def launch_command(config: Path, overrides: tuple[str, ...], dry_run: bool) -> N
 
     study, console = open_study(config, overrides), new_console()
     if dry_run:
+        from launch.plan import describe_jobs
         from launch.submit import dry_run_script
 
         click.echo(dry_run_script(study))
+        click.echo("\n".join(f"# {line}" for line in describe_jobs(study)))
         return
     if not study.pending() and not grow(study):
         console.print(f"All {len(study.runs)} runs are done.")
@@ -214,7 +220,7 @@ def status(config: Path, overrides: tuple[str, ...], watch: bool, everything: bo
 
 @command("report")
 @with_config
-@click.option("--publish", type=click.Path(path_type=Path), help="Also copy JSON and figures to this folder.")
+@click.option("--publish", type=FilePath(), help="Also copy JSON and figures to this folder.")
 def report(config: Path, overrides: tuple[str, ...], publish: Path | None) -> None:
     """Write and print the table, curves and verdicts so far.
 
@@ -223,7 +229,7 @@ def report(config: Path, overrides: tuple[str, ...], publish: Path | None) -> No
     from launch.chain import show_report
 
     changes = tuple(word for word in overrides if "=" in word)
-    configs = [config, *(Path(word) for word in overrides if "=" not in word)]
+    configs = [config, *(Path(expand_path(word)) for word in overrides if "=" not in word)]
     studies, console = [open_study(path, changes) for path in configs], new_console()
     reports = [show_report(study, console) for study in studies]
     if len(reports) > 1:
@@ -258,10 +264,8 @@ def converge_command(config: Path, overrides: tuple[str, ...]) -> None:
 
 @command("scale")
 @with_config
-@click.option("--target", type=click.Path(path_type=Path), help="YAML with the target's sections, as model and train.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="File to write [default: NAME_target.yaml in the study's folder]."
-)
+@click.option("--target", type=FilePath(), help="YAML with the target's sections, as model and train.")
+@click.option("--out", type=FilePath(), help="File to write [default: NAME_target.yaml in the study's folder].")
 @click.option("--parameterization", help="Which one to transfer [default: the best one that transfers].")
 @click.option("--scale-batch", is_flag=True, help="Scale AdamW for the target's batch and samples too.")
 @click.option("--force", is_flag=True, help="Use an inconclusive study all the same.")
@@ -285,7 +289,7 @@ def scale_command(
 
     of_study = tuple(override for override in overrides if override.startswith("study."))
     changes = tuple(override for override in overrides if override not in of_study)
-    study = Study(config, read_study(config, of_study))
+    study = Study(config, read_study(config, of_study), of_study)
     study.refuse_overridden()
     path = out or study.target_file
     write_scaled(study, path, target, changes, new_console(), parameterization, scale_batch, force)
@@ -306,7 +310,7 @@ def probe() -> None:
 
 @command("train")
 @with_config
-@click.option("--directory", type=click.Path(path_type=Path), help="The run's directory [default: runs/HASH].")
+@click.option("--directory", type=FilePath(), help="The run's directory [default: runs/HASH].")
 def train(config: Path, overrides: tuple[str, ...], directory: Path | None) -> None:
     """Train one run in this process, or continue it; packs data.source first where there are no shards.
 
@@ -330,7 +334,7 @@ def train(config: Path, overrides: tuple[str, ...], directory: Path | None) -> N
 @click.option("--seeds", default=4, show_default=True, help="Seeds; a slope's standard error comes from them.")
 @click.option("--batch-size", default=16, show_default=True, help="Images in the one fixed batch.")
 @click.option("--axis", type=click.Choice(["width", "depth"]), help="Check this one only [default: both].")
-@click.option("--plot", type=click.Path(path_type=Path), help="The plot's file [default: check_*.png with the study].")
+@click.option("--plot", type=FilePath(), help="The plot's file [default: check_*.png with the study].")
 def check(
     config: Path,
     overrides: tuple[str, ...],
@@ -354,8 +358,8 @@ def check(
 
 
 @command("export")
-@click.argument("run", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("run", type=FilePath())
+@click.argument("out", type=FilePath())
 def export(run: Path, out: Path) -> None:
     """Write RUN's weights to OUT for plain timm.
 

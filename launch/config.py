@@ -6,23 +6,50 @@ from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, PlainSerializer, Tag
 from pydantic.dataclasses import dataclass
 
-from data.config import NOT_IDENTITY, Positive
+from data.config import NOT_IDENTITY, PathText, Positive
 from data.errors import UserError
+from data.paths import expand, expand_all, expand_path, protect
+from launch.paths import command, user_folder
+from launch.snapshot import ROOT
 from models.checked import STRICT
 from models.config import Number, ParameterizationConfig
 from train.config import RunConfig, checked_setting, from_plain, read_yaml, set_dotted, to_plain
+from train.yaml_text import load_yaml
 
 Preset = Annotated[
     ParameterizationConfig, BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value)
 ]
 
+
+def listed(given: Any) -> Any:
+    """'2**-6,2**-4', as one types on a command line, and a single value are lists."""
+    if isinstance(given, str):
+        return [part.strip() for part in given.split(",")]
+    return [given] if isinstance(given, int | float) else given
+
+
 # A number means that many: 16 is 0 to 15.
 Seeds = Annotated[
-    tuple[int, ...], BeforeValidator(lambda given: tuple(range(given)) if isinstance(given, int) else given)
+    tuple[int, ...], BeforeValidator(lambda given: tuple(range(given)) if isinstance(given, int) else listed(given))
 ]
+
+
+def read_option(given: Any) -> Any:
+    """The value of an option of sbatch: a text may hold a path."""
+    if not isinstance(given, str | int | bool):
+        raise ValueError("Input should be a text, a whole number, true or false")
+    return expand(given) if isinstance(given, str) else given
+
+
+Option = Annotated[
+    str | int | bool,
+    BeforeValidator(read_option),
+    PlainSerializer(lambda value: protect(value) if isinstance(value, str) else value),
+]
+Mounts = Annotated[str, AfterValidator(expand_all), PlainSerializer(protect)]
 
 
 @checked_setting
@@ -71,17 +98,26 @@ def enough(values: Octaves | tuple[float, ...]) -> Octaves | tuple[float, ...]:
     return values
 
 
+# The tags are no keys: messages leave out what is in angle brackets.
+Values = Annotated[
+    Annotated[Octaves, Tag("<octaves>")]
+    | Annotated[tuple[Annotated[Number, Field(gt=0)], ...], BeforeValidator(listed), Tag("<list>")],
+    Discriminator(lambda given: "<octaves>" if isinstance(given, dict | Octaves) else "<list>"),
+    AfterValidator(enough),
+]
+
+
 @checked_setting
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class StudyConfig:
     """Every parameterization x size x value x seed is one run. The first size is the base that others compare with."""
 
     name: Annotated[str, AfterValidator(folder_name)]
-    directory: str = field(default="runs", metadata=NOT_IDENTITY)
-    parameterizations: Annotated[tuple[Preset, ...], Field(min_length=1)]
+    directory: PathText = field(default="runs", metadata=NOT_IDENTITY)
+    parameterizations: Annotated[tuple[Preset, ...], BeforeValidator(listed), Field(min_length=1)]
     sizes: Annotated[tuple[Size, ...], Field(min_length=1)]
     hyperparameter: str = "optimizer.lr"
-    values: Annotated[Octaves | tuple[Annotated[Number, Field(gt=0)], ...], AfterValidator(enough)]
+    values: Values
     seeds: Annotated[Seeds, Field(min_length=1)] = (0,)
     metric: Literal["minival_loss", "train_loss"] = "minival_loss"
     tolerance: Annotated[Number, Field(gt=0)] = 1.0  # octaves by which an optimum may drift and still transfer
@@ -147,15 +183,16 @@ class LaunchConfig:
     signal_delay_s: Positive = 120  # Slurm's warning before the time limit: a step and a checkpoint must fit in
     max_running: Positive = 64  # jobs at once
     max_attempts: Positive = 5  # of a run whose job ended without a word
+    hold_after: Annotated[int, Field(ge=0)] = 3  # runs that fail for one reason hold the rest; 0 holds nothing
     runs_per_job: Positive = 1
     runs_per_gpu: Positive = 1
     setup: tuple[str, ...] = ()  # shell lines before the job: module load, source, export
     python: str | None = None  # null: the interpreter that launches; in a container usually `python`
-    container_image: str | None = None  # srun --container-image (pyxis, enroot)
-    container_mounts: str | None = None
-    sbatch: dict[str, str | int | bool] = field(default_factory=dict)  # further #SBATCH options by their names
+    container_image: PathText | None = None  # srun --container-image (pyxis, enroot)
+    container_mounts: Mounts | None = None
+    sbatch: dict[str, Option] = field(default_factory=dict)  # further #SBATCH options by their names
     # those of the small job on a CPU that goes on after the runs (transfer --detach), as a partition without GPUs
-    continuation: dict[str, str | int | bool] = field(default_factory=dict)
+    continuation: dict[str, Option] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.tasks > 1 and (self.runs_per_job > 1 or self.runs_per_gpu > 1):
@@ -203,24 +240,45 @@ def label(parameterization: ParameterizationConfig) -> str:
 
 
 PLACES = ("local", "debug", "slurm")
-PROFILES = Path("configs/cluster")
+CONFIGURATION_FOLDER = "x-configuration-folder"  # a key of a study's own file: where it was written from
+
+
+def configuration_folders(path: Path) -> list[Path]:
+    """The folder of the configuration `path`. Of a study's folder, and of a file in it: where the study was written
+    from, that folder, and the one above it."""
+    folder = path if path.is_dir() else path.parent
+    file = folder / "study.yaml"
+    written = load_yaml(file.read_text(), str(file)) if file.exists() else None
+    if not isinstance(written, dict):
+        return [folder]
+    return [Path(written.get(CONFIGURATION_FOLDER, folder)), folder, folder.resolve().parent]
+
+
+def find_profile(name: str, path: Path) -> Path:
+    """The profile `name` for the configuration `path`: a path is that file; a name is looked for in the working folder,
+    beside the configuration, in the user's configuration folder and among the examples. Raises UserError."""
+    if "/" in name or name.endswith((".yaml", ".yml")):
+        file = Path(expand_path(name))
+        if not file.is_file():
+            raise UserError(f"cluster {name}: no such file")
+        return file
+    own = user_folder("XDG_CONFIG_HOME", ".config")
+    places = [Path("configs"), Path(), *configuration_folders(path), *([own] if own else []), ROOT / "configs"]
+    folders = list(dict.fromkeys((place / "cluster").resolve() for place in places))
+    for folder in folders:
+        if (file := folder / f"{name}.yaml").exists():
+            return file
+    known = sorted({*PLACES, *(file.stem for folder in folders for file in folder.glob("*.yaml"))})
+    raise UserError(f"cluster {name!r}: no {name}.yaml in {' or '.join(map(str, folders))}; known: {', '.join(known)}")
 
 
 def apply_profile(raw: dict[str, Any], path: Path) -> None:
-    """Replaces `launch.cluster: NAME` by the keys of the profile NAME.yaml; the file's own launch keys win.
-
-    Looked for in the folder cluster/ beside the configuration, then in configs/cluster/. Raises UserError.
-    """
+    """Replaces `launch.cluster: NAME` by the keys of the profile NAME.yaml; the file's own launch keys win. Raises
+    UserError."""
     launch = raw.get("launch")
     if not isinstance(launch, dict) or (name := launch.get("cluster", "local")) in PLACES:
         return
-    folders = list(dict.fromkeys(folder.resolve() for folder in (path.parent / "cluster", PROFILES)))
-    found = next((file for folder in folders if (file := folder / f"{name}.yaml").exists()), None)
-    if found is None:
-        known = sorted({*PLACES, *(file.stem for folder in folders for file in folder.glob("*.yaml"))})
-        raise UserError(
-            f"cluster {name!r}: no {name}.yaml in {' or '.join(map(str, folders))}; known: {', '.join(known)}"
-        )
+    found = find_profile(str(name), path)
     profile = read_yaml(found)
     from_plain(LaunchConfig, {"cluster": "slurm", **profile}, str(found))
     raw["launch"] = {**profile, **launch, "cluster": profile.get("cluster", "slurm")}
@@ -259,7 +317,7 @@ def read_raw(path: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
         if not file.exists():
             raise UserError(f"{path}: no study.yaml in this folder: give a YAML file, or a study's folder as runs/NAME")
         raw = read_yaml(file)
-        raw["study"] |= {"name": path.resolve().name, "directory": str(path.resolve().parent)}
+        raw["study"] |= {"name": path.resolve().name, "directory": protect(str(path.resolve().parent))}
     else:
         raw = read_yaml(path)
     override(raw, overrides)
@@ -269,9 +327,13 @@ def read_raw(path: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
 
 def read_study(path: Path, overrides: tuple[str, ...] = ()) -> StudyFile:
     """Reads and checks a study's file. Raises UserError."""
-    raw = read_raw(path, overrides)
+    return study_in(read_raw(path, overrides), path)
+
+
+def study_in(raw: dict[str, Any], path: Path) -> StudyFile:
+    """The study in the plain data of the file `path`, which may be a pipe: nothing is read twice. Raises UserError."""
     if "study" not in raw:
-        raise UserError(f"{path}: no section study: (a single run is started with 'depthmup train {path}')")
+        raise UserError(f"{path}: no section study: (a single run is started with {command('train', path)})")
     file = from_plain(StudyFile, raw, str(path))
     base = file.study.sizes[0]
     if len(file.study.sizes) == len(file.study.grid) == 1:
@@ -287,10 +349,10 @@ def read_study(path: Path, overrides: tuple[str, ...] = ()) -> StudyFile:
 def read_study_or_run(path: Path, overrides: tuple[str, ...] = ()) -> StudyFile:
     """A study's file, or one run's configuration as a study of that one run, named like the file. Raises UserError."""
     raw = read_raw(path, overrides)
-    given = raw.pop("study", {})
-    if set(given) - {"name", "directory"}:
-        return read_study(path, overrides)
-    run = from_plain(RunConfig, {key: value for key, value in raw.items() if key != "launch"}, str(path))
+    given = raw.get("study", {})
+    if not isinstance(given, dict) or set(given) - {"name", "directory"}:
+        return study_in(raw, path)
+    run = run_in(raw, path)
     study = {
         "name": path.stem,
         "parameterizations": [vars(run.parameterization)],
@@ -305,7 +367,11 @@ def read_study_or_run(path: Path, overrides: tuple[str, ...] = ()) -> StudyFile:
     return from_plain(StudyFile, {**raw, "study": study}, str(path))
 
 
-def read_run(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
-    """Reads one run's configuration; the sections study and launch of a study's file are left aside."""
-    raw = read_raw(path, overrides)
+def run_in(raw: dict[str, Any], path: Path) -> RunConfig:
+    """One run of the plain data of the file `path`; a study's sections study and launch are left aside."""
     return from_plain(RunConfig, {key: raw[key] for key in raw if key not in ("study", "launch")}, str(path))
+
+
+def read_run(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
+    """Reads one run's configuration, as `run_in`. Raises UserError."""
+    return run_in(read_raw(path, overrides), path)

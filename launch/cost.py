@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,22 +11,25 @@ from typing import Any
 from data.storage import write_atomically
 from launch.config import Size
 from launch.flops import by_formula
+from launch.paths import user_folder
 from launch.snapshot import ROOT
 from launch.study import PlannedRun
 from train.config import identity
 
 
-def cache_file() -> Path:
-    """Counts made by this code and these libraries: another version counts anew."""
+def cache_file() -> Path | None:
+    """Counts made by this code and these libraries: another version counts anew. None where the user has no home."""
     hashed = hashlib.sha256("".join(version(name) for name in ("torch", "timm")).encode())
     for file in sorted((ROOT / "models").rglob("*.py")):
         hashed.update(file.read_bytes())
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "depthmup" / f"flops-{hashed.hexdigest()[:12]}.json"
+    folder = user_folder("XDG_CACHE_HOME", ".cache")
+    return folder / f"flops-{hashed.hexdigest()[:12]}.json" if folder else None
 
 
-def read_cache(file: Path) -> dict[str, list[int]]:
+def read_cache(file: Path | None) -> dict[str, list[int]]:
     """Empty where there is none that can be read: then all is counted again."""
+    if file is None:
+        return {}
     try:
         found = json.loads(file.read_text())
     except (OSError, ValueError):
@@ -60,11 +63,10 @@ def count_flops(runs: Sequence[PlannedRun]) -> dict[Size, tuple[int, int]]:
     missing = {key(run.config.model): run for run in first.values() if key(run.config.model) not in cache}
     if missing:
         cache |= {name: count(run) for name, run in missing.items()}
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, json.dumps(cache).encode())
-        except OSError:
-            pass  # a home that cannot be written to costs time, not correctness
+        with suppress(OSError):  # a home that cannot be written to costs time, not correctness
+            if file:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(file, json.dumps(cache).encode())
     counted = {}
     for size, run in first.items():
         parameters, each = cache[key(run.config.model)]

@@ -5,21 +5,26 @@ jobs/NAME/job.sh            the script that sbatch got
 jobs/NAME/job.json          the job's id: written last; if it is missing, the job is found in the queue by its NAME
 jobs/NAME/*_log.out         what the tasks printed
 jobs/NAME/stopped.jsonl     why a job ended before its runs did, a line each time: its batch script asks Slurm
+jobs/NAME/held.json         why its other runs do not begin (launch.hold)
+jobs/NAME/refused.json      why Slurm did not take the job that was to go on after the runs
 
 On this machine: local/NAME/submission.json, and slot-N.lock, which slot N holds as long as it lives.
-asked.json                  the user's last command, launch or cancel
+asked.json                  the user's last command, launch or cancel, and the runs that it stopped
 """
 
 import fcntl
 import json
+import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from data.errors import UserError
+from data.lock import flock
 from data.storage import write_atomically
 from launch.slurm import QueuedTask
 from train.lock import Holder, holder
@@ -33,8 +38,9 @@ class Submission:
 
     path: Path
     tasks: list[list[str]]
-    details: dict[str, Any]  # launch keys that explain a failure: memory_gb, timeout_min
+    details: dict[str, Any]  # launch keys that explain a failure: memory_gb, timeout_min; `throttle`: jobs at once
     created: int = 0  # nanoseconds of the file system's clock
+    owner: int = field(default_factory=os.getuid)  # the user id of who submitted it
 
     @property
     def name(self) -> str:
@@ -71,6 +77,21 @@ class Submission:
     def stopped(self) -> Path:
         return self.path / "stopped.jsonl"
 
+    @property
+    def held_file(self) -> Path:
+        return self.path / "held.json"
+
+    def held(self) -> str | None:
+        """Why those of its runs that have not begun are held; None where they are not."""
+        return read_reason(self.held_file)
+
+    def refused(self) -> str | None:
+        """Why Slurm did not take it."""
+        return read_reason(self.path / "refused.json")
+
+    def write_refused(self, reason: str) -> None:
+        write_atomically(self.path / "refused.json", json.dumps({"reason": reason}).encode())
+
     def slots(self) -> list["Holder"]:
         """The processes on some machine that still work through it."""
         return [found for lock in sorted(self.path.glob("slot-*.lock")) if (found := holder(lock))]
@@ -88,7 +109,15 @@ class Submission:
     def load(cls, file: Path) -> "Submission":
         """Raises UserError for a file that cannot be read."""
         content = parse(file.read_text(), file, "tasks", "details")
-        return cls(file.parent, content["tasks"], content["details"], file.stat().st_mtime_ns)
+        status = file.stat()
+        return cls(file.parent, content["tasks"], content["details"], status.st_mtime_ns, status.st_uid)
+
+
+def read_reason(file: Path) -> str | None:
+    try:
+        return str(parse(file.read_text(), file, "reason")["reason"])
+    except FileNotFoundError:
+        return None
 
 
 def load_all(jobs: Path) -> list[Submission]:
@@ -122,15 +151,37 @@ def queued_runs(submissions: Sequence[Submission], queue: Sequence[QueuedTask]) 
     return found
 
 
+def places_taken(submissions: Sequence[Submission], queue: Sequence[QueuedTask]) -> tuple[int, list[str]]:
+    """How many jobs of the study may run at once as it is now, and the ids of their arrays. Of arrays that wait for
+    each other both are counted: then it is more than will run."""
+    by_name = {submission.name: submission for submission in submissions if not submission.goes_on}
+    elements = Counter(task.name for task in queue if task.name in by_name)
+    taken = sum(min(by_name[name].details.get("throttle", count), count) for name, count in elements.items())
+    return taken, sorted({task.job_id for task in queue if task.name in by_name})
+
+
 # ---------------------------------------------------------------- what the user asked for
 
 
 Command = Literal["launch", "cancel"]
 
 
-def ask(folder: Path, command: Command) -> None:
-    """Notes the user's command: what goes on by itself, as a waiting `transfer` or the job after the runs, obeys it."""
-    write_atomically(folder / "asked.json", json.dumps({"command": command}).encode())
+def ask(folder: Path, command: Command, stopped: Collection[str] = ()) -> None:
+    """Notes the user's command: what goes on by itself, as a waiting `transfer` or the job after the runs, obeys it.
+
+    stopped: the names of the runs that a `cancel` stops; those that the one before it stopped are kept.
+    """
+    runs = sorted({*stopped, *cancelled(folder)}) if command == "cancel" else []
+    write_atomically(folder / "asked.json", json.dumps({"command": command, "runs": runs}).encode())
+
+
+def cancelled(folder: Path) -> set[str]:
+    """The runs that the user's last command stopped, where that was `cancel`."""
+    file = folder / "asked.json"
+    try:
+        return set(parse(file.read_text(), file, "command").get("runs", ()))
+    except FileNotFoundError:
+        return set()
 
 
 def asked(folder: Path) -> tuple[Command, int]:
@@ -158,5 +209,5 @@ def launching(folder: Path) -> Iterator[int]:
             f"{folder}: cannot write there ({error.strerror}); set study.directory to a folder that is writable"
         ) from None
     with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        flock(file, fcntl.LOCK_EX)
         yield file.fileno()

@@ -197,7 +197,7 @@ def converge(study: Study, console: Console) -> list[Path]:
     if not found:
         raise UserError(
             f"{study.path}: convergence needs a parameterization with an optimum at the base and {MIN_SIZES} finished "
-            f"sizes along width or depth: add to study.sizes, or finish it with 'depthmup transfer {study.path}'"
+            f"sizes along width or depth: add to study.sizes, or finish it with {study.command('transfer')}"
         )
     all_rates = [(each, quantity, rate) for each in found for quantity in QUANTITIES for rate in each.rates(quantity)]
     paths = [study.file.directory / name for name in CONVERGENCE_FILES]

@@ -6,6 +6,8 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.cost import count_flops
+from launch.fits import check_fits
+from launch.progress import duration
 from launch.study import Study
 
 
@@ -23,8 +25,42 @@ def power_of_two(value: float) -> str:
     return f"2^{exponent:.4g}" if abs(exponent * 4 - round(exponent * 4)) < 1e-9 else f"{value:.4g}"
 
 
+def describe_jobs(study: Study) -> list[str]:
+    """What a launch now would submit or start: lines of at most 80 columns; none when all is done."""
+    from launch.submit import group, make_packs, slot_gpus  # submitit: not every command needs it
+
+    config, pending = study.file.launch, study.pending()
+    if not pending:
+        return []
+    packs = make_packs(pending, config)
+    largest = max(map(len, packs))
+    packed = f", in packs of up to {largest}" if largest > 1 else ""
+    if config.cluster != "slurm":
+        slots = 1 if config.cluster == "debug" else min(len(slot_gpus(config)), len(packs))
+        return [f"{len(pending)} runs here, {slots} process{'es' if slots > 1 else ''} at once{packed}"]
+    tasks = group(packs, config.runs_per_job)
+    in_each = max(map(len, tasks))
+    gpus = config.nodes * config.gpus_per_node
+    nodes = f"{config.nodes} nodes, " if config.nodes > 1 else ""
+    hardware = f"{gpus} GPU{'s' if gpus > 1 else ''}" if gpus else f"{config.tasks * config.cpus_per_task} CPUs"
+    at_once = min(config.max_running, len(tasks))
+    lines = [
+        f"{count(len(tasks), 'job')} of up to {count(in_each, 'run')}{packed}, at most {at_once} at once",
+        f"each job: {nodes}{hardware}, up to {duration(60 * config.timeout_min)}",
+    ]
+    if gpus and largest > 1 and study.file.train.pack is None:
+        lines.append("the packs are assumed: how many fit, a job finds on its own GPU")
+    return lines
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' if number != 1 else ''}"
+
+
 def print_plan(study: Study, console: Console) -> None:
-    """One line per run, then the totals per size. 80 columns."""
+    """One line per run, then the totals per size and the jobs. 80 columns. Raises UserError for runs that do not fit
+    where they are to run."""
+    check_fits(study)
     flops = count_flops(study.runs)
     runs = [(run, run.done()) for run in study.runs]
     # text rather than a rich table, which takes seconds for thousands of rows
@@ -58,6 +94,7 @@ def print_plan(study: Study, console: Console) -> None:
         f"\n{len(runs)} run{'s' if len(runs) > 1 else ''} ({len(finished)} done), {quantity(everything)}FLOPs in all",
         highlight=False,
     )
+    console.print("\n".join(describe_jobs(study)), highlight=False)
     largest = max(each for _, each in flops.values())
     console.print(f"{everything / largest:.3g} times the cost of one run of the largest size", highlight=False)
     if finished:

@@ -65,7 +65,10 @@ def propose() -> str:
     if not found:
         raise UserError("sinfo shows no partition that is up")
     best = max(found, key=lambda p: (p.gpus > 0, p.default, p.gpus * p.nodes))
-    lines = ["# Save as configs/cluster/NAME.yaml and launch with --cluster NAME. Proposed from sinfo:"]
+    lines = [
+        "# Save as configs/cluster/NAME.yaml, or ~/.config/depthmup/cluster/NAME.yaml for all your work, and launch"
+    ]
+    lines += ["# with --cluster NAME. Proposed from sinfo:"]
     for p in found:
         limit = "no limit" if p.minutes is None else f"{p.minutes} min"
         lines.append(

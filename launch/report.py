@@ -96,15 +96,19 @@ class Report:
 
     @property
     def missing(self) -> str:
-        """How much is not in this report, and the command that goes on; '' when nothing is missing."""
+        """How much is not in this report; '' when nothing is missing."""
         if not self.unfinished:
             return ""
         failed = f", {self.num_failed} of them because they failed" if self.num_failed else ""
-        verb = "retry" if self.num_failed == len(self.unfinished) else "transfer"
         return (
             f"{len(self.unfinished)} of {len(self.study.runs)} runs are not in this report{failed}: every number "
-            f"may still change. 'depthmup {verb} {self.study.path}' goes on. The first: {self.unfinished[0]}"
+            f"may still change. The first: {self.unfinished[0]}"
         )
+
+    @property
+    def go_on(self) -> str:
+        """The command that trains what is missing."""
+        return self.study.command("retry" if self.num_failed == len(self.unfinished) else "transfer")
 
 
 def target_line(study: Study) -> str | None:

@@ -6,14 +6,15 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from data.errors import UserError
+from data.paths import protect
 from data.storage import write_atomically
 from launch.analysis import Curve
 from launch.config import StudyFile, apply_profile, label, named_cluster, settings_of
+from launch.paths import command
 from launch.report import Report
 from train.config import RunConfig, from_plain, read_yaml, set_dotted
+from train.yaml_text import dump_yaml, load_yaml
 
 # What an optimum belongs to: with another one of these the proxy's says nothing. Of a model it is everything but what
 # has a rule: width, depth and how depth is spread over stages. Heads are looked at in the base: from there they may
@@ -34,7 +35,7 @@ class Transferred:
     facts: list[str]
 
     def text(self) -> str:
-        return "".join(f"# {line}\n" for line in self.facts) + yaml.safe_dump(self.config, sort_keys=False)
+        return "".join(f"# {line}\n" for line in self.facts) + dump_yaml(self.config)
 
 
 def choose(report: Report, parameterization: str | None, force: bool) -> tuple[Curve, list[str]]:
@@ -47,7 +48,7 @@ def choose(report: Report, parameterization: str | None, force: bool) -> tuple[C
     curves = {curve.parameterization: curve for curve in report.analysis.curves if curve.size == base_size}
     judgements = {judgement.parameterization: judgement for judgement in report.analysis.judgements}
     if not judgements:
-        raise UserError(f"{path}: no run of the base size is finished: run 'depthmup transfer {path}' first")
+        raise UserError(f"{path}: no run of the base size is finished: first {report.study.command('transfer')}")
     if parameterization and parameterization not in judgements:
         raise UserError(
             f"{path}: no parameterization {parameterization!r} in the study; it has {', '.join(judgements)}"
@@ -178,7 +179,7 @@ def scale(
     model = target.model
     wider, deeper = model.width / model.base_width, model.depth / model.base_depth
     what = f"{model.family} of width {model.width} and depth {model.depth} ({wider:g} and {deeper:g} times the base's)"
-    config["study"] = {"name": name, "directory": file.study.directory}
+    config["study"] = {"name": name, "directory": protect(file.study.directory)}
     return Transferred(config, [f"{name}: {what}, {curve.parameterization}.", *facts])
 
 
@@ -191,10 +192,11 @@ def write_target(transferred: Transferred, path: Path) -> None:
     """Writes the target's file. Raises UserError when that of another run is there: it may have been edited. Where it
     runs, and what comments say of it, does not make it another."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and {**read_yaml(path), "launch": None} != {**yaml.safe_load(transferred.text()), "launch": None}:
+    ours = load_yaml(transferred.text(), path.name)
+    if path.exists() and {**read_yaml(path), "launch": None} != {**ours, "launch": None}:
         raise UserError(
-            f"{path} exists and differs: start it as it is with 'depthmup launch {path}', delete it to have it written "
-            "again, or choose another --out"
+            f"{path} exists and differs: start it as it is with {command('launch', path)}, delete it to have it "
+            "written again, or choose another --out"
         )
     write_atomically(path, transferred.text().encode())
 

@@ -4,9 +4,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
+
+from launch.paths import FilePath, Location
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -15,20 +17,7 @@ if TYPE_CHECKING:
     from launch.progress import Display
 
 COUNT = click.IntRange(min=1)
-
-
-class ExpandedPath(click.Path):
-    """A path in which `~` and `$VAR` are read as a shell does."""
-
-    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
-        from data.paths import expand_path
-
-        return super().convert(expand_path(value) if isinstance(value, str) else value, parameter, context)
-
-
-PLACE = ExpandedPath(path_type=str)  # or a URL, or a pattern
-PATH = ExpandedPath(path_type=Path)
-FILE = ExpandedPath(path_type=Path, exists=True, dir_okay=False)
+FILE = FilePath(exists=True, dir_okay=False)
 
 
 def reporter(shown: "Display", unit: str) -> Callable[[int, int], None]:
@@ -62,8 +51,8 @@ def new_console() -> "Console":
 
 
 @click.command(epilog="Example: depthmup pack photos/ shards/photos --validation-share 0.1")
-@click.argument("source", type=PLACE)
-@click.argument("out", type=PATH)
+@click.argument("source", type=Location())
+@click.argument("out", type=FilePath())
 @click.option(
     "--validation-share",
     type=click.FloatRange(0, 1, max_open=True),
@@ -138,8 +127,8 @@ def pack(
 
 
 @click.command(epilog="Example: depthmup index 's3://bucket/train-{000000..001299}.tar' --out shards/imagenet")
-@click.argument("shards", type=PLACE)
-@click.option("--out", type=PATH, help="Folder for the index [default: SHARDS, when it is a folder].")
+@click.argument("shards", type=Location())
+@click.option("--out", type=FilePath(), help="Folder for the index [default: SHARDS, when it is a folder].")
 @click.option("--classes", type=FILE, help="One class name a line, in the order of the labels.")
 @click.option(
     "--first-label", type=click.IntRange(min=0), default=0, show_default=True, help="Label of the first class."
@@ -190,8 +179,8 @@ def index(
 
 
 @click.command(epilog="Example: depthmup inspect shards/photos --sheet photos.png")
-@click.argument("shards", type=PLACE)
-@click.option("--sheet", type=PATH, help="Write a contact sheet of the first split to this PNG file.")
+@click.argument("shards", type=Location())
+@click.option("--sheet", type=FilePath(), help="Write a contact sheet of the first split to this PNG file.")
 @click.option("--processes", type=COUNT, help="[default: one for each core]")
 def inspect(shards: str, sheet: Path | None, processes: int | None) -> None:
     """Decode all images of the folder SHARDS: counts, classes, sizes, bad samples. Ends 1 when there is a bad one."""

@@ -1,6 +1,5 @@
 """The few things that Slurm is asked or told. Nothing here uses sacct: accounting may be missing or late."""
 
-import getpass
 import os
 import re
 import shutil
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from data.errors import UserError
 
+GONE = "invalid job id"
 SECONDS = 60  # that one command may take; slurmctld may be busy or restarting
 
 # sbatch's own words -> the key to change
@@ -97,26 +97,48 @@ def call(*command: str, pass_fds: Sequence[int] = ()) -> str:
     return done.stdout
 
 
-def queue() -> list[QueuedTask]:
-    """Our array elements that have not ended: one call, whatever their number. Raises SlurmError."""
+def queue(job_ids: Sequence[str], names: Sequence[str] = ()) -> list[QueuedTask]:
+    """The array elements that have not ended, of the jobs `job_ids` and of those called `names`, whoever submitted
+    them: one call each, whatever their number. Raises SlurmError."""
+    return ask_queue("jobs", job_ids) + ask_queue("name", names)
+
+
+def ask_queue(option: str, wanted: Sequence[str]) -> list[QueuedTask]:
+    if not wanted:
+        return []
     form = "%F|%K|%T|%r|%j"
-    lines = call("squeue", "--noheader", "--array", f"--user={getpass.getuser()}", f"--format={form}").splitlines()
+    try:
+        lines = call("squeue", "--noheader", "--array", f"--{option}={','.join(wanted)}", f"--format={form}")
+    except SlurmError as error:
+        if GONE in str(error).lower():  # of one job alone, squeue says so; of several it shows the others
+            return []
+        raise
     found = []
-    for line in lines:
+    for line in lines.splitlines():
         job_id, index, state, reason, name = line.split("|", 4)
         found.append(QueuedTask(job_id, int(index) if index.isdigit() else 0, state, reason, name.strip()))
     return found
 
 
+def configuration(key: str) -> str | None:
+    """What Slurm's own configuration says of `key`. Raises SlurmError."""
+    match = re.search(rf"^{key}\s*=\s*(\S+)", call("scontrol", "show", "config"), re.MULTILINE)
+    return match[1] if match else None
+
+
+def hides_jobs_of_others() -> bool:
+    """Whether squeue shows a user their own jobs only. Raises SlurmError."""
+    return "jobs" in (configuration("PrivateData") or "").split(",")
+
+
 def max_array_size() -> int:
     """Elements that one array may have. Raises SlurmError."""
-    match = re.search(r"^MaxArraySize\s*=\s*(\d+)", call("scontrol", "show", "config"), re.MULTILINE)
-    return int(match[1]) if match else 1001  # Slurm's default
+    return int(configuration("MaxArraySize") or 1001)  # Slurm's default
 
 
-def sbatch(script: Path, pass_fds: Sequence[int] = ()) -> str:
+def sbatch(script: Path, options: Sequence[str] = (), pass_fds: Sequence[int] = ()) -> str:
     """Submits `script`; returns the job id. Raises SlurmError."""
-    return call("sbatch", "--parsable", str(script), pass_fds=pass_fds).strip().split(";")[0]
+    return call("sbatch", "--parsable", *options, str(script), pass_fds=pass_fds).strip().split(";")[0]
 
 
 def cancel(job_ids: Sequence[str]) -> None:

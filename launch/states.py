@@ -1,30 +1,35 @@
 """Where every run stands: its own files say what it did, one call to squeue says what waits and runs."""
 
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from launch import slurm
-from launch.jobs import Submission, load_all, queued_runs, recover_ids, stop_causes
+from launch.jobs import Submission, cancelled, load_all, queued_runs, recover_ids, stop_causes
 from launch.slurm import QueuedTask
 from launch.study import PlannedRun, Study
 from launch.worker import attempts
 from train.lock import Holder, holder
 
-State = Literal["done", "diverged", "failed", "running", "waiting", "preempted", "interrupted", "lost", "new"]
+Activity = Literal["running", "starting", "waiting", "preempted"]
+State = Literal["done", "diverged", "failed", Activity, "held", "interrupted", "cancelled", "lost", "new"]
 STATES: tuple[State, ...] = get_args(State)
-ACTIVE: tuple[State, ...] = ("running", "waiting", "preempted")
+ACTIVE: tuple[State, ...] = get_args(Activity)
+FREE_SLOT = "for a free slot"
 Causes = Mapping[tuple[str, int], str]  # as stop_causes gives them
 
 
 @dataclass(frozen=True)
 class RunState:
-    """`waiting`: a job will train it; `preempted`: that job was preempted, and waits again. No job has the others:
-    `interrupted` was told to stop and has saved, `lost` began or was submitted and ended without a word, `new` is
-    neither. `remark` holds why it waits, and how often and why it was stopped before its end."""
+    """`waiting`: a job will train it; `preempted`: that job was preempted, and waits again; `starting`: its process
+    runs, and has not begun it. No job has the others: `held` was not begun since all before it failed for one reason,
+    `cancelled` was stopped by the user's last command, `interrupted` was told to stop otherwise and has saved, `lost`
+    began or was submitted and ended without a word, `new` is none of these. `remark` holds why it waits, and how often
+    and why it was stopped before its end."""
 
     run: PlannedRun
     state: State
@@ -41,6 +46,7 @@ class Snapshot:
     continuations: list[QueuedTask]  # jobs that go on with the study after its runs
     slots: list[Holder]  # processes that work through lists of its runs without Slurm
     slurm_error: str | None = None
+    queue: Sequence[QueuedTask] = ()  # all that Slurm has of the study
 
     def of(self, *states: State) -> list[RunState]:
         return [run for run in self.runs if run.state in states]
@@ -58,9 +64,11 @@ def state_of(
     submitted: tuple[Submission, int] | None,
     asked: bool,
     causes: Causes,
+    cancelled: bool,
 ) -> RunState:
     """`task`: the queued array element that has the run; `slot`: a process here that has it on its list; `submitted`:
-    the last submission and element that ever had it; `asked`: whether Slurm answered; `causes`: why jobs ended."""
+    the last submission and element that ever had it; `asked`: whether Slurm said what has become of that; `causes`: why
+    jobs ended; `cancelled`: whether the user's last command stopped it."""
     directory = run.directory
     if done := run.done():
         if done["outcome"] == "completed":
@@ -79,9 +87,16 @@ def state_of(
     if task:
         return RunState(run, "waiting", f"in job {task.job_id}_{task.index}", task)
     if slot:
-        return RunState(run, "waiting", f"for a free slot on {slot.host}")
+        return RunState(run, "waiting", f"{FREE_SLOT} on {slot.host}")
     if submitted and not asked:
-        return RunState(run, "waiting", "Slurm does not answer")
+        return RunState(
+            run, "waiting", f"perhaps in job {submitted[0].job_id or submitted[0].name}: Slurm does not say"
+        )
+    if cancelled:
+        saved = max(directory.checkpoint_steps(), default=0)
+        return RunState(run, "cancelled", f"saved at step {saved}" if saved else "")
+    if submitted and (reason := submitted[0].held()):
+        return RunState(run, "held", reason)
     if event == "interrupted":
         return RunState(run, "interrupted", f"{counted(stops)}, and saved; 'transfer' or 'launch' resumes it")
     if event or (submitted and submitted[0].job_id):
@@ -120,22 +135,34 @@ def last_line(log: Path) -> str | None:
     return lines[-1].removeprefix("slurmstepd: error: ").strip("* ") if lines else None
 
 
+def ask_slurm(study: Study, submissions: Sequence[Submission]) -> tuple[list[QueuedTask], set[str], str | None]:
+    """(what is in the queue, names of the submissions of which Slurm does not say whether they are, its words when it
+    did not answer). It is asked once, if anything was ever submitted to it that may still be there."""
+    if not (any(submission.goes_on for submission in submissions) or (submissions and study.pending())):
+        return [], set(), None
+    ids = [job_id for submission in submissions if (job_id := submission.job_id)]
+    unknown = [submission.name for submission in submissions if not submission.job_id and not submission.refused()]
+    try:
+        queue = slurm.queue(ids, unknown)
+        recover_ids(submissions, queue)
+        there = {task.name for task in queue}
+        others = {s.name for s in submissions if s.owner != os.getuid() and s.name not in there}
+        return queue, others if others and slurm.hides_jobs_of_others() else set(), None
+    except slurm.SlurmError as failure:
+        return [], {submission.name for submission in submissions}, str(failure)
+
+
 def take(study: Study) -> Snapshot:
-    """Reads every run's files and asks Slurm once, if anything was ever submitted to it."""
-    submissions = load_all(study.file.directory / "jobs")
-    queue: Sequence[QueuedTask] = ()
-    error = None
-    if any(submission.goes_on for submission in submissions) or (submissions and study.pending()):
-        try:
-            queue = slurm.queue()
-            recover_ids(submissions, queue)
-        except slurm.SlurmError as failure:
-            error = str(failure)
+    """Reads every run's files and asks Slurm."""
+    root = study.file.directory
+    submissions, local = load_all(root / "jobs"), load_all(root / "local")
+    queue, unsaid, error = ask_slurm(study, submissions)
     tasks = queued_runs(submissions, queue)
-    causes = stop_causes(submissions)
-    last = {name: (s, index) for s in submissions for index, names in enumerate(s.tasks) for name in names}
+    causes, stopped = stop_causes(submissions), cancelled(root)
+    everything = sorted([*submissions, *local], key=lambda submission: submission.created)
+    last = {name: (s, index) for s in everything for index, names in enumerate(s.tasks) for name in names}
     listed, slots = {}, []
-    for submission in load_all(study.file.directory / "local"):
+    for submission in local:
         if live := submission.slots():
             slots += live
             listed.update(dict.fromkeys((name for names in submission.tasks for name in names), live[0]))
@@ -144,5 +171,23 @@ def take(study: Study) -> Snapshot:
     found = []
     for run in study.runs:
         name = run.directory.path.name
-        found.append(state_of(run, tasks.get(name), listed.get(name), last.get(name), error is None, causes))
-    return Snapshot(found, submissions, continuations, slots, error)
+        submitted = last.get(name)
+        asked = not (submitted and submitted[0].name in unsaid)
+        state = state_of(run, tasks.get(name), listed.get(name), submitted, asked, causes, name in stopped)
+        found.append(state)
+    return Snapshot(show_starting(found, slots), submissions, continuations, slots, error, queue)
+
+
+def show_starting(found: Sequence[RunState], slots: Sequence[Holder]) -> list[RunState]:
+    """Of a job that runs, and of processes here, none of whose runs has begun, the first ones are starting."""
+    busy = {state.task for state in found if state.state == "running"}
+    idle_slots = 0 if None in busy else len(slots)
+    shown = []
+    for state in found:
+        if state.state == "waiting" and state.task and not state.task.waits and state.task not in busy:
+            state = replace(state, state="starting", remark=f"job {state.task.job_id}_{state.task.index} has begun")
+        elif state.state == "waiting" and state.task is None and state.remark.startswith(FREE_SLOT) and idle_slots:
+            idle_slots -= 1
+            state = replace(state, state="starting", remark="")
+        shown.append(state)
+    return shown

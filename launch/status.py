@@ -12,13 +12,16 @@ from rich.text import Text
 from launch import states
 from launch.plan import power_of_two
 from launch.progress import duration
+from launch.reasons import explain
 from launch.states import RunState, Snapshot, State, last_line
 from launch.study import Study
 
 WATCH_SECONDS = 10.0
 MAX_ROWS = 40  # more of one state are counted, not listed
-ORDER: tuple[State, ...] = ("failed", "lost", "interrupted", "preempted", "running", "diverged")
-ORDER += ("waiting", "new", "done")
+ORDER: tuple[State, ...] = ("failed", "lost", "interrupted", "preempted", "running", "starting", "diverged")
+ORDER += ("cancelled", "held", "waiting", "new", "done")
+FEW: dict[State, int] = {"starting": 1, "waiting": 1, "held": 0, "cancelled": 1, "diverged": 0, "new": 0, "done": 0}
+PLAIN = ("Priority", "Resources", "None")  # reasons that need no word
 HINTS = (  # what an error says -> what may help
     ("out of memory", "launch.memory_gb (host), launch.runs_per_gpu=1 or a smaller micro batch (GPU)"),
     ("attempts ended at step", "launch.timeout_min, train.checkpoint_every"),
@@ -53,7 +56,7 @@ def listed(snapshot: Snapshot, everything: bool) -> Iterable[RunState]:
     for found in sorted(snapshot.runs, key=lambda found: ORDER.index(found.state)):
         kind = (found.state, found.remark if found.state == "waiting" else "")
         seen[kind] = seen.get(kind, 0) + 1
-        if everything or seen[kind] <= {"waiting": 1, "diverged": 0, "new": 0, "done": 0}.get(found.state, MAX_ROWS):
+        if everything or seen[kind] <= FEW.get(found.state, MAX_ROWS):
             yield found
 
 
@@ -85,7 +88,8 @@ def table(snapshot: Snapshot, hyperparameter: str, everything: bool) -> Table:
 def remarks(snapshot: Snapshot) -> list[str]:
     """Every different thing that is said of runs that are not done, with their number."""
     grouped: dict[tuple[str, str], list[RunState]] = {}
-    for found in snapshot.of("failed", "lost", "interrupted", "preempted", "running", "waiting"):
+    told = (state for state in ORDER if state not in ("diverged", "new", "done"))
+    for found in snapshot.of(*told):
         if found.remark:
             grouped.setdefault((found.state, found.remark), []).append(found)
     lines = []
@@ -95,19 +99,37 @@ def remarks(snapshot: Snapshot) -> list[str]:
     return lines
 
 
+def meanings(snapshot: Snapshot) -> list[str]:
+    """What Slurm's reasons mean and what to type, each once."""
+    waiting = [found.remark.rsplit("), ", 1)[-1] for found in snapshot.of("waiting", "preempted") if found.task]
+    reasons = [reason for reason in dict.fromkeys(waiting) if reason not in PLAIN]
+    return [f"{reason}: {meaning}" for reason in reasons if (meaning := explain(reason))]
+
+
 def going_on(snapshot: Snapshot) -> list[str]:
     """Which job goes on with the study after its runs, or else the last words of the last one."""
     if snapshot.continuations:
         return [f"then: job {task.job_id} goes on ({task.state}, {task.reason})" for task in snapshot.continuations]
     ended = [submission for submission in snapshot.submissions if submission.goes_on]
+    if ended and (refusal := ended[-1].refused()):
+        return [f"after the runs: nothing goes on by itself, that job was refused ({refusal})"]
     said = last_line(ended[-1].log(0)) if ended else None
     return [f"after the runs: {said}"] if said else []
+
+
+def how_to_go_on(study: Study) -> str:
+    """What to type where runs are held."""
+    again = study.command("launch")
+    return f"held runs: mend that, then {again}; to try them as they are: {again} launch.hold_after=0"
 
 
 def render(snapshot: Snapshot, study: Study, everything: bool) -> Group:
     shown = table(snapshot, study.file.study.hyperparameter, everything)
     parts: list[Table | Text] = [shown] if shown.row_count else []
     parts += [Text(line) for line in remarks(snapshot)[:MAX_ROWS]]
+    parts += [Text(line) for line in meanings(snapshot)]
+    if snapshot.of("held"):
+        parts.append(Text(how_to_go_on(study)))
     parts += [Text(line) for line in going_on(snapshot)]
     if snapshot.slurm_error:
         parts.append(Text(f"Slurm does not answer: {snapshot.slurm_error}"))

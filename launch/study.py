@@ -13,12 +13,12 @@ from pydantic import ValidationError
 
 from data.errors import UserError
 from data.storage import is_remote, write_atomically
-from launch.config import Size, StudyFile, label, settings_of
+from launch.config import CONFIGURATION_FOLDER, Size, StudyFile, configuration_folders, label, settings_of
+from launch.paths import command
 from models.config import ParameterizationConfig, scale_of
 from train.config import (
     RunConfig,
     adapter,
-    dump_yaml,
     from_plain,
     identity,
     read_yaml,
@@ -29,6 +29,7 @@ from train.config import (
 )
 from train.owner import check_owner, data_fingerprint
 from train.rundir import RunDirectory, unreadable
+from train.yaml_text import dump_yaml
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,16 @@ COMPARED = ("model", "optimizer", "schedule", "data", "train")
 class Study:
     """A study's file and the runs that follow from it."""
 
-    def __init__(self, path: Path, file: StudyFile) -> None:
-        self.path, self.file = path, file
+    def __init__(self, path: Path, file: StudyFile, overrides: Sequence[str] = ()) -> None:
+        self.path, self.file, self.overrides = path, file, overrides
+
+    def command(self, verb: str, *words: str) -> str:
+        """A command on this study that a shell takes as it stands: by its folder, which knows the overrides that it was
+        run with, once there is one."""
+        folder = self.file.directory
+        if (folder / "study.yaml").exists():
+            return command(verb, folder, *words)
+        return command(verb, self.path, *self.overrides, *words)
 
     @cached_property
     def points(self) -> list[PlannedRun]:
@@ -333,7 +342,9 @@ class Study:
         root = self.file.directory
         try:
             root.mkdir(parents=True, exist_ok=True)
-            write_atomically(root / "study.yaml", dump_yaml(settings_of(self._with_absolute_paths())).encode())
+            written_from = {CONFIGURATION_FOLDER: str(configuration_folders(self.path)[0].absolute())}
+            settings = written_from | settings_of(self._with_absolute_paths())
+            write_atomically(root / "study.yaml", dump_yaml(settings).encode())
             for run in self.pending():
                 content = to_yaml(run.config)
                 run.directory.path.mkdir(parents=True, exist_ok=True)

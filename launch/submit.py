@@ -9,21 +9,23 @@ import fcntl
 import math
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import submitit
 
 from data.errors import UserError
+from data.lock import flock
 from launch import slurm, snapshot
 from launch.config import LaunchConfig
+from launch.fits import check_fits
+from launch.hold import Hold
 from launch.jobs import Submission
-from launch.packs import check_packable, packs_of
+from launch.packs import packs_of
 from launch.study import PlannedRun, Study
 from launch.worker import work
 from train.lock import write_holder
@@ -61,7 +63,7 @@ def submit_local(
     A session of their own keeps Ctrl-C and a closed terminal from them: they are told to stop when they are to stop.
     """
     tasks = group(packs, 1)
-    submission = Submission.create(folder.absolute(), "local", tasks, {})
+    submission = Submission.create(folder.absolute(), "local", tasks, {"hold_after": config.hold_after})
     slots = []
     for number, gpu in enumerate(slot_gpus(config)[: len(tasks)]):
         environment = slurm.clean_environment()
@@ -71,7 +73,7 @@ def submit_local(
         command = [sys.executable, "-m", "launch.worker", str(submission.file), "--local"]
         name = submission.path / f"slot-{number}"
         with open(name.with_suffix(".out"), "wb") as log, open(name.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # ours until the slot, which inherits it, has ended
+            flock(lock, fcntl.LOCK_EX)  # ours until the slot, which inherits it, has ended
             slot = subprocess.Popen(
                 command,
                 env=environment,
@@ -87,21 +89,28 @@ def submit_local(
     return slots
 
 
-def run_here(packs: Sequence[Sequence[PlannedRun]]) -> None:
+def run_here(packs: Sequence[Sequence[PlannedRun]], config: LaunchConfig, folder: Path) -> None:
     """Trains one pack after another in this process. Raises KeyboardInterrupt when it was told to stop, as by Ctrl-C:
     then the runs have saved, unless it was told twice."""
     directories = [[RunDirectory(run.directory.path.absolute()) for run in pack] for pack in packs]
-    if work(directories, signal.SIGINT) == EXIT_REQUEUE:
+    submission = Submission.create(folder.absolute(), "debug", group(packs, 1), {"hold_after": config.hold_after})
+    hold = Hold(submission, [directory for pack in directories for directory in pack], config.hold_after)
+    if work(directories, signal.SIGINT, hold=hold) == EXIT_REQUEUE:
         raise KeyboardInterrupt
 
 
 # ---------------------------------------------------------------- Slurm
 
+# The user's own setup lines come first. What they set for themselves, as bash's strict mode, must not end the script
+# where a worker ends with another code than 0: what comes after that asks for the requeue.
+#
 # A worker ends with EXIT_REQUEUE once it has saved, or by the signal when that comes before it listens. The batch
 # script asks for the requeue, since a process of the step could be killed by that very requeue before it has asked.
 # A job that Slurm no longer calls RUNNING was requeued by another, or cancelled. TERM is trapped so that the script
 # outlives its step, and slurmctld may be away for a moment. Why the job ends is noted for `status`.
 SETUP = (
+    "set +eu +o pipefail",
+    "trap - ERR",
     "trap : TERM",
     "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK",  # srun no longer inherits sbatch's value since Slurm 22.05
     "export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{cpus}}} PYTHONUNBUFFERED=1",
@@ -115,7 +124,7 @@ TEARDOWN = (
     "  for try in 1 2 3 4 5; do",
     "    found=$(squeue --noheader --job=$SLURM_JOB_ID --Format=State,PreemptTime,RestartCnt) && break || sleep 5",
     "  done",
-    '  read -r state preempted restarts <<< "$found"',
+    '  IFS=" " read -r state preempted restarts <<< "$found"',
     "  restart=${{SLURM_RESTART_COUNT:-0}} cause=signal",
     '  [ $SECONDS -lt {late} ] || cause="time limit"',
     '  [ "$state" = RUNNING ] || cause=cancelled',
@@ -141,10 +150,11 @@ def script_text(submission: Submission, config: LaunchConfig, code: Path, max_ru
     """The sbatch script for all tasks of `submission`, which runs the worker from the snapshot `code`."""
     worker = f"{config.python or shlex.quote(sys.executable)} -m launch.worker {shlex.quote(str(submission.file))}"
     one = f"srun --nodes=1 --ntasks=1 {shlex.join(container(config))} {worker}" if config.container_image else worker
+    hold = f"{one} --held && exit 0" if config.tasks > 1 else None  # all its processes must know the same
     late = max(60 * (config.timeout_min - 1) - config.signal_delay_s, 0)  # Slurm may warn a minute early
     stopped = shlex.quote(str(submission.stopped))
     teardown = [line.format(worker=one, late=late, stopped=stopped) for line in TEARDOWN]
-    return sbatch_text(submission, config, code, worker, teardown, max_running)
+    return sbatch_text(submission, config, code, worker, teardown, max_running, hold)
 
 
 def container(config: LaunchConfig) -> list[str]:
@@ -153,11 +163,21 @@ def container(config: LaunchConfig) -> list[str]:
     return [f"{key}={value}" for key, value in options.items() if value]
 
 
+PERCENT = "\ue000"  # stands for a % of a path while submitit writes its own patterns of names
+
+
 def sbatch_text(
-    submission: Submission, config: LaunchConfig, folder: Path, command: str, teardown: list[str], max_running: int = 1
+    submission: Submission,
+    config: LaunchConfig,
+    folder: Path,
+    command: str,
+    teardown: list[str],
+    max_running: int = 1,
+    before: str | None = None,
 ) -> str:
-    """An sbatch script that runs `command` in `folder`, as an array of the submission's tasks."""
-    executor = Executor(folder=submission.path)
+    """An sbatch script that runs `command` in `folder`, as an array of the submission's tasks; `before` is a line that
+    comes first there. In the names of logs a % would be one of Slurm's patterns, and %% is a %."""
+    executor = Executor(folder=str(submission.path).replace("%", PERCENT))
     executor.update_parameters(
         job_name=submission.name,
         comment="depthmup",
@@ -180,12 +200,13 @@ def sbatch_text(
             *config.setup,
             *(line.format(cpus=config.cpus_per_task) for line in SETUP),
             f"cd {shlex.quote(str(folder.absolute()))}",
+            *([before] if before else []),
         ],
         teardown=teardown,
         additional_parameters={"requeue": True, **config.sbatch},
     )
     executor.parameters["map_count"] = len(submission.tasks)  # as submitit's own map_array does
-    return executor._make_submission_file_text(command, uid="")
+    return executor._make_submission_file_text(command, uid="").replace(PERCENT, "%%")
 
 
 def group(packs: Sequence[Sequence[PlannedRun]], size: int) -> list[list[str]]:
@@ -200,17 +221,50 @@ def group(packs: Sequence[Sequence[PlannedRun]], size: int) -> list[list[str]]:
     return tasks
 
 
+@dataclass(frozen=True)
+class Turns:
+    """How the arrays of one launch, and what the study has in the queue already, keep to launch.max_running together:
+    `throttles[i]` jobs of the i-th array at once, and an array beyond these when the one so many before it has ended.
+    The first of all wait for the arrays `after`."""
+
+    throttles: list[int]
+    after: list[str]
+
+    def throttle(self, number: int) -> int:
+        return self.throttles[number % len(self.throttles)]
+
+    def before(self, number: int, taken: Sequence[str]) -> list[str]:
+        """The ids of the arrays that number `number` waits for; `taken` are those of this launch so far."""
+        return [taken[number - len(self.throttles)]] if number >= len(self.throttles) else self.after
+
+
+def take_turns(num_arrays: int, num_tasks: int, max_running: int, places_taken: int, queued: Sequence[str]) -> Turns:
+    """`places_taken` by the arrays `queued`. What is left is used at once where it is half of what could be used, and
+    otherwise all of it once those have ended."""
+    left = max_running - places_taken
+    waits = 2 * left < min(num_tasks, max_running)
+    usable = max_running if waits else left
+    lanes = min(num_arrays, usable)
+    throttles = [usable // lanes + (lane < usable % lanes) for lane in range(lanes)]
+    return Turns(throttles, list(queued) if waits else [])
+
+
+def deal(tasks: Sequence[list[str]], max_array_size: int) -> list[list[list[str]]]:
+    """`tasks` in as few arrays as can be, each with its share of the costly ones, which come first."""
+    count = math.ceil(len(tasks) / max_array_size)
+    return [list(tasks[number::count]) for number in range(count)]
+
+
 def prepare_arrays(
-    packs: Sequence[Sequence[PlannedRun]], config: LaunchConfig, jobs: Path, name: str, code: Path, max_array_size: int
+    arrays: Sequence[list[list[str]]], turns: Turns, config: LaunchConfig, jobs: Path, name: str, code: Path
 ) -> list[Submission]:
-    """Writes a submission with its script for every array that is needed; submits nothing."""
-    tasks = group(packs, config.runs_per_job)
-    chunks = [tasks[i : i + max_array_size] for i in range(0, len(tasks), max_array_size)]
-    details = {key: getattr(config, key) for key in ("memory_gb", "timeout_min", "runs_per_gpu", "runs_per_job")}
+    """Writes a submission with its script for every array; submits nothing."""
+    keys = ("memory_gb", "timeout_min", "runs_per_gpu", "runs_per_job", "hold_after")
     submissions = []
-    for chunk in chunks:
-        submission = Submission.create(jobs.absolute(), name, chunk, details)
-        submission.script.write_text(script_text(submission, config, code, math.ceil(config.max_running / len(chunks))))
+    for number, tasks in enumerate(arrays):
+        details = {**{key: getattr(config, key) for key in keys}, "throttle": turns.throttle(number)}
+        submission = Submission.create(jobs.absolute(), name, tasks, details)
+        submission.script.write_text(script_text(submission, config, code, turns.throttle(number)))
         submissions.append(submission)
     return submissions
 
@@ -222,26 +276,28 @@ def dry_run_script(study: Study) -> str:
         raise UserError(
             f"--dry-run shows an sbatch script, and launch.cluster is {config.cluster}: add --cluster slurm"
         )
-    check_packable(study.runs)
+    check_fits(study)
     tasks = group(make_packs(study.pending(), config), config.runs_per_job)
     if not tasks:
         raise UserError("every run is done: there is nothing to submit")
     submission = Submission(jobs / f"depthmup-{study.file.study.name}-DRYRUN", tasks, {})
-    return script_text(
-        submission, config, study.file.directory / "code" / snapshot.digest(snapshot.sources()), config.max_running
-    )
+    code = study.file.directory / "code" / snapshot.digest(snapshot.sources())
+    return script_text(submission, config, code, config.max_running)
 
 
-def submit_arrays(submissions: Sequence[Submission], lock: int) -> None:
+def submit_arrays(submissions: Sequence[Submission], turns: Turns, config: LaunchConfig, lock: int) -> None:
     """Submits every array, or none: what Slurm took is cancelled when it refuses a later one. Raises UserError for a
     refusal, and SlurmError when Slurm stops answering: it may then have taken the first arrays, and the next, too."""
     taken: list[str] = []
-    for submission in submissions:
+    for number, submission in enumerate(submissions):
+        before = turns.before(number, taken)
+        own = config.sbatch.get("dependency")
+        both = ",".join([*([str(own)] if own else []), f"afterany:{':'.join(before)}"])
         try:
-            job_id = slurm.sbatch(submission.script, pass_fds=(lock,))
+            job_id = slurm.sbatch(submission.script, [f"--dependency={both}"] if before else [], pass_fds=(lock,))
         except slurm.SlurmError as error:
             # a time-out may hide that the job was taken
-            ids = {task.name: task.job_id for task in slurm.queue()}
+            ids = {task.name: task.job_id for task in slurm.queue((), [submission.name])}
             if submission.name not in ids:
                 slurm.cancel(taken)
                 raise slurm.refusal(error) from None
@@ -277,9 +333,9 @@ def submit_continuation(study: Study, target: Path | None, job_ids: Sequence[str
     submission = Submission.create(root / "jobs", f"depthmup-{study.file.study.name}-then", [[]], {})
     submission.script.write_text(sbatch_text(submission, small, Path.cwd(), shlex.join(arguments), []))
     try:
-        submit_arrays([submission], lock)
-    except UserError:
-        shutil.rmtree(submission.path)
+        submit_arrays([submission], Turns([1], []), small, lock)
+    except UserError as error:
+        submission.write_refused(str(error))  # for `status`
         raise
     except slurm.SlurmError as error:
         raise slurm.silent(str(error), job_ids) from None

@@ -129,6 +129,7 @@ def print_report(report: Report, console: Console) -> None:
         say(console, target)
     if report.unfinished:
         say(console, report.missing)
+        console.print(f"To go on: {report.go_on}", soft_wrap=True, highlight=False, markup=False)  # can be pasted
 
 
 def planned_sentence(seeds: Sequence[int], verdict: str) -> str:

@@ -22,11 +22,13 @@ from launch import slurm, states
 from launch import snapshot as code_snapshot
 from launch.config import Size
 from launch.cost import count_flops
-from launch.jobs import ask, asked, launching
-from launch.packs import check_packable
+from launch.fits import check_fits
+from launch.jobs import ask, asked, launching, places_taken
 from launch.pool import refuse_mixture
 from launch.progress import display, duration
+from launch.reasons import explain
 from launch.states import State
+from launch.status import how_to_go_on
 from launch.study import PlannedRun, Study
 from launch.worker import newest_step
 from train.lock import holder
@@ -34,8 +36,8 @@ from train.lock import holder
 POLL_SECONDS = 0.5
 SLURM_POLL_SECONDS = 10.0
 IDLE: tuple[State, ...] = ("new", "interrupted", "lost")  # no job has them, and nothing is wrong with them
-STOPPED: tuple[State, ...] = ("failed", "lost", "interrupted")  # they began
-UNFINISHED: tuple[State, ...] = (*IDLE, "failed")
+STOPPED: tuple[State, ...] = ("failed", "held", "lost", "interrupted", "cancelled")  # all that were submitted
+UNFINISHED: tuple[State, ...] = ("new", *STOPPED)
 
 
 def pack_source(data: DataConfig, console: Console) -> None:
@@ -60,6 +62,7 @@ def pack_source(data: DataConfig, console: Console) -> None:
 def prepare_data(study: Study, console: Console) -> Index:
     """The data set's index; packs data.source first where there are no shards. Raises UserError."""
     study.check_writable()
+    check_fits(study)  # before an hour of packing
     if study.file.launch.cluster == "slurm":
         slurm.require()
     data = study.file.data
@@ -102,7 +105,7 @@ def launch(study: Study, only: Sequence[State] = UNFINISHED, by_itself: bool = F
     """
     config = study.file.launch
     study.refuse_other_study()
-    check_packable(study.runs)
+    check_fits(study)
     with launching(study.file.directory) as lock:
         snapshot = states.take(study)
         if snapshot.slurm_error:
@@ -119,24 +122,26 @@ def launch(study: Study, only: Sequence[State] = UNFINISHED, by_itself: bool = F
 
         packs = make_packs(runs, config)
         if config.cluster == "slurm":
-            return Launched(runs, launch_arrays(study, packs, lock), [])
+            return Launched(runs, launch_arrays(study, packs, snapshot, lock), [])
         study.write()
         forget_failures(runs)
         if config.cluster == "local":
             return Launched(runs, [], submit_local(packs, config, study.file.directory / "local"))
     try:
-        run_here(packs)
+        run_here(packs, config, study.file.directory / "local")
     except KeyboardInterrupt:
         raise KeyboardInterrupt(interrupted(study)) from None
     return Launched(runs, [], [])
 
 
-def launch_arrays(study: Study, packs: Sequence[Sequence[PlannedRun]], lock: int) -> list[str]:
+def launch_arrays(
+    study: Study, packs: Sequence[Sequence[PlannedRun]], snapshot: states.Snapshot, lock: int
+) -> list[str]:
     """Submits `packs` to Slurm; returns the job ids. Raises UserError when Slurm refuses, and leaves nothing behind, or
     when it stops answering, and then leaves what it has taken, to be found by the next launch."""
-    from launch.submit import prepare_arrays, submit_arrays
+    from launch.submit import deal, group, prepare_arrays, submit_arrays, take_turns
 
-    root = study.file.directory
+    root, config = study.file.directory, study.file.launch
     try:
         limit = slurm.max_array_size()  # first: without Slurm nothing is written
     except slurm.SlurmError as error:
@@ -144,10 +149,13 @@ def launch_arrays(study: Study, packs: Sequence[Sequence[PlannedRun]], lock: int
     study.write()
     code = code_snapshot.take(root / "code")
     name = f"depthmup-{study.file.study.name}"
-    submissions = prepare_arrays(packs, study.file.launch, root / "jobs", name, code, limit)
+    tasks = group(packs, config.runs_per_job)
+    arrays = deal(tasks, limit)
+    turns = take_turns(len(arrays), len(tasks), config.max_running, *places_taken(snapshot.submissions, snapshot.queue))
+    submissions = prepare_arrays(arrays, turns, config, root / "jobs", name, code)
     forgotten = forget_failures([run for pack in packs for run in pack])
     try:
-        submit_arrays(submissions, lock)
+        submit_arrays(submissions, turns, config, lock)
     except UserError:
         for submission in submissions:
             shutil.rmtree(submission.path)
@@ -196,14 +204,14 @@ def cancel(study: Study) -> tuple[list[str], list[int]]:
         snapshot = states.take(study)
         if snapshot.slurm_error:
             raise UserError(f"Slurm does not answer: {snapshot.slurm_error}. Nothing was cancelled")
-        ask(root, "cancel")
         active = snapshot.of(*states.ACTIVE)
+        ask(root, "cancel", [found.run.directory.path.name for found in active])
         going_on = {task.job_id for task in snapshot.continuations}
         job_ids = sorted({found.task.job_id for found in active if found.task} | going_on)
         try:
             slurm.cancel(job_ids)
         except slurm.SlurmError as error:
-            raise UserError(f"Slurm does not answer: {error}. Give the same command again later") from None
+            raise UserError(f"Slurm does not cancel them: {error}. Give the same command again later") from None
         alone = (holder(found.run.directory.lock) for found in active if found.task is None)  # as 'debug' trains
         holders = {process for process in (*snapshot.slots, *alone) if process and process.pid}
         here = {process.pid for process in holders if process.host == socket.gethostname()}
@@ -235,7 +243,8 @@ def wait(study: Study, launched: Launched, console: Console) -> None:
             gained, elapsed = share - at_start, time.monotonic() - started
             eta = f"ETA {duration(elapsed * (1 - share) / gained)}" if gained > 0.01 else "ETA ..."
             text = f"{len(study.runs) - len(left)} of {len(study.runs)} done, {counts.get('running', 0)} running, {eta}"
-            text += f", {counts['failed']} failed" if "failed" in counts else ""
+            text += "".join(f", {counts[state]} {state}" for state in ("starting", "failed", "held") if state in counts)
+            text += waiting_for(snapshot)
             text += ", Slurm does not answer" if snapshot.slurm_error else ""
             if on_slurm and not snapshot.slurm_error and resubmit_lost(study, snapshot):
                 continue
@@ -261,16 +270,27 @@ class Unfinished(UserError):
 
 
 def unfinished(study: Study) -> Unfinished:
-    """How many runs are left over, and what the first of them says."""
+    """How many runs are left over, what the first of them says, and what to type."""
     left = [found for found in states.take(study).runs if found.state not in ("done", "diverged")]
+    number = f"{len(left)} of {len(study.runs)} runs"
     if asked(study.file.directory)[0] == "cancel":
-        return Unfinished(
-            f"cancelled: {len(left)} of {len(study.runs)} runs are left. Run the same command to resume them"
-        )
+        return Unfinished(f"cancelled: {number} are left. Run the same command to resume them")
+    if held := [found for found in left if found.state == "held"]:
+        return Unfinished(f"{number} did not finish, {len(held)} are held: {held[0].remark}; {how_to_go_on(study)}")
     return Unfinished(
-        f"{len(left)} of {len(study.runs)} runs did not finish ({left[0].run.directory.path}: "
-        f"{left[0].remark or left[0].state}). Run the same command again to resume them"
+        f"{number} did not finish ({left[0].run.directory.path}: {left[0].remark or left[0].state}). "
+        "Run the same command again to resume them"
     )
+
+
+def waiting_for(snapshot: states.Snapshot) -> str:
+    """', 12 waiting (Priority)': with the commonest reason, and what it means."""
+    waiting = Counter(found.remark for found in snapshot.of("waiting", "preempted"))
+    if not waiting:
+        return ""
+    reason = waiting.most_common(1)[0][0]
+    meaning = explain(reason)
+    return f", {waiting.total()} waiting ({reason}{f': {meaning}' if meaning else ''})"
 
 
 def finished_share(snapshot: states.Snapshot, flops: Mapping[Size, tuple[int, int]]) -> float:

@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.errors import UserError
+from data.lock import flock
 from data.storage import write_atomically
 from launch import snapshot
+from launch.hold import Hold
 from launch.jobs import Submission
 from train.__main__ import leave, train_locked
 from train.config import RunConfig, from_plain, read_yaml
@@ -40,17 +42,18 @@ MAX_ATTEMPTS = 5  # that begin at the same step: more would go on for ever
 OUT_OF_MEMORY = re.compile(r"oom.kill|out of memory|exceeded (job|step)? ?memory limit", re.IGNORECASE)
 
 
-def work(packs: Sequence[Sequence[RunDirectory]], *stops: signal.Signals) -> int:
+def work(packs: Sequence[Sequence[RunDirectory]], *stops: signal.Signals, hold: Hold | None = None) -> int:
     """Trains one list of runs after another, those of one list together where they can be; returns the exit code:
     interrupted, 1 when a run failed, 0.
 
     Several processes may hold the same lists: each takes the next runs that are neither done nor locked by another. The
-    lock belongs to the process, so it ends with it however the process ends. `stops`: signals that interrupt, too.
+    lock belongs to the process, so it ends with it however the process ends. `hold` may keep runs from beginning.
+    `stops`: signals that interrupt, too.
     """
     with Interrupt.on_signals(*stops) as interrupt:
         for pack in packs:
             try:
-                while train_some(pack, interrupt):
+                while train_some(hold.lets_begin(pack) if hold else pack, interrupt):
                     pass
             except Interrupted:
                 return EXIT_REQUEUE
@@ -63,7 +66,8 @@ def train_some(directories: Sequence[RunDirectory], interrupt: Interrupt) -> boo
     Returns False when there is none. A failure is recorded, and does not end the slot: when a pack fails, its runs are
     trained one by one, so that each has its own result or reason. Raises Interrupted.
     """
-    if not any(map(pending, directories)):
+    left = list(filter(pending, directories))
+    if not left:
         return False
     from train.pack import run_pack  # torch, which takes seconds
 
@@ -93,12 +97,12 @@ def train_some(directories: Sequence[RunDirectory], interrupt: Interrupt) -> boo
                     note(directory, UNPACKED, error=one_line(error))
                 else:
                     record_failure(directory, error)
-    return bool(claimed)
+    return bool(claimed) or any(directory.failed() for directory in left)
 
 
 def claim(directories: Sequence[RunDirectory], held: ExitStack) -> dict[RunDirectory, RunConfig]:
     """Locks the first pending run that is free, and as many of those after it as can be trained with it now; the locks
-    are closed with `held`. Empty when no run is free."""
+    are closed with `held`. Empty when no run is free, or the first could not be read and has failed."""
     from train.distributed import World, pick_device
 
     claimed: dict[RunDirectory, RunConfig] = {}
@@ -119,6 +123,8 @@ def claim(directories: Sequence[RunDirectory], held: ExitStack) -> dict[RunDirec
                     device = pick_device(config.train.device, World())
                 except Exception as error:
                     record_failure(directory, error)
+                    if not claimed:
+                        break  # the others may be held now
                     continue
                 if not claimed and len(directories) > 1 and not failed_in_a_pack(directory):
                     size = size_that_fits(config, device, len(directories))
@@ -164,7 +170,7 @@ def claiming(directories: Sequence[RunDirectory]) -> Iterator[None]:
         yield
         return
     with open(directories[0].path.parents[1] / "claim.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        flock(file, fcntl.LOCK_EX)
         yield
 
 
@@ -303,20 +309,31 @@ def last_job(directory: RunDirectory) -> str | None:
     return started[-1] if started else None
 
 
+def hold_of(submission: Submission, packs: Sequence[Sequence[RunDirectory]]) -> Hold:
+    return Hold(
+        submission, [directory for pack in packs for directory in pack], submission.details.get("hold_after", 0)
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("submission", type=Path)
     parser.add_argument("--local", action="store_true", help="all of the submission, on this machine")
     parser.add_argument("--slot", action="store_true", help="one of several processes that share the list")
+    parser.add_argument("--held", action="store_true", help="only tell whether its run is held: then end 0")
     parser.add_argument("--ended", type=int, metavar="CODE", help="only record that the step ended so; end so, too")
     arguments = parser.parse_args()
     submission = Submission.load(arguments.submission)
     details = submission.details
     root = arguments.submission.parent.parent.parent / "runs"
+    packs = [[RunDirectory(root / name) for name in names] for names in submission.tasks]
+    hold = hold_of(submission, packs)
     if arguments.local:
-        return work([[RunDirectory(root / name) for name in names] for names in submission.tasks])
+        return work(packs, hold=hold)
     index = int(os.environ["SLURM_ARRAY_TASK_ID"])
-    directories = [RunDirectory(root / name) for name in submission.tasks[index]]
+    directories = packs[index]
+    if arguments.held:
+        return 1 if hold.lets_begin(directories) else 0
     if arguments.ended is not None:
         log = submission.path / f"{job_name()}_0_log.out"
         return record_end(directories, arguments.ended, log, details)
@@ -325,8 +342,8 @@ def main() -> int:
     if details["runs_per_gpu"] > 1 and not arguments.slot:
         return run_side_by_side(arguments.submission, min(details["runs_per_gpu"], len(directories)))
     if arguments.slot:
-        return work([[directory] for directory in directories])
-    return work([directories])
+        return work([[directory] for directory in directories], hold=hold)
+    return work([directories], hold=hold)
 
 
 if __name__ == "__main__":

@@ -18,11 +18,11 @@ POWER = re.compile(r"\s*([+-]?[\d.]+)\s*(?:\*\*|\^)\s*([+-]?[\d.]+)\s*")
 def parse_number(value: Any) -> Any:
     """'2**-9' -> 2^-9 and '1e-3' -> 0.001 (YAML 1.1 reads the latter as text). Anything else is passed on."""
     if isinstance(value, str):
-        if power := POWER.fullmatch(value):
-            return float(power[1]) ** float(power[2])
         try:
+            if power := POWER.fullmatch(value):
+                return float(power[1]) ** float(power[2])
             return float(value)
-        except ValueError:
+        except (ValueError, ArithmeticError):  # text; 10**999
             return value
     return value
 

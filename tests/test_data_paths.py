@@ -25,9 +25,9 @@ def test_home_and_variables_are_expanded(monkeypatch):
 def test_what_cannot_be_expanded_is_refused(monkeypatch):
     monkeypatch.delenv("SCRATCH", raising=False)
     for path in ("$SCRATCH/x", "/data/${SCRATCH}"):
-        with pytest.raises(UserError, match=r"the environment variable \$\{?SCRATCH\}? is not set"):
+        with pytest.raises(UserError, match="the variable SCRATCH is not set"):
             expand_path(path)
-    with pytest.raises(UserError, match="no home folder is known for it"):
+    with pytest.raises(UserError, match="no such user"):
         expand_path("~nobody-of-this-name/x")
 
 

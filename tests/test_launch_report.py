@@ -93,7 +93,7 @@ def test_an_unfinished_study_says_how_much_is_missing_and_how_to_go_on(
     monkeypatch.chdir(path.parent)  # a name that fits a line, wherever pytest's folder is
     said = " ".join(invoke("report", path.name).split())
     assert "22 of 54 runs are not in this report, 1 of them because they failed" in said
-    assert f"'depthmup transfer {path.name}' goes on" in said
+    assert f"To go on: {study.command('transfer')}" in said  # in one piece
     assert "The first: " + broken.directory.path.name in said
     page = (path.parent / "runs" / "half" / "report.html").read_text()
     assert "<summary>22 of 54 runs</summary>" in page

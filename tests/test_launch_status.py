@@ -41,7 +41,7 @@ def test_status_shows_that_runs_were_preempted_or_stopped_otherwise_how_often_an
     job.stopped.write_text("\n".join([*lines, '{"job": "7_4", "rest']))  # being written
     states = ("PENDING BeginTime", "PENDING BeginTime", "RUNNING None", "PENDING Priority")
     queue = [QueuedTask("7", index, *state.split(), job.name) for index, state in enumerate(states)]
-    monkeypatch.setattr("launch.slurm.queue", lambda: queue)
+    monkeypatch.setattr("launch.slurm.queue", lambda ids, names: queue)
 
     print_status(study, Console(width=80))
     shown = capsys.readouterr().out

@@ -293,7 +293,7 @@ def test_in_a_container_the_workers_run_and_the_job_after_the_runs_does_not(
     assert len(workers) == 2  # it trains, and it records how that ended
     assert all("srun" in line and "--container-image=image.sqsh" in line for line in workers)
 
-    monkeypatch.setattr("launch.submit.submit_arrays", lambda submissions, lock: submissions[0].write_job_id("7"))
+    monkeypatch.setattr("launch.submit.submit_arrays", lambda submissions, *rest: submissions[0].write_job_id("7"))
     assert submit_continuation(study, None, ["6"], lock=0) == "7"
     (script,) = study.file.directory.glob("jobs/*-then-*/job.sh")
     assert sys.executable in script.read_text()

@@ -10,7 +10,9 @@ import pytest
 import yaml
 from slurm_cluster import REPOSITORY, START, Cluster, wait_for
 
+from launch import slurm
 from launch.config import read_study
+from launch.jobs import load_all
 from launch.study import Study
 from launch.submit import START as GO_ON
 
@@ -87,11 +89,11 @@ def test_what_was_submitted_is_said_when_the_controller_goes_away_right_after_th
         assert len(said.stderr.strip().splitlines()) == 1, said.stderr
         return said
 
-    two_arrays = (str(held), "launch.runs_per_job=1")  # of 8 and 4
+    two_arrays = (str(held), "launch.runs_per_job=1")  # of 6 each
     stopped = without_controller("launch", *two_arrays)
     (job,) = {element.split("_")[0] for element in cluster.queued()}
-    assert f"8 of 12 runs were submitted as jobs {job}" in stopped.stderr
-    assert "4 runs submitted" in cluster.depthmup("launch", *two_arrays).stdout
+    assert f"6 of 12 runs were submitted as jobs {job}" in stopped.stderr
+    assert "6 runs submitted" in cluster.depthmup("launch", *two_arrays).stdout
     assert len(cluster.queued()) == 12
 
     detached = (str(held), "study.name=detached", "--detach")
@@ -143,9 +145,8 @@ def test_the_job_after_the_runs_waits_for_a_slurm_that_does_not_answer_and_then_
 def test_an_array_larger_than_the_cluster_allows_is_cut(cluster: Cluster, held: Path) -> None:
     launched = cluster.depthmup("launch", held, "launch.runs_per_job=1", "launch.max_running=6")
     assert launched.returncode == 0, launched.stderr
-    largest = 8  # MaxArraySize of tests/slurm/up.sh
-    arrays = cluster.call("squeue", "--noheader", "--format=%i").splitlines()
-    assert sorted(name.split("_")[1] for name in arrays) == ["[0-3%3]", f"[0-{largest - 1}%3]"]
+    arrays = cluster.call("squeue", "--noheader", "--format=%i").splitlines()  # MaxArraySize is 8 (tests/slurm/up.sh)
+    assert [name.split("_")[1] for name in arrays] == ["[0-5%3]", "[0-5%3]"]
     assert cluster.depthmup("status", held).stdout.splitlines()[-1] == "12 waiting"
 
 
@@ -220,3 +221,35 @@ def test_without_sbatch_on_path_one_line_says_so(study_file: Path) -> None:
     assert "on PATH" in refused.stderr
     assert len(refused.stderr.strip().splitlines()) == 1
     assert not (study_file.parent / "runs" / "tiny" / "runs").exists()
+
+
+def test_jobs_that_slurm_has_forgotten_are_no_error(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in ("SLURM_CONF", "PATH"):
+        monkeypatch.setenv(key, cluster.environment[key])
+    assert slurm.queue(["999999"]) == []
+    assert slurm.queue(["999998", "999999"], ["depthmup-nowhere-1", "depthmup-nowhere-2"]) == []
+
+
+def test_the_log_lies_where_status_looks_in_a_folder_whose_name_holds_slurms_patterns(
+    cluster: Cluster, study_file: Path
+) -> None:
+    content = yaml.safe_load(study_file.read_text())
+    folder = study_file.parent / "100%job %n it's"
+    content["study"] |= {"directory": str(folder), "sizes": [{"width": 8, "depth": 3}], "values": ["2**-5"]}
+    content["launch"] = {"cluster": "slurm", "setup": ["set -euo pipefail"]}
+    study_file.write_text(yaml.safe_dump(content))
+    launched = cluster.depthmup("launch", study_file)
+    assert launched.returncode == 0, launched.stderr
+    (submission,) = load_all(folder / "tiny" / "jobs")
+    wait_for(lambda: list(folder.glob("tiny/runs/*/done.json")))
+    assert submission.log(0).exists(), list(submission.path.iterdir())
+
+
+def test_a_launch_of_another_user_finds_the_jobs_and_waits_its_turn(cluster: Cluster, held: Path) -> None:
+    limit = "launch.max_running=2"
+    assert "8 runs submitted" in cluster.depthmup("launch", held, limit, "study.parameterizations=[sp]").stdout
+    second = cluster.depthmup("launch", held, limit, env={"USER": "somebody", "LOGNAME": "somebody"})
+    assert "4 runs submitted" in second.stdout, second.stderr
+    assert len(cluster.queued("-tiny-")) == 6
+    waits = cluster.call("squeue", "--noheader", "--format=%i %E").splitlines()
+    assert sum("afterany" in line for line in waits) == 1

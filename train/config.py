@@ -13,7 +13,6 @@ from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import yaml
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
@@ -21,6 +20,7 @@ from data.config import NOT_IDENTITY, DataConfig, Positive, channels_misfit, str
 from data.errors import UserError
 from models.checked import STRICT, checked, said
 from models.config import AnyModelConfig, Number, OptimizerConfig, ParameterizationConfig, refuse_idle
+from train.yaml_text import dump_yaml, load_yaml
 
 # Independent weight decay is a mistake where weights remember fewer than 100 steps and the run is many times as long:
 # only e^-3 of what was there at the start is left (a warning), or e^-30 (refused). The runs of a few hundred steps of a
@@ -255,22 +255,20 @@ def set_dotted(raw: dict[str, Any], override: str) -> None:
         raw = raw.setdefault(section, {})
         if not isinstance(raw, dict):
             raise UserError(f"{override!r}: {section} is not a section")
-    try:
-        raw[key] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"{override!r}: cannot read the value {text!r}") from None
+    raw[key] = load_yaml(text, override)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
+    """The sections of a file, without top-level keys x-..., which hold anchors. Raises UserError."""
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = load_yaml(path.read_text(), str(path))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not YAML: no text") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected sections (model:, optimizer:, ...), found {type(raw).__name__}")
-    return raw
+    return {key: value for key, value in raw.items() if not str(key).startswith("x-")}
 
 
 def dotted_names(cls: Any, prefix: str = "") -> list[str]:
@@ -316,7 +314,7 @@ def dataclasses_in(hint: Any) -> list[Any]:
 
 def describe(error: Any, cls: Any) -> str:
     """One pydantic error as 'key: what is wrong'."""
-    location = tuple(error["loc"])
+    location = tuple(part for part in error["loc"] if not str(part).startswith("<"))  # a tag of a union is no key
     key = ".".join(str(part) for part in location if part not in FAMILIES)
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return f"{key}: unknown key; {suggestion(cls, location)}"
@@ -353,11 +351,6 @@ def from_plain(cls: type[Config], raw: dict[str, Any], source: str) -> Config:
 def to_plain(config: Any) -> Any:
     """A config as plain data that `from_plain` reads back."""
     return json.loads(adapter(type(config)).dump_json(config))
-
-
-def dump_yaml(plain: Any) -> str:
-    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # the C one, where PyYAML has it, is ten times faster
-    return str(yaml.dump(plain, Dumper=dumper, sort_keys=False))
 
 
 def to_yaml(config: Any) -> str:

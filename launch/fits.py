@@ -1,0 +1,71 @@
+"""Whether a study's runs can run where they are to run: told before anything waits."""
+
+from collections.abc import Iterator
+
+from data.config import DataConfig
+from data.errors import UserError
+from data.order import streams_of
+from launch.config import LaunchConfig
+from launch.packs import check_packable
+from launch.study import Study
+from train.config import RunConfig
+
+
+def processes_of(config: LaunchConfig) -> int:
+    """Of one run. On this machine it is one."""
+    return config.tasks if config.cluster == "slurm" else 1
+
+
+def misfits(run: RunConfig, config: LaunchConfig) -> Iterator[str]:
+    """What would end the run on the nodes that it is to run on, each with the mend."""
+    processes, parallel = processes_of(config), run.parallel
+    if processes > 1 and parallel.engine == "none":
+        yield "parallel.engine none joins no processes: use parallel.engine=ddp, fsdp or deepspeed"
+    try:
+        parallel.micro_batches(run.train.global_batch_size, processes)
+    except ValueError as error:
+        yield str(error)
+    try:
+        streams_of(0, processes, 0, run.data.num_workers, run.data.num_streams)
+    except UserError:
+        yield stream_misfit(run.data, run.train.global_batch_size, processes)
+    if parallel.engine == "deepspeed" and parallel.zero_stage == 3 and run.train.ema:
+        yield "train.ema cannot see ZeRO 3's shards: use parallel.engine=fsdp, or parallel.zero_stage=2"
+    if config.cluster != "slurm":
+        return
+    tasks_per_node = processes // config.nodes
+    if run.train.device == "cuda" and not config.gpus_per_node:
+        yield "train.device is cuda, but no GPU is asked for: set launch.gpus_per_node, or train.device=auto"
+    if run.train.device != "cpu" and tasks_per_node > config.gpus_per_node > 1:
+        yield (
+            f"launch.tasks_per_node {tasks_per_node} is more than launch.gpus_per_node {config.gpus_per_node}: each "
+            "process takes a GPU of its own"
+        )
+
+
+def stream_misfit(data: DataConfig, global_batch_size: int, processes: int) -> str:
+    """What to do where the readers of a run do not divide its streams."""
+    workers, mends = max(data.num_workers, 1), []
+    fewer = (count for count in range(workers, -1, -1) if data.num_streams % (processes * max(count, 1)) == 0)
+    if (count := next(fewer, None)) is not None:
+        mends.append(f"data.num_workers={count}")
+    readers = processes * workers
+    streams = range(readers, global_batch_size + 1, readers)
+    if fitting := [count for count in streams if global_batch_size % count == 0]:
+        nearest = min(fitting, key=lambda count: abs(count - data.num_streams))
+        mends.append(f"data.num_streams={nearest} (another order of the samples: another run)")
+    mends = mends or ["another number of processes"]
+    return (
+        f"data.num_streams {data.num_streams} must be a multiple of processes x workers ({processes} x {workers}): "
+        f"use {', or '.join(mends)}"
+    )
+
+
+def check_fits(study: Study) -> None:
+    """Raises UserError, with every mend, when runs cannot run where they are to run."""
+    config = study.file.launch
+    found = list(dict.fromkeys(words for run in study.runs for words in misfits(run.config, config)))
+    if found:
+        count = processes_of(config)
+        raise UserError(f"{study.path}, {count} process{'es' if count > 1 else ''} a run: {'; '.join(found)}")
+    check_packable(study.runs)

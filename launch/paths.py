@@ -1,0 +1,44 @@
+"""Paths on the command line, and the folders that are the user's."""
+
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+import click
+
+from data.paths import expand_path, home
+
+
+class Location(click.ParamType):
+    """A path or a URL, as text."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> str:
+        return expand_path(str(value))
+
+
+class FilePath(click.Path):
+    """click's own, as a pathlib.Path with ~ and $VAR written out."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(path_type=Path, **settings)
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
+        return super().convert(expand_path(os.fspath(value)), param, context)
+
+
+def command(verb: str, *words: str | Path) -> str:
+    """A command that a shell takes as it stands: `depthmup VERB WORD ...`, quoted where it must be."""
+    return shlex.join(["depthmup", verb, *map(str, words)])
+
+
+def user_folder(variable: str, otherwise: str) -> Path | None:
+    """depthmup's folder in the one that an XDG variable names, or in `otherwise` in the user's home; None without a
+    home."""
+    given = os.environ.get(variable, "")
+    if os.path.isabs(given):  # others are to be ignored, says the XDG specification
+        return Path(given) / "depthmup"
+    own = home()
+    return own / otherwise / "depthmup" if own else None

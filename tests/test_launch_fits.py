@@ -1,0 +1,109 @@
+"""What cannot run where it is to run is refused before anything waits, with the mend; what is shipped fits."""
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from data.errors import UserError
+from data.order import streams_of
+from launch.cli import cli
+from launch.config import PLACES, read_study, read_study_or_run
+from launch.fits import check_fits, processes_of
+from launch.plan import describe_jobs
+from launch.study import Study
+from launch.submit import dry_run_script
+from launch.transfer import launch
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+RECIPES = sorted(
+    path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml") if path.parent.name != "cluster"
+)
+PROFILES = [path.stem for path in sorted((CONFIGS / "cluster").glob("*.yaml"))]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("cluster", [*PLACES, *PROFILES])
+def test_every_shipped_recipe_can_run_with_every_shipped_profile(recipe: str, cluster: str, tmp_path: Path) -> None:
+    place = (f"launch.cluster={cluster}", f"study.directory={tmp_path}")
+    study = Study(CONFIGS / recipe, read_study_or_run(CONFIGS / recipe, place))
+    check_fits(study)
+    if study.file.launch.cluster == "slurm":
+        assert "launch.worker" in dry_run_script(study)
+    processes = processes_of(study.file.launch)
+    for run in study.runs[:: max(len(study.runs) // 8, 1)]:  # what a process asks at its start
+        config = run.config
+        config.parallel.micro_batches(config.train.global_batch_size, processes)
+        for rank in (0, processes - 1):
+            assert streams_of(rank, processes, 0, config.data.num_workers, config.data.num_streams)
+
+
+def refusal(study_file: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as error:
+        check_fits(Study(study_file, read_study(study_file, overrides)))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+NODES = ("launch.cluster=slurm", "launch.nodes=4", "launch.gpus_per_node=8")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "mend"),
+    [
+        (("data.num_workers=3",), "use data.num_workers=2"),
+        (("data.num_workers=5", "launch.cluster=debug"), "use data.num_workers=4"),
+        ((*NODES, "train.global_batch_size=64"), "data.num_streams=32 (another order"),
+        ((*NODES, "train.global_batch_size=48"), "must be a multiple of the 32 processes: use 32 or 64"),
+        (
+            (*NODES, "train.global_batch_size=256", "data.num_streams=64", "data.num_workers=8"),
+            "use data.num_workers=2, or data.num_streams=256",
+        ),
+        ((*NODES, "train.global_batch_size=64", "data.num_streams=64", "parallel.engine=none"), "parallel.engine=ddp"),
+        (
+            (*NODES, "train.global_batch_size=64", "data.num_streams=64", "parallel.micro_batch_size=3"),
+            "parallel.micro_batch_size 3 must divide the 2 images",
+        ),
+        (
+            (
+                *NODES,
+                "train.global_batch_size=64",
+                "data.num_streams=64",
+                "launch.tasks_per_node=16",
+                "train.device=auto",
+            ),
+            "launch.tasks_per_node 16 is more than launch.gpus_per_node 8",
+        ),
+        (("launch.cluster=slurm", "train.device=cuda"), "set launch.gpus_per_node"),
+        (("parallel.engine=deepspeed", "parallel.zero_stage=3", "train.ema=0.9"), "parallel.zero_stage=2"),
+    ],
+)
+def test_a_run_that_would_end_on_its_nodes_is_refused_with_the_mend(
+    study_file: Path, overrides: tuple[str, ...], mend: str
+) -> None:
+    assert mend in refusal(study_file, *overrides)
+
+
+def test_plan_dry_run_and_launch_refuse_it_all_three_and_leave_nothing(study_file: Path) -> None:
+    wrong = [str(study_file), "--cluster", "slurm", "data.num_workers=3"]
+    for command in (["plan", *wrong], ["launch", *wrong, "--dry-run"], ["launch", *wrong], ["transfer", *wrong]):
+        said = CliRunner().invoke(cli, command)
+        assert "use data.num_workers=2" in str(said.exception), command
+    with pytest.raises(UserError, match=r"use data\.num_workers=2"):
+        launch(Study(study_file, read_study(study_file, ("data.num_workers=3",))))
+    assert not (study_file.parent / "runs").exists()
+
+
+def test_plan_and_dry_run_say_how_many_jobs_come_out_on_what_and_for_how_long(study_file: Path) -> None:
+    place = ["--cluster", "slurm", "launch.gpus_per_node=1", "launch.timeout_min=90", "launch.max_running=1"]
+    planned = CliRunner().invoke(cli, ["plan", str(study_file), *place]).output
+    lines = ["2 jobs of up to 8 runs, in packs of up to 8, at most 1 at once", "each job: 1 GPU, up to 1 h 30 min"]
+    lines.append("the packs are assumed: how many fit, a job finds on its own GPU")
+    assert "\n".join(lines) in planned
+    script = CliRunner().invoke(cli, ["launch", str(study_file), *place, "--dry-run"]).output
+    assert script.endswith("".join(f"# {line}\n" for line in lines))
+    nodes = ("launch.cluster=slurm", "launch.nodes=2", "launch.tasks_per_node=2", "launch.cpus_per_task=3")
+    said = describe_jobs(Study(study_file, read_study(study_file, nodes)))
+    assert said == ["12 jobs of up to 1 run, at most 12 at once", "each job: 2 nodes, 12 CPUs, up to 4 h 00 min"]
+    here = describe_jobs(Study(study_file, read_study(study_file, ("launch.slots=3",))))
+    assert here == ["12 runs here, 3 processes at once"]

@@ -1,0 +1,399 @@
+"""What Slurm is asked and told, with stand-ins for its commands: whose jobs, how many at once, what scripts survive."""
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from rich.console import Console
+
+from data.errors import UserError
+from launch import slurm, states
+from launch.chain import go_on_after
+from launch.cli import cli
+from launch.config import LaunchConfig, read_study
+from launch.jobs import Submission, ask, cancelled, load_all, places_taken
+from launch.reasons import explain
+from launch.slurm import QueuedTask, SlurmError
+from launch.status import print_status
+from launch.study import Study
+from launch.submit import Turns, deal, dry_run_script, submit_continuation, take_turns
+from launch.transfer import launch, unfinished, waiting_for
+from launch.worker import note
+
+FAKES = {
+    # one line per job that was submitted: ID NAME TASKS; `hidden` there: to others, only their own jobs are shown
+    "sbatch": """
+[ -e refuse ] && { echo "sbatch: error: Batch job submission failed: $(cat refuse)" >&2; exit 1; }
+id=$(( $(cat jobs 2>/dev/null | wc -l) + 1 )); script="${@: -1}"
+name=$(sed -n 's/^#SBATCH --job-name=//p' "$script"); tasks=$(sed -n 's/^#SBATCH --array=0-//p' "$script")
+echo "$id $(basename "$(dirname "$script")") ${tasks%%%*} ${tasks##*%} $*" >> jobs; echo $id""",
+    "squeue": """
+echo "$*" >> asked; wanted=; for word in "$@"; do case $word in
+--jobs=*) wanted=,${word#*=},; column=1;; --name=*) wanted=,${word#*=},; column=2;; --user=*) exit 0;; esac; done
+[ -e hidden ] && exit 0
+[ "$column" = 1 ] && [[ "${wanted//,}" = "${wanted:1:-1}" ]] && ! grep -q "^${wanted:1:-1} " jobs &&
+  { echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1; }
+while read -r id name last throttle rest; do
+  case $column in 1) key=$id;; 2) key=$name;; esac
+  [[ "$wanted" == *,$key,* ]] && for index in $(seq 0 $last); do echo "$id|$index|$(cat state)|$name"; done
+done < jobs; exit 0""",
+    "scontrol": """echo 'MaxArraySize = 4'; [ -e hidden ] && echo 'PrivateData = jobs,usage'; exit 0""",
+    "scancel": "exit 0",
+    "srun": "exit 0",
+}
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of stand-ins for Slurm's commands, first on PATH; they keep their jobs there."""
+    folder = tmp_path / "fake"
+    folder.mkdir()
+    for name, text in FAKES.items():
+        (folder / name).write_text(f"#!/bin/bash\ncd {folder}\n{text}\n")
+        (folder / name).chmod(0o755)
+    (folder / "jobs").touch()
+    (folder / "state").write_text("PENDING|Priority")
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return folder
+
+
+def submitted(folder: Path) -> list[dict[str, Any]]:
+    """What sbatch was given: id, tasks, jobs at once, and the ids that it waits for."""
+    found = []
+    for line in (folder / "jobs").read_text().splitlines():
+        job_id, _, last, throttle, *arguments = line.split()
+        after = next((word.split("afterany:")[1].split(":") for word in arguments if "afterany" in word), [])
+        found.append(
+            {"id": job_id, "tasks": int(last) + 1, "throttle": int(throttle), "after": after, "all": arguments}
+        )
+    return found
+
+
+def most_at_once(jobs: list[dict[str, Any]]) -> int:
+    """The most jobs that can run at one time: arrays run together unless one waits for the other, directly or not."""
+    before: dict[str, set[str]] = {}
+    for job in jobs:
+        before[job["id"]] = {*job["after"], *(each for one in job["after"] for each in before[one])}
+
+    def together(chosen: list[dict[str, Any]]) -> bool:
+        ids = {job["id"] for job in chosen}
+        return not any(before[job["id"]] & ids for job in chosen)
+
+    subsets = ([job for bit, job in enumerate(jobs) if number >> bit & 1] for number in range(1, 2 ** len(jobs)))
+    return max(sum(min(job["throttle"], job["tasks"]) for job in chosen) for chosen in subsets if together(chosen))
+
+
+@pytest.fixture
+def study_of(study_file: Path) -> Callable[..., Study]:
+    def make(*overrides: str) -> Study:
+        return Study(study_file, read_study(study_file, ("launch.cluster=slurm", *overrides)), overrides)
+
+    return make
+
+
+# ---------------------------------------------------------------- whose jobs
+
+
+def test_jobs_are_found_by_their_ids_whoever_asks_and_are_not_submitted_again(
+    fake: Path, study_of: Callable[..., Study], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = study_of()
+    assert len(launch(study).runs) == 12
+    before = len(submitted(fake))
+    for variable in ("USER", "LOGNAME", "USERNAME", "LNAME"):  # su, sudo -E, a container
+        monkeypatch.setenv(variable, "somebody-else")
+    monkeypatch.setattr(os, "getuid", lambda: 54321)  # a colleague, or a user without an entry in the list
+    assert states.take(study).counts() == {"waiting": 12}
+    assert launch(study).runs == []
+    assert len(submitted(fake)) == before
+    asked = (fake / "asked").read_text()
+    assert "--user" not in asked
+    assert "somebody-else" not in asked
+
+
+def test_a_cluster_that_hides_the_jobs_of_others_does_not_make_a_colleague_submit_them_again(
+    fake: Path, study_of: Callable[..., Study], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = study_of()
+    launch(study)
+    (fake / "hidden").touch()
+    assert states.take(study).counts() == {"lost": 12}  # one's own job that is not shown has ended
+    monkeypatch.setattr(os, "getuid", lambda: 54321)
+    snapshot = states.take(study)
+    assert snapshot.counts() == {"waiting": 12}
+    assert "Slurm does not say" in snapshot.runs[0].remark
+    assert launch(study).runs == []
+
+
+def test_a_job_that_has_left_the_queue_is_no_error_and_one_of_another_name_is_not_ours(
+    fake: Path, study_of: Callable[..., Study]
+) -> None:
+    study = study_of("launch.runs_per_job=12")
+    launch(study)
+    (fake / "jobs").write_text("")
+    assert states.take(study).counts() == {"lost": 12}
+    (fake / "jobs").write_text("1 another-study 0 1\n")  # ids come round again
+    assert states.take(study).counts() == {"lost": 12}
+
+
+def test_a_job_whose_id_was_never_written_is_found_by_its_name(fake: Path, study_of: Callable[..., Study]) -> None:
+    study = study_of("launch.runs_per_job=12")
+    launch(study)
+    (submission,) = load_all(study.file.directory / "jobs")
+    (submission.path / "job.json").unlink()
+    assert states.take(study).counts() == {"waiting": 12}
+    assert submission.job_id == "1"
+
+
+# ---------------------------------------------------------------- how many at once
+
+
+@pytest.mark.parametrize("max_running", [1, 2, 3, 5, 64])
+def test_one_limit_holds_over_all_arrays_and_launches(
+    fake: Path, study_of: Callable[..., Study], max_running: int
+) -> None:
+    few = study_of(f"launch.max_running={max_running}", "study.parameterizations=[sp]")
+    many = study_of(f"launch.max_running={max_running}")
+    assert len(launch(few).runs) == 8  # arrays of at most 4
+    assert len(launch(many).runs) == 4
+    jobs = submitted(fake)
+    assert sum(job["tasks"] for job in jobs) == 12
+    assert most_at_once(jobs) <= max_running
+    if max_running == 64:
+        assert all(not job["after"] for job in jobs)
+    else:
+        assert most_at_once(jobs) == max_running
+
+
+def test_five_arrays_take_turns_under_a_limit_of_two_and_keep_the_users_own_dependency(
+    fake: Path, study_of: Callable[..., Study]
+) -> None:
+    launch(study_of("launch.max_running=2", "study.seeds=2", "launch.sbatch={dependency: 'after:7'}"))
+    jobs = submitted(fake)
+    assert [job["tasks"] for job in jobs] == [4] * 6
+    assert [job["after"] for job in jobs] == [[], [], ["1"], ["2"], ["3"], ["4"]]
+    assert most_at_once(jobs) == 2
+    assert "--dependency=after:7,afterany:1" in jobs[2]["all"]
+
+
+def test_a_small_launch_takes_the_places_that_are_left_and_a_large_one_waits_for_all() -> None:
+    assert take_turns(1, 3, max_running=8, places_taken=5, queued=["1"]) == Turns([3], [])
+    assert take_turns(1, 100, max_running=8, places_taken=5, queued=["1"]) == Turns([8], ["1"])
+    assert take_turns(1, 100, max_running=8, places_taken=4, queued=["1"]) == Turns([4], [])
+    assert take_turns(3, 100, max_running=8, places_taken=0, queued=[]) == Turns([3, 3, 2], [])
+    assert take_turns(1, 1, max_running=1, places_taken=9, queued=["1", "2"]) == Turns([1], ["1", "2"])
+
+
+def test_costly_jobs_are_dealt_to_all_arrays() -> None:
+    tasks = [[str(number)] for number in range(7)]
+    assert deal(tasks, 3) == [[["0"], ["3"], ["6"]], [["1"], ["4"]], [["2"], ["5"]]]
+    assert deal(tasks, 7) == [tasks]
+
+
+def test_places_are_counted_as_far_as_elements_are_left(tmp_path: Path) -> None:
+    job = Submission.create(tmp_path, "a", [["x"]] * 5, {"throttle": 3})
+    queue = [QueuedTask("1", index, "RUNNING", "None", job.name) for index in range(5)]
+    assert places_taken([job], queue) == (3, ["1"])
+    assert places_taken([job], queue[:2]) == (2, ["1"])
+    assert places_taken([job], []) == (0, [])
+
+
+# ---------------------------------------------------------------- what is said
+
+
+@pytest.mark.parametrize(
+    ("reason", "words"),
+    [
+        ("PartitionConfig", "no node of its partition"),
+        ("PartitionNodeLimit", "launch.nodes"),
+        ("PartitionTimeLimit", "launch.timeout_min"),
+        ("ReqNodeNotAvail", "down or reserved"),
+        ("ReqNodeNotAvail, UnavailableNodes:n[1-3]", "down or reserved"),
+        ("JobHeldUser", "scontrol release"),
+        ("AssocGrpCpuLimit", "the group as a whole"),
+        ("AssocGrpCPUMinutesLimit", "spent its hours"),
+        ("QOSMaxJobsPerUserLimit", "when a job of yours ends"),
+        ("QOSMaxCpuPerJobLimit", "one job alone"),
+        ("QOSMaxGRESPerUser", "when a job of yours ends"),
+        ("Dependency", "launch.max_running"),
+        ("requeued (preempted twice), BeginTime", "requeued"),
+        ("Priority", "no place yet"),
+    ],
+)
+def test_a_reason_to_wait_is_explained_with_what_to_type(reason: str, words: str) -> None:
+    assert words in (explain(reason) or "")
+
+
+def test_transfer_and_status_say_why_runs_wait(
+    fake: Path, study_of: Callable[..., Study], capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = study_of()
+    launch(study)
+    (fake / "state").write_text("PENDING|PartitionConfig")
+    said = waiting_for(states.take(study))
+    assert said.startswith(", 12 waiting (PartitionConfig: no node of its partition")
+    print_status(study, Console(width=200))
+    shown = capsys.readouterr().out
+    assert shown.count("PartitionConfig: no node of its partition") == 1
+    assert "launch.nodes" in shown
+
+
+def test_a_job_that_loads_its_libraries_is_starting_and_what_one_has_cancelled_is_cancelled(
+    fake: Path, study_of: Callable[..., Study]
+) -> None:
+    study = study_of("launch.runs_per_job=4")
+    launch(study)
+    root = study.file.directory
+    (fake / "state").write_text("RUNNING|None")
+    assert states.take(study).counts() == {"starting": 12}
+    first = load_all(root / "jobs")[0].tasks[0][0]
+    begun = next(run.directory for run in study.runs if run.directory.path.name == first)
+    note(begun, "started", step=0, job="1_0", restart=0)
+    assert states.take(study).counts() == {"running": 1, "starting": 8, "waiting": 3}
+
+    said = CliRunner().invoke(cli, ["cancel", str(root)]).output
+    assert said.startswith("Stopped: job 1")
+    (fake / "jobs").write_text("")
+    assert states.take(study).counts() == {"cancelled": 12}
+    assert CliRunner().invoke(cli, ["cancel", str(root)]).output.startswith("Nothing waits")
+    assert states.take(study).counts() == {"cancelled": 12}  # a second cancel changes nothing
+    assert "cancelled: 12 of 12" in str(unfinished(study))
+    assert len(launch(study).runs) == 12
+    assert cancelled(root) == set()
+
+
+def test_only_what_a_cancel_stopped_is_cancelled(tmp_path: Path) -> None:
+    ask(tmp_path, "cancel", ["a"])
+    ask(tmp_path, "cancel", ["b"])
+    assert cancelled(tmp_path) == {"a", "b"}
+    ask(tmp_path, "launch")
+    ask(tmp_path, "cancel")
+    assert cancelled(tmp_path) == set()
+
+
+def test_where_the_job_after_the_runs_is_refused_that_is_said_with_what_to_type(
+    fake: Path, study_of: Callable[..., Study], capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = study_of("launch.runs_per_job=12")
+    launch(study)
+    (fake / "refuse").write_text("AssocMaxSubmitJobLimit")
+    with pytest.raises(UserError) as error:
+        go_on_after(study, Path("my target.yaml"), ["1"])
+    again = f"depthmup transfer {study.file.directory} --target 'my target.yaml'"
+    assert "the runs wait or run as jobs 1, but nothing goes on after them" in str(error.value)
+    assert f"{again} --detach; or wait for them: {again}" in str(error.value)
+    print_status(study, Console(width=300))
+    assert "nothing goes on by itself, that job was refused" in capsys.readouterr().out
+    (fake / "refuse").unlink()
+    assert go_on_after(study, None, ["1"]).startswith("Job 2 goes on after 1")
+
+
+def test_printed_commands_can_be_pasted(fake: Path, study_of: Callable[..., Study], tmp_path: Path) -> None:
+    spaced = tmp_path / "my study's.yaml"
+    first = study_of()
+    spaced.write_text(first.path.read_text())
+    overrides = (f"study.directory={tmp_path}/two words", "launch.cluster=slurm")
+    study = Study(spaced, read_study(spaced, overrides), overrides)
+    shown = subprocess.check_output(
+        ["bash", "-c", f"depthmup() {{ printf '%s\\n' \"$@\"; }}; {study.command('status')}"]
+    )
+    assert shown.decode().splitlines() == ["status", str(spaced), *overrides]
+    study.write()  # now its folder knows all that
+    shown = subprocess.check_output(
+        ["bash", "-c", f"depthmup() {{ printf '%s\\n' \"$@\"; }}; {study.command('status')}"]
+    )
+    assert shown.decode().splitlines() == ["status", f"{tmp_path}/two words/tiny"]
+    said = CliRunner().invoke(cli, ["report", str(spaced), *overrides])
+    assert study.command("transfer") in str(said.exception)
+
+
+# ---------------------------------------------------------------- the script
+
+
+def run_script(script: str, fake: Path, worker: int) -> subprocess.CompletedProcess[str]:
+    """Runs a batch script whose worker ends with `worker`; Slurm calls the job RUNNING."""
+    (fake / "srun").write_text(f"#!/bin/bash\nexit {worker}\n")
+    (fake / "squeue").write_text("#!/bin/bash\necho 'RUNNING N/A 0'\n")
+    (fake / "scontrol").write_text(f'#!/bin/bash\necho "$@" >> {fake}/told\n')
+    job = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0", "SLURM_CPUS_PER_TASK": "1"}
+    return subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, env={**os.environ, **job}, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    "setup",
+    [
+        [],
+        ["set -euo pipefail"],
+        ["set -euo pipefail", "IFS=$'\\n\\t'"],
+        ["set -Eeuo pipefail", "trap 'exit 1' ERR"],
+        ["set -e", "trap - TERM", "set -o noclobber"],
+    ],
+)
+@pytest.mark.parametrize("code", [75, 128 + signal.SIGUSR2])
+def test_a_signalled_job_asks_for_its_requeue_whatever_the_setup_lines_set(
+    fake: Path, study_of: Callable[..., Study], setup: list[str], code: int
+) -> None:
+    study = study_of(f"launch.setup={json.dumps(setup)}")
+    script = dry_run_script(study)
+    (folder,) = {line.split()[-1] for line in script.splitlines() if ">> " in line and "stopped.jsonl" in line}
+    Path(folder).parent.mkdir(parents=True)
+    place = next(line for line in script.splitlines() if line.startswith("cd "))
+    ended = run_script(script.replace(place, "cd /"), fake, code)
+    assert ended.returncode == code, ended.stderr
+    assert (fake / "told").read_text() == "requeue 7\n"
+    assert json.loads(Path(folder).read_text())["cause"] == "signal"
+
+
+@pytest.mark.parametrize("name", ["100%job", "%j", "a%%t", "%n%x%A%a", "two words", "quote'd"])
+def test_what_slurm_takes_for_patterns_in_the_names_of_folders_is_escaped(
+    study_of: Callable[..., Study], tmp_path: Path, name: str
+) -> None:
+    script = dry_run_script(study_of(f'study.directory="{tmp_path}/{name}"'))
+    logs = [word for line in script.splitlines() if "_log.out" in line for word in line.split("--output")[1:]]
+    assert len(logs) == 2  # sbatch's and srun's
+    for log in logs:
+        path = log.replace("'\"'\"'", "'").strip(" ='")
+        assert path.startswith(f"{tmp_path}/{name.replace('%', '%%')}/tiny/jobs/")
+        assert path.split("_log.out")[0].endswith(("%A_%a_0", "%A_%a_%t"))
+
+
+def test_a_job_of_several_processes_asks_first_whether_its_run_is_held(study_of: Callable[..., Study]) -> None:
+    assert "--held && exit 0" in dry_run_script(study_of("launch.nodes=2"))
+    assert "--held" not in dry_run_script(study_of())
+
+
+def test_slurms_refusal_of_a_later_array_takes_back_the_earlier_ones(
+    study_of: Callable[..., Study], monkeypatch: pytest.MonkeyPatch, fake: Path
+) -> None:
+    given: list[str] = []
+
+    def sbatch(script: Path, options: Any = (), pass_fds: Any = ()) -> str:
+        if given:
+            raise SlurmError("QOSMaxSubmitJobPerUserLimit")
+        given.append("1")
+        return "1"
+
+    taken_back: list[str] = []
+    monkeypatch.setattr(slurm, "sbatch", sbatch)
+    monkeypatch.setattr(slurm, "cancel", taken_back.extend)
+    with pytest.raises(UserError, match=r"launch\.runs_per_job"):
+        launch(study_of())
+    assert taken_back == ["1"]
+
+
+def test_the_job_after_the_runs_is_no_part_of_the_limit(fake: Path, study_of: Callable[..., Study]) -> None:
+    study = study_of("launch.runs_per_job=12", "launch.max_running=1")
+    launch(study)
+    submit_continuation(study, None, ["1"], lock=0)
+    snapshot = states.take(study)
+    assert len(snapshot.continuations) == 1
+    assert places_taken(snapshot.submissions, snapshot.queue) == (1, ["1"])
+    assert LaunchConfig().max_running == 64
