@@ -4,7 +4,7 @@ import re
 from dataclasses import field
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import AfterValidator, ConfigDict, Field, PlainSerializer
+from pydantic import AfterValidator, ConfigDict, Discriminator, Field, PlainSerializer, Tag
 from pydantic.dataclasses import dataclass
 
 from data.paths import expand, protect
@@ -14,7 +14,10 @@ Positive = Annotated[int, Field(gt=0)]
 Mean = Annotated[float, Field(ge=0, le=1)]
 Std = Annotated[float, Field(gt=0)]
 Value = TypeVar("Value")
-PerChannel = Annotated[tuple[Value, ...], Field(min_length=1)]
+PerChannel = Annotated[  # one number for all channels, or one each; messages leave out tags in angle brackets
+    Annotated[Value, Tag("<number>")] | Annotated[tuple[Value, ...], Field(min_length=1), Tag("<list>")],
+    Discriminator(lambda given: "<list>" if isinstance(given, list | tuple) else "<number>"),
+]
 # A path. It is written back so that it reads as the same path in any environment.
 PathText = Annotated[str, AfterValidator(expand), PlainSerializer(protect)]
 RAND_AUGMENT = re.compile(  # what timm's parser understands; what it does not, it ignores or asserts
@@ -62,8 +65,8 @@ class DataConfig:
     color_jitter: Annotated[float, Field(gt=0, le=1)] | None = None  # brightness, contrast, saturation: 1 - x to 1 + x
     mixup: Annotated[float, Field(gt=0)] | None = None  # alpha of the shares' beta distribution
     cutmix: Annotated[float, Field(gt=0)] | None = None  # likewise; with both, each step takes one of them
-    mean: Mean | PerChannel[Mean] = 0.5  # pixel values scaled to [0, 1], then (x - mean) / std; one number or one each
-    std: Std | PerChannel[Std] = 0.5
+    mean: PerChannel[Mean] = 0.5  # pixel values scaled to [0, 1], then (x - mean) / std; one number or one each
+    std: PerChannel[Std] = 0.5
     num_streams: Positive = 64
     window: Positive = 64  # samples shuffled together inside a stream
     backend: Literal["fast", "pil"] = "fast"  # pil is the reference that fast is compared with

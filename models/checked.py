@@ -30,7 +30,7 @@ def checked(error_type: type[Exception]) -> Callable[[Class], Class]:
 
         def describe(error: ErrorDetails) -> str:
             unknown = error["type"].startswith("unexpected_")
-            path = list(error["loc"])
+            path = [part for part in error["loc"] if not str(part).startswith("<")]  # a tag of a union is no key
             if path and isinstance(path[0], int) and not unknown:  # given by position
                 path[0] = names[path[0]]
             key = ".".join(map(str, [cls.__name__, *path]))
