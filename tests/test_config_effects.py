@@ -42,6 +42,13 @@ OTHER: dict[Any, dict[str, tuple[Any, ...]]] = {  # than the default, or than wh
 }
 
 
+REFUSED = {
+    "sgd": {"betas", "eps", "batch_ratio", "samples_ratio"},
+    "adamw": {"momentum", "nesterov"},
+    "muon": {"nesterov", "batch_ratio", "samples_ratio"},
+}
+
+
 def run_of(
     optimizer: dict[str, Any], parameterization: dict[str, Any], shape: dict[str, Any], steps: int = 20
 ) -> RunConfig:
@@ -80,9 +87,10 @@ def learned(run: RunConfig) -> tuple[Any, ...]:
     return multipliers, torch.stack(weights).double().numpy().tobytes()
 
 
-def idle_or_refused(section: Any, context: dict[str, Any], base: Any, observe: Any) -> tuple[list[str], set[str]]:
-    """(fields whose other value is accepted and changes nothing, fields whose other value changes something)."""
-    idle, working = [], set()
+def tried(section: Any, context: dict[str, Any], base: Any, observe: Any) -> tuple[list[str], set[str], set[str]]:
+    """(fields whose other value is accepted and changes nothing, those whose other value changes something, those whose
+    other value is refused)."""
+    idle, working, refused = [], set(), set()
     for field in fields(section):
         for value in OTHER[section][field.name]:
             if value == context.get(field.name):
@@ -91,13 +99,14 @@ def idle_or_refused(section: Any, context: dict[str, Any], base: Any, observe: A
                 changed = observe({**context, field.name: value})
             except UserError as error:
                 if "would do nothing" in str(error) or "rules for adamw only" in str(error):
+                    refused.add(field.name)
                     continue
                 raise
             if changed == base:
                 idle.append(f"{field.name}: {value} in {context}")
             else:
                 working.add(field.name)
-    return idle, working
+    return idle, working, refused
 
 
 def all_of(section: Any) -> set[str]:
@@ -110,8 +119,9 @@ def test_every_field_of_the_optimizer_acts_or_is_refused() -> None:
 
     acting = set()
     for context in OPTIMIZERS:
-        idle, working = idle_or_refused(OptimizerConfig, context, observe(context), observe)
+        idle, working, refused = tried(OptimizerConfig, context, observe(context), observe)
         assert not idle
+        assert refused == REFUSED[context["name"]]
         acting |= working
     assert acting == all_of(OptimizerConfig)  # none is refused everywhere
 
@@ -124,7 +134,7 @@ def test_every_field_of_the_parameterization_acts_or_is_refused() -> None:
             return learned(run_of(optimizer, parameterization, {}))
 
         context = {"name": name}
-        idle, working = idle_or_refused(ParameterizationConfig, context, observe(context), observe)
+        idle, working, _ = tried(ParameterizationConfig, context, observe(context), observe)
         own = (
             f"eps_scaling: {ParameterizationConfig(name=name).resolve().eps_scaling} "  # what a preset has may be said
         )
@@ -140,7 +150,7 @@ def test_every_field_of_the_schedule_acts_or_is_refused() -> None:
 
     acting = set()
     for name in SCHEDULES:
-        idle, working = idle_or_refused(ScheduleConfig, {"name": name}, observe({"name": name}), observe)
+        idle, working, _ = tried(ScheduleConfig, {"name": name}, observe({"name": name}), observe)
         assert not idle
         acting |= working
     assert acting == all_of(ScheduleConfig)

@@ -140,6 +140,15 @@ def test_every_multiplier_is_the_papers_number(name: str) -> None:
     assert values == pytest.approx(LITERAL_MULTIPLIERS[name])
 
 
+@pytest.mark.parametrize("name", LITERAL_MULTIPLIERS)
+def test_beta_multiplies_branches_and_gamma0_divides_the_readout_and_neither_moves_another(name: str) -> None:
+    installed = scaled_at(name=name, beta=0.5, gamma0=4.0).multipliers
+    branch, readout, attention = LITERAL_MULTIPLIERS[name]
+    assert installed["branch_hidden"].value == pytest.approx(branch / 2)
+    assert installed["readout"].value == pytest.approx(readout / 4)
+    assert (installed["hidden"].value if "hidden" in installed else 1) == pytest.approx(attention)
+
+
 @pytest.mark.parametrize("name", LITERAL_MUON)
 def test_muon_trains_hidden_matrices_at_its_own_rate_and_adamw_the_rest_at_its(name: str) -> None:
     held = held_by_the_optimizer(scaled_at(name=name), adamw(name="muon"))
