@@ -4,10 +4,10 @@ import math
 
 import numpy as np
 import pytest
+from launch.optimum import excess_interval, fit_optimum
 
 from launch.analysis import Result, analyse, curves, seeds_wanted
 from launch.config import Size
-from launch.optimum import excess_interval, fit_optimum
 from launch.tables import number
 
 BASE, DEEP = Size(width=16, depth=3), Size(width=16, depth=27)
