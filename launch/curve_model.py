@@ -2,9 +2,10 @@
 
 The run of seed s at x octaves has log loss f(x) + offset(s) + noise. Each curve f is a smooth function:
 
-    f(x) = quadratic(x) + skew x^3 / 6 + rough(x),   skew ~ N(m c, (v c)^2),   rough'''' = r c white noise
+    f(x) = quadratic(x) + skew x^3 / 6 + quartic x^4 / 24 + rough(x)
+    skew ~ N(m c, (v c)^2),   quartic ~ N(0, (0.3 c)^2),   rough'''' = r c white noise
 
-with c the curve's curvature. Quadratic and offsets are free; m, v and r are the study's. So a parabola costs nothing,
+with c the curve's curvature, and x from the middle of the values. Quadratic and offsets are free; m, v and r are the study's. So a parabola costs nothing,
 curves whose shape changes with size are followed, and what lies between the measured values is as unsure as the shape
 allows (Wahba 1978; the intervals of smoothing splines, Nychka 1988). The variance of the noise is each curve's own,
 moderated towards that of the study's other curves (Smyth 2004). All of these are integrated over, none is plugged in.
@@ -29,8 +30,9 @@ MIN_REACH = 2  # ... it is one of so many to either side
 
 MEAN_SKEW = np.linspace(-1.2, 1.2, 13)  # m: change of the curvature within an octave, in curvatures
 MEAN_SKEW_DEVIATION = 0.6  # of m's normal prior
-SKEW_DEVIATION = np.array([0.05, 0.2, 0.6])  # v
-ROUGHNESS = np.array([0.02, 0.1, 0.4, 1.5])  # r
+SKEW_DEVIATION = np.array([0.15, 0.4])  # v
+QUARTIC_DEVIATION = 0.3
+ROUGHNESS = np.array([0.1, 0.4, 1.5])  # r
 NOISE = 2.0 ** np.linspace(-1.5, 1.5, 7)  # standard deviations that are tried, in that of the moderated estimate
 LEAST_NOISE = 1e-4  # of a log loss: runs that repeat to the last digit say nothing of other seeds
 
@@ -112,6 +114,7 @@ class CurveFit:
         self.grid = np.linspace(low, high, math.ceil((high - low) * STEPS_PER_OCTAVE) + 1)
         points = np.concatenate([effects.x, self.grid])
         self.cubic = (points - effects.x.mean()) ** 3 / 6  # (values + grid points,)
+        self.quartic = QUARTIC_DEVIATION * (points - effects.x.mean()) ** 4 / 24
         self.basis = (points - effects.x.mean())[:, None] ** np.arange(3)
         self.rough = integrated_noise(points - points.min(), points - points.min())
         self.count = len(effects.x)
@@ -131,10 +134,10 @@ class CurveFit:
 
     def prior(self, rows: slice) -> np.ndarray:
         """Covariance of f beyond its quadratic between the points `rows` and the values, (roughness, deviation, ...)"""
-        rough = self.scale**2 * self.rough[rows, : self.count]
-        cubic = self.scale**2 * np.outer(self.cubic[rows], self.cubic[: self.count])
-        by_roughness = np.multiply.outer(ROUGHNESS**2, rough)[:, None]
-        return np.asarray(by_roughness + np.multiply.outer(SKEW_DEVIATION**2, cubic)[None])
+        cubic, quartic = (np.outer(term[rows], term[: self.count]) for term in (self.cubic, self.quartic))
+        by_roughness = np.multiply.outer(ROUGHNESS**2, self.rough[rows, : self.count])[:, None]
+        by_deviation = np.multiply.outer(SKEW_DEVIATION**2, cubic)[None]
+        return np.asarray(self.scale**2 * (quartic + by_roughness + by_deviation))
 
     @cached_property
     def inverse(self) -> np.ndarray:
@@ -180,6 +183,7 @@ class CurveFit:
         drawn = self.scale * ROUGHNESS[roughness, None] * (generator.standard_normal((count, len(root))) @ root.T)
         skews = MEAN_SKEW[skew] + SKEW_DEVIATION[deviation] * generator.standard_normal(count)
         drawn += self.scale * skews[:, None] * self.cubic
+        drawn += self.scale * generator.standard_normal((count, 1)) * self.quartic
         errors = self.noises[noise, None] * (generator.standard_normal((count, self.count)) @ noise_root.T)
         gap = self.effects.mean - drawn[:, values] - errors
         found = drawn[:, points]
