@@ -14,15 +14,15 @@ from launch.wording import show_interval, show_share, show_shares
 Loss = Callable[[float, int], float]
 
 
-def study(*groups: list[Result], limits: Limits = Limits()) -> Analysis:
+def study_of(*groups: list[Result], limits: Limits = Limits()) -> Analysis:
     return analyse([run for group in groups for run in group], BASE, limits, chance=GUESS)
 
 
 def judge(*groups: list[Result], limits: Limits = Limits()) -> Judgement:
-    return study(*groups, limits=limits).judgements[0]
+    return study_of(*groups, limits=limits).judgements[0]
 
 
-def flat(noise: float = 0.002, number: int = 0) -> Loss:
+def flat(noise: float = 0.0005, number: int = 0) -> Loss:
     return valley(-5.0, noise, number, curvature=0.0005)
 
 
@@ -67,7 +67,7 @@ def test_a_large_drift_of_a_flat_curve_does_not_count_against_a_value() -> None:
     """Two octaves that cost 0.4 % of the loss."""
     for number in range(5):
         deep = valley(-6.0, 0.003, number, curvature=0.002)
-        found = study(runs(BASE, valley(-4.0)), runs(DEEP, deep))
+        found = study_of(runs(BASE, valley(-4.0)), runs(DEEP, deep))
         assert found.judgements[0].verdict != "does not transfer"
         assert found.comparisons[1].drift == pytest.approx(-2.0, abs=0.8)
         sharp = judge(runs(BASE, valley(-4.0)), runs(DEEP, deep), limits=Limits(0.02, 0.05))
@@ -99,9 +99,10 @@ def test_a_size_whose_optimum_is_on_the_edge_of_its_grid_is_inconclusive_unless_
 
 
 def test_a_plateau_identifies_nothing() -> None:
-    found = judge(runs(BASE, flat()), runs(DEEP, flat(number=1)))
-    assert found.verdict == "not identified"
-    assert "is as good at every size" in found.reason
+    for number in range(3):
+        found = judge(runs(BASE, flat(number=number)), runs(DEEP, flat(number=10 + number)))
+        assert found.verdict == "not identified"
+        assert "is as good at every size" in found.reason
 
 
 def test_where_the_control_transfers_as_well_the_study_shows_nothing() -> None:
@@ -112,7 +113,7 @@ def test_where_the_control_transfers_as_well_the_study_shows_nothing() -> None:
             for size in (BASE, DEEP)
             for run in runs(size, loss(-4.0), name)  # type: ignore[operator]
         ]
-        control, scaled = study(both).judgements
+        control, scaled = study_of(both).judgements
         assert scaled.verdict == "not identified"
         assert control.verdict in ("transfers", "not identified")
     assert "sp transfers as well" in scaled.reason or "as good" in scaled.reason
@@ -120,8 +121,13 @@ def test_where_the_control_transfers_as_well_the_study_shows_nothing() -> None:
 
 def test_a_control_that_fails_leaves_the_others_their_transfer() -> None:
     for lost in (valley(-7.0), failing(valley(-4.0), -4.5)):
-        groups = runs(BASE, valley(-4.0), "sp"), runs(DEEP, lost, "sp"), runs(BASE, valley(-4.0)), runs(DEEP, valley(-4.1))
-        assert [each.verdict for each in study(*groups).judgements] == ["does not transfer", "transfers"]
+        groups = (
+            runs(BASE, valley(-4.0), "sp"),
+            runs(DEEP, lost, "sp"),
+            runs(BASE, valley(-4.0)),
+            runs(DEEP, valley(-4.1)),
+        )
+        assert [each.verdict for each in study_of(*groups).judgements] == ["does not transfer", "transfers"]
 
 
 def test_a_small_gain_over_a_guess_is_judged_where_seeds_agree() -> None:
@@ -129,9 +135,7 @@ def test_a_small_gain_over_a_guess_is_judged_where_seeds_agree() -> None:
     guess, generator = math.log(64), np.random.default_rng(0)
 
     def shallow(lowest: float, optimum: float) -> Loss:
-        return lambda x, seed: (
-            min(lowest + 0.02 * (x - optimum) ** 2, guess) + 0.004 * generator.standard_normal()
-        )
+        return lambda x, seed: min(lowest + 0.02 * (x - optimum) ** 2, guess) + 0.004 * generator.standard_normal()
 
     sizes = ((BASE, 4.02, -4.0), (DEEP, 3.99, -4.3), (WIDE, 4.01, -4.2))
     results = [run for size, lowest, optimum in sizes for run in runs(size, shallow(lowest, optimum))]
@@ -140,6 +144,70 @@ def test_a_small_gain_over_a_guess_is_judged_where_seeds_agree() -> None:
     assert found.verdict == "transfers"
     assert control.verdict == "does not transfer"
     assert "nothing is learned at width 16, depth 27" in control.reason or "every value fails" in control.reason
+
+
+# ---------------------------------------------------------------- what would settle it
+
+
+def test_seeds_are_wanted_near_the_optimum_of_the_sizes_in_doubt_and_nowhere_else() -> None:
+    good = runs(BASE, valley(-4.0)), runs(WIDE, valley(-4.0, number=1))
+    doubtful = study_of(*good, runs(DEEP, valley(-4.0, noise=0.08)))
+    assert doubtful.judgements[0].verdict == "inconclusive"
+    wanted = seeds_wanted(doubtful)
+    assert set(wanted) == {("p", DEEP)}
+    assert wanted["p", DEEP] == doubtful.curves[2].near_optimum()
+    for settled in (runs(DEEP, valley(-4.0)), runs(DEEP, valley(-4.6)), runs(DEEP, valley(-8.0))):
+        assert not seeds_wanted(study_of(*good, settled))
+    edge = study_of(runs(BASE, valley(-9.2)), runs(DEEP, valley(-11.0, curvature=0.01)))
+    assert edge.judgements[0].verdict == "inconclusive"
+    assert not seeds_wanted(edge)  # it wants values
+
+
+def test_more_seeds_settle_what_few_leave_open() -> None:
+    def verdict(seeds: int) -> str:
+        noisy = [runs(size, valley(-4.0, 0.05, number), seeds=seeds) for number, size in enumerate((BASE, DEEP))]
+        return judge(*noisy).verdict
+
+    assert (verdict(2), verdict(60)) == ("inconclusive", "transfers")
+
+
+def test_added_seeds_seldom_lift_a_loss_of_twice_the_limit_to_a_transfer() -> None:
+    """0.45 octave at 10 % an octave squared cost 1 % of the loss; 2 % noise, and up to two rounds of seeds."""
+    wrong, generator = 0, np.random.default_rng(0)
+
+    def loss(optimum: float) -> Loss:
+        return lambda x, seed: 0.8 * math.exp(0.05 * (x - optimum) ** 2 + 0.02 * generator.standard_normal())
+
+    studies = 40
+    for _ in range(studies):
+        start = generator.uniform(-4.5, -3.5)
+        losses = {BASE: loss(start), DEEP: loss(start - 0.45)}
+        results = [run for size in losses for run in runs(size, losses[size], seeds=2)]
+        found = study_of(results)
+        for seed in (2, 3):
+            for (_, size), values in seeds_wanted(found).items():
+                results += [Result("p", size, v, seed, losses[size](math.log2(v), seed)) for v in values]
+            found = study_of(results)
+        wrong += found.judgements[0].verdict == "transfers"
+    assert wrong <= 4  # at a rate of 5 % five or more are seen in one of twenty
+
+
+def test_the_rule_is_said_with_its_limits_in_force() -> None:
+    said = describe_rule(Limits(0.01, 0.2))
+    assert "below 1.0 % of the loss with a probability of 95%" in said
+    assert "above 20 %" in said
+    for verdict in ("transfers", "costs", "does not transfer", "not identified", "inconclusive"):
+        assert f"{verdict}:" in said
+
+
+def test_shares_and_intervals_are_shown_with_digits_that_matter() -> None:
+    assert [show_share(share) for share in (0.0, 0.0004, 0.0031, 0.0994, 0.0996, 1.2)] == [
+        "0 %", "0 %", "0.3 %", "9.9 %", "10 %", "120 %"
+    ]  # fmt: skip
+    assert show_shares((0.0, 0.0031)) == "0 to 0.3 %"
+    assert show_interval((-math.inf, -1.25)) in ("below -1.2", "below -1.3")
+    assert show_interval((-math.inf, math.inf)) == "unknown"
+    assert show_interval((-0.04, 0.3)) == "+0.0 to +0.3"
 
 
 # ---------------------------------------------------------------- studies that say little
@@ -166,7 +234,10 @@ LITTLE = {
 }
 MUCH = {
     "two minima": [*runs(BASE, two_minima), *runs(DEEP, two_minima)],
-    "a value that is missing at one size": [*runs(BASE, STEADY), *runs(DEEP, STEADY, grid=(-7.0, -6.0, -5.0, -3.0, -2.0))],
+    "a value that is missing at one size": [
+        *runs(BASE, STEADY),
+        *runs(DEEP, STEADY, grid=(-7.0, -6.0, -5.0, -3.0, -2.0)),
+    ],
     "curves of unequal seeds": [*runs(BASE, STEADY, seeds=5), *runs(DEEP, STEADY, seeds=1)],
     "a run that is no number": [
         *runs(BASE, STEADY),
@@ -175,15 +246,16 @@ MUCH = {
     "a size without a number": [*runs(BASE, STEADY), *runs(DEEP, lambda x, seed: math.nan)],
     "a size with one value": [*runs(BASE, STEADY), *runs(DEEP, STEADY, grid=(-4.0,))],
     "grids that do not meet": [*runs(BASE, STEADY), *runs(DEEP, STEADY, grid=(3.0, 4.0, 5.0))],
-    "losses that repeat to the last digit": [run for size in (BASE, DEEP) for run in runs(size, lambda x, s: 0.3 + x**2)],
-    "losses of zero": [run for size in (BASE, DEEP) for run in runs(size, lambda x, seed: 0.0)],
+    "losses that repeat to the last digit": [
+        run for size in (BASE, DEEP) for run in runs(size, lambda x, s: 0.3 + x**2)
+    ],
 }
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("what", [*LITTLE, *MUCH])
 def test_a_study_that_says_little_gives_a_sentence_and_no_warning(what: str) -> None:
-    found = study((LITTLE | MUCH)[what])
+    found = study_of((LITTLE | MUCH)[what])
     (judgement,) = found.judgements
     assert judgement.reason
     assert "nan" not in judgement.reason
