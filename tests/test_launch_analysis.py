@@ -49,8 +49,8 @@ def compare(*groups: list[Result], carried: dict[str, float] | None = None) -> l
     return analyse_sizes([run for group in groups for run in group], BASE, chance=GUESS, carried=carried)[1]
 
 
-def curve(loss: Callable[[float, int], float], **settings: int) -> Curve:
-    return compare(runs(BASE, loss, **settings))[0].curve
+def curve(loss: Callable[[float, int], float]) -> Curve:
+    return compare(runs(BASE, loss))[0].curve
 
 
 # ---------------------------------------------------------------- runs that count

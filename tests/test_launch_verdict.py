@@ -5,20 +5,21 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from test_launch_analysis import BASE, DEEP, GRID, GUESS, WIDE, failing, runs, valley
+from test_launch_analysis import BASE, DEEP, GUESS, WIDE, failing, runs, valley
 
 from launch.analysis import Result
 from launch.verdict import Analysis, Judgement, Limits, analyse, describe_rule, seeds_wanted
 from launch.wording import show_interval, show_share, show_shares
 
 Loss = Callable[[float, int], float]
+LIMITS = Limits()
 
 
-def study_of(*groups: list[Result], limits: Limits = Limits()) -> Analysis:
+def study_of(*groups: list[Result], limits: Limits = LIMITS) -> Analysis:
     return analyse([run for group in groups for run in group], BASE, limits, chance=GUESS)
 
 
-def judge(*groups: list[Result], limits: Limits = Limits()) -> Judgement:
+def judge(*groups: list[Result], limits: Limits = LIMITS) -> Judgement:
     return study_of(*groups, limits=limits).judgements[0]
 
 
@@ -111,7 +112,7 @@ def test_where_the_control_transfers_as_well_the_study_shows_nothing() -> None:
             run
             for name in ("sp", "p")
             for size in (BASE, DEEP)
-            for run in runs(size, loss(-4.0), name)  # type: ignore[operator]
+            for run in runs(size, loss(-4.0), name)
         ]
         control, scaled = study_of(both).judgements
         assert scaled.verdict == "not identified"
