@@ -11,20 +11,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.analysis import show_drift, show_interval, show_range
 from launch.overview import closed, overview
 from launch.page import markdown_table
 from launch.plan import quantity
 from launch.record import read_record
-from launch.tables import number, planned_sentence
+from launch.tables import planned_sentence
+from launch.wording import show_drift, show_interval, show_number, show_share, show_shares
 
 INTRODUCTION = """# Results: does the optimum stay put?
 
 Every study stays in, whatever its verdict. Widths and depths are written width x depth; optima and drifts are octaves
-(log2); losses are means over seeds of the study's metric; intervals are 90 % and over seeds. A size that does not train
-has a best loss above 95 % of that of a guess. Parameterizations that make the same of a size (at the base all do)
-share its runs, and the seeds that were added there. Seeds are added while a verdict is open (`study.more_seeds`), which
-flatters one that is then settled just so: the verdict at the planned seeds stands beside it.
+(log2); losses are means over seeds of the study's metric; regrets are shares of a size's lowest loss. Intervals are
+90 %, from one model of all curves of a study ([verdict.md](verdict.md)). Nothing is learned at a size whose best loss
+is within noise of that of a guess. Parameterizations that make the same of a size (at the base all do) share its runs,
+and the seeds that were added there. Seeds are added while a verdict is open (`study.more_seeds`), which flatters one
+that is then settled just so: the verdict at the planned seeds stands beside it.
 
 **To make a figure anew**: CIFAR-10 as an archive of class folders, `cifar10/{train,test}/CLASS/*.jpg` (here JPEGs of
 quality 90, 4:4:4), is packed once. Then the command at the head of a study's section trains it, and writes its figures
@@ -50,14 +51,16 @@ def interval(bounds: Sequence[float | None] | None) -> str:
     return show_interval(closed(bounds)) if bounds else ""
 
 
-def metric(found: dict[str, Any], key: str, diverged: bool) -> str:
-    return "diverged" if diverged else number(found[key])
+def metric(found: dict[str, Any], key: str, fails: bool) -> str:
+    return "fails" if fails else show_number(found[key])
 
 
-def regret(found: dict[str, Any], diverged: bool) -> str:
-    """'0.0249 (0.01 to 0.04)'"""
-    known = f" ({show_range(found['regret_interval'])})" if found["regret_interval"] else ""
-    return metric(found, "regret", diverged) + known
+def regret(found: dict[str, Any], fails: bool) -> str:
+    """'1.3 % (0.5 to 2.1 %)'"""
+    if fails or found["regret"] is None:
+        return "fails" if fails else ""
+    known = f" ({show_shares(found['regret_interval'])})" if found["regret_interval"] else ""
+    return show_share(found["regret"]) + known
 
 
 def listed(seeds: Sequence[int]) -> str:
@@ -102,10 +105,10 @@ def size_rows(record: dict[str, Any]) -> list[dict[str, str]]:
             else show_drift(s["drift_octaves"]),
             "interval": "" if size(s) == size(record["base"]) else interval(s["drift_interval_octaves"]),
             "best": metric(s, "best_metric", s["best_metric"] is None),
-            "at base optimum": metric(s, "metric_at_base_optimum", s["diverges_at_base_optimum"]),
-            "regret": regret(s, s["diverges_at_base_optimum"]),
+            "at base optimum": metric(s, "metric_at_base_optimum", s["fails_at_base_optimum"]),
+            "regret": regret(s, s["fails_at_base_optimum"]),
             "notes": ", ".join(
-                [f"censored ({s['censored']} edge)"] * bool(s["censored"]) + ["does not train"] * (not s["trains"])
+                [f"censored ({s['censored']} edge)"] * bool(s["censored"]) + ["nothing is learned"] * (not s["learns"])
             ),
         }
         for s in record["sizes"]
@@ -136,7 +139,7 @@ def seen_and_interval(forecast: dict[str, Any]) -> tuple[str, str]:
     """With as many digits as show whether one lies in the other."""
     if forecast["diverged"] or forecast["seen"] is None or not forecast["interval"]:
         shown = "{:.3g} to {:.3g}".format(*forecast["interval"]) if forecast["interval"] else ""
-        return "diverged" if forecast["diverged"] else number(forecast["seen"]), shown
+        return "diverged" if forecast["diverged"] else show_number(forecast["seen"]), shown
     for digits in range(3, 9):
         seen, low, high = (f"{value:.{digits}g}" for value in (forecast["seen"], *forecast["interval"]))
         if (float(low) <= float(seen) <= float(high)) == forecast["inside"]:
@@ -151,7 +154,7 @@ def forecast_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
             "study": record["study"],
             "parameterization": f["parameterization"],
             "target": size(f["target"]),
-            "predicted": number(f["predicted"]),
+            "predicted": show_number(f["predicted"]),
             "interval": seen_and_interval(f)[1],
             "seen": seen_and_interval(f)[0],
             "inside": {True: "yes", False: "no", None: ""}[f["inside"]],
@@ -173,7 +176,7 @@ def direct_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
             "base's sweep / one run of the target": f"{100 * d['cost_share']:.3g} %",
             "/ the target's sweep": f"{100 * d['cost_share_of_targets_sweep']:.2g} %",
             "transferred": metric(d, "transferred", d["transferred"] is None),
-            "tuned": number(d["tuned"]),
+            "tuned": show_number(d["tuned"]),
             "regret": regret(d, d["transferred"] is None),
         }
         for record in records

@@ -1,32 +1,25 @@
-"""Does the optimum stay put? Curves, drifts with intervals, regret, and a verdict whose rule is stated.
+"""From a study's runs to curves, and from curves to what carrying the base's optimum over costs at every size.
 
-All of it is a pure function of the runs' results. x is the swept hyperparameter in octaves, y the metric.
+All of it is a pure function of the runs' results. x is the swept hyperparameter in octaves. Every interval comes from
+the one model of launch.curve_model.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
 from launch.config import Size
-from launch.optimum import (
-    CONFIDENCE,
-    Optimum,
-    Side,
-    Spread,
-    difference,
-    excess_interval,
-    fit_optimum,
-    interval,
-    jackknife,
-    level,
-    window,
-)
+from launch.curve_model import CONFIDENCE, Posterior, fit, level, quantiles, regret_interval
 
-TRAINED = 0.95  # a loss above this share of a guess's loss, ln(number of classes), says that nothing was learned
-Verdict = Literal["transfers", "does not transfer", "inconclusive"]
+Side = Literal["low", "high"]
+
+LOST = 0.5  # a run fails that made less than this share of the progress of another seed at the same value
+ERRORS = 3.0  # standard errors that count as more than noise where runs are compared with chance
+LEAST_NOISE = 0.001  # of a log loss, where seeds agree by accident
+ASSUMED_NOISE = 0.02  # of a log loss, where no value was run with two seeds
 
 
 @dataclass(frozen=True)
@@ -41,230 +34,248 @@ class Result:
 
 
 @dataclass(frozen=True)
+class Optimum:
+    """Of one curve. `x` is None where no value trains."""
+
+    x: float | None  # the median of the model's draws
+    metric: float  # the mean over seeds at the best value that was run; infinite where all failed
+    censored: Side | None  # the side on which the optimum may lie beyond the values that were run
+    interval: tuple[float, float] | None  # infinite on a side on which it may lie beyond; None where nothing tells it
+
+
+@dataclass(frozen=True)
 class Curve:
-    """All runs of one parameterization and size. `metric`: (seeds, values), infinite: diverged, NaN: no run."""
+    """All runs of one parameterization and size."""
 
     parameterization: str
     size: Size
     values: np.ndarray
     x: np.ndarray
-    metric: np.ndarray
+    metric: np.ndarray  # (seeds, values): infinite where a run diverged, NaN where there is none
+    failed: np.ndarray  # (seeds, values): diverged, learned nothing, or broke down
+    learns: bool  # whether the best value beats chance by more than noise
+    posterior: Posterior | None = field(repr=False)
     optimum: Optimum
-    spread: Spread | None  # of the optimum's x, over seeds; None with one seed
+
+    @property
+    def usable(self) -> np.ndarray:
+        """`metric`, infinite where a run failed."""
+        return np.where(self.failed, math.inf, self.metric)
 
     @property
     def mean(self) -> np.ndarray:
-        """Mean over seeds, infinite where any seed diverged. (values,)"""
-        return level(self.metric)
+        """Mean over seeds, infinite where any seed failed. (values,)"""
+        return level(self.usable)
 
     @property
-    def trains(self) -> bool:
-        """False where runs end, but at the loss of a guess."""
-        return self.optimum.x is not None or math.isinf(self.optimum.metric)
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        """Of the optimum's x; None with one seed, and without an optimum."""
-        if self.optimum.x is None:
-            return None
-        sides = frozenset({self.optimum.censored} if self.optimum.censored else ())
-        return interval(self.optimum.x, self.spread, resolution=self.optimum.resolution, open_sides=sides)
-
-    def near_optimum(self) -> list[float]:
-        """The values that the optimum was fitted to."""
-        return [float(value) for value in self.values[window(self.mean)]]
+    def num_seeds(self) -> int:
+        """Most seeds that a value was run with."""
+        return int((~np.isnan(self.metric)).sum(axis=0).max())
 
     def at(self, x: float) -> int:
         """Index of the value nearest to x."""
         return int(np.abs(self.x - x).argmin())
 
+    def near_optimum(self) -> list[float]:
+        """The values that say most of the optimum: those within its interval, and their neighbours."""
+        low, high = self.optimum.interval or (self.x[0], self.x[-1])
+        first = max(int(np.searchsorted(self.x, low, side="right")) - 1, 0)
+        last = int(np.searchsorted(self.x, high))
+        return [float(value) for value in self.values[first : last + 1]]
+
 
 @dataclass(frozen=True)
 class Comparison:
-    """One size against the base of its parameterization."""
+    """What carrying the base's optimum to one size does. Regrets are shares of the size's lowest loss."""
 
     curve: Curve
-    drift: float | None  # octaves: x of this optimum minus x of the base's
-    interval: tuple[float, float] | None  # None with one seed at either size
-    at_base_optimum: float  # metric at the base's optimum (nearest grid point); infinite: diverged, NaN: it has none
-    regret: float  # that minus this size's best
-    regret_interval: tuple[float, float] | None  # over seeds; None with one seed and where the regret is not finite
+    drift: float | None  # octaves: this optimum minus the base's
+    interval: tuple[float, float] | None  # of the drift
+    at_base_optimum: float  # loss at the carried value; infinite: runs fail there, NaN: the base has no optimum
+    measured: bool  # whether runs at the very value that is carried say so
+    regret: float  # NaN where there is none to carry, infinite where runs fail
+    regret_interval: tuple[float, float] | None
+    regret_bound: float  # the regret is below this with a probability of (1 + CONFIDENCE) / 2
 
 
-@dataclass(frozen=True)
-class Judgement:
-    parameterization: str
-    verdict: Verdict
-    reason: str
-    unsure: tuple[Size, ...] = ()  # the sizes at which more seeds could settle an inconclusive verdict
+# ---------------------------------------------------------------- curves
 
 
-def curves(
-    results: Sequence[Result], octaves: Callable[[float], float] = math.log2, chance: float = math.inf
-) -> list[Curve]:
-    """One curve per (parameterization, size), in order of appearance. `chance`: the loss of a guess."""
+def deviations(logs: np.ndarray) -> np.ndarray:
+    """Standard deviation between seeds of each value with two seeds or more. logs: (seeds, values), NaN: none."""
+    values = [column[np.isfinite(column)] for column in logs.T]
+    return np.array([value.std(ddof=1) for value in values if len(value) > 1])
+
+
+def seed_noise(logs: np.ndarray) -> float:
+    """Standard deviation between seeds at one value: the median over values."""
+    found = deviations(logs)
+    return max(float(np.median(found)), LEAST_NOISE) if len(found) else ASSUMED_NOISE
+
+
+def failed_runs(metric: np.ndarray, chance: float) -> np.ndarray:
+    """Which runs count as failed: those that diverged; those that end at the loss of a guess; and those that end with
+    less than half of the progress from there, in log loss, of another seed at the same value, and by more than the
+    curve's noise, as where units die. (seeds, values)
+
+    Averaged with the others, one of them would move the optimum. The losses of networks that learn nothing scatter
+    less than any others, so that the smallest deviation between seeds is the measure of "at the loss of a guess".
+    """
+    diverged = np.isinf(metric)
+    if not math.isfinite(chance):
+        return diverged
+    logs = np.log(np.where(diverged, math.nan, metric))
+    guess = math.log(chance)
+    nothing = logs > guess - ERRORS * float(np.clip(deviations(logs).min(initial=LEAST_NOISE), LEAST_NOISE, None))
+    best = np.min(np.where(np.isnan(logs), math.inf, logs), axis=0)
+    lost = logs - best > np.maximum(LOST * (guess - best), 2 * ERRORS * seed_noise(logs))
+    return diverged | nothing | lost
+
+
+def beats_chance(usable: np.ndarray, chance: float) -> bool:
+    """Whether the lowest mean of a curve lies below chance by more than ERRORS standard errors.
+
+    usable: (seeds, values), infinite where a run failed."""
+    logs = np.log(usable)
+    mean = level(logs)
+    if not np.isfinite(mean).any():
+        return False
+    best = int(np.where(np.isfinite(mean), mean, math.inf).argmin())
+    noise = seed_noise(np.where(np.isinf(logs), math.nan, logs))
+    return bool(math.log(chance) - mean[best] > ERRORS * noise / math.sqrt(np.isfinite(logs[:, best]).sum()))
+
+
+def find_optimum(x: np.ndarray, usable: np.ndarray, learns: bool, posterior: Posterior | None) -> Optimum:
+    """usable: (seeds, values), infinite where a run failed.
+
+    Without a posterior (fewer than three values about the best train, or nothing tells the noise) the optimum is
+    known to lie between the neighbours of the best value, no better.
+    """
+    mean = level(usable)
+    finite = np.isfinite(mean)
+    if not finite.any():
+        return Optimum(None, math.inf, None, None)
+    best = int(np.where(finite, mean, math.inf).argmin())
+    if not learns:
+        return Optimum(None, float(mean[best]), None, None)
+    side: Side | None = "low" if best == 0 else "high" if best == len(x) - 1 else None
+    if posterior is None:
+        low = -math.inf if best == 0 else float(x[best - 1])
+        high = math.inf if best == len(x) - 1 else float(x[best + 1])
+        return Optimum(float(x[best]), float(mean[best]), side, (low, high) if len(x) > 1 else None)
+    optima, (low, high) = posterior.optima, quantiles(posterior.optima)
+    beyond = (1 - CONFIDENCE) / 2  # share of draws whose lowest point is the last value that was run
+    if posterior.grid[0] == x[0] and (optima <= x[0]).mean() > beyond:
+        low = -math.inf
+    if posterior.grid[-1] == x[-1] and (optima >= x[-1]).mean() > beyond:
+        high = math.inf
+    return Optimum(float(np.median(optima)), float(mean[best]), side, (low, high))
+
+
+def make_curves(results: Sequence[Result], octaves: Callable[[float], float], chance: float) -> list[Curve]:
+    """One curve per (parameterization, size), in order of appearance. Curves of the same runs are fitted once."""
     grouped: dict[tuple[str, Size], dict[tuple[int, float], float]] = {}
     for result in results:
         grouped.setdefault((result.parameterization, result.size), {})[result.seed, result.value] = result.metric
-    found = []
-    for (parameterization, size), metrics in grouped.items():
+    made = []
+    for name, metrics in grouped.items():
         seeds = sorted({seed for seed, _ in metrics})
-        values = sorted({value for _, value in metrics}, key=octaves)
+        values = np.array(sorted({value for _, value in metrics}, key=octaves))
         x = np.array([octaves(value) for value in values])
         metric = np.array([[metrics.get((seed, value), math.nan) for value in values] for seed in seeds])
-        optimum = fit_optimum(x, level(metric))
-        if math.isfinite(optimum.metric) and optimum.metric > TRAINED * chance:
-            optimum = replace(optimum, x=None)
-        found.append(Curve(parameterization, size, np.array(values), x, metric, optimum, jackknife(x, metric)))
+        failed = failed_runs(metric, chance)
+        usable = np.where(failed, math.inf, metric)
+        made.append((name, values, x, metric, failed, usable, beats_chance(usable, chance)))
+    distinct = {(size, x.tobytes(), usable.tobytes()): (x, np.log(usable)) for (_, size), _, x, _, _, usable, _ in made}
+    posteriors = dict(zip(distinct, fit(list(distinct.values())), strict=True))
+    found = []
+    for (parameterization, size), values, x, metric, failed, usable, learns in made:
+        posterior = posteriors[size, x.tobytes(), usable.tobytes()] if learns else None
+        optimum = find_optimum(x, usable, learns, posterior)
+        found.append(Curve(parameterization, size, values, x, metric, failed, learns, posterior, optimum))
     return found
 
 
-def compare(base: Curve, curve: Curve) -> Comparison:
-    """Drift, its interval (seeds of both curves) and regret of `curve` against `base`."""
-    if base.optimum.x is None:
-        return Comparison(curve, None, None, math.nan, math.nan, None)
-    drift = found = None
-    if curve.optimum.x is not None:
-        drift = curve.optimum.x - base.optimum.x
-        sides: set[Side] = {curve.optimum.censored} if curve.optimum.censored else set()
-        if base.optimum.censored:  # the further down the base's optimum lies, the further up is the drift
-            sides.add("high" if base.optimum.censored == "low" else "low")
-        found = interval(
-            drift,
-            difference(curve.spread, base.spread),
-            resolution=curve.optimum.resolution + base.optimum.resolution,
-            open_sides=frozenset(sides),
-        )
-    carried_over = curve.at(base.optimum.x)
-    at_base = float(curve.mean[carried_over])
-    regret = at_base - curve.optimum.metric if math.isfinite(at_base) else math.inf
-    return Comparison(curve, drift, found, at_base, regret, excess_interval(curve.metric, carried_over))
+# ---------------------------------------------------------------- comparisons
 
 
-def rule(tolerance: float) -> str:
-    """The verdict's rule in words; `judge` is its code."""
-    return (
-        f"transfers: at every size the optimum lies within {tolerance:g} octave(s) of the base's, the {CONFIDENCE:.0%} "
-        f"interval of this drift within {2 * tolerance:g}, the optimum is not on the grid's edge, and no seed diverges "
-        f"at the base's optimum. does not transfer: at some size every value diverges or learns nothing, or the base's "
-        f"optimum diverges, or the drift exceeds {tolerance:g} octave(s) together with its whole interval. "
-        f"inconclusive: anything else, and one seed always unless nothing trains."
+def compare_optima(base: Curve, curve: Curve) -> tuple[float | None, tuple[float, float] | None]:
+    """(drift, its interval) in octaves."""
+    if base.optimum.x is None or curve.optimum.x is None:
+        return None, None
+    drift = curve.optimum.x - base.optimum.x
+    if base.optimum.interval is None or curve.optimum.interval is None:
+        return drift, None
+    (base_low, base_high), (low, high) = base.optimum.interval, curve.optimum.interval
+    if base.posterior is None or curve.posterior is None:
+        return drift, (low - base_high, high - base_low)
+    found = quantiles(curve.posterior.optima - base.posterior.optima)
+    is_open = math.isinf(low) or math.isinf(base_high), math.isinf(high) or math.isinf(base_low)
+    return drift, (-math.inf if is_open[0] else found[0], math.inf if is_open[1] else found[1])
+
+
+def log_regrets(curve: Curve, x: float) -> np.ndarray | None:
+    """Draws of the log of the loss at x over the lowest; None without a posterior, or where runs at x fail."""
+    if curve.posterior is None:
+        return None
+    if curve.posterior.grid[0] <= x <= curve.posterior.grid[-1]:
+        return curve.posterior.regrets(x)
+    # beyond the values that the curve is fitted to: what was measured there, with the noise of that mean
+    logs = np.log(curve.usable)
+    mean = np.interp(x, curve.x, level(logs))
+    if not np.isfinite(mean):
+        return None
+    noise = seed_noise(np.where(np.isinf(logs), math.nan, logs)) / math.sqrt(len(logs))
+    errors = noise * np.random.default_rng(0).standard_normal(len(curve.posterior.lowest))
+    return np.asarray(np.maximum(mean + errors - curve.posterior.lowest, 0.0))
+
+
+def compare(base: Curve, curve: Curve, carried: float | None) -> Comparison:
+    """carried: octaves of the value that is carried over."""
+    drift, interval = compare_optima(base, curve)
+    if carried is None:
+        return Comparison(curve, drift, interval, math.nan, False, math.nan, None, math.nan)
+    nearest = curve.at(carried)
+    measured = bool(abs(curve.x[nearest] - carried) < 1e-6)
+    if not np.isfinite(curve.mean[nearest]):
+        return Comparison(curve, drift, interval, math.inf, measured, math.inf, None, math.inf)
+    lowest = curve.optimum.metric
+    at_nearest = float(curve.mean[nearest])
+    regrets = log_regrets(curve, carried)
+    if regrets is None:
+        return Comparison(curve, drift, interval, at_nearest, measured, at_nearest / lowest - 1, None, math.inf)
+    assert curve.posterior is not None
+    inside = curve.posterior.grid[0] <= carried <= curve.posterior.grid[-1]
+    low, high = regret_interval(curve.posterior, carried) if inside else quantiles(regrets)
+    regret = math.expm1(float(np.median(regrets)))
+    expected = math.exp(float(np.median(curve.posterior.lowest))) * (1 + regret)
+    return Comparison(
+        curve,
+        drift,
+        interval,
+        at_nearest if measured else expected,
+        measured,
+        regret,
+        (math.expm1(low), math.expm1(high)),
+        math.expm1(float(np.quantile(regrets, (1 + CONFIDENCE) / 2))),
     )
 
 
-def show_drift(octaves: float) -> str:
-    """'-1.2', and '+0.0' for what rounds to nothing."""
-    return f"{octaves if abs(octaves) >= 0.05 else 0.0:+.1f}"
-
-
-def show_interval(found: tuple[float, float]) -> str:
-    """'-1.2 to +0.3', or 'below -1.2' where one side is open."""
-    low, high = map(show_drift, found)
-    if math.isinf(found[0]) and math.isinf(found[1]):
-        return "unknown"
-    if math.isinf(found[0]):
-        return f"below {high}"
-    return f"above {low}" if math.isinf(found[1]) else f"{low} to {high}"
-
-
-def show_range(found: tuple[float, float] | None) -> str:
-    """'0.012 to 0.03' of an interval of a metric."""
-    return f"{found[0]:.2g} to {found[1]:.2g}" if found else ""
-
-
-def without_optimum(curve: Curve) -> str:
-    if math.isinf(curve.optimum.metric):
-        return f"every value diverged at {curve.size}"
-    return (
-        f"does not train at {curve.size} (best loss {curve.optimum.metric:.3g}, above {TRAINED:.0%} of that of a guess)"
-    )
-
-
-def judge_size(
-    base: Curve, comparison: Comparison, tolerance: float
-) -> tuple[Literal["failed", "doubtful"], str] | None:
-    """What stands against a transfer to one size; None when nothing does."""
-    curve, size = comparison.curve, comparison.curve.size
-    if comparison.drift is None:
-        return "failed", without_optimum(curve)
-    if comparison.interval is None:
-        return "doubtful", f"one seed at {base.size if base.spread is None else size}"
-    low, high = comparison.interval
-    drift = f"drift {show_drift(comparison.drift)}"
-    if not math.isfinite(comparison.at_base_optimum):
-        return "failed", f"the base's optimum diverges at {size}"
-    if low > tolerance or high < -tolerance:
-        return "failed", f"{drift} octaves at {size}"
-    if curve.optimum.censored:
-        return "doubtful", f"the optimum at {size} is on the {curve.optimum.censored} edge of the grid"
-    if abs(comparison.drift) > tolerance:
-        return "doubtful", f"{drift} at {size}, but its interval reaches into the tolerance"
-    if max(-low, high) > 2 * tolerance and not base.optimum.censored:
-        return "doubtful", f"{drift} at {size} is known to {show_interval(comparison.interval)} only"
-    return None
-
-
-def judge(base: Curve, comparisons: Sequence[Comparison], tolerance: float) -> Judgement:
-    """The verdict on one parameterization, and the sizes that decided it."""
-    name = base.parameterization
-    if base.optimum.x is None:
-        return Judgement(name, "inconclusive", f"the base: {without_optimum(base)}")
-    if not comparisons:
-        return Judgement(name, "inconclusive", "the study has one size only")
-    if len(base.values) == 1:
-        return Judgement(name, "inconclusive", "the study has one value only")
-    against = [(c.curve, found) for c in comparisons if (found := judge_size(base, c, tolerance))]
-    if failed := [reason for _, (kind, reason) in against if kind == "failed"]:
-        return Judgement(name, "does not transfer", "; ".join(failed))
-    doubtful = list(dict.fromkeys(reason for _, (_, reason) in against))
-    if base.optimum.censored:
-        doubtful.insert(0, f"the base's optimum is on the {base.optimum.censored} edge of the grid")
-    if doubtful:
-        unsure = tuple(curve.size for curve, _ in against if not curve.optimum.resolution)
-        return Judgement(name, "inconclusive", "; ".join(doubtful), unsure)
-    largest = max(comparisons, key=lambda comparison: abs(comparison.drift or 0.0))
-    drift = show_drift(largest.drift or 0.0)
-    return Judgement(name, "transfers", f"largest drift {drift} octaves, at {largest.curve.size}")
-
-
-@dataclass(frozen=True)
-class Analysis:
-    """Everything that a report shows, per parameterization in the study's order."""
-
-    curves: list[Curve]
-    comparisons: list[Comparison]  # every size, the base itself first
-    judgements: list[Judgement]
-
-
-def analyse(
+def analyse_sizes(
     results: Sequence[Result],
     base_size: Size,
-    tolerance: float,
     octaves: Callable[[float], float] = math.log2,
     chance: float = math.inf,
-) -> Analysis:
-    """Analyses all results; a parameterization without results at the base size is left out."""
-    found = curves(results, octaves, chance)
-    comparisons, judgements = [], []
-    for base in (curve for curve in found if curve.size == base_size):
-        compared = [compare(base, curve) for curve in found if curve.parameterization == base.parameterization]
-        compared.sort(key=lambda comparison: comparison.curve.size != base_size)
-        comparisons += compared
-        judgements.append(judge(base, [c for c in compared if c.curve.size != base_size], tolerance))
-    return Analysis(found, comparisons, judgements)
-
-
-def seeds_wanted(analysis: Analysis, base_size: Size) -> dict[tuple[str, Size], list[float]]:
-    """Where one more seed could settle a verdict: values near the optimum, per (parameterization, size).
-
-    Of every parameterization that is inconclusive for want of seeds: the sizes in doubt and the base. Curves on the
-    edge of their grid are left out: these need values first.
-    """
-    wanted = {}
-    for judgement in analysis.judgements:
-        sizes = {*judgement.unsure, base_size} if judgement.unsure else set()
-        for curve in analysis.curves:
-            known = curve.optimum.x is not None and not curve.optimum.censored
-            if known and curve.size in sizes and curve.parameterization == judgement.parameterization:
-                wanted[curve.parameterization, curve.size] = curve.near_optimum()
-    return wanted
+    carried: Mapping[str, float] | None = None,
+) -> tuple[list[Curve], list[Comparison]]:
+    """All curves, and of every parameterization with results at the base size the comparison of each size with it,
+    the base itself first. `chance`: the loss of a guess. `carried`: values that are carried over, in octaves by
+    parameterization, where that is not the base's optimum."""
+    curves = make_curves(results, octaves, chance)
+    comparisons = []
+    for base in (curve for curve in curves if curve.size == base_size):
+        x = (carried or {}).get(base.parameterization, base.optimum.x)
+        own = [curve for curve in curves if curve.parameterization == base.parameterization]
+        own.sort(key=lambda curve: curve.size != base_size)
+        comparisons += [compare(base, curve, x) for curve in own]
+    return curves, comparisons

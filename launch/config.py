@@ -120,7 +120,8 @@ class StudyConfig:
     values: Values
     seeds: Annotated[Seeds, Field(min_length=1)] = (0,)
     metric: Literal["minival_loss", "train_loss"] = "minival_loss"
-    tolerance: Annotated[Number, Field(gt=0)] = 1.0  # octaves by which an optimum may drift and still transfer
+    regret_limit: Annotated[Number, Field(gt=0)] = 0.005  # share of the loss that a value may cost and still transfer
+    cost_limit: Annotated[Number, Field(gt=0)] = 0.05  # share of the loss beyond which it does not transfer at all
     extend: Annotated[int, Field(ge=0)] = 2  # rounds in which a grid grows by two values where its best is on the edge
     more_seeds: Annotated[int, Field(ge=0)] = 2  # rounds in which one seed is added where a verdict hangs on the noise
     # lets results of different code, or of different shards under one data.name, count side by side; the report says so
@@ -129,6 +130,8 @@ class StudyConfig:
     def __post_init__(self) -> None:
         if self.complement and max(self.grid) >= 1:
             raise ValueError(f"values of {self.hyperparameter} must be below 1, found {max(self.grid):g}")
+        if self.cost_limit <= self.regret_limit:
+            raise ValueError(f"cost_limit {self.cost_limit:g} must be above regret_limit {self.regret_limit:g}")
 
     @property
     def grid(self) -> tuple[float, ...]:

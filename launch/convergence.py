@@ -11,8 +11,9 @@ from typing import Literal
 
 import numpy as np
 from scipy.optimize import minimize_scalar
+from scipy.special import stdtrit
 
-from launch.optimum import Spread, half_width
+from launch.curve_model import CONFIDENCE
 
 Measure = Literal["mean", "scatter"]
 MIN_SEEDS, MIN_SIZES = 3, 3  # a variance that outlives the jackknife; two distances to the largest
@@ -113,9 +114,10 @@ def fit_rate(law: Law, values: Mapping[int, np.ndarray]) -> Rate:
         """Of each smaller size (squared distance, its noise). (sizes, 2)"""
         return np.array([squared_distance(of[size], of[largest], law.measure) for size in smaller])
 
-    def jackknife(without: np.ndarray) -> Spread:
-        """Of a number, from what it is without each seed."""
-        return Spread((count - 1) / count * float(((without - without.mean()) ** 2).sum()), count - 1)
+    def half_width(without: np.ndarray) -> float:
+        """Of Student's interval of a number, from what it is without each seed (jackknife)."""
+        variance = (count - 1) / count * float(((without - without.mean()) ** 2).sum())
+        return float(stdtrit(count - 1, (1 + CONFIDENCE) / 2)) * math.sqrt(variance)
 
     found = squared(values)
     clear = found[:, 0] > found[:, 1]
@@ -123,7 +125,7 @@ def fit_rate(law: Law, values: Mapping[int, np.ndarray]) -> Rate:
     rest = ({size: np.delete(rows, seed, axis=0) for size, rows in values.items()} for seed in range(count))
     again = np.array([squared(each)[:, 0] for each in rest])  # (seeds, sizes)
     again = np.sqrt(np.where(clear & (again > 0), again, np.nan))
-    error = np.array([half_width(jackknife(column)) for column in again.T])
+    error = np.array([half_width(column) for column in again.T])
     if clear.sum() < MIN_SIZES - 1:
         return rate(f"not resolved: {int((~clear).sum())} of {len(smaller)} distances are lost in the seeds' noise")
     fitted = fit_exponent(law, sizes[clear], largest, distance[clear])
@@ -134,7 +136,7 @@ def fit_rate(law: Law, values: Mapping[int, np.ndarray]) -> Rate:
     exponents = np.array([each[0] for each in refitted if each])
     if len(exponents) < count:
         return rate("; ".join(filter(None, [lost, "interval unknown: one seed decides"])), fitted)
-    half = half_width(jackknife(exponents))
+    half = half_width(exponents)
     return rate(lost, fitted, (fitted[0] - half, fitted[0] + half))
 
 

@@ -4,8 +4,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from launch.analysis import Analysis, Result, show_range
+from launch.analysis import Result
 from launch.config import Size
+from launch.verdict import Analysis
+from launch.wording import show_share, show_shares
 
 
 @dataclass(frozen=True)
@@ -20,8 +22,8 @@ class Direct:
     target_run_flops: float
     transferred: float  # the target's metric at the base's optimum; infinite if it diverged
     tuned: float  # its best
-    regret: float
-    regret_interval: tuple[float, float] | None  # over seeds
+    regret: float  # share of the target's lowest loss
+    regret_interval: tuple[float, float] | None
 
     @property
     def cost_share(self) -> float:
@@ -34,13 +36,13 @@ class Direct:
         return self.sweep_flops / self.target_sweep_flops
 
     def __str__(self) -> str:
-        lost = f"{self.transferred:.3g}" if math.isfinite(self.transferred) else "divergence"
-        regret = ", ".join(filter(None, [f"regret {self.regret:.2g}", show_range(self.regret_interval)]))
+        lost = f"{self.transferred:.3g}" if math.isfinite(self.transferred) else "failed runs"
+        known = f", {show_shares(self.regret_interval)}" if self.regret_interval else ""
         return (
             f"{self.parameterization}: the sweep at {self.base} cost {100 * self.cost_share:.3g} % of one run at "
             f"{self.target}, {100 * self.share_of_sweep:.2g} % of a sweep there; "
             f"the value carried over gives {lost}, the tuned one {self.tuned:.3g}"
-            + (f" ({regret})" if math.isfinite(self.regret) else "")
+            + (f" (regret {show_share(self.regret)}{known})" if math.isfinite(self.regret) else "")
         )
 
 

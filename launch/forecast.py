@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import fdtri, stdtrit
 
-from launch.analysis import Analysis, Curve
+from launch.analysis import Curve
 from launch.config import Size
-from launch.optimum import CONFIDENCE
+from launch.curve_model import CONFIDENCE
+from launch.verdict import Analysis
 
 EXPONENTS = {"width": 0.5, "depth": 1.0}
 TERMS = {"width": "a / sqrt(width)", "depth": "b / depth"}
@@ -41,8 +42,8 @@ class Forecast:
 
 
 def losses(curve: Curve, x: float) -> np.ndarray:
-    """Metric of every seed that ran at the value nearest to x. (seeds,)"""
-    found = curve.metric[:, curve.at(x)]
+    """Metric of every seed that ran at the value nearest to x, infinite where it failed. (seeds,)"""
+    found = curve.usable[:, curve.at(x)]
     return found[~np.isnan(found)]
 
 
@@ -65,8 +66,8 @@ def predict(
     for axis in EXPONENTS:
         if axis not in axes and any(getattr(size, axis) != getattr(target, axis) for size in sizes):
             return law, None, None, f"the smaller sizes do not differ in {axis}"
-    if diverged := [size for size in sizes if not np.isfinite(known[size]).all()]:
-        return law, None, None, f"the transferred value diverges at {diverged[0]}"
+    if failed := [size for size in sizes if not np.isfinite(known[size]).all()]:
+        return law, None, None, f"runs at the transferred value fail at {failed[0]}"
     rows, means = design(sizes, axes), np.array([known[size].mean() for size in sizes])
     freedom = len(sizes) - rows.shape[1]
     if freedom < 1 or np.linalg.matrix_rank(rows) < rows.shape[1]:

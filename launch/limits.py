@@ -23,13 +23,14 @@ from data.errors import UserError
 from data.loader import evaluation_batches
 from data.storage import write_atomically
 from launch import plots
-from launch.analysis import TRAINED, Analysis, Comparison
+from launch.analysis import Comparison
 from launch.convergence import MIN_SIZES, Rate, rates
 from launch.page import CONVERGENCE_FILES
 from launch.plots import along
 from launch.record import bounds, dump, plain
 from launch.report import collect
 from launch.study import PlannedRun, Study
+from launch.verdict import Analysis
 from models.build import build_meta
 from train.config import RunConfig
 from train.loop import open_data
@@ -116,7 +117,7 @@ def lines(study: Study, analysis: Analysis) -> Iterator[Line]:
 def line(study: Study, parameterization: str, axis: str, value: float, shown: list[Comparison], images: Tensor) -> Line:
     """The runs of `shown` at `value`, but for sizes at which they diverge or learn nothing: no limit of anything."""
     runs: dict[int, dict[int, PlannedRun]] = {}  # size -> seed -> run
-    left_out, guess = [], TRAINED * math.log(study.file.model.num_classes)
+    left_out = []
     for comparison in shown:
         size = comparison.curve.size
         at_value = {
@@ -130,7 +131,7 @@ def line(study: Study, parameterization: str, axis: str, value: float, shown: li
             left_out.append(f"{axis} {number} (no run at this value)")
         elif any(outcome == "diverged" for _, outcome in at_value.values()):
             left_out.append(f"{axis} {number} (diverged)")
-        elif comparison.at_base_optimum > guess:
+        elif not math.isfinite(comparison.at_base_optimum) or not comparison.curve.learns:
             left_out.append(f"{axis} {number} (learns nothing)")
         else:
             runs[number] = {seed: point for seed, (point, _) in at_value.items()}

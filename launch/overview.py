@@ -9,11 +9,11 @@ from urllib.parse import quote
 from rich.console import Console
 
 from data.storage import write_atomically
-from launch.analysis import show_drift, show_interval
 from launch.page import environment
 from launch.record import as_record
 from launch.report import Report
-from launch.tables import number, print_table, say
+from launch.tables import print_table, say
+from launch.wording import show_drift, show_interval, show_share
 
 
 def closed(bounds: Sequence[float | None]) -> tuple[float, float]:
@@ -34,8 +34,8 @@ def cells(record: Mapping[str, Any], verdict: Mapping[str, str]) -> dict[str, st
         bounds = largest["drift_interval_octaves"]
         interval = show_interval(closed(bounds)) if bounds else "one seed"
     lost = [size["regret"] for size in others if size["regret"] is not None]
-    diverged = any(size["diverges_at_base_optimum"] for size in others)
-    regret = "diverged" if diverged else number(max(lost, default=None))
+    fails = any(size["fails_at_base_optimum"] for size in others)
+    regret = "fails" if fails else show_share(max(lost)) if lost else ""
     optimum = "none" if base["optimum_log2"] is None else f"{base['optimum_log2']:.1f}"
     return {
         "study": record["study"],

@@ -10,11 +10,12 @@ from matplotlib.figure import Figure
 
 from data.storage import write_atomically
 from launch import plots
+from launch.curve_model import CONFIDENCE
 from launch.forecast import calibration
-from launch.optimum import CONFIDENCE
 from launch.record import as_record, dump
 from launch.report import Report
-from launch.tables import forecast_row, number, planned_sentence, rows
+from launch.tables import forecast_row, planned_sentence, rows
+from launch.wording import show_number
 
 CONVERGENCE_FILES = ("convergence.json", "convergence.png", "convergence-loss.png")  # of `depthmup converge`
 
@@ -30,7 +31,7 @@ def run_rows(report: Report) -> list[dict[str, str]]:
             "depth": str(run.size.depth),
             study.hyperparameter: f"{run.value:.4g}",
             "seed": str(run.seed),
-            study.metric: number(done.get(study.metric, float("inf"))),
+            study.metric: show_number(done.get(study.metric, float("inf"))),
         }
         for run, done in report.finished
     ]

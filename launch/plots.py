@@ -10,8 +10,9 @@ import matplotlib
 import numpy as np
 
 from data.storage import write_atomically
-from launch.analysis import Analysis, Comparison
+from launch.analysis import Comparison
 from launch.config import Size, StudyConfig
+from launch.verdict import Analysis
 
 if TYPE_CHECKING:
     from launch.convergence import Rate
@@ -111,7 +112,7 @@ def against_size(analysis: Analysis, study: StudyConfig, what: str) -> Figure | 
     figure, axes = panels(len(names))
     count = len(analysis.judgements)
     drifts = [abs(c.drift) for c in analysis.comparisons if c.drift is not None]
-    limit = max([*drifts, 2 * study.tolerance]) + 1
+    limit = max([*drifts, 2.0]) + 1
     for axis, name in zip(axes, names, strict=True):
         for number, judgement in enumerate(analysis.judgements):
             own = [c for c in analysis.comparisons if c.curve.parameterization == judgement.parameterization]
@@ -136,7 +137,7 @@ def against_size(analysis: Analysis, study: StudyConfig, what: str) -> Figure | 
     if what == "drift":
         axes[0].set(ylabel=f"drift of the optimum (octaves of {study.axis})", ylim=(-limit, limit))
         for axis in axes:
-            axis.axhspan(-study.tolerance, study.tolerance, color="0.93", zorder=0, label="tolerance")
+            axis.axhspan(-1, 1, color="0.93", zorder=0, label="one octave")
         if any(c.curve.optimum.x is None for c in analysis.comparisons):
             axes[-1].plot([], [], "kx", label="does not train")
     else:

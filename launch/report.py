@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from data.errors import UserError
-from launch.analysis import Analysis, Judgement, Result, analyse, rule
+from launch.analysis import Result
 from launch.config import Size, read_study_or_run
 from launch.cost import count_flops
 from launch.direct import Direct, compare_with_direct
@@ -15,6 +15,7 @@ from launch.forecast import Forecast, forecasts
 from launch.plan import quantity
 from launch.pool import mixtures, refuse_mixture
 from launch.study import PlannedRun, Study
+from launch.verdict import Analysis, Judgement, Limits, analyse, describe_rule
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Report:
 
     @property
     def rule(self) -> str:
-        return rule(self.study.file.study.tolerance)
+        return describe_rule(limits(self.study))
 
     @cached_property
     def planned(self) -> dict[str, Judgement]:
@@ -121,9 +122,13 @@ def target_line(study: Study) -> str | None:
     return f"Target of {run.size} at {study.file.study.hyperparameter} {run.value:.4g}: {done['outcome']}{numbers}."
 
 
+def limits(study: Study) -> Limits:
+    return Limits(study.file.study.regret_limit, study.file.study.cost_limit)
+
+
 def analyse_results(study: Study, results: Sequence[Result]) -> Analysis:
     settings, chance = study.file.study, math.log(study.file.model.num_classes)
-    return analyse(results, settings.sizes[0], settings.tolerance, settings.octaves, chance)
+    return analyse(results, settings.sizes[0], limits(study), settings.octaves, chance)
 
 
 def collect(study: Study) -> Report:

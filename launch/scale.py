@@ -71,13 +71,13 @@ def choose(report: Report, parameterization: str | None, force: bool) -> tuple[C
         raise UserError(f"{path}: {curve.parameterization}: {nothing}")
     judgement = judgements[curve.parameterization]
     study, train = report.study.file.study, report.study.file.train
-    low, high = (study.show(bound) for bound in curve.interval or (0, 0))
-    interval = f", 90% interval {low} to {high}" if curve.interval and not curve.optimum.censored else ""
+    low, high = (study.show(bound) for bound in curve.optimum.interval or (0, 0))
+    interval = f", 90% interval {low} to {high}" if curve.optimum.interval and not curve.optimum.censored else ""
     facts = [
         f"Transferred from study {study.name} with {curve.parameterization}: {judgement.verdict} ({judgement.reason}).",
         f"{study.hyperparameter} {study.show(curve.optimum.x)}{interval}"
         + (f", censored on the {curve.optimum.censored} edge of the grid" if curve.optimum.censored else "")
-        + f", from {curve.metric.shape[0]} seed(s) at {curve.size}.",
+        + f", from {curve.num_seeds} seed(s) at {curve.size}.",
         f"Horizon of the proxy: {train.samples} samples in batches of {train.global_batch_size} "
         f"({train.num_steps} steps).",
     ]
@@ -86,7 +86,7 @@ def choose(report: Report, parameterization: str | None, force: bool) -> tuple[C
             f"Chosen of {', '.join(candidates)} for the lowest loss at the largest size of the study "
             f"({at_largest[curve.parameterization]:.3g}); --parameterization names another."
         )
-    if curve.metric.shape[0] == 1:
+    if curve.num_seeds == 1:
         facts.append("One seed only: nothing is known of the noise between seeds.")
     return curve, facts
 

@@ -8,33 +8,35 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from launch.analysis import TRAINED, Comparison, show_drift, show_interval, show_range
+from launch.analysis import Comparison
+from launch.curve_model import CONFIDENCE
 from launch.forecast import Forecast, calibration
-from launch.optimum import CONFIDENCE
 from launch.report import Report, target_line
+from launch.wording import show_drift, show_interval, show_number, show_share, show_shares
 
 WIDTH = 80  # columns of the terminal that the text is wrapped to
-COLOURS = {"transfers": "green", "does not transfer": "red", "inconclusive": "yellow"}
+COLOURS = {
+    "transfers": "green",
+    "costs": "yellow",
+    "does not transfer": "red",
+    "not identified": "yellow",
+    "inconclusive": "yellow",
+}
 HEADINGS = {"parameterization": "", "interval": f"{CONFIDENCE:.0%} interval", "loss at base optimum": "at base"}
-
-
-def number(value: float | None) -> str:
-    if value is None or math.isnan(value):
-        return ""
-    return "diverged" if not math.isfinite(value) else f"{value:.3g}"
 
 
 def notes(comparison: Comparison, is_base: bool) -> str:
     curve = comparison.curve
     found = ["base"] if is_base else []
-    if not curve.trains:
-        found.append("does not train")
-    if curve.spread is None:
+    if not curve.learns:
+        found.append("nothing is learned")
+    if curve.num_seeds == 1:
         found.append("one seed")
     if curve.optimum.censored:
         found.append(f"censored ({curve.optimum.censored} edge)")
-    if diverged := int(np.isinf(curve.metric).sum()):
-        found.append(f"{diverged} of {int((~np.isnan(curve.metric)).sum())} runs diverged")
+    if failed := int(curve.failed.sum()):
+        diverged = int(np.isinf(curve.metric).sum())
+        found.append(f"{failed} of {int((~np.isnan(curve.metric)).sum())} runs failed ({diverged} diverged)")
     return ", ".join(found)
 
 
@@ -54,10 +56,10 @@ def rows(report: Report) -> list[dict[str, str]]:
                 "optimum": "none" if curve.optimum.x is None else study.show(curve.optimum.x),
                 "drift": "" if drift is None else show_drift(drift),
                 "interval": "" if interval is None else show_interval(interval),
-                "loss": number(curve.optimum.metric),
-                "loss at base optimum": number(comparison.at_base_optimum),
-                "regret": number(comparison.regret),
-                "regret interval": show_range(comparison.regret_interval),
+                "loss": show_number(curve.optimum.metric),
+                "loss at base optimum": show_number(comparison.at_base_optimum),
+                "regret": "" if not math.isfinite(comparison.regret) else show_share(comparison.regret),
+                "regret interval": show_shares(comparison.regret_interval),
                 "notes": notes(comparison, is_base),
             }
         )
@@ -70,9 +72,9 @@ def forecast_row(forecast: Forecast) -> dict[str, str]:
     return {
         "parameterization": forecast.parameterization,
         "forecast for": str(forecast.target),
-        "predicted": number(forecast.predicted),
+        "predicted": show_number(forecast.predicted),
         "interval": interval or "",
-        "seen": number(forecast.seen),
+        "seen": show_number(forecast.seen),
         "inside": inside,
         "fitted on": f"{forecast.fitted} sizes",
         "law": forecast.law,
@@ -97,7 +99,7 @@ def say(console: Console, text: str | Text, style: str = "") -> None:
 
 def shown_in_terminal(row: Mapping[str, str]) -> dict[str, str]:
     """The columns that fit, with a mark for what the others would say."""
-    marks = ("*" if "censored" in row["notes"] else "") + ("!" if "does not train" in row["notes"] else "")
+    marks = ("*" if "censored" in row["notes"] else "") + ("!" if "nothing is learned" in row["notes"] else "")
     kept = {column: row[column] for column in row if column not in ("regret", "regret interval", "notes")}
     return {**kept, "optimum": row["optimum"] + marks}
 
@@ -111,8 +113,8 @@ def print_report(report: Report, console: Console) -> None:
         print_table([shown_in_terminal(row) for row in table], ("parameterization",), console)
     if any("censored" in row["notes"] for row in table):
         say(console, "* censored: the best value is on the edge of the grid")
-    if any("does not train" in row["notes"] for row in table):
-        say(console, f"! does not train: no loss is below {TRAINED:.0%} of that of a guess, ln(number of classes)")
+    if any("nothing is learned" in row["notes"] for row in table):
+        say(console, "! nothing is learned: no loss is below that of a guess by more than noise")
     for judgement in report.analysis.judgements:
         verdict = Text(judgement.verdict, style=f"bold {COLOURS[judgement.verdict]}")
         say(console, Text.assemble(f"{judgement.parameterization}: ", verdict, f" ({judgement.reason})"))
@@ -143,6 +145,6 @@ def forecast_sentence(forecast: Forecast) -> str:
     found = (
         f"{forecast.predicted:.3g}, {CONFIDENCE:.0%} interval {forecast.interval[0]:.3g} to {forecast.interval[1]:.3g}"
     )
-    seen = "" if forecast.seen is None else f", seen {number(forecast.seen)}"
+    seen = "" if forecast.seen is None else f", seen {show_number(forecast.seen)}"
     remark = f" ({forecast.remark})" if forecast.remark else ""
     return f"{forecast.parameterization}: forecast for {forecast.target}: {found}{seen}{remark}."

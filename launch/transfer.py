@@ -314,9 +314,9 @@ def resubmit_lost(study: Study, snapshot: states.Snapshot) -> int:
 def grow(study: Study) -> int:
     """Adds values to every finished curve whose optimum is on the edge of its grid, and where there is none, a seed
     where a verdict hangs on the noise; returns the number of new runs."""
-    from launch.analysis import seeds_wanted
     from launch.report import collect
+    from launch.verdict import seeds_wanted
 
     analysis = collect(study).analysis
     edges = {(c.parameterization, c.size): c.optimum.censored for c in analysis.curves if c.optimum.censored}
-    return study.grow(edges) or study.add_seeds(seeds_wanted(analysis, study.file.study.sizes[0]))
+    return study.grow(edges) or study.add_seeds(seeds_wanted(analysis))

@@ -6,9 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from launch.analysis import Result, analyse
+from launch.analysis import Result
 from launch.config import Size
 from launch.forecast import Forecast, calibration, forecasts, predict, targets
+from launch.verdict import analyse
 
 DEPTHS = [Size(width=16, depth=depth) for depth in (3, 6, 12, 24)]
 BOTH = [*DEPTHS, *(Size(width=width, depth=3) for width in (32, 64, 128))]
@@ -71,10 +72,10 @@ def test_where_nothing_can_be_foretold_it_says_so(sizes: list[Size], target: Siz
     assert message in remark
 
 
-def test_a_smaller_size_that_diverges_at_the_transferred_value_ends_the_forecast() -> None:
+def test_a_smaller_size_whose_runs_fail_at_the_transferred_value_ends_the_forecast() -> None:
     known = {size: np.full(3, law(size)) for size in DEPTHS[:3]}
     known[DEPTHS[1]][0] = math.inf
-    assert "diverges at width 16, depth 6" in predict(known, DEPTHS[3])[3]
+    assert "runs at the transferred value fail at width 16, depth 6" in predict(known, DEPTHS[3])[3]
 
 
 def test_the_targets_are_the_largest_sizes_along_each_axis_and_of_all() -> None:
@@ -98,12 +99,12 @@ def test_a_studys_forecast_uses_the_loss_at_the_bases_optimum_and_is_compared_wi
         for value in GRID
         for seed in range(3)
     ]
-    (found,) = forecasts(analyse(results, DEPTHS[0], 1.0), DEPTHS)
+    (found,) = forecasts(analyse(results, DEPTHS[0]), DEPTHS)
     assert (found.target, found.fitted, found.law) == (DEPTHS[3], 3, "floor + b / depth")
     assert found.seen == pytest.approx(law(DEPTHS[3]), rel=0.01)
     assert found.inside is True
     assert calibration([found]).startswith("1 of 1")
-    (untrained,) = forecasts(analyse([r for r in results if r.size != DEPTHS[3]], DEPTHS[0], 1.0), DEPTHS)
+    (untrained,) = forecasts(analyse([r for r in results if r.size != DEPTHS[3]], DEPTHS[0]), DEPTHS)
     assert untrained.predicted == pytest.approx(found.predicted)
     assert untrained.seen is None
     assert untrained.inside is None

@@ -72,8 +72,8 @@ def test_a_report_fits_80_columns_and_its_files_say_the_same(study_file: Path) -
 def test_what_transfer_saved_is_said_beside_tuning_the_target_directly(study_file: Path) -> None:
     report = collect(Study(path := make_study(study_file, MOVING, "direct"), read_study(path)))
     lost, kept = report.direct
-    assert lost.regret == pytest.approx(0.01 * 3**2, abs=0.002)
-    assert kept.regret == 0
+    assert lost.regret == pytest.approx(0.01 * 3**2 / 0.5, abs=0.005)  # a share of the lowest loss
+    assert kept.regret == pytest.approx(0, abs=1e-4)
     flops = report.flops
     ratio = flops[lost.base] / flops[lost.target]
     assert lost.share_of_sweep == pytest.approx(ratio)  # the same grid at both sizes

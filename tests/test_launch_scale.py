@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -17,13 +18,16 @@ from launch.config import read_run, read_study
 from launch.report import collect
 from launch.study import Study
 from launch.transfer import grow
+from launch.verdict import seeds_wanted
 
 
-def finish(study: Study, best: float) -> None:
-    """Marks every run done, with a loss that is lowest at 2^best."""
+def finish(study: Study, best: float, moves: str = "sp", noise: float = 0.0) -> None:
+    """Marks every run done, with a loss that is lowest at 2^best, under `moves` half an octave lower a layer."""
     study.write()
     for run in study.pending():
-        loss = 0.3 + 0.05 * (math.log2(run.value) - best) ** 2 + 0.001 * run.seed
+        moved = best - (run.size.depth - run.config.model.base_depth) / 2 * (run.parameterization == moves)
+        loss = 0.3 * math.exp(0.05 * (math.log2(run.value) - moved) ** 2 + 0.001 * run.seed)
+        loss *= 1 + noise * np.random.default_rng((run.seed, run.size.depth, int(1 / run.value))).standard_normal()
         result = {"outcome": "completed", "step": 12, "minival_loss": loss, "seconds": 1.0}
         run.directory.write_done(result)
 
@@ -62,7 +66,7 @@ def test_scale_writes_a_configuration_that_carries_the_optimum_to_another_size(s
 
 
 def test_a_censored_study_is_refused_unless_forced(study_file: Path) -> None:
-    finish(Study(study_file, read_study(study_file)), best=-9)
+    finish(Study(study_file, read_study(study_file)), best=-8)
     with pytest.raises(UserError, match=rf"^{re.escape(str(study_file))}: .*on the low edge"):
         invoke("scale", study_file)
     assert "censored on the low edge" in invoke("scale", study_file, "--force")
@@ -86,7 +90,7 @@ def test_scale_batch_hands_the_ratios_to_the_optimizer_which_knows_the_rule(stud
 
 def test_a_study_that_was_run_with_overrides_is_found_by_its_folder(study_file: Path) -> None:
     two_seeds(study_file)
-    study = Study(study_file, read_study(study_file, ("study.values=[2**-7, 2**-5, 2**-3]", "study.name=other")))
+    study = Study(study_file, read_study(study_file, ("study.values=[2**-7, 2**-6, 2**-5, 2**-4, 2**-3]", "study.name=other")))
     finish(study, best=-5)
     folder = study.file.directory
     with pytest.raises(UserError, match=f"its folder instead: {folder}"):
@@ -95,7 +99,7 @@ def test_a_study_that_was_run_with_overrides_is_found_by_its_folder(study_file: 
     target = folder / "other_target.yaml"
     assert said.startswith("other_target: conv_resnet of width 8 and depth 12 (1 and 4 times the base's), depth_mup.")
     assert target.read_text().startswith("# other_target: conv_resnet")
-    assert invoke("status", folder) == "18 done\n"  # the base is shared
+    assert invoke("status", folder) == "30 done\n"  # the base is shared
     assert "1 new" in invoke("status", target)
 
 
@@ -211,14 +215,14 @@ def test_scale_names_what_moves_an_optimum_and_belongs_to_the_target(study_file:
 def test_without_a_name_scale_takes_the_parameterization_that_is_best_at_the_largest_size(study_file: Path) -> None:
     """At the base they are the same network, whose loss says nothing of them."""
     two_seeds(study_file)
-    study = Study(study_file, read_study(study_file))
+    study = Study(study_file, read_study(study_file, ("study.parameterizations=[completep, depth_mup]",)))
     finish(study, best=-5)
     for point in study.points:
         if point.parameterization == "depth_mup" and point.size.depth > 3:
             result = point.directory.done()
             assert result
             point.directory.write_done({**result, "minival_loss": result["minival_loss"] - 0.1})
-    assert "Chosen of sp, depth_mup for the lowest loss at the largest size" in invoke("scale", study_file)
+    assert "Chosen of completep, depth_mup for the lowest loss at the largest size" in invoke("scale", study.file.directory)
     assert read_run(study.target_file).parameterization.name == "depth_mup"
 
 
@@ -235,10 +239,10 @@ def test_a_grid_grows_only_by_values_that_a_run_may_have(study_file: Path) -> No
 def test_a_censored_curve_grows_on_its_side_twice_at_most(study_file: Path) -> None:
     file = read_study(study_file, ("study.extend=2",))
     study = Study(study_file, file)
-    finish(study, best=-20)
+    finish(study, best=-12, moves="")
     for size in (6, 8):
         assert grow(study) == 3 * 2  # two parameterizations, two depths; at the base they share their runs
-        finish(study, best=-20)
+        finish(study, best=-12, moves="")
         curves = collect(study).analysis.curves
         assert {len(curve.x) for curve in curves} == {size}
     assert grow(study) == 0
@@ -247,7 +251,7 @@ def test_a_censored_curve_grows_on_its_side_twice_at_most(study_file: Path) -> N
 
 def test_an_optimum_inside_the_grid_adds_nothing(study_file: Path) -> None:
     study = Study(study_file, read_study(study_file, ("study.extend=2",)))
-    finish(study, best=-5)
+    finish(study, best=-5, moves="")
     assert grow(study) == 0
 
 
@@ -296,26 +300,32 @@ def test_points_share_a_run_exactly_where_their_parameterizations_have_the_same_
 def test_seeds_are_added_where_the_verdict_hangs_on_them_and_a_later_command_sees_them(study_file: Path) -> None:
     file = read_study(study_file, ("study.more_seeds=2",))
     study = Study(study_file, file)
-    finish(study, best=-5)
-    assert collect(study).analysis.judgements[0].verdict == "inconclusive"  # one seed
-    assert grow(study) == 12  # one seed more at four values of three different networks
+    finish(study, best=-5.5, moves="", noise=0.02)
+    analysis = collect(study).analysis
+    assert {judgement.verdict for judgement in analysis.judgements} == {"inconclusive"}
+    wanted = seeds_wanted(analysis)
+    assert {(name, size.depth) for name, size in wanted} == {("sp", 6), ("depth_mup", 6)}  # the base's value is fixed
+    assert grow(study) == sum(map(len, wanted.values())) > 0
     assert {run.seed for run in Study(study_file, file).runs} == {0, 1}
-    finish(study, best=-5)
-    assert {j.verdict for j in collect(study).analysis.judgements} == {"transfers"}
-    assert grow(study) == 0  # nothing is open any more
+    assert {run.size.depth for run in study.pending()} == {6}
 
 
-def test_no_seed_is_added_where_that_is_switched_off_or_was_done_often_enough(study_file: Path) -> None:
+def test_no_seed_is_added_where_that_is_switched_off_or_was_done_often_enough_or_nothing_is_open(
+    study_file: Path,
+) -> None:
     switched_off = Study(study_file, read_study(study_file, ("study.more_seeds=0",)))
-    finish(switched_off, best=-5)
+    finish(switched_off, best=-5.5, noise=0.05)
     assert grow(switched_off) == 0
     study = Study(study_file, read_study(study_file, ("study.more_seeds=1",)))
-    assert grow(study) == 12
-    study.write()
-    for run in study.pending():  # seeds that disagree by octaves leave the verdict open
-        loss = 0.3 + 0.005 * (math.log2(run.value) + 5 + run.size.depth) ** 2
-        run.directory.write_done({"outcome": "completed", "step": 12, "minival_loss": loss, "seconds": 1.0})
+    assert grow(study) > 0
+    finish(study, best=-5.5, noise=0.05)
+    assert "inconclusive" in {judgement.verdict for judgement in collect(study).analysis.judgements}
     assert grow(study) == 0
+    two_seeds(study_file)
+    settled = Study(study_file, read_study(study_file, ("study.more_seeds=1", "study.name=settled")))
+    finish(settled, best=-5.5)
+    assert [each.verdict for each in collect(settled).analysis.judgements] == ["does not transfer", "transfers"]
+    assert grow(settled) == 0
 
 
 def test_a_grid_of_momentum_grows_towards_one_and_never_reaches_it(study_file: Path) -> None:

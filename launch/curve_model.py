@@ -1,0 +1,333 @@
+"""One model of a study's curves: log loss against a hyperparameter, from which every interval of a report comes.
+
+The run of seed s at x octaves has log loss f(x) + offset(s) + noise. Each curve f is a smooth function:
+
+    f(x) = quadratic(x) + skew x^3 / 6 + quartic x^4 / 24 + rough(x)
+    skew ~ N(m c, (v c)^2),   quartic ~ N(0, (0.3 c)^2),   rough'''' = r c white noise
+
+with c the curve's curvature, and x from the middle of the values. Quadratic and offsets are free; m, v and r are the study's. So a parabola costs nothing,
+curves whose shape changes with size are followed, and what lies between the measured values is as unsure as the shape
+allows (Wahba 1978; the intervals of smoothing splines, Nychka 1988). The variance of the noise is each curve's own,
+moderated towards that of the study's other curves (Smyth 2004). All of these are integrated over, none is plugged in.
+docs/verdict.md says the model in one page, and what simulation says of its intervals.
+"""
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from scipy.special import digamma, polygamma
+
+CONFIDENCE = 0.9
+DRAWS = 2000  # of every curve; among them a bound's place is known to one per cent
+STEPS_PER_OCTAVE = 8  # of the grid on which curves are drawn; between its points the lowest is found by a parabola
+REACH_OCTAVES = 3.0  # a value is left out further than this from the best, or above REACH_LOSS, unless ...
+REACH_LOSS = 0.25  # (log of its loss over the lowest)
+MIN_REACH = 2  # ... it is one of so many to either side
+
+MEAN_SKEW = np.linspace(-1.2, 1.2, 13)  # m: change of the curvature within an octave, in curvatures
+MEAN_SKEW_DEVIATION = 0.6  # of m's normal prior
+SKEW_DEVIATION = np.array([0.15, 0.4])  # v
+QUARTIC_DEVIATION = 0.3
+ROUGHNESS = np.array([0.1, 0.4, 1.5])  # r
+NOISE = 2.0 ** np.linspace(-1.5, 1.5, 7)  # standard deviations that are tried, in that of the moderated estimate
+LEAST_NOISE = 1e-4  # of a log loss: runs that repeat to the last digit say nothing of other seeds
+
+
+@dataclass(frozen=True)
+class ValueEffects:
+    """Least squares over a curve's runs: the mean log loss of each value, free of the seeds' offsets."""
+
+    x: np.ndarray  # (values,)
+    mean: np.ndarray  # (values,)
+    covariance: np.ndarray  # (values, values), in units of the noise's variance
+    residual: float  # sum of squares
+    freedom: int  # of the residual
+
+
+def value_effects(x: np.ndarray, y: np.ndarray) -> ValueEffects:
+    """x: (values,); y: (seeds, values) log losses, NaN where there is no run."""
+    seeds, values = np.nonzero(np.isfinite(y))
+    design = np.zeros((len(seeds) + 1, len(x) + len(y)))
+    rows = np.arange(len(seeds))
+    design[rows, values] = design[rows, len(x) + seeds] = 1.0
+    design[-1, len(x) :] = 1.0  # the seeds' offsets add up to 0: a row that carries no noise
+    observed = np.append(y[seeds, values], 0.0)
+    solution = np.linalg.pinv(design)
+    effects = solution @ observed
+    residual = float(((observed - design @ effects) ** 2).sum())
+    of_runs = solution[: len(x), :-1]
+    freedom = len(observed) - int(np.linalg.matrix_rank(design))
+    return ValueEffects(x, effects[: len(x)], of_runs @ of_runs.T, residual, freedom)
+
+
+def integrated_noise(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Covariance of white noise integrated four times from 0: int_0^min (a-u)^3 (b-u)^3 / 36 du. (len(a), len(b))"""
+    low, gap = np.minimum(a[:, None], b), np.abs(a[:, None] - b)
+    return np.asarray((low**7 / 7 + gap * low**6 / 2 + 3 * gap**2 * low**5 / 5 + gap**3 * low**4 / 4) / 36)
+
+
+# ---------------------------------------------------------------- the noise between seeds
+
+
+def inverse_trigamma(value: float) -> float:
+    """x with trigamma(x) = value: Newton's method on 1 / trigamma, which is nearly linear (Smyth 2004, appendix)."""
+    x = 0.5 + 1 / value
+    for _ in range(50):
+        trigamma = float(polygamma(1, x))
+        step = trigamma * (1 - trigamma / value) / float(polygamma(2, x))
+        x += step
+        if -step < 1e-8 * x:
+            break
+    return x
+
+
+def moderate(variances: np.ndarray, freedoms: np.ndarray) -> tuple[float, float]:
+    """(degrees of freedom, variance) of the prior towards which variances of a study's curves are moderated, by the
+    moments of log variances (Smyth 2004, section 6.2); all their freedom where they scatter as those of one variance.
+    """
+    half = freedoms / 2
+    logs = np.log(variances) - digamma(half) + np.log(half)
+    mean = float(np.average(logs, weights=freedoms))
+    if len(logs) < 2:
+        return 0.0, math.exp(mean)
+    excess = float(logs.var(ddof=1) - polygamma(1, half).mean())
+    total = float(freedoms.sum())
+    prior = min(2 * inverse_trigamma(excess), total) if excess > 0 else total
+    return prior, math.exp(mean + float(digamma(prior / 2)) - math.log(prior / 2))
+
+
+# ---------------------------------------------------------------- one curve
+
+
+class CurveFit:
+    """The model of one curve at every noise, roughness and deviation of the skew that are tried.
+
+    low, high: octaves between which the optimum is looked for; they may reach beyond the fitted values.
+    """
+
+    def __init__(self, effects: ValueEffects, low: float, high: float) -> None:
+        self.effects = effects
+        self.grid = np.linspace(low, high, math.ceil((high - low) * STEPS_PER_OCTAVE) + 1)
+        points = np.concatenate([effects.x, self.grid])
+        self.cubic = (points - effects.x.mean()) ** 3 / 6  # (values + grid points,)
+        self.quartic = QUARTIC_DEVIATION * (points - effects.x.mean()) ** 4 / 24
+        self.basis = (points - effects.x.mean())[:, None] ** np.arange(3)
+        self.rough = integrated_noise(points - points.min(), points - points.min())
+        self.count = len(effects.x)
+        basis = self.basis[: self.count]
+        weight = np.linalg.pinv(effects.covariance + 1e-9 * np.eye(self.count))
+        information = np.linalg.inv(basis.T @ weight @ basis)
+        quadratic = information @ basis.T @ weight @ effects.mean
+        left = effects.mean - basis @ quadratic
+        self.misfit, self.misfit_freedom = float(left @ weight @ left), self.count - basis.shape[1]
+        self.curvature, self.curvature_error = 2 * abs(quadratic[2]), 2 * math.sqrt(information[2, 2])
+
+    def set_noise(self, deviation: float) -> None:
+        """deviation: the moderated estimate of the noise's standard deviation, about which others are tried."""
+        self.noises = deviation * NOISE
+        # the curve's curvature, or what could be told from none
+        self.scale = max(self.curvature, self.curvature_error * deviation)
+
+    def prior(self, rows: slice) -> np.ndarray:
+        """Covariance of f beyond its quadratic between the points `rows` and the values, (roughness, deviation, ...)"""
+        cubic, quartic = (np.outer(term[rows], term[: self.count]) for term in (self.cubic, self.quartic))
+        by_roughness = np.multiply.outer(ROUGHNESS**2, self.rough[rows, : self.count])[:, None]
+        by_deviation = np.multiply.outer(SKEW_DEVIATION**2, cubic)[None]
+        return np.asarray(self.scale**2 * (quartic + by_roughness + by_deviation))
+
+    @cached_property
+    def inverse(self) -> np.ndarray:
+        """Of the covariance of the value effects: (noises, roughness, deviations, values, values)"""
+        noise = np.multiply.outer(self.noises**2, self.effects.covariance)[:, None, None]
+        return np.linalg.inv(noise + self.prior(slice(self.count))[None])
+
+    @cached_property
+    def information(self) -> np.ndarray:
+        """Of the quadratic's coefficients: (noises, roughness, deviations, 3, 3)"""
+        basis = self.basis[: self.count]
+        return np.asarray(basis.T @ self.inverse @ basis)
+
+    @cached_property
+    def quadratic(self) -> np.ndarray:
+        """What takes value effects to the quadratic's coefficients: (..., 3, values)"""
+        return np.linalg.solve(self.information, self.basis[: self.count].T @ self.inverse)
+
+    def log_likelihood(self) -> np.ndarray:
+        """Restricted log likelihood of the value effects and of the residuals between seeds.
+
+        (noises, roughness, deviations, mean skews)
+        """
+        projection = self.inverse - self.inverse @ self.basis[: self.count] @ self.quadratic
+        mean, cubic = self.effects.mean, self.scale * self.cubic[: self.count]
+        square, cross, own = (a @ projection @ b for a, b in ((mean, mean), (mean, cubic), (cubic, cubic)))
+        quadratic = square[..., None] - 2 * MEAN_SKEW * cross[..., None] + MEAN_SKEW**2 * own[..., None]
+        determinant = np.linalg.slogdet(self.information)[1] - np.linalg.slogdet(self.inverse)[1]
+        between = self.effects.freedom * np.log(self.noises) + self.effects.residual / (2 * self.noises**2)
+        return np.asarray(-0.5 * (quadratic + determinant[..., None]) - between[:, None, None, None])
+
+    def draw(self, chosen: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        """Curves of the posterior on the grid: (draws, points).
+
+        chosen: (draws, 4) indices of noise, roughness, deviation and mean skew. A curve of the prior is drawn and
+        corrected by what the runs say of its difference from the truth (Matheron's rule), the quadratic being free.
+        """
+        values, points = slice(self.count), slice(self.count, None)
+        root = np.linalg.cholesky(self.rough + 1e-10 * np.trace(self.rough) * np.eye(len(self.rough)))
+        noise_root = np.linalg.cholesky(self.effects.covariance + 1e-12 * np.eye(self.count))
+        noise, roughness, deviation, skew = chosen.T
+        count = len(chosen)
+        drawn = self.scale * ROUGHNESS[roughness, None] * (generator.standard_normal((count, len(root))) @ root.T)
+        skews = MEAN_SKEW[skew] + SKEW_DEVIATION[deviation] * generator.standard_normal(count)
+        drawn += self.scale * skews[:, None] * self.cubic
+        drawn += self.scale * generator.standard_normal((count, 1)) * self.quartic
+        errors = self.noises[noise, None] * (generator.standard_normal((count, self.count)) @ noise_root.T)
+        gap = self.effects.mean - drawn[:, values] - errors
+        found = drawn[:, points]
+        prior = self.prior(points)
+        for i, j, k in np.unique(chosen[:, :3], axis=0):
+            rows = np.flatnonzero((noise == i) & (roughness == j) & (deviation == k))
+            quadratic = gap[rows] @ self.quadratic[i, j, k].T  # (rows, 3)
+            left = gap[rows] - quadratic @ self.basis[values].T
+            found[rows] += quadratic @ self.basis[points].T + left @ self.inverse[i, j, k] @ prior[j, k].T
+        return found
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """What the runs say of one curve. Draws of the curves of one study go together."""
+
+    grid: np.ndarray  # (points,) octaves
+    draws: np.ndarray  # (DRAWS, points) log loss
+
+    @cached_property
+    def _lowest(self) -> tuple[np.ndarray, np.ndarray]:
+        """(octaves, log loss) of each draw's lowest point, between grid points by a parabola."""
+        best, rows = self.draws.argmin(axis=1), np.arange(len(self.draws))
+        inner = np.clip(best, 1, len(self.grid) - 2)
+        left, centre, right = (self.draws[rows, inner + step] for step in (-1, 0, 1))
+        bend = left - 2 * centre + right
+        share = np.divide(left - right, 2 * bend, out=np.zeros(len(rows)), where=(best == inner) & (bend > 0))
+        return self.grid[best] + share * (self.grid[1] - self.grid[0]), self.draws[rows, best] - share**2 * bend / 2
+
+    @property
+    def optima(self) -> np.ndarray:
+        """Octaves. (DRAWS,)"""
+        return self._lowest[0]
+
+    @property
+    def lowest(self) -> np.ndarray:
+        """Log loss at the optimum. (DRAWS,)"""
+        return self._lowest[1]
+
+    def at(self, x: float) -> np.ndarray:
+        """Log loss at `x` octaves, NaN outside of the grid. (DRAWS,)"""
+        if not self.grid[0] <= x <= self.grid[-1]:
+            return np.full(len(self.draws), math.nan)
+        right = int(np.clip(np.searchsorted(self.grid, x), 1, len(self.grid) - 1))
+        share = (x - self.grid[right - 1]) / (self.grid[right] - self.grid[right - 1])
+        return np.asarray((1 - share) * self.draws[:, right - 1] + share * self.draws[:, right])
+
+    def regrets(self, x: float) -> np.ndarray:
+        """Log of the loss at `x` octaves over the lowest. (DRAWS,)"""
+        return np.maximum(self.at(x) - self.lowest, 0.0)
+
+
+# ---------------------------------------------------------------- a study
+
+
+def level(y: np.ndarray) -> np.ndarray:
+    """Mean over seeds, (values,): infinite where any seed failed, NaN where no seed ran.
+
+    Seeds may have run at other values: their offsets, known from the values that all ran, are taken off.
+    """
+    shared = y[:, np.isfinite(y).all(axis=0)]
+    offset = shared.mean(axis=1, keepdims=True) - shared.mean() if shared.size else 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a value without a run is meant to become NaN
+        return np.asarray(np.nanmean(y - offset, axis=0))
+
+
+def fitted_values(x: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """Indices of the values that a curve is fitted to: those about the lowest, without a gap. `mean`: inf, failed."""
+    best = int(np.where(np.isfinite(mean), mean, math.inf).argmin())
+    kept = [best]
+    for step in (-1, 1):
+        index = best + step
+        while 0 <= index < len(x) and np.isfinite(mean[index]):
+            near = abs(x[index] - x[best]) <= REACH_OCTAVES and mean[index] - mean[best] <= REACH_LOSS
+            if not near and abs(index - best) > MIN_REACH:
+                break
+            kept.append(index)
+            index += step
+    return np.array(sorted(kept))
+
+
+def prepare(x: np.ndarray, y: np.ndarray) -> CurveFit | None:
+    """None where fewer than three values about the lowest trained. Beside a value at which runs fail, the optimum may
+    lie anywhere up to that value."""
+    mean = level(y)
+    if not np.isfinite(mean).any():
+        return None
+    kept = fitted_values(x, mean)
+    if len(kept) < 3:
+        return None
+    low, high = kept[0], kept[-1]
+    low -= low > 0 and np.isinf(mean[low - 1])
+    high += high + 1 < len(x) and np.isinf(mean[high + 1])
+    return CurveFit(value_effects(x[kept], y[:, kept]), float(x[low]), float(x[high]))
+
+
+def fit(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[Posterior | None]:
+    """Posteriors of a study's curves, each given as x: (values,) octaves and y: (seeds, values) log losses, infinite
+    where a run failed, NaN where there is none. None for a curve that `prepare` cannot fit, and for all where nothing
+    tells the noise."""
+    prepared = [prepare(x, y) for x, y in curves]
+    fits = [each for each in prepared if each]
+    # where seeds were not repeated, the misfit of parabolas stands for the noise
+    repeated = any(each.effects.freedom for each in fits)
+    squares = np.array([each.effects.residual if repeated else each.misfit for each in fits])
+    freedoms = np.array([each.effects.freedom if repeated else each.misfit_freedom for each in fits], dtype=float)
+    if not freedoms.any():
+        return [None] * len(curves)
+    known = freedoms > 0
+    variances = np.maximum(squares[known] / freedoms[known], LEAST_NOISE**2)
+    prior_freedom, prior_variance = moderate(variances, freedoms[known])
+    tables = []
+    for each, square, freedom in zip(fits, squares, freedoms, strict=True):
+        moderated = (prior_freedom * prior_variance + square) / max(prior_freedom + freedom, 1.0)
+        each.set_noise(math.sqrt(max(moderated, LEAST_NOISE**2)))
+        # the prior of a variance, scaled inverse chi squared, per logarithm of the deviation
+        prior = -prior_freedom * (np.log(each.noises) + prior_variance / (2 * each.noises**2))
+        tables.append(each.log_likelihood() + prior[:, None, None, None])
+    generator = np.random.default_rng(0)
+    shared = sum(np.logaddexp.reduce(table, axis=0) for table in tables) - 0.5 * (MEAN_SKEW / MEAN_SKEW_DEVIATION) ** 2
+    weights = np.exp(shared - shared.max())
+    common = generator.choice(weights.size, DRAWS, p=(weights / weights.sum()).ravel())
+    found = []
+    for each, table in zip(fits, tables, strict=True):
+        of_noise = table.reshape(len(NOISE), -1)[:, common]
+        of_noise = np.exp(of_noise - of_noise.max(axis=0)).cumsum(axis=0)
+        noise = (of_noise < generator.random(DRAWS) * of_noise[-1]).sum(axis=0)
+        chosen = np.stack([noise, *np.unravel_index(common, weights.shape)], axis=1)
+        found.append(Posterior(each.grid, each.draw(chosen, generator)))
+    posteriors = iter(found)
+    return [next(posteriors) if each else None for each in prepared]
+
+
+def quantiles(draws: np.ndarray) -> tuple[float, float]:
+    """The middle CONFIDENCE of `draws`."""
+    low, high = np.quantile(draws, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
+
+
+def regret_interval(posterior: Posterior, x: float) -> tuple[float, float]:
+    """Of the log of the loss at `x` over the lowest. Its lower end is 0 where the optimum's interval holds x."""
+    regrets = posterior.regrets(x)
+    low, high = quantiles(posterior.optima)
+    if low <= x <= high:
+        return 0.0, float(np.quantile(regrets, CONFIDENCE))
+    return quantiles(regrets)

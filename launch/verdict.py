@@ -1,0 +1,194 @@
+"""May a value be carried over? A rule about the loss, and what would settle an open question.
+
+The regret at the carried value decides, with its interval; octaves explain. docs/verdict.md has the rule's error rates.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from launch.analysis import Comparison, Curve, Result, analyse_sizes
+from launch.config import Size
+from launch.curve_model import CONFIDENCE
+from launch.wording import show_drift, show_interval, show_share, show_shares
+
+Verdict = Literal["transfers", "costs", "does not transfer", "not identified", "inconclusive"]
+CONTROL = "sp"  # the parameterization under which nothing is scaled
+SURE = (1 + CONFIDENCE) / 2
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Shares of the loss: up to `transfer` a value transfers, up to `cost` it costs, beyond it does not transfer."""
+
+    transfer: float = 0.005
+    cost: float = 0.05
+
+
+@dataclass(frozen=True)
+class Judgement:
+    parameterization: str
+    verdict: Verdict
+    reason: str
+    unsure: tuple[Size, ...] = ()  # the sizes at which more seeds could settle an inconclusive verdict
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Everything that a report shows, per parameterization in the study's order."""
+
+    curves: list[Curve]
+    comparisons: list[Comparison]  # every size, the base itself first
+    judgements: list[Judgement]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one size says of the verdict."""
+
+    verdict: Verdict
+    reason: str
+    seeds_help: bool = False
+    is_bounded: bool = False  # surely no more than Limits.cost
+
+
+def describe_rule(limits: Limits) -> str:
+    """The verdict's rule in words; `judge_size` and `judge` are its code."""
+    transfer, cost = show_share(limits.transfer), show_share(limits.cost)
+    return (
+        f"what decides is the regret: the loss at the base's optimum over the lowest of that size. transfers: at every "
+        f"size it is below {transfer} of the loss with a probability of {SURE:.0%}. costs: at some size it is "
+        f"above {transfer} with that probability, and at none above {cost}. does not transfer: at some size it is "
+        f"above {cost} with that probability, or no run trains at the carried value, or at any. not identified: the "
+        f"value transfers, but so does that of {CONTROL}, or every value within an octave is as good. "
+        f"inconclusive: anything else."
+    )
+
+
+def without_optimum(curve: Curve) -> str:
+    if math.isinf(curve.optimum.metric):
+        return f"every value fails at {curve.size}"
+    best = f"the best loss, {curve.optimum.metric:.3g}"
+    return f"nothing is learned at {curve.size}: {best}, is within noise of that of a guess"
+
+
+def judge_size(comparison: Comparison, limits: Limits) -> Finding:
+    """What one size beside the base says."""
+    curve, size = comparison.curve, comparison.curve.size
+    if curve.optimum.x is None:
+        return Finding("does not transfer", without_optimum(curve))
+    if math.isinf(comparison.at_base_optimum):
+        return Finding("does not transfer", f"runs fail at the base's optimum at {size}")
+    if comparison.regret_interval is None:
+        return Finding(
+            "inconclusive",
+            f"the regret at {size} is unknown: fewer than three values about its best train, or no value has two seeds",
+            seeds_help=curve.num_seeds == 1,
+        )
+    low, high = comparison.regret_interval
+    cost = f"{show_share(comparison.regret)} ({show_shares((low, high))}) at {size}"
+    drift = f"drift {show_drift(comparison.drift or 0.0)} octaves"
+    if low > limits.cost:
+        return Finding("does not transfer", f"costs {cost}, {drift}")
+    if curve.optimum.censored:
+        return Finding("inconclusive", f"the optimum at {size} is on the {curve.optimum.censored} edge of the grid")
+    if comparison.regret_bound <= limits.transfer:
+        return Finding("transfers", f"at most {show_share(comparison.regret_bound)} at {size}, {drift}")
+    if low > limits.transfer and high <= limits.cost:
+        return Finding("costs", f"costs {cost}, {drift}")
+    return Finding(
+        "inconclusive", f"the cost is known to {show_shares((low, high))} only at {size}", True, high <= limits.cost
+    )
+
+
+def is_plateau(base: Curve, comparisons: Sequence[Comparison], limits: Limits) -> bool:
+    """Whether at every size, the base included, values an octave to either side of the base's optimum are as good."""
+    x, as_good = base.optimum.x, math.log1p(limits.transfer)
+    posteriors = [base.posterior, *(comparison.curve.posterior for comparison in comparisons)]
+    return x is not None and all(
+        posterior is not None and (posterior.regrets(x + shift) <= as_good).mean() >= SURE  # NaN, unknown, is not
+        for posterior in posteriors
+        for shift in (-1, 1)
+    )
+
+
+def judge(base: Curve, comparisons: Sequence[Comparison], limits: Limits) -> Judgement:
+    """The verdict on one parameterization, from all sizes beside the base."""
+    name = base.parameterization
+    if base.optimum.x is None:
+        return Judgement(name, "inconclusive", f"the base: {without_optimum(base)}")
+    if not comparisons:
+        return Judgement(name, "inconclusive", "the study has one size only")
+    if len(base.values) == 1:
+        return Judgement(name, "inconclusive", "the study has one value only")
+    findings = [(comparison, judge_size(comparison, limits)) for comparison in comparisons]
+
+    def reasons(verdict: Verdict) -> list[str]:
+        return list(dict.fromkeys(found.reason for _, found in findings if found.verdict == verdict))
+
+    if failed := reasons("does not transfer"):
+        return Judgement(name, "does not transfer", "; ".join(failed))
+    doubtful = reasons("inconclusive")
+    if base.optimum.censored:
+        doubtful.insert(0, f"the base's optimum is on the {base.optimum.censored} edge of the grid")
+    costs = reasons("costs")
+    bounded = all(found.is_bounded for _, found in findings if found.verdict == "inconclusive")
+    if costs and bounded and not base.optimum.censored:
+        return Judgement(name, "costs", "; ".join(costs))
+    if doubtful:
+        unsure = tuple(comparison.curve.size for comparison, found in findings if found.seeds_help)
+        return Judgement(name, "inconclusive", "; ".join(doubtful), unsure)
+    if is_plateau(base, comparisons, limits):
+        around = show_interval((base.optimum.x - 1, base.optimum.x + 1))
+        return Judgement(name, "not identified", f"every value between {around} octaves is as good at every size")
+    worst = max(comparisons, key=lambda comparison: comparison.regret_bound)
+    return Judgement(name, "transfers", judge_size(worst, limits).reason)
+
+
+def compare_with_control(judgements: Sequence[Judgement]) -> list[Judgement]:
+    """Where the unscaled network's own value transfers as well, the study shows nothing about the others."""
+    control = next((each for each in judgements if each.parameterization.split()[0] == CONTROL), None)
+    if control is None or control.verdict not in ("transfers", "not identified"):
+        return list(judgements)
+    reason = f"{control.parameterization} transfers as well: at these sizes and this horizon there is nothing to mend"
+    return [
+        replace(each, verdict="not identified", reason=f"{each.reason}, but {reason}")
+        if each.verdict == "transfers" and each is not control
+        else each
+        for each in judgements
+    ]
+
+
+def analyse(
+    results: Sequence[Result],
+    base_size: Size,
+    limits: Limits = Limits(),
+    octaves: Callable[[float], float] = math.log2,
+    chance: float = math.inf,
+    carried: Mapping[str, float] | None = None,
+) -> Analysis:
+    """Analyses all results; a parameterization without results at the base size is left out. Arguments as those of
+    `analyse_sizes`."""
+    curves, comparisons = analyse_sizes(results, base_size, octaves, chance, carried)
+    judgements = []
+    for base in (comparison.curve for comparison in comparisons if comparison.curve.size == base_size):
+        own = [c for c in comparisons if c.curve.parameterization == base.parameterization and c.curve is not base]
+        judgements.append(judge(base, own, limits))
+    return Analysis(curves, comparisons, compare_with_control(judgements))
+
+
+def seeds_wanted(analysis: Analysis) -> dict[tuple[str, Size], list[float]]:
+    """Where one more seed could settle a verdict: values near the optimum, per (parameterization, size).
+
+    The value that is carried is fixed, so that only the sizes in doubt need runs. Curves on the edge of their grid are
+    left out: these need values first.
+    """
+    return {
+        (curve.parameterization, curve.size): curve.near_optimum()
+        for judgement in analysis.judgements
+        for curve in analysis.curves
+        if curve.parameterization == judgement.parameterization
+        and curve.size in judgement.unsure
+        and not curve.optimum.censored
+    }
