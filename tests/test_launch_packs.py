@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 import yaml
-from test_launch_transfer import COMMAND, REPOSITORY, depthmup
+from test_launch_transfer import COMMAND
+from train_processes import ROOT as REPOSITORY
+from train_processes import depthmup
 
 from data.errors import UserError
 from launch.config import LaunchConfig, read_study
@@ -46,7 +48,7 @@ def packs_in_logs(runs: Path) -> list[int]:
 
 def test_a_packed_study_has_the_table_of_an_unpacked_one_also_after_a_kill(study_file: Path) -> None:
     longer = "train.samples=1280"  # 40 steps: time for a kill
-    alone = depthmup("transfer", study_file, "study.name=alone", longer)
+    alone = depthmup("transfer", study_file, "study.name=alone", longer, "launch.cluster=debug")
     assert alone.returncode == 0, alone.stderr
     runs = study_file.parent / "runs"
     assert packs_in_logs(runs / "alone" / "runs") == [1] * 12  # batches of 32 are not packed on a CPU by default
@@ -61,7 +63,7 @@ def test_a_packed_study_has_the_table_of_an_unpacked_one_also_after_a_kill(study
     os.kill(json.loads((saved[0].parents[1] / "lock").read_text())["pid"], signal.SIGKILL)
     process.communicate()
     assert process.returncode == 2  # runs are left over
-    again = depthmup(*packed)
+    again = depthmup(*packed, "launch.cluster=debug")
     assert again.returncode == 0, again.stderr
     assert packs_in_logs(runs / "packed" / "runs") == [4] * 12
     assert any("resumed from" in log.read_text() for log in (runs / "packed" / "runs").glob("*/log-0.txt"))

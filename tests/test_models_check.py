@@ -1,15 +1,19 @@
 """The coordinate check passes what is right, and fails each rule of the table when it alone is broken."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 from launch.check import hint, table
 from launch.cli import cli
+from models import coordinate_check
 from models import parameterization as rules
+from models.build import ScaledModel
 from models.config import (
     AnyModelConfig,
     ConvResNetConfig,
@@ -18,7 +22,7 @@ from models.config import (
     ResNetConfig,
     VisionTransformerConfig,
 )
-from models.coordinate_check import AXES, Axis, Line, Settings, at_positions, check
+from models.coordinate_check import AXES, Axis, Batch, Line, Measured, Settings, Target, at_positions, check
 from models.parameterization import Role, Scale
 
 CONV_RESNET = ConvResNetConfig(
@@ -36,6 +40,33 @@ TIMM_RESNET = ResNetConfig(
 SGD, ADAMW = OptimizerConfig(name="sgd", lr=0.03), OptimizerConfig(name="adamw", lr=1e-3)
 MUON = replace(ADAMW, name="muon")
 SMALL = Settings(factors=(1, 4), steps=2, num_seeds=4)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def train_each_network_once() -> Iterator[None]:
+    """A network is not trained again where nothing that the rules change is different: as the base, which no planted
+    fault changes, since every factor is 1 there."""
+    build, measure = coordinate_check.build, coordinate_check.measure
+    measured: dict[object, Measured] = {}
+
+    def build_and_note(config: AnyModelConfig, parameterization: ParameterizationConfig, seed: int) -> ScaledModel:
+        scaled = build(config, parameterization, seed)
+        scaled.network.origin = config, seed  # type: ignore[assignment]
+        return scaled
+
+    def measure_once(
+        scaled: ScaledModel, batch: Batch, optimizer: OptimizerConfig, steps: int, targets: dict[str, Target]
+    ) -> Measured:
+        factors = scaled.scale.all_factors(optimizer.name)
+        key: Any = scaled.network.origin, factors, optimizer, steps, batch[0].shape
+        if key not in measured:
+            measured[key] = measure(scaled, batch, optimizer, steps, targets)
+        return measured[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(coordinate_check, "build", build_and_note)
+        patch.setattr(coordinate_check, "measure", measure_once)
+        yield
 
 
 def failures(

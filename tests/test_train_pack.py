@@ -54,6 +54,7 @@ AMPLIFIES = {  # rounding, at the rates of the others to more than 1e-4 within 5
     "timm's ResNetV2": {"family": "resnet", "depth": 4, "base_depth": 4, "preactivation": True},
 }
 RATES = {"sgd": 0.005, "adamw": 0.004}
+STEPS = 20  # of warm-up and of decay, with every momentum moving
 DIVERGES = 1e37  # a learning rate after which no weight is finite
 
 Change = Callable[[dict[str, Any]], None]
@@ -88,7 +89,7 @@ def test_each_replica_ends_as_it_would_alone_while_one_diverges(
     network: str, optimizer: str, make: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
     rate = RATES[optimizer] / (8 if network in AMPLIFIES else 1)
-    make = partial(make, network, optimizer, 50, optimizer__lr=rate, train__checkpoint_every=40, train__log_every=10)
+    make = partial(make, network, optimizer, STEPS, optimizer__lr=rate, train__checkpoint_every=16, train__log_every=5)
     configs = [
         make(),
         make(optimizer__lr=rate * DIVERGES),
@@ -124,7 +125,7 @@ def test_each_replica_ends_as_it_would_alone_while_one_diverges(
 
 
 @pytest.mark.parametrize("optimizer", RATES)
-def test_in_double_precision_fifty_packed_steps_are_those_of_each_run_alone(
+def test_in_double_precision_packed_steps_are_those_of_each_run_alone(
     optimizer: str, make: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So what differs in fp32 is rounding, also at rates and in networks that amplify it."""
@@ -132,7 +133,7 @@ def test_in_double_precision_fifty_packed_steps_are_those_of_each_run_alone(
     torch.set_default_dtype(torch.float64)
     try:
         for network in (*AMPLIFIES, "vit"):
-            one = partial(make, network, optimizer, 50, optimizer__lr=0.02)
+            one = partial(make, network, optimizer, STEPS, optimizer__lr=0.02)
             configs = [
                 one(optimizer__betas=[0.8, 0.9], optimizer__momentum=0.0, parameterization={"gamma0": 1.5}),
                 one(optimizer__eps=1e-3, optimizer__momentum=0.99, parameterization={"beta": 0.5}, seed=1),
@@ -141,9 +142,9 @@ def test_in_double_precision_fifty_packed_steps_are_those_of_each_run_alone(
             images = torch.rand(2, 8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
             labels = torch.arange(16).view(2, 8) % 10
             replicas = Replicas(configs, CPU)
-            together = [replicas.step(images, labels) for _ in range(50)][-1]
+            together = [replicas.step(images, labels) for _ in range(STEPS)][-1]
             for number, config in enumerate(configs):
-                loss = alone(config, images[config.seed], labels[config.seed], 50)
+                loss = alone(config, images[config.seed], labels[config.seed], STEPS)
                 assert float(together[number]) == pytest.approx(loss, rel=1e-7), (network, number)
     finally:
         torch.set_default_dtype(torch.float32)
