@@ -26,6 +26,7 @@ from launch.packs import check_packable, packs_of
 from launch.study import PlannedRun, Study
 from launch.submit import group
 from launch.worker import attempts, work
+from launch.worker import main as work_in_a_job
 from train.config import RunConfig, from_plain, to_yaml
 from train.interrupt import Interrupt, Interrupted
 from train.loop import run
@@ -232,12 +233,15 @@ def test_slots_that_share_a_list_do_not_halve_each_others_packs(
     assert packs_in_logs(directories[0].path.parent) == [8] * 16
 
 
-def test_a_job_of_an_array_trains_its_list_as_a_pack(written: Callable[[int], list[RunDirectory]]) -> None:
+def test_a_job_of_an_array_trains_its_list_as_a_pack(
+    written: Callable[[int], list[RunDirectory]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     directories = written(3)
     root = directories[0].path.parents[1]
     details = {"memory_gb": None, "runs_per_gpu": 1}
     submission = Submission.create(root / "jobs", "test", [["nothing"], [d.path.name for d in directories]], details)
-    environment = {**os.environ, "SLURM_ARRAY_JOB_ID": "1", "SLURM_ARRAY_TASK_ID": "1", "SLURM_NTASKS": "1"}
-    command = [sys.executable, "-m", "launch.worker", str(submission.file)]
-    subprocess.run(command, env=environment, cwd=REPOSITORY, check=True)
+    for key in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_NTASKS"):
+        monkeypatch.setenv(key, "1")
+    monkeypatch.setattr(sys, "argv", ["worker", str(submission.file)])
+    assert work_in_a_job() == 0
     assert packs_in_logs(directories[0].path.parent) == [3, 3, 3]

@@ -94,7 +94,7 @@ def train_all(shards: str, out: str) -> None:
             for case in cases_of(name):
                 config = config_of(shards, case, "parallel.micro_batch_size=8", *overrides)
                 run(config, Path(out) / name / case, world)
-            of_batch_norm = ("train.samples=320", "optimizer.lr=0.05", "parallel.micro_batch_size=8", *overrides)
+            of_batch_norm = ("optimizer.lr=0.05", "parallel.micro_batch_size=8", *overrides)
             run(run_config(shards, *of_batch_norm, model=BATCH_NORM), Path(out) / name / "batch_norm", world)
             in_bf16 = ("train.precision=bf16", *overrides)
             run(config_of(shards, "vit-depth_mup-adamw", *in_bf16), Path(out) / name / "bf16", world)

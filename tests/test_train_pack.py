@@ -1,11 +1,7 @@
 """A pack of K runs gives each of them the results and the files that it would have had alone."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from train_configs import metric, metrics
+from train_processes import start
 
 from benchmarks import packed as measured
 from data.config import DataConfig
@@ -250,15 +247,13 @@ def test_a_pack_whose_process_is_killed_goes_on_and_leaves_a_finished_replica_al
         "paths = [Path(p) for p in sys.argv[1:]]\n"
         "run_pack([from_plain(RunConfig, read_yaml(p / 'config.yaml'), str(p)) for p in paths], paths)"
     )
-    root = Path(__file__).parents[1]
-    child = subprocess.Popen([sys.executable, "-c", program, *map(str, broken)], cwd=root, env=dict(os.environ))
+    (child,) = start(["-c", program, *map(str, broken)], world_size=1)
     deadline = time.monotonic() + 300
     while not (broken[2] / "checkpoints" / "step-20").exists():
-        assert child.poll() is None, "the pack ended before it could be killed"
+        assert child.returncode is None, "the pack ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
+    child.kill()
     assert not (broken[0] / "done.json").exists()
 
     shutil.rmtree(broken[1])  # the middle one was finished by someone else meanwhile
