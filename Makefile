@@ -1,16 +1,21 @@
-# make demo: the demo study, end to end.   make test: the whole test suite.   make check: lint, format, types.
+# make demo: the demo study, end to end.   make test: the test suite.   make check: lint, format, types.
+# make test-long: what is rare and slow, and not in `make test`: many random kills, long fuzzing.
 # TEST_PROCESSES=8 make test: where there are more cores than two.
 PYTHON ?= python3
 VENV ?= .venv
 TEST_PROCESSES ?= 2
 BIN := $(VENV)/bin
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --durations 10
 UV_ENV := UV_CONSTRAINT=constraints.txt $(if $(wildcard $(PIP_FIND_LINKS)),UV_FIND_LINKS=$(PIP_FIND_LINKS))
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/depthmup transfer configs/digits_resnet.yaml
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --durations 10 $(TESTS)
+	$(PYTEST) $(TESTS)
+
+test-long: $(VENV)/.installed-dev
+	$(PYTEST) -m long $(TESTS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -26,4 +31,4 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt
 clean:
 	rm -rf runs shards
 
-.PHONY: demo test check clean
+.PHONY: demo test test-long check clean

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import train_processes
 
 SCRIPTS = Path(__file__).parent / "slurm"
-REPOSITORY = Path(__file__).parents[1]
-START = f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); from launch.cli import main; main()"
 PROGRAMS = ("slurmctld", "slurmd", "slurmdbd", "munged", "mariadbd")
 
 
@@ -102,10 +101,9 @@ class Cluster:
         return self.call("squeue", "-h", "-j", job, "-o", "%N")
 
     def depthmup(self, *arguments: Any, **settings: Any) -> subprocess.CompletedProcess[str]:
-        """The command line, in a process of its own."""
+        """The command line, in a forked process."""
         environment = {**self.environment, **settings.pop("env", {})}
-        command = [sys.executable, "-c", START, *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, **settings)
+        return train_processes.depthmup(*arguments, env=environment, **settings)
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 300) -> Any:

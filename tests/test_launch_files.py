@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from test_launch_scale import finish, two_seeds
-from test_launch_transfer import START
+from train_processes import START
 
 from launch.cli import main
 from launch.config import read_study

@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 import yaml
-from test_launch_transfer import COMMAND, REPOSITORY, depthmup
+from test_launch_transfer import COMMAND
+from train_processes import ROOT as REPOSITORY
+from train_processes import depthmup
 
 from data.errors import UserError
 from launch.config import LaunchConfig, read_study
@@ -24,6 +26,7 @@ from launch.packs import check_packable, packs_of
 from launch.study import PlannedRun, Study
 from launch.submit import group
 from launch.worker import attempts, work
+from launch.worker import main as work_in_a_job
 from train.config import RunConfig, from_plain, to_yaml
 from train.interrupt import Interrupt, Interrupted
 from train.loop import run
@@ -46,7 +49,7 @@ def packs_in_logs(runs: Path) -> list[int]:
 
 def test_a_packed_study_has_the_table_of_an_unpacked_one_also_after_a_kill(study_file: Path) -> None:
     longer = "train.samples=1280"  # 40 steps: time for a kill
-    alone = depthmup("transfer", study_file, "study.name=alone", longer)
+    alone = depthmup("transfer", study_file, "study.name=alone", longer, "launch.cluster=debug")
     assert alone.returncode == 0, alone.stderr
     runs = study_file.parent / "runs"
     assert packs_in_logs(runs / "alone" / "runs") == [1] * 12  # batches of 32 are not packed on a CPU by default
@@ -61,7 +64,7 @@ def test_a_packed_study_has_the_table_of_an_unpacked_one_also_after_a_kill(study
     os.kill(json.loads((saved[0].parents[1] / "lock").read_text())["pid"], signal.SIGKILL)
     process.communicate()
     assert process.returncode == 2  # runs are left over
-    again = depthmup(*packed)
+    again = depthmup(*packed, "launch.cluster=debug")
     assert again.returncode == 0, again.stderr
     assert packs_in_logs(runs / "packed" / "runs") == [4] * 12
     assert any("resumed from" in log.read_text() for log in (runs / "packed" / "runs").glob("*/log-0.txt"))
@@ -230,12 +233,15 @@ def test_slots_that_share_a_list_do_not_halve_each_others_packs(
     assert packs_in_logs(directories[0].path.parent) == [8] * 16
 
 
-def test_a_job_of_an_array_trains_its_list_as_a_pack(written: Callable[[int], list[RunDirectory]]) -> None:
+def test_a_job_of_an_array_trains_its_list_as_a_pack(
+    written: Callable[[int], list[RunDirectory]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     directories = written(3)
     root = directories[0].path.parents[1]
     details = {"memory_gb": None, "runs_per_gpu": 1}
     submission = Submission.create(root / "jobs", "test", [["nothing"], [d.path.name for d in directories]], details)
-    environment = {**os.environ, "SLURM_ARRAY_JOB_ID": "1", "SLURM_ARRAY_TASK_ID": "1", "SLURM_NTASKS": "1"}
-    command = [sys.executable, "-m", "launch.worker", str(submission.file)]
-    subprocess.run(command, env=environment, cwd=REPOSITORY, check=True)
+    for key in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_NTASKS"):
+        monkeypatch.setenv(key, "1")
+    monkeypatch.setattr(sys, "argv", ["worker", str(submission.file)])
+    assert work_in_a_job() == 0
     assert packs_in_logs(directories[0].path.parent) == [3, 3, 3]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from train_processes import START, depthmup
 
 from data.errors import UserError
 from launch import chain
@@ -23,15 +24,9 @@ from launch.study import Study
 from launch.submit import dry_run_script, slot_gpus, submit_continuation
 from launch.transfer import may_go_again
 
-REPOSITORY = Path(__file__).parents[1]
-START = f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); from launch.cli import main; main()"
 COMMAND = [sys.executable, "-c", START]
 # A shell starts what it puts in the background with Ctrl-C ignored, and that is inherited: not here.
 HEARS_CTRL_C = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {START}"
-
-
-def depthmup(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, check=False)
 
 
 def run_directories(study_file: Path) -> list[Path]:
@@ -86,8 +81,9 @@ def test_a_study_runs_to_its_report_and_a_second_call_only_reports(study_file: P
 
 
 def test_an_interrupted_study_continues_where_it_was(study_file: Path) -> None:
-    longer = "train.samples=6400"  # so that some runs are left when the signal comes
-    arguments = [sys.executable, "-c", HEARS_CTRL_C, "transfer", str(study_file), "launch.slots=1", longer]
+    longer = "train.samples=6400"  # so that a run is left when the signal comes
+    three = ("study.sizes=[{width: 8, depth: 3}]", "study.values=[2**-6, 2**-5, 2**-4]", longer)
+    arguments = [sys.executable, "-c", HEARS_CTRL_C, "transfer", str(study_file), "launch.slots=1", *three]
     process = subprocess.Popen(
         arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -106,20 +102,20 @@ def test_an_interrupted_study_continues_where_it_was(study_file: Path) -> None:
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
     assert re.fullmatch(
-        r"Interrupted: \d+ of 12 runs are done, \w{12} saved at step \d+; the same command continues.",
+        r"Interrupted: \d of 3 runs are done, \w{12} saved at step \d+; the same command continues.",
         output.splitlines()[-1],
     )
     assert "Traceback" not in output
     assert not slots_of(study_file)  # the workers have saved and ended before the command has
-    status = depthmup("status", study_file, longer).stdout
+    status = depthmup("status", study_file, *three).stdout
     assert "1 interrupted" in status
     assert "lost" not in status
     done = {path: path.stat().st_mtime_ns for path in runs.glob("*/done.json")}
-    assert 0 < len(done) < 12
+    assert 0 < len(done) < 3
 
-    again = depthmup("transfer", study_file, longer)
+    again = depthmup("transfer", study_file, "launch.slots=1", *three)
     assert again.returncode == 0, again.stderr
-    assert len(list(runs.glob("*/done.json"))) == 12
+    assert len(list(runs.glob("*/done.json"))) == 3
     assert {path: path.stat().st_mtime_ns for path in done} == done
 
 
@@ -217,7 +213,7 @@ def test_the_main_path_goes_from_a_proxy_to_a_target_and_its_line_in_the_report(
     grid = ("study.values=[2**-6, 2**-4, 2**-3, 2**4]", "train.samples=2560")  # the last diverges
     proxy = ["transfer", study_file, *grid, "study.parameterizations=[depth_mup]", "study.seeds=[0, 1]"]
     proxy.append("study.tolerance=20")
-    refused = depthmup(*proxy, "study.tolerance=1e-3", "--target", target)
+    refused = depthmup(*proxy, "study.tolerance=1e-3", "launch.cluster=debug", "--target", target)
     assert refused.returncode == 2
     assert "this study does not say which value to use: depth_mup" in refused.stderr
     walked = depthmup(*proxy, "--target", target)
@@ -249,7 +245,8 @@ def test_what_slurm_refuses_is_said_with_the_key_to_change(words: str, key: str)
 
 
 def test_a_failed_run_is_named_and_the_others_finish(study_file: Path) -> None:
-    depthmup("transfer", study_file, "launch.cluster=debug", "study.values=[2**-6, 2**-5, 2**-4]")
+    few = ("study.values=[2**-6, 2**-5, 2**-4]", "study.sizes=[{width: 8, depth: 3}]")
+    depthmup("transfer", study_file, "launch.cluster=debug", *few)
     broken, *others = run_directories(study_file)
     (broken / "done.json").unlink()
     (broken / "weights.safetensors").unlink()

@@ -20,12 +20,12 @@ def test_the_path_goes_on_to_the_target_after_the_user_has_logged_out_or_stops_w
     grid = {"parameterizations": ["depth_mup"], "values": ["2**-6", "2**-4", "2**-3", "2**4"], "seeds": [0, 1]}
     content["study"] |= {**grid, "tolerance": 20}
     content["train"]["samples"] = 2560
-    content["launch"] = {"cluster": "slurm", "gpus_per_node": 1, "runs_per_job": 4, "runs_per_gpu": 2}
+    content["launch"] = {"cluster": "slurm", "gpus_per_node": 1, "runs_per_job": 8, "runs_per_gpu": 2}
     study_file.write_text(yaml.safe_dump(content))
     target = study_file.parent / "large.yaml"
     single = {"runs_per_job": 1, "runs_per_gpu": 1}
     target.write_text(yaml.safe_dump({"model": {"width": 16}, "train": {"samples": 640}, "launch": single}))
-    open_ended = ("study.name=open", "study.sizes=[{width: 8, depth: 3}]", "study.seeds=[0]")
+    open_ended = ("study.name=open", "study.sizes=[{width: 8, depth: 3}]", "study.seeds=[0]", "launch.runs_per_gpu=1")
 
     with cluster.nothing_begins():
         for overrides in ((), open_ended):
@@ -53,5 +53,5 @@ def test_the_path_goes_on_to_the_target_after_the_user_has_logged_out_or_stops_w
     for path in (folder / "runs").iterdir():
         (begun,) = attempts(path)
         jobs.setdefault(begun["job"], []).append(begun["pid"])
-    assert sorted(map(len, jobs.values())) == [4, 4, 4, 4]
+    assert sorted(map(len, jobs.values())) == [8, 8]
     assert all(len(set(pids)) == 2 for pids in jobs.values())  # two processes share a job's runs

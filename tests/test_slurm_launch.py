@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from slurm_cluster import REPOSITORY, START, Cluster, wait_for
+from slurm_cluster import Cluster, wait_for
+from train_processes import ROOT as REPOSITORY
+from train_processes import START
 
 from launch import slurm
 from launch.config import read_study

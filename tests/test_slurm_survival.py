@@ -20,10 +20,11 @@ from train.config import RunConfig, from_plain, read_yaml
 from train.loop import run
 from train.rundir import RunDirectory
 
-STEPS = 1500
-# Slurm looks at time limits every 30 s: with a limit of 120 s its signal comes within 90 s of the start, whatever the
-# phase. These runs last 120 s on any machine: each of their metrics lines, one for 10 steps, takes a second.
-LIMITED_STEPS = 1200
+# The runs last as long on any machine, at little cost: each of their metrics lines takes a second. What befalls the
+# study's runs has half a minute for it. Slurm looks at time limits every 30 s: with a limit of 120 s its signal comes
+# within 90 s of the start, whatever the phase, and the runs that it is for last 120 s.
+STEPS, LINE_EVERY = 300, 10
+LIMITED_STEPS, LIMITED_LINE_EVERY = 240, 2
 PACED = """
 import json, time
 dumps = json.dumps
@@ -115,8 +116,9 @@ def lift_time_limit(cluster: Cluster, job: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def wave(cluster: Cluster, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Wave:
-    """All runs, after everything befell them."""
+def begun(cluster: Cluster, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Wave:
+    """The study's runs, after what befell them, and the others on their way to their limits, which takes two minutes:
+    the tests that have runs of their own come first, and use that time."""
     folder = tmp_path_factory.mktemp("wave")
     sacct = folder / "bin" / "sacct"
     sacct.parent.mkdir()
@@ -125,13 +127,15 @@ def wave(cluster: Cluster, digits: Path, tmp_path_factory: pytest.TempPathFactor
     cluster.environment["PATH"] = f"{sacct.parent}:{cluster.environment['PATH']}"
     content = settings_on(digits)
     content["optimizer"]["lr"] = 2**-6
-    content["train"] |= {"samples": STEPS * 32, "log_every": 50, "checkpoint_every": 50}
-    launching = {"cluster": "slurm", "cpus_per_task": NODE, "timeout_min": 60}
+    content["train"] |= {"samples": STEPS * 32, "log_every": LINE_EVERY, "checkpoint_every": 10}
+    (folder / "sitecustomize.py").write_text(PACED)
+    paced = [f"export PYTHONPATH={folder}"]
+    launching = {"cluster": "slurm", "cpus_per_task": NODE, "timeout_min": 60, "setup": paced}
     sizes = [{"width": 8, "depth": 3}]
     grid = {"parameterizations": ["mup"], "sizes": sizes, "values": [2**-9, 2**-8, 2**-7, 2**-6], "extend": 0}
 
     low = {**launching, "partition": "lowcancel"}
-    longer = {**content["train"], "samples": 3 * STEPS * 32}  # it begins first, and must last until the others train
+    longer = {**content["train"], "samples": 4 * STEPS * 32}  # it begins first, and must last until the others train
     cancelled = launch(cluster, folder / "cancelled.yaml", {**content, "train": longer, "seed": 1, "launch": low})
     low = {**launching, "partition": "low"}
     study = launch(cluster, folder / "study.yaml", {**content, "study": {"name": "study", **grid}, "launch": low})
@@ -154,22 +158,80 @@ def wave(cluster: Cluster, digits: Path, tmp_path_factory: pytest.TempPathFactor
     after_kill = [study.depthmup("status"), study.depthmup("retry")]
     for path in study.runs:
         wait_for(lambda path=path: done(path), 900)  # with them beside it, a busy machine leaves a start no time
+    wait_for(lambda: done(cancelled.runs[0]) or not cluster.queued("cancelled"), 300)
+    cancelled.depthmup("launch")  # submits nothing where the job had itself requeued
     # Only now: a job that is requeued while slurmctld restarts is held by it ("launch failed requeued held").
-    (folder / "sitecustomize.py").write_text(PACED)
-    limits = {"timeout_min": 2, "signal_delay_s": 60, "setup": [f"export PYTHONPATH={folder}"]}
-    long = {**content, "train": {**content["train"], "samples": LIMITED_STEPS * 32, "log_every": 10}}
+    limits = {"timeout_min": 2, "signal_delay_s": 60}
+    train = {**content["train"], "samples": LIMITED_STEPS * 32, "log_every": LIMITED_LINE_EVERY}
+    long = {**content, "train": train}
     limited = launch(cluster, folder / "limited.yaml", {**long, "launch": {**launching, **limits}})
     two_nodes = {**launching, **limits, "cpus_per_task": 1, "nodes": 2, "tasks_per_node": 1}
     two_tasks = launch(cluster, folder / "two_tasks.yaml", {**long, "launch": two_nodes})
-    for job in (limited, two_tasks):
+    return Wave(study, cancelled, limited, two_tasks, after_kill, folder / "sacct-was-called")
+
+
+@pytest.fixture(scope="module")
+def wave(cluster: Cluster, begun: Wave) -> Wave:
+    """All runs, after everything befell them."""
+    for job in (begun.limited, begun.two_tasks):
         wait_for((job.runs[0] / "attempts.jsonl").exists, 400)
         wait_for(lambda job=job: "interrupted" in events(job.runs[0]), 600)
         lift_time_limit(cluster, job.element(0))  # once is enough
-    wait_for(lambda: done(cancelled.runs[0]) or not cluster.queued("cancelled"), 300)
-    cancelled.depthmup("launch")  # submits nothing where the job had itself requeued
-    for path in (*cancelled.runs, *limited.runs, *two_tasks.runs):
+    for path in all_runs(begun):
         wait_for(lambda path=path: done(path), 900)
-    return Wave(study, cancelled, limited, two_tasks, after_kill, folder / "sacct-was-called")
+    return begun
+
+
+SLOW_TO_LEAVE = """
+import os, signal, time
+leave = os._exit
+def slowly(code):
+    if os.environ.get("SLURM_PROCID") == "1":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(60)
+    leave(code)
+os._exit = slowly
+"""
+
+
+@pytest.mark.usefixtures("begun")
+def test_a_run_of_two_tasks_goes_on_from_where_it_saved_though_one_task_is_killed_while_it_leaves(
+    cluster: Cluster, digits: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(SLOW_TO_LEAVE)
+    content = settings_on(digits)
+    content["train"] |= {"samples": 600 * 32, "log_every": 50, "checkpoint_every": 50}
+    place = {"nodes": 2, "tasks_per_node": 1, "setup": [f"export PYTHONPATH={tmp_path}"]}
+    both = launch(cluster, tmp_path / "both.yaml", {**content, "launch": {"cluster": "slurm", **place}})
+    warning = ("scancel", "--signal=USR2")  # Slurm's own before the time limit
+    for number, command in enumerate((warning, ("scontrol", "requeue")), 1):
+        known = steps(both.runs[0])
+        wait_for(lambda known=known: steps(both.runs[0]) > known)
+        cluster.call(*command, both.element(0))
+        wait_for(lambda number=number: len(events(both.runs[0])["started"]) > number)
+    wait_for(lambda: done(both.runs[0]))
+    assert set(events(both.runs[0])) == {"started", "interrupted"}
+    first, second, third = (line["step"] for line in events(both.runs[0])["started"])
+    assert 0 == first < second < third
+    assert steps(both.runs[0]) == sorted({*steps(both.runs[0]), *range(50, 601, 50)})
+    assert not (both.runs[0] / "failed.json").exists()
+
+
+@pytest.mark.usefixtures("begun")
+def test_a_run_that_takes_more_memory_than_asked_for_is_killed_by_slurm_and_says_so(
+    cluster: Cluster, digits: Path, tmp_path: Path
+) -> None:
+    content = settings_on(digits)
+    content["model"]["width"] = 2048  # 450 MB of weights, and as much again of gradients and of moments
+    content["train"]["samples"] = 3200
+    content["launch"] = {"cluster": "slurm", "memory_gb": 1, "cpus_per_task": NODE, "sbatch": {"acctg-freq": "task=1"}}
+    hungry = launch(cluster, tmp_path / "hungry.yaml", content)
+    failed = hungry.runs[0] / "failed.json"
+    wait_for(failed.exists)
+    reason = json.loads(failed.read_text())
+    assert "out of memory: 1 GB were asked for; set launch.memory_gb higher" in reason["error"]
+    assert "exceeded memory limit" in reason["traceback"]  # Slurm's own words
+    wait_for(lambda: not cluster.queued("hungry"))  # not requeued: it would die again
 
 
 def all_runs(wave: Wave) -> list[Path]:
@@ -229,53 +291,3 @@ def test_every_job_ran_the_code_of_its_submission_and_says_which(wave: Wave) -> 
 
 def test_nothing_asks_sacct(wave: Wave) -> None:
     assert not wave.sacct_calls.exists()
-
-
-SLOW_TO_LEAVE = """
-import os, signal, time
-leave = os._exit
-def slowly(code):
-    if os.environ.get("SLURM_PROCID") == "1":
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        time.sleep(60)
-    leave(code)
-os._exit = slowly
-"""
-
-
-def test_a_run_of_two_tasks_goes_on_from_where_it_saved_though_one_task_is_killed_while_it_leaves(
-    cluster: Cluster, digits: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "sitecustomize.py").write_text(SLOW_TO_LEAVE)
-    content = settings_on(digits)
-    content["train"] |= {"samples": 600 * 32, "log_every": 50, "checkpoint_every": 50}
-    place = {"nodes": 2, "tasks_per_node": 1, "setup": [f"export PYTHONPATH={tmp_path}"]}
-    both = launch(cluster, tmp_path / "both.yaml", {**content, "launch": {"cluster": "slurm", **place}})
-    warning = ("scancel", "--signal=USR2")  # Slurm's own before the time limit
-    for number, command in enumerate((warning, ("scontrol", "requeue")), 1):
-        known = steps(both.runs[0])
-        wait_for(lambda known=known: steps(both.runs[0]) > known)
-        cluster.call(*command, both.element(0))
-        wait_for(lambda number=number: len(events(both.runs[0])["started"]) > number)
-    wait_for(lambda: done(both.runs[0]))
-    assert set(events(both.runs[0])) == {"started", "interrupted"}
-    first, second, third = (line["step"] for line in events(both.runs[0])["started"])
-    assert 0 == first < second < third
-    assert steps(both.runs[0]) == sorted({*steps(both.runs[0]), *range(50, 601, 50)})
-    assert not (both.runs[0] / "failed.json").exists()
-
-
-def test_a_run_that_takes_more_memory_than_asked_for_is_killed_by_slurm_and_says_so(
-    cluster: Cluster, digits: Path, tmp_path: Path
-) -> None:
-    content = settings_on(digits)
-    content["model"]["width"] = 2048  # 450 MB of weights, and as much again of gradients and of moments
-    content["train"]["samples"] = 3200
-    content["launch"] = {"cluster": "slurm", "memory_gb": 1, "cpus_per_task": NODE, "sbatch": {"acctg-freq": "task=1"}}
-    hungry = launch(cluster, tmp_path / "hungry.yaml", content)
-    failed = hungry.runs[0] / "failed.json"
-    wait_for(failed.exists)
-    reason = json.loads(failed.read_text())
-    assert "out of memory: 1 GB were asked for; set launch.memory_gb higher" in reason["error"]
-    assert "exceeded memory limit" in reason["traceback"]  # Slurm's own words
-    wait_for(lambda: not cluster.queued("hungry"))  # not requeued: it would die again

@@ -1,11 +1,7 @@
 """A pack of K runs gives each of them the results and the files that it would have had alone."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from train_configs import metric, metrics
+from train_processes import start
 
 from benchmarks import packed as measured
 from data.config import DataConfig
@@ -62,6 +59,7 @@ OWN = {  # three settings of its own for each
         {"optimizer__eps": 1e-3, "optimizer__betas": [0.95, 0.999]},
     ),
 }
+STEPS = 20  # of warm-up and of decay, with every momentum moving
 DIVERGES = 1e37  # a learning rate after which no weight is finite
 
 Change = Callable[[dict[str, Any]], None]
@@ -96,7 +94,7 @@ def test_each_replica_ends_as_it_would_alone_while_one_diverges(
     network: str, optimizer: str, make: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
     rate = RATES[optimizer] / (8 if network in AMPLIFIES else 1)
-    make = partial(make, network, optimizer, 50, optimizer__lr=rate, train__checkpoint_every=40, train__log_every=10)
+    make = partial(make, network, optimizer, STEPS, optimizer__lr=rate, train__checkpoint_every=16, train__log_every=5)
     configs = [
         make(),
         make(optimizer__lr=rate * DIVERGES),
@@ -132,7 +130,7 @@ def test_each_replica_ends_as_it_would_alone_while_one_diverges(
 
 
 @pytest.mark.parametrize("optimizer", RATES)
-def test_in_double_precision_fifty_packed_steps_are_those_of_each_run_alone(
+def test_in_double_precision_packed_steps_are_those_of_each_run_alone(
     optimizer: str, make: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So what differs in fp32 is rounding, also at rates and in networks that amplify it."""
@@ -140,7 +138,7 @@ def test_in_double_precision_fifty_packed_steps_are_those_of_each_run_alone(
     torch.set_default_dtype(torch.float64)
     try:
         for network in (*AMPLIFIES, "vit"):
-            one = partial(make, network, optimizer, 50, optimizer__lr=0.02)
+            one = partial(make, network, optimizer, STEPS, optimizer__lr=0.02)
             configs = [
                 one(**OWN[optimizer][1], optimizer__weight_decay=0.02, parameterization={"gamma0": 1.5}),
                 one(**OWN[optimizer][2], parameterization={"beta": 0.5}, seed=1),
@@ -149,9 +147,9 @@ def test_in_double_precision_fifty_packed_steps_are_those_of_each_run_alone(
             images = torch.rand(2, 8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
             labels = torch.arange(16).view(2, 8) % 10
             replicas = Replicas(configs, CPU)
-            together = [replicas.step(images, labels) for _ in range(50)][-1]
+            together = [replicas.step(images, labels) for _ in range(STEPS)][-1]
             for number, config in enumerate(configs):
-                loss = alone(config, images[config.seed], labels[config.seed], 50)
+                loss = alone(config, images[config.seed], labels[config.seed], STEPS)
                 assert float(together[number]) == pytest.approx(loss, rel=1e-7), (network, number)
     finally:
         torch.set_default_dtype(torch.float32)
@@ -257,15 +255,13 @@ def test_a_pack_whose_process_is_killed_goes_on_and_leaves_a_finished_replica_al
         "paths = [Path(p) for p in sys.argv[1:]]\n"
         "run_pack([from_plain(RunConfig, read_yaml(p / 'config.yaml'), str(p)) for p in paths], paths)"
     )
-    root = Path(__file__).parents[1]
-    child = subprocess.Popen([sys.executable, "-c", program, *map(str, broken)], cwd=root, env=dict(os.environ))
+    (child,) = start(["-c", program, *map(str, broken)], world_size=1)
     deadline = time.monotonic() + 300
     while not (broken[2] / "checkpoints" / "step-20").exists():
-        assert child.poll() is None, "the pack ended before it could be killed"
+        assert child.returncode is None, "the pack ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
+    child.kill()
     assert not (broken[0] / "done.json").exists()
 
     shutil.rmtree(broken[1])  # the middle one was finished by someone else meanwhile

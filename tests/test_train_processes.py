@@ -25,13 +25,13 @@ from train.lock import Holder, holder, take_lock
 from train.rundir import EXIT_DIVERGED, EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, EXIT_USER_ERROR, RunDirectory
 
 Python = subprocess.Popen[str]
-STEPS = 240
+STEPS = 120
 OVERRIDES = ("optimizer.name=adamw", "optimizer.lr=0.002", "train.clip_norm=1", "train.checkpoint_every=10")
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 240 steps as a YAML file."""
+    """A run of 120 steps as a YAML file."""
     directory = tmp_path_factory.mktemp("processes")
     path = directory / "run.yaml"
     shards = pack_digits(directory / "shards")
@@ -70,7 +70,7 @@ def losses(directory: Path) -> list[float]:
 def test_stopped_and_killed_runs_go_on_with_other_engines_and_world_sizes(config: Path, tmp_path: Path) -> None:
     """fsdp x 2, SIGUSR2 to one process -> ZeRO 2 x 2, one process killed -> ddp x 2, SIGTERM -> one process."""
     processes = train(config, tmp_path, "parallel.engine=fsdp", world_size=2)
-    wait_for_step(tmp_path, 25)
+    wait_for_step(tmp_path, 15)
     processes[1].send_signal(signal.SIGUSR2)
     codes, output = finish(processes)
     assert codes == [EXIT_REQUEUE, EXIT_REQUEUE], output
@@ -80,7 +80,7 @@ def test_stopped_and_killed_runs_go_on_with_other_engines_and_world_sizes(config
     assert json.loads((saved / "state.json").read_text())["seconds"] > 1.5 * passed  # of two processes
 
     processes = train(config, tmp_path, "parallel.engine=deepspeed", world_size=2)
-    wait_for_step(tmp_path, 70)
+    wait_for_step(tmp_path, 40)
     processes[1].kill()
     codes, output = finish(processes)
     assert codes == [EXIT_FAILED, -signal.SIGKILL], output
@@ -90,7 +90,7 @@ def test_stopped_and_killed_runs_go_on_with_other_engines_and_world_sizes(config
     assert "Traceback" in failed["traceback"]
 
     processes = train(config, tmp_path, "parallel.engine=ddp", world_size=2)
-    wait_for_step(tmp_path, 120)
+    wait_for_step(tmp_path, 65)
     processes[0].send_signal(signal.SIGTERM)
     codes, output = finish(processes)
     assert codes == [EXIT_REQUEUE, EXIT_REQUEUE], output
@@ -103,17 +103,17 @@ def test_stopped_and_killed_runs_go_on_with_other_engines_and_world_sizes(config
 
     whole = tmp_path / "whole"
     assert finish(train(config, whole))[0] == [EXIT_DONE]
-    assert losses(tmp_path) == pytest.approx(losses(whole), rel=1e-3)  # 240 steps of Adam widen 1e-7 of rounding
+    assert losses(tmp_path) == pytest.approx(losses(whole), rel=1e-3)  # 120 steps of Adam widen 1e-7 of rounding
 
 
 @pytest.mark.parametrize(("engine", "rank"), [("ddp", 1), ("fsdp", 0), ("deepspeed", 1)])
 def test_a_run_of_two_processes_of_which_one_is_killed_ends_bit_for_bit_as_one_that_was_not(
     engine: str, rank: int, config: Path, tmp_path: Path
 ) -> None:
-    overrides = (f"parallel.engine={engine}", "train.samples=2560", "train.checkpoint_every=7", "model.norm=batch")
+    overrides = (f"parallel.engine={engine}", "train.samples=1280", "train.checkpoint_every=7", "model.norm=batch")
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     processes = train(config, killed, *overrides, world_size=2)
-    wait_for_step(killed, 20 + int(time.time()) % 20)
+    wait_for_step(killed, 10 + int(time.time()) % 15)
     processes[rank].kill()
     codes, output = finish(processes)
     assert sorted(codes) == [-signal.SIGKILL, EXIT_FAILED], output

@@ -22,16 +22,17 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from train_configs import pack_digits, run_config, timeless_metrics
 
 from data.errors import UserError
-from train import checkpoint, contents
+from train import checkpoint, contents, loop
 from train.config import RunConfig
 from train.contents import CONTENTS, Reader, describe
 from train.interrupt import Interrupt, Interrupted
 from train.loop import run
 from train.metrics import MetricsWriter
+from train.rundir import RunDirectory
 
 
 def config_of(shards: Path, *overrides: str) -> RunConfig:
-    """AdamW, BatchNorm, stochastic depth and an average of the weights; metrics every 3 steps, a checkpoint every 4."""
+    """30 steps: AdamW, BatchNorm, stochastic depth and an average; metrics every 3 steps, a checkpoint every 4."""
     return run_config(
         shards,
         "model.norm=batch",
@@ -42,7 +43,7 @@ def config_of(shards: Path, *overrides: str) -> RunConfig:
         "train.clip_norm=1",
         "train.log_every=3",
         "train.checkpoint_every=4",
-        "train.samples=1600",
+        "train.samples=960",
         *overrides,
     )
 
@@ -94,6 +95,30 @@ def kill_at_call(module: Any, name: str, number: int) -> None:
     setattr(module, name, dying)
 
 
+def test_killed_again_and_again_where_a_run_is_between_two_things_and_resumed(
+    shards: Path, whole: Path, tmp_path: Path
+) -> None:
+    """One run, which is killed at six places, each further on than the last; none is inside a checkpoint's write."""
+    for module, name, number in (
+        (loop, "take_step", 3),  # no checkpoint is there, and no metrics line
+        (MetricsWriter, "write", 3),  # the lines of steps 3 and 6 are there, that of step 9 is not
+        (loop.Run, "save", 3),  # the metrics line of a step is there, and its checkpoint is not
+        (loop, "evaluate", 1),  # every step is done
+        (loop, "save_weights", 2),  # the weights are written, their average is not
+        (RunDirectory, "write_done", 1),  # all but the marker
+    ):
+
+        def killed(module: Any = module, name: str = name, number: int = number) -> None:
+            kill_at_call(module, name, number)
+            run(config_of(shards), tmp_path)
+
+        assert not in_child(killed), name
+    run(config_of(shards), tmp_path)
+    assert (tmp_path / "log-0.txt").read_text().count("resumed from") == 5
+    assert_same_end(tmp_path, whole)
+
+
+@pytest.mark.long
 def test_killed_at_20_random_points_and_resumed(shards: Path, whole: Path, tmp_path: Path) -> None:
     config = config_of(shards)
     start = time.monotonic()
@@ -226,10 +251,10 @@ def test_a_stop_in_the_last_evaluation_is_obeyed_and_only_the_evaluation_is_done
     interrupt = Interrupt()
 
     def watch(line: dict[str, Any]) -> None:
-        if line["step"] == 50:
+        if line["step"] == 30:
             interrupt.request()
 
-    with pytest.raises(Interrupted, match="after step 50 of 50"):
+    with pytest.raises(Interrupted, match="after step 30 of 30"):
         run(config_of(shards), tmp_path, interrupt=interrupt, watch=watch)
     run(config_of(shards), tmp_path, watch=lambda line: pytest.fail(f"trained again: {line}"))
     assert_same_end(tmp_path, whole)
@@ -453,5 +478,6 @@ def test_whoever_may_see_a_run_may_read_its_weights(whole: Path) -> None:
 
 
 def test_keep_last_and_keep_every(shards: Path, tmp_path: Path) -> None:
-    run(config_of(shards, "train.keep_last=1", "train.keep_every=16"), tmp_path)
-    assert {p.name for p in checkpoint.complete(tmp_path / "checkpoints")} == {"step-16", "step-32", "step-48"}
+    run(config_of(shards, "train.keep_last=1", "train.keep_every=8"), tmp_path)
+    kept = {p.name for p in checkpoint.complete(tmp_path / "checkpoints")}
+    assert kept == {"step-8", "step-16", "step-24", "step-28"}

@@ -1,4 +1,4 @@
-"""Starts `python ARGUMENTS` in several processes that find each other, as torchrun would.
+"""Starts `python ARGUMENTS` in several processes that find each other, as torchrun would, or `depthmup ARGUMENTS`.
 
 They are forked from one process that has imported torch and the loop before, which takes seconds of a core each time.
 """
@@ -18,7 +18,10 @@ from typing import IO
 ROOT = Path(__file__).resolve().parents[1]
 FORK_SERVER = multiprocessing.get_context("forkserver")
 FORK_SERVER.set_forkserver_preload(
-    ["models.torchvision_ops", "timm", "train.checkpoint", "train.loop", "train.display"]
+    [
+        *("models.torchvision_ops", "timm", "train.checkpoint", "train.loop", "train.display", "train.pack"),
+        *("launch.chain", "launch.submit", "launch.status", "launch.page"),
+    ]
 )
 
 
@@ -43,14 +46,13 @@ def environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     }
 
 
-def become(arguments: list[str], environment: dict[str, str], output: str) -> None:
-    """In a process just forked: what `python ARGUMENTS > output 2>&1` does."""
-    descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+def become(arguments: list[str], environment: dict[str, str], output: str, errors: str, folder: Path = ROOT) -> None:
+    """In a process just forked: what `cd folder; python ARGUMENTS > output 2> errors` does."""
+    for descriptor, file in ((1, output), (2, errors)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), descriptor)
     os.environ.clear()
     os.environ.update(environment)
-    os.chdir(ROOT)
+    os.chdir(folder)
     warnings.simplefilter("ignore")
     option, what, *sys.argv[1:] = arguments
     if option == "-m":
@@ -64,7 +66,7 @@ class Process:
 
     def __init__(self, arguments: list[str], environment: dict[str, str]) -> None:
         self.output: IO[str] = tempfile.NamedTemporaryFile("r+", prefix="depthmup-test-")  # noqa: SIM115  (kept open)
-        self.process = FORK_SERVER.Process(target=become, args=(arguments, environment, self.output.name))
+        self.process = FORK_SERVER.Process(target=become, args=(arguments, environment, *[self.output.name] * 2))
         self.process.start()
 
     @property
@@ -94,6 +96,23 @@ def start(arguments: list[str], world_size: int) -> list[Process]:
     """`python ARGUMENTS` in `world_size` processes."""
     port = free_port()
     return [Process(arguments, environment(rank, world_size, port)) for rank in range(world_size)]
+
+
+START = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from launch.cli import main; main()"
+
+
+def depthmup(
+    *arguments: object, cwd: Path | None = None, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """The command line in a forked process. Where its import, its interpreter or its session is the point: START."""
+    command = ["-c", START, *map(str, arguments)]
+    with tempfile.NamedTemporaryFile("r+") as output, tempfile.NamedTemporaryFile("r+") as errors:
+        given = (command, dict(os.environ if env is None else env), output.name, errors.name, cwd or Path.cwd())
+        process = FORK_SERVER.Process(target=become, args=given)
+        process.start()
+        process.join()
+        assert process.exitcode is not None
+        return subprocess.CompletedProcess(command, process.exitcode, output.read(), errors.read())
 
 
 def run_function(module: str, function: str, world_size: int, *arguments: str, timeout: float = 900) -> None:
