@@ -5,10 +5,11 @@ The run of seed s at x octaves has log loss f(x) + offset(s) + noise. Each curve
     f(x) = quadratic(x) + skew x^3 / 6 + quartic x^4 / 24 + rough(x)
     skew ~ N(m c, (v c)^2),   quartic ~ N(0, (0.3 c)^2),   rough'''' = r c white noise
 
-with c the curve's curvature, and x from the middle of the values. Quadratic and offsets are free; m, v and r are the study's. So a parabola costs nothing,
-curves whose shape changes with size are followed, and what lies between the measured values is as unsure as the shape
-allows (Wahba 1978; the intervals of smoothing splines, Nychka 1988). The variance of the noise is each curve's own,
-moderated towards that of the study's other curves (Smyth 2004). All of these are integrated over, none is plugged in.
+with c the curve's curvature, and x from the middle of the values. Quadratic and offsets are free; m, v and r are the
+study's. So a parabola costs nothing, curves whose shape changes with size are followed, and what lies between the
+measured values is as unsure as the shape allows (Wahba 1978; the intervals of smoothing splines, Nychka 1988). The
+variance of the noise is each curve's own, moderated towards that of the study's other curves (Smyth 2004). All of these
+are integrated over, none is plugged in.
 docs/verdict.md says the model in one page, and what simulation says of its intervals.
 """
 

@@ -1,4 +1,4 @@
-"""From runs to curves and comparisons: which runs count, optimum, drift and regret, on curves whose answers are known."""
+"""From runs to curves and comparisons: which runs count, optimum, drift and regret, on curves with known answers."""
 
 import math
 from collections.abc import Callable
