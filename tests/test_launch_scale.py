@@ -88,7 +88,9 @@ def test_scale_batch_hands_the_ratios_to_the_optimizer_which_knows_the_rule(stud
 
 def test_a_study_that_was_run_with_overrides_is_found_by_its_folder(study_file: Path) -> None:
     two_seeds(study_file)
-    study = Study(study_file, read_study(study_file, ("study.values=[2**-7, 2**-6, 2**-5, 2**-4, 2**-3]", "study.name=other")))
+    study = Study(
+        study_file, read_study(study_file, ("study.values=[2**-7, 2**-6, 2**-5, 2**-4, 2**-3]", "study.name=other"))
+    )
     finish(study, best=-5)
     folder = study.file.directory
     with pytest.raises(UserError, match=f"its folder instead: {folder}"):
@@ -148,7 +150,9 @@ def test_without_a_name_scale_takes_the_parameterization_that_is_best_at_the_lar
             result = point.directory.done()
             assert result
             point.directory.write_done({**result, "minival_loss": result["minival_loss"] - 0.1})
-    assert "Chosen of completep, depth_mup for the lowest loss at the largest size" in invoke("scale", study.file.directory)
+    assert "Chosen of completep, depth_mup for the lowest loss at the largest size" in invoke(
+        "scale", study.file.directory
+    )
     assert read_run(study.target_file).parameterization.name == "depth_mup"
 
 

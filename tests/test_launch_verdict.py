@@ -108,12 +108,7 @@ def test_a_plateau_identifies_nothing() -> None:
 
 def test_where_the_control_transfers_as_well_the_study_shows_nothing() -> None:
     for loss in (valley, lambda optimum: flat()):
-        both = [
-            run
-            for name in ("sp", "p")
-            for size in (BASE, DEEP)
-            for run in runs(size, loss(-4.0), name)
-        ]
+        both = [run for name in ("sp", "p") for size in (BASE, DEEP) for run in runs(size, loss(-4.0), name)]
         control, scaled = study_of(both).judgements
         assert scaled.verdict == "not identified"
         assert control.verdict in ("transfers", "not identified")
