@@ -1,4 +1,4 @@
-"""From runs to curves and comparisons: which runs count, optimum, drift and regret, on curves with known answers."""
+"""From runs to curves and comparisons: which runs count, optimum, drift and regret, where the answers are known."""
 
 import math
 from collections.abc import Callable

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from test_launch_scale import finish
 from train_processes import START, depthmup
 
 from data.errors import UserError
@@ -210,10 +211,12 @@ def test_cancel_and_retry_of_a_study_that_never_ran_leave_no_folder(study_file: 
 def test_the_main_path_goes_from_a_proxy_to_a_target_and_its_line_in_the_report(study_file: Path) -> None:
     target = study_file.parent / "large.yaml"
     target.write_text("model: {width: 16, depth: 6}\ntrain: {samples: 640}\n")
-    grid = ("study.values=[2**-6, 2**-4, 2**-3, 2**4]", "train.samples=2560")  # the last diverges
-    proxy = ["transfer", study_file, *grid, "study.parameterizations=[depth_mup]", "study.seeds=[0, 1]"]
-    proxy.append("study.tolerance=20")
-    refused = depthmup(*proxy, "study.tolerance=1e-3", "launch.cluster=debug", "--target", target)
+    overrides = ("study.values={first: 2**-8, last: 2**-2}", "study.parameterizations=[depth_mup]", "study.seeds=2")
+    study = Study(study_file, read_study(study_file, overrides))
+    finish(study, best=-4.8)  # runs as short as a test's have no optimum
+    (study.runs[0].directory.path / "done.json").unlink()  # but one is left to train
+    proxy = ["transfer", study_file, *overrides]
+    refused = depthmup(*proxy, "study.regret_limit=1e-9", "--target", target)
     assert refused.returncode == 2
     assert "this study does not say which value to use: depth_mup" in refused.stderr
     walked = depthmup(*proxy, "--target", target)
