@@ -158,8 +158,7 @@ def apply(
 
     Raises ModelError for a parameter without exactly one role, a pattern that matches nothing, an init that does not
     fit, sizes that are not the network's, a head dim that grows without queries, a network on meta, or one that was
-    scaled before; `network` is then as it was. Train it with
-    `models.parameter_groups`.
+    scaled before; `network` is then as it was. Train it with `models.parameter_groups`.
     """
     check_own(network, roles)
     scale = scale_of(size, base, parameterization)

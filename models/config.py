@@ -234,8 +234,8 @@ USERS = {  # of a key that not every optimizer has
 class OptimizerConfig:
     """Base hyperparameters: those of the proxy. `lr` is the peak learning rate of the base model.
 
-    weight_decay_mode: `independent` shrinks a weight by weight_decay * schedule(step) a step, whatever the learning
-    rate; `coupled` is torch's own rule (lr * weight_decay), with the table's factor.
+    weight_decay_mode: `independent` shrinks a weight by weight_decay * schedule(step) a step, whatever the optimizer,
+    its momentum and the learning rate; `coupled` is torch's own rule (lr * weight_decay), with the table's factor.
     muon: torch's Muon for hidden matrices, with AdamW's update size, so that one `lr` serves it and AdamW, which
     trains the rest; `momentum` is Muon's (0.95 is usual), `betas` and `eps` are AdamW's.
     batch_ratio, samples_ratio: global batch size and sample budget over the proxy's. They move AdamW's learning rate,

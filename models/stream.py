@@ -46,7 +46,7 @@ def stream_modules(scaled: ScaledModel, inputs: Tensor) -> list[str]:
     blocks = {end: next((name for name in names if name in carries), None) for end, names in around.items()}
     if outside := [end for end, block in blocks.items() if block is None]:
         raise ModelError(
-            f"no module around {outside[0]} puts out the residual stream: put the sum of stream and branch into a "
-            "module, or state in Roles.blocks which modules put out the stream"
+            f"no module around {outside[0]} puts out the residual stream, which the check watches: put the sum of "
+            "stream and branch into a module"
         )
     return list(dict.fromkeys(block for block in blocks.values() if block))
