@@ -336,7 +336,7 @@ def read_study(path: Path, overrides: tuple[str, ...] = ()) -> StudyFile:
 def study_in(raw: dict[str, Any], path: Path) -> StudyFile:
     """The study in the plain data of the file `path`, which may be a pipe: nothing is read twice. Raises UserError."""
     if "study" not in raw:
-        raise UserError(f"{path}: no section study: (a single run is started with {command('train', path)})")
+        raise UserError(f"{path}: no section study:, for a study; for this one run: {command('train', path)}")
     file = from_plain(StudyFile, raw, str(path))
     base = file.study.sizes[0]
     if len(file.study.sizes) == len(file.study.grid) == 1:

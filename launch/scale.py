@@ -195,8 +195,8 @@ def write_target(transferred: Transferred, path: Path) -> None:
     ours = load_yaml(transferred.text(), path.name)
     if path.exists() and {**read_yaml(path), "launch": None} != {**ours, "launch": None}:
         raise UserError(
-            f"{path} exists and differs: start it as it is with {command('launch', path)}, delete it to have it "
-            "written again, or choose another --out"
+            f"{path} exists and differs: delete it to have it written again, choose another --out, or start it as it "
+            f"is: {command('launch', path)}"
         )
     write_atomically(path, transferred.text().encode())
 
