@@ -20,6 +20,7 @@ LOST = 0.5  # a run fails that made less than this share of the progress of anot
 ERRORS = 3.0  # standard errors that count as more than noise where runs are compared with chance
 LEAST_NOISE = 0.001  # of a log loss, where seeds agree by accident
 ASSUMED_NOISE = 0.02  # of a log loss, where no value was run with two seeds
+MOST_GUESS_NOISE = 0.005  # of the log loss of networks that learn nothing
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Curve:
     metric: np.ndarray  # (seeds, values): infinite where a run diverged, NaN where there is none
     failed: np.ndarray  # (seeds, values): diverged, learned nothing, or broke down
     learns: bool  # whether the best value beats chance by more than noise
+    chance: float  # the loss of a guess, above which no regret is sought
     posterior: Posterior | None = field(repr=False)
     optimum: Optimum
 
@@ -124,9 +126,9 @@ def failed_runs(metric: np.ndarray, chance: float) -> np.ndarray:
     diverged = np.isinf(metric)
     if not math.isfinite(chance):
         return diverged
-    logs = np.log(np.where(diverged, math.nan, metric))
-    guess = math.log(chance)
-    nothing = logs > guess - ERRORS * float(np.clip(deviations(logs).min(initial=LEAST_NOISE), LEAST_NOISE, None))
+    logs, guess = np.log(np.where(diverged, math.nan, metric)), math.log(chance)
+    noise = float(np.clip(min(deviations(logs), default=LEAST_NOISE), LEAST_NOISE, MOST_GUESS_NOISE))
+    nothing = logs > guess - ERRORS * noise
     best = np.min(np.where(np.isnan(logs), math.inf, logs), axis=0)
     lost = logs - best > np.maximum(LOST * (guess - best), 2 * ERRORS * seed_noise(logs))
     return diverged | nothing | lost
@@ -164,10 +166,11 @@ def find_optimum(x: np.ndarray, usable: np.ndarray, learns: bool, posterior: Pos
         high = math.inf if best == len(x) - 1 else float(x[best + 1])
         return Optimum(float(x[best]), float(mean[best]), side, (low, high) if len(x) > 1 else None)
     optima, (low, high) = posterior.optima, quantiles(posterior.optima)
-    beyond = (1 - CONFIDENCE) / 2  # share of draws whose lowest point is the last value that was run
-    if posterior.grid[0] == x[0] and (optima <= x[0]).mean() > beyond:
+    trained = x[finite]
+    beyond = (1 - CONFIDENCE) / 2  # share of draws whose lowest point is the last value that was fitted, and trained
+    if posterior.grid[0] in trained and (optima <= posterior.grid[0]).mean() > beyond:
         low = -math.inf
-    if posterior.grid[-1] == x[-1] and (optima >= x[-1]).mean() > beyond:
+    if posterior.grid[-1] in trained and (optima >= posterior.grid[-1]).mean() > beyond:
         high = math.inf
     return Optimum(float(np.median(optima)), float(mean[best]), side, (low, high))
 
@@ -192,7 +195,7 @@ def make_curves(results: Sequence[Result], octaves: Callable[[float], float], ch
     for (parameterization, size), values, x, metric, failed, usable, learns in made:
         posterior = posteriors[size, x.tobytes(), usable.tobytes()] if learns else None
         optimum = find_optimum(x, usable, learns, posterior)
-        found.append(Curve(parameterization, size, values, x, metric, failed, learns, posterior, optimum))
+        found.append(Curve(parameterization, size, values, x, metric, failed, learns, chance, posterior, optimum))
     return found
 
 
@@ -215,11 +218,13 @@ def compare_optima(base: Curve, curve: Curve) -> tuple[float | None, tuple[float
 
 
 def log_regrets(curve: Curve, x: float) -> np.ndarray | None:
-    """Draws of the log of the loss at x over the lowest; None without a posterior, or where runs at x fail."""
+    """Draws of the log of the loss at x over the lowest, at most that of a guess; None without a posterior, or where
+    runs at x fail."""
     if curve.posterior is None:
         return None
+    most = math.log(curve.chance) - curve.posterior.lowest
     if curve.posterior.grid[0] <= x <= curve.posterior.grid[-1]:
-        return curve.posterior.regrets(x)
+        return np.minimum(curve.posterior.regrets(x), most)
     # beyond the values that the curve is fitted to: what was measured there, with the noise of that mean
     logs = np.log(curve.usable)
     mean = np.interp(x, curve.x, level(logs))
@@ -227,7 +232,7 @@ def log_regrets(curve: Curve, x: float) -> np.ndarray | None:
         return None
     noise = seed_noise(np.where(np.isinf(logs), math.nan, logs)) / math.sqrt(len(logs))
     errors = noise * np.random.default_rng(0).standard_normal(len(curve.posterior.lowest))
-    return np.asarray(np.maximum(mean + errors - curve.posterior.lowest, 0.0))
+    return np.clip(mean + errors - curve.posterior.lowest, 0.0, most)
 
 
 def compare(base: Curve, curve: Curve, carried: float | None) -> Comparison:
@@ -245,8 +250,7 @@ def compare(base: Curve, curve: Curve, carried: float | None) -> Comparison:
     if regrets is None:
         return Comparison(curve, drift, interval, at_nearest, measured, at_nearest / lowest - 1, None, math.inf)
     assert curve.posterior is not None
-    inside = curve.posterior.grid[0] <= carried <= curve.posterior.grid[-1]
-    low, high = regret_interval(curve.posterior, carried) if inside else quantiles(regrets)
+    low, high = regret_interval(curve.posterior.optima, regrets, carried)
     regret = math.expm1(float(np.median(regrets)))
     expected = math.exp(float(np.median(curve.posterior.lowest))) * (1 + regret)
     return Comparison(

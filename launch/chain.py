@@ -112,8 +112,9 @@ def target_study(study: Study, target: Path, console: Console) -> Study:
 def say_next_step(study: Study, console: Console) -> None:
     """How to go on from a study that says which value to use."""
     from launch.report import collect
+    from launch.verdict import CARRIED
 
-    if any(judgement.verdict == "transfers" for judgement in collect(study).analysis.judgements):
+    if any(judgement.verdict in CARRIED for judgement in collect(study).analysis.judgements):
         model = study.file.model
         size = (f"model.width={4 * model.base_width}", f"model.depth={4 * model.base_depth}")
         words = (study.file.directory, *size, f"train.samples={10 * study.file.train.samples}")

@@ -25,9 +25,10 @@ from scipy.special import digamma, polygamma
 CONFIDENCE = 0.9
 DRAWS = 2000  # of every curve; among them a bound's place is known to one per cent
 STEPS_PER_OCTAVE = 8  # of the grid on which curves are drawn; between its points the lowest is found by a parabola
-REACH_OCTAVES = 3.0  # a value is left out further than this from the best, or above REACH_LOSS, unless ...
+REACH_OCTAVES = 3.0  # a value is left out further than this from the best, or above REACH_LOSS, unless it is ...
 REACH_LOSS = 0.25  # (log of its loss over the lowest)
-MIN_REACH = 2  # ... it is one of so many to either side
+MIN_REACH = 2  # ... one of so many to either side
+AS_GOOD = 0.02  # ... or on a plateau: log of its loss over the lowest
 
 MEAN_SKEW = np.linspace(-1.2, 1.2, 13)  # m: change of the curvature within an octave, in curvatures
 MEAN_SKEW_DEVIATION = 0.6  # of m's normal prior
@@ -88,7 +89,8 @@ def inverse_trigamma(value: float) -> float:
 
 def moderate(variances: np.ndarray, freedoms: np.ndarray) -> tuple[float, float]:
     """(degrees of freedom, variance) of the prior towards which variances of a study's curves are moderated, by the
-    moments of log variances (Smyth 2004, section 6.2); all their freedom where they scatter as those of one variance.
+    moments of log variances (Smyth 2004, section 6.2); all their freedom, and their mean, where they scatter no more
+    than estimates of one variance do.
     """
     half = freedoms / 2
     logs = np.log(variances) - digamma(half) + np.log(half)
@@ -97,7 +99,9 @@ def moderate(variances: np.ndarray, freedoms: np.ndarray) -> tuple[float, float]
         return 0.0, math.exp(mean)
     excess = float(logs.var(ddof=1) - polygamma(1, half).mean())
     total = float(freedoms.sum())
-    prior = min(2 * inverse_trigamma(excess), total) if excess > 0 else total
+    if excess <= 0:
+        return total, float(np.average(variances, weights=freedoms))
+    prior = min(2 * inverse_trigamma(excess), total)
     return prior, math.exp(mean + float(digamma(prior / 2)) - math.log(prior / 2))
 
 
@@ -259,7 +263,8 @@ def fitted_values(x: np.ndarray, mean: np.ndarray) -> np.ndarray:
     for step in (-1, 1):
         index = best + step
         while 0 <= index < len(x) and np.isfinite(mean[index]):
-            near = abs(x[index] - x[best]) <= REACH_OCTAVES and mean[index] - mean[best] <= REACH_LOSS
+            excess = mean[index] - mean[best]
+            near = excess <= (REACH_LOSS if abs(x[index] - x[best]) <= REACH_OCTAVES else AS_GOOD)
             if not near and abs(index - best) > MIN_REACH:
                 break
             kept.append(index)
@@ -325,10 +330,10 @@ def quantiles(draws: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def regret_interval(posterior: Posterior, x: float) -> tuple[float, float]:
-    """Of the log of the loss at `x` over the lowest. Its lower end is 0 where the optimum's interval holds x."""
-    regrets = posterior.regrets(x)
-    low, high = quantiles(posterior.optima)
+def regret_interval(optima: np.ndarray, regrets: np.ndarray, x: float) -> tuple[float, float]:
+    """Of the log of the loss at `x` over the lowest, from its draws. Its lower end is 0 where the optimum's interval
+    holds x."""
+    low, high = quantiles(optima)
     if low <= x <= high:
         return 0.0, float(np.quantile(regrets, CONFIDENCE))
     return quantiles(regrets)

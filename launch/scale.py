@@ -13,6 +13,7 @@ from launch.analysis import Curve
 from launch.config import StudyFile, apply_profile, label, named_cluster, settings_of
 from launch.paths import command
 from launch.report import Report
+from launch.verdict import CARRIED, without_optimum
 from train.config import RunConfig, from_plain, read_yaml, set_dotted
 from train.yaml_text import dump_yaml, load_yaml
 
@@ -41,8 +42,9 @@ class Transferred:
 def choose(report: Report, parameterization: str | None, force: bool) -> tuple[Curve, list[str]]:
     """The base's curve of the parameterization to use, and how sure its optimum is.
 
-    Without a name: the one whose verdict is `transfers`, of several the one whose value has the lowest loss at the
-    largest size: at the base they may be the same network. Raises UserError for an inconclusive study unless `force`.
+    Without a name: the one with the best verdict of CARRIED, of several the one whose value has the lowest loss at the
+    largest size: at the base they may be the same network. Raises UserError where no verdict says what the value
+    costs, unless `force`.
     """
     path, base_size = report.study.path, report.study.file.study.sizes[0]
     curves = {curve.parameterization: curve for curve in report.analysis.curves if curve.size == base_size}
@@ -54,7 +56,8 @@ def choose(report: Report, parameterization: str | None, force: bool) -> tuple[C
             f"{path}: no parameterization {parameterization!r} in the study; it has {', '.join(judgements)}"
         )
     names = [parameterization] if parameterization else list(judgements)
-    good = [name for name in names if judgements[name].verdict == "transfers" and not report.unfinished]
+    ranked = ([name for name in names if judgements[name].verdict == verdict] for verdict in CARRIED)
+    good = [] if report.unfinished else next(filter(None, ranked), [])
     if not good and not force:
         why = [f"{len(report.unfinished)} runs are not finished"] if report.unfinished else []
         why += [f"{name} {judgements[name].verdict} ({judgements[name].reason})" for name in names]
@@ -67,8 +70,7 @@ def choose(report: Report, parameterization: str | None, force: bool) -> tuple[C
         key=lambda c: (at_largest.get(c.parameterization, math.inf), c.optimum.metric),
     )
     if curve.optimum.x is None:
-        nothing = "every run of the base size diverged; there is nothing to transfer"
-        raise UserError(f"{path}: {curve.parameterization}: {nothing}")
+        raise UserError(f"{path}: {curve.parameterization}: nothing to transfer: the base: {without_optimum(curve)}")
     judgement = judgements[curve.parameterization]
     study, train = report.study.file.study, report.study.file.train
     low, high = (study.show(bound) for bound in curve.optimum.interval or (0, 0))

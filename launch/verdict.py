@@ -15,6 +15,7 @@ from launch.wording import show_drift, show_interval, show_share, show_shares
 
 Verdict = Literal["transfers", "costs", "does not transfer", "not identified", "inconclusive"]
 CONTROL = "sp"  # the parameterization under which nothing is scaled
+CARRIED: tuple[Verdict, ...] = ("transfers", "not identified", "costs")  # it is known what the value costs; best first
 SURE = (1 + CONFIDENCE) / 2
 
 
