@@ -315,5 +315,9 @@ def test_the_processes_of_torchrun_and_srun_are_recognised() -> None:
     world = world_from_environment({**srun, "SLURM_STEP_NODELIST": "gpu[03-04,9],cpu1"})
     assert (world.rank, world.size, world.local_rank, world.host) == (5, 8, 1, "gpu03")
     assert world_from_environment({**srun, "SLURM_NTASKS": "1"}) == World()
+    in_a_shell = {**srun, "SLURM_STEP_ID": str(2**32 - 6), "SLURM_STEP_NUM_TASKS": "1"}  # salloc's, of a job with eight
+    assert world_from_environment(in_a_shell) == World()
+    assert world_from_environment({**srun, "SLURM_STEP_NUM_TASKS": "6"}).size == 6  # srun -n 6 in that job
+    assert world_from_environment({"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8"}) == World()  # in no step
     assert world_from_environment({}) == World()
     assert [first_host(nodes) for nodes in ("a1", "a1,b2", "a[7,9]-ib", "n[001-128]")] == ["a1", "a1", "a7-ib", "n001"]

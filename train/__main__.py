@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from data.errors import UserError
 from models.errors import ModelError
-from train.config import RunConfig, from_plain, read_yaml, run_hash, set_dotted
+from train.config import RunConfig, read_yaml, run_hash, run_in, set_dotted
 from train.interrupt import Interrupt, Interrupted
 from train.lock import holder, take_lock
 from train.owner import check_directory
@@ -31,7 +31,7 @@ def read_config(path: Path, overrides: list[str]) -> RunConfig:
     raw = read_yaml(path)
     for override in overrides:
         set_dotted(raw, override)
-    return from_plain(RunConfig, raw, str(path))
+    return run_in(raw, str(path))
 
 
 def leave(code: int) -> NoReturn:

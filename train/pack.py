@@ -261,13 +261,13 @@ class Pack:
             images, labels = (torch.stack(tensors) for tensors in zip(*batches, strict=True))
             if self.grouped is not None:
                 images, labels = images[:, self.grouped], labels[:, self.grouped]
-            logs = (self.step + 1) % config.log_every == 0 or self.step + 1 == num_steps
+            logs = config.logs(self.step + 1)
             before = self.replicas.values() if logs else []
             self.pending.append(self.replicas.step(images, labels))
             self.step += 1
             if logs:
                 self.write_metrics(before, clock)
-            if self.step % config.checkpoint_every == 0 and self.step < num_steps:
+            if config.saves(self.step):
                 self.save()
             if interrupt.requested and self.step < num_steps and self.active:
                 self.save()
