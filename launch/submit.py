@@ -8,12 +8,14 @@ of run directories that was written before. Local slots run the same worker.
 import fcntl
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 
 import submitit

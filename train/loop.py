@@ -21,7 +21,7 @@ from data.index import Index
 from data.loader import TrainingLoader, TrainingStream
 from data.mixing import mix, mixes, pairs
 from data.order import State, places
-from data.workers import too_few_cpus
+from data.workers import explained_deaths, too_few_cpus
 from models.build import ScaledModel, build, build_meta
 from models.flops import num_parameters, training_flops
 from models.optimizer import build_optimizer, parameter_groups
@@ -118,7 +118,8 @@ def run(
     with process_group(world, device, config.parallel, engine_name), ExitStack() as closing:
         try:
             this = Run(config, path, world, device, engine_name, micro_batches, closing, watch)
-            return this.train(interrupt or Interrupt())
+            with explained_deaths():
+                return this.train(interrupt or Interrupt())
         except Exception as error:
             if world.size > 1 and not isinstance(error, Interrupted):
                 closing.pop_all()  # the others may be gone, and waiting for them would hide the reason

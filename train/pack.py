@@ -18,6 +18,7 @@ from data.errors import UserError
 from data.index import Index
 from data.loader import TrainingLoader, TrainingStream, evaluation_batches
 from data.order import State, places
+from data.workers import explained_deaths
 from models.build import build_meta
 from models.flops import training_flops
 from models.init import materialize
@@ -172,7 +173,9 @@ def run_pack(
             run(config, directory.path, interrupt=interrupt)
             continue
         with ExitStack() as closing:
-            Pack([c for c, _ in pending], [d for _, d in pending], step, closing).train(interrupt)
+            pack = Pack([c for c, _ in pending], [d for _, d in pending], step, closing)
+            with explained_deaths():
+                pack.train(interrupt)
     return [result_of(RunDirectory(path).done() or {}) for path in paths]
 
 
