@@ -38,8 +38,8 @@ KILLED_BY = re.compile(r"is killed by signal: ([^.]+)\.")
 CURES = {
     signal.SIGKILL: "most likely the job or the machine ran out of memory: ask for more (launch.memory_gb; "
     "sbatch --mem; docker --memory), or set data.num_workers lower",
-    signal.SIGBUS: f"most likely {SHARED_MEMORY} is full: remove what was left there (ls -l {SHARED_MEMORY}), enlarge it "
-    "(docker: --shm-size=1g), or set data.num_workers=0",
+    signal.SIGBUS: f"most likely {SHARED_MEMORY} is full: remove what was left there (ls -l {SHARED_MEMORY}), "
+    "enlarge it (docker: --shm-size=1g), or set data.num_workers=0",
 }
 
 

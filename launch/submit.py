@@ -33,15 +33,14 @@ from launch.worker import work
 from train.lock import write_holder
 from train.rundir import EXIT_REQUEUE, RunDirectory
 
-
 GPU_NAME = re.compile(r"\d+|(GPU|MIG)-\S+")  # a number, or a name that may be cut short
 
 
 def visible_gpus() -> list[str]:
     """This machine's GPUs as CUDA_VISIBLE_DEVICES names them; found without torch, whose import takes seconds.
 
-    As CUDA does, the list is read up to the first entry that names no GPU: -1, NoDevFiles, nothing. One that names a GPU
-    twice shows none.
+    As CUDA does, the list is read up to the first entry that names no GPU: -1, NoDevFiles, nothing. One that names
+    a GPU twice shows none.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:

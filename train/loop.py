@@ -335,7 +335,8 @@ class Run:
     def write_metrics(self, result: StepResult, clock: Clock, vote: StopVote) -> int | None:
         """Writes one metrics line; returns the step of the first loss since the last one that is not finite.
 
-        A stop during an evaluation is obeyed, and leaves the line without it. The only place in the loop where the host waits for the device.
+        A stop during an evaluation is obeyed, and leaves the line without it. The only place in the loop where the host
+        waits for the device.
         """
         config, engine = self.config, self.engine
         losses, diverged_at = self.window.drain(self.step)
