@@ -4,6 +4,7 @@ import ctypes
 import gc
 import mmap
 import os
+import re
 import shutil
 import signal
 import threading
@@ -11,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -31,6 +33,14 @@ PREFETCHED = 2  # batches that workers make ready ahead
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 # Sent to all processes of a job, they are for the one that trains: a worker that died of them would end the run.
 JOB_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR2}
+
+KILLED_BY = re.compile(r"is killed by signal: ([^.]+)\.")
+CURES = {
+    signal.SIGKILL: "most likely the job or the machine ran out of memory: ask for more (launch.memory_gb; "
+    "sbatch --mem; docker --memory), or set data.num_workers lower",
+    signal.SIGBUS: f"most likely {SHARED_MEMORY} is full: remove what was left there (ls -l {SHARED_MEMORY}), "
+    "enlarge it (docker: --shm-size=1g), or set data.num_workers=0",
+}
 
 
 def shared(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -60,6 +70,31 @@ def check_shared_memory(num_workers: int) -> None:
             f"{SHARED_MEMORY} has {free} KiB free, and {num_workers} data workers need {needed}: remove what was left "
             f"there (ls -l {SHARED_MEMORY}), enlarge it (docker: --shm-size=1g), or set data.num_workers=0"
         )
+
+
+@contextmanager
+def explained_deaths() -> Iterator[None]:
+    """Raises UserError with the likely reason and the cure where a data worker was killed while the block runs.
+
+    torch says no more than that it was, and from its handler of SIGCHLD: wherever the main thread is at that moment.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        chain = f"{error} {error.__cause__} {error.__context__}"
+        if "DataLoader worker" not in chain:
+            raise
+        signalled = KILLED_BY.search(chain)
+        number = strsignals().get(signalled[1]) if signalled else signal.SIGKILL
+        if number not in CURES:
+            raise
+        how = f"was killed ({number.name})" if signalled else "ended without a word"
+        raise UserError(f"a data worker {how}: {CURES[number]}") from error
+
+
+def strsignals() -> dict[str | None, signal.Signals]:
+    """Signals by the words that the C library has for them."""
+    return {signal.strsignal(number): number for number in signal.Signals}
 
 
 class Slots:
@@ -168,7 +203,11 @@ def in_turn(parts: Iterator[tuple[BadSample, ...]], num_parts: int) -> Iterator[
     """The bad samples of one batch after the other, each of `num_parts` parts. Raises a worker's UserError with its own
     words, which torch buries in a traceback."""
     try:
-        for of_batch in zip(*[parts] * num_parts, strict=False):
+        while True:
+            with explained_deaths():
+                of_batch = tuple(islice(parts, num_parts))
+            if len(of_batch) < num_parts:
+                return
             yield tuple(bad for part in of_batch for bad in part)
     except UserError as error:
         raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None

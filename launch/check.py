@@ -9,10 +9,11 @@ from rich.console import Console
 
 from data.errors import UserError
 from data.paths import expand_path
-from launch.config import read_raw, run_in
+from launch.config import read_raw
 from launch.progress import display
 from models.config import ParameterizationConfig
 from models.coordinate_check import AXES, BAND, Axis, Line, Settings, check
+from train.config import run_in
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
@@ -132,7 +133,7 @@ def run_check(
     if min(steps, batch_size) < 1 or seeds < 2:
         raise UserError("--steps and --batch-size must be at least 1, --seeds at least 2")
     raw = read_raw(config, overrides)
-    run = run_in(raw, config)
+    run = run_in(raw, str(config))
     p = run.parameterization
     plot = plot or default_plot(config, raw, p.name)
     if plot.suffix not in (".png", ".pdf", ".svg"):

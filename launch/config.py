@@ -16,7 +16,7 @@ from launch.paths import command, user_folder
 from launch.snapshot import ROOT
 from models.checked import STRICT
 from models.config import Number, ParameterizationConfig
-from train.config import RunConfig, checked_setting, from_plain, read_yaml, set_dotted, to_plain
+from train.config import RunConfig, checked_setting, from_plain, read_yaml, run_in, set_dotted, to_plain
 from train.yaml_text import load_yaml
 
 Preset = Annotated[
@@ -355,7 +355,7 @@ def read_study_or_run(path: Path, overrides: tuple[str, ...] = ()) -> StudyFile:
     given = raw.get("study", {})
     if not isinstance(given, dict) or set(given) - {"name", "directory"}:
         return study_in(raw, path)
-    run = run_in(raw, path)
+    run = run_in(raw, str(path))
     study = {
         "name": path.stem,
         "parameterizations": [vars(run.parameterization)],
@@ -370,11 +370,6 @@ def read_study_or_run(path: Path, overrides: tuple[str, ...] = ()) -> StudyFile:
     return from_plain(StudyFile, {**raw, "study": study}, str(path))
 
 
-def run_in(raw: dict[str, Any], path: Path) -> RunConfig:
-    """One run of the plain data of the file `path`; a study's sections study and launch are left aside."""
-    return from_plain(RunConfig, {key: raw[key] for key in raw if key not in ("study", "launch")}, str(path))
-
-
 def read_run(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
-    """Reads one run's configuration, as `run_in`. Raises UserError."""
-    return run_in(read_raw(path, overrides), path)
+    """Reads one run's configuration, as `train.config.run_in`. Raises UserError."""
+    return run_in(read_raw(path, overrides), str(path))

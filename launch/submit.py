@@ -8,12 +8,14 @@ of run directories that was written before. Local slots run the same worker.
 import fcntl
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 
 import submitit
@@ -31,12 +33,19 @@ from launch.worker import work
 from train.lock import write_holder
 from train.rundir import EXIT_REQUEUE, RunDirectory
 
+GPU_NAME = re.compile(r"\d+|(GPU|MIG)-\S+")  # a number, or a name that may be cut short
+
 
 def visible_gpus() -> list[str]:
-    """This machine's GPUs as CUDA_VISIBLE_DEVICES names them; found without torch, whose import takes seconds."""
+    """This machine's GPUs as CUDA_VISIBLE_DEVICES names them; found without torch, whose import takes seconds.
+
+    As CUDA does, the list is read up to the first entry that names no GPU: -1, NoDevFiles, nothing. One that names
+    a GPU twice shows none.
+    """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return [gpu for gpu in visible.split(",") if gpu]
+        gpus = list(takewhile(GPU_NAME.fullmatch, map(str.strip, visible.split(","))))
+        return gpus if len(set(gpus)) == len(gpus) else []
     return [str(number) for number in range(len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))]
 
 

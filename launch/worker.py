@@ -155,7 +155,7 @@ def joins(directory: RunDirectory, config: RunConfig, pack: dict[RunDirectory, R
     first = next(iter(pack.values()))
     if packable(first, config) or failed_in_a_pack(directory):
         return False
-    return go_together([*pack, directory], config.train)
+    return go_together([*pack, directory])
 
 
 def failed_in_a_pack(directory: RunDirectory) -> bool:

@@ -8,6 +8,7 @@ import yaml
 
 from data.errors import UserError
 from launch.config import read_run, read_study
+from train.__main__ import read_config
 from train.config import RunConfig, from_plain, run_hash, set_dotted, to_yaml
 
 
@@ -99,6 +100,17 @@ def test_overrides_reach_into_sections_and_powers_of_two_are_numbers(study_file:
     assert config.optimizer.lr == 2**-9
     assert config.model.depth == 48
     assert config.track.wandb == "off"
+
+
+def test_a_process_of_a_run_takes_every_file_that_the_command_takes(study_file: Path) -> None:
+    """With a study, its launch section and a holder of anchors, as `depthmup scale` writes them."""
+    raw = yaml.safe_load(study_file.read_text())
+    raw |= {"launch": {"cluster": "slurm", "nodes": 2}, "x-rate": 0.25}
+    study_file.write_text(yaml.safe_dump(raw))
+    assert "study" in raw
+    assert read_config(study_file, ["optimizer.lr=0.5"]) == read_run(study_file, ("optimizer.lr=0.5",))
+    with pytest.raises(UserError, match="studdy: unknown key"):
+        read_config(study_file, ["studdy.name=a"])
 
 
 def test_a_study_must_start_with_its_base(study_file: Path) -> None:

@@ -1,7 +1,9 @@
 """Workers fill batches in memory that they share with the process that trains: none too early, none late, none lost."""
 
 import gc
+import os
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from itertools import count, islice
@@ -15,7 +17,7 @@ import torch
 from data.errors import UserError
 from data.index import NO_LABEL
 from data.reader import BadSample
-from data.workers import Slots, batches
+from data.workers import Slots, batches, explained_deaths
 
 CPU = torch.device("cpu")
 SHAPE = (6, 1, 2, 2)  # of a batch
@@ -101,3 +103,47 @@ def test_a_full_dev_shm_is_said_with_the_way_out(monkeypatch: pytest.MonkeyPatch
     next(batches(Numbered(), SHAPE, 1, CPU))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
     next(batches(Numbered(), SHAPE, 0, CPU))
+
+
+class Dying:
+    """Sends itself a signal at the third batch, as the kernel does where memory is gone."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        self.number = number
+
+    def fill(self, slots: Slots, worker: int, num_workers: int) -> Iterator[tuple[BadSample, ...]]:
+        for _ in range(2):
+            yield ()
+        os.kill(os.getpid(), self.number)
+        yield ()
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (
+            signal.SIGKILL,
+            r"killed \(SIGKILL\): .* out of memory: .*launch.memory_gb.*data.num_workers lower",
+        ),
+        (signal.SIGBUS, r"killed \(SIGBUS\): most likely /dev/shm is full: .*--shm-size.*data.num_workers=0"),
+    ],
+)
+@pytest.mark.parametrize("waiting", [True, False])
+def test_why_a_worker_was_killed_and_the_cure_are_said(number: signal.Signals, said: str, waiting: bool) -> None:
+    """While the process waits for it or, as torch's handler of SIGCHLD comes at any moment, while it trains."""
+
+    def train() -> None:
+        with explained_deaths():
+            filled = batches(Dying(number), SHAPE, 1, CPU)
+            next(filled)
+            if not waiting:
+                time.sleep(30)
+            list(filled)
+
+    with pytest.raises(UserError, match=said):
+        train()
+
+
+def test_other_ends_of_a_worker_keep_their_words() -> None:
+    with pytest.raises(RuntimeError, match="DataLoader worker"), explained_deaths():
+        list(batches(Dying(signal.SIGSEGV), SHAPE, 1, CPU))

@@ -364,6 +364,15 @@ def test_help_has_an_example_and_imports_nothing_slow() -> None:
         ("0,1,2,3", 0, ["0", "1", "2", "3"]),  # one run per GPU
         ("2,5", 3, ["2", "5", "2"]),
         ("", 2, [None, None]),  # hidden GPUs are not used
+        ("-1", 2, [None, None]),
+        ("NoDevFiles", 2, [None, None]),
+        ("none", 1, [None]),
+        ("0,0", 1, [None]),
+        (" 1, 0 ", 0, ["1", "0"]),
+        ("3,-1,1", 0, ["3"]),  # what follows is hidden
+        ("2,,1", 0, ["2"]),
+        ("GPU-8932f937-d72c,GPU-1f", 0, ["GPU-8932f937-d72c", "GPU-1f"]),
+        ("MIG-GPU-8932f937/1/0,MIG-3b", 0, ["MIG-GPU-8932f937/1/0", "MIG-3b"]),
         ("", 0, [None] * len(os.sched_getaffinity(0))),  # one run per core
     ],
 )

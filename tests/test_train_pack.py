@@ -36,6 +36,7 @@ from train.pack import run_pack
 from train.pack_memory import MEMORY_SHARE, largest_pack, pack_bytes, pack_size
 from train.packing import packable
 from train.replicas import Replicas
+from train.rundir import RunDirectory
 from train.schedule import schedule, set_learning_rate
 from train.step import take_step
 
@@ -63,6 +64,18 @@ STEPS = 20  # of warm-up and of decay, with every momentum moving
 DIVERGES = 1e37  # a learning rate after which no weight is finite
 
 Change = Callable[[dict[str, Any]], None]
+
+
+class After(Interrupt):
+    """Asks to stop after so many steps."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    @property
+    def requested(self) -> bool:  # type: ignore[override]  # a flag that sets itself
+        self.left -= 1
+        return self.left == 0
 
 
 @pytest.fixture
@@ -199,7 +212,7 @@ def test_a_replica_alone_can_go_on_from_a_packs_checkpoint(make: Callable[..., R
     ("network", "optimizer", "in_memory"),
     [("conv_resnet, BatchNorm", "adamw", True), ("vit", "sgd", False), ("timm's ResNet, GroupNorm", "sgd", True)],
 )
-def test_a_pack_killed_between_two_saves_ends_bit_for_bit_as_without(
+def test_a_killed_pack_ends_bit_for_bit_as_without(
     network: str,
     optimizer: str,
     in_memory: bool,
@@ -214,19 +227,18 @@ def test_a_pack_killed_between_two_saves_ends_bit_for_bit_as_without(
 
     save, saves = Checkpoints.save, []
 
-    def dies_at_the_fourth(*args: Any, **kwargs: Any) -> None:
+    def dies_at_the_third(*args: Any, **kwargs: Any) -> None:
         saves.append(args)
-        if len(saves) == 4:  # replica 0 has step 8, replica 1 has not
+        if len(saves) == 3:  # both replicas have step 4, none has step 8
             raise KeyboardInterrupt
         save(*args, **kwargs)
 
-    monkeypatch.setattr(Checkpoints, "save", dies_at_the_fourth)
+    monkeypatch.setattr(Checkpoints, "save", dies_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         run_pack(configs, broken)
     monkeypatch.undo()
-    assert (broken[0] / "checkpoints" / "step-8").exists()
-    assert not (broken[1] / "checkpoints" / "step-8").exists()
     for path in broken:
+        assert RunDirectory(path).checkpoint_steps() == [4]
         state = path / "checkpoints" / "step-4" / "state.json"
         content = json.loads(state.read_text())
         assert 0 < content["seconds"] < 1000
@@ -238,6 +250,27 @@ def test_a_pack_killed_between_two_saves_ends_bit_for_bit_as_without(
         assert json.loads((other / "done.json").read_text())["seconds"] > 1000  # of the first start
         expected = load_file(one / "weights.safetensors")
         assert all(torch.equal(w, expected[name]) for name, w in load_file(other / "weights.safetensors").items())
+
+
+def test_a_pack_takes_no_checkpoint_from_a_run_that_is_ahead_of_the_others(
+    make: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    configs = [make("conv_resnet, no norm", seed=seed) for seed in range(4)]
+    alone, packed = ([tmp_path / name / str(n) for n in range(4)] for name in ("alone", "packed"))
+    results = [run(config, path) for config, path in zip(configs, alone, strict=True)]
+    with pytest.raises(Interrupted, match="after step 5"):
+        run(configs[1], packed[1], interrupt=After(5))
+    with pytest.raises(Interrupted, match="after step 2"):
+        run_pack(configs[2:], packed[2:], After(2))
+    with pytest.raises(Interrupted, match="after step 6"):
+        run_pack(configs, packed, After(1))
+    assert [max(RunDirectory(path).checkpoint_steps(), default=0) for path in packed] == [0, 6, 2, 2]
+    ended = run_pack(configs, packed)
+    for path, one, other in zip(packed, results, ended, strict=True):
+        assert other["train_loss"] == pytest.approx(one["train_loss"], rel=1e-4)
+        assert metric(path, "step") == [2, 4, 6, 8, 10, 12]
+    assert "resumed from step-6" in (packed[1] / "log-0.txt").read_text()
+    assert "replica 0 of a pack of 2" in (packed[2] / "log-0.txt").read_text()
 
 
 def test_a_pack_whose_process_is_killed_goes_on_and_leaves_a_finished_replica_alone(
@@ -280,21 +313,10 @@ def test_a_pack_whose_process_is_killed_goes_on_and_leaves_a_finished_replica_al
 def test_a_pack_that_is_asked_to_stop_saves_all_replicas_and_goes_on(
     make: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
-    class AfterFive(Interrupt):
-        looks = 0
-
-        @property
-        def requested(self) -> bool:  # type: ignore[override]  # a flag that sets itself
-            self.looks += 1
-            return self.looks == 5
-
-        @requested.setter
-        def requested(self, value: bool) -> None: ...
-
     configs = [make("conv_resnet, no norm", seed=seed) for seed in range(2)]
     paths = [tmp_path / str(number) for number in range(2)]
     with pytest.raises(Interrupted, match="stopped after step 5 of 12"):
-        run_pack(configs, paths, AfterFive())
+        run_pack(configs, paths, After(5))
     assert all((path / "checkpoints" / "step-5").is_dir() for path in paths)
     assert [result["step"] for result in run_pack(configs, paths)] == [12, 12]
     assert metric(paths[1], "step") == [2, 4, 6, 8, 10, 12]

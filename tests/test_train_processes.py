@@ -1,5 +1,6 @@
 """Runs of several processes as a cluster treats them: signals, dead processes, other world sizes, bad set-ups."""
 
+import errno
 import fcntl
 import json
 import os
@@ -12,6 +13,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from train_configs import metric, pack_digits, run_config, timeless_metrics
 from train_processes import Process, environment, start
 
 from train import __main__ as command
+from train import lock
 from train.config import RunConfig, run_hash, to_yaml
 from train.distributed import World, first_host, world_from_environment
 from train.lock import Holder, holder, take_lock
@@ -149,6 +152,44 @@ def test_whoever_looks_for_a_locks_holder_does_not_keep_a_worker_from_taking_it(
     assert take_lock(path) is None
     held.close()
     assert holder(path) is None
+
+
+def test_a_lock_that_other_hosts_do_not_see_keeps_them_out_while_its_holder_beats(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on BeeGFS: flock succeeds on every host."""
+    monkeypatch.setattr(fcntl, "flock", lambda file, operation: None)
+    monkeypatch.setattr(lock, "BEAT", 0.05)
+    path, here = tmp_path / "lock", socket.gethostname()
+    held = take_lock(path)
+    assert held
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(socket, "gethostname", lambda: "another")
+        assert take_lock(path) is None
+        assert holder(path) == Holder(here, os.getpid())
+        held.ended.set()  # as after a kill
+        elsewhere.setattr(lock, "SILENCE", 0.5)
+        time.sleep(0.1)
+        held = take_lock(path)
+        assert held
+    assert holder(path) == Holder("another", os.getpid())
+    held.close()
+    assert holder(path) is None
+    started = take_lock(path)
+    assert started  # at once, as nobody is named
+    started.close()
+
+
+def test_a_file_system_without_locks_is_said_in_one_line(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(file: Any, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert command.train(command.read_config(config, []), RunDirectory(tmp_path / "run")) == EXIT_USER_ERROR
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "this file system has no file locks" in line
 
 
 def test_a_process_that_hangs_ends_the_others_within_the_time_out(config: Path, tmp_path: Path) -> None:
@@ -315,5 +356,9 @@ def test_the_processes_of_torchrun_and_srun_are_recognised() -> None:
     world = world_from_environment({**srun, "SLURM_STEP_NODELIST": "gpu[03-04,9],cpu1"})
     assert (world.rank, world.size, world.local_rank, world.host) == (5, 8, 1, "gpu03")
     assert world_from_environment({**srun, "SLURM_NTASKS": "1"}) == World()
+    in_a_shell = {**srun, "SLURM_STEP_ID": str(2**32 - 6), "SLURM_STEP_NUM_TASKS": "1"}  # salloc's, of a job with eight
+    assert world_from_environment(in_a_shell) == World()
+    assert world_from_environment({**srun, "SLURM_STEP_NUM_TASKS": "6"}).size == 6  # srun -n 6 in that job
+    assert world_from_environment({"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8"}) == World()  # in no step
     assert world_from_environment({}) == World()
     assert [first_host(nodes) for nodes in ("a1", "a1,b2", "a[7,9]-ib", "n[001-128]")] == ["a1", "a1", "a7-ib", "n001"]

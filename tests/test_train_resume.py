@@ -19,10 +19,12 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
-from train_configs import pack_digits, run_config, timeless_metrics
+from train_configs import metrics, pack_digits, run_config, timeless_metrics
 
+from data.batch import to_float
 from data.errors import UserError
 from train import checkpoint, contents, loop
+from train import evaluate as evaluation
 from train.config import RunConfig
 from train.contents import CONTENTS, Reader, describe
 from train.interrupt import Interrupt, Interrupted
@@ -258,6 +260,53 @@ def test_a_stop_in_the_last_evaluation_is_obeyed_and_only_the_evaluation_is_done
         run(config_of(shards), tmp_path, interrupt=interrupt, watch=watch)
     run(config_of(shards), tmp_path, watch=lambda line: pytest.fail(f"trained again: {line}"))
     assert_same_end(tmp_path, whole)
+
+
+def test_a_stop_in_an_evaluation_on_the_way_is_obeyed_after_the_batch(
+    shards: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt, batches = Interrupt(), []
+
+    def evaluating(*given: Any) -> Any:
+        batches.append(given)
+        interrupt.request()
+        return to_float(*given)
+
+    monkeypatch.setattr(evaluation, "to_float", evaluating)
+    with pytest.raises(Interrupted, match="after step 6 of 50"):
+        run(config_of(shards, "train.evaluate_every=6"), tmp_path, interrupt=interrupt)
+    monkeypatch.undo()
+    assert len(batches) == 1
+    run(config_of(shards), tmp_path)
+    assert_same_end(tmp_path, whole)
+
+
+def test_evaluations_and_kept_checkpoints_have_their_steps_whatever_the_other_steps_are(
+    shards: Path, tmp_path: Path
+) -> None:
+    """Metrics every 3 steps, a checkpoint every 4."""
+    run(config_of(shards, "train.samples=960", "train.evaluate_every=7", "train.keep_every=10"), tmp_path)
+    lines = timeless_metrics(tmp_path)
+    assert [line["step"] for line in lines if "val_loss" in line] == [7, 14, 21, 28]
+    assert [line["step"] for line in lines if line["step"] % 7] == [3, 6, 9, 12, 15, 18, 24, 27, 30]
+    kept = {path.name for path in checkpoint.complete(tmp_path / "checkpoints")}
+    assert kept == {"step-10", "step-20", "step-24", "step-28"}
+
+
+def test_the_time_of_an_evaluation_is_no_time_of_training(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monotonic, evaluated = time.monotonic, []
+
+    def evaluating(*given: Any) -> dict[str, float]:
+        evaluated.append(1000)  # seconds
+        return {}
+
+    monkeypatch.setattr(loop, "evaluate", evaluating)
+    monkeypatch.setattr(time, "monotonic", lambda: monotonic() + sum(evaluated))
+    run(config_of(shards, "train.samples=320", "train.evaluate_every=3"), tmp_path)
+    assert evaluated
+    assert all(line["images_per_second"] > 3 * 32 / 1000 for line in metrics(tmp_path))
 
 
 def test_a_corrupt_newer_checkpoint_does_not_push_out_those_after_the_resume(

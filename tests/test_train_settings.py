@@ -19,6 +19,7 @@ from train.average import WeightAverage
 from train.config import ParallelConfig, run_hash
 from train.distributed import World, process_group
 from train.loop import run
+from train.metrics import TensorBoardTracker
 from train.step import cuts_patches, patch_product, prepare
 from train.stochastic_depth import install_stochastic_depth
 from train.telemetry import LossWindow, peak_row
@@ -188,6 +189,33 @@ def test_wandb_without_a_key_is_kept_on_the_disk_and_said(
     assert "no wandb key, so track.wandb is offline" in capsys.readouterr().err
     (kept,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
     assert kept.stat().st_size > 0
+
+
+def test_wandb_with_a_key_and_without_a_network_is_kept_on_the_disk_and_said(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # where nobody listens
+    monkeypatch.setattr("train.metrics.WANDB_SECONDS", 1)
+    assert run(run_config(shards, "track.wandb=online", "train.samples=64"), tmp_path / "run")["outcome"] == "completed"
+    assert "warning: wandb did not start online, so track.wandb is offline: later run" in capsys.readouterr().err
+    (kept,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    assert kept.stat().st_size > 0
+
+
+@pytest.mark.parametrize("fails", ["__init__", "log", "finish"])
+def test_what_only_records_never_ends_a_run(
+    fails: str, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*given: Any) -> None:
+        raise PermissionError("read-only\nfile system")
+
+    monkeypatch.setattr(TensorBoardTracker, fails, fail)
+    result = run(run_config(shards, "track.tensorboard=true", "train.samples=128"), tmp_path)
+    assert (result["outcome"], result["step"]) == ("completed", 4)
+    said = capsys.readouterr().err
+    expected = "warning: tensorboard failed, and the run goes on without it: PermissionError: read-only file system\n"
+    assert said.count(expected) == 1
 
 
 def test_an_average_of_the_weights_comes_with_the_average_of_the_statistics_that_belong_to_them() -> None:

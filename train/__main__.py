@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from data.errors import UserError
+from data.lock import NoLocks
 from models.errors import ModelError
-from train.config import RunConfig, from_plain, read_yaml, run_hash, set_dotted
+from train.config import RunConfig, read_yaml, run_hash, run_in, set_dotted
 from train.interrupt import Interrupt, Interrupted
 from train.lock import holder, take_lock
 from train.owner import check_directory
@@ -31,7 +32,7 @@ def read_config(path: Path, overrides: list[str]) -> RunConfig:
     raw = read_yaml(path)
     for override in overrides:
         set_dotted(raw, override)
-    return from_plain(RunConfig, raw, str(path))
+    return run_in(raw, str(path))
 
 
 def leave(code: int) -> NoReturn:
@@ -49,6 +50,9 @@ def train(config: RunConfig, directory: RunDirectory) -> int:
     try:
         directory.path.mkdir(parents=True, exist_ok=True)
         held = take_lock(directory.lock) if world.is_main else nullcontext()  # the first process holds it for all
+    except NoLocks as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
     except OSError as error:
         print(f"error: cannot write to {directory.path} ({error.strerror}): name another directory", file=sys.stderr)
         return EXIT_USER_ERROR

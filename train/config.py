@@ -101,6 +101,21 @@ class TrainConfig:
     def num_steps(self) -> int:
         return self.samples // self.global_batch_size
 
+    # After which steps something happens beside training. Steps are counted from 1.
+
+    def evaluates(self, step: int) -> bool:
+        """In mid-run; the evaluation at the end is not meant."""
+        return self.evaluate_every is not None and step % self.evaluate_every == 0 and step < self.num_steps
+
+    def logs(self, step: int) -> bool:
+        """Every evaluation has a line, whatever log_every is."""
+        return step % self.log_every == 0 or step == self.num_steps or self.evaluates(step)
+
+    def saves(self, step: int) -> bool:
+        """What is to be kept for good is saved, whatever checkpoint_every is."""
+        kept = self.keep_every is not None and step % self.keep_every == 0
+        return (step % self.checkpoint_every == 0 or kept) and step < self.num_steps
+
 
 @checked_setting
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -243,6 +258,7 @@ def flat(sections: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 # ---------------------------------------------------------------- reading
 
 Config = TypeVar("Config")
+STUDY_SECTIONS = ("study", "launch")  # of a file with a study, which is the configuration of one run without them
 
 
 def set_dotted(raw: dict[str, Any], override: str) -> None:
@@ -269,6 +285,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected sections (model:, optimizer:, ...), found {type(raw).__name__}")
     return {key: value for key, value in raw.items() if not str(key).startswith("x-")}
+
+
+def run_in(raw: dict[str, Any], source: str) -> RunConfig:
+    """One run of a file's plain data; a study's sections study and launch are left aside. Raises UserError."""
+    return from_plain(RunConfig, {key: raw[key] for key in raw if key not in STUDY_SECTIONS}, source)
 
 
 def dotted_names(cls: Any, prefix: str = "") -> list[str]:

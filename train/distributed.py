@@ -41,16 +41,21 @@ def first_host(nodes: str) -> str:
 
 
 def world_from_environment(environment: "os._Environ[str] | dict[str, str]" = os.environ) -> World:
-    """Reads torchrun's variables, else those of an srun with several tasks; else a run of one process."""
+    """Reads torchrun's variables, else those of an srun with several tasks; else a run of one process.
+
+    The tasks are the step's: in `salloc -n 2` the job has two, and a command that is typed there is one process, which
+    may stand in a step of its own (the shell's).
+    """
     e = environment
     if "RANK" in e and "WORLD_SIZE" in e:
         host, port = e.get("MASTER_ADDR", "localhost"), int(e.get("MASTER_PORT", "29500"))
         return World(int(e["RANK"]), int(e["WORLD_SIZE"]), int(e.get("LOCAL_RANK", "0")), host, port)
-    if "SLURM_STEP_ID" in e and int(e.get("SLURM_NTASKS", "1")) > 1:
+    tasks = int(e.get("SLURM_STEP_NUM_TASKS", e.get("SLURM_NTASKS", "1"))) if "SLURM_STEP_ID" in e else 1
+    if tasks > 1:
         nodes = e.get("SLURM_STEP_NODELIST") or e.get("SLURM_JOB_NODELIST", "localhost")
         port = 20000 + int(e["SLURM_JOB_ID"]) * 16 % 20000 + int(e["SLURM_STEP_ID"]) % 16
         host, port = e.get("MASTER_ADDR", first_host(nodes)), int(e.get("MASTER_PORT", port))
-        return World(int(e["SLURM_PROCID"]), int(e["SLURM_NTASKS"]), int(e["SLURM_LOCALID"]), host, port)
+        return World(int(e["SLURM_PROCID"]), tasks, int(e["SLURM_LOCALID"]), host, port)
     return World()
 
 

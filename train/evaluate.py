@@ -26,7 +26,7 @@ def evaluate(
     device: torch.device,
     dtype: torch.dtype | None,
     channels_last: bool,
-    stop: Callable[[], bool] | None = None,
+    stop: Callable[[], bool],
 ) -> dict[str, float]:
     """Mean loss, top-1 and top-5 accuracy over `split`; every process calls it and gets the same.
 
@@ -56,7 +56,7 @@ def evaluate(
                 loss = F.cross_entropy(logits, labels, reduction="sum")
                 sums[:3] += torch.stack([loss.double(), hits[:, 0].sum(), hits.sum()])
                 sums[3] += len(labels)
-            if stop and stop():
+            if stop():
                 raise Interrupted(f"stopped in the evaluation of {split}, as asked")
     finally:
         engine.reshard()

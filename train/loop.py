@@ -21,7 +21,7 @@ from data.index import Index
 from data.loader import TrainingLoader, TrainingStream
 from data.mixing import mix, mixes, pairs
 from data.order import State, places
-from data.workers import too_few_cpus
+from data.workers import explained_deaths, too_few_cpus
 from models.build import ScaledModel, build, build_meta
 from models.flops import num_parameters, training_flops
 from models.optimizer import build_optimizer, parameter_groups
@@ -118,7 +118,8 @@ def run(
     with process_group(world, device, config.parallel, engine_name), ExitStack() as closing:
         try:
             this = Run(config, path, world, device, engine_name, micro_batches, closing, watch)
-            return this.train(interrupt or Interrupt())
+            with explained_deaths():
+                return this.train(interrupt or Interrupt())
         except Exception as error:
             if world.size > 1 and not isinstance(error, Interrupted):
                 closing.pop_all()  # the others may be gone, and waiting for them would hide the reason
@@ -296,7 +297,7 @@ class Run:
             images, targets = clock.wait(lambda: next(batches))
             self.draws.start_step(config.seed, self.step, config.train.global_batch_size, self.places, self.device)
             set_learning_rate(engine.optimizer, config.optimizer.lr, schedule(config.schedule, self.step, num_steps))
-            logs = (self.step + 1) % config.train.log_every == 0 or self.step + 1 == num_steps
+            logs = config.train.logs(self.step + 1)
             if logs and self.roles:
                 self.roles.before_step()
             result = take_step(
@@ -316,9 +317,9 @@ class Run:
             self.step += 1
             if self.step == first_step + 1:
                 set_timeout(timedelta(seconds=config.parallel.step_timeout), except_for=self.checkpoints.group)
-            if logs and (diverged_at := self.write_metrics(result, clock)) is not None:
+            if logs and (diverged_at := self.write_metrics(result, clock, vote)) is not None:
                 break
-            if self.step % config.train.checkpoint_every == 0 and self.step < num_steps:
+            if config.train.saves(self.step):
                 self.save()
             if vote.stop() and self.step < num_steps:
                 self.stop()
@@ -331,10 +332,11 @@ class Run:
         self.checkpoints.wait()
         raise Interrupted(f"stopped after step {self.step} of {self.config.train.num_steps}, as asked")
 
-    def write_metrics(self, result: StepResult, clock: Clock) -> int | None:
+    def write_metrics(self, result: StepResult, clock: Clock, vote: StopVote) -> int | None:
         """Writes one metrics line; returns the step of the first loss since the last one that is not finite.
 
-        The only place in the loop where the host waits for the device.
+        A stop during an evaluation is obeyed, and leaves the line without it. The only place in the loop where the host
+        waits for the device.
         """
         config, engine = self.config, self.engine
         losses, diverged_at = self.window.drain(self.step)
@@ -356,17 +358,24 @@ class Run:
             line["mfu"] = self.flops * images_per_second / (peak * self.world.size)
         if self.roles:
             line |= self.roles.after_step()
-        every = config.train.evaluate_every
-        if every and self.step % every == 0 and self.step < config.train.num_steps:
-            line |= self.evaluate()
+        stopped = False
+        if config.train.evaluates(self.step) and diverged_at is None:
+            try:
+                with clock.stopped():
+                    line |= self.evaluate(vote.stop)
+            except Interrupted as interrupted:
+                self.log(f"{interrupted}, after step {self.step}")
+                stopped = True
         if self.metrics:
             self.metrics.write(line)
         if self.watch:
             self.watch(line)
         bad.check()
+        if stopped:
+            self.stop()
         return diverged_at
 
-    def evaluate(self, stop: Callable[[], bool] | None = None) -> dict[str, float]:
+    def evaluate(self, stop: Callable[[], bool]) -> dict[str, float]:
         """Metrics of every split in `train.evaluate`; with an average of the weights also its own, as SPLIT_ema_...
 
         `stop` is asked after every batch. Raises Interrupted when it says so.

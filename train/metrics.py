@@ -4,14 +4,17 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from data.errors import UserError
 from data.storage import write_atomically
 from train.config import RunConfig, TrackConfig, run_hash, to_plain
 
 Log = Callable[[str], None]
+Result = TypeVar("Result")
+WANDB_SECONDS = 10  # for wandb's server to answer at the start
 
 
 def truncate_after(path: Path, step: int) -> None:
@@ -44,6 +47,35 @@ class Tracker(Protocol):
     def log(self, line: dict[str, Any]) -> None: ...
 
     def finish(self) -> None: ...
+
+
+class Recorder:
+    """The tracker called `name`, which only records: once anything in it fails, the run goes on without it, warned."""
+
+    def __init__(self, name: str, start: Callable[[], Tracker], warn: Log) -> None:
+        """Raises UserError, of `start`, when it is not installed."""
+        self.name, self.warn = name, warn
+        self.tracker: Tracker | None = None
+        self.tracker = self.attempt(start)
+
+    def attempt(self, action: Callable[[], Result]) -> Result | None:
+        try:
+            return action()
+        except UserError:
+            raise
+        except Exception as error:  # whatever wandb, its server, the network or a disk may raise
+            self.tracker = None
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            self.warn(f"warning: {self.name} failed, and the run goes on without it: {reason}")
+            return None
+
+    def log(self, line: dict[str, Any]) -> None:
+        if tracker := self.tracker:
+            self.attempt(lambda: tracker.log(line))
+
+    def finish(self) -> None:
+        if tracker := self.tracker:
+            self.attempt(tracker.finish)
 
 
 class MetricsWriter:
@@ -89,30 +121,36 @@ class MetricsWriter:
 
 
 class WandbTracker:
-    """A wandb run whose id is the run's hash: a run that is requeued goes on as the same wandb run. Without a key it is
-    kept in the run's directory, for `wandb sync`."""
+    """A wandb run whose id is the run's hash: a run that is requeued goes on as the same wandb run. Without a key, or
+    where the server does not answer, it is kept in the run's directory, for `wandb sync`."""
 
     def __init__(self, track: TrackConfig, config: RunConfig, run_id: str, directory: Path, warn: Log) -> None:
         try:
             import wandb
         except ImportError:
             raise UserError("track.wandb needs wandb: pip install 'depthmup[wandb]', or set track.wandb=off") from None
-        online = track.wandb == "online"
-        if online and not wandb.login(prompt=False):
-            online = False
-            later = f"wandb sync {directory}/wandb/offline-run-*"
-            warn(f"warning: no wandb key, so track.wandb is offline: run `wandb login`, and later `{later}`")
-        self.run = wandb.init(
+        start = partial(
+            wandb.init,
             project=track.project,
             group=track.group,
             id=run_id,
             name=run_id,
             config=to_plain(config),
             dir=directory,
-            mode="online" if online else "offline",
             resume="allow",
-            settings=wandb.Settings(silent=True),
+            settings=wandb.Settings(silent=True, init_timeout=WANDB_SECONDS, login_timeout=WANDB_SECONDS),
         )
+        later = f"wandb sync {directory}/wandb/offline-run-*"
+        if track.wandb == "online":
+            try:
+                if wandb.login(prompt=False):
+                    self.run = start(mode="online")
+                    return
+                warn(f"warning: no wandb key, so track.wandb is offline: run `wandb login`, and later `{later}`")
+            except Exception as error:  # of the network, the server, a wrong key
+                reason = " ".join(str(error).split())
+                warn(f"warning: wandb did not start online, so track.wandb is offline: later run `{later}` ({reason})")
+        self.run = start(mode="offline")
 
     def log(self, line: dict[str, Any]) -> None:
         self.run.log(line, step=line["step"])
@@ -146,7 +184,8 @@ def open_trackers(config: RunConfig, directory: Path, resumed_step: int, warn: L
     """The trackers that `config.track` asks for. Raises UserError when one is not installed."""
     trackers: list[Tracker] = []
     if config.track.wandb != "off":
-        trackers.append(WandbTracker(config.track, config, run_hash(config), directory, warn))
+        start = partial(WandbTracker, config.track, config, run_hash(config), directory, warn)
+        trackers.append(Recorder("wandb", start, warn))
     if config.track.tensorboard:
-        trackers.append(TensorBoardTracker(directory, resumed_step))
+        trackers.append(Recorder("tensorboard", partial(TensorBoardTracker, directory, resumed_step), warn))
     return trackers

@@ -1,11 +1,11 @@
 """K runs as one process: the replicas of train.replicas, each with the run directory that it would have alone."""
 
 import math
-import shutil
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from data.errors import UserError
 from data.index import Index
 from data.loader import TrainingLoader, TrainingStream, evaluation_batches
 from data.order import State, places
+from data.workers import explained_deaths
 from models.build import build_meta
 from models.flops import training_flops
 from models.init import materialize
@@ -67,19 +68,10 @@ def check_pack(configs: Sequence[RunConfig]) -> None:
 # ---------------------------------------------------------------- checkpoints, one for each replica
 
 
-def common_step(directories: Sequence[RunDirectory]) -> int:
-    """The newest step of which every replica has a whole checkpoint, else 0. A kill between two replicas' saves leaves
-    some of them one checkpoint ahead: theirs is taken away, as the pack goes through that step again."""
-    whole = [
-        {int(path.name.removeprefix("step-")): path for path in complete(d.checkpoints) if not fault(path, 0, 1)}
-        for d in directories
-    ]
-    step = max(set.intersection(*(set(found) for found in whole)), default=0)
-    for found in whole:
-        for later in found:
-            if later > step:
-                shutil.rmtree(found[later])
-    return step
+def newest_step(directory: RunDirectory) -> int:
+    """The step of the newest checkpoint that is whole, else 0."""
+    whole = (path for path in complete(directory.checkpoints) if not fault(path, 0, 1))
+    return max((int(path.name.removeprefix("step-")) for path in islice(whole, 1)), default=0)
 
 
 def empty_run(config: RunConfig) -> Engine:
@@ -106,7 +98,7 @@ def save_replica(replicas: Replicas, number: int, member: Member, progress: Prog
 def load_replica(replicas: Replicas, number: int, checkpoints: Checkpoints) -> Progress:
     engine = empty_run(replicas.configs[number])
     loaded = checkpoints.load_newest(engine.state)
-    assert loaded is not None  # common_step has seen it
+    assert loaded is not None  # newest_step has seen it
     progress, tensors = loaded
     engine.load_state(tensors)
     for name, tensor in engine.network.state_dict().items():
@@ -159,8 +151,9 @@ def run_pack(
 ) -> list[dict[str, Any]]:
     """Trains the runs `configs` in the directories `paths`, all at once; returns what each came to.
 
-    Resumes what is there: runs that are done are left alone, the others go on from the newest step of which all of
-    them have a checkpoint. `interrupt` is looked at after every step: when set, all save and Interrupted is raised.
+    Resumes what is there: runs that are done are left alone. Runs that stand at different steps, as after a kill
+    between two replicas' saves, go on in a pack for each step, one after the other, as none gives up its checkpoint for
+    the others. `interrupt` is looked at after every step: when set, all save and Interrupted is raised.
     Raises UserError when the runs cannot be packed together, do not fit into memory, or the network has an operation
     that does not batch.
     """
@@ -169,19 +162,29 @@ def run_pack(
     if len(configs) > 1:
         check_pack(configs)
     interrupt = interrupt or Interrupt()
-    pending = [(c, path) for c, path in zip(configs, paths, strict=True) if not finished(RunDirectory(path), c)]
-    if len(pending) == 1:
-        run(*pending[0], interrupt=interrupt)
-    elif pending:
+    standing: dict[int, list[tuple[RunConfig, RunDirectory]]] = {}
+    for config, path in zip(configs, paths, strict=True):
+        if not finished(directory := RunDirectory(path), config):
+            standing.setdefault(newest_step(directory), []).append((config, directory))
+    for step in sorted(standing, reverse=True):
+        pending = standing[step]
+        if len(pending) == 1:
+            [(config, directory)] = pending
+            run(config, directory.path, interrupt=interrupt)
+            continue
         with ExitStack() as closing:
-            Pack([c for c, _ in pending], [RunDirectory(path) for _, path in pending], closing).train(interrupt)
+            pack = Pack([c for c, _ in pending], [d for _, d in pending], step, closing)
+            with explained_deaths():
+                pack.train(interrupt)
     return [result_of(RunDirectory(path).done() or {}) for path in paths]
 
 
 class Pack:
-    """Runs none of which is done. `closing` takes what has to be closed."""
+    """Runs none of which is done, and which all stand at `step`. `closing` takes what has to be closed."""
 
-    def __init__(self, configs: Sequence[RunConfig], directories: Sequence[RunDirectory], closing: ExitStack) -> None:
+    def __init__(
+        self, configs: Sequence[RunConfig], directories: Sequence[RunDirectory], step: int, closing: ExitStack
+    ) -> None:
         self.config = first = configs[0]
         self.device = device = pick_device(first.train.device, World())
         self.index = open_data(first)
@@ -204,7 +207,7 @@ class Pack:
             self.grouped = torch.from_numpy(order).to(device)
 
         # resume
-        self.step = common_step(directories)
+        self.step = step
         states = {seed: State(seed=seed) for seed in self.replicas.seeds}
         self.pending: list[Tensor] = []  # losses (K,) of each step that are still on the device
         self.read: list[list[float]] = []  # per replica, the losses since the last log line that have been read
@@ -223,6 +226,11 @@ class Pack:
             progress = Progress(0, State(seed=config.seed), [])
             if self.step:
                 progress = load_replica(self.replicas, number, checkpoints)
+                if progress.step != self.step:  # the newest is whole, and cannot be read
+                    raise UserError(
+                        f"{directory.path} goes on from step {progress.step}, and its pack from step {self.step}: "
+                        "train it alone"
+                    )
             states[config.seed] = progress.data
             self.read.append(progress.losses)
             directory.config.write_text(to_yaml(config))
@@ -256,13 +264,13 @@ class Pack:
             images, labels = (torch.stack(tensors) for tensors in zip(*batches, strict=True))
             if self.grouped is not None:
                 images, labels = images[:, self.grouped], labels[:, self.grouped]
-            logs = (self.step + 1) % config.log_every == 0 or self.step + 1 == num_steps
+            logs = config.logs(self.step + 1)
             before = self.replicas.values() if logs else []
             self.pending.append(self.replicas.step(images, labels))
             self.step += 1
             if logs:
                 self.write_metrics(before, clock)
-            if self.step % config.checkpoint_every == 0 and self.step < num_steps:
+            if config.saves(self.step):
                 self.save()
             if interrupt.requested and self.step < num_steps and self.active:
                 self.save()

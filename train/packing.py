@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from train.config import RunConfig, TrainConfig, default_of
+from train.config import RunConfig, default_of
 from train.rundir import RunDirectory
 
 # What may differ between the replicas of a pack: numbers that meet the stacked weights one replica at a time.
@@ -116,8 +116,6 @@ def pack_limit(config: RunConfig, on_gpu: bool) -> int:
     return CPU_PACK if small else 1
 
 
-def go_together(directories: Sequence[RunDirectory], config: TrainConfig) -> bool:
-    """Whether the runs have a checkpoint (or their beginning) in common that sets none of them back by more than
-    train.checkpoint_every: a pack goes on from there."""
-    steps = [{0, *directory.checkpoint_steps()} for directory in directories]
-    return max(map(max, steps)) - max(set.intersection(*steps)) <= config.checkpoint_every
+def go_together(directories: Sequence[RunDirectory]) -> bool:
+    """Whether the runs stand at one step: a pack goes on from there, and none gives up a checkpoint for the others."""
+    return len({max(directory.checkpoint_steps(), default=0) for directory in directories}) == 1

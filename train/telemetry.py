@@ -5,7 +5,8 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -90,7 +91,7 @@ class LossWindow:
 
 @dataclass
 class Clock:
-    """Seconds since the last log line, and how many of them went into waiting for data."""
+    """Seconds of training since the last log line, and how many of them went into waiting for data."""
 
     step: int
     since: float = field(default_factory=time.monotonic)
@@ -101,6 +102,15 @@ class Clock:
         value = get()
         self.waited += time.monotonic() - start
         return value
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """What the block does, such as an evaluation, is no training, and its time does not count."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.since += time.monotonic() - start
 
     def lap(self, step: int, batch_size: int) -> tuple[float, float]:
         """(images per second, share of the time spent waiting for data) since the last call."""
