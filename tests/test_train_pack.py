@@ -55,7 +55,7 @@ RATES = {"sgd": 0.005, "adamw": 0.004}
 OWN = {  # three settings of its own for each
     "sgd": ({"optimizer__momentum": 0.5}, {"optimizer__momentum": 0.0}, {"optimizer__momentum": 0.99}),
     "adamw": (
-        {"optimizer__betas": [0.8, 0.999]},
+        {"optimizer__eps": 1e-4},
         {"optimizer__betas": [0.8, 0.9]},
         {"optimizer__eps": 1e-3, "optimizer__betas": [0.95, 0.999]},
     ),
