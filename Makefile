@@ -1,11 +1,14 @@
 # make demo: the demo study, end to end.   make test: the test suite.   make check: lint, format, types.
 # make test-long: what is rare and slow, and not in `make test`: many random kills, long fuzzing.
 # TEST_PROCESSES=8 make test: where there are more cores than two.
+# make test-versions: the core tests with the lowest versions that pyproject.toml allows, then with the newest, each in a
+# new environment of 6 GB (about 3 GB to download). make test-versions-short: one short way through the package instead.
 PYTHON ?= python3
 VENV ?= .venv
 TEST_PROCESSES ?= 2
 BIN := $(VENV)/bin
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --durations 10
+CORE_TESTS := tests/test_versions.py $(wildcard tests/test_data_*.py tests/test_models_*.py tests/test_train_*.py)
 UV_ENV := UV_CONSTRAINT=constraints.txt $(if $(wildcard $(PIP_FIND_LINKS)),UV_FIND_LINKS=$(PIP_FIND_LINKS))
 
 demo: $(VENV)/.installed-demo
@@ -28,7 +31,15 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt
 	$(UV_ENV) $(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[$*]'
 	touch $@
 
+test-versions:
+	PYTHON=$(PYTHON) tests/versions.sh lowest test $(CORE_TESTS)
+	PYTHON=$(PYTHON) tests/versions.sh newest test $(CORE_TESTS)
+
+test-versions-short:
+	PYTHON=$(PYTHON) tests/versions.sh lowest test-core tests/test_versions.py
+	PYTHON=$(PYTHON) tests/versions.sh newest test-core tests/test_versions.py
+
 clean:
 	rm -rf runs shards
 
-.PHONY: demo test test-long check clean
+.PHONY: demo test test-long check test-versions test-versions-short clean

@@ -1,30 +1,43 @@
-"""Makes `import torchvision` (and so `import timm`) work with a CPU build of torch.
+"""Makes `import torchvision` (and so `import timm`) work where torchvision was built for another torch.
 
 Package indexes carry torchvision built for CUDA only. Its operator library cannot load beside a CPU torch, and
 `import torchvision` then fails with "operator torchvision::nms does not exist". No operator of that library is used
-here, so it is enough that their schemas exist. Import this module before the first import of timm or torchvision.
+here, so it is enough that their schemas exist. They are defined only after torchvision itself has failed in this way:
+the library has another file name in some versions, and to define an operator a second time ends the process.
+
+Import this module before the first import of timm or torchvision.
 """
 
-import importlib.util
-from pathlib import Path
+import importlib
+import re
 
 import torch
 
+from models.errors import ModelError
 
-def define_missing_operators() -> "torch.library.Library | None":
-    """Loads torchvision's operators; defines their schemas when it cannot, and returns what must live on."""
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None or spec.origin is None:
-        return None
-    library = Path(spec.origin).parent / "_C.so"
+FAILURE = re.compile(r"operator torchvision::\w+ does not exist")
+
+
+def import_torchvision() -> "torch.library.Library | None":
+    """Imports torchvision; defines its operators' schemas when that fails for them, and returns what must live on.
+
+    Raises ModelError without torchvision, and what torchvision raises when it fails for another reason.
+    """
     try:
-        torch.ops.load_library(str(library))
-    except OSError:
+        importlib.import_module("torchvision")
+    except ModuleNotFoundError as error:
+        if error.name != "torchvision":
+            raise
+        raise ModelError("timm needs torchvision, which is not installed: pip install torchvision") from None
+    except RuntimeError as error:
+        if not FAILURE.search(str(error)):
+            raise
         operators = torch.library.Library("torchvision", "FRAGMENT")
         operators.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         operators.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        importlib.import_module("torchvision")
         return operators
     return None
 
 
-OPERATORS = define_missing_operators()
+OPERATORS = import_torchvision()

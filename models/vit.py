@@ -51,7 +51,7 @@ def build(config: VisionTransformerConfig) -> nn.Module:
         raise ModelError(f"model.timm_name: {name!r} is {what}; nearest: {nearest}")
     try:
         # weight_init: every parameter is initialised by models.init, so timm need not
-        network: Any = timm.create_model(name, weight_init="reset", **timm_arguments(config))
+        network: Any = timm.create_model(name, weight_init="skip", **timm_arguments(config))
     except AssertionError as error:
         raise ModelError(f"model: timm cannot build {name} with these keys: {error}") from None
     if why := without_rules(network):

@@ -54,6 +54,8 @@ def become(arguments: list[str], environment: dict[str, str], output: str, error
     os.environ.update(environment)
     os.chdir(folder)
     warnings.simplefilter("ignore")
+    for category in (DeprecationWarning, FutureWarning):  # as pyproject.toml has it for the tests' own process
+        warnings.filterwarnings("error", category=category, module=r"(data|launch|models|train)\b")
     option, what, *sys.argv[1:] = arguments
     if option == "-m":
         runpy.run_module(what, run_name="__main__", alter_sys=True)

@@ -77,9 +77,9 @@ def set_timeout(timeout: timedelta, except_for: dist.ProcessGroup | None = None)
     """Sets how long a collective may wait for the other processes, in every group that there is: DeepSpeed reduces
     gradients in one of its own. `except_for` keeps the time that it has."""
     if dist.is_initialized():
-        for group in dist.distributed_c10d._world.pg_map:  # torch has no public list, and no public setter
+        for group in dist.distributed_c10d._world.pg_map:  # torch has no public list
             if group is not except_for:
-                dist.distributed_c10d._set_pg_timeout(timeout, group)
+                group.set_timeout(timeout)
 
 
 @contextmanager

@@ -4,7 +4,6 @@ All of them take the same parameter groups and give the same losses. The loop an
 parameter names are those of the plain model, and `optimizer`, whose groups are found by name.
 """
 
-import warnings
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -22,8 +21,6 @@ from torch.distributed.tensor import DTensor
 
 from data.errors import UserError
 from train.config import ParallelConfig
-
-warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # what replaces it is newer than torch 2.6
 
 OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
 TensorState = dict[str, dict[str, Any]]
@@ -103,12 +100,14 @@ class DistributedDataParallel(Engine):
         self.module: nn.parallel.DistributedDataParallel = nn.parallel.DistributedDataParallel(
             network,
             device_ids=[device] if device.type == "cuda" else None,
-            broadcast_buffers=False,  # BatchNorm's statistics are averaged where they are read: see average_buffers
             gradient_as_bucket_view=True,
             # Otherwise it sorts gradients into other buckets after its first step. Three processes or more then sum
             # them in another order, and a resumed run would not be bit for bit the one that never stopped.
             find_unused_parameters=device.type == "cpu" and dist.get_world_size() > 2,
         )
+        # BatchNorm's statistics are averaged where they are read: see average_buffers. The argument of this name is
+        # deprecated, and the one that replaces it is newer than the oldest torch that is supported.
+        self.module.broadcast_buffers = False
 
     def start_micro_batch(self, last: bool) -> None:
         self.module.require_backward_grad_sync = last

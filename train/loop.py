@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import models.torchvision_ops  # noqa: F401  (must run before timm, which data.distort and data.mixing import)
 from data.batch import to_float
 from data.errors import UserError
 from data.index import Index
@@ -55,6 +54,8 @@ Watch = Callable[[dict[str, Any]], None]
 
 def open_data(config: RunConfig) -> Index:
     """The data set's index. Raises UserError when it does not fit the model or a shard is missing."""
+    if config.data.rand_augment or mixes(config.data):
+        import models.torchvision_ops  # noqa: F401  (must run before timm, which data.distort and data.mixing import)
     index = Index.load(config.data.root, config.data.trust)
     index.check_files()
     for split in ("train", *config.train.evaluate):  # an empty one is to be known before training, not after
