@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from train.metrics import TensorBoardTracker
 from train.step import cuts_patches, patch_product, prepare
 from train.stochastic_depth import install_stochastic_depth
 from train.telemetry import LossWindow, peak_row
+from train.zero import import_deepspeed
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +161,21 @@ def test_bf16_gives_the_residual_stream_the_same_type_and_the_losses_the_same_si
         losses.append(run(run_config(shards, *overrides, model=VIT), tmp_path / engine)["train_loss"])
     assert set(types) == {torch.bfloat16 if residual == "true" else torch.float32}
     assert losses == pytest.approx([losses[0]] * 4, rel=0.002)
+
+
+@pytest.mark.usefixtures("one_group")
+def test_deepspeed_calls_no_collective_that_torch_warns_of() -> None:
+    """It would in every step of a log that somebody has to read."""
+    import_deepspeed(torch.device("cpu"))
+    from deepspeed.comm.torch import TorchBackend
+
+    backend = TorchBackend("gloo", None, None)
+    values, result = torch.arange(3.0), torch.empty(3)
+    for collective in (backend.all_gather_function, backend.reduce_scatter_function):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            collective(result.zero_(), values)
+        assert torch.equal(result, values)
 
 
 def test_more_workers_than_cpus_are_said(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

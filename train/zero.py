@@ -32,6 +32,11 @@ def import_deepspeed(device: torch.device) -> Any:
         ) from None
     if device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo serves; this one is compiled for a minute
+    if hasattr(dist, "all_gather_single"):  # torch 2.13's names; of those that DeepSpeed calls it warns in every step
+        from deepspeed.comm.torch import TorchBackend
+
+        TorchBackend.get_all_gather_function = lambda self: dist.all_gather_single
+        TorchBackend.get_reduce_scatter_function = lambda self: dist.reduce_scatter_single
     return deepspeed
 
 
