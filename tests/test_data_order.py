@@ -1,6 +1,6 @@
 """The order of samples: exact, elastic, resumable; and what is read follows it."""
 
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 from itertools import islice
 
 import pytest
@@ -43,6 +43,12 @@ def served(order, stream):
         read = [(span.shard.name, span.first + number) for span in spans for number in range(span.samples)]
         samples += [read[place] for place in order.permutation(stream, window)]
     return samples
+
+
+def test_training_begins_at_the_first_sample_of_epoch_0_and_a_state_is_a_value_that_nobody_changes():
+    assert State(7) == State(seed=7, epoch=0, position=0)
+    with pytest.raises(FrozenInstanceError):
+        State(7).position = 1
 
 
 @given(planned_epochs())

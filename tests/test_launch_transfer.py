@@ -100,7 +100,7 @@ def test_an_interrupted_study_continues_where_it_was(study_file: Path) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does on Ctrl-C
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 130, output
     assert re.fullmatch(
         r"Interrupted: \d of 3 runs are done, \w{12} saved at step \d+; the same command continues.",
@@ -130,7 +130,7 @@ def test_ctrl_c_in_the_foreground_saves_says_where_the_runs_stand_and_ends_130(s
             assert time.monotonic() < deadline
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=300)
     assert process.returncode == 130, output
     said = output.splitlines()[-1]
     stand = r"Interrupted: 0 of 12 runs are done, (\w{12}) saved at step \d+; the same command continues."

@@ -279,6 +279,7 @@ def test_presets_without_depth_rules_ignore_depth_and_sp_ignores_width() -> None
                     role, optimizer
                 )
         assert Scale(PRESETS[name], 4, 9).branch_multiplier() == 1
+        assert Scale(PRESETS[name], 4, 9).attention_multiplier() == 1  # unless it is said, the head dim does not grow
     sp = Scale(PRESETS["sp"], 4, 9, 4)
     assert (sp.readout_multiplier(), sp.attention_multiplier()) == (1, 1)
     assert {sp.factors(role, "adamw").lr for role in Role} == {1}

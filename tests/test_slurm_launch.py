@@ -113,7 +113,7 @@ def test_a_cancelled_study_stays_so_though_a_transfer_waits_for_it(cluster: Clus
     with subprocess.Popen(command, env=cluster.environment, stdout=pipe, stderr=pipe, text=True) as waiting:
         wait_for(lambda: len(cluster.queued("-tiny-")) == 6 or waiting.poll() is not None)
         assert cluster.depthmup("cancel", held).returncode == 0
-        _, said = waiting.communicate(timeout=60)
+        _, said = waiting.communicate(timeout=300)
     assert waiting.returncode == 2
     assert "cancelled: 12 of 12 runs are left" in said
     assert cluster.queued("-tiny-") == []
@@ -135,7 +135,7 @@ def test_the_job_after_the_runs_waits_for_a_slurm_that_does_not_answer_and_then_
         assert job.stdout is not None
         first = job.stdout.readline()
         cluster.start_controller()
-        said, _ = job.communicate(timeout=90)
+        said, _ = job.communicate(timeout=300)
     assert "Slurm does not answer" in first
     assert "Next try in 5 s" in first
     assert job.returncode == 0, said
