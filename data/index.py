@@ -82,7 +82,7 @@ def no_index(root: str) -> str:
     """What is missing where `root` has no index.json, and how to go on."""
     if storage.is_remote(root):
         return f"{storage.join(root, INDEX_NAME)}: no such file. Make it with 'depthmup index PATTERN --out FOLDER'"
-    if any(Path(root).glob("*.tar")):
+    if any(Path(root).glob("*.tar")) or any(Path(root).glob("*/*.tar")):
         return f"{root}: .tar files, but no {INDEX_NAME}. Make it with 'depthmup index {root}'"
     found = f"no {INDEX_NAME} and no .tar files in it" if Path(root).is_dir() else "no such folder"
     return f"{root}: {found}. Make shards from images with 'depthmup pack IMAGES {root}', or set data.source"

@@ -298,13 +298,13 @@ def open_source(
     when the source does not exist, is no whole tar, or holds no image in a class folder, or lacks a listed one.
     """
     path, left_out = Path(source), Counter[str]()
-    if path.is_dir() and any(tars_of_folder(path, everywhere=bool(train or val))):
-        return shards_as_source(source, train, val, processes)
     try:
         if source in PACKAGED:
             found = list(PACKAGED[source]())
         elif path.is_dir():
             found = list(folder_images(source, left_out))
+            if not found and tars_of_folder(path, everywhere=bool(train or val))[0]:
+                return shards_as_source(source, train, val, processes)
         elif path.is_file():
             found = list(tar_images(unpack(path, scratch), left_out))
         else:

@@ -329,6 +329,13 @@ def test_the_user_says_which_folders_are_which_split(tmp_path):
     assert "holds another pack" in str(again.exception)
 
 
+def test_a_tar_beside_images_does_not_make_shards_of_them(tmp_path):
+    source = images(tmp_path / "images", "cat/1.jpg", "dog/2.jpg")
+    tar_of(tmp_path / "images" / "backup.tar", "1.jpg")
+    index, left_out = pack(source, tmp_path / "shards")
+    assert (index.classes, len(left_out)) == (("cat", "dog"), 1)
+
+
 def test_a_tar_of_tars_is_refused_with_the_cure(tmp_path):
     tar_of(tmp_path / "ILSVRC2012_img_train.tar", "n01440764.tar", "n01443537.tar")
     with pytest.raises(UserError, match=r"no images.*2 files left out: \.tar.*Unpack each into a folder of its class"):
