@@ -60,7 +60,7 @@ def take_step(
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Random numbers inside the network (stochastic depth) depend on (seed, step, rank) alone, so that a run that is
     resumed draws those of a run that never stopped, and no generator's state has to be saved."""
-    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1))
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0]) >> 1)
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[None]:
