@@ -7,7 +7,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import AfterValidator, ConfigDict, Discriminator, Field, PlainSerializer, Tag
 from pydantic.dataclasses import dataclass
 
-from data.paths import expand, protect
+from data.paths import expand_read, protect
 
 NOT_IDENTITY = {"identity": False}  # on a field that does not change a result: no part of a run's hash
 Positive = Annotated[int, Field(gt=0)]
@@ -19,7 +19,7 @@ PerChannel = Annotated[  # one number for all channels, or one each; messages le
     Discriminator(lambda given: "<list>" if isinstance(given, list | tuple) else "<number>"),
 ]
 # A path. It is written back so that it reads as the same path in any environment.
-PathText = Annotated[str, AfterValidator(expand), PlainSerializer(protect)]
+PathText = Annotated[str, AfterValidator(expand_read), PlainSerializer(protect)]
 RAND_AUGMENT = re.compile(  # what timm's parser understands; what it does not, it ignores or asserts
     r"rand(-(m\d+|n[1-9]\d*|p(0(\.\d+)?|1(\.0+)?)|mstd\d+(\.\d+)?|mmax[1-9]\d*|inc[01]|t(weights|3aw|3a)))*"
 )

@@ -4,6 +4,7 @@ import os
 import pwd
 import re
 from pathlib import Path
+from typing import Any
 
 from data.errors import UserError
 
@@ -58,6 +59,16 @@ def expand_path(text: str) -> str:
         return expand(text)
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def expand_read(text: str, reading: Any) -> str:
+    """`expand`, where a configuration is read: a value that was checked before is what it is. pydantic's validator."""
+    return expand(text) if reading.context else text
+
+
+def expand_all_read(text: str, reading: Any) -> str:
+    """`expand_all`, likewise."""
+    return expand_all(text) if reading.context else text
 
 
 def expand_all(text: str) -> str:

@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 
 from data.config import NOT_IDENTITY, PathText, Positive
 from data.errors import UserError
-from data.paths import expand, expand_all, expand_path, protect
+from data.paths import expand_all_read, expand_path, expand_read, protect
 from launch.paths import command, user_folder
 from launch.snapshot import ROOT
 from models.checked import STRICT
@@ -37,11 +37,11 @@ Seeds = Annotated[
 ]
 
 
-def read_option(given: Any) -> Any:
+def read_option(given: Any, reading: Any) -> Any:
     """The value of an option of sbatch: a text may hold a path."""
     if not isinstance(given, str | int | bool):
         raise ValueError("Input should be a text, a whole number, true or false")
-    return expand(given) if isinstance(given, str) else given
+    return expand_read(given, reading) if isinstance(given, str) else given
 
 
 Option = Annotated[
@@ -49,7 +49,7 @@ Option = Annotated[
     BeforeValidator(read_option),
     PlainSerializer(lambda value: protect(value) if isinstance(value, str) else value),
 ]
-Mounts = Annotated[str, AfterValidator(expand_all), PlainSerializer(protect)]
+Mounts = Annotated[str, AfterValidator(expand_all_read), PlainSerializer(protect)]
 
 
 @checked_setting

@@ -159,10 +159,10 @@ def test_a_regret_is_zero_at_the_optimum_and_its_interval_starts_there() -> None
     assert found
     middle = float(np.median(found.optima))
     assert (found.regrets(middle) >= 0).all()
-    low, high = regret_interval(found, middle)
+    low, high = regret_interval(found.optima, found.regrets(middle), middle)
     assert low == 0.0
     assert 0 < high < 0.02
-    low, high = regret_interval(found, -5.8)
+    low, high = regret_interval(found.optima, found.regrets(-5.8), -5.8)
     assert low < CURVATURE * 1.5**2 / 2 < high
     assert np.isnan(found.regrets(-9.5)).all()  # beyond what was run nothing is known
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from rich.console import Console
-from test_launch_transfer import REPOSITORY, depthmup
+from train_processes import ROOT, depthmup
 
 from launch import states
 from launch.cli import cli
@@ -125,7 +125,7 @@ def test_a_worker_in_a_job_looks_at_its_whole_array(runs: list[RunDirectory], tm
     def worker(index: int, *options: str) -> int:
         job = {"SLURM_ARRAY_JOB_ID": "1", "SLURM_ARRAY_TASK_ID": str(index), "PATH": "/usr/bin:/bin"}
         command = [sys.executable, "-m", "launch.worker", str(submission.file), *options]
-        return subprocess.run(command, cwd=REPOSITORY, env=job, check=False).returncode
+        return subprocess.run(command, cwd=ROOT, env=job, check=False).returncode
 
     assert worker(3, "--held") == 0  # the script ends here
     assert json.loads(submission.held_file.read_text())["reason"].endswith("ValueError: no")

@@ -27,7 +27,7 @@ RECIPE = ("data.mixup=0.3", "data.cutmix=0.5", "train.drop_path=0.4", "train.lab
 LAYOUTS: dict[str, tuple[dict[str, Any], tuple[str, ...], tuple[int | None, ...], tuple[int | None, ...]]] = {
     "statistics of a quarter": (BATCH_NORM, ("train.batch_norm_images=8",), (None, 8), (None, 8)),
     "statistics of 4": (BATCH_NORM, ("train.batch_norm_images=4",), (None, 4), (4,)),
-    "statistics of 2": (BATCH_NORM, ("train.batch_norm_images=2",), (None, 4, 2), (2,)),
+    "statistics of 2": (BATCH_NORM, ("train.batch_norm_images=2", "optimizer.lr=2**-8"), (None, 4, 2), (2,)),
     "statistics of all": (BATCH_NORM, (), (None,), (None,)),
     "ResNet, statistics of all": (RESNET, (), (None,), (None,)),
     "pre-activation, statistics of all": (PREACTIVATION, (), (None,), (None,)),

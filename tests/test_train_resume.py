@@ -273,7 +273,7 @@ def test_a_stop_in_an_evaluation_on_the_way_is_obeyed_after_the_batch(
         return to_float(*given)
 
     monkeypatch.setattr(evaluation, "to_float", evaluating)
-    with pytest.raises(Interrupted, match="after step 6 of 50"):
+    with pytest.raises(Interrupted, match="after step 6 of 30"):
         run(config_of(shards, "train.evaluate_every=6"), tmp_path, interrupt=interrupt)
     monkeypatch.undo()
     assert len(batches) == 1

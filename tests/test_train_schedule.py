@@ -49,7 +49,8 @@ def test_every_step_has_the_rate_that_the_schedules_name_promises(
 def test_no_step_is_without_a_rate_or_above_the_peak_which_one_step_reaches(
     name: str, num_steps: int, warmup: float
 ) -> None:
-    found = factors(num_steps, name=name, warmup=warmup)
+    decay = {"decay": min(0.2, 1 - warmup)} if name == "wsd" else {}
+    found = factors(num_steps, name=name, warmup=warmup, **decay)
     assert all(0 < factor <= 1 for factor in found)
     assert max(found) == 1
 

@@ -363,7 +363,7 @@ def adapter(cls: Any) -> Any:
 def from_plain(cls: type[Config], raw: dict[str, Any], source: str) -> Config:
     """Plain data -> `cls`. Raises UserError that names `source`, every bad key and the nearest valid name."""
     try:
-        return adapter(cls).validate_python(raw)
+        return adapter(cls).validate_python(raw, context={"reading": source})
     except ValidationError as error:
         problems = [describe(item, cls) for item in error.errors(include_url=False)]
         raise UserError(f"{source}: " + "; ".join(problems)) from None
