@@ -172,9 +172,6 @@ def container(config: LaunchConfig) -> list[str]:
     return [f"{key}={value}" for key, value in options.items() if value]
 
 
-PERCENT = "\ue000"  # stands for a % of a path while submitit writes its own patterns of names
-
-
 def sbatch_text(
     submission: Submission,
     config: LaunchConfig,
@@ -185,8 +182,11 @@ def sbatch_text(
     before: str | None = None,
 ) -> str:
     """An sbatch script that runs `command` in `folder`, as an array of the submission's tasks; `before` is a line that
-    comes first there. In the names of logs a % would be one of Slurm's patterns, and %% is a %."""
-    executor = Executor(folder=str(submission.path).replace("%", PERCENT))
+    comes first there. Raises UserError for a folder with a % in its name: in the name of a log that is one of Slurm's
+    patterns, and srun (22.05) finds no log through a path with %% for %."""
+    if "%" in str(submission.path):
+        raise UserError(f"{submission.path}: Slurm takes % in a path for a pattern: set study.directory to one without")
+    executor = Executor(folder=str(submission.path))
     executor.update_parameters(
         job_name=submission.name,
         comment="depthmup",
@@ -215,7 +215,7 @@ def sbatch_text(
         additional_parameters={"requeue": True, **config.sbatch},
     )
     executor.parameters["map_count"] = len(submission.tasks)  # as submitit's own map_array does
-    return executor._make_submission_file_text(command, uid="").replace(PERCENT, "%%")
+    return executor._make_submission_file_text(command, uid="")
 
 
 def group(packs: Sequence[Sequence[PlannedRun]], size: int) -> list[list[str]]:

@@ -352,8 +352,16 @@ def test_a_signalled_job_asks_for_its_requeue_whatever_the_setup_lines_set(
     assert json.loads(Path(folder).read_text())["cause"] == "signal"
 
 
-@pytest.mark.parametrize("name", ["100%job", "%j", "a%%t", "%n%x%A%a", "two words", "quote'd"])
-def test_what_slurm_takes_for_patterns_in_the_names_of_folders_is_escaped(
+@pytest.mark.parametrize("name", ["100%job", "%j", "a%%t", "%n%x%A%a"])
+def test_a_folder_with_what_slurm_takes_for_a_pattern_is_refused(
+    study_of: Callable[..., Study], tmp_path: Path, name: str
+) -> None:
+    with pytest.raises(UserError, match="Slurm takes % in a path for a pattern"):
+        dry_run_script(study_of(f'study.directory="{tmp_path}/{name}"'))
+
+
+@pytest.mark.parametrize("name", ["two words", "quote'd"])
+def test_the_names_of_folders_are_quoted_in_the_script(
     study_of: Callable[..., Study], tmp_path: Path, name: str
 ) -> None:
     script = dry_run_script(study_of(f'study.directory="{tmp_path}/{name}"'))
@@ -361,7 +369,7 @@ def test_what_slurm_takes_for_patterns_in_the_names_of_folders_is_escaped(
     assert len(logs) == 2  # sbatch's and srun's
     for log in logs:
         path = log.replace("'\"'\"'", "'").strip(" ='")
-        assert path.startswith(f"{tmp_path}/{name.replace('%', '%%')}/tiny/jobs/")
+        assert path.startswith(f"{tmp_path}/{name}/tiny/jobs/")
         assert path.split("_log.out")[0].endswith(("%A_%a_0", "%A_%a_%t"))
 
 
