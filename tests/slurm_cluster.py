@@ -67,8 +67,9 @@ class Cluster:
         self.script("node.sh", action, name)
 
     def stop_controller(self) -> None:
+        """It saves its state first: one that is killed forgets what was submitted and cancelled a moment ago."""
         pid = int((self.directory / "run" / "slurmctld.pid").read_text())
-        subprocess.run([*self.sudo, "kill", f"-{signal.SIGKILL.value}", str(pid)], check=True)
+        subprocess.run([*self.sudo, "kill", f"-{signal.SIGTERM.value}", str(pid)], check=True)
         wait_for(lambda: not self.controller_is_up())
 
     def start_controller(self) -> None:
