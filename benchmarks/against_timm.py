@@ -5,11 +5,12 @@
     ... pytorch-image-models --device cuda --models vit_s16 resnet50 --batch 256 --workers 16      # bf16, compiled
 
 Both train the same timm network on the same JPEG files (500x375 crops of scikit-learn's two photographs, quality 90)
-with the same crop, flip, batch, workers, precision, optimizer and clipping: timm from an ImageFolder, `python -m train`
-from shards of it. Runs alternate; the first steps of each do not count; the table shows medians of the rounds. CPU
-milliseconds are those of all processes: what counts where processes share cores. Decoding an image for ViT-S/16 on a
-GPU with 16 workers takes about as long as its step; on a CPU the same holds for the very small networks here, and
-`vit_large` is one whose step costs much more, where no loader can help. On a GPU both compile the whole network.
+with the same crop, flip, batch, workers, precision, optimizer and clipping: timm from an ImageFolder, ours
+by `python -m depthmup.train` from shards of it. Runs alternate; the first steps of each do not count; the table shows
+medians of the rounds. CPU milliseconds are those of all processes: what counts where processes share cores. Decoding an
+image for ViT-S/16 on a GPU with 16 workers takes about as long as its step; on a CPU the same holds for the very small
+networks here, and `vit_large` is one whose step costs much more, where no loader can help. On a GPU both compile the
+whole network.
 """
 
 import argparse
@@ -30,9 +31,9 @@ from typing import Any
 import numpy as np
 import psutil
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from data.pack import pack
+from depthmup.data.pack import pack
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_DIFFERENT, CLASSES = 512, 4
@@ -110,7 +111,7 @@ def cpu_seconds(process: psutil.Process) -> float:
 def measure(command: list[str], log: Path, output: Path, step_line: str, case: Case, batch: int) -> Rate:
     """Starts `command`, watches the file `output` for lines that `step_line` finds a step's number in, and kills it.
     What it says on standard error goes to `log`."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}
     marks: dict[int, tuple[float, float]] = {}  # step -> (time, CPU seconds)
     with (
         log.open("w") as errors,
@@ -143,12 +144,14 @@ def ours(case: Case, photographs: Path, folder: Path, batch: int, workers: int, 
                   "log_every": LOG_EVERY, "device": device, **compute},
     }  # fmt: skip
     (folder / "run.json").write_text(json.dumps(config))  # YAML reads JSON
-    command = [sys.executable, "-m", "train", str(folder / "run.json"), str(folder / "run")]
+    command = [sys.executable, "-m", "depthmup.train", str(folder / "run.json"), str(folder / "run")]
     return measure(command, folder / "ours.log", folder / "run" / "metrics.jsonl", r'"step": (\d+)', case, batch)
 
 
 def timm(checkout: Path, case: Case, photographs: Path, folder: Path, batch: int, workers: int, device: str) -> Rate:
-    start = "import models.torchvision_ops, runpy, sys; sys.path[0] = sys.argv[1]; "  # mends torchvision's import
+    start = (
+        "import depthmup.models.torchvision_ops, runpy, sys; sys.path[0] = sys.argv[1]; "  # mends torchvision's import
+    )
     start += "sys.argv = sys.argv[2:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     settings = {
         "--data-dir": photographs / "images", "--train-split": "", "--val-split": "", "--num-classes": CLASSES,

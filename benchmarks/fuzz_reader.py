@@ -22,15 +22,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data.config import DataConfig
-from data.decode import decode, scratch
-from data.errors import UserError
-from data.images import BadImage
-from data.index import INDEX_NAME, Index, load_members
-from data.inspect import inspect_split
-from data.loader import TrainingLoader, TrainingStream
-from data.order import State
-from data.scan import index_shards
+from depthmup.data.config import DataConfig
+from depthmup.data.decode import decode, scratch
+from depthmup.data.errors import UserError
+from depthmup.data.images import BadImage
+from depthmup.data.index import INDEX_NAME, Index, load_members
+from depthmup.data.inspect import inspect_split
+from depthmup.data.loader import TrainingLoader, TrainingStream
+from depthmup.data.order import State
+from depthmup.data.scan import index_shards
 
 ROUND = 500  # examples between two looks at the clock
 SAMPLES = 8

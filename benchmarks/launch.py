@@ -19,7 +19,7 @@ import yaml
 
 REPOSITORY = Path(__file__).parents[1]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
-START = f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); from launch.cli import main; main()"
+START = f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); from depthmup.launch.cli import main; main()"
 
 
 def study(folder: Path, name: str, seeds: int, **launch: Any) -> Path:

@@ -29,23 +29,23 @@ import torch
 import webdataset
 from PIL import Image
 
-from data.augment import NUM_DRAWS, prepare
-from data.batch import Batch, to_float
-from data.config import DataConfig
-from data.decode import decode, scratch
-from data.index import Index, Span
-from data.loader import TrainingLoader, TrainingStream
-from data.order import State
-from data.pack import pack
-from data.reader import read_sample
-from models import torchvision_ops  # noqa: F401  before torchvision: mends its import beside a CPU build of torch
+from depthmup.data.augment import NUM_DRAWS, prepare
+from depthmup.data.batch import Batch, to_float
+from depthmup.data.config import DataConfig
+from depthmup.data.decode import decode, scratch
+from depthmup.data.index import Index, Span
+from depthmup.data.loader import TrainingLoader, TrainingStream
+from depthmup.data.order import State
+from depthmup.data.pack import pack
+from depthmup.data.reader import read_sample
+from depthmup.models import torchvision_ops  # noqa: F401  before torchvision: mends its import beside a CPU build of torch
 
 SIZE, BATCH, SAMPLES = 224, 64, 512
 
 
 def make_shards(photos: str, folder: Path) -> Index:
     """The photographs, repeated, in shards of 128."""
-    from data.sources import open_source
+    from depthmup.data.sources import open_source
 
     images = open_source(photos, folder).images
     for number in range(SAMPLES):
@@ -111,7 +111,7 @@ def opencv(index: Index, workers: int) -> Iterator[object]:
     """webdataset's reader, opencv's decode and area resize, uint8 until the batch is whole."""
     import cv2
 
-    from data.augment import random_box
+    from depthmup.data.augment import random_box
 
     cv2.setNumThreads(1)
     shards = [index.location(shard) for shard in index.shards]

@@ -18,12 +18,12 @@ from pathlib import Path
 import psutil
 import torch
 
-from data.config import DataConfig
-from data.index import Index, Shard, Span, sidecar
-from data.loader import TrainingLoader, TrainingStream
-from data.order import EpochOrder, State
-from data.pack import pack
-from data.sources import open_source
+from depthmup.data.config import DataConfig
+from depthmup.data.index import Index, Shard, Span, sidecar
+from depthmup.data.loader import TrainingLoader, TrainingStream
+from depthmup.data.order import EpochOrder, State
+from depthmup.data.pack import pack
+from depthmup.data.sources import open_source
 
 SIZE, BATCH, SHARDS = 224, 64, 1300
 

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # works without an installation
+sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # works without an installation
 
-from models.build import build, build_meta
-from models.config import OptimizerConfig, ParameterizationConfig, VisionTransformerConfig
-from models.optimizer import build_optimizer, parameter_groups
+from depthmup.models.build import build, build_meta
+from depthmup.models.config import OptimizerConfig, ParameterizationConfig, VisionTransformerConfig
+from depthmup.models.optimizer import build_optimizer, parameter_groups
 
 
 def main() -> None:

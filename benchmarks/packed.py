@@ -26,14 +26,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from data.config import DataConfig
-from models.build import build
-from models.config import ConvResNetConfig, OptimizerConfig, VisionTransformerConfig
-from models.optimizer import build_optimizer, parameter_groups
-from train.batched import CONVOLUTIONS
-from train.config import RunConfig, TrainConfig
-from train.replicas import Replicas
-from train.schedule import schedule, set_learning_rate
+from depthmup.data.config import DataConfig
+from depthmup.models.build import build
+from depthmup.models.config import ConvResNetConfig, OptimizerConfig, VisionTransformerConfig
+from depthmup.models.optimizer import build_optimizer, parameter_groups
+from depthmup.train.batched import CONVOLUTIONS
+from depthmup.train.config import RunConfig, TrainConfig
+from depthmup.train.replicas import Replicas
+from depthmup.train.schedule import schedule, set_learning_rate
 
 BATCH, NUM_STEPS, ROUNDS = 64, 1000, 3
 Step = Callable[[], Tensor]

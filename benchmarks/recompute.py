@@ -11,11 +11,11 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from launch.config import Size, read_study
-from launch.page import publish, write_report
-from launch.record import read_record
-from launch.report import collect
-from launch.study import Study
+from depthmup.launch.config import Size, read_study
+from depthmup.launch.page import publish, write_report
+from depthmup.launch.record import read_record
+from depthmup.launch.report import collect
+from depthmup.launch.study import Study
 
 CONFIGS = Path("configs/paper")
 

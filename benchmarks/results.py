@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.overview import closed, overview
-from launch.page import markdown_table
-from launch.plan import quantity
-from launch.record import read_record
-from launch.tables import planned_sentence
-from launch.wording import show_drift, show_interval, show_number, show_share, show_shares
+from depthmup.launch.overview import closed, overview
+from depthmup.launch.page import markdown_table
+from depthmup.launch.plan import quantity
+from depthmup.launch.record import read_record
+from depthmup.launch.tables import planned_sentence
+from depthmup.launch.wording import show_drift, show_interval, show_number, show_share, show_shares
 
 INTRODUCTION = """# Results: does the optimum stay put?
 

@@ -16,12 +16,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
+from depthmup.train import loop
 from train_configs import CONV_RESNET, VIT, pack_digits, run_config
-
-from train import loop
 
 EVERY, AFTER = 100, 5
 

@@ -25,16 +25,16 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import models.torchvision_ops  # noqa: F401  isort: skip  (must run before timm)
+import depthmup.models.torchvision_ops  # noqa: F401  isort: skip  (must run before timm)
 import timm
 
-from data.pack import pack
-from models.build import build_meta
-from models.flops import training_flops
-from train.config import RunConfig, from_plain
-from train.loop import run
-from train.step import autocast, autocast_dtype
-from train.telemetry import memory_gb, peak_flops
+from depthmup.data.pack import pack
+from depthmup.models.build import build_meta
+from depthmup.models.flops import training_flops
+from depthmup.train.config import RunConfig, from_plain
+from depthmup.train.loop import run
+from depthmup.train.step import autocast, autocast_dtype
+from depthmup.train.telemetry import memory_gb, peak_flops
 
 NUM_CLASSES, IMAGES_PER_CLASS, IMAGE_SIZE = 1000, 4, 224
 

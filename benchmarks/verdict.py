@@ -19,11 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
-from launch.analysis import Result
-from launch.config import Size
-from launch.page import markdown_table
-from launch.record import read_record
-from launch.verdict import Analysis, Limits, analyse, seeds_wanted
+from depthmup.launch.analysis import Result
+from depthmup.launch.config import Size
+from depthmup.launch.page import markdown_table
+from depthmup.launch.record import read_record
+from depthmup.launch.verdict import Analysis, Limits, analyse, seeds_wanted
 
 SIZES = tuple(Size(width=16, depth=depth) for depth in (3, 6, 12, 24))
 GRID = np.arange(-9.0, 0.0)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.decode import center_box, center_crop, crop_resize
+from depthmup.data.decode import center_box, center_crop, crop_resize
 
 CROP_TRIES = 10
 NUM_DRAWS = {"none": 0, "crop_flip": 3, "resized_crop_flip": 1 + 4 * CROP_TRIES}  # uniform numbers for one sample

@@ -4,9 +4,9 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Generic, TypeVar
 
-from data.errors import UserError
-from data.order import EpochOrder
-from data.reader import BadSample
+from depthmup.data.errors import UserError
+from depthmup.data.order import EpochOrder
+from depthmup.data.reader import BadSample
 
 SHOWN = 20  # pairs of shard and reason in a line of metrics
 Place = TypeVar("Place", bound=Hashable)

@@ -10,11 +10,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from data.config import DataConfig
-from data.decode import decode
-from data.images import BadImage
-from data.index import Index, Span
-from data.reader import BadSample, read_sample
+from depthmup.data.config import DataConfig
+from depthmup.data.decode import decode
+from depthmup.data.images import BadImage
+from depthmup.data.index import Index, Span
+from depthmup.data.reader import BadSample, read_sample
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from data.keys import random_generator
+from depthmup.data.keys import random_generator
 
 WINDOW = 64  # consecutive samples, as many as data.window shuffles together
 BLOCKS = 1000  # most windows that are looked at, spread over all samples

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import AfterValidator, ConfigDict, Discriminator, Field, PlainSerializer, Tag
 from pydantic.dataclasses import dataclass
 
-from data.paths import expand_read, protect
+from depthmup.data.paths import expand_read, protect
 
 NOT_IDENTITY = {"identity": False}  # on a field that does not change a result: no part of a run's hash
 Positive = Annotated[int, Field(gt=0)]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from data.images import check_pixels, eight_bits, open_image, refusing_bad_images
+from depthmup.data.images import check_pixels, eight_bits, open_image, refusing_bad_images
 
 SCRATCH_BYTES = 16 << 20  # larger images get memory of their own
 

@@ -15,9 +15,9 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
-from data.augment import NUM_DRAWS, prepare
-from data.config import DataConfig, per_channel
-from data.decode import from_array, to_pil
+from depthmup.data.augment import NUM_DRAWS, prepare
+from depthmup.data.config import DataConfig, per_channel
+from depthmup.data.decode import from_array, to_pil
 
 JITTER_ORDERS = tuple(permutations((ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)))
 JITTER_DRAWS = 1 + 3  # the order, and a factor for each enhancer

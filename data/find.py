@@ -7,10 +7,10 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
-from data import storage
-from data.errors import UserError
-from data.index import counted
-from data.splits import HOW_TO_SAY, is_hidden, listed, says_split, split_word, splits_by_word, stated_splits
+from depthmup.data import storage
+from depthmup.data.errors import UserError
+from depthmup.data.index import counted
+from depthmup.data.splits import HOW_TO_SAY, is_hidden, listed, says_split, split_word, splits_by_word, stated_splits
 
 
 @dataclass(frozen=True)

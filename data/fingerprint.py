@@ -4,8 +4,8 @@ import hashlib
 import json
 from collections.abc import Collection
 
-from data import storage
-from data.errors import UserError
+from depthmup.data import storage
+from depthmup.data.errors import UserError
 
 INDEX_NAME = "index.json"
 

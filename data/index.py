@@ -18,11 +18,11 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field, PlainValidator, TypeAdapter, ValidationError
 
-from data import storage
-from data.class_order import describe_class_order
-from data.errors import UserError
-from data.fingerprint import INDEX_NAME
-from data.minival import choose_held_out, hash_names
+from depthmup.data import storage
+from depthmup.data.class_order import describe_class_order
+from depthmup.data.errors import UserError
+from depthmup.data.fingerprint import INDEX_NAME
+from depthmup.data.minival import choose_held_out, hash_names
 
 AGAIN = f"delete {INDEX_NAME} and pack or index again"  # what mends an index that is wrong
 NO_LABEL = -1

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data.decode import decode, to_pil
-from data.errors import UserError
-from data.images import FORMATS, BadImage
-from data.index import Index, Shard, Span, counted
-from data.keys import random_generator
-from data.reader import BadSample, read_sample
-from data.scan import parallel_map
+from depthmup.data.decode import decode, to_pil
+from depthmup.data.errors import UserError
+from depthmup.data.images import FORMATS, BadImage
+from depthmup.data.index import Index, Shard, Span, counted
+from depthmup.data.keys import random_generator
+from depthmup.data.reader import BadSample, read_sample
+from depthmup.data.scan import parallel_map
 
 ORIENTATION = 0x0112  # the EXIF tag
 SHEET_COLUMNS, SHEET_ROWS, SHEET_PIXELS = 10, 6, 96

@@ -8,17 +8,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import memory
-from data.augment import crop_flip
-from data.bad import BadCount, StandIns
-from data.batch import Batch, decode_sample
-from data.config import DataConfig
-from data.decode import center_crop, scratch
-from data.distort import num_draws, rand_augment, training_image
-from data.index import NO_LABEL, Index, Span
-from data.order import EpochOrder, State, streams_of
-from data.reader import BadSample, prefetch
-from data.workers import Slots, batches
+from depthmup.data import memory
+from depthmup.data.augment import crop_flip
+from depthmup.data.bad import BadCount, StandIns
+from depthmup.data.batch import Batch, decode_sample
+from depthmup.data.config import DataConfig
+from depthmup.data.decode import center_crop, scratch
+from depthmup.data.distort import num_draws, rand_augment, training_image
+from depthmup.data.index import NO_LABEL, Index, Span
+from depthmup.data.order import EpochOrder, State, streams_of
+from depthmup.data.reader import BadSample, prefetch
+from depthmup.data.workers import Slots, batches
 
 CPU = torch.device("cpu")
 Prepared = tuple[Tensor, np.ndarray, int]  # image (channels, size, size), its random numbers, its label

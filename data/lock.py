@@ -4,7 +4,7 @@ import errno
 import fcntl
 from typing import IO, Any
 
-from data.errors import UserError
+from depthmup.data.errors import UserError
 
 WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre without -o flock, NFS without lockd, others
 

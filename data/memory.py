@@ -8,16 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.augment import crop_flip
-from data.bad import StandIns
-from data.batch import Batch, decode_sample, on_device
-from data.config import DataConfig
-from data.decode import center_crop
-from data.distort import distorts, num_draws, training_image
-from data.errors import UserError
-from data.index import Index, Shard, Span
-from data.order import EpochOrder
-from data.reader import BadSample
+from depthmup.data.augment import crop_flip
+from depthmup.data.bad import StandIns
+from depthmup.data.batch import Batch, decode_sample, on_device
+from depthmup.data.config import DataConfig
+from depthmup.data.decode import center_crop
+from depthmup.data.distort import distorts, num_draws, training_image
+from depthmup.data.errors import UserError
+from depthmup.data.index import Index, Shard, Span
+from depthmup.data.order import EpochOrder
+from depthmup.data.reader import BadSample
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,10 @@
 import numpy as np
 from torch import Tensor
 
-from data.config import DataConfig
-from data.distort import seeded
-from data.errors import UserError
-from data.keys import seed_for
+from depthmup.data.config import DataConfig
+from depthmup.data.distort import seeded
+from depthmup.data.errors import UserError
+from depthmup.data.keys import seed_for
 
 
 def pairs(places: np.ndarray, num_streams: int, global_batch_size: int) -> np.ndarray:

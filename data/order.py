@@ -12,10 +12,10 @@ from itertools import count, groupby
 
 import numpy as np
 
-from data.config import streams_misfit
-from data.errors import UserError
-from data.index import Span
-from data.keys import random_generator
+from depthmup.data.config import streams_misfit
+from depthmup.data.errors import UserError
+from depthmup.data.index import Span
+from depthmup.data.keys import random_generator
 
 
 @dataclass(frozen=True)

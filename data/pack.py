@@ -17,14 +17,14 @@ from typing import Any
 import webdataset
 from PIL import Image, ImageOps
 
-from data import storage
-from data.errors import UserError
-from data.images import BadImage, eight_bits, open_image, refusing_bad_images
-from data.index import INDEX_NAME, Index, Shard, sidecar
-from data.keys import random_generator
-from data.lock import NoLocks, flock
-from data.scan import process_pool, scan, webdataset_metadata
-from data.sources import UNPACKED_NAME, SourceImage, open_source, read_list
+from depthmup.data import storage
+from depthmup.data.errors import UserError
+from depthmup.data.images import BadImage, eight_bits, open_image, refusing_bad_images
+from depthmup.data.index import INDEX_NAME, Index, Shard, sidecar
+from depthmup.data.keys import random_generator
+from depthmup.data.lock import NoLocks, flock
+from depthmup.data.scan import process_pool, scan, webdataset_metadata
+from depthmup.data.sources import UNPACKED_NAME, SourceImage, open_source, read_list
 
 Progress = Callable[[int, int], None]  # (images done, images in all)
 IMAGES_PER_PROCESS = 2000  # less is packed before another process has started

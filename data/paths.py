@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from data.errors import UserError
+from depthmup.data.errors import UserError
 
 VARIABLE = re.compile(r"\$(?:(?P<dollar>\$)|\{(?P<braced>\w+)\}|(?P<name>[A-Za-z_]\w*))")
 

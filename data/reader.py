@@ -4,8 +4,8 @@ import re
 import tarfile
 from dataclasses import dataclass
 
-from data import storage
-from data.index import NO_LABEL, TAR_BLOCK, Index, Span, load_members
+from depthmup.data import storage
+from depthmup.data.index import NO_LABEL, TAR_BLOCK, Index, Span, load_members
 
 
 class BadSample(Exception):

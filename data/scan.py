@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 import numpy as np
 import webdataset
 
-from data import storage
-from data.errors import UserError
-from data.find import FoundShards, find_shards
-from data.index import INDEX_NAME, NO_LABEL, Index, Members, Shard, counted, load_members, sidecar
+from depthmup.data import storage
+from depthmup.data.errors import UserError
+from depthmup.data.find import FoundShards, find_shards
+from depthmup.data.index import INDEX_NAME, NO_LABEL, Index, Members, Shard, counted, load_members, sidecar
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp")
 ARCHIVES = {  # by their first bytes

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data.errors import UserError
-from data.find import find_shards, tars_of_folder
-from data.index import INDEX_NAME, NO_LABEL, Index, counted
-from data.scan import IMAGE_EXTENSIONS, HashingReader, archive_kind, check_end, parallel_map, scan
-from data.splits import CONTENTS, is_hidden, split_folder, splits_by_word, stated_splits, words_of
+from depthmup.data.errors import UserError
+from depthmup.data.find import find_shards, tars_of_folder
+from depthmup.data.index import INDEX_NAME, NO_LABEL, Index, counted
+from depthmup.data.scan import IMAGE_EXTENSIONS, HashingReader, archive_kind, check_end, parallel_map, scan
+from depthmup.data.splits import CONTENTS, is_hidden, split_folder, splits_by_word, stated_splits, words_of
 
 COMPRESSED: dict[str, Callable[[Path], Any]] = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
 UNPACK_INNER = (

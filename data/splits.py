@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 
-from data.errors import UserError
+from depthmup.data.errors import UserError
 
 TRAINING = ("train", "training")
 VALIDATION = ("val", "valid", "validation", "dev", "eval", "evaluation", "test", "testing")  # the first that is there

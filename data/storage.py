@@ -18,8 +18,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, TypeVar
 
-from data.errors import UserError
-from data.paths import expand_path
+from depthmup.data.errors import UserError
+from depthmup.data.paths import expand_path
 
 REMOTE_SCHEMES = ("http", "https", "s3", "gs", "az", "abfs", "hf")
 PACKAGES = {"gs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "hf": "huggingface_hub"}  # what fsspec needs for a scheme

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from data.batch import Batch
-from data.errors import UserError
-from data.index import NO_LABEL
-from data.reader import BadSample
+from depthmup.data.batch import Batch
+from depthmup.data.errors import UserError
+from depthmup.data.index import NO_LABEL
+from depthmup.data.reader import BadSample
 
 warnings.filterwarnings("ignore", "This DataLoader will create")  # too_few_cpus says it once, and what to do
 

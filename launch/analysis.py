@@ -11,8 +11,8 @@ from typing import Literal
 
 import numpy as np
 
-from launch.config import Size
-from launch.curve_model import CONFIDENCE, Posterior, fit, level, quantiles, regret_interval
+from depthmup.launch.config import Size
+from depthmup.launch.curve_model import CONFIDENCE, Posterior, fit, level, quantiles, regret_interval
 
 Side = Literal["low", "high"]
 

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from data.errors import UserError
-from launch import slurm, states
-from launch.config import read_study, read_study_or_run
-from launch.jobs import launching
-from launch.paths import command
-from launch.progress import duration
-from launch.study import Study
-from launch.transfer import (
+from depthmup.data.errors import UserError
+from depthmup.launch import slurm, states
+from depthmup.launch.config import read_study, read_study_or_run
+from depthmup.launch.jobs import launching
+from depthmup.launch.paths import command
+from depthmup.launch.progress import duration
+from depthmup.launch.study import Study
+from depthmup.launch.transfer import (
     IDLE,
     UNFINISHED,
     Launched,
@@ -32,17 +32,17 @@ from launch.transfer import (
     unfinished,
     wait,
 )
-from models.errors import ModelError
+from depthmup.models.errors import ModelError
 
 if TYPE_CHECKING:
-    from launch.report import Report
+    from depthmup.launch.report import Report
 
 
 def show_report(study: Study, console: Console) -> "Report":
     """Writes the report and prints it. Raises UserError when no run is finished."""
-    from launch.page import write_report
-    from launch.report import collect
-    from launch.tables import print_report
+    from depthmup.launch.page import write_report
+    from depthmup.launch.report import collect
+    from depthmup.launch.tables import print_report
 
     report = collect(study)
     if not report.results:
@@ -92,8 +92,8 @@ def write_scaled(
     force: bool = False,
 ) -> None:
     """Writes the target's file and says what it holds. Raises UserError when the study is inconclusive."""
-    from launch.report import collect
-    from launch.scale import read_changes, scale, write_target
+    from depthmup.launch.report import collect
+    from depthmup.launch.scale import read_changes, scale, write_target
 
     scaled = scale(collect(study), path.stem, read_changes(target, changes), parameterization, scale_batch, force)
     write_target(scaled, path)
@@ -111,8 +111,8 @@ def target_study(study: Study, target: Path, console: Console) -> Study:
 
 def say_next_step(study: Study, console: Console) -> None:
     """How to go on from a study that says which value to use."""
-    from launch.report import collect
-    from launch.verdict import CARRIED
+    from depthmup.launch.report import collect
+    from depthmup.launch.verdict import CARRIED
 
     if any(judgement.verdict in CARRIED for judgement in collect(study).analysis.judgements):
         model = study.file.model
@@ -139,8 +139,8 @@ def transfer(study: Study, target: Path | None, console: Console) -> None:
 
 
 def report_what_is_there(study: Study, console: Console) -> None:
-    from launch.page import write_report
-    from launch.report import collect
+    from depthmup.launch.page import write_report
+    from depthmup.launch.report import collect
 
     if (report := collect(study)).results:
         write_report(report)
@@ -149,8 +149,8 @@ def report_what_is_there(study: Study, console: Console) -> None:
 
 def report_target(study: Study, console: Console) -> None:
     """Writes the report again, now with the target's line, and prints that."""
-    from launch.page import write_report
-    from launch.report import collect, target_line
+    from depthmup.launch.page import write_report
+    from depthmup.launch.report import collect, target_line
 
     write_report(collect(study))
     console.print(f"{target_line(study)} Report: {study.file.directory / 'report.html'}", highlight=False)
@@ -196,7 +196,7 @@ def take(study: Study, job_ids: Sequence[str]) -> states.Snapshot:
 def go_on_after(study: Study, target: Path | None, job_ids: Sequence[str]) -> str:
     """Leaves a job that goes on once `job_ids` have ended, unless one waits already; says which. One that runs may have
     looked already, or be this one."""
-    from launch.submit import submit_continuation
+    from depthmup.launch.submit import submit_continuation
 
     with launching(study.file.directory) as lock:  # of two that look at once, the second finds the first's
         waiting = [task for task in take(study, job_ids).continuations if task.waits]

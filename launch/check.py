@@ -7,13 +7,13 @@ from typing import Any
 import matplotlib
 from rich.console import Console
 
-from data.errors import UserError
-from data.paths import expand_path
-from launch.config import read_raw
-from launch.progress import display
-from models.config import ParameterizationConfig
-from models.coordinate_check import AXES, BAND, Axis, Line, Settings, check
-from train.config import run_in
+from depthmup.data.errors import UserError
+from depthmup.data.paths import expand_path
+from depthmup.launch.config import read_raw
+from depthmup.launch.progress import display
+from depthmup.models.config import ParameterizationConfig
+from depthmup.models.coordinate_check import AXES, BAND, Axis, Line, Settings, check
+from depthmup.train.config import run_in
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt

@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from data.errors import UserError
-from data.paths import expand_path
-from launch import shards
-from launch.paths import FilePath
-from launch.shards import new_console
-from models.errors import ModelError
+from depthmup.data.errors import UserError
+from depthmup.data.paths import expand_path
+from depthmup.launch import shards
+from depthmup.launch.paths import FilePath
+from depthmup.launch.shards import new_console
+from depthmup.models.errors import ModelError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from launch.study import Study
-    from launch.transfer import Launched
-    from models.coordinate_check import Axis
+    from depthmup.launch.study import Study
+    from depthmup.launch.transfer import Launched
+    from depthmup.models.coordinate_check import Axis
 
 EXAMPLES = {
     "transfer": "depthmup transfer configs/digits_resnet.yaml study.directory=/scratch/runs",
@@ -88,8 +88,8 @@ def with_config(function: Callable[..., None]) -> Callable[..., None]:
 
 def open_study(config: Path, overrides: tuple[str, ...]) -> "Study":
     """A study, or one run as a study of one."""
-    from launch.config import read_study_or_run
-    from launch.study import Study
+    from depthmup.launch.config import read_study_or_run
+    from depthmup.launch.study import Study
 
     file = read_study_or_run(config, overrides)
     if file.decay_warning and file.study.hyperparameter != "optimizer.weight_decay":  # which a sweep does not use
@@ -103,7 +103,7 @@ def open_study(config: Path, overrides: tuple[str, ...]) -> "Study":
 @click.option("--detach", is_flag=True, help="On Slurm: return at once; a job goes on after the runs, to the end.")
 def transfer(config: Path, overrides: tuple[str, ...], target: Path | None, detach: bool) -> None:
     """Run a whole study: data, all runs, report; or continue it."""
-    from launch import chain
+    from depthmup.launch import chain
 
     study, console = open_study(config, overrides), new_console()
     if target and not target.exists():
@@ -127,12 +127,12 @@ def print_launched(study: "Study", launched: "Launched", console: "Console") -> 
         pids = ", ".join(str(slot.pid) for slot in launched.slots)
         console.print(f"{len(launched.runs)} runs started: processes {pids}", highlight=False)
     elif not launched.runs:
-        from launch.states import take
+        from depthmup.launch.states import take
 
         counts = ", ".join(f"{count} {state}" for state, count in take(study).counts().items())
         console.print(f"Nothing to submit: {counts}.", highlight=False)
     else:  # they were trained in this process
-        from launch.transfer import unfinished
+        from depthmup.launch.transfer import unfinished
 
         if not all(run.done() for run in launched.runs):
             raise unfinished(study)
@@ -147,12 +147,12 @@ def launch_command(config: Path, overrides: tuple[str, ...], dry_run: bool) -> N
 
     CONFIG is a study, or one run.
     """
-    from launch.transfer import grow, launch, prepare_data
+    from depthmup.launch.transfer import grow, launch, prepare_data
 
     study, console = open_study(config, overrides), new_console()
     if dry_run:
-        from launch.plan import describe_jobs
-        from launch.submit import dry_run_script
+        from depthmup.launch.plan import describe_jobs
+        from depthmup.launch.submit import dry_run_script
 
         click.echo(dry_run_script(study))
         click.echo("\n".join(f"# {line}" for line in describe_jobs(study)))
@@ -171,9 +171,9 @@ def retry(config: Path, overrides: tuple[str, ...]) -> None:
 
     Says too which key may help. Runs that never began are left to 'launch'.
     """
-    from launch.states import take
-    from launch.status import print_troubles
-    from launch.transfer import STOPPED, Launched, launch
+    from depthmup.launch.states import take
+    from depthmup.launch.status import print_troubles
+    from depthmup.launch.transfer import STOPPED, Launched, launch
 
     study, console = open_study(config, overrides), new_console()
     snapshot = take(study)
@@ -186,7 +186,7 @@ def retry(config: Path, overrides: tuple[str, ...]) -> None:
 @with_config
 def cancel_command(config: Path, overrides: tuple[str, ...]) -> None:
     """Stop all jobs of a study; 'launch' continues them."""
-    from launch.transfer import cancel
+    from depthmup.launch.transfer import cancel
 
     console = new_console()
     job_ids, pids = cancel(open_study(config, overrides))
@@ -198,7 +198,7 @@ def cancel_command(config: Path, overrides: tuple[str, ...]) -> None:
 @with_config
 def plan(config: Path, overrides: tuple[str, ...]) -> None:
     """Print every run and what it costs; launches nothing."""
-    from launch.plan import print_plan
+    from depthmup.launch.plan import print_plan
 
     print_plan(open_study(config, overrides), new_console())
 
@@ -209,7 +209,7 @@ def plan(config: Path, overrides: tuple[str, ...]) -> None:
 @click.option("--all", "everything", is_flag=True, help="Show every run, not only those that need a look.")
 def status(config: Path, overrides: tuple[str, ...], watch: bool, everything: bool) -> None:
     """Show what is done, runs, waits or failed, and why."""
-    from launch.status import print_status, watch_status
+    from depthmup.launch.status import print_status, watch_status
 
     study, console = open_study(config, overrides), new_console()
     if watch:
@@ -226,21 +226,21 @@ def report(config: Path, overrides: tuple[str, ...], publish: Path | None) -> No
 
     Further CONFIGs are reported too, and compared on one more page.
     """
-    from launch.chain import show_report
+    from depthmup.launch.chain import show_report
 
     changes = tuple(word for word in overrides if "=" in word)
     configs = [config, *(Path(expand_path(word)) for word in overrides if "=" not in word)]
     studies, console = [open_study(path, changes) for path in configs], new_console()
     reports = [show_report(study, console) for study in studies]
     if len(reports) > 1:
-        from launch.overview import print_overview, write_overview
+        from depthmup.launch.overview import print_overview, write_overview
 
         print_overview(reports, console)
         page = studies[0].file.directory.parent / "overview.html"
         write_overview(reports, page)
         console.print(f"Overview: {page}")
     if publish:
-        from launch.page import publish as copy
+        from depthmup.launch.page import publish as copy
 
         for path in (path for written in reports for path in copy(written, publish)):
             console.print(f"Published: {path}")
@@ -255,7 +255,7 @@ def converge_command(config: Path, overrides: tuple[str, ...]) -> None:
     as distances to the largest size, with fitted exponents beside the theory's. Needs three sizes along an axis and
     three seeds. 'report --publish' copies its figures too.
     """
-    from launch.limits import converge
+    from depthmup.launch.limits import converge
 
     console = new_console()
     for path in converge(open_study(config, overrides), console):
@@ -283,9 +283,9 @@ def scale_command(
     CONFIG is the study's file, or its folder when it was run with overrides. KEY=VALUE changes the target's keys, and
     study.KEY=VALUE says which study.
     """
-    from launch.chain import write_scaled
-    from launch.config import read_study
-    from launch.study import Study
+    from depthmup.launch.chain import write_scaled
+    from depthmup.launch.config import read_study
+    from depthmup.launch.study import Study
 
     of_study = tuple(override for override in overrides if override.startswith("study."))
     changes = tuple(override for override in overrides if override not in of_study)
@@ -303,7 +303,7 @@ def cluster() -> None:
 @cluster.command("probe", epilog="Example: depthmup cluster probe > configs/cluster/mine.yaml")
 def probe() -> None:
     """Propose a profile for configs/cluster from what sinfo says."""
-    from launch.probe import propose
+    from depthmup.launch.probe import propose
 
     click.echo(propose(), nl=False)
 
@@ -316,11 +316,11 @@ def train(config: Path, overrides: tuple[str, ...], directory: Path | None) -> N
 
     Ctrl-C saves a checkpoint. Ends 3 when the loss diverged, 75 when it was stopped.
     """
-    from launch.config import read_run
-    from launch.transfer import pack_source
-    from train.__main__ import train as train_run
-    from train.config import run_hash
-    from train.rundir import RunDirectory
+    from depthmup.launch.config import read_run
+    from depthmup.launch.transfer import pack_source
+    from depthmup.train.__main__ import train as train_run
+    from depthmup.train.config import run_hash
+    from depthmup.train.rundir import RunDirectory
 
     run_config = read_run(config, overrides)
     pack_source(run_config.data, new_console())
@@ -351,7 +351,7 @@ def check(
     errors, beside what the limit demands. Ends 1 when a slope is off (!) or too noisy to judge (?). For a large model
     give a small base: model.base_width=64 model.base_depth=3 model.image_size=32.
     """
-    from launch.check import run_check
+    from depthmup.launch.check import run_check
 
     if not run_check(config, overrides, factors, steps, seeds, batch_size, axis, plot, new_console()):
         sys.exit(1)
@@ -365,7 +365,7 @@ def export(run: Path, out: Path) -> None:
 
     OUT is a safetensors file for timm.create_model, every multiplier folded in.
     """
-    from launch.export import export_run, loading_code
+    from depthmup.launch.export import export_run, loading_code
 
     name, arguments = export_run(run, out)
     click.echo(f"{out} is written. In Python:\n\n{loading_code(out, name, arguments)}")

@@ -9,15 +9,15 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, PlainSerializer, Tag
 from pydantic.dataclasses import dataclass
 
-from data.config import NOT_IDENTITY, PathText, Positive
-from data.errors import UserError
-from data.paths import expand_all_read, expand_path, expand_read, protect
-from launch.paths import command, user_folder
-from launch.snapshot import ROOT
-from models.checked import STRICT
-from models.config import Number, ParameterizationConfig
-from train.config import RunConfig, checked_setting, from_plain, read_yaml, run_in, set_dotted, to_plain
-from train.yaml_text import load_yaml
+from depthmup.data.config import NOT_IDENTITY, PathText, Positive
+from depthmup.data.errors import UserError
+from depthmup.data.paths import expand_all_read, expand_path, expand_read, protect
+from depthmup.launch.paths import command, user_folder
+from depthmup.launch.snapshot import PACKAGE
+from depthmup.models.checked import STRICT
+from depthmup.models.config import Number, ParameterizationConfig
+from depthmup.train.config import RunConfig, checked_setting, from_plain, read_yaml, run_in, set_dotted, to_plain
+from depthmup.train.yaml_text import load_yaml
 
 Preset = Annotated[
     ParameterizationConfig, BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value)
@@ -266,7 +266,7 @@ def find_profile(name: str, path: Path) -> Path:
             raise UserError(f"cluster {name}: no such file")
         return file
     own = user_folder("XDG_CONFIG_HOME", ".config")
-    places = [Path("configs"), Path(), *configuration_folders(path), *([own] if own else []), ROOT / "configs"]
+    places = [Path("configs"), Path(), *configuration_folders(path), *([own] if own else []), PACKAGE / "configs"]
     folders = list(dict.fromkeys((place / "cluster").resolve() for place in places))
     for folder in folders:
         if (file := folder / f"{name}.yaml").exists():

@@ -13,7 +13,7 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import stdtrit
 
-from launch.curve_model import CONFIDENCE
+from depthmup.launch.curve_model import CONFIDENCE
 
 Measure = Literal["mean", "scatter"]
 MIN_SEEDS, MIN_SIZES = 3, 3  # a variance that outlives the jackknife; two distances to the largest

@@ -8,19 +8,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from data.storage import write_atomically
-from launch.config import Size
-from launch.flops import by_formula
-from launch.paths import user_folder
-from launch.snapshot import ROOT
-from launch.study import PlannedRun
-from train.config import identity
+from depthmup.data.storage import write_atomically
+from depthmup.launch.config import Size
+from depthmup.launch.flops import by_formula
+from depthmup.launch.paths import user_folder
+from depthmup.launch.snapshot import PACKAGE
+from depthmup.launch.study import PlannedRun
+from depthmup.train.config import identity
 
 
 def cache_file() -> Path | None:
     """Counts made by this code and these libraries: another version counts anew. None where the user has no home."""
     hashed = hashlib.sha256("".join(version(name) for name in ("torch", "timm")).encode())
-    for file in sorted((ROOT / "models").rglob("*.py")):
+    for file in sorted((PACKAGE / "models").rglob("*.py")):
         hashed.update(file.read_bytes())
     folder = user_folder("XDG_CACHE_HOME", ".cache")
     return folder / f"flops-{hashed.hexdigest()[:12]}.json" if folder else None
@@ -43,8 +43,8 @@ def count(run: PlannedRun) -> list[int]:
     if counted := by_formula(model):
         parameters, forward = counted
         return [parameters, 3 * forward]  # twice the forward pass for the gradients of inputs and of weights
-    from models.build import build_meta  # torch, which most commands do not need
-    from models.flops import num_parameters, training_flops
+    from depthmup.models.build import build_meta  # torch, which most commands do not need
+    from depthmup.models.flops import num_parameters, training_flops
 
     network = build_meta(model, run.config.parameterization).network
     shape = (model.in_channels, model.image_size, model.image_size)

@@ -4,10 +4,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from launch.analysis import Result
-from launch.config import Size
-from launch.verdict import Analysis
-from launch.wording import show_share, show_shares
+from depthmup.launch.analysis import Result
+from depthmup.launch.config import Size
+from depthmup.launch.verdict import Analysis
+from depthmup.launch.wording import show_share, show_shares
 
 
 @dataclass(frozen=True)

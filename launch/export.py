@@ -6,13 +6,13 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from data.config import per_channel
-from data.errors import UserError
-from models.build import build_meta
-from models.export import folded_state
-from models.timm_registry import timm_call
-from train.config import RunConfig, from_plain, read_yaml, to_plain
-from train.rundir import RunDirectory
+from depthmup.data.config import per_channel
+from depthmup.data.errors import UserError
+from depthmup.models.build import build_meta
+from depthmup.models.export import folded_state
+from depthmup.models.timm_registry import timm_call
+from depthmup.train.config import RunConfig, from_plain, read_yaml, to_plain
+from depthmup.train.rundir import RunDirectory
 
 
 def best_runs(study: Path) -> str:
@@ -32,7 +32,7 @@ def loading_code(out: Path, name: str, arguments: dict[str, Any]) -> str:
     """Python that loads the exported file, as it stands."""
     given = "".join(f", {key}={value!r}" for key, value in arguments.items())
     return (
-        "import models.timm_registry  # first: registers depthmup's names, mends timm's import beside a CPU torch\n"
+        "import depthmup.models.timm_registry  # first: registers its names, mends timm's import beside a CPU torch\n"
         "import timm\n\n"
         f"network = timm.create_model({name!r}, checkpoint_path={str(out)!r}{given})\n"
         "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(network))  # of a PIL image"

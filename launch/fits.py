@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator
 
-from data.config import DataConfig
-from data.errors import UserError
-from data.order import streams_of
-from launch.config import LaunchConfig
-from launch.packs import check_packable
-from launch.study import Study
-from train.config import RunConfig
+from depthmup.data.config import DataConfig
+from depthmup.data.errors import UserError
+from depthmup.data.order import streams_of
+from depthmup.launch.config import LaunchConfig
+from depthmup.launch.packs import check_packable
+from depthmup.launch.study import Study
+from depthmup.train.config import RunConfig
 
 
 def processes_of(config: LaunchConfig) -> int:

@@ -2,7 +2,7 @@
 
 import re
 
-from models.config import AnyModelConfig, ConvResNetConfig, VisionTransformerConfig
+from depthmup.models.config import AnyModelConfig, ConvResNetConfig, VisionTransformerConfig
 
 PLAIN_VIT = re.compile(r"(vit|deit)_(tiny|small|base|large)_patch(?P<patch_size>\d+)_\d+")
 

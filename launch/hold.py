@@ -5,9 +5,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from data.storage import write_atomically
-from launch.jobs import Submission
-from train.rundir import RunDirectory
+from depthmup.data.storage import write_atomically
+from depthmup.launch.jobs import Submission
+from depthmup.train.rundir import RunDirectory
 
 
 def kind(error: str) -> str:

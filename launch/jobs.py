@@ -23,12 +23,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from data.errors import UserError
-from data.lock import flock
-from data.storage import write_atomically
-from launch.slurm import QueuedTask
-from train.lock import Holder, holder
-from train.rundir import parse, parse_lines
+from depthmup.data.errors import UserError
+from depthmup.data.lock import flock
+from depthmup.data.storage import write_atomically
+from depthmup.launch.slurm import QueuedTask
+from depthmup.train.lock import Holder, holder
+from depthmup.train.rundir import parse, parse_lines
 
 
 @dataclass(frozen=True)

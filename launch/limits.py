@@ -18,23 +18,23 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from data.batch import to_float
-from data.errors import UserError
-from data.loader import evaluation_batches
-from data.storage import write_atomically
-from launch import plots
-from launch.analysis import Comparison
-from launch.convergence import MIN_SIZES, Rate, rates
-from launch.page import CONVERGENCE_FILES
-from launch.plots import along
-from launch.record import bounds, dump, plain
-from launch.report import collect
-from launch.study import PlannedRun, Study
-from launch.verdict import Analysis
-from models.build import build_meta
-from train.config import RunConfig
-from train.loop import open_data
-from train.rundir import RunDirectory
+from depthmup.data.batch import to_float
+from depthmup.data.errors import UserError
+from depthmup.data.loader import evaluation_batches
+from depthmup.data.storage import write_atomically
+from depthmup.launch import plots
+from depthmup.launch.analysis import Comparison
+from depthmup.launch.convergence import MIN_SIZES, Rate, rates
+from depthmup.launch.page import CONVERGENCE_FILES
+from depthmup.launch.plots import along
+from depthmup.launch.record import bounds, dump, plain
+from depthmup.launch.report import collect
+from depthmup.launch.study import PlannedRun, Study
+from depthmup.launch.verdict import Analysis
+from depthmup.models.build import build_meta
+from depthmup.train.config import RunConfig
+from depthmup.train.loop import open_data
+from depthmup.train.rundir import RunDirectory
 
 IMAGES = 128
 QUANTITIES = ("loss curve", "feature kernel")

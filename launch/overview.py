@@ -8,12 +8,12 @@ from urllib.parse import quote
 
 from rich.console import Console
 
-from data.storage import write_atomically
-from launch.page import environment
-from launch.record import as_record
-from launch.report import Report
-from launch.tables import print_table, say
-from launch.wording import show_drift, show_interval, show_share
+from depthmup.data.storage import write_atomically
+from depthmup.launch.page import environment
+from depthmup.launch.record import as_record
+from depthmup.launch.report import Report
+from depthmup.launch.tables import print_table, say
+from depthmup.launch.wording import show_drift, show_interval, show_share
 
 
 def closed(bounds: Sequence[float | None]) -> tuple[float, float]:

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from data.errors import UserError
-from launch.config import LaunchConfig
-from launch.study import PlannedRun
-from train.packing import alike, pack_limit, packable, unknown_to_packs
+from depthmup.data.errors import UserError
+from depthmup.launch.config import LaunchConfig
+from depthmup.launch.study import PlannedRun
+from depthmup.train.packing import alike, pack_limit, packable, unknown_to_packs
 
 
 def packs_of(runs: Sequence[PlannedRun], config: LaunchConfig, on_gpu: bool, slots: int) -> list[list[PlannedRun]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from data.paths import expand_path, home
+from depthmup.data.paths import expand_path, home
 
 
 class Location(click.ParamType):

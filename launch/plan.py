@@ -5,10 +5,10 @@ import math
 from rich.console import Console
 from rich.table import Table
 
-from launch.cost import count_flops
-from launch.fits import check_fits
-from launch.progress import duration
-from launch.study import Study
+from depthmup.launch.cost import count_flops
+from depthmup.launch.fits import check_fits
+from depthmup.launch.progress import duration
+from depthmup.launch.study import Study
 
 
 def quantity(value: float) -> str:
@@ -27,7 +27,7 @@ def power_of_two(value: float) -> str:
 
 def describe_jobs(study: Study) -> list[str]:
     """What a launch now would submit or start: lines of at most 80 columns; none when all is done."""
-    from launch.submit import group, make_packs, slot_gpus  # submitit: not every command needs it
+    from depthmup.launch.submit import group, make_packs, slot_gpus  # submitit: not every command needs it
 
     config, pending = study.file.launch, study.pending()
     if not pending:

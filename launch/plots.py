@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import matplotlib
 import numpy as np
 
-from data.storage import write_atomically
-from launch.analysis import Comparison
-from launch.config import Size, StudyConfig
-from launch.verdict import Analysis
+from depthmup.data.storage import write_atomically
+from depthmup.launch.analysis import Comparison
+from depthmup.launch.config import Size, StudyConfig
+from depthmup.launch.verdict import Analysis
 
 if TYPE_CHECKING:
-    from launch.convergence import Rate
-    from launch.limits import Line  # it needs torch, which a report does not
+    from depthmup.launch.convergence import Rate
+    from depthmup.launch.limits import Line  # it needs torch, which a report does not
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt

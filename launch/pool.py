@@ -6,9 +6,9 @@ Without torch.
 from collections import Counter
 from collections.abc import Mapping
 
-from data.errors import UserError
-from launch.study import Study
-from train.owner import code_fingerprint, data_fingerprint
+from depthmup.data.errors import UserError
+from depthmup.launch.study import Study
+from depthmup.train.owner import code_fingerprint, data_fingerprint
 
 WHAT = {"code": "versions of the code", "shards": "sets of shards"}
 

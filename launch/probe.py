@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import yaml
 
-from data.errors import UserError
-from launch import slurm
+from depthmup.data.errors import UserError
+from depthmup.launch import slurm
 
 MAX_MINUTES = 24 * 60  # proposed where the partition allows more: shorter jobs start sooner, and runs are requeued
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from launch.pool import origins
-from launch.report import Report
+from depthmup.launch.pool import origins
+from depthmup.launch.report import Report
 
 
 def plain(value: float | None) -> float | None:

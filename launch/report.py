@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from data.errors import UserError
-from launch.analysis import Result
-from launch.config import Size, read_study_or_run
-from launch.cost import count_flops
-from launch.direct import Direct, compare_with_direct
-from launch.forecast import Forecast, forecasts
-from launch.plan import quantity
-from launch.pool import mixtures, refuse_mixture
-from launch.study import PlannedRun, Study
-from launch.verdict import Analysis, Judgement, Limits, analyse, describe_rule
+from depthmup.data.errors import UserError
+from depthmup.launch.analysis import Result
+from depthmup.launch.config import Size, read_study_or_run
+from depthmup.launch.cost import count_flops
+from depthmup.launch.direct import Direct, compare_with_direct
+from depthmup.launch.forecast import Forecast, forecasts
+from depthmup.launch.plan import quantity
+from depthmup.launch.pool import mixtures, refuse_mixture
+from depthmup.launch.study import PlannedRun, Study
+from depthmup.launch.verdict import Analysis, Judgement, Limits, analyse, describe_rule
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,16 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from data.errors import UserError
-from data.paths import protect
-from data.storage import write_atomically
-from launch.analysis import Curve
-from launch.config import StudyFile, apply_profile, label, named_cluster, settings_of
-from launch.paths import command
-from launch.report import Report
-from launch.verdict import CARRIED, without_optimum
-from train.config import RunConfig, from_plain, read_yaml, set_dotted
-from train.yaml_text import dump_yaml, load_yaml
+from depthmup.data.errors import UserError
+from depthmup.data.paths import protect
+from depthmup.data.storage import write_atomically
+from depthmup.launch.analysis import Curve
+from depthmup.launch.config import StudyFile, apply_profile, label, named_cluster, settings_of
+from depthmup.launch.paths import command
+from depthmup.launch.report import Report
+from depthmup.launch.verdict import CARRIED, without_optimum
+from depthmup.train.config import RunConfig, from_plain, read_yaml, set_dotted
+from depthmup.train.yaml_text import dump_yaml, load_yaml
 
 # What an optimum belongs to: with another one of these the proxy's says nothing. Of a model it is everything but what
 # has a rule: width, depth and how depth is spread over stages. Heads are looked at in the base: from there they may

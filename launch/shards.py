@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from launch.paths import FilePath, Location
+from depthmup.launch.paths import FilePath, Location
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from data.index import Index
-    from launch.progress import Display
+    from depthmup.data.index import Index
+    from depthmup.launch.progress import Display
 
 COUNT = click.IntRange(min=1)
 FILE = FilePath(exists=True, dir_okay=False)
@@ -22,7 +22,7 @@ FILE = FilePath(exists=True, dir_okay=False)
 
 def reporter(shown: "Display", unit: str) -> Callable[[int, int], None]:
     """Shows (done, total) with the rate and the time that is left."""
-    from launch.progress import duration
+    from depthmup.launch.progress import duration
 
     started = time.monotonic()
 
@@ -97,9 +97,9 @@ def pack(
     Goes on where an earlier call was killed; changes nothing in a folder that holds these images packed with these
     options, and refuses one that was packed otherwise.
     """
-    from data.index import INDEX_NAME
-    from data.pack import pack as pack_images
-    from launch.progress import display
+    from depthmup.data.index import INDEX_NAME
+    from depthmup.data.pack import pack as pack_images
+    from depthmup.launch.progress import display
 
     console = new_console()
     packed_before = (out / INDEX_NAME).exists()
@@ -150,10 +150,10 @@ def index(
     The words train, val, test and the like in the names of shards and folders say the splits; test is the validation
     split where there is no val. An index of the same shards and classes is left as it is, one of others refused.
     """
-    from data.index import INDEX_NAME
-    from data.scan import index_shards
-    from data.sources import read_lines
-    from launch.progress import display
+    from depthmup.data.index import INDEX_NAME
+    from depthmup.data.scan import index_shards
+    from depthmup.data.sources import read_lines
+    from depthmup.launch.progress import display
 
     console = new_console()
     indexed_before = ((out or Path(shards)) / INDEX_NAME).exists()
@@ -184,9 +184,9 @@ def index(
 @click.option("--processes", type=COUNT, help="[default: one for each core]")
 def inspect(shards: str, sheet: Path | None, processes: int | None) -> None:
     """Decode all images of the folder SHARDS: counts, classes, sizes, bad samples. Ends 1 when there is a bad one."""
-    from data.index import Index
-    from data.inspect import contact_sheet, inspect_split, summary
-    from launch.progress import display
+    from depthmup.data.index import Index
+    from depthmup.data.inspect import contact_sheet, inspect_split, summary
+    from depthmup.launch.progress import display
 
     console = new_console()
     opened = Index.load(shards)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.errors import UserError
+from depthmup.data.errors import UserError
 
 GONE = "invalid job id"
 SECONDS = 60  # that one command may take; slurmctld may be busy or restarting

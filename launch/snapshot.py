@@ -9,53 +9,57 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("models", "data", "train", "launch")
-ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = Path(__file__).parent.parent  # the folder `depthmup`, which holds them
 
 
 def sources() -> list[Path]:
-    """Every source file of the packages, relative to ROOT."""
+    """Every source file of the packages, relative to PACKAGE."""
     suffixes = (".py", ".j2")
-    files = (file for package in PACKAGES for file in (ROOT / package).rglob("*") if file.suffix in suffixes)
-    return sorted(file.relative_to(ROOT) for file in files)
+    files = (file for package in PACKAGES for file in (PACKAGE / package).rglob("*") if file.suffix in suffixes)
+    return sorted(file.relative_to(PACKAGE) for file in (PACKAGE / "__init__.py", *files))
 
 
 def digest(files: list[Path]) -> str:
     """12 hexadecimal digits of the files' names and contents."""
     hashed = hashlib.sha256()
     for file in files:
-        hashed.update(f"{file}\0".encode() + (ROOT / file).read_bytes())
+        hashed.update(f"{file}\0".encode() + (PACKAGE / file).read_bytes())
     return hashed.hexdigest()[:12]
 
 
 def take(folder: Path) -> Path:
-    """Copies the packages to folder/DIGEST, unless they are there; returns that path."""
+    """Copies the packages to folder/DIGEST, unless they are there; returns that path, to import from."""
     files = sources()
     target = folder / digest(files)
     if not target.exists():
         temporary = folder / f".{target.name}.{os.getpid()}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         for file in files:
-            (temporary / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / file, temporary / file)
+            copy = temporary / PACKAGE.name / file
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(PACKAGE / file, copy)
         (temporary / "code.json").write_text(json.dumps(describe(), indent=1))
         os.replace(temporary, target)
     return target
 
 
 def git(*arguments: str) -> str | None:
-    """What git prints in ROOT; None where there is no git or no repository."""
+    """What git prints in the packages' repository; None where there is no git or no repository."""
     try:
-        done = subprocess.run(("git", "-C", str(ROOT), *arguments), capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            ("git", "-C", str(PACKAGE.resolve()), *arguments), capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout
 
 
 def describe() -> dict[str, Any]:
-    """The commit and what differs from it; nulls outside a git repository. `digest` is known everywhere."""
-    sha = git("rev-parse", "HEAD")
+    """The commit and what differs from it; nulls where git does not track the packages. `digest` is always known."""
+    folders = [str((PACKAGE / package).resolve()) for package in PACKAGES]  # git does not follow links
+    sha = git("rev-parse", "HEAD") if git("ls-files", "--error-unmatch", *folders) else None  # none in a .venv
     return {
         "sha": sha.strip() if sha else None,
-        "diff": git("diff", "HEAD", "--", *PACKAGES) if sha else None,
+        "diff": git("diff", "HEAD", "--", *folders) if sha else None,
         "digest": digest(sources()),
     }

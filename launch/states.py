@@ -8,12 +8,12 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from launch import slurm
-from launch.jobs import Submission, cancelled, load_all, queued_runs, recover_ids, stop_causes
-from launch.slurm import QueuedTask
-from launch.study import PlannedRun, Study
-from launch.worker import attempts
-from train.lock import Holder, holder
+from depthmup.launch import slurm
+from depthmup.launch.jobs import Submission, cancelled, load_all, queued_runs, recover_ids, stop_causes
+from depthmup.launch.slurm import QueuedTask
+from depthmup.launch.study import PlannedRun, Study
+from depthmup.launch.worker import attempts
+from depthmup.train.lock import Holder, holder
 
 Activity = Literal["running", "starting", "waiting", "preempted"]
 State = Literal["done", "diverged", "failed", Activity, "held", "interrupted", "cancelled", "lost", "new"]

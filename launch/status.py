@@ -9,12 +9,12 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from launch import states
-from launch.plan import power_of_two
-from launch.progress import duration
-from launch.reasons import explain
-from launch.states import RunState, Snapshot, State, last_line
-from launch.study import Study
+from depthmup.launch import states
+from depthmup.launch.plan import power_of_two
+from depthmup.launch.progress import duration
+from depthmup.launch.reasons import explain
+from depthmup.launch.states import RunState, Snapshot, State, last_line
+from depthmup.launch.study import Study
 
 WATCH_SECONDS = 10.0
 MAX_ROWS = 40  # more of one state are counted, not listed

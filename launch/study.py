@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from data.errors import UserError
-from data.storage import is_remote, write_atomically
-from launch.config import CONFIGURATION_FOLDER, Size, StudyFile, configuration_folders, label, settings_of
-from launch.paths import command
-from models.config import ParameterizationConfig, scale_of
-from train.config import (
+from depthmup.data.errors import UserError
+from depthmup.data.storage import is_remote, write_atomically
+from depthmup.launch.config import CONFIGURATION_FOLDER, Size, StudyFile, configuration_folders, label, settings_of
+from depthmup.launch.paths import command
+from depthmup.models.config import ParameterizationConfig, scale_of
+from depthmup.train.config import (
     RunConfig,
     adapter,
     from_plain,
@@ -27,9 +27,9 @@ from train.config import (
     to_plain,
     to_yaml,
 )
-from train.owner import check_owner, data_fingerprint
-from train.rundir import RunDirectory, unreadable
-from train.yaml_text import dump_yaml
+from depthmup.train.owner import check_owner, data_fingerprint
+from depthmup.train.rundir import RunDirectory, unreadable
+from depthmup.train.yaml_text import dump_yaml
 
 
 @dataclass(frozen=True)

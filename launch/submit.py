@@ -20,18 +20,18 @@ from pathlib import Path
 
 import submitit
 
-from data.errors import UserError
-from data.lock import flock
-from launch import slurm, snapshot
-from launch.config import LaunchConfig
-from launch.fits import check_fits
-from launch.hold import Hold
-from launch.jobs import Submission
-from launch.packs import packs_of
-from launch.study import PlannedRun, Study
-from launch.worker import work
-from train.lock import write_holder
-from train.rundir import EXIT_REQUEUE, RunDirectory
+from depthmup.data.errors import UserError
+from depthmup.data.lock import flock
+from depthmup.launch import slurm, snapshot
+from depthmup.launch.config import LaunchConfig
+from depthmup.launch.fits import check_fits
+from depthmup.launch.hold import Hold
+from depthmup.launch.jobs import Submission
+from depthmup.launch.packs import packs_of
+from depthmup.launch.study import PlannedRun, Study
+from depthmup.launch.worker import work
+from depthmup.train.lock import write_holder
+from depthmup.train.rundir import EXIT_REQUEUE, RunDirectory
 
 GPU_NAME = re.compile(r"\d+|(GPU|MIG)-\S+")  # a number, or a name that may be cut short
 
@@ -79,14 +79,14 @@ def submit_local(
         environment["OMP_NUM_THREADS"] = "1"  # two threads a process on busy cores were 3 to 6 times slower than one
         if gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
-        command = [sys.executable, "-m", "launch.worker", str(submission.file), "--local"]
+        command = [sys.executable, "-m", "depthmup.launch.worker", str(submission.file), "--local"]
         name = submission.path / f"slot-{number}"
         with open(name.with_suffix(".out"), "wb") as log, open(name.with_suffix(".lock"), "w") as lock:
             flock(lock, fcntl.LOCK_EX)  # ours until the slot, which inherits it, has ended
             slot = subprocess.Popen(
                 command,
                 env=environment,
-                cwd=snapshot.ROOT,
+                cwd=submission.path,  # no file of the user's is imported there
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -157,13 +157,16 @@ class Executor(submitit.SlurmExecutor):
 
 def script_text(submission: Submission, config: LaunchConfig, code: Path, max_running: int) -> str:
     """The sbatch script for all tasks of `submission`, which runs the worker from the snapshot `code`."""
-    worker = f"{config.python or shlex.quote(sys.executable)} -m launch.worker {shlex.quote(str(submission.file))}"
+    worker = (
+        f"{config.python or shlex.quote(sys.executable)} -m depthmup.launch.worker {shlex.quote(str(submission.file))}"
+    )
     one = f"srun --nodes=1 --ntasks=1 {shlex.join(container(config))} {worker}" if config.container_image else worker
-    hold = f"{one} --held && exit 0" if config.tasks > 1 else None  # all its processes must know the same
+    imports = f"export PYTHONPATH={shlex.quote(str(code.absolute()))}${{PYTHONPATH:+:$PYTHONPATH}}"
+    hold = [f"{one} --held && exit 0"] if config.tasks > 1 else []  # all its processes must know the same
     late = max(60 * (config.timeout_min - 1) - config.signal_delay_s, 0)  # Slurm may warn a minute early
     stopped = shlex.quote(str(submission.stopped))
     teardown = [line.format(worker=one, late=late, stopped=stopped) for line in TEARDOWN]
-    return sbatch_text(submission, config, code, worker, teardown, max_running, hold)
+    return sbatch_text(submission, config, code, worker, teardown, max_running, [imports, *hold])
 
 
 def container(config: LaunchConfig) -> list[str]:
@@ -179,10 +182,10 @@ def sbatch_text(
     command: str,
     teardown: list[str],
     max_running: int = 1,
-    before: str | None = None,
+    before: Sequence[str] = (),
 ) -> str:
-    """An sbatch script that runs `command` in `folder`, as an array of the submission's tasks; `before` is a line that
-    comes first there. Raises UserError for a folder with a % in its name: in the name of a log that is one of Slurm's
+    """An sbatch script that runs `command` in `folder`, as an array of the submission's tasks; `before` are lines that
+    come first there. Raises UserError for a folder with a % in its name: in the name of a log that is one of Slurm's
     patterns, and srun (22.05) finds no log through a path with %% for %."""
     if "%" in str(submission.path):
         raise UserError(f"{submission.path}: Slurm takes % in a path for a pattern: set study.directory to one without")
@@ -209,7 +212,7 @@ def sbatch_text(
             *config.setup,
             *(line.format(cpus=config.cpus_per_task) for line in SETUP),
             f"cd {shlex.quote(str(folder.absolute()))}",
-            *([before] if before else []),
+            *before,
         ],
         teardown=teardown,
         additional_parameters={"requeue": True, **config.sbatch},
@@ -317,7 +320,8 @@ def submit_arrays(submissions: Sequence[Submission], turns: Turns, config: Launc
 
 CONTINUATION_MINUTES = 60
 CONTINUATION_MEMORY_GB = 4  # torch counts FLOPs, matplotlib draws
-START = "import sys; sys.path[0] = sys.argv.pop(1); from launch.chain import main; sys.exit(main())"
+START = "import sys; sys.path[:] = [sys.argv.pop(1), *filter(None, sys.path)]; "
+START += "from depthmup.launch.chain import main; sys.exit(main())"
 
 
 def submit_continuation(study: Study, target: Path | None, job_ids: Sequence[str], lock: int) -> str:

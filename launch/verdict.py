@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from launch.analysis import Comparison, Curve, Result, analyse_sizes
-from launch.config import Size
-from launch.curve_model import CONFIDENCE
-from launch.wording import show_drift, show_interval, show_share, show_shares
+from depthmup.launch.analysis import Comparison, Curve, Result, analyse_sizes
+from depthmup.launch.config import Size
+from depthmup.launch.curve_model import CONFIDENCE
+from depthmup.launch.wording import show_drift, show_interval, show_share, show_shares
 
 Verdict = Literal["transfers", "costs", "does not transfer", "not identified", "inconclusive"]
 CONTROL = "sp"  # the parameterization under which nothing is scaled

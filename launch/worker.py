@@ -1,8 +1,8 @@
 """What runs inside a job: a slot that works through a list of run directories.
 
 It carries no state: the run directories are the truth, so it may be started again at will. On Slurm every task of every
-array element runs `python -m launch.worker SUBMISSION.json`, from the code that was copied at submission; on this
-machine every slot runs it with --local.
+array element runs `python -m depthmup.launch.worker SUBMISSION.json`, from the code that was copied at submission; on
+this machine every slot runs it with --local.
 """
 
 import argparse
@@ -21,18 +21,18 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.errors import UserError
-from data.lock import flock
-from data.storage import write_atomically
-from launch import snapshot
-from launch.hold import Hold
-from launch.jobs import Submission
-from train.__main__ import leave, train_locked
-from train.config import RunConfig, from_plain, read_yaml
-from train.interrupt import Interrupt, Interrupted
-from train.lock import take_lock
-from train.packing import go_together, packable
-from train.rundir import EXIT_REQUEUE, RunDirectory, parse_lines
+from depthmup.data.errors import UserError
+from depthmup.data.lock import flock
+from depthmup.data.storage import write_atomically
+from depthmup.launch import snapshot
+from depthmup.launch.hold import Hold
+from depthmup.launch.jobs import Submission
+from depthmup.train.__main__ import leave, train_locked
+from depthmup.train.config import RunConfig, from_plain, read_yaml
+from depthmup.train.interrupt import Interrupt, Interrupted
+from depthmup.train.lock import take_lock
+from depthmup.train.packing import go_together, packable
+from depthmup.train.rundir import EXIT_REQUEUE, RunDirectory, parse_lines
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +69,7 @@ def train_some(directories: Sequence[RunDirectory], interrupt: Interrupt) -> boo
     left = list(filter(pending, directories))
     if not left:
         return False
-    from train.pack import run_pack  # torch, which takes seconds
+    from depthmup.train.pack import run_pack  # torch, which takes seconds
 
     if interrupt.requested:
         raise Interrupted("asked to stop before the next run began")
@@ -103,7 +103,7 @@ def train_some(directories: Sequence[RunDirectory], interrupt: Interrupt) -> boo
 def claim(directories: Sequence[RunDirectory], held: ExitStack) -> dict[RunDirectory, RunConfig]:
     """Locks the first pending run that is free, and as many of those after it as can be trained with it now; the locks
     are closed with `held`. Empty when no run is free, or the first could not be read and has failed."""
-    from train.distributed import World, pick_device
+    from depthmup.train.distributed import World, pick_device
 
     claimed: dict[RunDirectory, RunConfig] = {}
     size = 1
@@ -138,7 +138,7 @@ def claim(directories: Sequence[RunDirectory], held: ExitStack) -> dict[RunDirec
 def size_that_fits(config: RunConfig, device: "torch.device", most: int) -> int:
     """How many of `most` runs like `config` to train together; 1 where that cannot be measured, as for a network that
     does not batch."""
-    from train.pack_memory import pack_size
+    from depthmup.train.pack_memory import pack_size
 
     try:
         size = pack_size(config, device)
@@ -228,7 +228,7 @@ def begin_attempt(directory: RunDirectory) -> None:
     restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     place = {"job": job_name(), "restart": restart, "host": socket.gethostname(), "pid": os.getpid()}
     note(directory, "started", step=step, **place)
-    code = snapshot.ROOT / "code.json"
+    code = snapshot.PACKAGE.parent / "code.json"
     content = code.read_text() if code.exists() else json.dumps(snapshot.describe(), indent=1)
     write_atomically(directory.path / "code.json", content.encode())
 
@@ -248,7 +248,7 @@ def run_distributed(directory: RunDirectory) -> int:
     srun ends the others once one ends with another code than 0. So of a run that was interrupted only the first does,
     after it has noted it: what comes of the others then, the batch script need not know (see `record_end`).
     """
-    from train.distributed import world_from_environment  # torch, which takes seconds
+    from depthmup.train.distributed import world_from_environment  # torch, which takes seconds
 
     if directory.done() or directory.failed():
         return 0
@@ -272,7 +272,8 @@ def run_side_by_side(file: Path, count: int) -> int:
     """`count` processes that share this job's GPU and its list of runs. Signals reach them from Slurm directly."""
     with Interrupt.on_signals():
         processes = [
-            subprocess.Popen([sys.executable, "-m", "launch.worker", str(file), "--slot"]) for _ in range(count)
+            subprocess.Popen([sys.executable, "-m", "depthmup.launch.worker", str(file), "--slot"])
+            for _ in range(count)
         ]
         codes = [process.wait() for process in processes]
     return EXIT_REQUEUE if EXIT_REQUEUE in codes else max(128 - code if code < 0 else code for code in codes)

@@ -7,12 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from models.build import ScaledModel, apply
-    from models.config import OptimizerConfig, ParameterizationConfig, Size
-    from models.errors import ModelError
-    from models.family import Init, ParameterRule, Roles, Slot
-    from models.optimizer import build_optimizer, parameter_groups
-    from models.parameterization import Role
+    from depthmup.models.build import ScaledModel, apply
+    from depthmup.models.config import OptimizerConfig, ParameterizationConfig, Size
+    from depthmup.models.errors import ModelError
+    from depthmup.models.family import Init, ParameterRule, Roles, Slot
+    from depthmup.models.optimizer import build_optimizer, parameter_groups
+    from depthmup.models.parameterization import Role
 
 HOME = {
     "ScaledModel": "build",
@@ -48,5 +48,5 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name not in HOME:
-        raise AttributeError(f"module 'models' has no attribute {name!r}")
-    return getattr(import_module(f"models.{HOME[name]}"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{HOME[name]}"), name)

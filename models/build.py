@@ -7,15 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.config import AnyModelConfig, ParameterizationConfig, Size, scale_of
-from models.conv_resnet import CONV_RESNET
-from models.errors import ModelError
-from models.family import Family, ParameterRule, Roles, Slot, match_rules, modules_matching, stated_blocks
-from models.init import init_std, initialize, materialize
-from models.multiplier import Multiplier, is_scaled, scale_input, scale_output
-from models.parameterization import BRANCH_ROLES, Role, Scale
-from models.resnet import RESNET
-from models.vit import VIT
+from depthmup.models.config import AnyModelConfig, ParameterizationConfig, Size, scale_of
+from depthmup.models.conv_resnet import CONV_RESNET
+from depthmup.models.errors import ModelError
+from depthmup.models.family import Family, ParameterRule, Roles, Slot, match_rules, modules_matching, stated_blocks
+from depthmup.models.init import init_std, initialize, materialize
+from depthmup.models.multiplier import Multiplier, is_scaled, scale_input, scale_output
+from depthmup.models.parameterization import BRANCH_ROLES, Role, Scale
+from depthmup.models.resnet import RESNET
+from depthmup.models.vit import VIT
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (VIT, RESNET, CONV_RESNET)}
 

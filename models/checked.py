@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from pydantic import ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
-from models.errors import ModelError
+from depthmup.models.errors import ModelError
 
 STRICT = ConfigDict(extra="forbid")
 Class = TypeVar("Class", bound=type)

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
-from models.checked import STRICT, checked_model
-from models.errors import ModelError
-from models.parameterization import PRESETS, Parameterization, Scale
+from depthmup.models.checked import STRICT, checked_model
+from depthmup.models.errors import ModelError
+from depthmup.models.parameterization import PRESETS, Parameterization, Scale
 
 TAG = {"identity": "always"}  # on a field that says which class this is: never left out of a run's identity
 POWER = re.compile(r"\s*([+-]?[\d.]+)\s*(?:\*\*|\^)\s*([+-]?[\d.]+)\s*")

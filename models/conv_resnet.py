@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.config import ConvResNetConfig
-from models.family import ONES, ZEROS, Family, Init, ParameterRule, Roles, Slot
-from models.parameterization import Role
+from depthmup.models.config import ConvResNetConfig
+from depthmup.models.family import ONES, ZEROS, Family, Init, ParameterRule, Roles, Slot
+from depthmup.models.parameterization import Role
 
 
 class ChannelLayerNorm(nn.LayerNorm):

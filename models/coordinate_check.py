@@ -25,12 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.build import ScaledModel, build, find_slots
-from models.config import AnyModelConfig, OptimizerConfig, ParameterizationConfig, Size
-from models.family import modules_matching
-from models.optimizer import build_optimizer, parameter_groups
-from models.parameterization import Role
-from models.stream import stream_modules
+from depthmup.models.build import ScaledModel, build, find_slots
+from depthmup.models.config import AnyModelConfig, OptimizerConfig, ParameterizationConfig, Size
+from depthmup.models.family import modules_matching
+from depthmup.models.optimizer import build_optimizer, parameter_groups
+from depthmup.models.parameterization import Role
+from depthmup.models.stream import stream_modules
 
 Axis = Literal["width", "depth"]
 Span = tuple[float, float]  # lowest and highest slope that the limit allows

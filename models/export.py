@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from models.build import ScaledModel, find_slots
-from models.errors import ModelError
-from models.family import Slot
+from depthmup.models.build import ScaledModel, find_slots
+from depthmup.models.errors import ModelError
+from depthmup.models.family import Slot
 
 # Exactly these, not subclasses: a weight-standardised conv undoes any scale of its weight.
 FOLDABLE = ("Linear", "Conv1d", "Conv2d", "BatchNorm2d", "GroupNorm", "LayerNorm", "RmsNorm", "RMSNorm")

@@ -11,9 +11,9 @@ import torch
 from pydantic import AfterValidator, Field
 from torch import nn
 
-from models.checked import STRICT, checked_model
-from models.errors import ModelError
-from models.parameterization import Role
+from depthmup.models.checked import STRICT, checked_model
+from depthmup.models.errors import ModelError
+from depthmup.models.parameterization import Role
 
 
 @checked_model

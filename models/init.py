@@ -6,9 +6,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from models.errors import ModelError
-from models.family import ParameterRule, base_shape
-from models.parameterization import Scale
+from depthmup.models.errors import ModelError
+from depthmup.models.family import ParameterRule, base_shape
+from depthmup.models.parameterization import Scale
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:

@@ -6,10 +6,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from models.config import OptimizerConfig, refuse_idle
-from models.errors import ModelError
-from models.family import ParameterRule
-from models.parameterization import TABLE, Factors, Role, Scale
+from depthmup.models.config import OptimizerConfig, refuse_idle
+from depthmup.models.errors import ModelError
+from depthmup.models.family import ParameterRule
+from depthmup.models.parameterization import TABLE, Factors, Role, Scale
 
 Algorithm = Literal["sgd", "adamw", "muon"]
 

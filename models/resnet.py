@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from models.config import ResNetConfig
-from models.family import ONES, ZEROS, Family, Init, ParameterRule, Roles, Slot
-from models.parameterization import Role
+from depthmup.models.config import ResNetConfig
+from depthmup.models.family import ONES, ZEROS, Family, Init, ParameterRule, Roles, Slot
+from depthmup.models.parameterization import Role
 
 
 def build(config: ResNetConfig) -> nn.Module:
-    import models.torchvision_ops  # noqa: F401  isort: skip  (must run before timm)
+    import depthmup.models.torchvision_ops  # noqa: F401  isort: skip  (must run before timm)
 
     return build_v2(config) if config.preactivation else build_v1(config)
 

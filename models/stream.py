@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.build import ScaledModel
-from models.errors import ModelError
+from depthmup.models.build import ScaledModel
+from depthmup.models.errors import ModelError
 
 
 def stream_modules(scaled: ScaledModel, inputs: Tensor) -> list[str]:

@@ -4,13 +4,13 @@ from typing import Any
 
 from torch import nn
 
-import models.torchvision_ops  # noqa: F401  isort: skip  (must run before timm)
+import depthmup.models.torchvision_ops  # noqa: F401  isort: skip  (must run before timm)
 from timm.models import register_model
 
-from models.config import AnyModelConfig, ConvResNetConfig, ResNetConfig, VisionTransformerConfig
-from models.conv_resnet import ConvResNet
-from models.resnet import build as build_resnet
-from models.vit import timm_arguments
+from depthmup.models.config import AnyModelConfig, ConvResNetConfig, ResNetConfig, VisionTransformerConfig
+from depthmup.models.conv_resnet import ConvResNet
+from depthmup.models.resnet import build as build_resnet
+from depthmup.models.vit import timm_arguments
 
 
 @register_model

@@ -13,7 +13,7 @@ import re
 
 import torch
 
-from models.errors import ModelError
+from depthmup.models.errors import ModelError
 
 FAILURE = re.compile(r"operator torchvision::\w+ does not exist")
 

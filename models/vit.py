@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import nn
 
-from models.config import VisionTransformerConfig
-from models.errors import ModelError
-from models.family import ONES, ZEROS, Family, Init, ParameterRule, Roles, Slot
-from models.parameterization import Role
+from depthmup.models.config import VisionTransformerConfig
+from depthmup.models.errors import ModelError
+from depthmup.models.family import ONES, ZEROS, Family, Init, ParameterRule, Roles, Slot
+from depthmup.models.parameterization import Role
 
 
 def timm_arguments(config: VisionTransformerConfig) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def build(config: VisionTransformerConfig) -> nn.Module:
 
     Raises ModelError for a name that timm does not know, or whose network has parts without rules or without a value.
     """
-    import models.torchvision_ops  # noqa: F401  isort: skip  (must run before timm)
+    import depthmup.models.torchvision_ops  # noqa: F401  isort: skip  (must run before timm)
     import timm
 
     name = config.timm_name

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import yaml
+
+from depthmup.data.pack import pack
+from depthmup.train.config import RunConfig, from_plain
 from slurm_cluster import Cluster
 from slurm_cluster import start as start_cluster
-
-from data.pack import pack
-from train.config import RunConfig, from_plain
 
 
 def needs_cluster(path: str) -> bool:

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data.config import DataConfig
-from data.index import Index
-from data.pack import pack
+from depthmup.data.config import DataConfig
+from depthmup.data.index import Index
+from depthmup.data.pack import pack
 
 
 def make_folder(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 import train_processes
 
 SCRIPTS = Path(__file__).parent / "slurm"

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import yaml
 
-from data.errors import UserError
-from launch.config import read_run, read_study
-from train.__main__ import read_config
-from train.config import RunConfig, from_plain, run_hash, set_dotted, to_yaml
+from depthmup.data.errors import UserError
+from depthmup.launch.config import read_run, read_study
+from depthmup.train.__main__ import read_config
+from depthmup.train.config import RunConfig, from_plain, run_hash, set_dotted, to_yaml
 
 
 @pytest.mark.parametrize(

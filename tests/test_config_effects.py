@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from data.errors import UserError
-from launch.config import StudyFile
-from models.build import ScaledModel, build
-from models.config import OptimizerConfig, ParameterizationConfig
-from models.errors import ModelError
-from models.optimizer import build_optimizer, parameter_groups
-from train.config import RunConfig, ScheduleConfig, from_plain
-from train.schedule import schedule, set_learning_rate
+from depthmup.data.errors import UserError
+from depthmup.launch.config import StudyFile
+from depthmup.models.build import ScaledModel, build
+from depthmup.models.config import OptimizerConfig, ParameterizationConfig
+from depthmup.models.errors import ModelError
+from depthmup.models.optimizer import build_optimizer, parameter_groups
+from depthmup.train.config import RunConfig, ScheduleConfig, from_plain
+from depthmup.train.schedule import schedule, set_learning_rate
 
 MODEL = {
     **{"family": "vit", "width": 16, "depth": 4, "base_width": 8, "base_depth": 2, "num_heads": 2, "patch_size": 4},

@@ -9,14 +9,14 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from data.errors import UserError
-from data.paths import expand, expand_all, home, protect
-from launch.cli import cli
-from launch.config import find_profile, read_run, read_study, read_study_or_run
-from launch.cost import cache_file
-from launch.study import Study
-from train.config import RunConfig, from_plain, read_yaml, to_yaml
-from train.yaml_text import dump_yaml, load_yaml
+from depthmup.data.errors import UserError
+from depthmup.data.paths import expand, expand_all, home, protect
+from depthmup.launch.cli import cli
+from depthmup.launch.config import find_profile, read_run, read_study, read_study_or_run
+from depthmup.launch.cost import cache_file
+from depthmup.launch.study import Study
+from depthmup.train.config import RunConfig, from_plain, read_yaml, to_yaml
+from depthmup.train.yaml_text import dump_yaml, load_yaml
 
 
 @pytest.fixture

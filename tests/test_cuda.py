@@ -8,19 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from train_configs import CONV_RESNET, VIT, losses, metric, pack_digits, run_config
 
-from data.batch import Batch
-from data.loader import TrainingLoader, TrainingStream
-from data.memory import open_store
-from data.order import State
-from data.workers import Slots
-from train import loop
-from train.config import ParallelConfig, RunConfig
-from train.distributed import World, process_group
-from train.interrupt import Interrupt, Interrupted
-from train.pack import run_pack
-from train.pack_memory import pack_bytes
+from depthmup.data.batch import Batch
+from depthmup.data.loader import TrainingLoader, TrainingStream
+from depthmup.data.memory import open_store
+from depthmup.data.order import State
+from depthmup.data.workers import Slots
+from depthmup.train import loop
+from depthmup.train.config import ParallelConfig, RunConfig
+from depthmup.train.distributed import World, process_group
+from depthmup.train.interrupt import Interrupt, Interrupted
+from depthmup.train.pack import run_pack
+from depthmup.train.pack_memory import pack_bytes
+from train_configs import CONV_RESNET, VIT, losses, metric, pack_digits, run_config
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 

@@ -14,17 +14,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from image_sets import config, write_tar
 from PIL import Image
 
-from data.decode import decode
-from data.errors import UserError
-from data.images import BadImage
-from data.index import Index, load_members
-from data.inspect import inspect_split
-from data.loader import TrainingLoader, TrainingStream, evaluation_batches
-from data.order import State
-from data.scan import index_shards, scan
+from depthmup.data.decode import decode
+from depthmup.data.errors import UserError
+from depthmup.data.images import BadImage
+from depthmup.data.index import Index, load_members
+from depthmup.data.inspect import inspect_split
+from depthmup.data.loader import TrainingLoader, TrainingStream, evaluation_batches
+from depthmup.data.order import State
+from depthmup.data.scan import index_shards, scan
+from image_sets import config, write_tar
 
 
 def encode(image: Image.Image, kind: str, **options) -> bytes:
@@ -289,7 +289,7 @@ def test_images_of_a_batch_do_not_share_the_memory_they_were_decoded_into(tmp_pa
 
 def test_fast_and_reference_backend_give_the_same_pictures():
     """Mean absolute difference below 0.1 grey levels over decode, crop and resize of a smooth picture."""
-    from data.decode import crop_resize
+    from depthmup.data.decode import crop_resize
 
     content = encode(picture(200, 150), "jpeg", quality=90)
     fast, pil = (

@@ -6,14 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from image_sets import config, make_shards, write_tar
 from PIL import Image
 
-from data.errors import UserError
-from data.index import Index, load_members
-from data.loader import TrainingLoader, TrainingStream
-from data.order import State
-from data.scan import index_shards, scan
+from depthmup.data.errors import UserError
+from depthmup.data.index import Index, load_members
+from depthmup.data.loader import TrainingLoader, TrainingStream
+from depthmup.data.order import State
+from depthmup.data.scan import index_shards, scan
+from image_sets import config, make_shards, write_tar
 
 
 def png() -> bytes:

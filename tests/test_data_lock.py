@@ -5,12 +5,12 @@ import fcntl
 import os
 
 import pytest
-from image_sets import make_folder
 
-from data import pack as packing
-from data.errors import UserError
-from data.lock import WITHOUT_LOCKS, NoLocks, flock
-from data.pack import pack
+from depthmup.data import pack as packing
+from depthmup.data.errors import UserError
+from depthmup.data.lock import WITHOUT_LOCKS, NoLocks, flock
+from depthmup.data.pack import pack
+from image_sets import make_folder
 
 
 @pytest.fixture(params=WITHOUT_LOCKS, ids=errno.errorcode.get)

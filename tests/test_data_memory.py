@@ -4,12 +4,12 @@ from itertools import islice
 
 import pytest
 import torch
-from image_sets import config, make_shards
 
-from data import memory
-from data.errors import UserError
-from data.loader import TrainingLoader, TrainingStream, evaluation_batches
-from data.order import State
+from depthmup.data import memory
+from depthmup.data.errors import UserError
+from depthmup.data.loader import TrainingLoader, TrainingStream, evaluation_batches
+from depthmup.data.order import State
+from image_sets import config, make_shards
 
 
 def same(a, b):

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from image_sets import config, make_folder, write_tar
 
-from data.errors import UserError
-from data.index import Index, Span, load_members
-from data.loader import TrainingLoader, TrainingStream, evaluation_batches
-from data.minival import choose_held_out, hash_names
-from data.order import EpochOrder, State
-from data.pack import pack
-from data.scan import index_shards
+from depthmup.data.errors import UserError
+from depthmup.data.index import Index, Span, load_members
+from depthmup.data.loader import TrainingLoader, TrainingStream, evaluation_batches
+from depthmup.data.minival import choose_held_out, hash_names
+from depthmup.data.order import EpochOrder, State
+from depthmup.data.pack import pack
+from depthmup.data.scan import index_shards
+from image_sets import config, make_folder, write_tar
 
 
 def names_of(index: Index, spans: list[Span]) -> list[tuple[str, int]]:

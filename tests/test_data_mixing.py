@@ -11,26 +11,27 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+
 from image_sets import config, make_shards
 from train_configs import pack_digits, run_config
 
-import models.torchvision_ops  # noqa: F401  isort: skip  (must run before timm)
+import depthmup.models.torchvision_ops  # noqa: F401  isort: skip  (must run before timm)
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.mixup import Mixup
 from torchvision.transforms import functional
 
-from data.augment import crop_flip
-from data.config import DataConfig
-from data.decode import to_pil
-from data.distort import color_jitter, distort, seeded, training_image
-from data.errors import UserError
-from data.keys import seed_for
-from data.loader import TrainingLoader, TrainingStream
-from data.mixing import mix
-from data.order import State
-from train.interrupt import Interrupt, Interrupted
-from train.loop import run
-from train.packing import packable
+from depthmup.data.augment import crop_flip
+from depthmup.data.config import DataConfig
+from depthmup.data.decode import to_pil
+from depthmup.data.distort import color_jitter, distort, seeded, training_image
+from depthmup.data.errors import UserError
+from depthmup.data.keys import seed_for
+from depthmup.data.loader import TrainingLoader, TrainingStream
+from depthmup.data.mixing import mix
+from depthmup.data.order import State
+from depthmup.train.interrupt import Interrupt, Interrupted
+from depthmup.train.loop import run
+from depthmup.train.packing import packable
 
 DISTORTED = {"rand_augment": "rand-m9-mstd0.5-inc1", "color_jitter": 0.4}
 STREAMS = {"num_streams": 4, "window": 5, "minival": 0.1}

@@ -6,17 +6,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from train_configs import run_config
 
-import models.torchvision_ops  # noqa: F401  isort: skip  (must run before timm)
+import depthmup.models.torchvision_ops  # noqa: F401  isort: skip  (must run before timm)
 from timm.data import create_transform
 
-from data.batch import Batch, to_float
-from data.config import DataConfig
-from data.decode import center_crop, from_array, to_pil
-from data.distort import distort
-from launch.export import preprocessing
-from train.config import RunConfig, from_plain, read_yaml, run_hash, to_plain, to_yaml
+from depthmup.data.batch import Batch, to_float
+from depthmup.data.config import DataConfig
+from depthmup.data.decode import center_crop, from_array, to_pil
+from depthmup.data.distort import distort
+from depthmup.launch.export import preprocessing
+from depthmup.train.config import RunConfig, from_plain, read_yaml, run_hash, to_plain, to_yaml
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from image_sets import config, make_shards
 
-from data.errors import UserError
-from data.index import Shard, Span
-from data.keys import seed_for
-from data.loader import TrainingLoader, TrainingStream, evaluation_batches, share
-from data.order import EpochOrder, State, streams_of
+from depthmup.data.errors import UserError
+from depthmup.data.index import Shard, Span
+from depthmup.data.keys import seed_for
+from depthmup.data.loader import TrainingLoader, TrainingStream, evaluation_batches, share
+from depthmup.data.order import EpochOrder, State, streams_of
+from image_sets import config, make_shards
 
 
 @st.composite
@@ -168,7 +168,7 @@ def test_global_batches_are_bit_identical_for_worlds_and_workers_and_after_a_res
 
 
 def test_a_resume_reads_no_more_than_one_window_a_stream_again(photos, monkeypatch):
-    from data import batch
+    from depthmup.data import batch
 
     read = []
     original = batch.read_sample

@@ -15,17 +15,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from image_sets import make_folder
 from PIL import Image
 
-from data import pack as packing
-from data.errors import UserError
-from data.index import Index, Span, load_members
-from data.inspect import inspect_split
-from data.pack import pack
-from data.reader import read_sample
-from data.scan import index_shards
-from launch.cli import cli
+from depthmup.data import pack as packing
+from depthmup.data.errors import UserError
+from depthmup.data.index import Index, Span, load_members
+from depthmup.data.inspect import inspect_split
+from depthmup.data.pack import pack
+from depthmup.data.reader import read_sample
+from depthmup.data.scan import index_shards
+from depthmup.launch.cli import cli
+from image_sets import make_folder
 
 
 def contents(root: Path) -> dict[str, bytes]:
@@ -58,7 +58,7 @@ def test_packed_shards_keep_the_files_bytes_and_labels(tmp_path):
 def test_a_killed_pack_leaves_whole_shards_and_the_next_one_finishes_the_same(tmp_path):
     source = make_folder(tmp_path / "images", 400)
     arguments = [str(source), str(tmp_path / "killed"), "--shard-samples", "20", "--processes", "2"]
-    runner = "from launch.cli import main; main()"
+    runner = "from depthmup.launch.cli import main; main()"
     process = subprocess.Popen([sys.executable, "-c", runner, "pack", *arguments], start_new_session=True)
     deadline = time.monotonic() + 300
     while not list((tmp_path / "killed").glob("train-*.tar")) and time.monotonic() < deadline:

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from image_sets import make_folder
 
-from data.errors import UserError
-from data.paths import expand_path
-from launch.cli import cli
+from depthmup.data.errors import UserError
+from depthmup.data.paths import expand_path
+from depthmup.launch.cli import cli
+from image_sets import make_folder
 
 
 def test_home_and_variables_are_expanded(monkeypatch):

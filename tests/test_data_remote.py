@@ -21,14 +21,14 @@ import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry as fsspec_classes
-from image_sets import config, make_shards
 
-from data import storage
-from data.errors import UserError
-from data.index import Index, load_members
-from data.loader import TrainingLoader, TrainingStream
-from data.order import State
-from data.scan import index_shards
+from depthmup.data import storage
+from depthmup.data.errors import UserError
+from depthmup.data.index import Index, load_members
+from depthmup.data.loader import TrainingLoader, TrainingStream
+from depthmup.data.order import State
+from depthmup.data.scan import index_shards
+from image_sets import config, make_shards
 
 
 @pytest.fixture

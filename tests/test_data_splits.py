@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from image_sets import make_folder, write_tar
 
-from data.class_order import describe_class_order
-from data.errors import UserError
-from data.index import Index, load_members
-from data.pack import pack
-from data.scan import index_shards
-from data.splits import split_folder, split_word
-from launch.cli import cli
+from depthmup.data.class_order import describe_class_order
+from depthmup.data.errors import UserError
+from depthmup.data.index import Index, load_members
+from depthmup.data.pack import pack
+from depthmup.data.scan import index_shards
+from depthmup.data.splits import split_folder, split_word
+from depthmup.launch.cli import cli
+from image_sets import make_folder, write_tar
 
 
 def shards(folder: Path, *names: str) -> Path:
@@ -252,7 +252,7 @@ def test_shards_that_cannot_be_written_beside_are_refused_with_the_cure_which_wo
 
 def test_sidecars_of_remote_shards_with_one_name_in_two_folders_do_not_meet():
     names = [f"https://host/{split}/00000.tar" for split in ("train", "val")]
-    from data.index import sidecar
+    from depthmup.data.index import sidecar
 
     assert len({sidecar("shards", name) for name in names}) == 2
     assert all(Path(sidecar("shards", name)).parent == Path("shards") for name in names)

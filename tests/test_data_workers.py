@@ -14,10 +14,10 @@ import psutil
 import pytest
 import torch
 
-from data.errors import UserError
-from data.index import NO_LABEL
-from data.reader import BadSample
-from data.workers import Slots, batches, explained_deaths
+from depthmup.data.errors import UserError
+from depthmup.data.index import NO_LABEL
+from depthmup.data.reader import BadSample
+from depthmup.data.workers import Slots, batches, explained_deaths
 
 CPU = torch.device("cpu")
 SHAPE = (6, 1, 2, 2)  # of a batch

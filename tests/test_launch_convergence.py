@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from benchmarks.results import results
 from click.testing import CliRunner
-from conftest import settings_on
 from safetensors.torch import load_file, save_file
 
-from benchmarks.results import results
-from launch.cli import cli
-from launch.config import read_study
-from launch.convergence import LAWS, Law, Rate, fit_rate, squared_distance
-from launch.limits import feature_kernel, loss_curve, probe_images
-from launch.record import read_record
-from launch.study import Study
-from train.loop import run
+from conftest import settings_on
+from depthmup.launch.cli import cli
+from depthmup.launch.config import read_study
+from depthmup.launch.convergence import LAWS, Law, Rate, fit_rate, squared_distance
+from depthmup.launch.limits import feature_kernel, loss_curve, probe_images
+from depthmup.launch.record import read_record
+from depthmup.launch.study import Study
+from depthmup.train.loop import run
 
 DEPTHS = (3, 6, 12, 24)
 MEAN, SCATTER = Law("depth", "mean", 1.0), Law("width", "scatter", 0.5)

@@ -5,15 +5,15 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from data.errors import UserError
-from data.order import streams_of
-from launch.cli import cli
-from launch.config import PLACES, read_study, read_study_or_run
-from launch.fits import check_fits, processes_of
-from launch.plan import describe_jobs
-from launch.study import Study
-from launch.submit import dry_run_script
-from launch.transfer import launch
+from depthmup.data.errors import UserError
+from depthmup.data.order import streams_of
+from depthmup.launch.cli import cli
+from depthmup.launch.config import PLACES, read_study, read_study_or_run
+from depthmup.launch.fits import check_fits, processes_of
+from depthmup.launch.plan import describe_jobs
+from depthmup.launch.study import Study
+from depthmup.launch.submit import dry_run_script
+from depthmup.launch.transfer import launch
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = sorted(

@@ -4,19 +4,19 @@ from pathlib import Path
 
 import pytest
 
-from launch.config import read_study
-from launch.cost import cache_file, count_flops
-from launch.flops import by_formula
-from launch.study import Study
-from models.build import build_meta
-from models.config import (
+from depthmup.launch.config import read_study
+from depthmup.launch.cost import cache_file, count_flops
+from depthmup.launch.flops import by_formula
+from depthmup.launch.study import Study
+from depthmup.models.build import build_meta
+from depthmup.models.config import (
     AnyModelConfig,
     ConvResNetConfig,
     ParameterizationConfig,
     ResNetConfig,
     VisionTransformerConfig,
 )
-from models.flops import forward_flops, num_parameters
+from depthmup.models.flops import forward_flops, num_parameters
 
 SMALL = {"width": 64, "depth": 6, "base_width": 64, "base_depth": 3, "num_classes": 10, "image_size": 32}
 VIT = {**SMALL, "patch_size": 4}
@@ -60,5 +60,5 @@ def test_counts_are_kept_on_disk_and_a_damaged_file_of_them_only_costs_time(
         cache_file().write_text(damaged)
         assert count_flops(runs) == counted
         assert cache_file().read_text() == kept
-    monkeypatch.setattr("launch.cost.count", None)  # not asked again
+    monkeypatch.setattr("depthmup.launch.cost.count", None)  # not asked again
     assert count_flops(runs) == counted

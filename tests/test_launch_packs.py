@@ -15,23 +15,23 @@ from typing import Any
 
 import pytest
 import yaml
+
+from depthmup.data.errors import UserError
+from depthmup.launch.config import LaunchConfig, read_study
+from depthmup.launch.jobs import Submission
+from depthmup.launch.packs import check_packable, packs_of
+from depthmup.launch.study import PlannedRun, Study
+from depthmup.launch.submit import group
+from depthmup.launch.worker import attempts, work
+from depthmup.launch.worker import main as work_in_a_job
+from depthmup.train.config import RunConfig, from_plain, to_yaml
+from depthmup.train.interrupt import Interrupt, Interrupted
+from depthmup.train.loop import run
+from depthmup.train.pack import run_pack
+from depthmup.train.rundir import EXIT_REQUEUE, RunDirectory
 from test_launch_transfer import COMMAND
 from train_processes import ROOT as REPOSITORY
 from train_processes import depthmup
-
-from data.errors import UserError
-from launch.config import LaunchConfig, read_study
-from launch.jobs import Submission
-from launch.packs import check_packable, packs_of
-from launch.study import PlannedRun, Study
-from launch.submit import group
-from launch.worker import attempts, work
-from launch.worker import main as work_in_a_job
-from train.config import RunConfig, from_plain, to_yaml
-from train.interrupt import Interrupt, Interrupted
-from train.loop import run
-from train.pack import run_pack
-from train.rundir import EXIT_REQUEUE, RunDirectory
 
 
 def table(study_file: Path, name: str) -> list[dict[str, str]]:
@@ -227,7 +227,7 @@ def test_slots_that_share_a_list_do_not_halve_each_others_packs(
     root = directories[0].path.parents[1]
     names = [d.path.name for d in directories]
     submission = Submission.create(root / "jobs", "local", [names[:8], names[8:]], {})
-    command = [sys.executable, "-m", "launch.worker", str(submission.file), "--local"]
+    command = [sys.executable, "-m", "depthmup.launch.worker", str(submission.file), "--local"]
     slots = [subprocess.Popen(command, cwd=REPOSITORY) for _ in range(2)]
     assert [slot.wait() for slot in slots] == [0, 0]
     assert packs_in_logs(directories[0].path.parent) == [8] * 16

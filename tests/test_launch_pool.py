@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 
-from data.errors import UserError
-from launch import states
-from launch.config import read_study
-from launch.plan import print_plan
-from launch.pool import refuse_mixture
-from launch.record import as_record
-from launch.report import collect
-from launch.shards import new_console
-from launch.study import PlannedRun, Study
-from train.config import run_hash
-from train.owner import code_fingerprint, owner
+from depthmup.data.errors import UserError
+from depthmup.launch import states
+from depthmup.launch.config import read_study
+from depthmup.launch.plan import print_plan
+from depthmup.launch.pool import refuse_mixture
+from depthmup.launch.record import as_record
+from depthmup.launch.report import collect
+from depthmup.launch.shards import new_console
+from depthmup.launch.study import PlannedRun, Study
+from depthmup.train.config import run_hash
+from depthmup.train.owner import code_fingerprint, owner
 
 
 def open_study(file: Path, *overrides: str) -> Study:

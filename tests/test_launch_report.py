@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from click.testing import CliRunner
-
 from benchmarks.recompute import restore
 from benchmarks.results import results
-from launch.cli import cli
-from launch.config import read_study
-from launch.record import as_record, read_record
-from launch.report import collect
-from launch.study import PlannedRun, Study
+from click.testing import CliRunner
+
+from depthmup.launch.cli import cli
+from depthmup.launch.config import read_study
+from depthmup.launch.record import as_record, read_record
+from depthmup.launch.report import collect
+from depthmup.launch.study import PlannedRun, Study
 
 Loss = Callable[[PlannedRun], float]
 

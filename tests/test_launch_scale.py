@@ -12,13 +12,13 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from data.errors import UserError
-from launch.cli import cli
-from launch.config import read_run, read_study
-from launch.report import collect
-from launch.study import Study
-from launch.transfer import grow
-from launch.verdict import seeds_wanted
+from depthmup.data.errors import UserError
+from depthmup.launch.cli import cli
+from depthmup.launch.config import read_run, read_study
+from depthmup.launch.report import collect
+from depthmup.launch.study import Study
+from depthmup.launch.transfer import grow
+from depthmup.launch.verdict import seeds_wanted
 
 
 def finish(study: Study, best: float, moves: str = "sp", noise: float = 0.0) -> None:

@@ -12,18 +12,18 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+
+from depthmup.data.errors import UserError
+from depthmup.launch import chain
+from depthmup.launch.config import LaunchConfig, read_study
+from depthmup.launch.jobs import Submission, ask, load_all
+from depthmup.launch.slurm import Silent, SlurmError, refusal
+from depthmup.launch.states import RunState, Snapshot
+from depthmup.launch.study import Study
+from depthmup.launch.submit import dry_run_script, slot_gpus, submit_continuation
+from depthmup.launch.transfer import may_go_again
 from test_launch_scale import finish
 from train_processes import START, depthmup
-
-from data.errors import UserError
-from launch import chain
-from launch.config import LaunchConfig, read_study
-from launch.jobs import Submission, ask, load_all
-from launch.slurm import Silent, SlurmError, refusal
-from launch.states import RunState, Snapshot
-from launch.study import Study
-from launch.submit import dry_run_script, slot_gpus, submit_continuation
-from launch.transfer import may_go_again
 
 COMMAND = [sys.executable, "-c", START]
 # A shell starts what it puts in the background with Ctrl-C ignored, and that is inherited: not here.
@@ -293,7 +293,9 @@ def test_in_a_container_the_workers_run_and_the_job_after_the_runs_does_not(
     assert len(workers) == 2  # it trains, and it records how that ended
     assert all("srun" in line and "--container-image=image.sqsh" in line for line in workers)
 
-    monkeypatch.setattr("launch.submit.submit_arrays", lambda submissions, *rest: submissions[0].write_job_id("7"))
+    monkeypatch.setattr(
+        "depthmup.launch.submit.submit_arrays", lambda submissions, *rest: submissions[0].write_job_id("7")
+    )
     assert submit_continuation(study, None, ["6"], lock=0) == "7"
     (script,) = study.file.directory.glob("jobs/*-then-*/job.sh")
     assert sys.executable in script.read_text()
@@ -353,7 +355,8 @@ def test_help_has_an_example_and_imports_nothing_slow() -> None:
         shown = depthmup(name, "--help")
         assert shown.returncode == 0
         assert f"depthmup {name}" in shown.stdout
-    code = "import sys; sys.argv = ['depthmup', '--help']; from launch.cli import cli; cli(standalone_mode=False); "
+    code = "import sys; sys.argv = ['depthmup', '--help']\n"
+    code += "from depthmup.launch.cli import cli; cli(standalone_mode=False)\n"
     slow = "assert not {'torch', 'numpy'} & set(sys.modules)"  # to import
     subprocess.run([sys.executable, "-c", code + slow], check=True, capture_output=True)
 

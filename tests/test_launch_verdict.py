@@ -5,11 +5,11 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from test_launch_analysis import BASE, DEEP, GUESS, WIDE, failing, runs, valley
 
-from launch.analysis import Result
-from launch.verdict import Analysis, Judgement, Limits, analyse, describe_rule, seeds_wanted
-from launch.wording import show_interval, show_share, show_shares
+from depthmup.launch.analysis import Result
+from depthmup.launch.verdict import Analysis, Judgement, Limits, analyse, describe_rule, seeds_wanted
+from depthmup.launch.wording import show_interval, show_share, show_shares
+from test_launch_analysis import BASE, DEEP, GUESS, WIDE, failing, runs, valley
 
 Loss = Callable[[float, int], float]
 LIMITS = Limits()

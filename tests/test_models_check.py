@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from launch.check import hint, table
-from launch.cli import cli
-from models import coordinate_check
-from models import parameterization as rules
-from models.build import ScaledModel
-from models.config import (
+from depthmup.launch.check import hint, table
+from depthmup.launch.cli import cli
+from depthmup.models import coordinate_check
+from depthmup.models import parameterization as rules
+from depthmup.models.build import ScaledModel
+from depthmup.models.config import (
     AnyModelConfig,
     ConvResNetConfig,
     OptimizerConfig,
@@ -22,8 +22,8 @@ from models.config import (
     ResNetConfig,
     VisionTransformerConfig,
 )
-from models.coordinate_check import AXES, Axis, Batch, Line, Measured, Settings, Target, at_positions, check
-from models.parameterization import Role, Scale
+from depthmup.models.coordinate_check import AXES, Axis, Batch, Line, Measured, Settings, Target, at_positions, check
+from depthmup.models.parameterization import Role, Scale
 
 CONV_RESNET = ConvResNetConfig(
     width=32, depth=3, base_width=32, base_depth=3, num_classes=10, image_size=8, in_channels=1

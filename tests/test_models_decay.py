@@ -10,17 +10,17 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor, nn
 
-from data.errors import UserError
-from launch.cli import cli
-from models.build import build
-from models.config import ConvResNetConfig, OptimizerConfig, ParameterizationConfig, VisionTransformerConfig
-from models.optimizer import build_optimizer, parameter_groups
-from models.parameterization import Role
-from train.config import RunConfig, ScheduleConfig, from_plain
-from train.loop import run
-from train.pack import run_pack
-from train.replicas import Replicas
-from train.schedule import schedule, set_learning_rate
+from depthmup.data.errors import UserError
+from depthmup.launch.cli import cli
+from depthmup.models.build import build
+from depthmup.models.config import ConvResNetConfig, OptimizerConfig, ParameterizationConfig, VisionTransformerConfig
+from depthmup.models.optimizer import build_optimizer, parameter_groups
+from depthmup.models.parameterization import Role
+from depthmup.train.config import RunConfig, ScheduleConfig, from_plain
+from depthmup.train.loop import run
+from depthmup.train.pack import run_pack
+from depthmup.train.replicas import Replicas
+from depthmup.train.schedule import schedule, set_learning_rate
 
 DIGITS = {"num_classes": 10, "image_size": 8, "in_channels": 1}
 CONV_RESNET = ConvResNetConfig(width=16, depth=6, base_width=8, base_depth=3, **DIGITS)

@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 import torch.nn.functional as F
 
-from models.build import build, build_meta
-from models.config import (
+from depthmup.models.build import build, build_meta
+from depthmup.models.config import (
     AnyModelConfig,
     ConvResNetConfig,
     ParameterizationConfig,
     ResNetConfig,
     VisionTransformerConfig,
 )
-from models.coordinate_check import BAND, Settings, fixed_batch
-from models.parameterization import Role
+from depthmup.models.coordinate_check import BAND, Settings, fixed_batch
+from depthmup.models.parameterization import Role
 
 CLASSES = {"num_classes": 10, "in_channels": 1}
 VIT = VisionTransformerConfig(

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-import models.torchvision_ops  # isort: skip  (must run before timm)
+import depthmup.models.torchvision_ops  # noqa: F401  isort: skip  (must run before timm)
 import timm
 import torch
 from click.testing import CliRunner
@@ -19,15 +19,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import models
-from launch.cli import cli
-from launch.export import export_run
-from models import Init, ParameterizationConfig, ParameterRule, Role, Roles, Size, Slot
-from models.build import build
-from models.coordinate_check import Settings, check_sizes, rms
-from models.errors import ModelError
-from models.export import folded_state
-from train.config import RunConfig, from_plain, to_yaml
+from depthmup import models
+from depthmup.launch.cli import cli
+from depthmup.launch.export import export_run
+from depthmup.models import Init, ParameterizationConfig, ParameterRule, Role, Roles, Size, Slot
+from depthmup.models.build import build
+from depthmup.models.coordinate_check import Settings, check_sizes, rms
+from depthmup.models.errors import ModelError
+from depthmup.models.export import folded_state
+from depthmup.train.config import RunConfig, from_plain, to_yaml
 
 VIT = {"family": "vit", "patch_size": 8, "image_size": 32, "num_heads": 4}
 RESNET = {

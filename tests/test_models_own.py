@@ -9,12 +9,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import models
-from models import Init, ModelError, OptimizerConfig, ParameterizationConfig, ParameterRule, Role, Roles, Size, Slot
-from models.build import build_meta
-from models.config import ConvResNetConfig, ResNetConfig, VisionTransformerConfig
-from models.coordinate_check import Settings, check_sizes
-from models.stream import stream_modules
+from depthmup import models
+from depthmup.models import (
+    Init,
+    ModelError,
+    OptimizerConfig,
+    ParameterizationConfig,
+    ParameterRule,
+    Role,
+    Roles,
+    Size,
+    Slot,
+)
+from depthmup.models.build import build_meta
+from depthmup.models.config import ConvResNetConfig, ResNetConfig, VisionTransformerConfig
+from depthmup.models.coordinate_check import Settings, check_sizes
+from depthmup.models.stream import stream_modules
 
 FAN_IN, ZEROS, ONES = Init("normal_fan_in", 1.0), Init("constant", 0.0), Init("constant", 1.0)
 HEADS, TOKENS = 2, 4

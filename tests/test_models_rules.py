@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-import models.torchvision_ops  # noqa: F401  isort: skip  (must run before timm)
+import depthmup.models.torchvision_ops  # noqa: F401  isort: skip  (must run before timm)
 import mup
 import timm
 import torch
 from torch import nn
 
-from models.build import build, build_meta
-from models.config import (
+from depthmup.models.build import build, build_meta
+from depthmup.models.config import (
     NAMED_SIZES,
     AnyModelConfig,
     ConvResNetConfig,
@@ -23,13 +23,13 @@ from models.config import (
     Size,
     VisionTransformerConfig,
 )
-from models.coordinate_check import rms
-from models.errors import ModelError
-from models.family import ONES, Init, ParameterRule, UnmatchedParameterError, match_rules
-from models.flops import forward_flops, training_flops
-from models.init import init_std, initialize, materialize
-from models.optimizer import build_optimizer, parameter_groups
-from models.parameterization import PRESETS, Role, Scale
+from depthmup.models.coordinate_check import rms
+from depthmup.models.errors import ModelError
+from depthmup.models.family import ONES, Init, ParameterRule, UnmatchedParameterError, match_rules
+from depthmup.models.flops import forward_flops, training_flops
+from depthmup.models.init import init_std, initialize, materialize
+from depthmup.models.optimizer import build_optimizer, parameter_groups
+from depthmup.models.parameterization import PRESETS, Role, Scale
 
 VIT = VisionTransformerConfig(
     width=64, depth=4, base_width=32, base_depth=2, num_heads=4, patch_size=8, image_size=32, num_classes=10
@@ -112,7 +112,7 @@ def test_at_base_size_the_network_is_timms_own_bit_for_bit() -> None:
 
 
 def test_named_sizes_are_timms_networks() -> None:
-    from train.config import RunConfig, from_plain
+    from depthmup.train.config import RunConfig, from_plain
 
     names = {
         "vit_s16": "vit_small_patch16_224",

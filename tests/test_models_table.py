@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from torch import nn
 
-import models
-from models import Init, OptimizerConfig, ParameterizationConfig, ParameterRule, Role, Roles, Size, Slot
+from depthmup import models
+from depthmup.models import Init, OptimizerConfig, ParameterizationConfig, ParameterRule, Role, Roles, Size, Slot
 
 BASE, SIZE = Size(width=16, depth=1, head_dim=4), Size(width=64, depth=9, head_dim=16)
 MATRICES = (Role.INPUT, Role.BRANCH_HIDDEN, Role.HIDDEN, Role.READOUT)

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.build import build
-from models.config import ParameterizationConfig, VisionTransformerConfig
+from depthmup.models.build import build
+from depthmup.models.config import ParameterizationConfig, VisionTransformerConfig
 
 SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 NEEDS_OPERATORS = """
@@ -38,9 +38,9 @@ LIBRARY.define("qnms{SCHEMA}")
 PROBE = """
 import json, os, sys, traceback
 import torch
-import train.loop
-from models.build import build
-from models.config import ConvResNetConfig, ParameterizationConfig
+import depthmup.train.loop
+from depthmup.models.build import build
+from depthmup.models.config import ConvResNetConfig, ParameterizationConfig
 
 build(ConvResNetConfig(width=8, depth=3, base_width=8, base_depth=3), ParameterizationConfig(), seed=0)
 assert "torchvision" not in sys.modules, "a network that is not timm's needs no torchvision"
@@ -50,7 +50,7 @@ def outcome(folder):
     if not os.listdir(folder):
         sys.modules["torchvision"] = None
     try:
-        from models.torchvision_ops import OPERATORS
+        from depthmup.models.torchvision_ops import OPERATORS
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     import torchvision

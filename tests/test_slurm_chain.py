@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from depthmup.launch.config import read_study
+from depthmup.launch.study import Study
 from slurm_cluster import Cluster, wait_for
 from test_launch_scale import finish
-
-from launch.config import read_study
-from launch.study import Study
 
 
 def attempts(path: Path) -> list[dict[str, Any]]:

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+from depthmup.launch import slurm
+from depthmup.launch.config import read_study
+from depthmup.launch.jobs import load_all
+from depthmup.launch.study import Study
+from depthmup.launch.submit import START as GO_ON
 from slurm_cluster import Cluster, wait_for
 from train_processes import ROOT as REPOSITORY
 from train_processes import START
-
-from launch import slurm
-from launch.config import read_study
-from launch.jobs import load_all
-from launch.study import Study
-from launch.submit import START as GO_ON
 
 SBATCH = """#!/bin/sh
 case $WHEN in

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import settings_on
-from slurm_cluster import Cluster, wait_for
 
-from launch.jobs import load_all, stop_causes
-from launch.states import interruptions
-from launch.worker import attempts
-from train.config import RunConfig, from_plain, read_yaml
-from train.loop import run
-from train.rundir import RunDirectory
+from conftest import settings_on
+from depthmup.launch.jobs import load_all, stop_causes
+from depthmup.launch.states import interruptions
+from depthmup.launch.worker import attempts
+from depthmup.train.config import RunConfig, from_plain, read_yaml
+from depthmup.train.loop import run
+from depthmup.train.rundir import RunDirectory
+from slurm_cluster import Cluster, wait_for
 
 # The runs last as long on any machine, at little cost: each of their metrics lines takes a second. What befalls the
 # study's runs has half a minute for it. Slurm looks at time limits every 30 s: with a limit of 120 s its signal comes

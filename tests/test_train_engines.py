@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from depthmup.train.config import ParallelConfig, RunConfig
 from train_configs import CONV_RESNET, VIT, losses, metric, pack_digits, run_config
 from train_processes import run_function
-
-from train.config import ParallelConfig, RunConfig
 
 ENGINES = {
     "ddp": ("parallel.engine=ddp",),
@@ -67,7 +67,7 @@ def wrapped_groups(run: Path) -> list[dict[str, object]]:
 
 def record_groups() -> None:
     """Lets every run leave groups.json in its directory."""
-    from train import loop
+    from depthmup.train import loop
 
     finish = loop.Run.finish
 
@@ -84,8 +84,8 @@ def train_all(shards: str, out: str) -> None:
     """In each of two processes: every case on every engine, in two micro-batches."""
     import torch
 
-    from train.distributed import process_group, world_from_environment
-    from train.loop import run
+    from depthmup.train.distributed import process_group, world_from_environment
+    from depthmup.train.loop import run
 
     world = world_from_environment()
     record_groups()
@@ -106,7 +106,7 @@ def train_all(shards: str, out: str) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from train.loop import Run, run
+    from depthmup.train.loop import Run, run
 
     out = tmp_path_factory.mktemp("engines")
     shards = pack_digits(out / "shards")

@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from depthmup.train.config import ParallelConfig
 from test_train_engines import ENGINES
 from train_configs import VIT, pack_digits, run_config, timeless_metrics
 from train_processes import run_function
-
-from train.config import ParallelConfig
 
 WORLD_SIZE = 3  # sums of two numbers have one order only
 
@@ -17,9 +17,9 @@ def stop_and_go_on(shards: str, out: str) -> None:
     """In each process: every engine trains once without a stop, and once with one after step 4."""
     import torch
 
-    from train.distributed import process_group, world_from_environment
-    from train.interrupt import Interrupt, Interrupted
-    from train.loop import run
+    from depthmup.train.distributed import process_group, world_from_environment
+    from depthmup.train.interrupt import Interrupt, Interrupted
+    from depthmup.train.loop import run
 
     world = world_from_environment()
     settings = ("optimizer.name=adamw", "optimizer.lr=0.002", "train.clip_norm=0.5", "train.global_batch_size=48")

@@ -10,21 +10,21 @@ from typing import Any
 
 import pydantic.dataclasses
 import pytest
-from train_configs import CONV_RESNET, VIT, pack_digits, run_config
 
-from data.errors import UserError
-from data.fingerprint import fingerprint
-from data.pack import pack
-from launch.config import LaunchConfig, Octaves, Size, StudyConfig
-from models.errors import ModelError
-from train import __main__ as command
-from train import owner
-from train.config import ParallelConfig, RunConfig, ScheduleConfig, TrackConfig, TrainConfig, run_hash
-from train.interrupt import Interrupt, Interrupted
-from train.loop import run
-from train.owner import code_fingerprint, differences
-from train.pack import run_pack
-from train.rundir import EXIT_DONE, EXIT_USER_ERROR, RunDirectory
+from depthmup.data.errors import UserError
+from depthmup.data.fingerprint import fingerprint
+from depthmup.data.pack import pack
+from depthmup.launch.config import LaunchConfig, Octaves, Size, StudyConfig
+from depthmup.models.errors import ModelError
+from depthmup.train import __main__ as command
+from depthmup.train import owner
+from depthmup.train.config import ParallelConfig, RunConfig, ScheduleConfig, TrackConfig, TrainConfig, run_hash
+from depthmup.train.interrupt import Interrupt, Interrupted
+from depthmup.train.loop import run
+from depthmup.train.owner import code_fingerprint, differences
+from depthmup.train.pack import run_pack
+from depthmup.train.rundir import EXIT_DONE, EXIT_USER_ERROR, RunDirectory
+from train_configs import CONV_RESNET, VIT, pack_digits, run_config
 
 
 @pytest.fixture(scope="module")

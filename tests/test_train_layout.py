@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+
+from depthmup.data.errors import UserError
+from depthmup.data.mixing import pairs
+from depthmup.data.order import places
+from depthmup.train.batch_norm import BatchStatistics, Grouping, grouping
+from depthmup.train.config import ParallelConfig, run_hash
+from depthmup.train.loop import run
+from depthmup.train.pack import run_pack
 from train_configs import CONV_RESNET, VIT, losses, pack_digits, run_config
 from train_processes import run_function
-
-from data.errors import UserError
-from data.mixing import pairs
-from data.order import places
-from train.batch_norm import BatchStatistics, Grouping, grouping
-from train.config import ParallelConfig, run_hash
-from train.loop import run
-from train.pack import run_pack
 
 BATCH_NORM = {**CONV_RESNET, "norm": "batch"}
 RESNET = {"family": "resnet", "width": 8, "depth": 4, "base_width": 8, "base_depth": 4}
@@ -39,7 +39,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], tuple[str, ...], tuple[int | None, ...]
 
 
 def train_layouts(shards: str, out: str, world_size: int) -> None:
-    from train.distributed import process_group, world_from_environment
+    from depthmup.train.distributed import process_group, world_from_environment
 
     world = world_from_environment()
     engine = "ddp" if world_size == 2 else "none"

@@ -11,34 +11,34 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks import packed as measured
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from depthmup.data.config import DataConfig
+from depthmup.data.errors import UserError
+from depthmup.data.index import Index
+from depthmup.data.loader import TrainingStream
+from depthmup.data.order import State
+from depthmup.models.build import build
+from depthmup.models.conv_resnet import Block
+from depthmup.models.optimizer import build_optimizer, parameter_groups
+from depthmup.train import pack
+from depthmup.train.batched import CONVOLUTIONS
+from depthmup.train.checkpoint import Checkpoints
+from depthmup.train.config import RunConfig, from_plain
+from depthmup.train.engine import Engine
+from depthmup.train.interrupt import Interrupt, Interrupted
+from depthmup.train.loop import run
+from depthmup.train.pack import run_pack
+from depthmup.train.pack_memory import MEMORY_SHARE, largest_pack, pack_bytes, pack_size
+from depthmup.train.packing import packable
+from depthmup.train.replicas import Replicas
+from depthmup.train.rundir import RunDirectory
+from depthmup.train.schedule import schedule, set_learning_rate
+from depthmup.train.step import take_step
 from train_configs import metric, metrics
 from train_processes import start
-
-from benchmarks import packed as measured
-from data.config import DataConfig
-from data.errors import UserError
-from data.index import Index
-from data.loader import TrainingStream
-from data.order import State
-from models.build import build
-from models.conv_resnet import Block
-from models.optimizer import build_optimizer, parameter_groups
-from train import pack
-from train.batched import CONVOLUTIONS
-from train.checkpoint import Checkpoints
-from train.config import RunConfig, from_plain
-from train.engine import Engine
-from train.interrupt import Interrupt, Interrupted
-from train.loop import run
-from train.pack import run_pack
-from train.pack_memory import MEMORY_SHARE, largest_pack, pack_bytes, pack_size
-from train.packing import packable
-from train.replicas import Replicas
-from train.rundir import RunDirectory
-from train.schedule import schedule, set_learning_rate
-from train.step import take_step
 
 CPU = torch.device("cpu")
 NETWORKS = {
@@ -284,7 +284,8 @@ def test_a_pack_whose_process_is_killed_goes_on_and_leaves_a_finished_replica_al
         shutil.copy(whole[0].parent / path.name / "config.yaml", path)
         assert config is not None
     program = (
-        "import sys; from pathlib import Path; from train.config import *; from train.pack import run_pack\n"
+        "import sys; from pathlib import Path\n"
+        "from depthmup.train.config import *; from depthmup.train.pack import run_pack\n"
         "paths = [Path(p) for p in sys.argv[1:]]\n"
         "run_pack([from_plain(RunConfig, read_yaml(p / 'config.yaml'), str(p)) for p in paths], paths)"
     )
@@ -395,13 +396,13 @@ def test_a_pack_larger_than_memory_says_how_many_fit(
 ) -> None:
     config = make("vit")
     three = pack_bytes(config, 3, CPU)
-    monkeypatch.setattr("train.pack_memory.free_bytes", lambda device: round(three * 0.98 / MEMORY_SHARE))
+    monkeypatch.setattr("depthmup.train.pack_memory.free_bytes", lambda device: round(three * 0.98 / MEMORY_SHARE))
     assert largest_pack(config, CPU) == 2
     sizes = {k: pack_size(replace(config, train=replace(config.train, pack=k)), CPU) for k in (None, 0, 1, 2, 8)}
     assert sizes == {None: 2, 0: 1, 1: 1, 2: 2, 8: 2}
     with pytest.raises(UserError, match=r"a pack of 3 .* at most 2 fit, set train.pack=2"):
         run_pack([make("vit", seed=seed) for seed in range(3)], [tmp_path / str(n) for n in range(3)])
-    monkeypatch.setattr("train.pack_memory.free_bytes", lambda device: 1000)
+    monkeypatch.setattr("depthmup.train.pack_memory.free_bytes", lambda device: 1000)
     assert largest_pack(config, CPU) == 0
 
 

@@ -17,15 +17,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from depthmup.train import __main__ as command
+from depthmup.train import lock
+from depthmup.train.config import RunConfig, run_hash, to_yaml
+from depthmup.train.distributed import World, first_host, world_from_environment
+from depthmup.train.lock import Holder, holder, take_lock
+from depthmup.train.rundir import EXIT_DIVERGED, EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, EXIT_USER_ERROR, RunDirectory
 from train_configs import metric, pack_digits, run_config, timeless_metrics
 from train_processes import Process, environment, start
-
-from train import __main__ as command
-from train import lock
-from train.config import RunConfig, run_hash, to_yaml
-from train.distributed import World, first_host, world_from_environment
-from train.lock import Holder, holder, take_lock
-from train.rundir import EXIT_DIVERGED, EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, EXIT_USER_ERROR, RunDirectory
 
 Python = subprocess.Popen[str]
 STEPS = 120
@@ -43,7 +43,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(config: Path, directory: Path, *overrides: str, world_size: int = 1) -> list[Process]:
-    return start(["-m", "train", str(config), str(directory), *overrides], world_size)
+    return start(["-m", "depthmup.train", str(config), str(directory), *overrides], world_size)
 
 
 def wait_for_step(directory: Path, step: int) -> None:
@@ -229,7 +229,7 @@ def test_bad_samples_of_all_processes_together_end_the_run_everywhere(config: Pa
 
 def by_command_line(config: Path, directory: Path, *overrides: str, port: int = 1, world_size: int = 1) -> Python:
     """The first process, not forked: with an interpreter, and a session, of its own."""
-    command = [sys.executable, "-m", "train", str(config), str(directory), *overrides]
+    command = [sys.executable, "-m", "depthmup.train", str(config), str(directory), *overrides]
     return subprocess.Popen(
         command, env=environment(0, world_size, port), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         start_new_session=True,
@@ -343,7 +343,7 @@ def test_whichever_process_fails_first_says_why_also_after_an_earlier_failure(co
     """torchrun stops all others as soon as one ends, so the first process cannot be left to say it."""
     RunDirectory(tmp_path).write_failed({"error": "of the last start"})
     os.utime(tmp_path / "failed.json", (0, 0))
-    command = [sys.executable, "-m", "train", str(config), str(tmp_path)]
+    command = [sys.executable, "-m", "depthmup.train", str(config), str(tmp_path)]
     failed = subprocess.run(command, env=environment(1, 3, 1), capture_output=True, text=True)
     assert failed.returncode == EXIT_USER_ERROR
     assert "error: train.global_batch_size 32 must be a multiple of the 3 processes: use 30 or 33" in failed.stderr

@@ -19,18 +19,18 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
-from train_configs import metrics, pack_digits, run_config, timeless_metrics
 
-from data.batch import to_float
-from data.errors import UserError
-from train import checkpoint, contents, loop
-from train import evaluate as evaluation
-from train.config import RunConfig
-from train.contents import CONTENTS, Reader, describe
-from train.interrupt import Interrupt, Interrupted
-from train.loop import run
-from train.metrics import MetricsWriter
-from train.rundir import RunDirectory
+from depthmup.data.batch import to_float
+from depthmup.data.errors import UserError
+from depthmup.train import checkpoint, contents, loop
+from depthmup.train import evaluate as evaluation
+from depthmup.train.config import RunConfig
+from depthmup.train.contents import CONTENTS, Reader, describe
+from depthmup.train.interrupt import Interrupt, Interrupted
+from depthmup.train.loop import run
+from depthmup.train.metrics import MetricsWriter
+from depthmup.train.rundir import RunDirectory
+from train_configs import metrics, pack_digits, run_config, timeless_metrics
 
 
 def config_of(shards: Path, *overrides: str) -> RunConfig:

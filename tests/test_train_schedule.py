@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from train.config import ScheduleConfig
-from train.schedule import schedule, set_learning_rate
+from depthmup.train.config import ScheduleConfig
+from depthmup.train.schedule import schedule, set_learning_rate
 
 
 def factors(num_steps: int = 10, **settings: Any) -> list[float]:

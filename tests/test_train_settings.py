@@ -12,19 +12,19 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
-from train_configs import VIT, pack_digits, run_config
 
-from data.errors import UserError
-from train import loop
-from train.average import WeightAverage
-from train.config import ParallelConfig, run_hash
-from train.distributed import World, process_group
-from train.loop import run
-from train.metrics import TensorBoardTracker
-from train.step import cuts_patches, patch_product, prepare
-from train.stochastic_depth import install_stochastic_depth
-from train.telemetry import LossWindow, peak_row
-from train.zero import import_deepspeed
+from depthmup.data.errors import UserError
+from depthmup.train import loop
+from depthmup.train.average import WeightAverage
+from depthmup.train.config import ParallelConfig, run_hash
+from depthmup.train.distributed import World, process_group
+from depthmup.train.loop import run
+from depthmup.train.metrics import TensorBoardTracker
+from depthmup.train.step import cuts_patches, patch_product, prepare
+from depthmup.train.stochastic_depth import install_stochastic_depth
+from depthmup.train.telemetry import LossWindow, peak_row
+from depthmup.train.zero import import_deepspeed
+from train_configs import VIT, pack_digits, run_config
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +213,7 @@ def test_wandb_with_a_key_and_without_a_network_is_kept_on_the_disk_and_said(
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # where nobody listens
-    monkeypatch.setattr("train.metrics.WANDB_SECONDS", 1)
+    monkeypatch.setattr("depthmup.train.metrics.WANDB_SECONDS", 1)
     assert run(run_config(shards, "track.wandb=online", "train.samples=64"), tmp_path / "run")["outcome"] == "completed"
     assert "warning: wandb did not start online, so track.wandb is offline: later run" in capsys.readouterr().err
     (kept,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")

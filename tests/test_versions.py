@@ -13,21 +13,21 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors import safe_open
-from train_configs import VIT, losses, run_config
 
-from launch.cli import cli
-from train.loop import run
-from train.pack import run_pack
+import depthmup
+from depthmup.launch.cli import cli
+from depthmup.train.loop import run
+from depthmup.train.pack import run_pack
+from train_configs import VIT, losses, run_config
 
 RESNET = {"family": "resnet", "width": 16, "depth": 4, "base_width": 16, "base_depth": 4}
 SHORT = ("train.samples=128", "data.rand_augment=rand-m9", "data.mixup=0.2")
 
 
 def test_every_module_can_be_imported() -> None:
-    for name in ("data", "launch", "models", "train"):
-        for module in pkgutil.iter_modules(importlib.import_module(name).__path__, f"{name}."):
-            if not module.name.endswith("__main__"):
-                importlib.import_module(module.name)
+    for module in pkgutil.walk_packages(depthmup.__path__, "depthmup."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,9 @@ ROOT = Path(__file__).resolve().parents[1]
 FORK_SERVER = multiprocessing.get_context("forkserver")
 FORK_SERVER.set_forkserver_preload(
     [
-        *("models.torchvision_ops", "timm", "train.checkpoint", "train.loop", "train.display", "train.pack"),
-        *("launch.chain", "launch.submit", "launch.status", "launch.page"),
+        *("depthmup.models.torchvision_ops", "timm"),
+        *(f"depthmup.train.{name}" for name in ("checkpoint", "loop", "display", "pack")),
+        *(f"depthmup.launch.{name}" for name in ("chain", "submit", "status", "page")),
     ]
 )
 
@@ -41,7 +42,7 @@ def environment(rank: int, world_size: int, port: int) -> dict[str, str]:
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests'}",
         "PYTHONWARNINGS": "ignore",
     }
 
@@ -55,7 +56,7 @@ def become(arguments: list[str], environment: dict[str, str], output: str, error
     os.chdir(folder)
     warnings.simplefilter("ignore")
     for category in (DeprecationWarning, FutureWarning):  # as pyproject.toml has it for the tests' own process
-        warnings.filterwarnings("error", category=category, module=r"(data|launch|models|train)\b")
+        warnings.filterwarnings("error", category=category, module=r"depthmup\b")
     option, what, *sys.argv[1:] = arguments
     if option == "-m":
         runpy.run_module(what, run_name="__main__", alter_sys=True)
@@ -100,7 +101,7 @@ def start(arguments: list[str], world_size: int) -> list[Process]:
     return [Process(arguments, environment(rank, world_size, port)) for rank in range(world_size)]
 
 
-START = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from launch.cli import main; main()"
+START = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from depthmup.launch.cli import main; main()"
 
 
 def depthmup(

@@ -1,4 +1,4 @@
-"""One process of one run: `torchrun --nproc-per-node 8 -m train CONFIG DIRECTORY`, or srun with one task a GPU.
+"""One process of one run: `torchrun --nproc-per-node 8 -m depthmup.train CONFIG DIRECTORY`, or srun, a task a GPU.
 
 Exit codes are those of train.rundir. A process that fails says why in failed.json and ends at once, without waiting for
 the others: they, or the launcher (srun --kill-on-bad-exit=1), end because of it.
@@ -15,17 +15,17 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from data.errors import UserError
-from data.lock import NoLocks
-from models.errors import ModelError
-from train.config import RunConfig, read_yaml, run_hash, run_in, set_dotted
-from train.interrupt import Interrupt, Interrupted
-from train.lock import holder, take_lock
-from train.owner import check_directory
-from train.rundir import EXIT_DIVERGED, EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, EXIT_USER_ERROR, RunDirectory
+from depthmup.data.errors import UserError
+from depthmup.data.lock import NoLocks
+from depthmup.models.errors import ModelError
+from depthmup.train.config import RunConfig, read_yaml, run_hash, run_in, set_dotted
+from depthmup.train.interrupt import Interrupt, Interrupted
+from depthmup.train.lock import holder, take_lock
+from depthmup.train.owner import check_directory
+from depthmup.train.rundir import EXIT_DIVERGED, EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, EXIT_USER_ERROR, RunDirectory
 
 if TYPE_CHECKING:
-    from train.distributed import World
+    from depthmup.train.distributed import World
 
 
 def read_config(path: Path, overrides: list[str]) -> RunConfig:
@@ -44,7 +44,7 @@ def leave(code: int) -> NoReturn:
 
 def train(config: RunConfig, directory: RunDirectory) -> int:
     """Trains the run while no other process can; returns the exit code."""
-    from train.distributed import world_from_environment
+    from depthmup.train.distributed import world_from_environment
 
     world = world_from_environment()
     try:
@@ -66,9 +66,9 @@ def train(config: RunConfig, directory: RunDirectory) -> int:
 
 def train_locked(config: RunConfig, directory: RunDirectory, world: "World") -> int:
     """As `train`, for a caller that holds the run's lock."""
-    from train.checkpoint import complete
-    from train.display import summary, watch_terminal
-    from train.loop import run
+    from depthmup.train.checkpoint import complete
+    from depthmup.train.display import summary, watch_terminal
+    from depthmup.train.loop import run
 
     try:
         check_directory(directory, config)
@@ -111,7 +111,7 @@ def train_locked(config: RunConfig, directory: RunDirectory, world: "World") -> 
 
 
 def main() -> NoReturn:
-    parser = argparse.ArgumentParser(prog="python -m train", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m depthmup.train", description=__doc__)
     parser.add_argument("config", type=Path)
     parser.add_argument("directory", nargs="?", help="the run's directory [default: runs/HASH]")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")

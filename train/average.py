@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from train.telemetry import local
+from depthmup.train.telemetry import local
 
 
 class WeightAverage:

@@ -17,8 +17,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.errors import UserError
-from train.config import RunConfig
+from depthmup.data.errors import UserError
+from depthmup.train.config import RunConfig
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,12 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from data.errors import UserError
-from data.order import State
-from data.storage import write_atomically
-from train.config import RunConfig
-from train.contents import CONTENTS, Reader, Writer
-from train.owner import check_owner, owner
+from depthmup.data.errors import UserError
+from depthmup.data.order import State
+from depthmup.data.storage import write_atomically
+from depthmup.train.config import RunConfig
+from depthmup.train.contents import CONTENTS, Reader, Writer
+from depthmup.train.owner import check_owner, owner
 
 # torch says so whenever `no_dist` is set, which is how one process alone has to be set.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")

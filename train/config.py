@@ -16,11 +16,11 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from data.config import NOT_IDENTITY, DataConfig, Positive, channels_misfit, streams_misfit
-from data.errors import UserError
-from models.checked import STRICT, checked, said
-from models.config import AnyModelConfig, Number, OptimizerConfig, ParameterizationConfig, refuse_idle
-from train.yaml_text import dump_yaml, load_yaml
+from depthmup.data.config import NOT_IDENTITY, DataConfig, Positive, channels_misfit, streams_misfit
+from depthmup.data.errors import UserError
+from depthmup.models.checked import STRICT, checked, said
+from depthmup.models.config import AnyModelConfig, Number, OptimizerConfig, ParameterizationConfig, refuse_idle
+from depthmup.train.yaml_text import dump_yaml, load_yaml
 
 # Independent weight decay is a mistake where weights remember fewer than 100 steps and the run is many times as long:
 # only e^-3 of what was there at the start is left (a warning), or e^-30 (refused). The runs of a few hundred steps of a

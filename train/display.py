@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from train.config import RunConfig
-from train.distributed import World
+from depthmup.train.config import RunConfig
+from depthmup.train.distributed import World
 
 
 @contextmanager

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from data.errors import UserError
-from train.config import ParallelConfig
-from train.interrupt import Interrupt, Interrupted
+from depthmup.data.errors import UserError
+from depthmup.train.config import ParallelConfig
+from depthmup.train.interrupt import Interrupt, Interrupted
 
 FIRST_STEP_TIMEOUT = timedelta(minutes=30)  # compilation and a cold file system happen in the first step
 

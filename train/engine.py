@@ -19,8 +19,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
-from data.errors import UserError
-from train.config import ParallelConfig
+from depthmup.data.errors import UserError
+from depthmup.train.config import ParallelConfig
 
 OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
 TensorState = dict[str, dict[str, Any]]
@@ -167,7 +167,7 @@ def make_engine(
         return DistributedDataParallel(network, make_optimizer)
     if name == "fsdp":
         return FullyShardedDataParallel(network, make_optimizer, blocks)
-    from train.zero import ZeroRedundancy
+    from depthmup.train.zero import ZeroRedundancy
 
     return ZeroRedundancy(
         network,

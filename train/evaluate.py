@@ -5,15 +5,15 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from data.bad import BadCount
-from data.batch import to_float
-from data.index import Index
-from data.loader import evaluation_batches
-from train.config import RunConfig
-from train.distributed import World, gather_objects, sum_over_ranks
-from train.engine import Engine, average_buffers
-from train.interrupt import Interrupted
-from train.step import autocast
+from depthmup.data.bad import BadCount
+from depthmup.data.batch import to_float
+from depthmup.data.index import Index
+from depthmup.data.loader import evaluation_batches
+from depthmup.train.config import RunConfig
+from depthmup.train.distributed import World, gather_objects, sum_over_ranks
+from depthmup.train.engine import Engine, average_buffers
+from depthmup.train.interrupt import Interrupted
+from depthmup.train.step import autocast
 
 
 @torch.no_grad()

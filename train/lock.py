@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
-from data.lock import flock
+from depthmup.data.lock import flock
 
 BEAT, SILENCE = 10.0, 60.0  # seconds between two touches; after which a holder on another host is taken for dead
 

@@ -14,29 +14,29 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from data.batch import to_float
-from data.errors import UserError
-from data.index import Index
-from data.loader import TrainingLoader, TrainingStream
-from data.mixing import mix, mixes, pairs
-from data.order import State, places
-from data.workers import explained_deaths, too_few_cpus
-from models.build import ScaledModel, build, build_meta
-from models.flops import num_parameters, training_flops
-from models.optimizer import build_optimizer, parameter_groups
-from train.average import WeightAverage
-from train.batch_norm import BatchStatistics, batch_norms, grouping, process_group_of
-from train.checkpoint import Checkpoints, Progress, fsync
-from train.config import RunConfig, run_hash, to_yaml
-from train.distributed import StopVote, World, gather_objects, pick_device, process_group, set_timeout
-from train.engine import Engine, average_buffers, choose, make_engine
-from train.evaluate import evaluate
-from train.interrupt import Interrupt, Interrupted
-from train.metrics import MetricsWriter, mean_loss, open_trackers
-from train.owner import codes, finished, result_of
-from train.rundir import RunDirectory
-from train.schedule import schedule, set_learning_rate
-from train.step import (
+from depthmup.data.batch import to_float
+from depthmup.data.errors import UserError
+from depthmup.data.index import Index
+from depthmup.data.loader import TrainingLoader, TrainingStream
+from depthmup.data.mixing import mix, mixes, pairs
+from depthmup.data.order import State, places
+from depthmup.data.workers import explained_deaths, too_few_cpus
+from depthmup.models.build import ScaledModel, build, build_meta
+from depthmup.models.flops import num_parameters, training_flops
+from depthmup.models.optimizer import build_optimizer, parameter_groups
+from depthmup.train.average import WeightAverage
+from depthmup.train.batch_norm import BatchStatistics, batch_norms, grouping, process_group_of
+from depthmup.train.checkpoint import Checkpoints, Progress, fsync
+from depthmup.train.config import RunConfig, run_hash, to_yaml
+from depthmup.train.distributed import StopVote, World, gather_objects, pick_device, process_group, set_timeout
+from depthmup.train.engine import Engine, average_buffers, choose, make_engine
+from depthmup.train.evaluate import evaluate
+from depthmup.train.interrupt import Interrupt, Interrupted
+from depthmup.train.metrics import MetricsWriter, mean_loss, open_trackers
+from depthmup.train.owner import codes, finished, result_of
+from depthmup.train.rundir import RunDirectory
+from depthmup.train.schedule import schedule, set_learning_rate
+from depthmup.train.step import (
     StepResult,
     autocast_dtype,
     prepare,
@@ -45,8 +45,8 @@ from train.step import (
     set_tf32,
     take_step,
 )
-from train.stochastic_depth import install_stochastic_depth
-from train.telemetry import Clock, LossWindow, RoleStatistics, memory_gb, peak_flops
+from depthmup.train.stochastic_depth import install_stochastic_depth
+from depthmup.train.telemetry import Clock, LossWindow, RoleStatistics, memory_gb, peak_flops
 
 FINAL_SHARE = 0.1  # the reported training loss is the mean over this share of the steps, at the end
 Watch = Callable[[dict[str, Any]], None]
@@ -55,7 +55,7 @@ Watch = Callable[[dict[str, Any]], None]
 def open_data(config: RunConfig) -> Index:
     """The data set's index. Raises UserError when it does not fit the model or a shard is missing."""
     if config.data.rand_augment or mixes(config.data):
-        import models.torchvision_ops  # noqa: F401  (must run before timm, which data.distort and data.mixing import)
+        import depthmup.models.torchvision_ops  # noqa: F401  (must run before timm, which data.distort and data.mixing import)
     index = Index.load(config.data.root, config.data.trust)
     index.check_files()
     for split in ("train", *config.train.evaluate):  # an empty one is to be known before training, not after

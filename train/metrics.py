@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from data.errors import UserError
-from data.storage import write_atomically
-from train.config import RunConfig, TrackConfig, run_hash, to_plain
+from depthmup.data.errors import UserError
+from depthmup.data.storage import write_atomically
+from depthmup.train.config import RunConfig, TrackConfig, run_hash, to_plain
 
 Log = Callable[[str], None]
 Result = TypeVar("Result")

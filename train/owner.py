@@ -8,14 +8,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from data.errors import UserError
-from data.fingerprint import INDEX_NAME, fingerprint
-from data.storage import is_remote
-from train.config import RunConfig, flat, identity, run_hash
-from train.rundir import RunDirectory
+from depthmup.data.errors import UserError
+from depthmup.data.fingerprint import INDEX_NAME, fingerprint
+from depthmup.data.storage import is_remote
+from depthmup.train.config import RunConfig, flat, identity, run_hash
+from depthmup.train.rundir import RunDirectory
 
 PACKAGES = ("models", "data", "train")  # what a result depends on
-ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = Path(__file__).parent.parent
 OWNER = ("run", "identity", "shards", "code")  # what a done marker holds beside the result
 DEFINITIONS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -140,7 +140,7 @@ def codes(before: str) -> str:
 
 
 @cache
-def code_fingerprint(root: Path = ROOT) -> str:
+def code_fingerprint(root: Path = PACKAGE) -> str:
     """12 hexadecimal digits of the sources that a result depends on. Comments, docstrings and layout do not enter."""
     hashed = hashlib.sha256()
     for package in PACKAGES:

@@ -13,32 +13,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.batch import to_float
-from data.errors import UserError
-from data.index import Index
-from data.loader import TrainingLoader, TrainingStream, evaluation_batches
-from data.order import State, places
-from data.workers import explained_deaths
-from models.build import build_meta
-from models.flops import training_flops
-from models.init import materialize
-from models.optimizer import build_optimizer, parameter_groups
-from train.batch_norm import grouping
-from train.checkpoint import Checkpoints, Progress, complete, fault
-from train.config import RunConfig, to_yaml
-from train.distributed import World, pick_device
-from train.engine import Engine
-from train.interrupt import Interrupt, Interrupted
-from train.loop import FINAL_SHARE, describe, open_data, run, save_weights
-from train.metrics import MetricsWriter, mean_loss, open_trackers
-from train.owner import codes, finished, result_of
-from train.pack_memory import largest_pack
-from train.packing import packable
-from train.replicas import Replicas
-from train.rundir import RunDirectory
-from train.schedule import schedule
-from train.step import autocast_dtype, set_backends, set_tf32
-from train.telemetry import Clock, memory_gb, peak_flops
+from depthmup.data.batch import to_float
+from depthmup.data.errors import UserError
+from depthmup.data.index import Index
+from depthmup.data.loader import TrainingLoader, TrainingStream, evaluation_batches
+from depthmup.data.order import State, places
+from depthmup.data.workers import explained_deaths
+from depthmup.models.build import build_meta
+from depthmup.models.flops import training_flops
+from depthmup.models.init import materialize
+from depthmup.models.optimizer import build_optimizer, parameter_groups
+from depthmup.train.batch_norm import grouping
+from depthmup.train.checkpoint import Checkpoints, Progress, complete, fault
+from depthmup.train.config import RunConfig, to_yaml
+from depthmup.train.distributed import World, pick_device
+from depthmup.train.engine import Engine
+from depthmup.train.interrupt import Interrupt, Interrupted
+from depthmup.train.loop import FINAL_SHARE, describe, open_data, run, save_weights
+from depthmup.train.metrics import MetricsWriter, mean_loss, open_trackers
+from depthmup.train.owner import codes, finished, result_of
+from depthmup.train.pack_memory import largest_pack
+from depthmup.train.packing import packable
+from depthmup.train.replicas import Replicas
+from depthmup.train.rundir import RunDirectory
+from depthmup.train.schedule import schedule
+from depthmup.train.step import autocast_dtype, set_backends, set_tf32
+from depthmup.train.telemetry import Clock, memory_gb, peak_flops
 
 
 @dataclass

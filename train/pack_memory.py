@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from train.config import RunConfig
-from train.packing import pack_limit
-from train.replicas import Replicas
-from train.step import autocast_dtype
+from depthmup.train.config import RunConfig
+from depthmup.train.packing import pack_limit
+from depthmup.train.replicas import Replicas
+from depthmup.train.step import autocast_dtype
 
 MEMORY_SHARE = 0.8  # of what is free: the rest is for libraries' workspaces and the allocator's gaps
 

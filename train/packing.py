@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from train.config import RunConfig, default_of
-from train.rundir import RunDirectory
+from depthmup.train.config import RunConfig, default_of
+from depthmup.train.rundir import RunDirectory
 
 # What may differ between the replicas of a pack: numbers that meet the stacked weights one replica at a time.
 PACKABLE_SECTIONS = ("parameterization", "schedule")

@@ -16,15 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call, vmap
 
-from data.errors import UserError
-from models.build import ScaledModel, build, build_meta
-from models.multiplier import OutputMultiplier, scale_input, scale_output
-from models.optimizer import parameter_groups
-from train.batch_norm import BatchStatistics, momentum_of, move
-from train.batched import HandBatched, default_convolution
-from train.config import RunConfig
-from train.schedule import schedule
-from train.step import set_stream_type
+from depthmup.data.errors import UserError
+from depthmup.models.build import ScaledModel, build, build_meta
+from depthmup.models.multiplier import OutputMultiplier, scale_input, scale_output
+from depthmup.models.optimizer import parameter_groups
+from depthmup.train.batch_norm import BatchStatistics, momentum_of, move
+from depthmup.train.batched import HandBatched, default_convolution
+from depthmup.train.config import RunConfig
+from depthmup.train.schedule import schedule
+from depthmup.train.step import set_stream_type
 
 EAGER_STEPS = 3  # before a CUDA graph is captured: libraries choose their kernels and workspaces in them
 MOMENTS = {"sgd": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}  # torch's names of the moments

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.errors import UserError
-from data.storage import write_atomically
+from depthmup.data.errors import UserError
+from depthmup.data.storage import write_atomically
 
-# Exit codes of `python -m train`, which a launcher reads.
+# Exit codes of `python -m depthmup.train`, which a launcher reads.
 EXIT_DONE = 0
 EXIT_FAILED = 1  # see failed.json
 EXIT_USER_ERROR = 2  # one line on standard error says what to mend

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from train.config import ScheduleConfig
+from depthmup.train.config import ScheduleConfig
 
 
 def schedule(config: ScheduleConfig, step: int, num_steps: int) -> float:

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from data.errors import UserError
-from train.batch_norm import BatchStatistics
-from train.config import TrainConfig
-from train.engine import Engine
-from train.stochastic_depth import Draws
+from depthmup.data.errors import UserError
+from depthmup.train.batch_norm import BatchStatistics
+from depthmup.train.config import TrainConfig
+from depthmup.train.engine import Engine
+from depthmup.train.stochastic_depth import Draws
 
 # Blocks of one class share torch's cache of compiled code. A ResNet-50 has 8 kinds of block, times training and
 # evaluation; past the limit, whose default is 8, torch runs the others uncompiled.

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.init import generator_for
+from depthmup.models.init import generator_for
 
 
 class Draws:

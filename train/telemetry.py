@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from train.distributed import mean_over_ranks, sum_over_ranks
+from depthmup.train.distributed import mean_over_ranks, sum_over_ranks
 
 # Dense peak, FLOP/s: (bf16, TF32 or fp32 on tensor cores), from the makers' data sheets, without sparsity. The
 # first name that stands as whole words in the device's name counts.

@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from data.errors import UserError
+from depthmup.data.errors import UserError
 
 FLOAT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # YAML 1.1 wants a point and a sign: it reads 1e6 as text
 POWER = re.compile(r"([-+]?\d+(?:\.\d*)?) *(?:\*\*|\^) *([-+]?\d+(?:\.\d*)?)")

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from data.errors import UserError
-from train.engine import Engine, OptimizerFactory, TensorState
+from depthmup.data.errors import UserError
+from depthmup.train.engine import Engine, OptimizerFactory, TensorState
 
 STEP = "step"  # Adam's count of steps: a number, the same for all parameters
 
