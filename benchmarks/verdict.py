@@ -19,11 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
-from depthmup.launch.analysis import Result
 from depthmup.launch.config import Size
-from depthmup.launch.page import markdown_table
-from depthmup.launch.record import read_record
-from depthmup.launch.verdict import Analysis, Limits, analyse, seeds_wanted
+from depthmup.launch.findings.analysis import Result
+from depthmup.launch.findings.verdict import Analysis, Limits, analyse, seeds_wanted
+from depthmup.launch.report.page import markdown_table
+from depthmup.launch.report.record import read_record
 
 SIZES = tuple(Size(width=16, depth=depth) for depth in (3, 6, 12, 24))
 GRID = np.arange(-9.0, 0.0)

@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from depthmup.data.errors import UserError
-from depthmup.launch import slurm, states
 from depthmup.launch.config import read_study, read_study_or_run
-from depthmup.launch.jobs import launching
+from depthmup.launch.jobs import slurm, states
+from depthmup.launch.jobs.submission import launching
 from depthmup.launch.paths import command
-from depthmup.launch.progress import duration
-from depthmup.launch.study import Study
+from depthmup.launch.runs.study import Study
 from depthmup.launch.transfer import (
     IDLE,
     UNFINISHED,
@@ -32,17 +31,18 @@ from depthmup.launch.transfer import (
     unfinished,
     wait,
 )
+from depthmup.launch.wording import duration
 from depthmup.models.errors import ModelError
 
 if TYPE_CHECKING:
-    from depthmup.launch.report import Report
+    from depthmup.launch.report.collect import Report
 
 
 def show_report(study: Study, console: Console) -> "Report":
     """Writes the report and prints it. Raises UserError when no run is finished."""
-    from depthmup.launch.page import write_report
-    from depthmup.launch.report import collect
-    from depthmup.launch.tables import print_report
+    from depthmup.launch.report.collect import collect
+    from depthmup.launch.report.page import write_report
+    from depthmup.launch.report.tables import print_report
 
     report = collect(study)
     if not report.results:
@@ -92,7 +92,7 @@ def write_scaled(
     force: bool = False,
 ) -> None:
     """Writes the target's file and says what it holds. Raises UserError when the study is inconclusive."""
-    from depthmup.launch.report import collect
+    from depthmup.launch.report.collect import collect
     from depthmup.launch.scale import read_changes, scale, write_target
 
     scaled = scale(collect(study), path.stem, read_changes(target, changes), parameterization, scale_batch, force)
@@ -111,8 +111,8 @@ def target_study(study: Study, target: Path, console: Console) -> Study:
 
 def say_next_step(study: Study, console: Console) -> None:
     """How to go on from a study that says which value to use."""
-    from depthmup.launch.report import collect
-    from depthmup.launch.verdict import CARRIED
+    from depthmup.launch.findings.verdict import CARRIED
+    from depthmup.launch.report.collect import collect
 
     if any(judgement.verdict in CARRIED for judgement in collect(study).analysis.judgements):
         model = study.file.model
@@ -139,8 +139,8 @@ def transfer(study: Study, target: Path | None, console: Console) -> None:
 
 
 def report_what_is_there(study: Study, console: Console) -> None:
-    from depthmup.launch.page import write_report
-    from depthmup.launch.report import collect
+    from depthmup.launch.report.collect import collect
+    from depthmup.launch.report.page import write_report
 
     if (report := collect(study)).results:
         write_report(report)
@@ -149,8 +149,8 @@ def report_what_is_there(study: Study, console: Console) -> None:
 
 def report_target(study: Study, console: Console) -> None:
     """Writes the report again, now with the target's line, and prints that."""
-    from depthmup.launch.page import write_report
-    from depthmup.launch.report import collect, target_line
+    from depthmup.launch.report.collect import collect, target_line
+    from depthmup.launch.report.page import write_report
 
     write_report(collect(study))
     console.print(f"{target_line(study)} Report: {study.file.directory / 'report.html'}", highlight=False)
@@ -196,7 +196,7 @@ def take(study: Study, job_ids: Sequence[str]) -> states.Snapshot:
 def go_on_after(study: Study, target: Path | None, job_ids: Sequence[str]) -> str:
     """Leaves a job that goes on once `job_ids` have ended, unless one waits already; says which. One that runs may have
     looked already, or be this one."""
-    from depthmup.launch.submit import submit_continuation
+    from depthmup.launch.jobs.submit import submit_continuation
 
     with launching(study.file.directory) as lock:  # of two that look at once, the second finds the first's
         waiting = [task for task in take(study, job_ids).continuations if task.waits]

@@ -19,7 +19,7 @@ from depthmup.models.errors import ModelError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from depthmup.launch.study import Study
+    from depthmup.launch.runs.study import Study
     from depthmup.launch.transfer import Launched
     from depthmup.models.coordinate_check import Axis
 
@@ -89,7 +89,7 @@ def with_config(function: Callable[..., None]) -> Callable[..., None]:
 def open_study(config: Path, overrides: tuple[str, ...]) -> "Study":
     """A study, or one run as a study of one."""
     from depthmup.launch.config import read_study_or_run
-    from depthmup.launch.study import Study
+    from depthmup.launch.runs.study import Study
 
     file = read_study_or_run(config, overrides)
     if file.decay_warning and file.study.hyperparameter != "optimizer.weight_decay":  # which a sweep does not use
@@ -127,7 +127,7 @@ def print_launched(study: "Study", launched: "Launched", console: "Console") -> 
         pids = ", ".join(str(slot.pid) for slot in launched.slots)
         console.print(f"{len(launched.runs)} runs started: processes {pids}", highlight=False)
     elif not launched.runs:
-        from depthmup.launch.states import take
+        from depthmup.launch.jobs.states import take
 
         counts = ", ".join(f"{count} {state}" for state, count in take(study).counts().items())
         console.print(f"Nothing to submit: {counts}.", highlight=False)
@@ -151,8 +151,8 @@ def launch_command(config: Path, overrides: tuple[str, ...], dry_run: bool) -> N
 
     study, console = open_study(config, overrides), new_console()
     if dry_run:
-        from depthmup.launch.plan import describe_jobs
-        from depthmup.launch.submit import dry_run_script
+        from depthmup.launch.jobs.submit import dry_run_script
+        from depthmup.launch.runs.plan import describe_jobs
 
         click.echo(dry_run_script(study))
         click.echo("\n".join(f"# {line}" for line in describe_jobs(study)))
@@ -171,8 +171,8 @@ def retry(config: Path, overrides: tuple[str, ...]) -> None:
 
     Says too which key may help. Runs that never began are left to 'launch'.
     """
-    from depthmup.launch.states import take
-    from depthmup.launch.status import print_troubles
+    from depthmup.launch.jobs.states import take
+    from depthmup.launch.jobs.status import print_troubles
     from depthmup.launch.transfer import STOPPED, Launched, launch
 
     study, console = open_study(config, overrides), new_console()
@@ -198,7 +198,7 @@ def cancel_command(config: Path, overrides: tuple[str, ...]) -> None:
 @with_config
 def plan(config: Path, overrides: tuple[str, ...]) -> None:
     """Print every run and what it costs; launches nothing."""
-    from depthmup.launch.plan import print_plan
+    from depthmup.launch.runs.plan import print_plan
 
     print_plan(open_study(config, overrides), new_console())
 
@@ -209,7 +209,7 @@ def plan(config: Path, overrides: tuple[str, ...]) -> None:
 @click.option("--all", "everything", is_flag=True, help="Show every run, not only those that need a look.")
 def status(config: Path, overrides: tuple[str, ...], watch: bool, everything: bool) -> None:
     """Show what is done, runs, waits or failed, and why."""
-    from depthmup.launch.status import print_status, watch_status
+    from depthmup.launch.jobs.status import print_status, watch_status
 
     study, console = open_study(config, overrides), new_console()
     if watch:
@@ -233,14 +233,14 @@ def report(config: Path, overrides: tuple[str, ...], publish: Path | None) -> No
     studies, console = [open_study(path, changes) for path in configs], new_console()
     reports = [show_report(study, console) for study in studies]
     if len(reports) > 1:
-        from depthmup.launch.overview import print_overview, write_overview
+        from depthmup.launch.report.overview import print_overview, write_overview
 
         print_overview(reports, console)
         page = studies[0].file.directory.parent / "overview.html"
         write_overview(reports, page)
         console.print(f"Overview: {page}")
     if publish:
-        from depthmup.launch.page import publish as copy
+        from depthmup.launch.report.page import publish as copy
 
         for path in (path for written in reports for path in copy(written, publish)):
             console.print(f"Published: {path}")
@@ -255,7 +255,7 @@ def converge_command(config: Path, overrides: tuple[str, ...]) -> None:
     as distances to the largest size, with fitted exponents beside the theory's. Needs three sizes along an axis and
     three seeds. 'report --publish' copies its figures too.
     """
-    from depthmup.launch.limits import converge
+    from depthmup.launch.report.converge import converge
 
     console = new_console()
     for path in converge(open_study(config, overrides), console):
@@ -285,7 +285,7 @@ def scale_command(
     """
     from depthmup.launch.chain import write_scaled
     from depthmup.launch.config import read_study
-    from depthmup.launch.study import Study
+    from depthmup.launch.runs.study import Study
 
     of_study = tuple(override for override in overrides if override.startswith("study."))
     changes = tuple(override for override in overrides if override not in of_study)
@@ -303,7 +303,7 @@ def cluster() -> None:
 @cluster.command("probe", epilog="Example: depthmup cluster probe > configs/cluster/mine.yaml")
 def probe() -> None:
     """Propose a profile for configs/cluster from what sinfo says."""
-    from depthmup.launch.probe import propose
+    from depthmup.launch.jobs.probe import propose
 
     click.echo(propose(), nl=False)
 

@@ -12,8 +12,7 @@ from pydantic.dataclasses import dataclass
 from depthmup.data.config import NOT_IDENTITY, PathText, Positive
 from depthmup.data.errors import UserError
 from depthmup.data.paths import expand_all_read, expand_path, expand_read, protect
-from depthmup.launch.paths import command, user_folder
-from depthmup.launch.snapshot import PACKAGE
+from depthmup.launch.paths import PACKAGE, command, user_folder
 from depthmup.models.checked import STRICT
 from depthmup.models.config import Number, ParameterizationConfig
 from depthmup.train.config import RunConfig, checked_setting, from_plain, read_yaml, run_in, set_dotted, to_plain

@@ -9,6 +9,8 @@ import click
 
 from depthmup.data.paths import expand_path, home
 
+PACKAGE = Path(__file__).parent.parent  # the folder `depthmup`, which holds the packages
+
 
 class Location(click.ParamType):
     """A path or a URL, as text."""

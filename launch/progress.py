@@ -36,13 +36,3 @@ def display(console: Console, what: str) -> Iterator[Display]:
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(24), TextColumn("{task.percentage:3.0f}%"))
     with Progress(*columns, TimeElapsedColumn(), TextColumn("{task.fields[text]}"), console=console) as progress:
         yield Display(console, what, progress)
-
-
-def duration(seconds: float) -> str:
-    """'42 s', '3 min 05 s' or '2 h 10 min'."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60:02d} s"
-    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"

@@ -22,7 +22,7 @@ FILE = FilePath(exists=True, dir_okay=False)
 
 def reporter(shown: "Display", unit: str) -> Callable[[int, int], None]:
     """Shows (done, total) with the rate and the time that is left."""
-    from depthmup.launch.progress import duration
+    from depthmup.launch.wording import duration
 
     started = time.monotonic()
 

@@ -18,19 +18,21 @@ from depthmup.data.config import DataConfig
 from depthmup.data.errors import UserError
 from depthmup.data.index import INDEX_NAME, Index
 from depthmup.data.storage import write_atomically
-from depthmup.launch import slurm, states
-from depthmup.launch import snapshot as code_snapshot
 from depthmup.launch.config import Size
-from depthmup.launch.cost import count_flops
-from depthmup.launch.fits import check_fits
-from depthmup.launch.jobs import ask, asked, launching, places_taken
-from depthmup.launch.pool import refuse_mixture
-from depthmup.launch.progress import display, duration
-from depthmup.launch.reasons import explain
-from depthmup.launch.states import State
-from depthmup.launch.status import how_to_go_on
-from depthmup.launch.study import PlannedRun, Study
-from depthmup.launch.worker import newest_step
+from depthmup.launch.jobs import code as code_snapshot
+from depthmup.launch.jobs import slurm, states
+from depthmup.launch.jobs.reasons import explain
+from depthmup.launch.jobs.states import State
+from depthmup.launch.jobs.status import how_to_go_on
+from depthmup.launch.jobs.submission import ask, asked, launching, places_taken
+from depthmup.launch.jobs.worker import newest_step
+from depthmup.launch.progress import display
+from depthmup.launch.runs.cost import count_flops
+from depthmup.launch.runs.fits import check_fits
+from depthmup.launch.runs.grouping import group, make_packs
+from depthmup.launch.runs.pool import refuse_mixture
+from depthmup.launch.runs.study import PlannedRun, Study
+from depthmup.launch.wording import duration
 from depthmup.train.lock import holder
 
 POLL_SECONDS = 0.5
@@ -118,7 +120,7 @@ def launch(study: Study, only: Sequence[State] = UNFINISHED, by_itself: bool = F
         refuse_mixture(study, starting=True)
         flops = count_flops(study.runs)
         runs.sort(key=lambda run: -flops[run.size][1])
-        from depthmup.launch.submit import make_packs, run_here, submit_local
+        from depthmup.launch.jobs.submit import run_here, submit_local
 
         packs = make_packs(runs, config)
         if config.cluster == "slurm":
@@ -139,7 +141,7 @@ def launch_arrays(
 ) -> list[str]:
     """Submits `packs` to Slurm; returns the job ids. Raises UserError when Slurm refuses, and leaves nothing behind, or
     when it stops answering, and then leaves what it has taken, to be found by the next launch."""
-    from depthmup.launch.submit import deal, group, prepare_arrays, submit_arrays, take_turns
+    from depthmup.launch.jobs.submit import deal, prepare_arrays, submit_arrays, take_turns
 
     root, config = study.file.directory, study.file.launch
     try:
@@ -314,8 +316,8 @@ def resubmit_lost(study: Study, snapshot: states.Snapshot) -> int:
 def grow(study: Study) -> int:
     """Adds values to every finished curve whose optimum is on the edge of its grid, and where there is none, a seed
     where a verdict hangs on the noise; returns the number of new runs."""
-    from depthmup.launch.report import collect
-    from depthmup.launch.verdict import seeds_wanted
+    from depthmup.launch.findings.verdict import seeds_wanted
+    from depthmup.launch.report.collect import collect
 
     analysis = collect(study).analysis
     edges = {(c.parameterization, c.size): c.optimum.censored for c in analysis.curves if c.optimum.censored}

@@ -1,4 +1,4 @@
-"""Numbers as a report's tables and sentences show them."""
+"""Numbers as tables and sentences show them."""
 
 import math
 
@@ -37,3 +37,31 @@ def show_number(value: float | None) -> str:
     if value is None or math.isnan(value):
         return ""
     return "fails" if math.isinf(value) else f"{value:.3g}"
+
+
+def quantity(value: float) -> str:
+    """1234567 -> '1.23 M'."""
+    for limit, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.3g} {unit}"
+    return f"{value:.3g}"
+
+
+def power_of_two(value: float) -> str:
+    """0.015625 -> '2^-6', as the report writes it; '0.01' where the exponent is not round."""
+    exponent = math.log2(value)
+    return f"2^{exponent:.4g}" if abs(exponent * 4 - round(exponent * 4)) < 1e-9 else f"{value:.4g}"
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' if number != 1 else ''}"
+
+
+def duration(seconds: float) -> str:
+    """'42 s', '3 min 05 s' or '2 h 10 min'."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"

@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from depthmup.launch.analysis import Comparison, Curve, Result, analyse_sizes, failed_runs
 from depthmup.launch.config import Size
+from depthmup.launch.findings.analysis import Comparison, Curve, Result, analyse_sizes, failed_runs
 
 BASE, DEEP, WIDE, LARGE = (Size(width=width, depth=depth) for width, depth in ((16, 3), (16, 27), (64, 3), (64, 27)))
 GRID = tuple(float(x) for x in range(-10, 1))

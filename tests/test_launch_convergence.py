@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from benchmarks.results import results
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from conftest import settings_on
 from depthmup.launch.cli import cli
 from depthmup.launch.config import read_study
-from depthmup.launch.convergence import LAWS, Law, Rate, fit_rate, squared_distance
-from depthmup.launch.limits import feature_kernel, loss_curve, probe_images
-from depthmup.launch.record import read_record
-from depthmup.launch.study import Study
+from depthmup.launch.findings.convergence import LAWS, Law, Rate, fit_rate, squared_distance
+from depthmup.launch.report.converge import feature_kernel, loss_curve, probe_images
+from depthmup.launch.report.record import read_record
+from depthmup.launch.report.results import results
+from depthmup.launch.runs.study import Study
 from depthmup.train.loop import run
 
 DEPTHS = (3, 6, 12, 24)

@@ -11,7 +11,7 @@ import pytest
 from scipy.integrate import quad
 from scipy.special import polygamma
 
-from depthmup.launch.curve_model import (
+from depthmup.launch.findings.curve_model import (
     DRAWS,
     fit,
     fitted_values,

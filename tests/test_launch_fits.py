@@ -9,10 +9,10 @@ from depthmup.data.errors import UserError
 from depthmup.data.order import streams_of
 from depthmup.launch.cli import cli
 from depthmup.launch.config import PLACES, read_study, read_study_or_run
-from depthmup.launch.fits import check_fits, processes_of
-from depthmup.launch.plan import describe_jobs
-from depthmup.launch.study import Study
-from depthmup.launch.submit import dry_run_script
+from depthmup.launch.jobs.submit import dry_run_script
+from depthmup.launch.runs.fits import check_fits, processes_of
+from depthmup.launch.runs.plan import describe_jobs
+from depthmup.launch.runs.study import Study
 from depthmup.launch.transfer import launch
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -29,7 +29,7 @@ def test_every_shipped_recipe_can_run_with_every_shipped_profile(recipe: str, cl
     study = Study(CONFIGS / recipe, read_study_or_run(CONFIGS / recipe, place))
     check_fits(study)
     if study.file.launch.cluster == "slurm":
-        assert "launch.worker" in dry_run_script(study)
+        assert "launch.jobs.worker" in dry_run_script(study)
     processes = processes_of(study.file.launch)
     for run in study.runs[:: max(len(study.runs) // 8, 1)]:  # what a process asks at its start
         config = run.config

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from depthmup.launch.config import read_study
-from depthmup.launch.cost import cache_file, count_flops
-from depthmup.launch.flops import by_formula
-from depthmup.launch.study import Study
+from depthmup.launch.runs.cost import cache_file, count_flops
+from depthmup.launch.runs.flops import by_formula
+from depthmup.launch.runs.study import Study
 from depthmup.models.build import build_meta
 from depthmup.models.config import (
     AnyModelConfig,
@@ -60,5 +60,5 @@ def test_counts_are_kept_on_disk_and_a_damaged_file_of_them_only_costs_time(
         cache_file().write_text(damaged)
         assert count_flops(runs) == counted
         assert cache_file().read_text() == kept
-    monkeypatch.setattr("depthmup.launch.cost.count", None)  # not asked again
+    monkeypatch.setattr("depthmup.launch.runs.cost.count", None)  # not asked again
     assert count_flops(runs) == counted

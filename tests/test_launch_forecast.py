@@ -6,10 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from depthmup.launch.analysis import Result
 from depthmup.launch.config import Size
-from depthmup.launch.forecast import Forecast, calibration, forecasts, predict, targets
-from depthmup.launch.verdict import analyse
+from depthmup.launch.findings.analysis import Result
+from depthmup.launch.findings.forecast import Forecast, calibration, forecasts, predict, targets
+from depthmup.launch.findings.verdict import analyse
 
 DEPTHS = [Size(width=16, depth=depth) for depth in (3, 6, 12, 24)]
 BOTH = [*DEPTHS, *(Size(width=width, depth=3) for width in (32, 64, 128))]

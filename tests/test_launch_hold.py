@@ -10,15 +10,15 @@ import torch
 from click.testing import CliRunner
 from rich.console import Console
 
-from depthmup.launch import states
 from depthmup.launch.cli import cli
 from depthmup.launch.config import read_study
-from depthmup.launch.hold import Hold, kind
-from depthmup.launch.jobs import Submission
-from depthmup.launch.status import print_status
-from depthmup.launch.study import Study
+from depthmup.launch.jobs import states
+from depthmup.launch.jobs.hold import Hold, kind
+from depthmup.launch.jobs.status import print_status
+from depthmup.launch.jobs.submission import Submission
+from depthmup.launch.jobs.worker import work
+from depthmup.launch.runs.study import Study
 from depthmup.launch.transfer import may_go_again
-from depthmup.launch.worker import work
 from depthmup.train.rundir import RunDirectory
 from train_processes import ROOT, depthmup
 
@@ -124,7 +124,7 @@ def test_a_worker_in_a_job_looks_at_its_whole_array(runs: list[RunDirectory], tm
 
     def worker(index: int, *options: str) -> int:
         job = {"SLURM_ARRAY_JOB_ID": "1", "SLURM_ARRAY_TASK_ID": str(index), "PATH": "/usr/bin:/bin"}
-        command = [sys.executable, "-m", "depthmup.launch.worker", str(submission.file), *options]
+        command = [sys.executable, "-m", "depthmup.launch.jobs.worker", str(submission.file), *options]
         return subprocess.run(command, cwd=ROOT, env=job, check=False).returncode
 
     assert worker(3, "--held") == 0  # the script ends here

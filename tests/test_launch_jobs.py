@@ -13,18 +13,18 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from depthmup.data.errors import UserError
-from depthmup.launch import slurm, states
 from depthmup.launch.chain import go_on_after
 from depthmup.launch.cli import cli
 from depthmup.launch.config import LaunchConfig, read_study
-from depthmup.launch.jobs import Submission, ask, cancelled, load_all, places_taken
-from depthmup.launch.reasons import explain
-from depthmup.launch.slurm import QueuedTask, SlurmError
-from depthmup.launch.status import print_status
-from depthmup.launch.study import Study
-from depthmup.launch.submit import Turns, deal, dry_run_script, submit_continuation, take_turns
+from depthmup.launch.jobs import slurm, states
+from depthmup.launch.jobs.reasons import explain
+from depthmup.launch.jobs.slurm import QueuedTask, SlurmError
+from depthmup.launch.jobs.status import print_status
+from depthmup.launch.jobs.submission import Submission, ask, cancelled, load_all, places_taken
+from depthmup.launch.jobs.submit import Turns, deal, dry_run_script, submit_continuation, take_turns
+from depthmup.launch.jobs.worker import note
+from depthmup.launch.runs.study import Study
 from depthmup.launch.transfer import launch, unfinished, waiting_for
-from depthmup.launch.worker import note
 
 FAKES = {
     # one line per job that was submitted: ID NAME TASKS; `hidden` there: to others, only their own jobs are shown

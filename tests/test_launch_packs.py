@@ -18,12 +18,11 @@ import yaml
 
 from depthmup.data.errors import UserError
 from depthmup.launch.config import LaunchConfig, read_study
-from depthmup.launch.jobs import Submission
-from depthmup.launch.packs import check_packable, packs_of
-from depthmup.launch.study import PlannedRun, Study
-from depthmup.launch.submit import group
-from depthmup.launch.worker import attempts, work
-from depthmup.launch.worker import main as work_in_a_job
+from depthmup.launch.jobs.submission import Submission
+from depthmup.launch.jobs.worker import attempts, work
+from depthmup.launch.jobs.worker import main as work_in_a_job
+from depthmup.launch.runs.grouping import check_packable, group, packs_of
+from depthmup.launch.runs.study import PlannedRun, Study
 from depthmup.train.config import RunConfig, from_plain, to_yaml
 from depthmup.train.interrupt import Interrupt, Interrupted
 from depthmup.train.loop import run
@@ -227,7 +226,7 @@ def test_slots_that_share_a_list_do_not_halve_each_others_packs(
     root = directories[0].path.parents[1]
     names = [d.path.name for d in directories]
     submission = Submission.create(root / "jobs", "local", [names[:8], names[8:]], {})
-    command = [sys.executable, "-m", "depthmup.launch.worker", str(submission.file), "--local"]
+    command = [sys.executable, "-m", "depthmup.launch.jobs.worker", str(submission.file), "--local"]
     slots = [subprocess.Popen(command, cwd=REPOSITORY) for _ in range(2)]
     assert [slot.wait() for slot in slots] == [0, 0]
     assert packs_in_logs(directories[0].path.parent) == [8] * 16

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 
 from depthmup.data.errors import UserError
-from depthmup.launch import states
 from depthmup.launch.config import read_study
-from depthmup.launch.plan import print_plan
-from depthmup.launch.pool import refuse_mixture
-from depthmup.launch.record import as_record
-from depthmup.launch.report import collect
+from depthmup.launch.jobs import states
+from depthmup.launch.report.collect import collect
+from depthmup.launch.report.record import as_record
+from depthmup.launch.runs.plan import print_plan
+from depthmup.launch.runs.pool import refuse_mixture
+from depthmup.launch.runs.study import PlannedRun, Study
 from depthmup.launch.shards import new_console
-from depthmup.launch.study import PlannedRun, Study
 from depthmup.train.config import run_hash
 from depthmup.train.owner import code_fingerprint, owner
 

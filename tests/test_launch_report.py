@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from benchmarks.recompute import restore
-from benchmarks.results import results
 from click.testing import CliRunner
 
 from depthmup.launch.cli import cli
 from depthmup.launch.config import read_study
-from depthmup.launch.record import as_record, read_record
-from depthmup.launch.report import collect
-from depthmup.launch.study import PlannedRun, Study
+from depthmup.launch.report.collect import collect
+from depthmup.launch.report.recompute import restore
+from depthmup.launch.report.record import as_record, read_record
+from depthmup.launch.report.results import results
+from depthmup.launch.runs.study import PlannedRun, Study
 
 Loss = Callable[[PlannedRun], float]
 

@@ -15,10 +15,10 @@ from click.testing import CliRunner
 from depthmup.data.errors import UserError
 from depthmup.launch.cli import cli
 from depthmup.launch.config import read_run, read_study
-from depthmup.launch.report import collect
-from depthmup.launch.study import Study
+from depthmup.launch.findings.verdict import seeds_wanted
+from depthmup.launch.report.collect import collect
+from depthmup.launch.runs.study import Study
 from depthmup.launch.transfer import grow
-from depthmup.launch.verdict import seeds_wanted
 
 
 def finish(study: Study, best: float, moves: str = "sp", noise: float = 0.0) -> None:

@@ -7,11 +7,11 @@ import pytest
 from rich.console import Console
 
 from depthmup.launch.config import read_study
-from depthmup.launch.jobs import Submission
-from depthmup.launch.slurm import QueuedTask
-from depthmup.launch.status import print_status
-from depthmup.launch.study import Study
-from depthmup.launch.worker import note
+from depthmup.launch.jobs.slurm import QueuedTask
+from depthmup.launch.jobs.status import print_status
+from depthmup.launch.jobs.submission import Submission
+from depthmup.launch.jobs.worker import note
+from depthmup.launch.runs.study import Study
 from depthmup.train.rundir import RunDirectory
 
 
@@ -41,7 +41,7 @@ def test_status_shows_that_runs_were_preempted_or_stopped_otherwise_how_often_an
     job.stopped.write_text("\n".join([*lines, '{"job": "7_4", "rest']))  # being written
     states = ("PENDING BeginTime", "PENDING BeginTime", "RUNNING None", "PENDING Priority")
     queue = [QueuedTask("7", index, *state.split(), job.name) for index, state in enumerate(states)]
-    monkeypatch.setattr("depthmup.launch.slurm.queue", lambda ids, names: queue)
+    monkeypatch.setattr("depthmup.launch.jobs.slurm.queue", lambda ids, names: queue)
 
     print_status(study, Console(width=80))
     shown = capsys.readouterr().out

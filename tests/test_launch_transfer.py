@@ -16,11 +16,12 @@ from rich.console import Console
 from depthmup.data.errors import UserError
 from depthmup.launch import chain
 from depthmup.launch.config import LaunchConfig, read_study
-from depthmup.launch.jobs import Submission, ask, load_all
-from depthmup.launch.slurm import Silent, SlurmError, refusal
-from depthmup.launch.states import RunState, Snapshot
-from depthmup.launch.study import Study
-from depthmup.launch.submit import dry_run_script, slot_gpus, submit_continuation
+from depthmup.launch.jobs.slurm import Silent, SlurmError, refusal
+from depthmup.launch.jobs.states import RunState, Snapshot
+from depthmup.launch.jobs.submission import Submission, ask, load_all
+from depthmup.launch.jobs.submit import dry_run_script, submit_continuation
+from depthmup.launch.runs.grouping import slot_gpus
+from depthmup.launch.runs.study import Study
 from depthmup.launch.transfer import may_go_again
 from test_launch_scale import finish
 from train_processes import START, depthmup
@@ -42,7 +43,7 @@ def slots_of(study_file: Path) -> list[str]:
             command = (process / "cmdline").read_text()
         except OSError:
             continue  # it has ended
-        if "launch.worker" in command and str(study_file.parent) in command:
+        if "launch.jobs.worker" in command and str(study_file.parent) in command:
             found.append(command)
     return found
 
@@ -289,12 +290,12 @@ def test_in_a_container_the_workers_run_and_the_job_after_the_runs_does_not(
 ) -> None:
     place = ("launch.container_image=image.sqsh", "launch.python=python")
     study = Study(study_file, read_study(study_file, ("launch.cluster=slurm", *place)))
-    workers = [line for line in dry_run_script(study).splitlines() if "launch.worker" in line]
+    workers = [line for line in dry_run_script(study).splitlines() if "launch.jobs.worker" in line]
     assert len(workers) == 2  # it trains, and it records how that ended
     assert all("srun" in line and "--container-image=image.sqsh" in line for line in workers)
 
     monkeypatch.setattr(
-        "depthmup.launch.submit.submit_arrays", lambda submissions, *rest: submissions[0].write_job_id("7")
+        "depthmup.launch.jobs.submit.submit_arrays", lambda submissions, *rest: submissions[0].write_job_id("7")
     )
     assert submit_continuation(study, None, ["6"], lock=0) == "7"
     (script,) = study.file.directory.glob("jobs/*-then-*/job.sh")

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from depthmup.launch.analysis import Result
-from depthmup.launch.verdict import Analysis, Judgement, Limits, analyse, describe_rule, seeds_wanted
+from depthmup.launch.findings.analysis import Result
+from depthmup.launch.findings.verdict import Analysis, Judgement, Limits, analyse, describe_rule, seeds_wanted
 from depthmup.launch.wording import show_interval, show_share, show_shares
 from test_launch_analysis import BASE, DEEP, GUESS, WIDE, failing, runs, valley
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from depthmup.launch import slurm
 from depthmup.launch.config import read_study
-from depthmup.launch.jobs import load_all
-from depthmup.launch.study import Study
-from depthmup.launch.submit import START as GO_ON
+from depthmup.launch.jobs import slurm
+from depthmup.launch.jobs.submission import load_all
+from depthmup.launch.jobs.submit import START as GO_ON
+from depthmup.launch.runs.study import Study
 from slurm_cluster import Cluster, wait_for
 from train_processes import ROOT as REPOSITORY
 from train_processes import START

@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from conftest import settings_on
-from depthmup.launch.jobs import load_all, stop_causes
-from depthmup.launch.states import interruptions
-from depthmup.launch.worker import attempts
+from depthmup.launch.jobs.states import interruptions
+from depthmup.launch.jobs.submission import load_all, stop_causes
+from depthmup.launch.jobs.worker import attempts
 from depthmup.train.config import RunConfig, from_plain, read_yaml
 from depthmup.train.loop import run
 from depthmup.train.rundir import RunDirectory
@@ -60,7 +60,11 @@ class Job:
             except OSError:
                 continue
             mark = f"SLURM_ARRAY_JOB_ID={self.job_id}\0".encode(), f"SLURM_ARRAY_TASK_ID={index}\0".encode()
-            if b"launch.worker" in command and b"srun" not in command and all(part in environment for part in mark):
+            if (
+                b"launch.jobs.worker" in command
+                and b"srun" not in command
+                and all(part in environment for part in mark)
+            ):
                 return int(process.name)
         raise LookupError(f"no worker of {self.element(index)}")
 
@@ -286,7 +290,9 @@ def test_a_killed_run_is_failed_with_the_reason_and_retry_says_what_to_change(wa
 
 def test_every_job_ran_the_code_of_its_submission_and_says_which(wave: Wave) -> None:
     code = json.loads((wave.study.runs[0] / "code.json").read_text())
-    assert (wave.study.runs[0].parents[1] / "code" / code["digest"] / "launch" / "worker.py").exists()
+    assert (
+        wave.study.runs[0].parents[1] / "code" / code["digest"] / "depthmup" / "launch" / "jobs" / "worker.py"
+    ).exists()
 
 
 def test_nothing_asks_sacct(wave: Wave) -> None:

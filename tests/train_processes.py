@@ -21,7 +21,7 @@ FORK_SERVER.set_forkserver_preload(
     [
         *("depthmup.models.torchvision_ops", "timm"),
         *(f"depthmup.train.{name}" for name in ("checkpoint", "loop", "display", "pack")),
-        *(f"depthmup.launch.{name}" for name in ("chain", "submit", "status", "page")),
+        *(f"depthmup.launch.{name}" for name in ("chain", "jobs.submit", "jobs.status", "report.page")),
     ]
 )
 

@@ -8,7 +8,6 @@ the evaluation split, before any multiplier; N is its number of features.
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,14 @@ from depthmup.data.batch import to_float
 from depthmup.data.errors import UserError
 from depthmup.data.loader import evaluation_batches
 from depthmup.data.storage import write_atomically
-from depthmup.launch import plots
-from depthmup.launch.analysis import Comparison
-from depthmup.launch.convergence import MIN_SIZES, Rate, rates
-from depthmup.launch.page import CONVERGENCE_FILES
-from depthmup.launch.plots import along
-from depthmup.launch.record import bounds, dump, plain
-from depthmup.launch.report import collect
-from depthmup.launch.study import PlannedRun, Study
-from depthmup.launch.verdict import Analysis
+from depthmup.launch.findings.analysis import Comparison
+from depthmup.launch.findings.convergence import MIN_SIZES, Line, Rate, along
+from depthmup.launch.findings.verdict import Analysis
+from depthmup.launch.report import plots
+from depthmup.launch.report.collect import collect
+from depthmup.launch.report.page import CONVERGENCE_FILES
+from depthmup.launch.report.record import bounds, dump, plain
+from depthmup.launch.runs.study import PlannedRun, Study
 from depthmup.models.build import build_meta
 from depthmup.train.config import RunConfig
 from depthmup.train.loop import open_data
@@ -38,22 +36,6 @@ from depthmup.train.rundir import RunDirectory
 
 IMAGES = 128
 QUANTITIES = ("loss curve", "feature kernel")
-
-
-@dataclass(frozen=True)
-class Line:
-    """One parameterization along one axis. Values are size along the axis -> (seeds, entries)."""
-
-    parameterization: str
-    axis: str
-    value: float  # of the hyperparameter
-    seeds: tuple[int, ...]
-    steps: np.ndarray  # of the loss curves' entries
-    values: dict[str, dict[int, np.ndarray]]  # by quantity
-    left_out: str  # which sizes, and why
-
-    def rates(self, quantity: str) -> list[Rate]:
-        return rates(self.values[quantity], self.axis)
 
 
 # ---------------------------------------------------------------- what a run gives

@@ -9,12 +9,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from depthmup.launch import states
-from depthmup.launch.plan import power_of_two
-from depthmup.launch.progress import duration
-from depthmup.launch.reasons import explain
-from depthmup.launch.states import RunState, Snapshot, State, last_line
-from depthmup.launch.study import Study
+from depthmup.launch.jobs import states
+from depthmup.launch.jobs.reasons import explain
+from depthmup.launch.jobs.states import RunState, Snapshot, State, last_line
+from depthmup.launch.runs.study import Study
+from depthmup.launch.wording import duration, power_of_two
 
 WATCH_SECONDS = 10.0
 MAX_ROWS = 40  # more of one state are counted, not listed

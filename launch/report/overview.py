@@ -9,10 +9,10 @@ from urllib.parse import quote
 from rich.console import Console
 
 from depthmup.data.storage import write_atomically
-from depthmup.launch.page import environment
-from depthmup.launch.record import as_record
-from depthmup.launch.report import Report
-from depthmup.launch.tables import print_table, say
+from depthmup.launch.report.collect import Report
+from depthmup.launch.report.page import environment
+from depthmup.launch.report.record import as_record
+from depthmup.launch.report.tables import print_table, say
 from depthmup.launch.wording import show_drift, show_interval, show_share
 
 

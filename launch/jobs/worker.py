@@ -1,8 +1,8 @@
 """What runs inside a job: a slot that works through a list of run directories.
 
 It carries no state: the run directories are the truth, so it may be started again at will. On Slurm every task of every
-array element runs `python -m depthmup.launch.worker SUBMISSION.json`, from the code that was copied at submission; on
-this machine every slot runs it with --local.
+array element runs `python -m depthmup.launch.jobs.worker SUBMISSION.json`, from the code that was copied at
+submission; on this machine every slot runs it with --local.
 """
 
 import argparse
@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING, Any
 from depthmup.data.errors import UserError
 from depthmup.data.lock import flock
 from depthmup.data.storage import write_atomically
-from depthmup.launch import snapshot
-from depthmup.launch.hold import Hold
-from depthmup.launch.jobs import Submission
+from depthmup.launch.jobs import code as snapshot
+from depthmup.launch.jobs.hold import Hold
+from depthmup.launch.jobs.submission import Submission
+from depthmup.launch.paths import PACKAGE
 from depthmup.train.__main__ import leave, train_locked
 from depthmup.train.config import RunConfig, from_plain, read_yaml
 from depthmup.train.interrupt import Interrupt, Interrupted
@@ -228,7 +229,7 @@ def begin_attempt(directory: RunDirectory) -> None:
     restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     place = {"job": job_name(), "restart": restart, "host": socket.gethostname(), "pid": os.getpid()}
     note(directory, "started", step=step, **place)
-    code = snapshot.PACKAGE.parent / "code.json"
+    code = PACKAGE.parent / "code.json"
     content = code.read_text() if code.exists() else json.dumps(snapshot.describe(), indent=1)
     write_atomically(directory.path / "code.json", content.encode())
 
@@ -272,7 +273,7 @@ def run_side_by_side(file: Path, count: int) -> int:
     """`count` processes that share this job's GPU and its list of runs. Signals reach them from Slurm directly."""
     with Interrupt.on_signals():
         processes = [
-            subprocess.Popen([sys.executable, "-m", "depthmup.launch.worker", str(file), "--slot"])
+            subprocess.Popen([sys.executable, "-m", "depthmup.launch.jobs.worker", str(file), "--slot"])
             for _ in range(count)
         ]
         codes = [process.wait() for process in processes]

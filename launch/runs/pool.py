@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from depthmup.data.errors import UserError
-from depthmup.launch.study import Study
+from depthmup.launch.runs.study import Study
 from depthmup.train.owner import code_fingerprint, data_fingerprint
 
 WHAT = {"code": "versions of the code", "shards": "sets of shards"}

@@ -4,9 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from depthmup.launch.analysis import Result
 from depthmup.launch.config import Size
-from depthmup.launch.verdict import Analysis
+from depthmup.launch.findings.analysis import Result
+from depthmup.launch.findings.verdict import Analysis
 from depthmup.launch.wording import show_share, show_shares
 
 

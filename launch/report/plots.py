@@ -4,19 +4,15 @@ import io
 import math
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 import numpy as np
 
 from depthmup.data.storage import write_atomically
-from depthmup.launch.analysis import Comparison
-from depthmup.launch.config import Size, StudyConfig
-from depthmup.launch.verdict import Analysis
-
-if TYPE_CHECKING:
-    from depthmup.launch.convergence import Rate
-    from depthmup.launch.limits import Line  # it needs torch, which a report does not
+from depthmup.launch.config import StudyConfig
+from depthmup.launch.findings.convergence import Line, Rate, along
+from depthmup.launch.findings.verdict import Analysis
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
@@ -88,13 +84,6 @@ def curves(analysis: Analysis, study: StudyConfig) -> Figure:
     return figure
 
 
-def along(comparisons: list[Comparison], base: Size, axis: str) -> list[Comparison]:
-    """The sizes that differ from the base in `axis` (width or depth) alone, and the base, in order."""
-    other = "depth" if axis == "width" else "width"
-    same = [c for c in comparisons if getattr(c.curve.size, other) == getattr(base, other)]
-    return sorted(same, key=lambda c: getattr(c.curve.size, axis))
-
-
 def varied(analysis: Analysis, study: StudyConfig) -> list[str]:
     """The axes, width or depth, along which some parameterization has a size beside the base."""
     base, judged = study.sizes[0], len(analysis.judgements)
@@ -147,7 +136,7 @@ def against_size(analysis: Analysis, study: StudyConfig, what: str) -> Figure | 
     return figure
 
 
-def distances(found: list[tuple["Line", str, "Rate"]]) -> Figure:
+def distances(found: list[tuple[Line, str, Rate]]) -> Figure:
     """Distance to the largest size: one row per quantity, one column per law; fits solid, the theory's slope dashed,
     bars: intervals over seeds."""
     laws = list(dict.fromkeys(rate.law for _, _, rate in found))
@@ -185,7 +174,7 @@ def distances(found: list[tuple["Line", str, "Rate"]]) -> Figure:
     return figure
 
 
-def loss_curves(lines: list["Line"]) -> Figure:
+def loss_curves(lines: list[Line]) -> Figure:
     """Training loss against the step, means over seeds, one curve per size: one panel per parameterization and axis."""
     figure, axes = panels(len(lines))
     for axis, line in zip(axes, lines, strict=True):

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from depthmup.launch.analysis import Comparison, Curve, Result, analyse_sizes
 from depthmup.launch.config import Size
-from depthmup.launch.curve_model import CONFIDENCE
+from depthmup.launch.findings.analysis import Comparison, Curve, Result, analyse_sizes
+from depthmup.launch.findings.curve_model import CONFIDENCE
 from depthmup.launch.wording import show_drift, show_interval, show_share, show_shares
 
 Verdict = Literal["transfers", "costs", "does not transfer", "not identified", "inconclusive"]

@@ -26,7 +26,7 @@ from typing import Any, Literal
 from depthmup.data.errors import UserError
 from depthmup.data.lock import flock
 from depthmup.data.storage import write_atomically
-from depthmup.launch.slurm import QueuedTask
+from depthmup.launch.jobs.slurm import QueuedTask
 from depthmup.train.lock import Holder, holder
 from depthmup.train.rundir import parse, parse_lines
 

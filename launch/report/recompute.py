@@ -1,7 +1,7 @@
 """Reports made anew from the records in docs/results, after a change of the analysis or of the figures: no training.
 
-python -m benchmarks.recompute docs/results
-python -m benchmarks.results docs/results/*.json > docs/RESULTS.md
+python -m depthmup.launch.report.recompute docs/results
+python -m depthmup.launch.report.results docs/results/*.json > docs/RESULTS.md
 """
 
 import json
@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from depthmup.launch.config import Size, read_study
-from depthmup.launch.page import publish, write_report
-from depthmup.launch.record import read_record
-from depthmup.launch.report import collect
-from depthmup.launch.study import Study
+from depthmup.launch.report.collect import collect
+from depthmup.launch.report.page import publish, write_report
+from depthmup.launch.report.record import read_record
+from depthmup.launch.runs.study import Study
 
 CONFIGS = Path("configs/paper")
 

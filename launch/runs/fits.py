@@ -6,8 +6,8 @@ from depthmup.data.config import DataConfig
 from depthmup.data.errors import UserError
 from depthmup.data.order import streams_of
 from depthmup.launch.config import LaunchConfig
-from depthmup.launch.packs import check_packable
-from depthmup.launch.study import Study
+from depthmup.launch.runs.grouping import check_packable
+from depthmup.launch.runs.study import Study
 from depthmup.train.config import RunConfig
 
 

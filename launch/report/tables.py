@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from depthmup.launch.analysis import Comparison
-from depthmup.launch.curve_model import CONFIDENCE
-from depthmup.launch.forecast import Forecast, calibration
-from depthmup.launch.report import Report, target_line
+from depthmup.launch.findings.analysis import Comparison
+from depthmup.launch.findings.curve_model import CONFIDENCE
+from depthmup.launch.findings.forecast import Forecast, calibration
+from depthmup.launch.report.collect import Report, target_line
 from depthmup.launch.wording import show_drift, show_interval, show_number, show_share, show_shares
 
 WIDTH = 80  # columns of the terminal that the text is wrapped to

@@ -7,61 +7,29 @@ of run directories that was written before. Local slots run the same worker.
 
 import fcntl
 import math
-import os
-import re
 import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from pathlib import Path
 
 import submitit
 
 from depthmup.data.errors import UserError
 from depthmup.data.lock import flock
-from depthmup.launch import slurm, snapshot
 from depthmup.launch.config import LaunchConfig
-from depthmup.launch.fits import check_fits
-from depthmup.launch.hold import Hold
-from depthmup.launch.jobs import Submission
-from depthmup.launch.packs import packs_of
-from depthmup.launch.study import PlannedRun, Study
-from depthmup.launch.worker import work
+from depthmup.launch.jobs import code as snapshot
+from depthmup.launch.jobs import slurm
+from depthmup.launch.jobs.hold import Hold
+from depthmup.launch.jobs.submission import Submission
+from depthmup.launch.jobs.worker import work
+from depthmup.launch.runs.fits import check_fits
+from depthmup.launch.runs.grouping import group, make_packs, slot_gpus
+from depthmup.launch.runs.study import PlannedRun, Study
 from depthmup.train.lock import write_holder
 from depthmup.train.rundir import EXIT_REQUEUE, RunDirectory
-
-GPU_NAME = re.compile(r"\d+|(GPU|MIG)-\S+")  # a number, or a name that may be cut short
-
-
-def visible_gpus() -> list[str]:
-    """This machine's GPUs as CUDA_VISIBLE_DEVICES names them; found without torch, whose import takes seconds.
-
-    As CUDA does, the list is read up to the first entry that names no GPU: -1, NoDevFiles, nothing. One that names
-    a GPU twice shows none.
-    """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        gpus = list(takewhile(GPU_NAME.fullmatch, map(str.strip, visible.split(","))))
-        return gpus if len(set(gpus)) == len(gpus) else []
-    return [str(number) for number in range(len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))]
-
-
-def slot_gpus(config: LaunchConfig) -> list[str | None]:
-    """The GPU of each slot, None for a slot on the CPU. As many slots as asked for, or one per GPU, or per core."""
-    gpus = visible_gpus()
-    count = config.slots or len(gpus) or len(os.sched_getaffinity(0))
-    return [gpus[slot % len(gpus)] if gpus else None for slot in range(count)]
-
-
-def make_packs(runs: Sequence[PlannedRun], config: LaunchConfig) -> list[list[PlannedRun]]:
-    """What each process trains at once: a pack, or a single run. Raises UserError."""
-    if config.cluster == "slurm":
-        return packs_of(runs, config, on_gpu=config.gpus_per_node > 0, slots=1)
-    gpus = slot_gpus(config)
-    return packs_of(runs, config, on_gpu=gpus[0] is not None, slots=1 if config.cluster == "debug" else len(gpus))
 
 
 def submit_local(
@@ -79,7 +47,7 @@ def submit_local(
         environment["OMP_NUM_THREADS"] = "1"  # two threads a process on busy cores were 3 to 6 times slower than one
         if gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
-        command = [sys.executable, "-m", "depthmup.launch.worker", str(submission.file), "--local"]
+        command = [sys.executable, "-m", "depthmup.launch.jobs.worker", str(submission.file), "--local"]
         name = submission.path / f"slot-{number}"
         with open(name.with_suffix(".out"), "wb") as log, open(name.with_suffix(".lock"), "w") as lock:
             flock(lock, fcntl.LOCK_EX)  # ours until the slot, which inherits it, has ended
@@ -157,9 +125,8 @@ class Executor(submitit.SlurmExecutor):
 
 def script_text(submission: Submission, config: LaunchConfig, code: Path, max_running: int) -> str:
     """The sbatch script for all tasks of `submission`, which runs the worker from the snapshot `code`."""
-    worker = (
-        f"{config.python or shlex.quote(sys.executable)} -m depthmup.launch.worker {shlex.quote(str(submission.file))}"
-    )
+    python = config.python or shlex.quote(sys.executable)
+    worker = f"{python} -m depthmup.launch.jobs.worker {shlex.quote(str(submission.file))}"
     one = f"srun --nodes=1 --ntasks=1 {shlex.join(container(config))} {worker}" if config.container_image else worker
     imports = f"export PYTHONPATH={shlex.quote(str(code.absolute()))}${{PYTHONPATH:+:$PYTHONPATH}}"
     hold = [f"{one} --held && exit 0"] if config.tasks > 1 else []  # all its processes must know the same
@@ -219,18 +186,6 @@ def sbatch_text(
     )
     executor.parameters["map_count"] = len(submission.tasks)  # as submitit's own map_array does
     return executor._make_submission_file_text(command, uid="")
-
-
-def group(packs: Sequence[Sequence[PlannedRun]], size: int) -> list[list[str]]:
-    """The runs' names, one list per job: a pack, or several as long as they are no more than `size` runs."""
-    tasks: list[list[str]] = []
-    for pack in packs:
-        names = [run.directory.path.name for run in pack]
-        if tasks and len(tasks[-1]) + len(names) <= size:
-            tasks[-1] += names
-        else:
-            tasks.append(names)
-    return tasks
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from depthmup.launch.config import Size
-from depthmup.launch.curve_model import CONFIDENCE, Posterior, fit, level, quantiles, regret_interval
+from depthmup.launch.findings.curve_model import CONFIDENCE, Posterior, fit, level, quantiles, regret_interval
 
 Side = Literal["low", "high"]
 

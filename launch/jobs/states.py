@@ -8,11 +8,11 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from depthmup.launch import slurm
-from depthmup.launch.jobs import Submission, cancelled, load_all, queued_runs, recover_ids, stop_causes
-from depthmup.launch.slurm import QueuedTask
-from depthmup.launch.study import PlannedRun, Study
-from depthmup.launch.worker import attempts
+from depthmup.launch.jobs import slurm
+from depthmup.launch.jobs.slurm import QueuedTask
+from depthmup.launch.jobs.submission import Submission, cancelled, load_all, queued_runs, recover_ids, stop_causes
+from depthmup.launch.jobs.worker import attempts
+from depthmup.launch.runs.study import PlannedRun, Study
 from depthmup.train.lock import Holder, holder
 
 Activity = Literal["running", "starting", "waiting", "preempted"]

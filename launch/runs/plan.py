@@ -1,33 +1,17 @@
 """`depthmup plan`: what a study would run and cost."""
 
-import math
-
 from rich.console import Console
 from rich.table import Table
 
-from depthmup.launch.cost import count_flops
-from depthmup.launch.fits import check_fits
-from depthmup.launch.progress import duration
-from depthmup.launch.study import Study
-
-
-def quantity(value: float) -> str:
-    """1234567 -> '1.23 M'."""
-    for limit, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= limit:
-            return f"{value / limit:.3g} {unit}"
-    return f"{value:.3g}"
-
-
-def power_of_two(value: float) -> str:
-    """0.015625 -> '2^-6', as the report writes it; '0.01' where the exponent is not round."""
-    exponent = math.log2(value)
-    return f"2^{exponent:.4g}" if abs(exponent * 4 - round(exponent * 4)) < 1e-9 else f"{value:.4g}"
+from depthmup.launch.runs.cost import count_flops
+from depthmup.launch.runs.fits import check_fits
+from depthmup.launch.runs.grouping import group, make_packs, slot_gpus
+from depthmup.launch.runs.study import Study
+from depthmup.launch.wording import count, duration, power_of_two, quantity
 
 
 def describe_jobs(study: Study) -> list[str]:
     """What a launch now would submit or start: lines of at most 80 columns; none when all is done."""
-    from depthmup.launch.submit import group, make_packs, slot_gpus  # submitit: not every command needs it
 
     config, pending = study.file.launch, study.pending()
     if not pending:
@@ -51,10 +35,6 @@ def describe_jobs(study: Study) -> list[str]:
     if gpus and largest > 1 and study.file.train.pack is None:
         lines.append("the packs are assumed: how many fit, a job finds on its own GPU")
     return lines
-
-
-def count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' if number != 1 else ''}"
 
 
 def print_plan(study: Study, console: Console) -> None:

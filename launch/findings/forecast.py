@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import fdtri, stdtrit
 
-from depthmup.launch.analysis import Curve
 from depthmup.launch.config import Size
-from depthmup.launch.curve_model import CONFIDENCE
-from depthmup.launch.verdict import Analysis
+from depthmup.launch.findings.analysis import Curve
+from depthmup.launch.findings.curve_model import CONFIDENCE
+from depthmup.launch.findings.verdict import Analysis
 
 EXPONENTS = {"width": 0.5, "depth": 1.0}
 TERMS = {"width": "a / sqrt(width)", "depth": "b / depth"}

@@ -10,10 +10,9 @@ from typing import Any
 
 from depthmup.data.storage import write_atomically
 from depthmup.launch.config import Size
-from depthmup.launch.flops import by_formula
-from depthmup.launch.paths import user_folder
-from depthmup.launch.snapshot import PACKAGE
-from depthmup.launch.study import PlannedRun
+from depthmup.launch.paths import PACKAGE, user_folder
+from depthmup.launch.runs.flops import by_formula
+from depthmup.launch.runs.study import PlannedRun
 from depthmup.train.config import identity
 
 

@@ -13,7 +13,9 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import stdtrit
 
-from depthmup.launch.curve_model import CONFIDENCE
+from depthmup.launch.config import Size
+from depthmup.launch.findings.analysis import Comparison
+from depthmup.launch.findings.curve_model import CONFIDENCE
 
 Measure = Literal["mean", "scatter"]
 MIN_SEEDS, MIN_SIZES = 3, 3  # a variance that outlives the jackknife; two distances to the largest
@@ -143,3 +145,26 @@ def fit_rate(law: Law, values: Mapping[int, np.ndarray]) -> Rate:
 def rates(values: Mapping[int, np.ndarray], axis: str, laws: Sequence[Law] = LAWS) -> list[Rate]:
     """One per law of `axis`."""
     return [fit_rate(law, values) for law in laws if law.axis == axis]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One parameterization along one axis. Values are size along the axis -> (seeds, entries)."""
+
+    parameterization: str
+    axis: str
+    value: float  # of the hyperparameter
+    seeds: tuple[int, ...]
+    steps: np.ndarray  # of the loss curves' entries
+    values: dict[str, dict[int, np.ndarray]]  # by quantity
+    left_out: str  # which sizes, and why
+
+    def rates(self, quantity: str) -> list[Rate]:
+        return rates(self.values[quantity], self.axis)
+
+
+def along(comparisons: list[Comparison], base: Size, axis: str) -> list[Comparison]:
+    """The sizes that differ from the base in `axis` (width or depth) alone, and the base, in order."""
+    other = "depth" if axis == "width" else "width"
+    same = [c for c in comparisons if getattr(c.curve.size, other) == getattr(base, other)]
+    return sorted(same, key=lambda c: getattr(c.curve.size, axis))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from depthmup.data.storage import write_atomically
-from depthmup.launch.jobs import Submission
+from depthmup.launch.jobs.submission import Submission
 from depthmup.train.rundir import RunDirectory
 
 

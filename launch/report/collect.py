@@ -7,15 +7,15 @@ from functools import cached_property
 from typing import Any
 
 from depthmup.data.errors import UserError
-from depthmup.launch.analysis import Result
 from depthmup.launch.config import Size, read_study_or_run
-from depthmup.launch.cost import count_flops
-from depthmup.launch.direct import Direct, compare_with_direct
-from depthmup.launch.forecast import Forecast, forecasts
-from depthmup.launch.plan import quantity
-from depthmup.launch.pool import mixtures, refuse_mixture
-from depthmup.launch.study import PlannedRun, Study
-from depthmup.launch.verdict import Analysis, Judgement, Limits, analyse, describe_rule
+from depthmup.launch.findings.analysis import Result
+from depthmup.launch.findings.direct import Direct, compare_with_direct
+from depthmup.launch.findings.forecast import Forecast, forecasts
+from depthmup.launch.findings.verdict import Analysis, Judgement, Limits, analyse, describe_rule
+from depthmup.launch.runs.cost import count_flops
+from depthmup.launch.runs.pool import mixtures, refuse_mixture
+from depthmup.launch.runs.study import PlannedRun, Study
+from depthmup.launch.wording import quantity
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from depthmup.launch.pool import origins
-from depthmup.launch.report import Report
+from depthmup.launch.report.collect import Report
+from depthmup.launch.runs.pool import origins
 
 
 def plain(value: float | None) -> float | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import yaml
 
 from depthmup.data.errors import UserError
-from depthmup.launch import slurm
+from depthmup.launch.jobs import slurm
 
 MAX_MINUTES = 24 * 60  # proposed where the partition allows more: shorter jobs start sooner, and runs are requeued
 

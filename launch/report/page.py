@@ -9,12 +9,12 @@ import jinja2
 from matplotlib.figure import Figure
 
 from depthmup.data.storage import write_atomically
-from depthmup.launch import plots
-from depthmup.launch.curve_model import CONFIDENCE
-from depthmup.launch.forecast import calibration
-from depthmup.launch.record import as_record, dump
-from depthmup.launch.report import Report
-from depthmup.launch.tables import forecast_row, planned_sentence, rows
+from depthmup.launch.findings.curve_model import CONFIDENCE
+from depthmup.launch.findings.forecast import calibration
+from depthmup.launch.report import plots
+from depthmup.launch.report.collect import Report
+from depthmup.launch.report.record import as_record, dump
+from depthmup.launch.report.tables import forecast_row, planned_sentence, rows
 from depthmup.launch.wording import show_number
 
 CONVERGENCE_FILES = ("convergence.json", "convergence.png", "convergence-loss.png")  # of `depthmup converge`
@@ -73,7 +73,7 @@ def figures(report: Report) -> dict[str, Figure]:
 
 
 def environment() -> jinja2.Environment:
-    loader = jinja2.PackageLoader("depthmup.launch", ".")
+    loader = jinja2.PackageLoader("depthmup.launch.report", ".")
     return jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
 

@@ -1,11 +1,17 @@
-"""Runs -> packs: which runs of a study one process trains together (train.pack). Without torch."""
+"""Runs -> packs -> jobs: which runs of a study one process trains together (train.pack), and where. Without torch."""
 
+import os
+import re
 from collections.abc import Sequence
+from itertools import takewhile
+from pathlib import Path
 
 from depthmup.data.errors import UserError
 from depthmup.launch.config import LaunchConfig
-from depthmup.launch.study import PlannedRun
+from depthmup.launch.runs.study import PlannedRun
 from depthmup.train.packing import alike, pack_limit, packable, unknown_to_packs
+
+GPU_NAME = re.compile(r"\d+|(GPU|MIG)-\S+")  # a number, or a name that may be cut short
 
 
 def packs_of(runs: Sequence[PlannedRun], config: LaunchConfig, on_gpu: bool, slots: int) -> list[list[PlannedRun]]:
@@ -62,3 +68,43 @@ def split(runs: Sequence[PlannedRun], limit: int) -> list[list[PlannedRun]]:
     ordered = sorted(runs, key=lambda run: run.seed)
     total, number = len(runs), -(-len(runs) // limit)
     return [ordered[total * i // number : total * (i + 1) // number] for i in range(number)]
+
+
+def visible_gpus() -> list[str]:
+    """This machine's GPUs as CUDA_VISIBLE_DEVICES names them; found without torch, whose import takes seconds.
+
+    As CUDA does, the list is read up to the first entry that names no GPU: -1, NoDevFiles, nothing. One that names
+    a GPU twice shows none.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        gpus = list(takewhile(GPU_NAME.fullmatch, map(str.strip, visible.split(","))))
+        return gpus if len(set(gpus)) == len(gpus) else []
+    return [str(number) for number in range(len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))]
+
+
+def slot_gpus(config: LaunchConfig) -> list[str | None]:
+    """The GPU of each slot, None for a slot on the CPU. As many slots as asked for, or one per GPU, or per core."""
+    gpus = visible_gpus()
+    count = config.slots or len(gpus) or len(os.sched_getaffinity(0))
+    return [gpus[slot % len(gpus)] if gpus else None for slot in range(count)]
+
+
+def make_packs(runs: Sequence[PlannedRun], config: LaunchConfig) -> list[list[PlannedRun]]:
+    """What each process trains at once: a pack, or a single run. Raises UserError."""
+    if config.cluster == "slurm":
+        return packs_of(runs, config, on_gpu=config.gpus_per_node > 0, slots=1)
+    gpus = slot_gpus(config)
+    return packs_of(runs, config, on_gpu=gpus[0] is not None, slots=1 if config.cluster == "debug" else len(gpus))
+
+
+def group(packs: Sequence[Sequence[PlannedRun]], size: int) -> list[list[str]]:
+    """The runs' names, one list per job: a pack, or several as long as they are no more than `size` runs."""
+    tasks: list[list[str]] = []
+    for pack in packs:
+        names = [run.directory.path.name for run in pack]
+        if tasks and len(tasks[-1]) + len(names) <= size:
+            tasks[-1] += names
+        else:
+            tasks.append(names)
+    return tasks

@@ -1,9 +1,9 @@
 """docs/RESULTS.md from the studies' records, negative results and unfinished studies with the others.
 
 depthmup report runs/paper_* --publish docs/results
-python -m benchmarks.results docs/results/*.json > docs/RESULTS.md
+python -m depthmup.launch.report.results docs/results/*.json > docs/RESULTS.md
 
-Where the runs themselves are gone, `python -m benchmarks.recompute docs/results` makes the records anew.
+Where the runs themselves are gone, `python -m depthmup.launch.report.recompute docs/results` makes the records anew.
 """
 
 import sys
@@ -11,12 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from depthmup.launch.overview import closed, overview
-from depthmup.launch.page import markdown_table
-from depthmup.launch.plan import quantity
-from depthmup.launch.record import read_record
-from depthmup.launch.tables import planned_sentence
-from depthmup.launch.wording import show_drift, show_interval, show_number, show_share, show_shares
+from depthmup.launch.report.overview import closed, overview
+from depthmup.launch.report.page import markdown_table
+from depthmup.launch.report.record import read_record
+from depthmup.launch.report.tables import planned_sentence
+from depthmup.launch.wording import quantity, show_drift, show_interval, show_number, show_share, show_shares
 
 INTRODUCTION = """# Results: does the optimum stay put?
 
@@ -38,8 +37,9 @@ depthmup transfer configs/paper/conv_resnet.yaml
 ```
 
 This page: `depthmup report runs/paper_* --publish docs/results`, then
-`python -m benchmarks.results docs/results/*.json > docs/RESULTS.md`; do not edit. Without the runs,
-`python -m benchmarks.recompute docs/results` analyses the results in the records there once more and draws the figures.
+`python -m depthmup.launch.report.results docs/results/*.json > docs/RESULTS.md`; do not edit. Without the runs,
+`python -m depthmup.launch.report.recompute docs/results` analyses the results in the records there once more and draws
+the figures.
 """
 
 

@@ -8,8 +8,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from depthmup.launch.paths import PACKAGE
+
 PACKAGES = ("models", "data", "train", "launch")
-PACKAGE = Path(__file__).parent.parent  # the folder `depthmup`, which holds them
 
 
 def sources() -> list[Path]:

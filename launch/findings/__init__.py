@@ -1,0 +1,1 @@
+"""What follows from results: pure functions of them, with no files."""

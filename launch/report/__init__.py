@@ -1,0 +1,1 @@
+"""How findings are shown: terminal, page, record, figures, and docs/RESULTS.md."""
