@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import webdataset
 from PIL import Image, ImageOps
 
 from depthmup.data import storage
@@ -25,7 +24,9 @@ from depthmup.data.keys import random_generator
 from depthmup.data.lock import NoLocks, flock
 from depthmup.data.scan import process_pool, scan, webdataset_metadata
 from depthmup.data.sources import UNPACKED_NAME, SourceImage, open_source, read_list
+from depthmup.data.tars import import_webdataset
 
+webdataset = import_webdataset()
 Progress = Callable[[int, int], None]  # (images done, images in all)
 IMAGES_PER_PROCESS = 2000  # less is packed before another process has started
 LOCK_NAME = ".lock"

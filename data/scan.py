@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import webdataset
 
 from depthmup.data import storage
 from depthmup.data.errors import UserError
 from depthmup.data.find import FoundShards, find_shards
 from depthmup.data.index import INDEX_NAME, NO_LABEL, Index, Members, Shard, counted, load_members, sidecar
+from depthmup.data.tars import import_webdataset
+
+webdataset = import_webdataset()
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp")
 ARCHIVES = {  # by their first bytes

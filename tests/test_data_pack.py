@@ -424,3 +424,19 @@ def test_an_index_that_names_files_outside_its_folder_needs_trust(tmp_path):
         with pytest.raises(UserError):
             Index.load(index.root, trust=True).check_files()
     assert not Path("owned").exists()
+
+
+def test_pack_and_index_start_without_torch_and_leave_a_whole_webdataset_to_others(tmp_path: Path) -> None:
+    make_folder(tmp_path / "images", 4)
+    program = (
+        "import sys\n"
+        "from depthmup.launch.cli import cli\n"
+        "source, shards = sys.argv[1:]\n"
+        "cli(['pack', source, shards], standalone_mode=False)\n"
+        "cli(['index', shards], standalone_mode=False)\n"
+        "assert 'torch' not in sys.modules\n"
+        "import torch.utils.data, webdataset\n"
+        "assert issubclass(webdataset.WebDataset, torch.utils.data.IterableDataset)\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "images"), str(tmp_path / "shards")]
+    subprocess.run(command, check=True, capture_output=True)
