@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from depthmup.models.build import ScaledModel, apply
     from depthmup.models.config import OptimizerConfig, ParameterizationConfig, Size
+    from depthmup.models.discovery.find import build_scaled, find_roles
+    from depthmup.models.discovery.show import roles_code, roles_table
     from depthmup.models.errors import ModelError
     from depthmup.models.family import Init, ParameterRule, Roles, Slot
     from depthmup.models.optimizer import build_optimizer, parameter_groups
@@ -17,6 +19,10 @@ if TYPE_CHECKING:
 HOME = {
     "ScaledModel": "build",
     "apply": "build",
+    "build_scaled": "discovery.find",
+    "find_roles": "discovery.find",
+    "roles_code": "discovery.show",
+    "roles_table": "discovery.show",
     "OptimizerConfig": "config",
     "ParameterizationConfig": "config",
     "Size": "config",
@@ -42,7 +48,11 @@ __all__ = [
     "Slot",
     "apply",
     "build_optimizer",
+    "build_scaled",
+    "find_roles",
     "parameter_groups",
+    "roles_code",
+    "roles_table",
 ]
 
 

@@ -158,8 +158,9 @@ def recording(scaled: ScaledModel, inputs: Tensor) -> Iterator[Values]:
     modules, values = dict(scaled.network.named_modules()), Values()
 
     def record(quantity: str, position: int) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            values.setdefault(quantity, {})[position] = output.detach().clone()
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            first = output[0] if isinstance(output, tuple) else output
+            values.setdefault(quantity, {})[position] = first.detach().clone()
 
         return hook
 

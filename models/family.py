@@ -21,7 +21,7 @@ from depthmup.models.parameterization import Role
 class Init:
     """A base model's init. `scale` is a standard deviation, a constant, or a gain on 1 / sqrt(fan)."""
 
-    kind: Literal["constant", "normal", "normal_fan_in", "normal_fan_out", "uniform_fan_in"]
+    kind: Literal["constant", "normal", "uniform", "normal_fan_in", "normal_fan_out", "uniform_fan_in"]
     scale: float
 
     def base_std(self, base_shape: tuple[int, ...]) -> float:
@@ -30,7 +30,7 @@ class Init:
         match self.kind:
             case "constant":
                 return 0.0
-            case "normal":
+            case "normal" | "uniform":
                 return self.scale
             case "normal_fan_in" | "uniform_fan_in":
                 return self.scale / math.sqrt(base_shape[1] * kernel)

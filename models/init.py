@@ -35,7 +35,7 @@ def draw(name: str, shape: torch.Size, rule: ParameterRule, scale: Scale, seed: 
         return torch.full(shape, rule.init.scale)
     std = init_std(shape, rule, scale)
     generator = generator_for(seed, name)
-    if rule.init.kind == "uniform_fan_in":
+    if rule.init.kind in ("uniform", "uniform_fan_in"):
         return (torch.rand(shape, generator=generator) * 2 - 1) * (math.sqrt(3) * std)  # std of U(-b, b) is b / sqrt(3)
     return torch.randn(shape, generator=generator) * std
 

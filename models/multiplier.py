@@ -1,5 +1,6 @@
 """Forward multipliers, put on the modules of a network that stays otherwise as its library built it."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,11 +16,16 @@ class Multiplier:
         return f"Multiplier({self.value:g})"
 
 
+def change_output(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A module's output with `change` made to it; of several outputs, as those of torch's attention, to the first."""
+    return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+
+
 class OutputMultiplier(Multiplier):
     """Forward hook: the module's output times `value`."""
 
-    def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        return output * self.value
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+        return change_output(output, lambda tensor: tensor * self.value)
 
 
 class InputMultiplier(Multiplier):

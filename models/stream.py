@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from depthmup.models.build import ScaledModel
 from depthmup.models.errors import ModelError
+from depthmup.models.multiplier import change_output
 
 
 def stream_modules(scaled: ScaledModel, inputs: Tensor) -> list[str]:
@@ -21,8 +22,8 @@ def stream_modules(scaled: ScaledModel, inputs: Tensor) -> list[str]:
     around = {end: [end[:i] for i in range(len(end) - 1, 0, -1) if end[i] == "."] for end in scaled.branches}
     modules, carries = dict(scaled.network.named_modules()), set[str]()
 
-    def silence(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        return torch.zeros_like(output)
+    def silence(module: nn.Module, inputs: Any, output: Any) -> Any:
+        return change_output(output, torch.zeros_like)
 
     def look(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:

@@ -25,8 +25,10 @@ from depthmup.launch.export import export_run
 from depthmup.models import Init, ParameterizationConfig, ParameterRule, Role, Roles, Size, Slot
 from depthmup.models.build import build
 from depthmup.models.coordinate_check import Settings, check_sizes, rms
+from depthmup.models.discovery.find import find_roles
 from depthmup.models.errors import ModelError
 from depthmup.models.export import folded_state
+from depthmup.models.family import match_rules
 from depthmup.train.config import RunConfig, from_plain, to_yaml
 
 VIT = {"family": "vit", "patch_size": 8, "image_size": 32, "num_heads": 4}
@@ -254,6 +256,12 @@ def test_the_example_of_the_page_on_your_own_model_runs_and_gives_the_tables_fac
     plain = names["Net"](256, 24)
     plain.load_state_dict(folded_state(scaled))
     torch.testing.assert_close(plain(x), scaled.network(x), rtol=1e-5, atol=1e-5)
+
+    found = find_roles(names["Net"], torch.zeros(1, 64), 64, 3).roles
+    stated = names["roles"]
+    parameters = [name for name, _ in plain.named_parameters()]
+    by_hand, seen = match_rules(parameters, stated.parameters), match_rules(parameters, found.parameters)
+    assert {name: seen[name].role for name in seen} == {name: by_hand[name].role for name in by_hand}
 
     assert {line.axis for line in names["lines"]} == {"width", "depth"}
     assert {"stream", "branch", "logits", "branch_hidden"} <= {line.quantity for line in names["lines"]}

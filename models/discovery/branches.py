@@ -1,0 +1,94 @@
+"""Where residual branches end: at each sum, the addend that is not the residual stream."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from depthmup.models.discovery.trace import Node, find_fork
+from depthmup.models.errors import ModelError
+
+SUMS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
+MOVES = {  # put the same numbers elsewhere, or leave some of them out
+    *("view", "reshape", "flatten", "unflatten", "permute", "transpose", "swapaxes", "movedim", "contiguous", "clone"),
+    *("squeeze", "unsqueeze", "expand", "roll", "to", "type", "type_as", "float", "bfloat16", "half", "__get__", "cat"),
+    *("dropout", "dropout1d", "dropout2d", "pad", "identity", "t", "rearrange"),
+}
+SCALINGS = {"mul", "mul_", "__mul__", "__rmul__", "__imul__", "div", "div_", "__truediv__", "__itruediv__"}
+PRODUCTS = {"linear", "conv1d", "conv2d", "conv3d"}  # with a weight (out, in, *kernel)
+NORMS = {"layer_norm", "batch_norm", "group_norm", "rms_norm", "instance_norm"}
+POOLS = {"avg_pool1d", "avg_pool2d", "adaptive_avg_pool2d", "max_pool2d", "mean", "interpolate"}
+LINEAR = SUMS | MOVES | SCALINGS | PRODUCTS | NORMS | POOLS  # what a projection of the stream is made of
+ATTENTION = "multi_head_attention_forward"  # torch's, which takes its own weights
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One residual branch."""
+
+    end: Node  # the addend
+    total: Node  # stream + branch
+    nodes: frozenset[Node]  # of the branch alone
+
+
+def carries_on(tensor: Node, common: set[Node]) -> bool:
+    """Whether sums and moves alone lead back from `tensor` to what it has in common with the other addend."""
+    waiting, seen = [tensor], {tensor}
+    while waiting:
+        node = waiting.pop()
+        if node in common:
+            return True
+        if node.operation in SUMS | MOVES:
+            new = [each for each in node.inputs if each.data and each not in seen]
+            seen.update(new)
+            waiting += new
+    return False
+
+
+def is_projection(nodes: set[Node]) -> bool:
+    """Whether nothing but linear maps and norms lies between the stream and a tensor."""
+    return all(node.operation in LINEAR for node in nodes if node.data)
+
+
+def branch_at(total: Node) -> Branch | None:
+    """The branch that ends at a sum; None where the sum has no two addends of one shape that depend on the input.
+
+    Raises ModelError where neither addend, or both, can be the stream.
+    """
+    addends = [node for node in total.inputs if node.data and node.shape == total.shape]
+    if total.operation not in SUMS or len(addends) != 2:
+        return None
+    left, right = addends
+    fork = find_fork(left, right)
+    tests = (
+        (left in fork.common, right in fork.common),
+        (carries_on(left, fork.common), carries_on(right, fork.common)),
+        (is_projection(fork.left), is_projection(fork.right)),
+    )
+    for streams in tests:
+        if streams == (True, False):
+            return Branch(right, total, frozenset(fork.right))
+        if streams == (False, True):
+            return Branch(left, total, frozenset(fork.left))
+        if all(streams):
+            break
+    raise ModelError(
+        f"two tensors are added in {total.module or 'the network itself'} (shape {tuple(total.shape)}), and neither "
+        "addend alone is the residual stream: write the network's Roles by hand, see docs/your-model.md"
+    )
+
+
+def find_branches(nodes: Sequence[Node]) -> list[Branch]:
+    """The residual branches of the main stream, in order; what is added within a branch is a part of it. Raises
+    ModelError where a sum of the main stream is not clear."""
+    found: list[Branch] = []
+    unclear: list[tuple[Node, ModelError]] = []
+    for node in nodes:
+        try:
+            branch = branch_at(node)
+        except ModelError as error:
+            unclear.append((node, error))
+        else:
+            found += [branch] if branch else []
+    inside = set[Node]().union(*(branch.nodes for branch in found))
+    if errors := [error for node, error in unclear if node not in inside]:
+        raise errors[0]
+    return [branch for branch in found if branch.total not in inside]

@@ -1,0 +1,305 @@
+"""The Roles of a network, found by looking: which dimensions grow, where branches end, which module is the readout."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from depthmup.models.build import ScaledModel, apply
+from depthmup.models.config import ParameterizationConfig, Size
+from depthmup.models.discovery.branches import (
+    ATTENTION,
+    MOVES,
+    NORMS,
+    PRODUCTS,
+    SCALINGS,
+    SUMS,
+    Branch,
+    find_branches,
+)  # fmt: skip
+from depthmup.models.discovery.growth import Builder, Growth, build_network, compare_sizes
+from depthmup.models.discovery.initial import measure_init
+from depthmup.models.discovery.trace import Node, trace
+from depthmup.models.errors import ModelError
+from depthmup.models.family import ParameterRule, Roles, Slot
+from depthmup.models.parameterization import Role
+
+Weights = dict[str, Tensor]  # by name
+BY_HAND = "write its Roles by hand, see docs/your-model.md"
+ELEMENTWISE = SUMS | SCALINGS | MOVES | NORMS  # a parameter that grows in one dimension is a vector there
+SLICES = {"__getitem__", "unbind", "chunk", "split", "tensor_split", "narrow"}
+MATRIX_PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm"}
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """What was found of a network."""
+
+    roles: Roles
+    head_dim: int | None  # of the base network's attention, where it grows with width
+
+
+def find_roles(build: Builder, inputs: Any, width: int, depth: int) -> Discovery:
+    """The roles of the networks that `build(width, depth)` gives, by building three and watching a forward pass.
+
+    inputs: what the network is called with, a tensor or a tuple: as (batch, channels, height, width); values do not
+    matter. width, depth: the base's, as the builder takes them; 2 width and 2 depth are built as well.
+    Raises ModelError, with the parameter's or module's name, for what cannot be decided.
+    """
+    growth = compare_sizes(build, width, depth)
+    given = inputs if isinstance(inputs, tuple) else (inputs,)
+    drawn = weights_of(growth.base), weights_of(growth.deep)  # before they go to meta
+    base, wide, nodes = (trace(network, given) for network in (growth.base, growth.wide, growth.deep))
+    branches = find_branches(nodes)
+    if not branches:
+        raise ModelError(f"{type(growth.base).__name__} has no residual stream: nothing adds a branch to what it reads")
+    used = users_of(nodes)
+    names = [name for name, _ in growth.deep.named_parameters()]
+    if idle := [name for name in names if name not in used]:
+        raise ModelError(f"the forward pass does not use {', '.join(idle[:3])}: remove it, or {BY_HAND}")
+    roles = settle(growth, {name: role_of(name, growth, used[name], branches) for name in names})
+    exempt = set(getattr(growth.base, "no_weight_decay", set)())  # timm's networks say which they mean
+    queries, head_dim = find_queries(base, wide)
+    found = Roles(
+        parameters=tuple(parameter_rules(growth, roles, used, drawn, exempt)),
+        branches=merge_slots(growth, [branch_slot(branch, growth.deep) for branch in branches]),
+        readout=find_readout(roles, used),
+        queries=merge_slots(growth, queries),
+        blocks=find_blocks(growth, branches),
+    )
+    return Discovery(found, head_dim)
+
+
+def weights_of(network: nn.Module) -> Weights:
+    return {name: parameter.detach() for name, parameter in network.named_parameters()}
+
+
+def users_of(nodes: list[Node]) -> dict[str, list[Node]]:
+    """Parameter name -> the operations that take it."""
+    found = defaultdict(list)
+    for node in nodes:
+        for name in node.parameters:
+            found[name].append(node)
+    return found
+
+
+# ---------------------------------------------------------------- parameters
+
+
+def role_of(name: str, growth: Growth, users: list[Node], branches: list[Branch]) -> Role:
+    """Raises ModelError for a parameter that no rule covers."""
+    places = {next((i for i, branch in enumerate(branches) if user in branch.nodes), None) for user in users}
+    if len(places) > 1:
+        raise ModelError(
+            f"{name} is used in several places, branches among them: shared weights have no rule. {BY_HAND}"
+        )
+    in_branch, grows = places != {None}, growth.grows_by_pattern[growth.pattern(name)]
+    user, growing = users[0], sum(grows)
+    if growing == 0:
+        return Role.BRANCH_SCALAR if in_branch else Role.SCALAR
+    if growing > 2 or (growing == 2 and len(grows) > 2 and user.operation not in PRODUCTS):
+        raise ModelError(f"{name}: {growing} of its {len(grows)} dimensions grow, in {user.operation}: {BY_HAND}")
+    if growing == 2:
+        return Role.BRANCH_HIDDEN if in_branch else Role.HIDDEN
+    if user.operation in PRODUCTS and len(grows) >= 2 and grows[1]:
+        if in_branch:
+            raise ModelError(
+                f"{name} reads what grows with width and puts out what does not, inside a branch: there is no rule. "
+                f"Let its rows grow with width, or {BY_HAND}"
+            )
+        return Role.READOUT
+    known = user.operation in PRODUCTS | ELEMENTWISE | {"embedding", ATTENTION} or len(grows) == 1
+    if not known:
+        raise ModelError(f"{name} grows in one dimension, and {user.operation} does not tell which: {BY_HAND}")
+    if in_branch:
+        return Role.BRANCH_VECTOR
+    return Role.VECTOR if len(grows) == 1 or user.grouped else Role.INPUT
+
+
+def settle(growth: Growth, roles: dict[str, Role]) -> dict[str, Role]:
+    """One role for a parameter in every block. What some blocks have in a branch, and others before both branch and
+    shortcut, is the branch's. Raises ModelError for blocks that differ otherwise."""
+    by_pattern = defaultdict(set)
+    for name, role in roles.items():
+        by_pattern[growth.pattern(name)].add(role)
+    vectors = {Role.VECTOR, Role.BRANCH_VECTOR}
+    settled = {}
+    for name, role in roles.items():
+        same = by_pattern[growth.pattern(name)]
+        if len(same) > 1 and same != vectors:
+            raise ModelError(
+                f"{name} is {role.value}, and the same parameter of other blocks "
+                f"{', '.join(sorted(each.value for each in same - {role}))}: {BY_HAND}"
+            )
+        settled[name] = Role.BRANCH_VECTOR if same == vectors else role
+    return settled
+
+
+def parameter_rules(
+    growth: Growth,
+    roles: dict[str, Role],
+    used: dict[str, list[Node]],
+    drawn: tuple[Weights, Weights],
+    exempt: set[str],
+) -> Iterator[ParameterRule]:
+    """A rule for each parameter of a block and each outside of blocks, in the network's order."""
+    alike = defaultdict(list)
+    for name in drawn[1]:
+        alike[growth.pattern(name)].append(name)
+    for pattern, names in alike.items():
+        first = names[0]
+        fans = used[first][0].operation in PRODUCTS and drawn[1][first].ndim > 1
+        base, deeper = ([weights[name] for name in names if name in weights] for weights in drawn)
+        init = measure_init(first, base, deeper, fans)
+        yield ParameterRule(pattern, roles[first], init, decays=not exempt & set(names))
+
+
+# ---------------------------------------------------------------- modules
+
+
+def last_weight(node: Node, network: nn.Module) -> str | None:
+    """The module whose weights were the last to act on a tensor; None where a function comes after them that does not
+    carry a factor through."""
+    while True:
+        if node.parameters and node.operation in PRODUCTS | NORMS:
+            return node.module
+        if node.operation == ATTENTION:
+            return f"{node.module}.out_proj"
+        before = [each for each in node.inputs if each.data]
+        if node.operation not in MOVES | SCALINGS or len(before) != 1:
+            return None
+        node = before[0]
+
+
+def branch_slot(branch: Branch, network: nn.Module) -> tuple[str, str]:
+    """(module whose output is the branch, the last module with weights before that). Raises ModelError for none."""
+    last = last_weight(branch.end, network)
+    if branch.end.readers > 1:
+        raise ModelError(f"the branch that ends in {branch.end.module} is read in two places: {BY_HAND}")
+    if branch.end.emitted_by:
+        output = branch.end.emitted_by[-1]
+        return output, last or output
+    if last is None or last not in dict(network.named_modules()) or last == branch.end.module:
+        raise ModelError(
+            f"no module puts out the branch that is added in {branch.total.module or 'the network itself'}: wrap it in "
+            "a module, or end it in a torch.nn.Identity"
+        )
+    return last, last
+
+
+def merge_slots(growth: Growth, found: list[tuple[str, str]]) -> tuple[Slot, ...]:
+    """One slot for all blocks that have it in the same place."""
+    slots: dict[str, Slot] = {}
+    for output, last in found:
+        pattern = growth.pattern(output)
+        start = next((c for c in growth.containers if output.startswith(f"{c}.") and last.startswith(f"{c}.")), None)
+        if start is None:
+            slots[pattern] = Slot(pattern, last.replace("\\", "\\\\"))
+            continue
+        number = output[len(start) + 1 :].partition(".")[0]
+        head = f"{start}.{number}"
+        rest = pattern.removeprefix(growth.pattern(head))
+        slots[pattern] = Slot(f"({growth.pattern(head)}){rest}", rf"\1{last.removeprefix(head)}")
+    return tuple(slots.values())
+
+
+def find_blocks(growth: Growth, branches: list[Branch]) -> str | None:
+    """The modules in which branches are added; None where the network itself adds one."""
+    modules = [branch.total.module for branch in branches]
+    return "|".join(dict.fromkeys(map(growth.pattern, modules))) if all(modules) else None
+
+
+def find_readout(roles: dict[str, Role], used: dict[str, list[Node]]) -> str:
+    """The module of the readout's weight. Raises ModelError for none, several, or one that is no module's."""
+    readouts = [name for name, role in roles.items() if role is Role.READOUT]
+    if len(readouts) != 1:
+        what = (
+            f"{len(readouts)} readouts: {', '.join(readouts)}"
+            if readouts
+            else "no readout, which reads the width alone"
+        )
+        raise ModelError(f"the network has {what}. The rules are for one: {BY_HAND}")
+    module = readouts[0].rpartition(".")[0]
+    if used[readouts[0]][0].module != module:
+        raise ModelError(
+            f"the readout {readouts[0]} is not used by its own module {module or '(the network)'}: {BY_HAND}"
+        )
+    return module
+
+
+# ---------------------------------------------------------------- attention
+
+
+def attention_products(nodes: list[Node]) -> list[tuple[Node, int]]:
+    """(queries, size of the dimension that queries and keys are multiplied over) of each attention, in order."""
+    found = []
+    for node in nodes:
+        data = [each for each in node.inputs if each.data]
+        if node.operation == "scaled_dot_product_attention" or (node.operation in MATRIX_PRODUCTS and len(data) >= 2):
+            found.append((data[0], data[0].shape[-1]))
+    return found
+
+
+def find_queries(nodes: list[Node], wide: list[Node]) -> tuple[list[tuple[str, str]], int | None]:
+    """(queries' slots, head dim at the base) where the head dim grows with width; ([], None) where it does not.
+
+    Raises ModelError where it grows and no module puts out the queries."""
+    slots, head_dim = [], None
+    for (queries, size), (_, wider) in zip(attention_products(nodes), attention_products(wide), strict=True):
+        if wider == size:
+            continue
+        node = queries
+        while not node.emitted_by or (node.operation in SLICES and not node.emitted_by):
+            before = [each for each in node.inputs if each.data]
+            if node.operation not in MOVES | SCALINGS or len(before) != 1:
+                raise ModelError(
+                    f"head dim grows with width ({size} to {wider}) in {queries.module}, and no module puts out the "
+                    "queries alone: keep the head dim and let the number of heads grow, or send them through a "
+                    "torch.nn.Identity"
+                )
+            node = before[0]
+        slots.append((node.emitted_by[-1], node.emitted_by[-1]))
+        head_dim = size
+    return slots, head_dim
+
+
+# ---------------------------------------------------------------- all of it
+
+
+def build_scaled(
+    build: Builder,
+    *,
+    size: Size,
+    base: Size,
+    inputs: Any,
+    parameterization: ParameterizationConfig | None = None,
+    seed: int = 0,
+) -> ScaledModel:
+    """The network that `build` gives at `size`, scaled from `base`: roles found, multipliers put on, weights drawn.
+
+    size, base: width and depth as the builder takes them; a head dim that grows is found. inputs: what the network is
+    called with (`find_roles`). parameterization: depth_mup where none is given. The groups of its optimizer are
+    `models.parameter_groups(scaled.network, scaled.rules, scaled.scale, optimizer)`.
+    Raises ModelError as `find_roles` and `models.apply` do.
+    """
+    found = find_roles(build, inputs, base.width, base.depth)
+    network = build_network(build, size.width, size.depth, device="cpu")
+    smallest = build_network(build, base.width, base.depth, device="meta")
+    weight = f"{found.roles.readout}.weight"
+    features, of_base = (each.get_parameter(weight).shape[1] for each in (network, smallest))
+    if features * base.width != of_base * size.width:
+        raise ModelError(
+            f"the readout has {of_base} features at width {base.width} and {features} at {size.width}: the builder's "
+            "width is not what grows"
+        )
+    head_dim = found.head_dim or 1
+    return apply(
+        parameterization or ParameterizationConfig(name="depth_mup"),
+        network,
+        size=Size(width=features, depth=size.depth, head_dim=head_dim * (features // of_base if found.head_dim else 1)),
+        base=Size(width=of_base, depth=base.depth, head_dim=head_dim),
+        roles=found.roles,
+        seed=seed,
+    )

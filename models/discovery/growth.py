@@ -1,0 +1,115 @@
+"""What grows: parameters at a base size, at twice its width, and at twice its depth."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from depthmup.models.errors import ModelError
+
+Builder = Callable[[int, int], nn.Module]  # (width, depth) -> network
+
+
+@dataclass(frozen=True)
+class Growth:
+    """A base network, two larger ones, and what grows. The wide one is on meta, the others have weights."""
+
+    base: nn.Module
+    wide: nn.Module  # at twice the base's width
+    deep: nn.Module  # at twice its depth
+    width: int
+    depth: int
+    grows: dict[str, tuple[bool, ...]]  # base's parameter -> for each dimension, whether it grows with width
+    containers: tuple[str, ...]  # modules that have more children in a deeper network, as "blocks"
+
+    @cached_property
+    def grows_by_pattern(self) -> dict[str, tuple[bool, ...]]:
+        return {self.pattern(name): grows for name, grows in self.grows.items()}
+
+    def pattern(self, name: str) -> str:
+        """A regular expression for a parameter or module in every block: its number stands for all numbers."""
+        for container in sorted(self.containers, key=len, reverse=True):
+            if match := re.match(rf"{re.escape(container)}\.\d+(?=\.|$)", name):
+                rest = name[match.end() :]
+                return rf"{re.escape(container)}\.\d+{re.escape(rest)}"
+        return re.escape(name)
+
+
+def build_network(build: Builder, width: int, depth: int, device: str) -> nn.Module:
+    """The builder's network, with the same weights each time. What cannot be built on meta is built on the CPU and
+    moved. Raises ModelError."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            with torch.device(device):
+                network = build(width, depth)
+        except (RuntimeError, NotImplementedError):
+            if device == "cpu":
+                raise
+            network = build(width, depth).to(device)
+    if not isinstance(network, nn.Module):
+        raise ModelError(f"the builder gave a {type(network).__name__} and no torch.nn.Module")
+    return network
+
+
+def shapes_of(network: nn.Module) -> dict[str, torch.Size]:
+    """Raises ModelError for a parameter that has two names: two roles in one tensor."""
+    names: dict[int, str] = {}
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        if (other := names.setdefault(id(parameter), name)) != name:
+            raise ModelError(
+                f"{other} and {name} are one parameter: what is shared has one init and one learning rate, for which "
+                "there is no rule. Give each module its own weights"
+            )
+    return {name: parameter.shape for name, parameter in network.named_parameters()}
+
+
+def repeating_modules(shallow: nn.Module, deep: nn.Module) -> tuple[str, ...]:
+    """Modules whose numbered children are more in the deeper network."""
+    counts = [
+        {name: sum(child.isdigit() for child, _ in module.named_children()) for name, module in network.named_modules()}
+        for network in (shallow, deep)
+    ]
+    return tuple(name for name, count in counts[1].items() if 0 < counts[0].get(name, 0) < count)
+
+
+def compare_sizes(build: Builder, width: int, depth: int) -> Growth:
+    """Builds the network at a base size, at twice its width and at twice its depth, and compares names and shapes.
+
+    Raises ModelError for a builder that ignores a size, for a dimension that grows in another ratio than the width
+    does, and for a parameter whose shape depends on the depth.
+    """
+    base = build_network(build, width, depth, "cpu")
+    wide = build_network(build, 2 * width, depth, "meta")
+    deep = build_network(build, width, 2 * depth, "cpu")
+    shapes, wider, deeper = shapes_of(base), shapes_of(wide), shapes_of(deep)
+    kind = type(base).__name__
+    if odd := sorted(set(shapes) ^ set(wider)):
+        raise ModelError(f"{kind} has other parameters at width {2 * width} than at {width}: {', '.join(odd[:3])}")
+    grows = {}
+    for name, shape in shapes.items():
+        ratios = [new / old if old else 1.0 for old, new in zip(shape, wider[name], strict=True)]
+        if any(ratio not in (1.0, 2.0) for ratio in ratios):
+            raise ModelError(
+                f"{name} is of shape {tuple(shape)} at width {width} and {tuple(wider[name])} at {2 * width}: a "
+                "dimension grows as the width does, or stays"
+            )
+        grows[name] = tuple(ratio == 2.0 for ratio in ratios)
+        if deeper.get(name, shape) != shape:
+            raise ModelError(
+                f"{name} is of shape {tuple(shape)} at depth {depth} and {tuple(deeper[name])} at {2 * depth}: a "
+                "parameter that grows with depth has no rule. Give each block its own parameters"
+            )
+    if not any(map(any, grows.values())):
+        raise ModelError(f"the builder ignores its width: {kind} has the same shapes at {width} and {2 * width}")
+    if set(deeper) == set(shapes):
+        raise ModelError(
+            f"the builder ignores its depth, or shares weights over it: {kind} has the same parameters at depth "
+            f"{depth} and {2 * depth}"
+        )
+    if lost := sorted(set(shapes) - set(deeper)):
+        raise ModelError(f"{kind} of depth {2 * depth} lacks {', '.join(lost[:3])}, which it has at depth {depth}")
+    return Growth(base, wide, deep, width, depth, grows, repeating_modules(base, deep))

@@ -1,0 +1,68 @@
+"""The init of a base network, read off the weights that its builder drew."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from depthmup.models.errors import ModelError
+from depthmup.models.family import ONES, ZEROS, Init
+
+STANDARD_ERRORS = 4.0  # as far as a measured standard deviation may lie from a known init's
+GAINS = (3**-0.5, 1.0, 2**0.5)  # on 1/sqrt(fan): torch's default for linear and conv layers, Glorot's, He's for ReLU
+DEVIATIONS = (0.02, 0.01, 1e-6, 1.0)  # timm's for linear layers, classifiers, class tokens; torch's for embeddings
+
+
+def deviation(tensor: Tensor) -> float:
+    """Root mean square of the entries, whose mean is taken to be zero."""
+    return float(tensor.double().square().mean().sqrt())
+
+
+def is_uniform(tensor: Tensor) -> bool:
+    """Of a uniform distribution nothing lies beyond sqrt(3) standard deviations, of a normal one 8 %. Fewer than 30
+    numbers do not tell: then it is taken to be normal."""
+    return tensor.numel() >= 30 and float(tensor.abs().max()) <= 1.05 * math.sqrt(3) * deviation(tensor)
+
+
+def known_inits(uniform: bool, fans: bool) -> Iterator[Init]:
+    """Inits in common use; with `fans`, those that go by the fan of a weight (out, in, *kernel) as well."""
+    yield from (Init("uniform" if uniform else "normal", std) for std in DEVIATIONS)
+    if fans:
+        yield from (Init("uniform_fan_in" if uniform else "normal_fan_in", gain) for gain in GAINS)
+        yield from (Init("normal_fan_out", gain) for gain in GAINS if not uniform)
+
+
+def measure_init(name: str, base: Sequence[Tensor], deeper: Sequence[Tensor], fans: bool) -> Init:
+    """The init of parameters that are drawn alike, one tensor a block of the base and of a deeper network: constant,
+    uniform or normal.
+
+    fans: the tensors are weights (out, in, *kernel). One of `known_inits` where it explains the standard deviation of
+    every tensor within noise; otherwise, as where an init depends on the depth, the one measured in the base. Raises
+    ModelError where the base's tensors are then of several shapes.
+    """
+    tensors = [tensor.detach() for tensor in (*base, *deeper)]
+    constants = {float(tensor.flatten()[0]) for tensor in tensors if bool((tensor == tensor.flatten()[0]).all())}
+    if len(constants) == 1 and all(bool((tensor == tensor.flatten()[0]).all()) for tensor in tensors):
+        (value,) = constants
+        return {0.0: ZEROS, 1.0: ONES}.get(value, Init("constant", value))
+    largest = max(tensors, key=Tensor.numel)
+    uniform = is_uniform(largest)
+    # relative standard error of a measured deviation: sqrt((kurtosis - 1) / 4 n), kurtosis 1.8 or 3
+    error = [math.sqrt((0.8 if uniform else 2.0) / (4 * tensor.numel())) for tensor in tensors]
+
+    def misfit(known: Init) -> float:
+        """In standard errors, of the tensor that it explains least."""
+        expected = (known.base_std(tuple(tensor.shape)) for tensor in tensors)
+        found = zip(map(deviation, tensors), expected, error, strict=True)
+        return max(abs(measured / std - 1) / each for measured, std, each in found)
+
+    best = min(known_inits(uniform, fans), key=misfit)
+    if misfit(best) <= STANDARD_ERRORS:
+        return best
+    if len({tensor.shape for tensor in base}) > 1 and fans:
+        raise ModelError(
+            f"{name}: the weights of its blocks differ in shape, and their init is none in common use: write its "
+            "ParameterRule by hand, see docs/your-model.md"
+        )
+    total = sum(tensor.numel() * deviation(tensor) ** 2 for tensor in base) / sum(map(Tensor.numel, base))
+    return Init("uniform" if uniform else "normal", math.sqrt(total))

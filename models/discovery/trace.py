@@ -1,0 +1,147 @@
+"""A forward pass as a graph of tensors: which operation made each one, from which, with which parameters."""
+
+import heapq
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from depthmup.models.errors import ModelError
+
+
+@dataclass(eq=False)
+class Node:
+    """One tensor of a forward pass."""
+
+    number: int  # in the order of the pass, so that inputs have smaller numbers
+    operation: str  # the torch function that made it, as "linear" or "__add__"; "input" for what the network is given
+    shape: torch.Size
+    inputs: tuple["Node", ...]
+    parameters: tuple[str, ...]  # that the operation itself takes
+    module: str  # the innermost one that was running
+    grouped: bool = False  # a convolution in groups
+    data: bool = False  # depends on the network's input
+    emitted_by: list[str] = field(default_factory=list)  # modules whose (first) output it is, inner ones first
+    readers: int = 0  # operations that take it
+
+
+class Recorder(TorchFunctionMode):
+    """Makes a Node of every tensor that a torch function returns."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.names = {id(parameter): name for name, parameter in network.named_parameters()}
+        self.nodes: list[Node] = []
+        self.of: dict[int, tuple[Tensor, Node]] = {}  # by id; the tensor is kept, so that its id stays its own
+        self.running = [""]
+
+    def node_of(self, tensor: Any) -> Node | None:
+        found = self.of.get(id(tensor))
+        return found[1] if found else None
+
+    def add(self, tensor: Tensor, operation: str, inputs: list[Node], parameters: list[str], grouped: bool) -> Node:
+        data = operation == "input" or any(node.data for node in inputs)
+        node = Node(
+            len(self.nodes), operation, tensor.shape, tuple(inputs), tuple(parameters), self.running[-1], grouped, data
+        )
+        for each in inputs:
+            each.readers += 1
+        self.nodes.append(node)
+        self.of[id(tensor)] = tensor, node
+        return node
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        inputs = list(dict.fromkeys(node for leaf in given if (node := self.node_of(leaf))))
+        parameters = [self.names[id(leaf)] for leaf in given if id(leaf) in self.names]
+        result = func(*args, **kwargs)
+        if inputs or parameters:
+            name = getattr(func, "__name__", str(func))
+            groups = kwargs.get("groups", args[6] if name.startswith("conv") and len(args) > 6 else 1)
+            changed = [args[0]] if name == "__setitem__" else tree_leaves(result)
+            for leaf in changed:
+                if isinstance(leaf, Tensor) and id(leaf) not in self.names:
+                    self.add(leaf, name, inputs, parameters, grouped=groups != 1)
+        return result
+
+    @contextmanager
+    def watching(self, network: nn.Module) -> Iterator[None]:
+        """Notes which module runs, and what each puts out."""
+
+        def enter(name: str) -> Any:
+            return lambda module, inputs: self.running.append(name)
+
+        def leave(name: str) -> Any:
+            def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+                self.running.pop()
+                first = output[0] if isinstance(output, tuple | list) and output else output
+                if isinstance(first, Tensor) and (node := self.node_of(first)):
+                    node.emitted_by.append(name)
+
+            return hook
+
+        handles: list[Any] = []
+        for name, module in network.named_modules():
+            if name:
+                handles += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave(name))]
+        try:
+            with self:
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def trace(network: nn.Module, inputs: tuple[Any, ...]) -> list[Node]:
+    """The tensors of `network(*inputs)` in order, computed on the meta device: shapes alone.
+
+    Raises ModelError where the pass fails there, as one whose control flow depends on the data does.
+    """
+    network = network.to("meta")
+    recorder = Recorder(network)
+    given = tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, inputs)
+    for leaf in tree_leaves(given):
+        if isinstance(leaf, Tensor):
+            recorder.add(leaf, "input", [], [], grouped=False)
+    try:
+        with torch.device("meta"), torch.no_grad(), recorder.watching(network):
+            network(*given)
+    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"{type(network).__name__} cannot be traced without data, as where its control flow depends on it "
+            f"({reason}): write its Roles by hand, see docs/your-model.md"
+        ) from error
+    return recorder.nodes
+
+
+@dataclass(frozen=True)
+class Fork:
+    """How two tensors came from what they have in common."""
+
+    common: set[Node]  # that both depend on; one of the two itself, where the other depends on it
+    left: set[Node]  # that the left one alone depends on, itself included
+    right: set[Node]
+
+
+def find_fork(left: Node, right: Node) -> Fork:
+    """Walks back from both tensors, the later nodes first, until all that is left to walk is common to them."""
+    sides = {left: 1, right: 2}  # bit 1: the left one depends on it; bit 2: the right one
+    heap = [(-node.number, node) for node in sides]
+    heapq.heapify(heap)
+    found: dict[int, set[Node]] = {1: set(), 2: set(), 3: set()}
+    while any(sides[node] != 3 for _, node in heap):
+        _, node = heapq.heappop(heap)
+        found[sides[node]].add(node)
+        for each in node.inputs:
+            if each not in sides:
+                heapq.heappush(heap, (-each.number, each))
+            sides[each] = sides.get(each, 0) | sides[node]
+    found[3].update(node for _, node in heap)
+    return Fork(found[3], found[1], found[2])

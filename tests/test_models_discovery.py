@@ -1,0 +1,287 @@
+"""Roles are found by looking at a network: the same as those written by hand, for networks of strangers too."""
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import depthmup.models.torchvision_ops  # noqa: F401  isort: skip  (must run before timm)
+from depthmup import models
+from depthmup.models import OptimizerConfig, ParameterizationConfig, Role, Roles, Size
+from depthmup.models.build import FAMILIES, build, check_own
+from depthmup.models.config import AnyModelConfig, ConvResNetConfig, ResNetConfig, VisionTransformerConfig
+from depthmup.models.coordinate_check import Settings, check_sizes
+from depthmup.models.discovery.find import find_roles
+from depthmup.models.discovery.growth import Builder
+from depthmup.models.errors import ModelError
+from depthmup.models.family import match_rules
+
+COMMON: dict[str, Any] = {"base_width": 16, "base_depth": 4, "num_classes": 10}
+VIT = VisionTransformerConfig(family="vit", width=32, depth=2, head_dim=16, patch_size=8, image_size=16, **COMMON)
+CONV_RESNET = ConvResNetConfig(width=8, depth=3, image_size=16, num_classes=10, base_width=8, base_depth=3)
+RESNET = ResNetConfig(width=16, depth=4, image_size=32, num_groups=8, **COMMON)
+FAMILIES_HERE: list[AnyModelConfig] = [
+    VIT,
+    replace(VIT, qk_norm=True, layer_scale=1e-2, class_token=False, global_pool="avg"),
+    replace(VIT, head_dim=None, num_heads=4),  # the head dim grows with width
+    CONV_RESNET,
+    replace(CONV_RESNET, norm="batch", convs_per_branch=2),
+    *(
+        replace(RESNET, norm=norm, preactivation=preactivation, block=block)
+        for norm, preactivation, block in (
+            ("batch", False, "basic"), ("none", False, "bottleneck"),
+            ("group", True, "bottleneck"), ("batch", True, "basic"),
+        )
+    ),
+]  # fmt: skip
+
+
+def builder_of(config: AnyModelConfig) -> Builder:
+    def build_at(width: int, depth: int) -> nn.Module:
+        sized = replace(config, width=width, depth=depth, base_width=width, base_depth=depth)
+        return build(sized, ParameterizationConfig(name="sp"), seed=0).network
+
+    return build_at
+
+
+@pytest.mark.parametrize("config", FAMILIES_HERE, ids=lambda config: f"{config.family}-{config.depth}")
+def test_roles_are_those_that_the_families_state_name_by_name(config: AnyModelConfig) -> None:
+    inputs = torch.zeros(2, 3, config.image_size, config.image_size)
+    found = find_roles(builder_of(config), inputs, config.width, config.depth)
+    network = builder_of(config)(config.width, 3 * config.depth)  # deeper than any that was looked at
+    names = [name for name, _ in network.named_parameters()]
+    by_hand = FAMILIES[config.family].roles(replace(config, depth=3 * config.depth))
+    stated, seen = match_rules(names, by_hand.parameters), match_rules(names, found.roles.parameters)
+    for name, parameter in network.named_parameters():
+        assert (seen[name].role, seen[name].decays) == (stated[name].role, stated[name].decays), name
+        if parameter.ndim > 1:  # of a bias that is drawn, the layer's fan is not in the bias's shape
+            shape = tuple(parameter.shape)
+            assert seen[name].init.base_std(shape) == pytest.approx(stated[name].init.base_std(shape)), name
+    assert found.roles.readout == by_hand.readout
+    assert blocks(found.roles, network) == blocks(by_hand, network)
+    assert count(found.roles.branches, network) == count(by_hand.branches, network)
+    assert bool(found.roles.queries) == (config.family == "vit" and config.head_dim is None)
+
+
+def blocks(roles: Roles, network: nn.Module) -> list[str]:
+    assert roles.blocks
+    return [name for name, _ in network.named_modules() if re.fullmatch(roles.blocks, name)]
+
+
+def count(slots: tuple[models.Slot, ...], network: nn.Module) -> int:
+    return sum(bool(re.fullmatch(slot.output, name)) for slot in slots for name, _ in network.named_modules())
+
+
+def test_a_scaled_family_has_the_same_multipliers_and_weights_as_with_roles_by_hand() -> None:
+    config = replace(VIT, width=64, depth=6, base_width=32, base_depth=2)
+    by_hand = build(config, ParameterizationConfig(name="depth_mup"), seed=3)
+    found = models.build_scaled(
+        builder_of(config), size=Size(width=64, depth=6), base=Size(width=32, depth=2),
+        inputs=torch.zeros(1, 3, 16, 16), seed=3,
+    )  # fmt: skip
+    images = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(found.network(images), by_hand.network(images))
+    optimizer = OptimizerConfig(name="adamw", lr=2**-8)
+    rates = [
+        sorted(group["lr"] for group in models.parameter_groups(each.network, each.rules, each.scale, optimizer))
+        for each in (found, by_hand)
+    ]
+    assert rates[0] == rates[1]
+
+
+class Mixer(nn.Module):
+    """A stranger's block: gated MLP and attention side by side, torch's attention, a gain, nested modules."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, width // 8, batch_first=True)
+        self.gated = nn.ModuleDict({"up": nn.Linear(width, 4 * width, bias=False), "down": nn.Linear(2 * width, width)})
+        self.gain = nn.Parameter(torch.full((width,), 0.5))
+        self.local = nn.Conv1d(width, width, 3, padding=1, groups=width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        a, b = self.gated["up"](y).chunk(2, dim=-1)
+        x = x + self.attention(y, y, y, need_weights=False)[0] + self.gated["down"](F.silu(a) * b) * self.gain
+        return x + self.local(torch.relu(x).transpose(1, 2)).transpose(1, 2)
+
+
+class Stranger(nn.Module):
+    def __init__(self, width: int, depth: int, block: Callable[[int], nn.Module] = Mixer) -> None:
+        super().__init__()
+        self.embed = nn.Linear(12, width)
+        self.position = nn.Parameter(torch.randn(1, 5, width) * 0.02)
+        self.body = nn.ModuleDict({"layers": nn.ModuleList(block(width) for _ in range(depth))})
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x) + self.position
+        for layer in self.body["layers"]:
+            x = layer(x)
+        return self.head(self.norm(x).mean(1))
+
+
+TOKENS = torch.zeros(2, 5, 12)
+
+
+def test_a_strangers_network_with_parallel_branches_attention_a_gate_and_a_depthwise_conv() -> None:
+    found = find_roles(Stranger, TOKENS, 16, 2).roles
+    rules = match_rules((name for name, _ in Stranger(32, 5).named_parameters()), found.parameters)
+    expected = {
+        "embed.weight": Role.INPUT, "embed.bias": Role.VECTOR, "position": Role.INPUT,
+        "norm.weight": Role.VECTOR, "head.weight": Role.READOUT, "head.bias": Role.SCALAR,
+        "body.layers.4.norm.weight": Role.BRANCH_VECTOR, "body.layers.4.gain": Role.BRANCH_VECTOR,
+        "body.layers.4.local.weight": Role.BRANCH_VECTOR, "body.layers.4.local.bias": Role.BRANCH_VECTOR,
+        "body.layers.4.attention.in_proj_weight": Role.BRANCH_HIDDEN,
+        "body.layers.4.attention.out_proj.weight": Role.BRANCH_HIDDEN,
+        "body.layers.4.gated.up.weight": Role.BRANCH_HIDDEN, "body.layers.4.gated.down.weight": Role.BRANCH_HIDDEN,
+        "body.layers.4.gated.down.bias": Role.BRANCH_VECTOR,
+    }  # fmt: skip
+    assert {name: rules[name].role for name in expected} == expected
+    ends = [slot.output for slot in found.branches]
+    assert [re.sub(r"\W+d\W+|\\", "", end.rpartition("d+)")[2]) for end in ends] == [
+        ".attention",
+        ".gated.down",
+        ".local",
+    ]
+    assert rules["body.layers.0.gain"].init == models.Init("constant", 0.5)
+
+
+def test_the_coordinate_check_passes_on_the_strangers_network() -> None:
+    base, roles = Size(width=32, depth=4), find_roles(Stranger, TOKENS, 32, 4).roles
+    parameterization = ParameterizationConfig(name="completep", beta=1 / 4)
+
+    def build_at(size: Size, seed: int) -> models.ScaledModel:
+        network = Stranger(size.width, size.depth)
+        return models.apply(parameterization, network, size=size, base=base, roles=roles, seed=seed)
+
+    def batch(seed: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn((16, 5, 12), generator=generator), torch.randint(10, (16,), generator=generator)
+
+    optimizer = OptimizerConfig(name="adamw", lr=2**-9)
+    lines = check_sizes(build_at, batch, base, optimizer, Settings(factors=(1, 2, 4), steps=2))
+    assert len(lines) == 48
+    assert [line for line in lines if line.verdict != "ok"] == []
+
+
+def test_what_is_printed_can_be_pasted() -> None:
+    found = find_roles(Stranger, TOKENS, 16, 2).roles
+    scope: dict[str, Any] = {name: getattr(models, name) for name in ("Init", "ParameterRule", "Role", "Roles", "Slot")}
+    exec(models.roles_code(found), scope)
+    assert scope["roles"] == found
+    check_own(Stranger(16, 2), scope["roles"])
+    table = models.roles_table(found)
+    assert re.search(r"layers\\.\\d\+\\.gain +branch_vector +constant 0.5", table)
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, end: str = "") -> None:
+        super().__init__()
+        self.end = end
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        if end == "narrow":
+            self.down = nn.Linear(8, width)
+            self.up = nn.Linear(width, 8)
+        if end == "heads":
+            self.qkv = nn.Linear(width, 3 * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.down(torch.relu(self.up(x)))
+        if self.end == "no stream":
+            return y
+        if self.end == "two nonlinear":
+            return torch.relu(self.down(torch.relu(self.up(x)))) + torch.tanh(y)
+        if self.end == "data":
+            return x + y if float(x.sum()) > 0 else x
+        if self.end == "sine":
+            return x + torch.sin(y)
+        if self.end == "heads":
+            q, k, v = self.qkv(x).chunk(3, dim=-1)
+            return x + y + F.scaled_dot_product_attention(q, k, v)
+        return x + y
+
+
+class Net(nn.Module):
+    def __init__(self, width: int, depth: int, end: str = "", change: Callable[["Net"], None] | None = None) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(12, width), nn.Linear(width, 10)
+        self.blocks = nn.ModuleList(Block(width, end) for _ in range(depth))
+        if change:
+            change(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+class TwoHeads(Net):
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__(width, depth)
+        self.other = nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([super().forward(x), self.other(self.embed(x))], dim=-1)
+
+
+def shared(net: Net) -> None:
+    for block in net.blocks[1:]:
+        block.up = net.blocks[0].up
+
+
+def grown(net: Net) -> None:
+    net.blocks[0].up.bias = nn.Parameter(torch.zeros(2 * net.embed.out_features))
+    net.positions = nn.Parameter(torch.zeros(len(net.blocks), 3))
+
+
+def odd(net: Net) -> None:
+    net.embed.extra = nn.Parameter(torch.zeros(net.embed.out_features + 4))
+
+
+BAD: dict[str, tuple[Builder, str]] = {
+    "ignores its width": (lambda width, depth: Net(16, depth), "ignores its width"),
+    "ignores its depth": (lambda width, depth: Net(width, 3), "ignores its depth"),
+    "no stream": (lambda width, depth: Net(width, depth, "no stream"), "no residual stream"),
+    "neither addend": (lambda width, depth: Net(width, depth, "two nonlinear"), "neither addend alone"),
+    "depends on data": (lambda width, depth: Net(width, depth, "data"), "control flow depends on"),
+    "no module at the end": (lambda width, depth: Net(width, depth, "sine"), "end it in a torch.nn.Identity"),
+    "fixed in a branch": (lambda width, depth: Net(width, depth, "narrow"), r"up\.weight reads what grows"),
+    "queries in a slice": (lambda width, depth: Net(width, depth, "heads"), "no module puts out the queries"),
+    "two readouts": (TwoHeads, "2 readouts: head.weight, other.weight"),
+    "shared weights": (lambda width, depth: Net(width, depth, change=shared), "are one parameter"),
+    "grows with depth": (lambda width, depth: Net(width, depth, change=grown), "positions .* grows with depth"),
+    "grows oddly": (lambda width, depth: Net(width, depth, change=odd), r"extra is of shape \(20,\).* \(36,\)"),
+    "unused": (
+        lambda width, depth: Net(width, depth, change=lambda net: setattr(net, "idle", nn.Linear(3, 3))),
+        "does not use idle.weight",
+    ),
+    "no module": (lambda width, depth: None, "a NoneType and no torch.nn.Module"),  # type: ignore[arg-type,return-value]
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_cannot_be_decided_is_refused_by_name(case: str) -> None:
+    builder, words = BAD[case]
+    with pytest.raises(ModelError, match=words):
+        find_roles(builder, torch.zeros(2, 12), 16, 2)
+
+
+def test_finding_the_roles_leaves_nothing_on_a_network_that_the_builder_gave() -> None:
+    given: list[nn.Module] = []
+
+    def build_at(width: int, depth: int) -> nn.Module:
+        given.append(Net(width, depth))
+        return given[-1]
+
+    find_roles(build_at, torch.zeros(2, 12), 16, 2)
+    assert len(given) == 3
+    assert not any(module._forward_hooks or module._forward_pre_hooks for net in given for module in net.modules())
