@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 from braceexpand import braceexpand
 
@@ -59,7 +60,8 @@ def locate(source: str, everywhere: bool) -> tuple[list[str], list[str]]:
                 path.name for kind in ("gz", "tgz", "bz2", "xz", "zip") for path in Path(source).glob(f"*.{kind}")
             )
             unpack = f" ({listed(packed)}: unpack them to .tar files first)" if packed else ""
-            raise UserError(f"{source}: no .tar files in it{unpack}. Make some with 'depthmup pack IMAGES {source}'")
+            make = f"Make some with: depthmup pack IMAGES {quote(source)}"
+            raise UserError(f"{source}: no .tar files in it{unpack}. {make}")
     else:
         shards = list(braceexpand(source))
     if missing := [shard for shard in shards if not storage.is_remote(shard) and not Path(shard).is_file()]:

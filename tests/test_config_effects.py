@@ -226,8 +226,9 @@ def test_every_field_of_a_model_acts_or_is_refused(section: Any) -> None:
                 try:
                     changed = computed({**SHAPE, **context, **BESIDE.get(key, {}), key: value})
                 except UserError as error:
-                    assert "would do nothing" in str(error)
-                    continue
+                    if "would do nothing" in str(error):
+                        continue
+                    raise
                 assert changed != base, (context, key, value)
                 acting.add(key)
     assert acting == all_of(section)
@@ -259,8 +260,9 @@ def test_every_field_of_train_that_is_identity_acts_or_is_refused(
                 try:
                     changed = observe({**context, key: value})
                 except UserError as error:
-                    assert "would do nothing" in str(error)
-                    continue
+                    if "would do nothing" in str(error):
+                        continue
+                    raise
                 assert changed != base, (context, key, value)
                 acting.add(key)
     assert acting == others.keys() - ({"batch_norm_images"} if norm == "none" else set())

@@ -1,5 +1,6 @@
 """Which split a shard or a folder belongs to: by whole words anywhere in its name, or as the user says."""
 
+import io
 import os
 import tarfile
 from pathlib import Path
@@ -213,6 +214,22 @@ def test_a_tar_whose_samples_do_not_stand_together_is_refused_with_the_cure(tmp_
         index_shards(str(tmp_path), processes=1)
 
 
+def test_the_cure_for_labels_after_all_images_works_as_it_is_printed(tmp_path):
+    folder = tmp_path / "my shards"
+    folder.mkdir()
+    write_tar(folder / "train-0.tar", [("0.jpg", b"image", None), ("1.jpg", b"image", None)])
+    with tarfile.open(folder / "train-0.tar", "a") as archive:
+        for number in range(2):
+            label = tarfile.TarInfo(f"{number}.cls")
+            label.size = 1
+            archive.addfile(label, io.BytesIO(b"0"))
+    with pytest.raises(UserError, match="must be adjacent") as refused:
+        index_shards(str(folder), processes=1)
+    assert os.system(f"cd '{folder}' && {str(refused.value).partition('Sort it: ')[2]}") == 0
+    (folder / "train-0.tar").unlink()
+    assert index_shards(str(folder), processes=1).describe() == "2 samples in 1 shard"
+
+
 @pytest.mark.parametrize(
     ("start", "kind"), [(b"\x1f\x8b\x08\0", "gzip"), (b"PK\x03\x04", "zip"), (b"7z\xbc\xaf", "7z"), (b"Rar!", "rar")]
 )
@@ -233,14 +250,14 @@ def test_a_folder_of_compressed_tars_is_refused_with_the_cure(tmp_path):
 
 
 def test_shards_that_cannot_be_written_beside_are_refused_with_the_cure_which_works(tmp_path, monkeypatch):
-    folder, writable = shards(tmp_path / "shards", "train/0.tar", "val/0.tar"), os.access
+    folder, writable = shards(tmp_path / "my shards", "train/0.tar", "val/0.tar"), os.access
 
     def read_only(path, mode):
         return writable(path, mode) and not Path(path).is_relative_to(folder)
 
     monkeypatch.setattr(os, "access", read_only)
     with pytest.raises(
-        UserError, match=r"cannot be written.*cp -rs \S+shards links && depthmup index links"
+        UserError, match=r"cannot be written.*cp -rs '\S+my shards' links && depthmup index links"
     ) as refused:
         index_shards(str(folder), processes=1)
     command = str(refused.value).partition("index that: ")[2].partition(" && ")[0]
