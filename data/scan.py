@@ -274,6 +274,8 @@ def index_shards(
         if source.endswith(".tar") or storage.is_remote(source):
             raise UserError(f"{source}: say with --out in which folder its index shall be written")
         raise UserError(f"{source}: no such folder. Name a folder of .tar files, or tars as in 'a-{{000..099}}.tar'")
+    if empty := next((number for number, name in enumerate(classes, 1) if not name.strip()), None):
+        raise UserError(f"{source}: the name of class {empty} is empty: give each class a line of its own")
     folder = Path(out or source)
     found = find_shards(source, folder, train, val)
     locations, names = found.locations, found.names

@@ -39,6 +39,9 @@ def splits_of(index: Index) -> dict[str, list[str]]:
         ("val/00001.tar", "val"),
         ("val2017.tar", "val"),
         ("Test.tar", "test"),
+        ("images-validate-0.tar", "validate"),
+        ("holdout/0.tar", "holdout"),
+        ("valset-0.tar", "valset"),
         ("training/0.tar", "train"),
         ("test/imagenet-train-0.tar", "train"),
         ("valley-000.tar", None),
@@ -91,6 +94,7 @@ def test_a_folder_of_a_split_says_nothing_else():
             ["2 shards of test, where val is the validation split"],
         ),
         (["train-0.tar", "test-0.tar"], ["train-0.tar"], ["test-0.tar"], []),
+        (["images-0.tar", "images-validate-0.tar"], ["images-0.tar"], ["images-validate-0.tar"], []),
         (["0.tar", "test-0.tar"], ["0.tar"], ["test-0.tar"], []),
         (
             ["train-0.tar", "valley-0.tar", "other/0.tar"],
@@ -185,6 +189,17 @@ def test_classes_without_a_name_are_refused_but_not_a_single_bad_label(tmp_path)
         index_shards(str(tmp_path), classes=["a", "b", "c"], processes=1)
     write_tar(tmp_path / "train-0.tar", [*samples, ("bad.jpg", b"image", b"99")])
     assert index_shards(str(tmp_path), classes=list("abcde"), processes=1).classes == tuple("abcde")
+
+
+def test_names_of_classes_are_those_of_the_file_however_it_was_saved(tmp_path):
+    shards(tmp_path / "shards", "train-0.tar")
+    (tmp_path / "names.txt").write_bytes(b"\xef\xbb\xbfcat\r\ndog\r\n\r\n")
+    said = CliRunner().invoke(cli, ["index", str(tmp_path / "shards"), "--classes", str(tmp_path / "names.txt")])
+    assert "train has 2 classes: cat 2, dog 2\n" in said.output
+    assert Index.load(tmp_path / "shards").classes == ("cat", "dog")
+    (tmp_path / "shards" / "index.json").unlink()
+    with pytest.raises(UserError, match="the name of class 2 is empty"):
+        index_shards(str(tmp_path / "shards"), classes=["cat", "", "dog"], processes=1)
 
 
 def tar_of(path: Path, *members: str) -> None:
@@ -344,6 +359,16 @@ def test_the_user_says_which_folders_are_which_split(tmp_path):
     assert "1 file left out: in old" in result.output
     again = CliRunner().invoke(cli, ["pack", source, str(tmp_path / "s"), "--train", "learn", "--val", "old"])
     assert "holds another pack" in str(again.exception)
+
+
+def test_a_split_of_one_class_with_a_number_for_its_name_keeps_it(tmp_path):
+    source = images(tmp_path / "images", "train/1/1.jpg", "train/10/2.jpg", "val/1/3.jpg")
+    index, left_out = pack(source, tmp_path / "shards")
+    assert (index.describe("train"), index.describe("val"), left_out) == (
+        "2 samples in 1 shard",
+        "1 sample in 1 shard",
+        [],
+    )
 
 
 def test_a_tar_beside_images_does_not_make_shards_of_them(tmp_path):
