@@ -95,7 +95,7 @@ def test_python_m_train_expands_its_paths(
             train_command.main()
         assert ended.value.code == code
     assert asked == [Path("/place/run")]
-    assert capsys.readouterr().err == "error: $NOWHERE/run: the variable NOWHERE is not set (a dollar sign itself is $$)\n"
+    assert capsys.readouterr().err.startswith("error: $NOWHERE/run: the variable NOWHERE is not set")
 
 
 def test_paths_on_the_command_line_are_expanded(home_folder: Path, study_file: Path) -> None:
