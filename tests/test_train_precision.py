@@ -86,7 +86,7 @@ def test_the_residual_stream_of_a_pack_is_fp32_too(name: str) -> None:
             lambda module, inputs, output: types.update({inputs[0].dtype, output.dtype})
         )
     replicas.forward(torch.randn(1, 4, 1, config.model.image_size, config.model.image_size))
-    assert types <= {torch.float32}
+    assert types == {torch.float32}
 
 
 def test_precisions_are_what_is_stated_on_every_device(monkeypatch: pytest.MonkeyPatch) -> None:
