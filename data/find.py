@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 from braceexpand import braceexpand
 
@@ -37,7 +38,7 @@ def tars_of_folder(folder: Path, everywhere: bool) -> tuple[list[str], list[str]
     for inside in sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name)):
         if everywhere or says_split(inside.name):
             found += tars_in(inside)
-        elif any(inside.glob("*.tar")):
+        elif any(inside.glob("*.tar")) or any(inside.glob("*/*.tar")):
             others.append(inside.name)
     return found, others
 
@@ -47,9 +48,11 @@ def locate(source: str, everywhere: bool) -> tuple[list[str], list[str]]:
 
     Raises UserError when there are none.
     """
-    others: list[str] = []
+    left_out: list[str] = []
     if not storage.is_remote(source) and Path(source).is_dir():
         shards, others = tars_of_folder(Path(source), everywhere)
+        if others:
+            left_out.append(f"the shards in {listed(others)}, whose names say no split ({HOW_TO_SAY})")
         if not shards and others:
             raise UserError(
                 f"{source}: no .tar files in it, but in {listed(others)}: index each of these, or {HOW_TO_SAY}"
@@ -59,12 +62,13 @@ def locate(source: str, everywhere: bool) -> tuple[list[str], list[str]]:
                 path.name for kind in ("gz", "tgz", "bz2", "xz", "zip") for path in Path(source).glob(f"*.{kind}")
             )
             unpack = f" ({listed(packed)}: unpack them to .tar files first)" if packed else ""
-            raise UserError(f"{source}: no .tar files in it{unpack}. Make some with 'depthmup pack IMAGES {source}'")
+            make = f"Make some with: depthmup pack IMAGES {quote(source)}"
+            raise UserError(f"{source}: no .tar files in it{unpack}. {make}")
     else:
         shards = list(braceexpand(source))
     if missing := [shard for shard in shards if not storage.is_remote(shard) and not Path(shard).is_file()]:
         raise UserError(f"{missing[0]}: no such file")
-    return shards, [f"the shards in {listed(others)}, whose names say no split ({HOW_TO_SAY})"] if others else []
+    return shards, left_out
 
 
 def name_in(folder: Path, location: str) -> str:

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import numpy as np
@@ -83,9 +84,9 @@ def no_index(root: str) -> str:
     if storage.is_remote(root):
         return f"{storage.join(root, INDEX_NAME)}: no such file. Make it with 'depthmup index PATTERN --out FOLDER'"
     if any(Path(root).glob("*.tar")) or any(Path(root).glob("*/*.tar")):
-        return f"{root}: .tar files, but no {INDEX_NAME}. Make it with 'depthmup index {root}'"
+        return f"{root}: .tar files, but no {INDEX_NAME}. Make it with: depthmup index {quote(root)}"
     found = f"no {INDEX_NAME} and no .tar files in it" if Path(root).is_dir() else "no such folder"
-    return f"{root}: {found}. Make shards from images with 'depthmup pack IMAGES {root}', or set data.source"
+    return f"{root}: {found}. Make shards from images (depthmup pack IMAGES {quote(root)}), or set data.source"
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ class Index:
         if "train" not in self.splits or not (found := describe_class_order(self.labels("train"))):
             return None
         remote = any(storage.is_remote(self.location(shard)) for shard in self.splits["train"])
-        source = "FOLDER, once the shards are copied there," if remote else self.root
+        source = "FOLDER, once the shards are copied there," if remote else quote(self.root)
         return f"train: {found}. Shuffle them: depthmup pack {source} OUT"
 
     def location(self, shard: Shard) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from shlex import quote
 from typing import Any, TypeVar
 
 import numpy as np
@@ -122,7 +123,7 @@ def not_samples(location: str, imageless: Sequence[str], keys: Collection[str], 
     if apart := next((key for key in imageless if key in keys), None):
         return UserError(
             f"{location}: members of a sample must be adjacent, but those of {apart} are not (labels after all images, "
-            f"or a tar that was not sorted?). Sort it: mkdir unpacked && tar -xf {location} -C unpacked && "
+            f"or a tar that was not sorted?). Sort it: mkdir unpacked && tar -xf {quote(location)} -C unpacked && "
             "tar --sort=name -cf sorted.tar -C unpacked ."
         )
     return UserError(f"{location}: {imageless[0]} has no image ({', '.join(IMAGE_EXTENSIONS)})")
@@ -219,7 +220,7 @@ def check_writable(folder: Path, found: FoundShards) -> None:
         if not os.access(place, os.W_OK):
             raise UserError(
                 f"{place}: cannot be written, but the index of a shard lies beside it. Make a folder of links and "
-                f"index that: cp -rs {folder.resolve()} links && depthmup index links"
+                f"index that: cp -rs {quote(str(folder.resolve()))} links && depthmup index links"
             )
 
 
@@ -275,13 +276,15 @@ def index_shards(
         if source.endswith(".tar") or storage.is_remote(source):
             raise UserError(f"{source}: say with --out in which folder its index shall be written")
         raise UserError(f"{source}: no such folder. Name a folder of .tar files, or tars as in 'a-{{000..099}}.tar'")
+    if empty := next((number for number, name in enumerate(classes, 1) if not name.strip()), None):
+        raise UserError(f"{source}: the name of class {empty} is empty: give each class a line of its own")
     folder = Path(out or source)
     found = find_shards(source, folder, train, val)
     locations, names = found.locations, found.names
     if outside := next((at for at, name in zip(locations, names, strict=True) if Path(name).parts[0] == ".."), None):
         raise UserError(
             f"{outside}: not in {folder}, the folder for the index, as shards must be. Leave out --out, name a folder "
-            f"above the shards, or link to them there (ln -s) and index that: depthmup index {folder}"
+            f"above the shards, or link to them there (ln -s) and index that: depthmup index {quote(str(folder))}"
         )
     if len({sidecar(str(folder), name) for name in names}) < len(names):
         raise UserError(f"{source}: two shards have the same name; index them into folders of their own")

@@ -185,7 +185,8 @@ def find_splits(folders: Collection[tuple[str, ...]], has_list: bool) -> dict[st
 def class_depth(folders: Collection[tuple[str, ...]]) -> int:
     """How many folders of a split stand above its classes: 1 where all lies in one called images or the like."""
     inside = {path[0] for path in folders if path}
-    return int(len(inside) == 1 and {*words_of(min(inside))} <= CONTENTS)
+    words = words_of(min(inside)) if len(inside) == 1 else []
+    return int(bool(words) and {*words} <= CONTENTS)  # a folder called 1 has no word: it is a class
 
 
 def place(
@@ -263,9 +264,10 @@ def shards_as_source(source: str, train: Sequence[str], val: Sequence[str], proc
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file in UTF-8. Raises UserError when it is none."""
+    """The lines of a text file in UTF-8, without a byte order mark and empty lines at its end. Raises UserError when it
+    is none."""
     try:
-        return path.read_text("utf-8").splitlines()
+        return path.read_text("utf-8-sig").rstrip().splitlines()
     except UnicodeDecodeError:
         raise UserError(f"{path}: no text file in UTF-8") from None
 

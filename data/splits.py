@@ -8,10 +8,16 @@ from pathlib import PurePosixPath
 
 from depthmup.data.errors import UserError
 
-TRAINING = ("train", "training")
-VALIDATION = ("val", "valid", "validation", "dev", "eval", "evaluation", "test", "testing")  # the first that is there
+TRAINING = ("train", "training", "trainset", "trn")
+VALIDATION = (  # the first that is there
+    *("val", "vals", "valset", "valid", "validate", "validation", "validations", "holdout", "heldout", "minival"),
+    *("dev", "devset", "eval", "evaluation", "test", "tests", "testset", "testing", "tst"),
+)
 CONTENTS = {"image", "images", "img", "imgs", "jpeg", "jpegs", "jpg", "pictures", "photos", "data", "set", "split"}
-SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
+SYSTEM_FOLDERS = {
+    *("__MACOSX", "__pycache__", "@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN", "System Volume Information"),
+    "lost+found",
+}
 HOW_TO_SAY = "say it with --train PATTERN and --val PATTERN"
 
 

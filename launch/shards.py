@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,8 +34,11 @@ def reporter(shown: "Display", unit: str) -> Callable[[int, int], None]:
     return report
 
 
-def print_index(index: "Index", console: "Console", unchanged: str | None) -> None:
-    """What a command has made, or that it was `unchanged` ('packed', 'indexed') already."""
+def print_index(index: "Index", console: "Console", left_out: Sequence[str], unchanged: str | None) -> None:
+    """Lines about what is `left_out`, and what a command has made, or that it was `unchanged` ('packed', 'indexed')
+    already."""
+    for line in left_out:
+        console.print(line, highlight=False, markup=False)
     if unchanged:
         console.print(f"already {unchanged}: {index.describe()}", highlight=False)
     for split in () if unchanged else index.splits:
@@ -121,9 +124,7 @@ def pack(
             processes=processes,
             progress=reporter(shown, "images"),
         )
-    for line in left_out:
-        console.print(line, highlight=False, markup=False)
-    print_index(index, console, "packed" if packed_before else None)
+    print_index(index, console, left_out, "packed" if packed_before else None)
 
 
 @click.command(epilog="Example: depthmup index 's3://bucket/train-{000000..001299}.tar' --out shards/imagenet")
@@ -171,9 +172,7 @@ def index(
             progress=reporter(shown, "shards"),
             say=left_out.append,
         )
-    for line in left_out:
-        console.print(line, highlight=False, markup=False)
-    print_index(made, console, "indexed" if indexed_before else None)
+    print_index(made, console, left_out, "indexed" if indexed_before else None)
     if order := made.class_order():
         console.print(order, highlight=False, markup=False)
 

@@ -95,8 +95,6 @@ class MuonWithAdamW(torch.optim.Optimizer):
     of groups, one state, one checkpoint."""
 
     def __init__(self, groups: list[dict[str, Any]], config: OptimizerConfig, fused: bool | None) -> None:
-        if not hasattr(torch.optim, "Muon"):
-            raise ModelError(f"optimizer.name muon needs torch 2.9 or newer, this is {torch.__version__}: use adamw")
         super().__init__(groups, {"lr": config.lr})
         muon = [group for group in self.param_groups if group["algorithm"] == "muon"]
         adamw = [group for group in self.param_groups if group["algorithm"] == "adamw"]

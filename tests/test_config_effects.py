@@ -1,8 +1,9 @@
-"""A setting either changes what is trained, or is refused: every field of three sections, in every kind of run."""
+"""A setting either changes what is trained, or is refused: every field of five sections, in every kind of run."""
 
 from dataclasses import fields
 from functools import cache
-from itertools import pairwise, product
+from itertools import count, pairwise, product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +12,19 @@ import torch
 from depthmup.data.errors import UserError
 from depthmup.launch.config import StudyFile
 from depthmup.models.build import ScaledModel, build
-from depthmup.models.config import OptimizerConfig, ParameterizationConfig
+from depthmup.models.config import (
+    ConvResNetConfig,
+    OptimizerConfig,
+    ParameterizationConfig,
+    ResNetConfig,
+    VisionTransformerConfig,
+)
 from depthmup.models.errors import ModelError
 from depthmup.models.optimizer import build_optimizer, parameter_groups
-from depthmup.train.config import RunConfig, ScheduleConfig, from_plain
+from depthmup.train.config import RunConfig, ScheduleConfig, TrainConfig, from_plain
+from depthmup.train.loop import run as train
 from depthmup.train.schedule import schedule, set_learning_rate
+from train_configs import timeless_metrics
 
 MODEL = {
     **{"family": "vit", "width": 16, "depth": 4, "base_width": 8, "base_depth": 2, "num_heads": 2, "patch_size": 4},
@@ -39,7 +48,39 @@ OTHER: dict[Any, dict[str, tuple[Any, ...]]] = {  # than the default, or than wh
         **{"weight_decay_scaling": (0.5,), "beta": (0.5,), "gamma0": (2.0,)},
     },
     ScheduleConfig: {"name": SCHEDULES, "warmup": (0.3,), "decay": (0.4,)},
+    TrainConfig: {
+        **{"samples": (96,), "global_batch_size": (64,), "label_smoothing": (0.1,), "clip_norm": (0.01,)},
+        **{"drop_path": (0.5,), "ema": (0.5,), "precision": ("bf16",), "bf16_residual": (True,)},
+        **{"batch_norm_images": (8,), "evaluate": ([],)},
+    },
 }
+SHAPE = {"width": 64, "depth": 8, "base_width": 64, "base_depth": 4, "num_classes": 10, "image_size": 8}
+OF_ANY_MODEL: dict[str, tuple[Any, ...]] = {
+    **{"width": (32,), "depth": (4,), "base_width": (32,), "base_depth": (8,), "num_classes": (5,)},
+    **{"image_size": (16,), "in_channels": (1,)},
+}
+OF_MODEL: dict[Any, tuple[list[dict[str, Any]], dict[str, tuple[Any, ...]]]] = {  # contexts, and other values
+    VisionTransformerConfig: (
+        [{"family": "vit", "num_heads": 2, "patch_size": 4}],
+        {
+            **{"timm_name": ("vit_base_patch16_clip_224",), "head_dim": (4,), "num_heads": (4,), "patch_size": (2,)},
+            **{"mlp_ratio": (2.0,), "qk_norm": (True,), "class_token": (False,), "global_pool": ("avg",)},
+            **{"layer_scale": (0.1,)},
+        },
+    ),
+    ResNetConfig: (
+        [{"family": "resnet", "norm": norm} for norm in ("batch", "group", "none")],
+        {
+            **{"block": ("bottleneck",), "blocks": ([3, 1, 2, 2],), "preactivation": (True,)},
+            **{"norm": ("batch", "group", "none"), "num_groups": (8,)},
+        },
+    ),
+    ConvResNetConfig: (
+        [{"family": "conv_resnet", "num_stages": 2}],
+        {"num_stages": (4,), "convs_per_branch": (2,), "norm": ("batch", "layer")},
+    ),
+}
+BESIDE: dict[str, dict[str, Any]] = {"head_dim": {"num_heads": None}, "class_token": {"global_pool": "avg"}}
 
 
 REFUSED = {
@@ -156,6 +197,77 @@ def test_every_field_of_the_schedule_acts_or_is_refused() -> None:
     assert acting == all_of(ScheduleConfig)
 
 
+def computed(model: dict[str, Any]) -> tuple[Any, ...]:
+    """All that a model section can change: factors, and the logits of the initial network."""
+    raw = {
+        **{"model": model, "optimizer": {"lr": 0.01}, "data": {"name": "x", "root": "x", "num_streams": 4}},
+        "train": {"samples": 4, "global_batch_size": 4},
+    }
+    run = from_plain(RunConfig, raw, "test")
+    scaled = build(run.model, run.parameterization, seed=0)
+    factors = [group["lr"] for group in parameter_groups(scaled.network, scaled.rules, scaled.scale, run.optimizer)]
+    images = torch.randn(4, run.model.in_channels, *[run.model.image_size] * 2, generator=torch.Generator())
+    logits = scaled.network(images).detach().numpy()
+    return {name: multiplier.value for name, multiplier in scaled.multipliers.items()}, factors, logits.tobytes()
+
+
+@pytest.mark.parametrize("section", OF_MODEL)
+def test_every_field_of_a_model_acts_or_is_refused(section: Any) -> None:
+    contexts, others = OF_MODEL[section]
+    others = {**OF_ANY_MODEL, **others}
+    assert {"family", *others} == all_of(section)
+    acting = {"family"}
+    for context in contexts:
+        base = computed({**SHAPE, **context})
+        for key, values in others.items():
+            for value in values:
+                if value == context.get(key):
+                    continue
+                try:
+                    changed = computed({**SHAPE, **context, **BESIDE.get(key, {}), key: value})
+                except UserError as error:
+                    if "would do nothing" in str(error):
+                        continue
+                    raise
+                assert changed != base, (context, key, value)
+                acting.add(key)
+    assert acting == all_of(section)
+
+
+@pytest.mark.parametrize("norm", ["none", "batch"])
+def test_every_field_of_train_that_is_identity_acts_or_is_refused(
+    norm: str, run_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    numbers = count()
+    steps = {"samples": 64, "global_batch_size": 32, "device": "cpu", "log_every": 1}
+
+    def observe(settings: dict[str, Any]) -> tuple[Any, ...]:
+        raw = {**run_settings, "model": {**run_settings["model"], "norm": norm}, "train": {**steps, **settings}}
+        directory = tmp_path / str(next(numbers))
+        result = train(from_plain(RunConfig, raw, "test"), directory)
+        weights = [path.read_bytes() for path in sorted(directory.glob("*.safetensors"))]
+        return {key: result[key] for key in result if "loss" in key}, timeless_metrics(directory), weights
+
+    others = OTHER[TrainConfig]
+    assert set(others) == {field.name for field in fields(TrainConfig) if field.metadata.get("identity", True)}
+    acting = set()
+    for context in ({}, {"precision": "bf16"}):
+        base = observe(context)
+        for key, values in others.items():
+            for value in values:
+                if value == context.get(key):
+                    continue
+                try:
+                    changed = observe({**context, key: value})
+                except UserError as error:
+                    if "would do nothing" in str(error):
+                        continue
+                    raise
+                assert changed != base, (context, key, value)
+                acting.add(key)
+    assert acting == others.keys() - ({"batch_norm_images"} if norm == "none" else set())
+
+
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
@@ -166,18 +278,26 @@ def test_every_field_of_the_schedule_acts_or_is_refused() -> None:
             {"parameterization": {"weight_decay_scaling": 0.5}},
             "weight_decay_scaling would do nothing under adamw with ind",
         ),
+        ({"model": {"family": "resnet", "num_groups": 8}}, r"model\.num_groups would do nothing: model\.norm is batch"),
+        ({"train": {"bf16_residual": True}}, "train: bf16_residual would do nothing: precision is fp32"),
+        ({"parallel": {"zero_stage": 3}}, "zero_stage would do nothing: engine is auto; .*or use engine deepspeed"),
         ({"schedule": {"decay": 0.3}}, "decay would do nothing: cosine has none; leave it out, or use wsd"),
         (
             {"schedule": {"name": "wsd", "warmup": 0.5, "decay": 0.75}},
             "warmup 0.5 and decay 0.75 are more than the whole",
         ),
     ],
-    ids=range(6),
+    ids=range(9),
 )
 def test_what_would_do_nothing_is_refused_in_one_line_with_what_to_do(sections: dict[str, Any], message: str) -> None:
-    optimizer = {"lr": 0.01, **sections.get("optimizer", {})}
+    raw: dict[str, Any] = {
+        **{"model": MODEL, "optimizer": {"lr": 0.01}, "data": {"name": "x", "root": "x", "num_streams": 4}},
+        "train": {"samples": 80, "global_batch_size": 4},
+    }
+    if "model" in sections:
+        raw["model"] = SHAPE
     with pytest.raises(UserError, match=message) as error:
-        run_of(optimizer, sections.get("parameterization", {}), sections.get("schedule", {}))
+        from_plain(RunConfig, {**raw, **{key: {**raw.get(key, {}), **sections[key]} for key in sections}}, "test")
     assert "\n" not in str(error.value)
 
 

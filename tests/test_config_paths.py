@@ -1,6 +1,7 @@
 """What users write outside of any shell: ~ and $VAR in paths, keys, numbers, lists, pipes, names of profiles."""
 
 import os
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from depthmup.launch.cli import cli
 from depthmup.launch.config import find_profile, read_run, read_study, read_study_or_run
 from depthmup.launch.runs.cost import cache_file
 from depthmup.launch.runs.study import Study
+from depthmup.train import __main__ as train_command
 from depthmup.train.config import RunConfig, from_plain, read_yaml, to_yaml
 from depthmup.train.yaml_text import dump_yaml, load_yaml
 
@@ -78,6 +80,22 @@ def test_every_path_of_a_configuration_is_expanded_and_is_the_same_when_it_is_re
         with pytest.raises(UserError, match="the variable NOWHERE is not set") as error:
             read_study(study_file, (override,))
         assert "\n" not in str(error.value)
+
+
+def test_python_m_train_expands_its_paths(
+    home_folder: Path, study_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (home_folder / "study.yaml").write_text(study_file.read_text())
+    asked: list[Path] = []
+    monkeypatch.setattr(train_command, "train", lambda config, directory: asked.append(directory.path) or 0)
+    monkeypatch.setattr(train_command, "leave", sys.exit)
+    for directory, code in (("$PLACE/run", 0), ("$NOWHERE/run", 2)):
+        monkeypatch.setattr(sys, "argv", ["train", "~/study.yaml", directory])
+        with pytest.raises(SystemExit) as ended:
+            train_command.main()
+        assert ended.value.code == code
+    assert asked == [Path("/place/run")]
+    assert capsys.readouterr().err.startswith("error: $NOWHERE/run: the variable NOWHERE is not set")
 
 
 def test_paths_on_the_command_line_are_expanded(home_folder: Path, study_file: Path) -> None:

@@ -392,10 +392,12 @@ def test_a_missing_folder_and_one_without_shards_are_told_apart_with_the_way_on(
     (tmp_path / "empty").mkdir()
     pack(str(make_folder(tmp_path / "images", 9)), tmp_path / "shards")
     (tmp_path / "shards" / "index.json").unlink()
+    with pytest.raises(UserError, match=r"\(depthmup pack IMAGES '\S+/a folder'\)"):
+        Index.load(tmp_path / "a folder")
     for name, of_index, of_inspect in (
         ("nowhere", "no such folder. Name a folder of .tar files", "no such folder. Make shards"),
         ("empty", "no .tar files in it. Make some", "no index.json and no .tar files in it. Make shards"),
-        ("shards", None, "shards: .tar files, but no index.json. Make it with 'depthmup index"),
+        ("shards", None, "shards: .tar files, but no index.json. Make it with: depthmup index"),
     ):
         with pytest.raises(UserError, match=of_inspect):
             Index.load(tmp_path / name)

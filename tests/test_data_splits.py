@@ -1,5 +1,6 @@
 """Which split a shard or a folder belongs to: by whole words anywhere in its name, or as the user says."""
 
+import io
 import os
 import tarfile
 from pathlib import Path
@@ -38,6 +39,9 @@ def splits_of(index: Index) -> dict[str, list[str]]:
         ("val/00001.tar", "val"),
         ("val2017.tar", "val"),
         ("Test.tar", "test"),
+        ("images-validate-0.tar", "validate"),
+        ("holdout/0.tar", "holdout"),
+        ("valset-0.tar", "valset"),
         ("training/0.tar", "train"),
         ("test/imagenet-train-0.tar", "train"),
         ("valley-000.tar", None),
@@ -90,6 +94,7 @@ def test_a_folder_of_a_split_says_nothing_else():
             ["2 shards of test, where val is the validation split"],
         ),
         (["train-0.tar", "test-0.tar"], ["train-0.tar"], ["test-0.tar"], []),
+        (["images-0.tar", "images-validate-0.tar"], ["images-0.tar"], ["images-validate-0.tar"], []),
         (["0.tar", "test-0.tar"], ["0.tar"], ["test-0.tar"], []),
         (
             ["train-0.tar", "valley-0.tar", "other/0.tar"],
@@ -186,6 +191,17 @@ def test_classes_without_a_name_are_refused_but_not_a_single_bad_label(tmp_path)
     assert index_shards(str(tmp_path), classes=list("abcde"), processes=1).classes == tuple("abcde")
 
 
+def test_names_of_classes_are_those_of_the_file_however_it_was_saved(tmp_path):
+    shards(tmp_path / "shards", "train-0.tar")
+    (tmp_path / "names.txt").write_bytes(b"\xef\xbb\xbfcat\r\ndog\r\n\r\n")
+    said = CliRunner().invoke(cli, ["index", str(tmp_path / "shards"), "--classes", str(tmp_path / "names.txt")])
+    assert "train has 2 classes: cat 2, dog 2\n" in said.output
+    assert Index.load(tmp_path / "shards").classes == ("cat", "dog")
+    (tmp_path / "shards" / "index.json").unlink()
+    with pytest.raises(UserError, match="the name of class 2 is empty"):
+        index_shards(str(tmp_path / "shards"), classes=["cat", "", "dog"], processes=1)
+
+
 def tar_of(path: Path, *members: str) -> None:
     with tarfile.open(path, "w") as archive:
         for name in members:
@@ -213,6 +229,22 @@ def test_a_tar_whose_samples_do_not_stand_together_is_refused_with_the_cure(tmp_
         index_shards(str(tmp_path), processes=1)
 
 
+def test_the_cure_for_labels_after_all_images_works_as_it_is_printed(tmp_path):
+    folder = tmp_path / "my shards"
+    folder.mkdir()
+    write_tar(folder / "train-0.tar", [("0.jpg", b"image", None), ("1.jpg", b"image", None)])
+    with tarfile.open(folder / "train-0.tar", "a") as archive:
+        for number in range(2):
+            label = tarfile.TarInfo(f"{number}.cls")
+            label.size = 1
+            archive.addfile(label, io.BytesIO(b"0"))
+    with pytest.raises(UserError, match="must be adjacent") as refused:
+        index_shards(str(folder), processes=1)
+    assert os.system(f"cd '{folder}' && {str(refused.value).partition('Sort it: ')[2]}") == 0
+    (folder / "train-0.tar").unlink()
+    assert index_shards(str(folder), processes=1).describe() == "2 samples in 1 shard"
+
+
 @pytest.mark.parametrize(
     ("start", "kind"), [(b"\x1f\x8b\x08\0", "gzip"), (b"PK\x03\x04", "zip"), (b"7z\xbc\xaf", "7z"), (b"Rar!", "rar")]
 )
@@ -233,14 +265,14 @@ def test_a_folder_of_compressed_tars_is_refused_with_the_cure(tmp_path):
 
 
 def test_shards_that_cannot_be_written_beside_are_refused_with_the_cure_which_works(tmp_path, monkeypatch):
-    folder, writable = shards(tmp_path / "shards", "train/0.tar", "val/0.tar"), os.access
+    folder, writable = shards(tmp_path / "my shards", "train/0.tar", "val/0.tar"), os.access
 
     def read_only(path, mode):
         return writable(path, mode) and not Path(path).is_relative_to(folder)
 
     monkeypatch.setattr(os, "access", read_only)
     with pytest.raises(
-        UserError, match=r"cannot be written.*cp -rs \S+shards links && depthmup index links"
+        UserError, match=r"cannot be written.*cp -rs '\S+my shards' links && depthmup index links"
     ) as refused:
         index_shards(str(folder), processes=1)
     command = str(refused.value).partition("index that: ")[2].partition(" && ")[0]
@@ -327,6 +359,16 @@ def test_the_user_says_which_folders_are_which_split(tmp_path):
     assert "1 file left out: in old" in result.output
     again = CliRunner().invoke(cli, ["pack", source, str(tmp_path / "s"), "--train", "learn", "--val", "old"])
     assert "holds another pack" in str(again.exception)
+
+
+def test_a_split_of_one_class_with_a_number_for_its_name_keeps_it(tmp_path):
+    source = images(tmp_path / "images", "train/1/1.jpg", "train/10/2.jpg", "val/1/3.jpg")
+    index, left_out = pack(source, tmp_path / "shards")
+    assert (index.describe("train"), index.describe("val"), left_out) == (
+        "2 samples in 1 shard",
+        "1 sample in 1 shard",
+        [],
+    )
 
 
 def test_a_tar_beside_images_does_not_make_shards_of_them(tmp_path):

@@ -76,6 +76,17 @@ NODES = ("launch.cluster=slurm", "launch.nodes=4", "launch.gpus_per_node=8")
         ),
         (("launch.cluster=slurm", "train.device=cuda"), "set launch.gpus_per_node"),
         (("parallel.engine=deepspeed", "parallel.zero_stage=3", "train.ema=0.9"), "parallel.zero_stage=2"),
+        (("model.norm=batch", "parallel.micro_batch_size=4"), "use parallel.micro_batch_size=32"),
+        (
+            (
+                "launch.cluster=slurm",
+                "launch.tasks_per_node=2",
+                "model.norm=batch",
+                "train.batch_norm_images=8",
+                "parallel.micro_batch_size=2",
+            ),
+            "each of 2 process(es) needs 8 at once and has 2",
+        ),
     ],
 )
 def test_a_run_that_would_end_on_its_nodes_is_refused_with_the_mend(

@@ -39,7 +39,6 @@ RESNET = {
     "base_width": 16,
     "depth": 8,
     "base_depth": 4,
-    "num_groups": 8,
 }
 MODELS = [
     VIT,
@@ -47,9 +46,9 @@ MODELS = [
     VIT | {"timm_name": "deit3_small_patch16_224", "layer_scale": 0.1},
     RESNET,
     RESNET | {"width": 64},
-    RESNET | {"block": "bottleneck", "norm": "group"},
+    RESNET | {"block": "bottleneck", "norm": "group", "num_groups": 8},
     RESNET | {"norm": "none"},
-    RESNET | {"preactivation": True, "norm": "group"},
+    RESNET | {"preactivation": True, "norm": "group", "num_groups": 8},
     {"family": "conv_resnet", "depth": 6, "base_depth": 3, "image_size": 8, "norm": "layer", "convs_per_branch": 2},
 ]
 

@@ -343,14 +343,6 @@ def test_muon_trains_matrices_and_adamw_the_rest_through_a_checkpoint() -> None:
         parameter_groups(conv.network, conv.rules, conv.scale, config)
 
 
-def test_muon_on_an_old_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(torch.optim, "Muon")
-    scaled = build(VIT, ParameterizationConfig(), seed=0)
-    config = OptimizerConfig(name="muon", lr=0.01)
-    with pytest.raises(ValueError, match=r"needs torch 2\.9"):
-        build_optimizer(parameter_groups(scaled.network, scaled.rules, scaled.scale, config), config)
-
-
 def test_initial_weights_depend_on_seed_and_name_alone() -> None:
     shallow = build(replace(VIT, depth=2), ParameterizationConfig(name="mup"), seed=3).network.state_dict()
     deep = build(replace(VIT, depth=4), ParameterizationConfig(name="mup"), seed=3).network.state_dict()

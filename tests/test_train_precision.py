@@ -19,13 +19,17 @@ MODELS: dict[str, dict[str, Any]] = {
     "vit": {"family": "vit", "num_heads": 2, "patch_size": 2, "image_size": 8},
     "vit with LayerScale": {"family": "vit", "num_heads": 2, "patch_size": 2, "image_size": 8, "layer_scale": 1e-5},
     **{
-        f"{kind}, norm {norm}": {"family": "resnet", "image_size": 32, "norm": norm, "num_groups": 4, **more}
+        f"{kind}, norm {norm}": {"family": "resnet", "image_size": 32, **norm_of, **more}
         for kind, more in {
             "ResNet": {},
             "ResNet of bottlenecks": {"block": "bottleneck"},
             "ResNetV2": {"preactivation": True},
         }.items()
-        for norm in ("batch", "group", "none")
+        for norm, norm_of in {
+            "batch": {"norm": "batch"},
+            "group": {"norm": "group", "num_groups": 4},
+            "none": {"norm": "none"},
+        }.items()
     },
     **{
         f"conv_resnet, norm {norm}": {"family": "conv_resnet", "image_size": 8, "norm": norm, "num_stages": 2}
@@ -82,7 +86,7 @@ def test_the_residual_stream_of_a_pack_is_fp32_too(name: str) -> None:
             lambda module, inputs, output: types.update({inputs[0].dtype, output.dtype})
         )
     replicas.forward(torch.randn(1, 4, 1, config.model.image_size, config.model.image_size))
-    assert types <= {torch.float32}
+    assert types == {torch.float32}
 
 
 def test_precisions_are_what_is_stated_on_every_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from depthmup.data.errors import UserError
 from depthmup.data.lock import NoLocks
+from depthmup.data.paths import expand_path
 from depthmup.models.errors import ModelError
 from depthmup.train.config import RunConfig, read_yaml, run_hash, run_in, set_dotted
 from depthmup.train.interrupt import Interrupt, Interrupted
@@ -80,7 +81,7 @@ def train_locked(config: RunConfig, directory: RunDirectory, world: "World") -> 
     if world.is_main:
         (directory.path / "failed.json").unlink(missing_ok=True)
         if directory.done():
-            print(f"done already: {directory.path} (delete the folder to train again)", file=sys.stderr)
+            print(f"done already: {directory.path} (another directory trains it again)", file=sys.stderr)
         elif complete(directory.checkpoints):
             print(f"continuing {directory.path} from its newest checkpoint", file=sys.stderr)
     try:
@@ -112,7 +113,7 @@ def train_locked(config: RunConfig, directory: RunDirectory, world: "World") -> 
 
 def main() -> NoReturn:
     parser = argparse.ArgumentParser(prog="python -m depthmup.train", description=__doc__)
-    parser.add_argument("config", type=Path)
+    parser.add_argument("config")
     parser.add_argument("directory", nargs="?", help="the run's directory [default: runs/HASH]")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     arguments = parser.parse_args()
@@ -120,11 +121,12 @@ def main() -> NoReturn:
         arguments.overrides.insert(0, arguments.directory)
         arguments.directory = None
     try:
-        config = read_config(arguments.config, arguments.overrides)
+        config = read_config(Path(expand_path(arguments.config)), arguments.overrides)
+        directory = Path(expand_path(arguments.directory)) if arguments.directory else Path("runs") / run_hash(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         leave(EXIT_USER_ERROR)
-    leave(train(config, RunDirectory(Path(arguments.directory or Path("runs") / run_hash(config)))))
+    leave(train(config, RunDirectory(directory)))
 
 
 if __name__ == "__main__":

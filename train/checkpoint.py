@@ -89,17 +89,26 @@ def progress_of(content: dict[str, Any]) -> Progress:
     )
 
 
-def fault(path: Path, rank: int, world_size: int) -> str | None:
-    """Why the checkpoint cannot be used, or None. Each process reads its share of the files."""
+@dataclass(frozen=True)
+class Fault:
+    """Why a checkpoint cannot be used: it is damaged, or whole and nothing that this version or user can read."""
+
+    reason: str
+    damaged: bool
+
+
+def fault(path: Path, rank: int, world_size: int) -> Fault | None:
+    """What is wrong with the checkpoint, or None. Each process reads its share of the files."""
     try:
         content = json.loads((path / "state.json").read_text())
         progress_of(content)  # raises, like the next line, where the file does not hold what load_newest reads
         content["identity"].items()
         for number, (name, expected) in enumerate(sorted(content["files"].items())):
             if number % world_size == rank and checksum(path / name) != expected:
-                return f"{name} is not what was written"
+                return Fault(f"{name} is not what was written", damaged=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{type(error).__name__}: {error}"
+        damaged = isinstance(error, OSError | ValueError) and not isinstance(error, PermissionError)
+        return Fault(f"{type(error).__name__}: {error}", damaged)  # JSON that was cut off is none: ValueError
     return None
 
 
@@ -225,12 +234,12 @@ class Checkpoints:
         """The newest checkpoint that is whole, or None when there is none to load.
 
         template: gives tensors of the right names, shapes and shards, which are overwritten. Raises UserError when the
-        checkpoint belongs to another run, or when there are checkpoints and none can be used.
+        checkpoint belongs to another run or cannot be read though it is whole, or when all are damaged. What is whole
+        is not passed over: the run would go on from before it, and write over it.
         """
-        unusable = []
+        corrupt = []
         for path in complete(self.directory):
             problems = [problem for problem in self.together(fault(path, self.rank, self.world_size)) if problem]
-            what = f"{path.name} is corrupt"
             if not problems:
                 content = json.loads((path / "state.json").read_text())
                 check_owner(path, content, self.config, self.owner["shards"])
@@ -244,17 +253,23 @@ class Checkpoints:
                         no_dist=self.group is None,
                     )
                 except CheckpointException as error:  # the same for every process
-                    problems = reasons(error)
-                    what = f"{path.name} is as it was written, but this version of torch or depthmup cannot read it"
+                    problems = [Fault(reason, damaged=False) for reason in reasons(error)]
                 else:
                     self.log(f"resumed from {path.name}")
                     return progress_of(content), tensors
-            unusable.append(f"{what} ({problems[0]})")
-            self.log(f"warning: {unusable[-1]}: it is passed over")
-        if unusable:
+            damage = next((problem for problem in problems if problem.damaged), None)
+            if not damage:
+                raise UserError(
+                    f"{path} is as it was written, but this version of torch or depthmup, or this user, cannot read it "
+                    f"({problems[0].reason}). Go on with the version that wrote it, or train into another directory; "
+                    "nothing was changed here"
+                )
+            corrupt.append(f"{path.name} is corrupt ({damage.reason})")
+            self.log(f"warning: {corrupt[-1]}: it is passed over")
+        if corrupt:
             raise UserError(
-                f"{self.directory}: no checkpoint can be used: {'; '.join(unusable)}. Go on with the version that "
-                "wrote them, or from a copy, or train into another directory; nothing was changed here"
+                f"{self.directory}: no checkpoint can be used: {'; '.join(corrupt)}. Go on from a copy, or train into "
+                "another directory; nothing was changed here"
             )
         return None
 

@@ -19,7 +19,14 @@ from pydantic.dataclasses import dataclass
 from depthmup.data.config import NOT_IDENTITY, DataConfig, Positive, channels_misfit, streams_misfit
 from depthmup.data.errors import UserError
 from depthmup.models.checked import STRICT, checked, said
-from depthmup.models.config import AnyModelConfig, Number, OptimizerConfig, ParameterizationConfig, refuse_idle
+from depthmup.models.config import (
+    AnyModelConfig,
+    Number,
+    OptimizerConfig,
+    ParameterizationConfig,
+    ResNetConfig,
+    refuse_idle,
+)
 from depthmup.train.yaml_text import dump_yaml, load_yaml
 
 # Independent weight decay is a mistake where weights remember fewer than 100 steps and the run is many times as long:
@@ -90,6 +97,10 @@ class TrainConfig:
     pack: Annotated[int, Field(ge=0)] | None = field(default=None, metadata=NOT_IDENTITY)
 
     def __post_init__(self) -> None:
+        if self.bf16_residual and self.precision != "bf16":
+            raise ValueError(
+                f"bf16_residual would do nothing: precision is {self.precision}; leave it out, or use precision bf16"
+            )
         if self.samples < self.global_batch_size:
             raise ValueError(f"samples {self.samples} is less than one global batch of {self.global_batch_size}")
         if self.batch_norm_images and self.global_batch_size % self.batch_norm_images:
@@ -131,6 +142,12 @@ class ParallelConfig:
     micro_batch_size: Positive | None = None  # images a process takes at once; null: its whole share of the batch
     init_timeout: Positive = 120  # seconds for the processes to find each other
     step_timeout: Positive = 300  # seconds that a step waits for the others, once the first step is done
+
+    def __post_init__(self) -> None:
+        if self.zero_stage != ParallelConfig.zero_stage and self.engine != "deepspeed":
+            raise ValueError(
+                f"zero_stage would do nothing: engine is {self.engine}; leave it out, or use engine deepspeed"
+            )
 
     def micro_batches(self, global_batch_size: int, world_size: int) -> int:
         """Number of forward and backward passes a step. Raises ValueError when sizes do not divide."""
@@ -188,6 +205,11 @@ class RunConfig:
             raise ValueError(
                 f"train.batch_norm_images would do nothing: model.family {self.model.family} has no BatchNorm as "
                 "stated; leave it out"
+            )
+        norm = getattr(self.model, "norm", None)
+        if norm != "group" and getattr(self.model, "num_groups", None) not in (None, ResNetConfig.num_groups):
+            raise ValueError(
+                f"model.num_groups would do nothing: model.norm is {norm}; leave it out, or use model.norm group"
             )
         if misfit := channels_misfit(self.data, self.model.in_channels):
             raise ValueError(misfit)

@@ -24,7 +24,7 @@ EXIT_REQUEUE = 75  # stopped by a signal, checkpoint saved: start it again (EX_T
 
 def unreadable(path: Path) -> UserError:
     return UserError(
-        f"{path}: damaged, or written by another version of depthmup: delete this file, or choose another study.name"
+        f"{path}: damaged, or written by another version of depthmup: move this file away, or choose another study.name"
     )
 
 

@@ -22,8 +22,12 @@ def misfits(run: RunConfig, config: LaunchConfig) -> Iterator[str]:
     if processes > 1 and parallel.engine == "none":
         yield "parallel.engine none joins no processes: use parallel.engine=ddp, fsdp or deepspeed"
     try:
-        parallel.micro_batches(run.train.global_batch_size, processes)
-    except ValueError as error:
+        micro_batches = parallel.micro_batches(run.train.global_batch_size, processes)
+        if getattr(run.model, "norm", None) == "batch":
+            from depthmup.train.batch_norm import grouping  # with torch, which other plans do without
+
+            grouping(run, processes, micro_batches)
+    except (ValueError, UserError) as error:
         yield str(error)
     try:
         streams_of(0, processes, 0, run.data.num_workers, run.data.num_streams)
