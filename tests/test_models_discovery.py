@@ -190,6 +190,8 @@ class Block(nn.Module):
         if end == "narrow":
             self.down = nn.Linear(8, width)
             self.up = nn.Linear(width, 8)
+        if end == "einsum":
+            self.mix = nn.Parameter(torch.randn(4, width))
         if end == "heads":
             self.qkv = nn.Linear(width, 3 * width)
 
@@ -201,6 +203,8 @@ class Block(nn.Module):
             return torch.relu(self.down(torch.relu(self.up(x)))) + torch.tanh(y)
         if self.end == "data":
             return x + y if float(x.sum()) > 0 else x
+        if self.end == "einsum":
+            return x + torch.einsum("bw,hw->bh", y, self.mix) @ self.mix
         if self.end == "sine":
             return x + torch.sin(y)
         if self.end == "heads":
@@ -256,6 +260,7 @@ BAD: dict[str, tuple[Builder, str]] = {
     "no module at the end": (lambda width, depth: Net(width, depth, "sine"), "end it in a torch.nn.Identity"),
     "fixed in a branch": (lambda width, depth: Net(width, depth, "narrow"), r"up\.weight reads what grows"),
     "queries in a slice": (lambda width, depth: Net(width, depth, "heads"), "no module puts out the queries"),
+    "a product that is not clear": (lambda width, depth: Net(width, depth, "einsum"), r"mix .* einsum does not tell"),
     "two readouts": (TwoHeads, "2 readouts: head.weight, other.weight"),
     "shared weights": (lambda width, depth: Net(width, depth, change=shared), "are one parameter"),
     "grows with depth": (lambda width, depth: Net(width, depth, change=grown), "positions .* grows with depth"),

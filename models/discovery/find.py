@@ -15,7 +15,6 @@ from depthmup.models.discovery.branches import (
     NORMS,
     PRODUCTS,
     SCALINGS,
-    SUMS,
     Branch,
     find_branches,
 )  # fmt: skip
@@ -28,9 +27,9 @@ from depthmup.models.parameterization import Role
 
 Weights = dict[str, Tensor]  # by name
 BY_HAND = "write its Roles by hand, see docs/your-model.md"
-ELEMENTWISE = SUMS | SCALINGS | MOVES | NORMS  # a parameter that grows in one dimension is a vector there
 SLICES = {"__getitem__", "unbind", "chunk", "split", "tensor_split", "narrow"}
 MATRIX_PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm"}
+CONTRACTIONS = MATRIX_PRODUCTS | {"addmm", "addbmm", "mm", "einsum", "tensordot", "lstm", "gru", "rnn_tanh", "rnn_relu"}
 
 
 @dataclass(frozen=True)
@@ -110,8 +109,7 @@ def role_of(name: str, growth: Growth, users: list[Node], branches: list[Branch]
                 f"Let its rows grow with width, or {BY_HAND}"
             )
         return Role.READOUT
-    known = user.operation in PRODUCTS | ELEMENTWISE | {"embedding", ATTENTION} or len(grows) == 1
-    if not known:
+    if user.operation in CONTRACTIONS and len(grows) > 1:
         raise ModelError(f"{name} grows in one dimension, and {user.operation} does not tell which: {BY_HAND}")
     if in_branch:
         return Role.BRANCH_VECTOR
