@@ -30,9 +30,9 @@ from depthmup.data.config import DataConfig
 from depthmup.models.build import build
 from depthmup.models.config import ConvResNetConfig, OptimizerConfig, VisionTransformerConfig
 from depthmup.models.optimizer import build_optimizer, parameter_groups
-from depthmup.train.batched import CONVOLUTIONS
 from depthmup.train.config import RunConfig, TrainConfig
-from depthmup.train.replicas import Replicas
+from depthmup.train.packs.batched import CONVOLUTIONS
+from depthmup.train.packs.replicas import Replicas
 from depthmup.train.schedule import schedule, set_learning_rate
 
 BATCH, NUM_STEPS, ROUNDS = 64, 1000, 3

@@ -31,7 +31,7 @@ from depthmup.data.mixing import mix
 from depthmup.data.order import State
 from depthmup.train.interrupt import Interrupt, Interrupted
 from depthmup.train.loop import run
-from depthmup.train.packing import packable
+from depthmup.train.packs.packing import packable
 
 DISTORTED = {"rand_augment": "rand-m9-mstd0.5-inc1", "color_jitter": 0.4}
 STREAMS = {"num_streams": 4, "window": 5, "minival": 0.1}

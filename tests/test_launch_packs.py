@@ -26,7 +26,7 @@ from depthmup.launch.runs.study import PlannedRun, Study
 from depthmup.train.config import RunConfig, from_plain, to_yaml
 from depthmup.train.interrupt import Interrupt, Interrupted
 from depthmup.train.loop import run
-from depthmup.train.pack import run_pack
+from depthmup.train.packs.pack import run_pack
 from depthmup.train.rundir import EXIT_REQUEUE, RunDirectory
 from test_launch_transfer import COMMAND
 from train_processes import ROOT as REPOSITORY

@@ -23,17 +23,17 @@ from depthmup.data.order import State
 from depthmup.models.build import build
 from depthmup.models.conv_resnet import Block
 from depthmup.models.optimizer import build_optimizer, parameter_groups
-from depthmup.train import pack
-from depthmup.train.batched import CONVOLUTIONS
+from depthmup.train import batches
 from depthmup.train.checkpoint import Checkpoints
 from depthmup.train.config import RunConfig, from_plain
-from depthmup.train.engine import Engine
+from depthmup.train.engines.base import Engine
 from depthmup.train.interrupt import Interrupt, Interrupted
 from depthmup.train.loop import run
-from depthmup.train.pack import run_pack
-from depthmup.train.pack_memory import MEMORY_SHARE, largest_pack, pack_bytes, pack_size
-from depthmup.train.packing import packable
-from depthmup.train.replicas import Replicas
+from depthmup.train.packs.batched import CONVOLUTIONS
+from depthmup.train.packs.memory import MEMORY_SHARE, largest_pack, pack_bytes, pack_size
+from depthmup.train.packs.pack import run_pack
+from depthmup.train.packs.packing import packable
+from depthmup.train.packs.replicas import Replicas
 from depthmup.train.rundir import RunDirectory
 from depthmup.train.schedule import schedule, set_learning_rate
 from depthmup.train.step import take_step
@@ -183,13 +183,13 @@ def test_runs_of_one_seed_read_every_image_once(
     make: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     streams: list[int] = []
-    stream = pack.TrainingStream
+    stream = batches.TrainingStream
 
     def counted(data: DataConfig, index: Index, state: State, *shape: int) -> TrainingStream:
         streams.append(state.seed)
         return stream(data, index, state, *shape)
 
-    monkeypatch.setattr(pack, "TrainingStream", counted)
+    monkeypatch.setattr(batches, "TrainingStream", counted)
     configs = [make("vit", steps=2, data__in_memory=False, seed=seed) for seed in (0, 0, 3, 0)]
     run_pack(configs, [tmp_path / str(number) for number in range(4)])
     assert sorted(streams) == [0, 3]
@@ -285,7 +285,7 @@ def test_a_pack_whose_process_is_killed_goes_on_and_leaves_a_finished_replica_al
         assert config is not None
     program = (
         "import sys; from pathlib import Path\n"
-        "from depthmup.train.config import *; from depthmup.train.pack import run_pack\n"
+        "from depthmup.train.config import *; from depthmup.train.packs.pack import run_pack\n"
         "paths = [Path(p) for p in sys.argv[1:]]\n"
         "run_pack([from_plain(RunConfig, read_yaml(p / 'config.yaml'), str(p)) for p in paths], paths)"
     )
@@ -396,13 +396,13 @@ def test_a_pack_larger_than_memory_says_how_many_fit(
 ) -> None:
     config = make("vit")
     three = pack_bytes(config, 3, CPU)
-    monkeypatch.setattr("depthmup.train.pack_memory.free_bytes", lambda device: round(three * 0.98 / MEMORY_SHARE))
+    monkeypatch.setattr("depthmup.train.packs.memory.free_bytes", lambda device: round(three * 0.98 / MEMORY_SHARE))
     assert largest_pack(config, CPU) == 2
     sizes = {k: pack_size(replace(config, train=replace(config.train, pack=k)), CPU) for k in (None, 0, 1, 2, 8)}
     assert sizes == {None: 2, 0: 1, 1: 1, 2: 2, 8: 2}
     with pytest.raises(UserError, match=r"a pack of 3 .* at most 2 fit, set train.pack=2"):
         run_pack([make("vit", seed=seed) for seed in range(3)], [tmp_path / str(n) for n in range(3)])
-    monkeypatch.setattr("depthmup.train.pack_memory.free_bytes", lambda device: 1000)
+    monkeypatch.setattr("depthmup.train.packs.memory.free_bytes", lambda device: 1000)
     assert largest_pack(config, CPU) == 0
 
 
