@@ -1,9 +1,9 @@
 """K replicas of one network as one: parameters stacked on a leading axis, one batched step for all of them.
 
-Knows no files and no data sets. The forward pass is the network's
-own, under `torch.func.vmap`, with a few functions batched by hand (train.packs.batched). The K losses do not share a
-parameter, so the gradient of their sum is each replica's own. On a GPU the whole step (forward, backward, update) is
-one CUDA graph after a few eager steps: a tiny network's step is otherwise nothing but the time to launch its kernels.
+Knows no files and no data sets. The forward pass is the network's own, under `torch.func.vmap`, with a few functions
+batched by hand (train.packs.batched). The K losses do not share a parameter, so the gradient of their sum is each
+replica's own. On a GPU the whole step (forward, backward, update) is one CUDA graph after a few eager steps: a tiny
+network's step is otherwise nothing but the time to launch its kernels.
 """
 
 from collections import Counter
