@@ -4,7 +4,7 @@
     python -m benchmarks.packed --quick      # 8 pixels (--image-size) only; what a CPU can do
 
 Needs torch, timm, pydantic and PyYAML. The images are random and lie on the device, so that only the steps are timed:
-`alone` is the step of train.loop, `packed` that of train.packs.replicas. Both are timed in turns; each figure is a median.
+`alone` is the step of train.loop, `packed` that of train.packs.replicas, timed in turns; each figure is a median.
 Memory is the peak of allocated tensors while a run or a pack is built and takes its first steps.
 """
 
