@@ -208,6 +208,10 @@ class Loop:
         if stopped:
             self.stop()
 
+    def copy_weights(self, number: int) -> dict[str, Tensor]:
+        """What `full_weights` gives now: on a CPU its tensors are the network's own, which the average leaves again."""
+        return {name: tensor.clone() for name, tensor in self.networks.full_weights(number).items()}
+
     def finish(self) -> None:
         """Evaluates the runs that still train, writes their weights, and marks them done."""
         active = list(self.active)
@@ -223,7 +227,7 @@ class Loop:
         averages: dict[int, dict[str, Tensor]] = {}
         if active and self.networks.average:
             with self.networks.average.swapped_in():
-                averages = {number: self.networks.full_weights(number) for number, _ in active}
+                averages = {number: self.copy_weights(number) for number, _ in active}
         self.count_seconds()
         for number, record in active:
             record.complete(self.step, found[number], weights[number], averages.get(number))

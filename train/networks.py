@@ -55,7 +55,7 @@ class Networks(Protocol):
         """Puts back what `state` gave after `step` steps, or what was written into it."""
 
     def full_weights(self, number: int) -> dict[str, Tensor]:
-        """Parameters and buffers on the CPU of rank 0, whole; other ranks get an empty dict."""
+        """Parameters and buffers, whole, on rank 0's CPU, perhaps the network's own; other ranks get an empty dict."""
 
 
 def describe(config: RunConfig, scaled: ScaledModel, groups: list[dict[str, Any]], place: str) -> str:

@@ -145,7 +145,7 @@ class Replicas:
         self.steps_done.fill_(step)
 
     def full_weights(self, number: int) -> dict[str, Tensor]:
-        return {name: tensor.cpu().clone() for name, tensor in self.weights(number).items()}
+        return {name: tensor.cpu() for name, tensor in self.weights(number).items()}
 
     # ------------------------------------------------------------ forward
 
