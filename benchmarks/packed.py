@@ -4,7 +4,7 @@
     python -m benchmarks.packed --quick      # 8 pixels (--image-size) only; what a CPU can do
 
 Needs torch, timm, pydantic and PyYAML. The images are random and lie on the device, so that only the steps are timed:
-`alone` is the step of train.loop, `packed` that of train.replicas. Both are timed in turns; each figure is a median.
+`alone` is the step of train.loop, `packed` that of train.packs.replicas, timed in turns; each figure is a median.
 Memory is the peak of allocated tensors while a run or a pack is built and takes its first steps.
 """
 
@@ -30,9 +30,9 @@ from depthmup.data.config import DataConfig
 from depthmup.models.build import build
 from depthmup.models.config import ConvResNetConfig, OptimizerConfig, VisionTransformerConfig
 from depthmup.models.optimizer import build_optimizer, parameter_groups
-from depthmup.train.batched import CONVOLUTIONS
 from depthmup.train.config import RunConfig, TrainConfig
-from depthmup.train.replicas import Replicas
+from depthmup.train.packs.batched import CONVOLUTIONS
+from depthmup.train.packs.replicas import Replicas
 from depthmup.train.schedule import schedule, set_learning_rate
 
 BATCH, NUM_STEPS, ROUNDS = 64, 1000, 3
@@ -101,7 +101,7 @@ def alone(run: RunConfig, device: torch.device, dtype: torch.dtype | None) -> St
 
 
 def packed(runs: list[RunConfig], device: torch.device, dtype: torch.dtype | None, variant: str = "default") -> Step:
-    """The step of train.replicas; `variant`: default, eager (no CUDA graph), vmap (torch's own batching rules),
+    """The step of train.packs.replicas; `variant`: default, eager (no CUDA graph), vmap (torch's own batching rules),
     compiled, or one of the ways to convolve."""
     replicas = Replicas(runs, device, dtype, variant if variant in CONVOLUTIONS else None)
     if variant == "eager":

@@ -33,14 +33,14 @@ def checkpoint_stall(shards: Path, out: Path) -> str:
     )  # fmt: skip
     times: list[float] = []
     stalls: list[float] = []
-    save = loop.Run.save
+    save = loop.Loop.save
 
-    def timed(self: loop.Run) -> None:
+    def timed(self: loop.Loop) -> None:
         start = time.perf_counter()
         save(self)
         stalls.append(time.perf_counter() - start)
 
-    loop.Run.save = timed
+    loop.Loop.save = timed
     loop.run(config, out, watch=lambda line: times.append(16 / line["images_per_second"]))
     saved = range(EVERY, len(times), EVERY)  # a line is written before its step's save: that belongs to the next line
     late = [times[step + i] for step in saved for i in range(AFTER)]

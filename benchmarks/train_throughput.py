@@ -33,7 +33,8 @@ from depthmup.models.build import build_meta
 from depthmup.models.flops import training_flops
 from depthmup.train.config import RunConfig, from_plain
 from depthmup.train.loop import run
-from depthmup.train.step import autocast, autocast_dtype
+from depthmup.train.prepare import autocast_dtype
+from depthmup.train.step import autocast
 from depthmup.train.telemetry import memory_gb, peak_flops
 
 NUM_CLASSES, IMAGES_PER_CLASS, IMAGE_SIZE = 1000, 4, 224

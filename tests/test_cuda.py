@@ -15,11 +15,12 @@ from depthmup.data.memory import open_store
 from depthmup.data.order import State
 from depthmup.data.workers import Slots
 from depthmup.train import loop
+from depthmup.train.batches import open_data
 from depthmup.train.config import ParallelConfig, RunConfig
 from depthmup.train.distributed import World, process_group
 from depthmup.train.interrupt import Interrupt, Interrupted
-from depthmup.train.pack import run_pack
-from depthmup.train.pack_memory import pack_bytes
+from depthmup.train.packs.memory import pack_bytes
+from depthmup.train.packs.pack import run_pack
 from train_configs import CONV_RESNET, VIT, losses, metric, pack_digits, run_config
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -51,8 +52,7 @@ def full_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
 
-    for module in ("train.loop", "train.pack"):
-        monkeypatch.setattr(f"{module}.set_backends", set_backends)
+    monkeypatch.setattr("depthmup.train.prepare.set_backends", set_backends)
 
 
 def on_gpu(shards: Path, network: str, *overrides: str) -> RunConfig:
@@ -75,7 +75,7 @@ def test_a_batch_on_a_gpu_keeps_its_pixels_when_workers_fill_its_slot_again(shar
 
     def first_batches(num_workers: int, device: torch.device) -> list[Batch]:
         data = replace(config.data, num_workers=num_workers)
-        stream = TrainingStream(data, loop.open_data(config), State(0), 32, 8, 1)
+        stream = TrainingStream(data, open_data(config), State(0), 32, 8, 1)
         return list(islice(TrainingLoader(stream, device), 20))
 
     for got, expected in zip(first_batches(2, CUDA), first_batches(0, torch.device("cpu")), strict=True):
@@ -95,7 +95,7 @@ def test_what_workers_fill_is_pinned_while_it_is_used() -> None:
 
 def test_pixels_in_memory_lie_on_the_gpu(shards: Path) -> None:
     config = on_gpu(shards, "vit", "data.in_memory=true")
-    store = open_store(config.data, loop.open_data(config), "train", 8, 1, CUDA)
+    store = open_store(config.data, open_data(config), "train", 8, 1, CUDA)
     assert store.images.device == CUDA
 
 
@@ -153,15 +153,15 @@ def test_the_host_waits_for_the_gpu_at_metrics_lines_and_checkpoints_alone(
     """torch raises where an operation waits, once the first line is written."""
 
     def allowed(name: str, then: int) -> None:
-        method = getattr(loop.Run, name)
+        method = getattr(loop.Loop, name)
 
-        def waiting(self: loop.Run, *arguments: Any) -> Any:
+        def waiting(self: loop.Loop, *arguments: Any) -> Any:
             torch.cuda.set_sync_debug_mode(0)
             result = method(self, *arguments)
             torch.cuda.set_sync_debug_mode(then)
             return result
 
-        monkeypatch.setattr(loop.Run, name, waiting)
+        monkeypatch.setattr(loop.Loop, name, waiting)
 
     for name, then in {"write_metrics": 2, "save": 2, "finish": 0}.items():
         allowed(name, then)

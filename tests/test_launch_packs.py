@@ -26,7 +26,7 @@ from depthmup.launch.runs.study import PlannedRun, Study
 from depthmup.train.config import RunConfig, from_plain, to_yaml
 from depthmup.train.interrupt import Interrupt, Interrupted
 from depthmup.train.loop import run
-from depthmup.train.pack import run_pack
+from depthmup.train.packs.pack import run_pack
 from depthmup.train.rundir import EXIT_REQUEUE, RunDirectory
 from test_launch_transfer import COMMAND
 from train_processes import ROOT as REPOSITORY
@@ -107,7 +107,7 @@ def test_packs_are_as_large_as_allowed_while_every_process_has_one(runs: Callabl
         (["train.global_batch_size=16"], False, [8, 8, 8]),
         ([], True, [8, 16]),
         (["train.pack=0"], True, [1] * 24),
-        (["train.ema=0.9"], True, [1] * 24),
+        (["train.compile=block"], True, [1] * 24),
     ):
         assert sizes(packs_of(runs(*overrides), local, on_gpu, slots=1)) == expected
     assert packs_of([], local, on_gpu=True, slots=1) == []
@@ -123,7 +123,7 @@ def test_a_job_of_slurm_is_a_pack_or_as_many_as_runs_per_job_holds(runs: Callabl
 @pytest.mark.parametrize(
     ("override", "launch", "words"),
     [
-        ("train.ema=0.9", {}, "packs do not know train.ema as set here"),
+        ("train.compile=block", {}, "packs do not know train.compile as set here"),
         ("seed=0", {"runs_per_gpu": 2}, "launch.runs_per_gpu is 2"),
         ("seed=0", {"nodes": 2}, "a job of 2 tasks trains one run"),
     ],
@@ -143,7 +143,7 @@ def test_a_study_of_which_no_two_runs_can_be_packed_is_refused_with_the_key(
         check_packable(runs("train.pack=4", *one_of_each_size))
     check_packable(runs(*one_of_each_size))
     check_packable(runs("train.pack=4"))
-    check_packable(runs("train.pack=4", "train.ema=0.9"))  # refused by packs_of, with another reason
+    check_packable(runs("train.pack=4", "train.compile=block"))  # refused by packs_of, with another reason
 
 
 # ---------------------------------------------------------------- the worker

@@ -18,8 +18,8 @@ from depthmup.models.optimizer import build_optimizer, parameter_groups
 from depthmup.models.parameterization import Role
 from depthmup.train.config import RunConfig, ScheduleConfig, from_plain
 from depthmup.train.loop import run
-from depthmup.train.pack import run_pack
-from depthmup.train.replicas import Replicas
+from depthmup.train.packs.pack import run_pack
+from depthmup.train.packs.replicas import Replicas
 from depthmup.train.schedule import schedule, set_learning_rate
 
 DIGITS = {"num_classes": 10, "image_size": 8, "in_channels": 1}

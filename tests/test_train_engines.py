@@ -3,7 +3,6 @@
 import itertools
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -69,15 +68,15 @@ def record_groups() -> None:
     """Lets every run leave groups.json in its directory."""
     from depthmup.train import loop
 
-    finish = loop.Run.finish
+    finish = loop.Loop.finish
 
-    def recording(self: loop.Run, *arguments: Any) -> dict[str, Any]:
+    def recording(self: loop.Loop) -> None:
         keys = ("name", "lr", "lr_mult", "weight_decay", "eps")
-        found = [{k: g[k] for k in keys if k in g} for g in self.engine.optimizer.param_groups]
-        (self.directory.path / "groups.json").write_text(json.dumps(found))
-        return finish(self, *arguments)
+        found = [{k: g[k] for k in keys if k in g} for g in self.networks.engine.optimizer.param_groups]
+        (self.records[0].directory.path / "groups.json").write_text(json.dumps(found))
+        finish(self)
 
-    loop.Run.finish = recording  # type: ignore[method-assign]
+    loop.Loop.finish = recording  # type: ignore[method-assign]
 
 
 def train_all(shards: str, out: str) -> None:
@@ -106,12 +105,12 @@ def train_all(shards: str, out: str) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from depthmup.train.loop import Run, run
+    from depthmup.train.loop import Loop, run
 
     out = tmp_path_factory.mktemp("engines")
     shards = pack_digits(out / "shards")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "finish", Run.finish)  # puts it back afterwards: other tests run in this process
+        patch.setattr(Loop, "finish", Loop.finish)  # puts it back afterwards: other tests run in this process
         record_groups()
         for case in CASES:
             run(config_of(str(shards), case), out / "none" / case)

@@ -22,7 +22,7 @@ from depthmup.train.config import ParallelConfig, RunConfig, ScheduleConfig, Tra
 from depthmup.train.interrupt import Interrupt, Interrupted
 from depthmup.train.loop import run
 from depthmup.train.owner import code_fingerprint, differences
-from depthmup.train.pack import run_pack
+from depthmup.train.packs.pack import run_pack
 from depthmup.train.rundir import EXIT_DONE, EXIT_USER_ERROR, RunDirectory
 from train_configs import CONV_RESNET, VIT, pack_digits, run_config
 

@@ -15,7 +15,7 @@ from depthmup.data.order import places
 from depthmup.train.batch_norm import BatchStatistics, Grouping, grouping
 from depthmup.train.config import ParallelConfig, run_hash
 from depthmup.train.loop import run
-from depthmup.train.pack import run_pack
+from depthmup.train.packs.pack import run_pack
 from train_configs import CONV_RESNET, VIT, losses, pack_digits, run_config
 from train_processes import run_function
 

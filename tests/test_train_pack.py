@@ -15,6 +15,7 @@ from benchmarks import packed as measured
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from depthmup.data.batch import to_float
 from depthmup.data.config import DataConfig
 from depthmup.data.errors import UserError
 from depthmup.data.index import Index
@@ -23,17 +24,17 @@ from depthmup.data.order import State
 from depthmup.models.build import build
 from depthmup.models.conv_resnet import Block
 from depthmup.models.optimizer import build_optimizer, parameter_groups
-from depthmup.train import pack
-from depthmup.train.batched import CONVOLUTIONS
+from depthmup.train import batches, evaluate
 from depthmup.train.checkpoint import Checkpoints
 from depthmup.train.config import RunConfig, from_plain
-from depthmup.train.engine import Engine
+from depthmup.train.engines.base import Engine
 from depthmup.train.interrupt import Interrupt, Interrupted
 from depthmup.train.loop import run
-from depthmup.train.pack import run_pack
-from depthmup.train.pack_memory import MEMORY_SHARE, largest_pack, pack_bytes, pack_size
-from depthmup.train.packing import packable
-from depthmup.train.replicas import Replicas
+from depthmup.train.packs.batched import CONVOLUTIONS
+from depthmup.train.packs.memory import MEMORY_SHARE, largest_pack, pack_bytes, pack_size
+from depthmup.train.packs.pack import run_pack
+from depthmup.train.packs.packing import packable
+from depthmup.train.packs.replicas import Replicas
 from depthmup.train.rundir import RunDirectory
 from depthmup.train.schedule import schedule, set_learning_rate
 from depthmup.train.step import take_step
@@ -101,6 +102,16 @@ def make(run_settings: dict[str, Any]) -> Callable[..., RunConfig]:
     return make
 
 
+def assert_close(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """All but time and memory is equal to 1e-4; gradients and updates, which are differences of larger numbers and show
+    rounding sooner than losses do, to 1e-2."""
+    assert found.keys() == expected.keys()
+    for key in found.keys() - {"images_per_second", "data_wait", "memory", "seconds"}:
+        tolerance = 1e-2 if key.startswith(("grad_", "update_rms")) else 1e-4
+        exact = expected[key] is None or isinstance(expected[key], str)
+        assert found[key] == (expected[key] if exact else pytest.approx(expected[key], rel=tolerance)), key
+
+
 @pytest.mark.parametrize("optimizer", RATES)
 @pytest.mark.parametrize("network", NETWORKS | AMPLIFIES)
 def test_each_replica_ends_as_it_would_alone_while_one_diverges(
@@ -125,21 +136,82 @@ def test_each_replica_ends_as_it_would_alone_while_one_diverges(
     assert sum(shares) < elapsed
     for number, (one, other) in enumerate(zip(alone, packed, strict=True)):
         single, together = tmp_path / f"alone-{number}", tmp_path / f"packed-{number}"
-        assert one.keys() == other.keys()
-        for key in one.keys() - {"seconds"}:
-            assert other[key] == (one[key] if key == "outcome" else pytest.approx(one[key], rel=1e-4)), key
+        assert_close(other, one)
         assert {p.name for p in single.iterdir()} == {p.name for p in together.iterdir()}
         assert len(metrics(together)) == len(metrics(single))
         for mine, theirs in zip(metrics(together), metrics(single), strict=True):
-            assert mine.keys() == theirs.keys()
-            for key in mine.keys() - {"images_per_second", "data_wait", "memory"}:
-                # gradients and updates are differences of larger numbers, and show rounding sooner than losses do
-                tolerance = 1e-2 if key.startswith(("grad_", "update_rms")) else 1e-4
-                assert mine[key] == (None if theirs[key] is None else pytest.approx(theirs[key], rel=tolerance)), key
+            assert_close(mine, theirs)
         if one["outcome"] == "completed":
             assert (
                 load_file(together / "weights.safetensors").keys() == load_file(single / "weights.safetensors").keys()
             )
+
+
+RECIPE = {
+    "data__mixup": 0.4,
+    "data__cutmix": 1.0,
+    "train__label_smoothing": 0.1,
+    "train__drop_path": 0.5,
+    "train__ema": 0.8,
+    "train__evaluate_every": 5,
+}
+
+
+@pytest.mark.parametrize("network", ["vit", "conv_resnet, BatchNorm"])
+def test_mixing_stochastic_depth_the_average_and_evaluation_on_the_way_are_in_a_pack_what_they_are_alone(
+    network: str, make: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """With two seeds, whose images are mixed and dropped each in their own way."""
+    configs = [
+        make(network, **RECIPE, seed=seed, optimizer__lr=lr) for seed, lr in ((0, 0.005), (0, 0.002), (3, 0.005))
+    ]
+    packed = run_pack(configs, [tmp_path / f"packed-{number}" for number in range(3)])
+    for number, config in enumerate(configs):
+        single, together = tmp_path / f"alone-{number}", tmp_path / f"packed-{number}"
+        assert_close(packed[number], run(config, single))
+        assert [line["step"] for line in metrics(together) if "minival_ema_loss" in line] == [5, 10]
+        for mine, theirs in zip(metrics(together), metrics(single), strict=True):
+            assert_close(mine, theirs)
+        average, expected = (load_file(path / "weights_ema.safetensors") for path in (together, single))
+        torch.testing.assert_close(average, expected, rtol=1e-3, atol=1e-5)
+    assert len({result["minival_ema_loss"] for result in packed}) == 3
+
+
+@pytest.mark.parametrize("setting", RECIPE.keys() - {"train__evaluate_every", "train__ema"})
+def test_every_setting_of_a_recipe_changes_what_a_pack_learns(
+    setting: str, make: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    losses = []
+    for name, settings in {"with": {setting: RECIPE[setting]}, "without": {}}.items():
+        configs = [make("vit", steps=3, seed=seed, **settings) for seed in range(2)]
+        losses.append([r["train_loss"] for r in run_pack(configs, [tmp_path / name / str(n) for n in range(2)])])
+    assert all(one != other for one, other in zip(*losses, strict=True))
+
+
+def test_a_stop_in_an_evaluation_of_a_pack_is_obeyed_and_the_pack_ends_bit_for_bit_as_without(
+    make: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs = [make("conv_resnet, BatchNorm", "adamw", **RECIPE, seed=seed) for seed in range(2)]
+    whole, stopped = ([tmp_path / name / str(n) for n in range(2)] for name in ("whole", "stopped"))
+    run_pack(configs, whole)
+    interrupt, batches = Interrupt(), []
+
+    def evaluating(*given: Any) -> Any:
+        batches.append(given)
+        interrupt.request()
+        return to_float(*given)
+
+    monkeypatch.setattr(evaluate, "to_float", evaluating)
+    with pytest.raises(Interrupted, match="after step 5 of 12"):
+        run_pack(configs, stopped, interrupt)
+    monkeypatch.undo()
+    assert len(batches) == 1
+    run_pack(configs, stopped)
+    for one, other in zip(whole, stopped, strict=True):
+        assert metric(other, "loss") == metric(one, "loss")
+        for name in ("weights.safetensors", "weights_ema.safetensors"):
+            expected = load_file(one / name)
+            assert all(torch.equal(w, expected[key]) for key, w in load_file(other / name).items())
 
 
 @pytest.mark.parametrize("optimizer", RATES)
@@ -183,13 +255,13 @@ def test_runs_of_one_seed_read_every_image_once(
     make: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     streams: list[int] = []
-    stream = pack.TrainingStream
+    stream = batches.TrainingStream
 
     def counted(data: DataConfig, index: Index, state: State, *shape: int) -> TrainingStream:
         streams.append(state.seed)
         return stream(data, index, state, *shape)
 
-    monkeypatch.setattr(pack, "TrainingStream", counted)
+    monkeypatch.setattr(batches, "TrainingStream", counted)
     configs = [make("vit", steps=2, data__in_memory=False, seed=seed) for seed in (0, 0, 3, 0)]
     run_pack(configs, [tmp_path / str(number) for number in range(4)])
     assert sorted(streams) == [0, 3]
@@ -285,7 +357,7 @@ def test_a_pack_whose_process_is_killed_goes_on_and_leaves_a_finished_replica_al
         assert config is not None
     program = (
         "import sys; from pathlib import Path\n"
-        "from depthmup.train.config import *; from depthmup.train.pack import run_pack\n"
+        "from depthmup.train.config import *; from depthmup.train.packs.pack import run_pack\n"
         "paths = [Path(p) for p in sys.argv[1:]]\n"
         "run_pack([from_plain(RunConfig, read_yaml(p / 'config.yaml'), str(p)) for p in paths], paths)"
     )
@@ -396,13 +468,13 @@ def test_a_pack_larger_than_memory_says_how_many_fit(
 ) -> None:
     config = make("vit")
     three = pack_bytes(config, 3, CPU)
-    monkeypatch.setattr("depthmup.train.pack_memory.free_bytes", lambda device: round(three * 0.98 / MEMORY_SHARE))
+    monkeypatch.setattr("depthmup.train.packs.memory.free_bytes", lambda device: round(three * 0.98 / MEMORY_SHARE))
     assert largest_pack(config, CPU) == 2
     sizes = {k: pack_size(replace(config, train=replace(config.train, pack=k)), CPU) for k in (None, 0, 1, 2, 8)}
     assert sizes == {None: 2, 0: 1, 1: 1, 2: 2, 8: 2}
     with pytest.raises(UserError, match=r"a pack of 3 .* at most 2 fit, set train.pack=2"):
         run_pack([make("vit", seed=seed) for seed in range(3)], [tmp_path / str(n) for n in range(3)])
-    monkeypatch.setattr("depthmup.train.pack_memory.free_bytes", lambda device: 1000)
+    monkeypatch.setattr("depthmup.train.packs.memory.free_bytes", lambda device: 1000)
     assert largest_pack(config, CPU) == 0
 
 

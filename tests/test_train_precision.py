@@ -10,8 +10,9 @@ from depthmup.data.errors import UserError
 from depthmup.models.build import ScaledModel, build, build_meta
 from depthmup.models.config import ParameterizationConfig
 from depthmup.train.config import RunConfig, TrainConfig, from_plain
-from depthmup.train.replicas import Replicas
-from depthmup.train.step import autocast, autocast_dtype, set_stream_type, set_tf32
+from depthmup.train.packs.replicas import Replicas
+from depthmup.train.prepare import autocast_dtype, set_stream_type, set_tf32
+from depthmup.train.step import autocast
 
 CPU = torch.device("cpu")
 SIZE = {"width": 16, "depth": 8, "base_width": 8, "base_depth": 4, "num_classes": 10, "in_channels": 1}

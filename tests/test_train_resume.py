@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from depthmup.data.batch import to_float
 from depthmup.data.errors import UserError
-from depthmup.train import checkpoint, contents, loop
+from depthmup.train import checkpoint, contents, loop, one_network, record
 from depthmup.train import evaluate as evaluation
 from depthmup.train.config import RunConfig
 from depthmup.train.contents import CONTENTS, Reader, describe
@@ -101,11 +101,11 @@ def test_killed_again_and_again_where_a_run_is_between_two_things_and_resumed(
 ) -> None:
     """One run, which is killed at six places, each further on than the last; none is inside a checkpoint's write."""
     for module, name, number in (
-        (loop, "take_step", 3),  # no checkpoint is there, and no metrics line
+        (one_network, "take_step", 3),  # no checkpoint is there, and no metrics line
         (MetricsWriter, "write", 3),  # the lines of steps 3 and 6 are there, that of step 9 is not
-        (loop.Run, "save", 3),  # the metrics line of a step is there, and its checkpoint is not
-        (loop, "evaluate", 1),  # every step is done
-        (loop, "save_weights", 2),  # the weights are written, their average is not
+        (loop.Loop, "save", 3),  # the metrics line of a step is there, and its checkpoint is not
+        (loop, "evaluate_splits", 1),  # every step is done
+        (record, "save_weights", 2),  # the weights are written, their average is not
         (RunDirectory, "write_done", 1),  # all but the marker
     ):
 
@@ -297,11 +297,11 @@ def test_the_time_of_an_evaluation_is_no_time_of_training(
 ) -> None:
     monotonic, evaluated = time.monotonic, []
 
-    def evaluating(*given: Any) -> dict[str, float]:
+    def evaluating(*given: Any) -> list[dict[str, float]]:
         evaluated.append(1000)  # seconds
-        return {}
+        return [{}]
 
-    monkeypatch.setattr(loop, "evaluate", evaluating)
+    monkeypatch.setattr(loop, "evaluate_splits", evaluating)
     monkeypatch.setattr(time, "monotonic", lambda: monotonic() + sum(evaluated))
     run(config_of(shards, "train.samples=320", "train.evaluate_every=3"), tmp_path)
     assert evaluated

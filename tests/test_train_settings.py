@@ -4,6 +4,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,17 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from depthmup.data.errors import UserError
-from depthmup.train import loop
-from depthmup.train.average import WeightAverage
+from depthmup.train import one_network
+from depthmup.train.average import WeightAverage, averaged_tensors
 from depthmup.train.config import ParallelConfig, run_hash
 from depthmup.train.distributed import World, process_group
+from depthmup.train.engines.zero import import_deepspeed
 from depthmup.train.loop import run
 from depthmup.train.metrics import TensorBoardTracker
-from depthmup.train.step import cuts_patches, patch_product, prepare
+from depthmup.train.prepare import cuts_patches, patch_product, prepare
+from depthmup.train.record import RunRecord
 from depthmup.train.stochastic_depth import install_stochastic_depth
-from depthmup.train.telemetry import LossWindow, peak_row
-from depthmup.train.zero import import_deepspeed
+from depthmup.train.telemetry import peak_row
 from train_configs import VIT, pack_digits, run_config
 
 
@@ -154,7 +156,7 @@ def test_bf16_gives_the_residual_stream_the_same_type_and_the_losses_the_same_si
         )
         return prepare(network, blocks, *arguments)
 
-    monkeypatch.setattr(loop, "prepare", preparing)
+    monkeypatch.setattr(one_network, "prepare", preparing)
     losses = []
     for engine in ("none", "ddp", "fsdp", "deepspeed"):
         overrides = ("train.precision=bf16", f"train.bf16_residual={residual}", f"parallel.engine={engine}")
@@ -238,7 +240,7 @@ def test_what_only_records_never_ends_a_run(
 def test_an_average_of_the_weights_comes_with_the_average_of_the_statistics_that_belong_to_them() -> None:
     """With decays of at most 1/10 and 2/11 in the first two steps."""
     network = torch.nn.BatchNorm1d(1)
-    average = WeightAverage(network, decay=0.9)
+    average = WeightAverage(averaged_tensors(network), decay=0.9)
     for step, mean in enumerate((10.0, 20.0)):
         network.running_mean.fill_(mean)  # type: ignore[union-attr, operator]
         average.update(step)
@@ -248,11 +250,13 @@ def test_an_average_of_the_weights_comes_with_the_average_of_the_statistics_that
     assert network.running_mean.item() == 20  # type: ignore[union-attr, operator]
 
 
-def test_the_step_of_the_first_bad_loss_is_found_in_a_window() -> None:
-    window = LossWindow([torch.tensor(1.0), torch.tensor(float("nan"))], [2.0])
-    assert not window.finite()
-    assert window.drain(12)[1] == 12
-    assert window.read == []
+def test_the_step_of_the_first_bad_loss_is_found_in_a_window(shards: Path, tmp_path: Path) -> None:
+    with ExitStack() as closing:
+        record = RunRecord(run_config(shards), tmp_path, closing)
+        record.losses = [2.0, float("nan"), 1.0]
+        assert record.first_bad_step(12) == 11
+        record.losses = [2.0, 1.0]
+        assert record.first_bad_step(12) is None
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from safetensors import safe_open
 import depthmup
 from depthmup.launch.cli import cli
 from depthmup.train.loop import run
-from depthmup.train.pack import run_pack
+from depthmup.train.packs.pack import run_pack
 from train_configs import VIT, losses, run_config
 
 RESNET = {"family": "resnet", "width": 16, "depth": 4, "base_width": 16, "base_depth": 4}

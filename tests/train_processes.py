@@ -20,7 +20,7 @@ FORK_SERVER = multiprocessing.get_context("forkserver")
 FORK_SERVER.set_forkserver_preload(
     [
         *("depthmup.models.torchvision_ops", "timm"),
-        *(f"depthmup.train.{name}" for name in ("checkpoint", "loop", "display", "pack")),
+        *(f"depthmup.train.{name}" for name in ("checkpoint", "loop", "display", "packs.pack")),
         *(f"depthmup.launch.{name}" for name in ("chain", "jobs.submit", "jobs.status", "report.page")),
     ]
 )

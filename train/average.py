@@ -1,43 +1,44 @@
-"""An exponential moving average of the weights and of BatchNorm's statistics, in float32, sharded as they are."""
+"""An exponential moving average of weights and of BatchNorm's statistics, in float32, sharded as they are."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from depthmup.train.telemetry import local
+from depthmup.train.tensors import local_tensor
+
+
+def averaged_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """What of a network is averaged: its parameters, and the buffers of floats that are saved, as BatchNorm's
+    statistics belong to the weights that they were measured with."""
+    saved = network.state_dict().keys()  # without what BatchNorm keeps of a single step
+    statistics = {n: b for n, b in network.named_buffers() if n in saved and b.is_floating_point()}
+    return dict(network.named_parameters()) | statistics
 
 
 class WeightAverage:
-    """`weights` is the average by name, of parameters and of buffers of floats: BatchNorm's statistics belong to the
-    weights that they were measured with. It starts as the initial weights and forgets them quickly, since the decay is
-    at most (1 + step) / (10 + step) (as in TensorFlow's ExponentialMovingAverage)."""
+    """`weights` is the average of `tensors`, by name. It starts as they are and forgets that quickly, since the decay
+    is at most (1 + step) / (10 + step) (as in TensorFlow's ExponentialMovingAverage)."""
 
-    def __init__(self, network: nn.Module, decay: float) -> None:
-        self.network, self.decay = network, decay
-        self.saved = set(network.state_dict())  # without what BatchNorm keeps of a single step
-        self.weights = {name: tensor.detach().clone().float() for name, tensor in self.averaged()}
-
-    def averaged(self) -> list[tuple[str, Tensor]]:
-        """What of the network is averaged, by name."""
-        buffers = self.network.named_buffers()
-        statistics = [(name, buffer) for name, buffer in buffers if name in self.saved and buffer.is_floating_point()]
-        return [*self.network.named_parameters(), *statistics]
+    def __init__(self, tensors: Mapping[str, Tensor], decay: float) -> None:
+        self.tensors, self.decay = tensors, decay
+        self.weights = {name: tensor.detach().clone().float() for name, tensor in tensors.items()}
 
     def pairs(self) -> tuple[list[Tensor], list[Tensor]]:
-        """(averages, weights): this process's shards, in the same order."""
-        return [local(w) for w in self.weights.values()], [local(tensor.detach()) for _, tensor in self.averaged()]
+        """(averages, tensors): this process's shards, in the same order."""
+        tensors = [local_tensor(tensor.detach()) for tensor in self.tensors.values()]
+        return [local_tensor(average) for average in self.weights.values()], tensors
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """After step number `step` (from 0)."""
-        averages, weights = self.pairs()
-        torch._foreach_lerp_(averages, weights, 1 - min(self.decay, (1 + step) / (10 + step)))
+        averages, tensors = self.pairs()
+        torch._foreach_lerp_(averages, tensors, 1 - min(self.decay, (1 + step) / (10 + step)))
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """The network computes with the average while the block runs."""
+        """The tensors hold the average while the block runs."""
         self.swap()
         try:
             yield
@@ -46,7 +47,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def swap(self) -> None:
-        for average, weight in zip(*self.pairs(), strict=True):
-            kept = weight.clone()
-            weight.copy_(average)
+        for average, tensor in zip(*self.pairs(), strict=True):
+            kept = tensor.clone()
+            tensor.copy_(average)
             average.copy_(kept)

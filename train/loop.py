@@ -1,98 +1,41 @@
-"""One run, from its configuration to its done marker."""
+"""The loop: K >= 1 runs that step together, from their configurations to their done markers."""
 
-import math
-import os
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from depthmup.data.batch import to_float
 from depthmup.data.errors import UserError
 from depthmup.data.index import Index
-from depthmup.data.loader import TrainingLoader, TrainingStream
-from depthmup.data.mixing import mix, mixes, pairs
-from depthmup.data.order import State, places
 from depthmup.data.workers import explained_deaths, too_few_cpus
-from depthmup.models.build import ScaledModel, build, build_meta
-from depthmup.models.flops import num_parameters, training_flops
-from depthmup.models.optimizer import build_optimizer, parameter_groups
-from depthmup.train.average import WeightAverage
-from depthmup.train.batch_norm import BatchStatistics, batch_norms, grouping, process_group_of
-from depthmup.train.checkpoint import Checkpoints, Progress, fsync
-from depthmup.train.config import RunConfig, run_hash, to_yaml
-from depthmup.train.distributed import StopVote, World, gather_objects, pick_device, process_group, set_timeout
-from depthmup.train.engine import Engine, average_buffers, choose, make_engine
-from depthmup.train.evaluate import evaluate
-from depthmup.train.interrupt import Interrupt, Interrupted
-from depthmup.train.metrics import MetricsWriter, mean_loss, open_trackers
-from depthmup.train.owner import codes, finished, result_of
-from depthmup.train.rundir import RunDirectory
-from depthmup.train.schedule import schedule, set_learning_rate
-from depthmup.train.step import (
-    StepResult,
-    autocast_dtype,
-    prepare,
-    set_backends,
-    set_stream_type,
-    set_tf32,
-    take_step,
+from depthmup.models.build import build_meta
+from depthmup.models.flops import training_flops
+from depthmup.train.batches import Batches, open_data, stack_seeds
+from depthmup.train.config import RunConfig
+from depthmup.train.distributed import (
+    StopVote,
+    World,
+    gather_objects,
+    mean_over_ranks,
+    pick_device,
+    process_group,
+    set_timeout,
 )
-from depthmup.train.stochastic_depth import install_stochastic_depth
-from depthmup.train.telemetry import Clock, LossWindow, RoleStatistics, memory_gb, peak_flops
-
-FINAL_SHARE = 0.1  # the reported training loss is the mean over this share of the steps, at the end
-Watch = Callable[[dict[str, Any]], None]
-
-
-def open_data(config: RunConfig) -> Index:
-    """The data set's index. Raises UserError when it does not fit the model or a shard is missing."""
-    if config.data.rand_augment or mixes(config.data):
-        import depthmup.models.torchvision_ops  # noqa: F401  (must run before timm, which data.distort and data.mixing import)
-    index = Index.load(config.data.root, config.data.trust)
-    index.check_files()
-    for split in ("train", *config.train.evaluate):  # an empty one is to be known before training, not after
-        index.spans(split, config.data.minival)
-    if len(index.classes) != config.model.num_classes:
-        raise UserError(
-            f"{config.data.root} has {len(index.classes)} classes, but model.num_classes is {config.model.num_classes}"
-        )
-    return index
-
-
-def describe(config: RunConfig, scaled: ScaledModel, groups: list[dict[str, Any]], place: str) -> str:
-    """What a run is, for its log: never leaves open which parameterization and base it has."""
-    model, p = config.model, scaled.scale.parameterization
-    larger = " (larger than this model)" if model.base_width > model.width or model.base_depth > model.depth else ""
-    lines = [
-        f"run {run_hash(config)}: {model.family} width {model.width} depth {model.depth}, "
-        f"{num_parameters(scaled.network):,} parameters, {place}",
-        f"parameterization {p.name}, base width {model.base_width} depth {model.base_depth}{larger}, "
-        f"branch multiplier {scaled.scale.branch_multiplier():.4g}, "
-        f"readout multiplier {scaled.scale.readout_multiplier():.4g}",
-    ]
-    lines += [
-        f"group {g['name']}: {len(g['params'])} tensors, lr {g['lr']:.4g} (x {g['lr_mult']:.4g}), "
-        f"weight decay {g['weight_decay']:.4g}" + (f", eps {g['eps']:.4g}" if "eps" in g else "")
-        for g in groups
-    ]
-    return "\n".join(lines)
-
-
-def save_weights(path: Path, weights: dict[str, Tensor]) -> None:
-    """Writes whole, contiguous tensors; `path` is either complete and durable or absent."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary)
-    temporary.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets nobody else read it: whoever may see the run
-    fsync(temporary)
-    os.replace(temporary, path)
+from depthmup.train.engines.choice import choose
+from depthmup.train.evaluate import evaluate_splits
+from depthmup.train.interrupt import Interrupt, Interrupted
+from depthmup.train.networks import Networks
+from depthmup.train.one_network import OneNetwork
+from depthmup.train.owner import finished, result_of
+from depthmup.train.record import RunRecord, Watch
+from depthmup.train.rundir import RunDirectory
+from depthmup.train.telemetry import Clock, memory_gb, peak_flops
 
 
 def run(
@@ -118,306 +61,173 @@ def run(
     device = pick_device(config.train.device, world)
     with process_group(world, device, config.parallel, engine_name), ExitStack() as closing:
         try:
-            this = Run(config, path, world, device, engine_name, micro_batches, closing, watch)
+            record = RunRecord(config, path, closing, world, watch)
+            index = open_data(config)
+            networks = OneNetwork(config, engine_name, micro_batches, world, device)
             with explained_deaths():
-                return this.train(interrupt or Interrupt())
+                Loop(networks, [record], index, interrupt or Interrupt(), world).train()
         except Exception as error:
             if world.size > 1 and not isinstance(error, Interrupted):
                 closing.pop_all()  # the others may be gone, and waiting for them would hide the reason
             raise
+    assert record.result is not None
+    return record.result
 
 
-class Run:
-    """The parts of one run. `closing` takes what has to be closed."""
+class Loop:
+    """Runs that differ in nothing but what `networks` keeps apart; `records` are theirs, in the same order."""
 
     def __init__(
         self,
-        config: RunConfig,
-        path: Path,
-        world: World,
-        device: torch.device,
-        engine_name: str,
-        micro_batches: int,
-        closing: ExitStack,
-        watch: Watch | None,
+        networks: Networks,
+        records: Sequence[RunRecord],
+        index: Index,
+        interrupt: Interrupt,
+        world: World = World(),  # noqa: B008  (a frozen value)
     ) -> None:
-        self.config, self.world, self.device, self.micro_batches, self.watch = (
-            config,
-            world,
-            device,
-            micro_batches,
-            watch,
-        )
-        self.directory = RunDirectory(path)
-        path.mkdir(parents=True, exist_ok=True)
-
-        # data and model
-        self.index = open_data(config)
-        set_tf32(config.train)
-        set_backends(device)
-        self.dtype = autocast_dtype(config.train, device)
-        scaled = build(config.model, config.parameterization, config.seed, device)
-        branches, blocks = list(scaled.branches), list(scaled.blocks)
-        self.draws = install_stochastic_depth(scaled.network, branches, blocks, config.train.drop_path)
-        if self.dtype:
-            stream_dtype = self.dtype if config.train.bf16_residual else torch.float32
-            set_stream_type(scaled.network, blocks[0], branches, stream_dtype)
-        self.channels_last = prepare(scaled.network, blocks, config.train, engine_name, device)
-        self.arrange_images(scaled.network)
+        """Resumes what is there. Raises UserError when the runs do not all stand at one step."""
+        self.networks, self.records, self.index, self.world = networks, records, index, world
+        self.config = config = records[0].config  # what follows reads of it is the same for all
         shape = (config.model.in_channels, config.model.image_size, config.model.image_size)
         self.flops = training_flops(build_meta(config.model, config.parameterization).network, shape)
+        for record, description in zip(records, networks.descriptions, strict=True):
+            record.log(description)
 
-        # engine and optimizer
-        self.groups: list[dict[str, Any]] = []
+        self.pending: list[Tensor] = []  # losses (K,) of each step that are still on the device
+        resumed = [record.resume(partial(networks.state, number)) for number, record in enumerate(records)]
+        self.step, states = resumed[0][0].step, {progress.data.seed: progress.data for progress, _ in resumed}
+        for number, (progress, tensors) in enumerate(resumed):
+            if progress.step != self.step:
+                raise UserError(
+                    f"{records[number].directory.path} goes on from step {progress.step}, and its pack from step "
+                    f"{self.step}: train it alone"
+                )
+            if tensors is not None:
+                networks.load(number, tensors, self.step)
+        self.batches = {
+            seed: Batches(config, index, states[seed], self.step, world, networks) for seed in networks.seeds
+        }
+        for record in records:
+            for problem in (too_few_cpus(config.data.num_workers), record.config.decay_warning):
+                if problem:
+                    record.log(f"warning: {problem}")
+            record.open_metrics(self.step)
+        self.vote, self.clock = StopVote(interrupt), Clock(self.step)
+        self.counted = time.monotonic()  # until when the records' seconds are
 
-        def make_optimizer(network: nn.Module) -> torch.optim.Optimizer:
-            self.groups = parameter_groups(network, scaled.rules, scaled.scale, config.optimizer)
-            place = f"{engine_name} on {world.size} x {device.type}, {micro_batches} micro-batch(es), {self.dtype}"
-            self.log(describe(config, scaled, self.groups, place))
-            return build_optimizer(self.groups, config.optimizer)
+    @property
+    def active(self) -> Iterator[tuple[int, RunRecord]]:
+        """The runs that still train, with their numbers."""
+        return ((number, record) for number, record in enumerate(self.records) if record.result is None)
 
-        self.engine: Engine = make_engine(
-            engine_name,
-            scaled.network,
-            make_optimizer,
-            blocks=blocks,
-            config=config.parallel,
-            autocast_dtype=self.dtype,
-            clip_norm=config.train.clip_norm,
-            micro_batches=micro_batches,
-            micro_batch_size=config.train.global_batch_size // world.size // micro_batches,
-        )
-        self.average = None
-        if config.train.ema:
-            if engine_name == "deepspeed" and config.parallel.zero_stage == 3:
-                raise UserError("train.ema cannot see ZeRO 3's shards: use parallel.engine=fsdp, or zero_stage 2")
-            self.average = WeightAverage(scaled.network, config.train.ema)
-        roles = {name: rule.role.value for name, rule in scaled.rules.items()}
-        self.roles = RoleStatistics(scaled.network, roles) if engine_name != "deepspeed" else None
-
-        # resume
-        self.checkpoints = Checkpoints(
-            self.directory.checkpoints, config, self.log, config.train.keep_last, config.train.keep_every
-        )
-        closing.callback(self.checkpoints.close)
-        progress = Progress(0, State(seed=config.seed), [])
-        if loaded := self.checkpoints.load_newest(self.tensors):
-            progress, tensors = loaded
-            self.engine.load_state(tensors)
-        self.step, self.window = progress.step, LossWindow([], progress.losses)
-        self.seconds_before, self.started, self.code = progress.seconds, time.monotonic(), codes(progress.code)
-        stream = TrainingStream(
-            config.data,
-            self.index,
-            progress.data,
-            config.train.global_batch_size,
-            config.model.image_size,
-            config.model.in_channels,
-            world.rank,
-            world.size,
-        )
-        self.loader = TrainingLoader(stream, device)
-        for problem in (too_few_cpus(config.data.num_workers), config.decay_warning):
-            if problem:
-                self.log(f"warning: {problem}")
-        self.metrics = None
-        if world.is_main:
-            self.directory.config.write_text(to_yaml(config))
-            trackers = open_trackers(config, path, self.step, self.log)
-            self.metrics = MetricsWriter(self.directory.metrics, self.step, self.log, trackers)
-            closing.callback(self.metrics.close)
-
-    def arrange_images(self, network: nn.Module) -> None:
-        """Decides in which order this process takes its images of a global batch, so that what is mixed, normalised
-        and dropped together does not depend on the number of processes and micro-batches."""
-        config, world = self.config, self.world
-        batch = config.data.num_streams, config.train.global_batch_size
-        self.places = places(world.rank, world.size, *batch)
-        self.paired: Tensor | None = None
-        self.grouped: Tensor | None = None
-        self.statistics = None
-        if mixes(config.data):
-            order = pairs(self.places, *batch)
-            self.places, self.paired = self.places[order], torch.from_numpy(order).to(self.device)
-        if batch_norms(network):
-            groups = grouping(config, world.size, self.micro_batches)
-            self.statistics = BatchStatistics(network, groups.images, process_group_of(groups))
-            if groups.num_groups > 1:
-                order = groups.order(self.places)
-                self.places, self.grouped = self.places[order], torch.from_numpy(order).to(self.device)
-
-    def log(self, text: str) -> None:
-        """To this process's log; warnings also to whoever watches the first process."""
-        self.directory.add_to_log(text, self.world.rank)
-        if text.startswith("warning: ") and self.world.is_main:
-            print(text, file=sys.stderr)
-
-    def tensors(self) -> dict[str, Any]:
-        """Everything that a checkpoint holds. The average shares its tensors with it, so loading fills it in place."""
-        state = self.engine.state()
-        return {**state, "average": self.average.weights} if self.average else dict(state)
-
-    def save(self) -> None:
-        """Saves a checkpoint of the present step, unless a loss is not finite: then there is nothing worth keeping."""
-        if not self.window.finite():
-            return
-        self.average_statistics()
-        problem = self.metrics.flush() if self.metrics else None
-        progress = Progress(self.step, self.loader.state, self.window.read[:], self.seconds(), self.code)
-        self.checkpoints.save(progress, self.tensors(), problem)
-
-    def average_statistics(self) -> None:
-        """What is written of BatchNorm is the mean over the processes."""
-        average_buffers(self.engine.network)
-        if self.average:
-            with self.average.swapped_in():
-                average_buffers(self.engine.network)
-
-    def seconds(self) -> float:
-        """Of all processes together, those of earlier starts up to the checkpoint included."""
-        return self.seconds_before + self.world.size * (time.monotonic() - self.started)
-
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images and targets of the steps from the present one on, as `take_step` wants them."""
-        config = self.config
-        for step, batch in enumerate(self.loader, start=self.step):
-            images, targets = to_float(batch, config.data, self.device, self.channels_last)
-            if self.paired is not None:
-                images, targets = images[self.paired], targets[self.paired]
-                images, targets = mix(images, targets, config.data, config.model.num_classes, config.seed, step)
-            if self.grouped is not None:
-                images, targets = images[self.grouped], targets[self.grouped]
-            yield images, targets
-
-    def train(self, interrupt: Interrupt) -> dict[str, Any]:
-        """The loop, then evaluation and the done marker."""
-        config, engine, num_steps = self.config, self.engine, self.config.train.num_steps
-        batches, vote, clock = self.batches(), StopVote(interrupt), Clock(self.step)
-        first_step, diverged_at = self.step, None
-        while self.step < num_steps:
-            images, targets = clock.wait(lambda: next(batches))
-            self.draws.start_step(config.seed, self.step, config.train.global_batch_size, self.places, self.device)
-            set_learning_rate(engine.optimizer, config.optimizer.lr, schedule(config.schedule, self.step, num_steps))
+    def train(self) -> None:
+        """The steps, then evaluation and the done markers. Raises Interrupted after a stop that was asked for."""
+        config, num_steps, first_step = self.config, self.config.train.num_steps, self.step
+        streams = [iter(self.batches[seed]) for seed in self.networks.seeds]
+        while self.step < num_steps and any(self.active):
+            images, targets, uniform = self.clock.wait(lambda: stack_seeds([next(stream) for stream in streams]))
             logs = config.train.logs(self.step + 1)
-            if logs and self.roles:
-                self.roles.before_step()
-            result = take_step(
-                engine,
-                images,
-                targets,
-                micro_batches=self.micro_batches,
-                statistics=self.statistics,
-                draws=self.draws,
-                autocast_dtype=self.dtype,
-                label_smoothing=config.train.label_smoothing,
-                clip_norm=config.train.clip_norm,
-            )
-            if self.average:
-                self.average.update(self.step)
-            self.window.pending.append(result.loss)
+            self.pending.append(self.networks.step(images, targets, uniform, measure=logs))
             self.step += 1
             if self.step == first_step + 1:
-                set_timeout(timedelta(seconds=config.parallel.step_timeout), except_for=self.checkpoints.group)
-            if logs and (diverged_at := self.write_metrics(result, clock, vote)) is not None:
-                break
+                group = self.records[0].checkpoints.group
+                set_timeout(timedelta(seconds=config.parallel.step_timeout), except_for=group)
+            if logs:
+                self.write_metrics()
             if config.train.saves(self.step):
                 self.save()
-            if vote.stop() and self.step < num_steps:
+            if self.vote.stop() and self.step < num_steps and any(self.active):
                 self.stop()
-        self.checkpoints.wait()
-        return self.finish(diverged_at, vote)
+        self.finish()
+
+    def read_losses(self) -> None:
+        """Hands the losses to the records: the mean over the processes."""
+        if self.pending:
+            losses = mean_over_ranks(torch.stack(self.pending)).T.tolist()
+            for record, mine in zip(self.records, losses, strict=True):
+                record.losses += mine
+            self.pending.clear()
+
+    def count_seconds(self) -> None:
+        """Shares the time of all processes since the last call among the runs that still train."""
+        now, active = time.monotonic(), [record for _, record in self.active]
+        for record in active:
+            record.seconds += self.world.size * (now - self.counted) / len(active)
+        self.counted = now
+
+    def save(self) -> None:
+        """A checkpoint of each run at the present step."""
+        self.read_losses()
+        self.count_seconds()
+        for number, record in self.active:
+            state = self.batches[record.config.seed].loader.state
+            record.save(self.step, state, partial(self.networks.state, number))
 
     def stop(self) -> NoReturn:
         """Saves and raises Interrupted."""
         self.save()
-        self.checkpoints.wait()
+        for _, record in self.active:
+            record.checkpoints.wait()
         raise Interrupted(f"stopped after step {self.step} of {self.config.train.num_steps}, as asked")
 
-    def write_metrics(self, result: StepResult, clock: Clock, vote: StopVote) -> int | None:
-        """Writes one metrics line; returns the step of the first loss since the last one that is not finite.
+    def write_metrics(self) -> None:
+        """One metrics line for each run; those whose loss is not finite are done.
 
-        A stop during an evaluation is obeyed, and leaves the line without it. The only place in the loop where the host
-        waits for the device.
+        A stop during an evaluation is obeyed, and leaves the lines without it. Here and in `save` alone the host waits
+        for the device.
         """
-        config, engine = self.config, self.engine
-        losses, diverged_at = self.window.drain(self.step)
-        bad = self.loader.bad.over_ranks(gather_objects(self.loader.bad))
-        images_per_second, data_wait = clock.lap(self.step, config.train.global_batch_size)
-        line: dict[str, Any] = {
-            "step": self.step,
-            "samples": self.step * config.train.global_batch_size,
-            "loss": sum(losses) / len(losses),
-            "lr": engine.optimizer.param_groups[0]["lr"] / engine.optimizer.param_groups[0]["lr_mult"],
-            "grad_norm": float(engine.gradient_norm() if result.grad_norm is None else result.grad_norm),
-            "logit_rms": float(result.logits.float().square().mean().sqrt()),
-            "images_per_second": images_per_second,
-            "data_wait": data_wait,
-            **bad.metrics(),
-            "memory": memory_gb(self.device),
-        }
-        if peak := peak_flops(self.device, self.dtype):
-            line["mfu"] = self.flops * images_per_second / (peak * self.world.size)
-        if self.roles:
-            line |= self.roles.after_step()
+        config, networks = self.config, self.networks
+        self.read_losses()
+        self.count_seconds()
+        bad = {seed: batches.loader.bad for seed, batches in self.batches.items()}
+        bad = {seed: mine.over_ranks(others[seed] for others in gather_objects(bad)) for seed, mine in bad.items()}
+        images_per_second, data_wait = self.clock.lap(self.step, config.train.global_batch_size)
+        speed = {"images_per_second": images_per_second, "data_wait": data_wait, "memory": memory_gb(networks.device)}
+        if peak := peak_flops(networks.device, networks.dtype):
+            speed["mfu"] = self.flops * images_per_second / (peak * self.world.size)
+        measured = networks.measurements()
+        diverged_at = {number: record.first_bad_step(self.step) for number, record in self.active}
         stopped = False
-        if config.train.evaluates(self.step) and diverged_at is None:
+        evaluated: list[dict[str, float]] = [{} for _ in self.records]
+        if config.train.evaluates(self.step) and None in diverged_at.values():
             try:
-                with clock.stopped():
-                    line |= self.evaluate(vote.stop)
+                with self.clock.stopped():
+                    evaluated = evaluate_splits(networks, config, self.index, self.world, self.vote.stop)
             except Interrupted as interrupted:
-                self.log(f"{interrupted}, after step {self.step}")
+                self.records[0].log(f"{interrupted}, after step {self.step}")
                 stopped = True
-        if self.metrics:
-            self.metrics.write(line)
-        if self.watch:
-            self.watch(line)
-        bad.check()
+        for number, record in list(self.active):
+            counts = bad[record.config.seed].metrics()
+            found = evaluated[number] if diverged_at[number] is None else {}
+            record.write_metrics(self.step, {**speed, **counts, **measured[number], **found})
+        for count in bad.values():
+            count.check()
+        for number, step in diverged_at.items():
+            if step is not None:
+                self.records[number].diverge(step, self.step)
         if stopped:
             self.stop()
-        return diverged_at
 
-    def evaluate(self, stop: Callable[[], bool]) -> dict[str, float]:
-        """Metrics of every split in `train.evaluate`; with an average of the weights also its own, as SPLIT_ema_...
+    def copy_weights(self, number: int) -> dict[str, Tensor]:
+        """What `full_weights` gives now: on a CPU its tensors are the network's own, which the average leaves again."""
+        return {name: tensor.clone() for name, tensor in self.networks.full_weights(number).items()}
 
-        `stop` is asked after every batch. Raises Interrupted when it says so.
-        """
-        found: dict[str, float] = {}
-        arguments = (self.config, self.index, self.world, self.device, self.dtype, self.channels_last, stop)
-        for split in self.config.train.evaluate:
-            found |= evaluate(self.engine, split, *arguments)
-            if self.average:
-                with self.average.swapped_in():
-                    averaged = evaluate(self.engine, split, *arguments)
-                found |= {key.replace(split, f"{split}_ema", 1): value for key, value in averaged.items()}
-        return found
-
-    def finish(self, diverged_at: int | None, vote: StopVote) -> dict[str, Any]:
-        """Evaluates, writes the weights, and marks the run done. When asked to stop meanwhile: saves, Interrupted."""
-        result: dict[str, Any] = {"outcome": "completed", "step": self.step}
-        if diverged_at is not None:
-            result = {"outcome": "diverged", "step": diverged_at}
-        result["samples"] = self.step * self.config.train.global_batch_size
-        if diverged_at is None:
+    def finish(self) -> None:
+        """Evaluates the runs that still train, writes their weights, and marks them done."""
+        active = list(self.active)
+        if active:
             try:
-                result |= self.evaluate(vote.stop)
+                found = evaluate_splits(self.networks, self.config, self.index, self.world, self.vote.stop)
             except Interrupted:
                 self.stop()
-            self.average_statistics()
-            weights = self.engine.full_weights()
-            if self.average:
-                with self.average.swapped_in():
-                    averaged = self.engine.full_weights()
-            if self.metrics:
-                if problem := self.metrics.flush():
-                    raise problem
-                after = math.ceil(self.step * (1 - FINAL_SHARE))
-                result["train_loss"] = mean_loss(self.directory.metrics, after)
-                save_weights(self.directory.weights, weights)
-                if self.average:
-                    save_weights(self.directory.average, averaged)
-        result["seconds"] = self.seconds()
-        for line in self.loader.bad.lines():
-            self.log(f"bad samples: {line}")
-        if self.world.is_main:
-            self.directory.write_done({**result, **self.checkpoints.owner, "code": self.code})
-        return result
+        for record in self.records:
+            for line in self.batches[record.config.seed].loader.bad.lines():
+                record.log(f"bad samples: {line}")
+        weights = {number: self.networks.full_weights(number) for number, _ in active}
+        averages: dict[int, dict[str, Tensor]] = {}
+        if active and self.networks.average:
+            with self.networks.average.swapped_in():
+                averages = {number: self.copy_weights(number) for number, _ in active}
+        self.count_seconds()
+        for number, record in active:
+            record.complete(self.step, found[number], weights[number], averages.get(number))

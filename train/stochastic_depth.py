@@ -13,27 +13,20 @@ from torch import Tensor, nn
 from depthmup.models.init import generator_for
 
 
+def draw_uniform(seed: int, step: int, num_branches: int, global_batch_size: int, places: np.ndarray) -> Tensor:
+    """(branches, images) uniform numbers of a step, on the CPU. `places`: of this process's images in the global batch,
+    in the order in which they are taken."""
+    generator = generator_for(seed, f"stochastic depth, step {step}")
+    return torch.rand(num_branches, global_batch_size, generator=generator)[:, torch.from_numpy(places)]
+
+
 class Draws:
-    """Uniform numbers, one for each branch and image: `now` (branches, images) has those of the present micro-batch,
-    None outside of a run, where torch's own generator draws."""
+    """The uniform numbers that the hooks of one network look at: `now` (branches, images) has those of the present
+    micro-batch, None outside of a run, where torch's own generator draws."""
 
     def __init__(self) -> None:
         self.num_branches = 0
         self.now: Tensor | None = None
-        self.of_step = torch.empty(0)
-
-    def start_step(
-        self, seed: int, step: int, global_batch_size: int, places: np.ndarray, device: torch.device
-    ) -> None:
-        """`places`: of this process's images in the global batch, in the order in which they are taken."""
-        if self.num_branches:
-            generator = generator_for(seed, f"stochastic depth, step {step}")
-            drawn = torch.rand(self.num_branches, global_batch_size, generator=generator)  # on the CPU, for any device
-            self.of_step = drawn[:, torch.from_numpy(places)].to(device)
-
-    def start_micro_batch(self, number: int, micro_batches: int) -> None:
-        if self.num_branches:
-            self.now = self.of_step.chunk(micro_batches, dim=1)[number]
 
 
 class DropBranch:

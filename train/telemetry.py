@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from depthmup.train.distributed import mean_over_ranks, sum_over_ranks
+from depthmup.train.distributed import sum_over_ranks
+from depthmup.train.tensors import local_tensor
 
 # Dense peak, FLOP/s: (bf16, TF32 or fp32 on tensor cores), from the makers' data sheets, without sparsity. The
 # first name that stands as whole words in the device's name counts.
@@ -68,28 +69,6 @@ T = TypeVar("T")
 
 
 @dataclass
-class LossWindow:
-    """Losses since the last log line, kept on the device: reading them is the host's only wait for it."""
-
-    pending: list[Tensor]
-    read: list[float] = field(default_factory=list)
-
-    def finite(self) -> bool:
-        """Reads what is pending (mean over the processes) and says whether all of it is finite."""
-        if self.pending:
-            self.read += mean_over_ranks(torch.stack(self.pending)).tolist()
-            self.pending.clear()
-        return all(math.isfinite(value) for value in self.read)
-
-    def drain(self, last_step: int) -> tuple[list[float], int | None]:
-        """(losses as floats, step of the first one that is not finite). The same on every process."""
-        self.finite()
-        values, self.read = self.read, []
-        bad = next((i for i, value in enumerate(values) if not math.isfinite(value)), None)
-        return values, None if bad is None else last_step - len(values) + 1 + bad
-
-
-@dataclass
 class Clock:
     """Seconds of training since the last log line, and how many of them went into waiting for data."""
 
@@ -135,15 +114,18 @@ class RoleStatistics:
 
     @torch.no_grad()
     def before_step(self) -> None:
-        self.before = {role: [local(p).clone() for p in parameters] for role, parameters in self.by_role.items()}
+        self.before = {role: [local_tensor(p).clone() for p in parameters] for role, parameters in self.by_role.items()}
 
     @torch.no_grad()
     def after_step(self) -> dict[str, float]:
         """{"grad_rms/ROLE": ..., "update_rms/ROLE": ...}; waits for the device."""
         squares: list[Tensor] = []
         for role, parameters in self.by_role.items():
-            updates = torch._foreach_sub([local(p) for p in parameters], self.before[role])
-            squares += [square_sum([local(p.grad) for p in parameters if p.grad is not None]), square_sum(updates)]
+            updates = torch._foreach_sub([local_tensor(p) for p in parameters], self.before[role])
+            squares += [
+                square_sum([local_tensor(p.grad) for p in parameters if p.grad is not None]),
+                square_sum(updates),
+            ]
         self.before = {}
         totals = torch.stack(squares)
         values = (sum_over_ranks(totals) if self.sharded else totals).tolist()
@@ -153,10 +135,6 @@ class RoleStatistics:
             line[f"grad_rms/{role}"] = math.sqrt(values[2 * index] / count)
             line[f"update_rms/{role}"] = math.sqrt(values[2 * index + 1] / count)
         return line
-
-
-def local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def square_sum(tensors: tuple[Tensor, ...] | list[Tensor]) -> Tensor:

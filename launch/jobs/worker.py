@@ -32,7 +32,7 @@ from depthmup.train.__main__ import leave, train_locked
 from depthmup.train.config import RunConfig, from_plain, read_yaml
 from depthmup.train.interrupt import Interrupt, Interrupted
 from depthmup.train.lock import take_lock
-from depthmup.train.packing import go_together, packable
+from depthmup.train.packs.packing import go_together, packable
 from depthmup.train.rundir import EXIT_REQUEUE, RunDirectory, parse_lines
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def train_some(directories: Sequence[RunDirectory], interrupt: Interrupt) -> boo
     left = list(filter(pending, directories))
     if not left:
         return False
-    from depthmup.train.pack import run_pack  # torch, which takes seconds
+    from depthmup.train.packs.pack import run_pack  # torch, which takes seconds
 
     if interrupt.requested:
         raise Interrupted("asked to stop before the next run began")
@@ -139,7 +139,7 @@ def claim(directories: Sequence[RunDirectory], held: ExitStack) -> dict[RunDirec
 def size_that_fits(config: RunConfig, device: "torch.device", most: int) -> int:
     """How many of `most` runs like `config` to train together; 1 where that cannot be measured, as for a network that
     does not batch."""
-    from depthmup.train.pack_memory import pack_size
+    from depthmup.train.packs.memory import pack_size
 
     try:
         size = pack_size(config, device)

@@ -30,8 +30,8 @@ from depthmup.launch.report.page import CONVERGENCE_FILES
 from depthmup.launch.report.record import bounds, dump, plain
 from depthmup.launch.runs.study import PlannedRun, Study
 from depthmup.models.build import build_meta
+from depthmup.train.batches import open_data
 from depthmup.train.config import RunConfig
-from depthmup.train.loop import open_data
 from depthmup.train.rundir import RunDirectory
 
 IMAGES = 128

@@ -9,7 +9,7 @@ from pathlib import Path
 from depthmup.data.errors import UserError
 from depthmup.launch.config import LaunchConfig
 from depthmup.launch.runs.study import PlannedRun
-from depthmup.train.packing import alike, pack_limit, packable, unknown_to_packs
+from depthmup.train.packs.packing import alike, pack_limit, packable, unknown_to_packs
 
 GPU_NAME = re.compile(r"\d+|(GPU|MIG)-\S+")  # a number, or a name that may be cut short
 

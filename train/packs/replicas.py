@@ -1,14 +1,14 @@
 """K replicas of one network as one: parameters stacked on a leading axis, one batched step for all of them.
 
-Knows no files and no data sets; train.pack gives every replica its run directory. The forward pass is the network's
-own, under `torch.func.vmap`, with a few functions batched by hand (train.batched). The K losses do not share a
-parameter, so the gradient of their sum is each replica's own. On a GPU the whole step (forward, backward, update) is
-one CUDA graph after a few eager steps: a tiny network's step is otherwise nothing but the time to launch its kernels.
+Knows no files and no data sets. The forward pass is the network's own, under `torch.func.vmap`, with a few functions
+batched by hand (train.packs.batched). The K losses do not share a parameter, so the gradient of their sum is each
+replica's own. On a GPU the whole step (forward, backward, update) is one CUDA graph after a few eager steps: a tiny
+network's step is otherwise nothing but the time to launch its kernels.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,98 +17,26 @@ from torch import Tensor
 from torch.func import functional_call, vmap
 
 from depthmup.data.errors import UserError
-from depthmup.models.build import ScaledModel, build, build_meta
-from depthmup.models.multiplier import OutputMultiplier, scale_input, scale_output
+from depthmup.models.build import build, build_meta
 from depthmup.models.optimizer import parameter_groups
-from depthmup.train.batch_norm import BatchStatistics, momentum_of, move
-from depthmup.train.batched import HandBatched, default_convolution
+from depthmup.train.average import WeightAverage
+from depthmup.train.batch_norm import BatchStatistics, batch_norms, grouping, momentum_of, move
 from depthmup.train.config import RunConfig
+from depthmup.train.engines.base import TensorState
+from depthmup.train.networks import describe
+from depthmup.train.packs.batched import HandBatched, default_convolution
+from depthmup.train.packs.graph import GraphedStep
+from depthmup.train.packs.stacking import Group, column, group_parameters, stack_multipliers
+from depthmup.train.prepare import set_stream_type
 from depthmup.train.schedule import schedule
-from depthmup.train.step import set_stream_type
-
-EAGER_STEPS = 3  # before a CUDA graph is captured: libraries choose their kernels and workspaces in them
-MOMENTS = {"sgd": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}  # torch's names of the moments
-SETTINGS = ("lr", "weight_decay", "eps")  # of an optimizer's group, that may differ between replicas
-
-
-@dataclass
-class Group:
-    """Parameters with the same settings in every replica's optimizer, side by side in one matrix.
-
-    values and moments: (K, number of weights); lr (peak), weight_decay, eps: (K, 1).
-    """
-
-    slots: dict[str, tuple[int, torch.Size]]  # parameter name -> first column, shape
-    values: Tensor
-    moments: dict[str, Tensor]
-    settings: dict[str, Tensor]
-
-    def parameters(self) -> dict[str, Tensor]:
-        """Parameter name -> (K, *shape), views of `values` that autograd follows."""
-        pieces = self.values.split([shape.numel() for _, shape in self.slots.values()], dim=1)
-        return {
-            name: piece.unflatten(1, shape) if shape else piece.squeeze(1)
-            for (name, (_, shape)), piece in zip(self.slots.items(), pieces, strict=True)
-        }
-
-    def replica(self, matrix: Tensor, replica: int) -> dict[str, Tensor]:
-        """Parameter name -> its part of `matrix` (values or a moment) in one replica, a view."""
-        row = matrix.detach()[replica]
-        return {name: row[first : first + shape.numel()].view(shape) for name, (first, shape) in self.slots.items()}
-
-
-def parameter_settings(scaled: ScaledModel, config: RunConfig) -> dict[str, tuple[tuple[str, float], ...]]:
-    """Parameter name -> what the run's own optimizer has for it: peak lr, weight decay and, for AdamW, eps."""
-    names = {id(parameter): name for name, parameter in scaled.network.named_parameters()}
-    return {
-        names[id(parameter)]: tuple((key, group[key]) for key in SETTINGS if key in group)
-        for group in parameter_groups(scaled.network, scaled.rules, scaled.scale, config.optimizer)
-        for parameter in group["params"]
-    }
-
-
-def group_parameters(scaled: Sequence[ScaledModel], configs: Sequence[RunConfig], device: torch.device) -> list[Group]:
-    """One group for each combination of settings over the replicas: at most one per role."""
-    by_settings: dict[tuple[Any, ...], dict[str, torch.Size]] = {}
-    settings_of = [parameter_settings(s, c) for s, c in zip(scaled, configs, strict=True)]
-    for name, parameter in scaled[0].network.named_parameters():
-        by_settings.setdefault(tuple(settings[name] for settings in settings_of), {})[name] = parameter.shape
-    groups = []
-    for settings, shapes in by_settings.items():
-        slots, first = {}, 0
-        for name, shape in shapes.items():
-            slots[name] = (first, shape)
-            first += shape.numel()
-        values = torch.empty(len(configs), first, device=device)
-        rows = [dict(row) for row in settings]
-        columns = {key: column([row[key] for row in rows], device) for key in rows[0]}
-        moments = {name: torch.zeros_like(values) for name in MOMENTS[configs[0].optimizer.name]}
-        groups.append(Group(slots, values.requires_grad_(), moments, columns))
-    return groups
-
-
-def column(values: Sequence[float], device: torch.device) -> Tensor:
-    """(K, 1), float64: rounded to float32 only where it meets a weight, as a Python number is."""
-    return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
-
-
-def stack_multipliers(scaled: Sequence[ScaledModel], device: torch.device) -> dict[str, Tensor]:
-    """Puts every replica's multipliers on the first one's network; returns those that differ, (K,) by module name."""
-    first, different = scaled[0], {}
-    for name in sorted({name for s in scaled for name in s.multipliers}):
-        values = [s.multipliers[name].value if name in s.multipliers else 1.0 for s in scaled]
-        if name not in first.multipliers:
-            other = next(s.multipliers[name] for s in scaled if name in s.multipliers)
-            install = scale_output if isinstance(other, OutputMultiplier) else scale_input
-            if installed := install(first.network, name, other.value):
-                first.multipliers[name] = installed
-        if len(set(values)) > 1:
-            different[name] = torch.tensor(values, device=device)
-    return different
+from depthmup.train.stochastic_depth import install_stochastic_depth
 
 
 class Replicas:
-    """K replicas in training. `losses` (K,) are the last step's, `alive` (K, 1) tells which replicas still learn."""
+    """train.networks.Networks for any K. `losses` (K,) are the last step's, `alive` (K, 1) tells which replicas still
+    learn."""
+
+    channels_last = False
 
     def __init__(
         self,
@@ -118,11 +46,14 @@ class Replicas:
         convolution: str | None = None,
     ) -> None:
         """Draws every replica's initial weights. Raises UserError when the network cannot be batched."""
-        self.configs, self.device, self.autocast_dtype = configs, device, autocast_dtype
+        self.configs, self.device, self.dtype, train = configs, device, autocast_dtype, configs[0].train
         scaled = [build_meta(c.model, c.parameterization) for c in configs]
         self.network = scaled[0].network
+        branches, blocks = list(scaled[0].branches), list(scaled[0].blocks)
+        self.draws = install_stochastic_depth(self.network, branches, blocks, train.drop_path)
+        self.num_drop_branches = self.draws.num_branches
         if autocast_dtype:
-            set_stream_type(self.network, scaled[0].blocks[0], scaled[0].branches, torch.float32)
+            set_stream_type(self.network, blocks[0], branches, autocast_dtype if train.bf16_residual else torch.float32)
         self.multipliers = stack_multipliers(scaled, device)
         self.installed = scaled[0].multipliers
         self.roles = {name: rule.role.value for name, rule in scaled[0].rules.items()}
@@ -145,14 +76,19 @@ class Replicas:
         self.momentum = column([o.momentum for o in optimizers], device)
         self.coupled = column([float(o.weight_decay_mode == "coupled") for o in optimizers], device)
         self.betas = [column([o.scaled_betas[i] for o in optimizers], device) for i in (0, 1)]
+        self.descriptions = []
+        for number, (s, c) in enumerate(zip(scaled, configs, strict=True)):
+            place = f"replica {number} of a pack of {len(configs)} on {device.type}, {autocast_dtype}"
+            groups = parameter_groups(s.network, s.rules, s.scale, c.optimizer)
+            self.descriptions.append(describe(c, s, groups, place))
         clips = [c.train.clip_norm for c in configs]
         self.clip = column([clip or float("inf") for clip in clips], device) if any(clips) else None
-        num_steps = configs[0].train.num_steps
+        num_steps = train.num_steps
         shapes = list(dict.fromkeys(c.schedule for c in configs))  # mostly one
         factors = [[schedule(shape, step, num_steps) for shape in shapes] for step in range(num_steps)]
         self.schedules = torch.tensor(factors, dtype=torch.float64, device=device)  # (steps, shapes)
         self.schedule_of = torch.tensor([shapes.index(c.schedule) for c in configs], device=device)
-        self.steps_done = torch.zeros(1, dtype=torch.int64, device=device)
+        self.steps, self.steps_done = 0, torch.zeros(1, dtype=torch.int64, device=device)  # the same number
         self.alive = torch.ones(len(configs), 1, dtype=torch.bool, device=device)
         self.losses = torch.zeros(len(configs), device=device)
         self.logit_rms = torch.zeros(len(configs), device=device)
@@ -160,7 +96,9 @@ class Replicas:
         self.gradient_norms = torch.zeros(len(configs), device=device)  # before clipping
         self.step_function = GraphedStep(self.eager_step) if device.type == "cuda" else self.eager_step
         self.check_batches()
+        self.grouping = grouping(configs[0], 1, 1) if batch_norms(self.network) else None
         self.install_batch_norm()
+        self.average = WeightAverage(self.averaged(), train.ema) if train.ema else None
 
     # ------------------------------------------------------------ one replica's part
 
@@ -180,24 +118,72 @@ class Replicas:
                     moments.setdefault(name, {})[key] = moment
         return moments
 
+    def averaged(self) -> dict[str, Tensor]:
+        """What is averaged: each group's weights, by its number, and what is saved of BatchNorm."""
+        saved = self.network.state_dict().keys()
+        buffers = {name: b for name, b in self.buffers.items() if name in saved and b.is_floating_point()}
+        return {str(number): group.values for number, group in enumerate(self.groups)} | buffers
+
+    def state(self, number: int) -> TensorState:
+        """As a run alone has it: views, but for the count of steps."""
+        optimizer, moments = self.configs[number].optimizer, self.moments(number)
+        if optimizer.name == "adamw":
+            for of_parameter in moments.values():
+                of_parameter["step"] = torch.tensor(float(self.steps))
+        elif not optimizer.momentum:  # then torch's SGD keeps nothing
+            moments = {}
+        state: TensorState = {"model": self.weights(number), "optimizer": moments}
+        if self.average:
+            average = dict(self.average.weights)
+            of_groups = [group.replica(average.pop(str(n)), number) for n, group in enumerate(self.groups)]
+            statistics = {name: buffer[number] for name, buffer in average.items()}
+            state["average"] = {name: w for of_group in [*of_groups, statistics] for name, w in of_group.items()}
+        return state
+
+    def load(self, number: int, state: TensorState, step: int) -> None:
+        self.steps = step  # the rest of the state are views, written into already
+        self.steps_done.fill_(step)
+
+    def full_weights(self, number: int) -> dict[str, Tensor]:
+        return {name: tensor.cpu() for name, tensor in self.weights(number).items()}
+
     # ------------------------------------------------------------ forward
 
-    def forward(self, images: Tensor) -> Tensor:
-        """(seeds, batch, channels, size, size) images -> (K, batch, num_classes) logits. A row of images a seed."""
+    def forward(self, images: Tensor, uniform: Tensor | None = None) -> Tensor:
+        """(S, batch, channels, size, size) images, (S, branches, batch) uniform numbers -> (K, batch, classes) logits,
+        for the S seeds' runs, or for all where S is 1."""
         parameters = {name: value for group in self.groups for name, value in group.parameters().items()}
+        if uniform is None:  # nothing is dropped
+            uniform = images.new_zeros(len(images), self.num_drop_branches, images.shape[1])
         shared = len(images) == 1
-        enabled = self.autocast_dtype is not None
-        with torch.autocast(self.device.type, self.autocast_dtype, enabled=enabled), self.mode:
-            return vmap(self.forward_one, in_dims=(0, 0, 0, None if shared else 0))(
-                parameters, self.buffers, self.multipliers, images[0] if shared else images[self.seed_of]
-            )
+        inputs = [tensor[0] if shared else tensor[self.seed_of] for tensor in (images, uniform)]
+        in_dims = (0, 0, 0, *((None, None) if shared else (0, 0)))
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None), self.mode:
+            return vmap(self.forward_one, in_dims=in_dims)(parameters, self.buffers, self.multipliers, *inputs)
 
     def forward_one(
-        self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], multipliers: dict[str, Tensor], images: Tensor
+        self,
+        parameters: dict[str, Tensor],
+        buffers: dict[str, Tensor],
+        multipliers: dict[str, Tensor],
+        images: Tensor,
+        uniform: Tensor,
     ) -> Tensor:
         for name, value in multipliers.items():
             self.installed[name].value = value  # type: ignore[assignment]  # a number without shape inside vmap
+        self.draws.now = uniform
         return functional_call(self.network, {**parameters, **buffers}, (images,))
+
+    def logits(self, images: Tensor) -> Tensor:
+        return self.forward(images[None]).float()
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        self.network.eval()
+        try:
+            yield
+        finally:
+            self.network.train()
 
     @torch.no_grad()
     def check_batches(self) -> None:
@@ -240,26 +226,36 @@ class Replicas:
 
     # ------------------------------------------------------------ one step
 
-    def step(self, images: Tensor, labels: Tensor) -> Tensor:
-        """One update of all replicas on a batch for each seed, (seeds, batch, ...); returns the losses (K,)."""
-        self.step_function(images, labels)
+    def step(self, images: Tensor, targets: Tensor, uniform: Tensor | None = None, measure: bool = False) -> Tensor:
+        self.before = self.values() if measure else []
+        self.step_function(images, targets, *([] if uniform is None else [uniform]))
+        if self.average:
+            self.average.update(self.steps)
+        self.steps += 1
         return self.losses.clone()
 
-    def eager_step(self, images: Tensor, labels: Tensor) -> None:
+    def eager_step(self, images: Tensor, targets: Tensor, uniform: Tensor | None = None) -> None:
         self.gradients = []  # the last step's would take memory beside this one's
-        logits = self.forward(images)
-        labels = labels.expand(len(logits), -1) if len(labels) == 1 else labels[self.seed_of]  # (K, batch)
+        logits = self.forward(images, uniform)
+        of_all = targets.expand(len(logits), *targets.shape[1:]) if len(targets) == 1 else targets[self.seed_of]
         smoothing = self.configs[0].train.label_smoothing
         each = F.cross_entropy(
-            logits.flatten(0, 1).float(), labels.flatten(), label_smoothing=smoothing, reduction="none"
+            logits.flatten(0, 1).float(), of_all.flatten(0, 1), label_smoothing=smoothing, reduction="none"
         )
-        losses = each.view(labels.shape).mean(1)
+        losses = each.view(len(logits), -1).mean(1)
         self.gradients = torch.autograd.grad(losses.sum(), [group.values for group in self.groups])
         for momentum, buffers in self.batch_norms:
             move(buffers, momentum)
         self.losses.copy_(losses.detach())
         self.logit_rms.copy_(logits.detach().float().square().mean((1, 2)).sqrt())
         self.update()
+
+    def measurements(self) -> list[dict[str, float]]:
+        norms, logits = self.gradient_norms.tolist(), self.logit_rms.tolist()
+        return [
+            {"grad_norm": norm, "logit_rms": rms, **roles}
+            for norm, rms, roles in zip(norms, logits, self.role_statistics(self.before), strict=True)
+        ]
 
     def values(self) -> list[Tensor]:
         """A copy of all weights, one (K, weights) for each group."""
@@ -327,34 +323,3 @@ class Replicas:
         denominator = second.sqrt().div_(corrections[1].sqrt().float()).add_(group.settings["eps"].float())
         quotient = torch.div(first, denominator, out=denominator)  # in place: a pack's memory is K runs' and no more
         group.values.addcmul_(quotient, (-lr / corrections[0]).float())
-
-
-class GraphedStep:
-    """A step function of fixed shapes as one CUDA graph: eager for the first steps, captured once, then replayed."""
-
-    def __init__(self, function: Callable[[Tensor, Tensor], None]) -> None:
-        self.function = function
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.inputs: tuple[Tensor, ...] = ()
-        self.calls = 0
-        self.stream = torch.cuda.Stream()  # autograd's bookkeeping must not tie the capture to the default stream
-
-    def __call__(self, *inputs: Tensor) -> None:
-        if not self.inputs:
-            self.inputs = tuple(tensor.clone() for tensor in inputs)
-        for mine, new in zip(self.inputs, inputs, strict=True):
-            mine.copy_(new)
-        if self.graph is None and self.calls < EAGER_STEPS:
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                self.function(*self.inputs)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            self.calls += 1
-            return
-        if self.graph is None:
-            torch.cuda.empty_cache()  # a graph has memory of its own; leave it what the eager steps used
-            self.graph = torch.cuda.CUDAGraph()
-            # "thread_local": the loader's thread may allocate pinned memory meanwhile, which "global" takes for a fault
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                self.function(*self.inputs)
-        self.graph.replay()

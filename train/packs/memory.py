@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from depthmup.train.config import RunConfig
-from depthmup.train.packing import pack_limit
-from depthmup.train.replicas import Replicas
-from depthmup.train.step import autocast_dtype
+from depthmup.train.packs.packing import pack_limit
+from depthmup.train.packs.replicas import Replicas
+from depthmup.train.prepare import autocast_dtype
 
 MEMORY_SHARE = 0.8  # of what is free: the rest is for libraries' workspaces and the allocator's gaps
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from depthmup.data.errors import UserError
-from depthmup.train.engine import Engine, OptimizerFactory, TensorState
+from depthmup.train.engines.base import Engine, OptimizerFactory, TensorState
 
 STEP = "step"  # Adam's count of steps: a number, the same for all parameters
 

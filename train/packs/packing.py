@@ -23,19 +23,23 @@ PACKABLE_FIELDS = {
     "optimizer.samples_ratio",
     "train.clip_norm",
 }
-# What the packed step honours with one value for all replicas. A field that is in neither list is one that the packed
-# step knows nothing of: it must have its default, or a pack would quietly leave it out.
+# What packs honour with one value for all replicas. A field that is in neither list is one that they know nothing of:
+# it must have its default, or a pack would quietly leave it out. These are train.compile, channels_last and
+# activation_checkpointing, everything under parallel, track.wandb (one run a process) and Muon.
 HONOURED_SECTIONS = ("model", "data")
-NOT_HONOURED = {"data.mixup", "data.cutmix"}  # of these sections: a pack's loss takes classes
 HONOURED_FIELDS = {
     "optimizer.name",
     "optimizer.nesterov",
     "train.samples",
     "train.global_batch_size",
     "train.label_smoothing",
+    "train.drop_path",
+    "train.ema",
     "train.precision",
+    "train.bf16_residual",
     "train.batch_norm_images",
     "train.evaluate",
+    "train.evaluate_every",
     "train.device",
     "train.log_every",
     "train.checkpoint_every",
@@ -76,7 +80,7 @@ def unknown_to_packs(config: RunConfig) -> set[str]:
         if value != default
         and not may_differ(name)
         and name not in HONOURED_FIELDS
-        and (name in NOT_HONOURED or name.partition(".")[0] not in HONOURED_SECTIONS)
+        and name.partition(".")[0] not in HONOURED_SECTIONS
     }
     return unknown | ({"optimizer.name"} if config.optimizer.name not in OPTIMIZERS else set())
 

@@ -1,0 +1,136 @@
+"""One network in training: a plain torch module and a plain torch optimizer, spread over processes by an engine."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from depthmup.data.errors import UserError
+from depthmup.models.build import build
+from depthmup.models.optimizer import build_optimizer, parameter_groups
+from depthmup.train.average import WeightAverage, averaged_tensors
+from depthmup.train.batch_norm import BatchStatistics, batch_norms, grouping, process_group_of
+from depthmup.train.config import RunConfig
+from depthmup.train.distributed import World
+from depthmup.train.engines.base import TensorState, average_buffers
+from depthmup.train.engines.choice import make_engine
+from depthmup.train.networks import describe
+from depthmup.train.prepare import prepare, prepare_device, set_stream_type
+from depthmup.train.schedule import schedule, set_learning_rate
+from depthmup.train.step import StepResult, autocast, take_step
+from depthmup.train.stochastic_depth import install_stochastic_depth
+from depthmup.train.telemetry import RoleStatistics
+
+
+class OneNetwork:
+    """train.networks.Networks with K = 1; its leading axes of length 1 are views."""
+
+    def __init__(
+        self, config: RunConfig, engine_name: str, micro_batches: int, world: World, device: torch.device
+    ) -> None:
+        """Raises UserError for what does not go together, or is not installed."""
+        self.config, self.device, self.micro_batches = config, device, micro_batches
+        self.seeds, self.steps = [config.seed], 0
+        self.descriptions: list[str] = []
+        self.dtype = prepare_device(config.train, device)
+        scaled = build(config.model, config.parameterization, config.seed, device)
+        branches, blocks = list(scaled.branches), list(scaled.blocks)
+        self.draws = install_stochastic_depth(scaled.network, branches, blocks, config.train.drop_path)
+        self.num_drop_branches = self.draws.num_branches
+        if self.dtype:
+            stream_dtype = self.dtype if config.train.bf16_residual else torch.float32
+            set_stream_type(scaled.network, blocks[0], branches, stream_dtype)
+        self.channels_last = prepare(scaled.network, blocks, config.train, engine_name, device)
+        self.grouping, self.statistics = None, None
+        if batch_norms(scaled.network):
+            self.grouping = grouping(config, world.size, micro_batches)
+            shared = process_group_of(self.grouping)
+            self.statistics = BatchStatistics(scaled.network, self.grouping.images, shared)
+
+        def make_optimizer(network: nn.Module) -> torch.optim.Optimizer:
+            groups = parameter_groups(network, scaled.rules, scaled.scale, config.optimizer)
+            place = f"{engine_name} on {world.size} x {device.type}, {micro_batches} micro-batch(es), {self.dtype}"
+            self.descriptions.append(describe(config, scaled, groups, place))
+            return build_optimizer(groups, config.optimizer)
+
+        self.engine = make_engine(
+            engine_name,
+            scaled.network,
+            make_optimizer,
+            blocks=blocks,
+            config=config.parallel,
+            autocast_dtype=self.dtype,
+            clip_norm=config.train.clip_norm,
+            micro_batches=micro_batches,
+            micro_batch_size=config.train.global_batch_size // world.size // micro_batches,
+        )
+        self.average: WeightAverage | None = None
+        if config.train.ema:
+            if engine_name == "deepspeed" and config.parallel.zero_stage == 3:
+                raise UserError("train.ema cannot see ZeRO 3's shards: use parallel.engine=fsdp, or zero_stage 2")
+            self.average = WeightAverage(averaged_tensors(scaled.network), config.train.ema)
+        roles = {name: rule.role.value for name, rule in scaled.rules.items()}
+        self.roles = RoleStatistics(scaled.network, roles) if engine_name != "deepspeed" else None
+        self.result: StepResult | None = None  # of the last step
+
+    def step(self, images: Tensor, targets: Tensor, uniform: Tensor | None = None, measure: bool = False) -> Tensor:
+        config = self.config
+        factor = schedule(config.schedule, self.steps, config.train.num_steps)
+        set_learning_rate(self.engine.optimizer, config.optimizer.lr, factor)
+        if measure and self.roles:
+            self.roles.before_step()
+        self.result = take_step(
+            self.engine,
+            images[0],
+            targets[0],
+            micro_batches=self.micro_batches,
+            statistics=self.statistics,
+            draws=self.draws,
+            uniform=None if uniform is None else uniform[0],
+            autocast_dtype=self.dtype,
+            label_smoothing=config.train.label_smoothing,
+            clip_norm=config.train.clip_norm,
+        )
+        if self.average:
+            self.average.update(self.steps)
+        self.steps += 1
+        return self.result.loss[None]
+
+    def measurements(self) -> list[dict[str, float]]:
+        assert self.result is not None
+        norm = self.engine.gradient_norm() if self.result.grad_norm is None else self.result.grad_norm
+        rms = self.result.logits.float().square().mean().sqrt()
+        return [{"grad_norm": float(norm), "logit_rms": float(rms), **(self.roles.after_step() if self.roles else {})}]
+
+    def logits(self, images: Tensor) -> Tensor:
+        with autocast(self.device, self.dtype):
+            logits: Tensor = self.engine.module(images)
+        return logits.float()[None]
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        average_buffers(self.engine.network)
+        self.engine.module.eval()
+        try:
+            yield
+        finally:
+            self.engine.reshard()
+            self.engine.module.train()
+
+    def state(self, number: int) -> TensorState:
+        """What it says of BatchNorm is the mean over the processes. The average shares its tensors with it."""
+        average_buffers(self.engine.network)
+        if self.average is None:
+            return self.engine.state()
+        with self.average.swapped_in():
+            average_buffers(self.engine.network)
+        return {**self.engine.state(), "average": self.average.weights}
+
+    def load(self, number: int, state: TensorState, step: int) -> None:
+        self.steps = step
+        self.engine.load_state(state)
+
+    def full_weights(self, number: int) -> dict[str, Tensor]:
+        average_buffers(self.engine.network)
+        return self.engine.full_weights()

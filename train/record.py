@@ -1,0 +1,140 @@
+"""What one run writes while it trains, alone or in a pack: the files of its directory, and nothing else."""
+
+import math
+import os
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from depthmup.data.order import State
+from depthmup.train.checkpoint import Checkpoints, Progress, fsync
+from depthmup.train.config import RunConfig, to_yaml
+from depthmup.train.distributed import World
+from depthmup.train.metrics import MetricsWriter, mean_loss, open_trackers
+from depthmup.train.owner import codes
+from depthmup.train.rundir import RunDirectory
+from depthmup.train.schedule import schedule
+
+FINAL_SHARE = 0.1  # the reported training loss is the mean over this share of the steps, at the end
+Watch = Callable[[dict[str, Any]], None]
+
+
+def save_weights(path: Path, weights: dict[str, Tensor]) -> None:
+    """Writes whole, contiguous tensors; `path` is either complete and durable or absent."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary)
+    temporary.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets nobody else read it: whoever may see the run
+    fsync(temporary)
+    os.replace(temporary, path)
+
+
+class RunRecord:
+    """Every process of a run holds one and calls the same methods; the first process alone writes metrics and results.
+
+    losses: those since the last metrics line, as far as they have been read from the device; result: what the run came
+    to, None while it trains.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        path: Path,
+        closing: ExitStack,
+        world: World = World(),  # noqa: B008  (a frozen value)
+        watch: Watch | None = None,
+    ) -> None:
+        """`closing` takes what has to be closed; `watch` gets every metrics line."""
+        self.config, self.world, self.watch, self.closing = config, world, watch, closing
+        self.directory = RunDirectory(path)
+        path.mkdir(parents=True, exist_ok=True)
+        keep = config.train.keep_last, config.train.keep_every
+        self.checkpoints = Checkpoints(self.directory.checkpoints, config, self.log, *keep)
+        closing.callback(self.checkpoints.close)
+        self.metrics: MetricsWriter | None = None
+        self.losses: list[float] = []
+        self.seconds, self.code = 0.0, ""  # of all processes together, earlier starts included
+        self.result: dict[str, Any] | None = None
+
+    def log(self, text: str) -> None:
+        """To this process's log; warnings also to whoever watches the first process."""
+        self.directory.add_to_log(text, self.world.rank)
+        if text.startswith("warning: ") and self.world.is_main:
+            print(text, file=sys.stderr)
+
+    def resume(self, template: Callable[[], Any]) -> tuple[Progress, Any | None]:
+        """Where the run stands, and the tensors of its newest checkpoint, None where it begins.
+
+        Raises UserError as Checkpoints.load_newest, which says what `template` is, does.
+        """
+        loaded = self.checkpoints.load_newest(template)
+        progress, tensors = loaded or (Progress(0, State(seed=self.config.seed), []), None)
+        self.losses, self.seconds, self.code = progress.losses, progress.seconds, codes(progress.code)
+        return progress, tensors
+
+    def open_metrics(self, step: int) -> None:
+        """Writes the configuration, and opens metrics.jsonl, whose lines after `step` go, and the trackers."""
+        if self.world.is_main:
+            self.directory.config.write_text(to_yaml(self.config))
+            trackers = open_trackers(self.config, self.directory.path, step, self.log)
+            self.metrics = MetricsWriter(self.directory.metrics, step, self.log, trackers)
+            self.closing.callback(self.metrics.close)
+
+    def first_bad_step(self, step: int) -> int | None:
+        """The step of the first loss since the last metrics line that is not finite, after `step` steps."""
+        bad = next((i for i, loss in enumerate(self.losses) if not math.isfinite(loss)), None)
+        return None if bad is None else step - len(self.losses) + 1 + bad
+
+    def save(self, step: int, data: State, template: Callable[[], Any]) -> None:
+        """Saves a checkpoint of what `template` gives, unless a loss is not finite: then nothing is worth keeping."""
+        if self.first_bad_step(step) is None:
+            problem = self.metrics.flush() if self.metrics else None
+            progress = Progress(step, data, self.losses[:], self.seconds, self.code)
+            self.checkpoints.save(progress, template(), problem)
+
+    def write_metrics(self, step: int, measured: dict[str, Any]) -> None:
+        """One metrics line; the window of losses begins anew."""
+        train = self.config.train
+        line = {
+            "step": step,
+            "samples": step * train.global_batch_size,
+            "loss": sum(self.losses) / len(self.losses),
+            "lr": self.config.optimizer.lr * schedule(self.config.schedule, step - 1, train.num_steps),
+            **measured,
+        }
+        self.losses = []
+        if self.metrics:
+            self.metrics.write(line)
+        if self.watch:
+            self.watch(line)
+
+    def complete(
+        self, step: int, found: dict[str, float], weights: dict[str, Tensor], averages: dict[str, Tensor] | None
+    ) -> None:
+        """Writes the weights and, where there is one, their average, and what the evaluation found. Raises OSError."""
+        result: dict[str, Any] = {"outcome": "completed", "step": step, "samples": self.samples(step), **found}
+        if self.metrics:
+            if problem := self.metrics.flush():
+                raise problem
+            result["train_loss"] = mean_loss(self.directory.metrics, math.ceil(step * (1 - FINAL_SHARE)))
+            save_weights(self.directory.weights, weights)
+            if averages is not None:
+                save_weights(self.directory.average, averages)
+        self.close(result)
+
+    def diverge(self, bad_step: int, step: int) -> None:
+        """Marks the run done after `step` steps as one whose loss of `bad_step` is not finite."""
+        self.close({"outcome": "diverged", "step": bad_step, "samples": self.samples(step)})
+
+    def samples(self, step: int) -> int:
+        return step * self.config.train.global_batch_size
+
+    def close(self, result: dict[str, Any]) -> None:
+        self.checkpoints.wait()
+        self.result = {**result, "seconds": self.seconds}
+        if self.world.is_main:
+            self.directory.write_done({**self.result, **self.checkpoints.owner, "code": self.code})

@@ -1,0 +1,14 @@
+"""Tensors that may be sharded over processes."""
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """All of it, gathered from the processes where it is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """This process's shard; the tensor itself where it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
