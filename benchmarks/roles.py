@@ -1,7 +1,7 @@
 """How long it takes to find the roles of a ViT and to scale it to 1,000 blocks, and the memory: seconds of CPU, peak.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.roles                # timm's ViT of width 64, from 3 blocks
-    OMP_NUM_THREADS=1 python -m benchmarks.roles --depth 100
+OMP_NUM_THREADS=1 python -m benchmarks.roles                # timm's ViT of width 64, from 3 blocks
+OMP_NUM_THREADS=1 python -m benchmarks.roles --depth 100
 """
 
 import argparse
