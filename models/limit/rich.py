@@ -60,7 +60,7 @@ def draw(
     coefficients = before @ inverse
     noise = np.kron(rng.standard_normal((sites // len(SIGNS), samples)), np.ones((len(SIGNS), 1))) * signs[:, None]
     fixed = np.concatenate([past, known], axis=1)
-    noise -= fixed @ np.linalg.lstsq(fixed, noise, rcond=1e-10)[0]
+    noise -= fixed @ (np.linalg.pinv(fixed.T @ fixed, rcond=1e-10, hermitian=True) @ (fixed.T @ noise))
     noise = noise @ np.linalg.pinv(root(noise.T @ noise / sites), hermitian=True)
     return past @ coefficients.T + noise @ root(now - coefficients @ before.T)
 
