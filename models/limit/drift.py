@@ -9,11 +9,11 @@ import math
 
 import numpy as np
 
-from models.config import Size
-from models.errors import ModelError
-from models.limit.kernels import finite_depth_kernel, infinite_depth_kernel
-from models.limit.network import ActivationName, InfiniteNetwork
-from models.parameterization import Parameterization, Role, Scale
+from depthmup.models.config import Size
+from depthmup.models.errors import ModelError
+from depthmup.models.limit.kernels import finite_depth_kernel, infinite_depth_kernel
+from depthmup.models.limit.network import ActivationName, InfiniteNetwork
+from depthmup.models.parameterization import Parameterization, Role, Scale
 
 ONE_INPUT = np.ones((1, 1))
 

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.build import ScaledModel, apply
-from models.config import OptimizerConfig, ParameterizationConfig, Size
-from models.family import Init, ParameterRule, Roles, Slot
-from models.limit.network import ActivationName
-from models.optimizer import build_optimizer, parameter_groups
-from models.parameterization import Role
+from depthmup.models.build import ScaledModel, apply
+from depthmup.models.config import OptimizerConfig, ParameterizationConfig, Size
+from depthmup.models.family import Init, ParameterRule, Roles, Slot
+from depthmup.models.limit.network import ActivationName
+from depthmup.models.optimizer import build_optimizer, parameter_groups
+from depthmup.models.parameterization import Role
 
 FUNCTIONS = {"relu": torch.relu, "tanh": torch.tanh, "erf": torch.erf, "linear": lambda x: x}
 FAN_IN = Init("normal_fan_in", 1.0)

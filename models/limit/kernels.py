@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from models.errors import ModelError
-from models.limit.activations import ACTIVATIONS
-from models.limit.network import ActivationName, InfiniteNetwork, Training
+from depthmup.models.errors import ModelError
+from depthmup.models.limit.activations import ACTIVATIONS
+from depthmup.models.limit.network import ActivationName, InfiniteNetwork, Training
 
 LEAST_STEPS = 12  # of the ODE's solver, of fourth order: relative errors of 2e-7 at s = 1
 

@@ -18,8 +18,9 @@ import math
 
 import numpy as np
 
-from models.limit.kernels import refuse_unstable
-from models.limit.network import InfiniteNetwork, Training, Trajectory
+from depthmup.models.errors import ModelError
+from depthmup.models.limit.kernels import refuse_unstable
+from depthmup.models.limit.network import InfiniteNetwork, Training, Trajectory
 
 
 class Sources:

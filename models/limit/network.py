@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from models.errors import ModelError
+from depthmup.models.errors import ModelError
 
 ActivationName = Literal["relu", "linear", "erf", "tanh"]
 SAME = 1e-9  # inputs whose cosine is nearer to 1 are the same
@@ -95,3 +95,11 @@ def refuse_repeated(input_kernel: np.ndarray) -> None:
     if cosine[first, second] > 1 - SAME:
         raise ModelError(f"inputs {second} and {first} are the same, and the kernel is singular: leave one out")
 
+
+def to_infinite_depth(values: dict[int, np.ndarray], degree: int) -> np.ndarray:
+    """The limit of values at several depths, all of one shape: least squares of a polynomial in 1 / depth."""
+    depths = np.array(sorted(values), dtype=float)
+    rows = np.array([np.ravel(values[int(depth)]) for depth in depths])
+    powers = np.vander(1 / depths, degree + 1, increasing=True)
+    found: np.ndarray = np.linalg.lstsq(powers, rows, rcond=None)[0][0]
+    return found.reshape(np.shape(values[int(depths[0])]))

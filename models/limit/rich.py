@@ -19,10 +19,10 @@ import math
 
 import numpy as np
 
-from models.errors import ModelError
-from models.limit.activations import ACTIVATIONS
-from models.limit.kernels import refuse_unstable
-from models.limit.network import InfiniteNetwork, Training, Trajectory
+from depthmup.models.errors import ModelError
+from depthmup.models.limit.activations import ACTIVATIONS
+from depthmup.models.limit.kernels import refuse_unstable
+from depthmup.models.limit.network import InfiniteNetwork, Training, Trajectory
 
 SIGNS = np.array([(1, 1), (1, -1), (-1, 1), (-1, -1)])  # of a site's copies: (h_in and u), (w_0 and r)
 
