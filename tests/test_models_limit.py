@@ -12,7 +12,7 @@ from depthmup.models import OptimizerConfig, ParameterizationConfig, Role, Size
 from depthmup.models import parameterization as rules
 from depthmup.models.errors import ModelError
 from depthmup.models.limit.activations import ACTIVATIONS
-from depthmup.models.limit.drift import kernel_at, kernel_in_limit, network_under_rules, predicted_drift
+from depthmup.models.limit.drift import kernel_at, kernel_in_limit, predicted_drift
 from depthmup.models.limit.finite import scaled_network, train_finite
 from depthmup.models.limit.kernels import finite_depth_kernel, infinite_depth_kernel, largest_rate, lazy_outputs
 from depthmup.models.limit.linear import train_linear
@@ -288,7 +288,11 @@ def tangent_kernel_of_network(p: ParameterizationConfig, size: Size, base: Size,
 def test_tangent_kernel_of_a_wide_network_is_the_predicted_one(name: str) -> None:
     """Under every preset, at a size that is not the base's, with beta and gamma0 of its own."""
     inputs = torch.nn.functional.normalize(torch.randn((3, 24), generator=torch.Generator().manual_seed(0))) * 24**0.5
-    p, base, size = ParameterizationConfig(name=name, beta=0.6, gamma0=2.0), Size(width=64, depth=2), Size(width=1024, depth=6)
+    p, base, size = (
+        ParameterizationConfig(name=name, beta=0.6, gamma0=2.0),
+        Size(width=64, depth=2),
+        Size(width=1024, depth=6),
+    )
     found = tangent_kernel_of_network(p, size, base, inputs)
     predicted = kernel_at(p.resolve(), size, base, 24, (inputs @ inputs.T / 24).double().numpy())
     assert np.linalg.norm(found / predicted - 1) < 0.25
@@ -306,7 +310,9 @@ def distance_to_limit(seeds: int, size: Size = LARGE, parameterization: Paramete
     inputs = torch.nn.functional.normalize(torch.randn((4, INPUTS), generator=torch.Generator().manual_seed(0)))
     inputs, targets, steps, lr = inputs * INPUTS**0.5, torch.tensor([1.0, -1.0, 1.0, -1.0]), 6, 0.04
     optimizer = OptimizerConfig(name="sgd", lr=lr, momentum=0.5)
-    runs = [train_finite(parameterization, size, BASE, inputs, targets, optimizer, steps, seed) for seed in range(seeds)]
+    runs = [
+        train_finite(parameterization, size, BASE, inputs, targets, optimizer, steps, seed) for seed in range(seeds)
+    ]
     network = paper_network(
         "relu", size.depth, 0.8 * BASE.depth**0.5, gamma0=BASE.width**-0.5, input_rate=INPUTS / BASE.width
     )

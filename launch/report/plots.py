@@ -136,8 +136,13 @@ def against_size(analysis: Analysis, study: StudyConfig, what: str) -> Figure | 
     return figure
 
 
+def target(rate: Rate) -> str:
+    """What distances are to."""
+    return "the limit" if math.isinf(rate.largest) else "the largest"
+
+
 def distances(found: list[tuple[Line, str, Rate]]) -> Figure:
-    """Distance to the largest size: one row per quantity, one column per law; fits solid, the theory's slope dashed,
+    """Distance to the limit, or to the largest size that stands for it: one row per quantity, one column per law; fits solid, the theory's slope dashed,
     bars: intervals over seeds."""
     laws = list(dict.fromkeys(rate.law for _, _, rate in found))
     quantities = list(dict.fromkeys(quantity for _, quantity, _ in found))
@@ -170,7 +175,7 @@ def distances(found: list[tuple[Line, str, Rate]]) -> Figure:
         plain_log_axis(axis)
         axis.legend(fontsize=8)
     for row in axes:
-        row[0].set_ylabel("distance to the largest (relative)")
+        row[0].set_ylabel(f"distance to {target(found[0][2])} (relative)")
     return figure
 
 
@@ -181,7 +186,9 @@ def loss_curves(lines: list[Line]) -> Figure:
         curves = line.values["loss curve"]
         colours = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(curves)))
         for colour, (size, losses) in zip(colours, sorted(curves.items()), strict=True):
-            axis.plot(line.steps, losses.mean(axis=0), color=colour, label=f"{line.axis} {size}", linewidth=1.4)
+            known = {"color": "k", "label": "limit", "linestyle": "--"}
+            own = {"color": colour, "label": f"{line.axis} {size}"}
+            axis.plot(line.steps, losses.mean(axis=0), linewidth=1.4, **(known if math.isinf(size) else own))
         axis.set(title=f"{line.parameterization} over {line.axis}", xlabel="step", yscale="log")
         axis.grid(alpha=0.25)
         axis.legend(fontsize=8)

@@ -17,7 +17,10 @@ Function = Callable[[np.ndarray], np.ndarray]
 # (rho of each pair (pairs,), q (P,), first and second sample of each pair (pairs,)) -> (Phi, Phidot), (pairs,) each
 Averages = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
-TERMS, NODES = 160, 256  # of the series, of the quadrature. Errors are largest at rho = 1: 2e-9 at q = 4, 1e-5 at q = 16
+TERMS, NODES = (
+    160,
+    256,
+)  # of the series, of the quadrature. Errors are largest at rho = 1: 2e-9 at q = 4, 1e-5 at q = 16
 TINY = 1e-12  # what a term may add and be left out
 
 

@@ -74,7 +74,12 @@ def train_rich(
         raise ModelError(f"{sites} sites: use a multiple of 4, at least 4 times (steps + 1) times samples")
     refuse_unstable(network, training)
     activation, rng = ACTIVATIONS[network.activation], np.random.default_rng(seed)
-    L, P, kappa, count = network.depth, training.samples, training.rate * network.gamma, (training.steps + 1) * training.samples
+    L, P, kappa, count = (
+        network.depth,
+        training.samples,
+        training.rate * network.gamma,
+        (training.steps + 1) * training.samples,
+    )
     forward_signs, backward_signs = np.tile(SIGNS, (sites // len(SIGNS), 1)).T
     phi, g = (np.zeros((L + 1, sites, count)) for _ in range(2))
     u, r = (np.zeros((L, sites, count)) for _ in range(2))
