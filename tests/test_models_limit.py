@@ -212,8 +212,8 @@ def test_rich_limit_starts_from_zero_exactly() -> None:
 def test_what_has_no_limit_is_refused_with_what_to_do() -> None:
     with pytest.raises(ModelError, match="gamma0 is 0, but must be above 0"):
         paper_network("relu", 4, gamma0=0.0)
+    inputs = np.array([[1.0, 0.0], [0.0, 1.0], [2.0, 0.0]])
     with pytest.raises(ModelError, match="inputs 0 and 2 are the same"):
-        inputs = np.array([[1.0, 0.0], [0.0, 1.0], [2.0, 0.0]])
         Training(inputs @ inputs.T / 2, np.ones(3), 0.1, 3)
     with pytest.raises(ModelError, match="an input is zero"):
         Training(np.diag([1.0, 0.0]), np.ones(2), 0.1, 3)

@@ -1,8 +1,8 @@
 """How fast do networks approach a limit as they grow? Fitted rates beside the theory's.
 
 All of it is a pure function of vectors. Of each size there is an array (seeds, entries): a loss curve or a kernel of
-every seed. A limit that is known has the size `math.inf`, and the same entries for every seed; where none is, the largest
-size stands for it. The laws say what is left between it and a smaller one.
+every seed. A limit that is known has the size `math.inf`, and the same entries for every seed; where none is, the
+largest size stands for it. The laws say what is left between it and a smaller one.
 """
 
 import math

@@ -1,8 +1,9 @@
 """`depthmup limit`: the infinite network of a study's rules, and finite networks on their way to it.
 
 The network is the theory's: a residual MLP with one layer a branch and ReLU, one output, trained by full-batch gradient
-descent with momentum on (f - y)^2 / 2. Parameterization, base size and momentum are the study's, inputs are Gaussian or its
-images. Over width the limit is the infinitely wide network of the same depth; over depth, that of infinite depth, too.
+descent with momentum on (f - y)^2 / 2. Parameterization, base size and momentum are the study's, inputs are Gaussian
+or its images. Over width the limit is the infinitely wide network of the same depth; over depth, that of infinite
+depth, too.
 """
 
 import math
@@ -67,8 +68,8 @@ class Task:
 
 @dataclass(frozen=True)
 class Limit:
-    """Of one parameterization and task, by quantity and depth, of which math.inf is one: what the infinitely wide network
-    does, and the relative error of the Monte Carlo, from its two halves."""
+    """Of one parameterization and task, by quantity and depth, of which math.inf is one: what the infinitely wide
+    network does, and the relative error of the Monte Carlo, from its two halves."""
 
     values: dict[str, dict[float, np.ndarray]]
     error: dict[str, dict[float, float]]
@@ -85,8 +86,8 @@ def gaussian_task(inputs: int) -> Task:
 
 
 def image_task(file: StudyFile) -> Task:
-    """The first images of the study's held-out split, one of them for each of SAMPLES different ones; the first half of the
-    classes against the second. Raises UserError where there are too few."""
+    """The first SAMPLES different images of the study's held-out split; one half of the classes against the other.
+    Raises UserError where there are too few."""
     data, split = file.data, "minival" if file.data.minival else "val"
     batches = evaluation_batches(data, open_data(file), split, 4 * SAMPLES, PIXELS, file.model.in_channels)
     images, labels = to_float(next(iter(batches)), data, "cpu")
@@ -152,14 +153,14 @@ def measure(
     limit: Limit,
     axis: str,
     seeds: int,
-    progress: Callable[[Size], None],
+    progress: Callable[[str], None],
 ) -> Line:
-    """Networks along one axis, trained with every seed, beside `limit` as the size math.inf. A size at which one diverges
-    is left out, as no distance says anything of it."""
+    """Networks along one axis, trained with every seed, beside `limit` as the size math.inf. A size at which one
+    diverges is left out, as no distance says anything of it."""
     values: dict[str, dict[float, np.ndarray]] = {quantity: {} for quantity in QUANTITIES}
     left_out = []
     for size in axis_sizes(axis):
-        progress(size)
+        progress(f"{label(p)}: {size.width} x {size.depth}")
         runs = [train_finite(p, size, base, task.inputs, task.targets, optimizer, STEPS, seed) for seed in range(seeds)]
         outputs, features = np.array([run.outputs for run in runs]), np.array([run.features for run in runs])
         number = size.width if axis == "width" else size.depth
@@ -299,8 +300,8 @@ def learning_rate(p: ParameterizationConfig, base: Size, task: Task, momentum: f
     edge = min(largest_rate(kernel, momentum) for kernel in kernels)
     if given is not None and given >= edge:
         raise UserError(
-            f"--lr {given:g} is past the edge of stability of {label(p)} on {task.name}: the infinite network diverges; "
-            f"use a rate below {edge:.3g}"
+            f"--lr {given:g} is past the edge of stability of {label(p)} on {task.name}: the infinite network "
+            f"diverges; use a rate below {edge:.3g}"
         )
     return RATE * edge if given is None else given
 
@@ -312,9 +313,7 @@ def refuse_not_covered(study: Study) -> list[ParameterizationConfig]:
         raise UserError(f"{study.path}: the theory's limit does not cover {reason}; it is for {COVERED}")
     limited = [p for p in file.study.parameterizations if has_limit(p.resolve())]
     if not limited:
-        raise UserError(
-            f"{study.path}: none of study.parameterizations has a limit: add depth_mup, or completep (alpha of 1/2 or more)"
-        )
+        raise UserError(f"{study.path}: none of study.parameterizations has a limit: add depth_mup or completep")
     return limited
 
 
@@ -347,16 +346,7 @@ def run_task(
                 optimizer, limit = first
             for axis in ("width", "depth"):
                 seeds = SEEDS[axis] if p in limited else FEW_SEEDS
-                line = measure(
-                    p,
-                    base,
-                    task,
-                    optimizer,
-                    limit,
-                    axis,
-                    seeds,
-                    lambda size: progress(f"{label(p)}: {size.width} x {size.depth}"),
-                )
+                line = measure(p, base, task, optimizer, limit, axis, seeds, progress)
                 found += fitted(task, line, limit)
         shown.update(1, "done", final=True)
     return found

@@ -142,8 +142,8 @@ def target(rate: Rate) -> str:
 
 
 def distances(found: list[tuple[Line, str, Rate]]) -> Figure:
-    """Distance to the limit, or to the largest size that stands for it: one row per quantity, one column per law; fits solid, the theory's slope dashed,
-    bars: intervals over seeds."""
+    """Distance to the limit, or to the largest size that stands for it: one row per quantity, one column per law; fits
+    solid, the theory's slope dashed, bars: intervals over seeds."""
     laws = list(dict.fromkeys(rate.law for _, _, rate in found))
     quantities = list(dict.fromkeys(quantity for _, quantity, _ in found))
     names = list(dict.fromkeys(line.parameterization for line, _, _ in found))

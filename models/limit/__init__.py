@@ -6,5 +6,5 @@ rich       Monte Carlo training of ReLU and tanh networks that learn features
 drift      what all this predicts of a study: the largest stable rate, and how it moves with depth
 finite     the network itself, of a finite size, under this package's rules
 
-Bordelon et al. (arXiv 2309.16620) derive the limit; Bordelon and Pehlevan (2205.09653) its equations for plain networks.
+Bordelon et al. (arXiv 2309.16620) derive the limit, Bordelon and Pehlevan (2205.09653) the equations of plain networks.
 """

@@ -2,7 +2,8 @@
 
     Phi = <phi(u) phi(v)>,  Phidot = <phi'(u) phi'(v)>,  (u, v) Gaussian with variances q1, q2 and correlation rho
 
-ReLU and erf in closed form (Cho and Saul 2009; Williams 1997), tanh by its Hermite series (Mehler's formula): Phi = sum_k a_k(q1) a_k(q2) rho^k, where a_k(q) = <phi(sqrt(q) z) He_k(z)> / sqrt(k!), a quadrature in z.
+ReLU and erf in closed form (Cho and Saul 2009; Williams 1997), tanh by its Hermite series (Mehler's formula):
+Phi = sum_k a_k(q1) a_k(q2) rho^k, where a_k(q) = <phi(sqrt(q) z) He_k(z)> / sqrt(k!), a quadrature in z.
 """
 
 import math

@@ -65,8 +65,8 @@ def kernel_in_limit(
     """(P, P): the same at infinite depth. Raises ModelError where there is no limit."""
     if not has_limit(parameterization):
         raise ModelError(
-            f"{parameterization.name} with alpha {parameterization.alpha:g} has no limit: it needs width and depth rules "
-            "and an alpha of at least 1/2, as depth_mup and completep"
+            f"{parameterization.name} with alpha {parameterization.alpha:g} has no limit: it needs width and depth "
+            "rules and an alpha of at least 1/2, as depth_mup and completep"
         )
     network, unit = network_under_rules(parameterization, base, base, inputs)
     s = base.depth * network.branch_variance if parameterization.alpha == 0.5 else 0.0

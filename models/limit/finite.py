@@ -2,7 +2,7 @@
 
     h^1 = W^0 x,   h^(l+1) = h^l + branch multiplier * W^l phi(h^l),   f = w . phi(h^(L+1)) * readout multiplier
 
-trained by full-batch gradient descent with `models.apply`, `parameter_groups` and `build_optimizer`, as any network here.
+trained by full-batch gradient descent, its rules and optimizer those of any network here.
 """
 
 from dataclasses import dataclass

@@ -119,8 +119,8 @@ def refuse_unstable(network: InfiniteNetwork, training: Training) -> None:
     edge = largest_rate(finite_depth_kernel(network, training.input_kernel).total, training.momentum)
     if training.rate >= edge:
         raise ModelError(
-            f"the rate {training.rate:.3g} is past the edge of stability, 2 (1 + momentum) / lambda_max = {edge:.3g}: the "
-            "infinite network diverges; choose a rate below it"
+            f"the rate {training.rate:.3g} is past the edge of stability, 2 (1 + momentum) / lambda_max = {edge:.3g}: "
+            "the infinite network diverges; choose a rate below it"
         )
 
 

@@ -8,10 +8,11 @@ m_ts = memory_ts Delta_s / P (0 unless s is an earlier step),
     h^1_t     = h_in_t + kappa c sum_s K^x_ts m_ts g^1_s
     h^(l+1)_t = h^l_t + sqrt(v) u^l_t + sum_s (sqrt(v) A^l_ts + kappa r H^l_ts m_ts) g^(l+1)_s,   A^l = d h^l / d r^l
     g^(L+1)_t = w_0 + kappa sum_s m_ts h^(L+1)_s,   f_t = <g^(L+1)_t h^(L+1)_t> / gamma
-    g^l_t     = g^(l+1)_t + sqrt(v) r^l_t + sum_s (sqrt(v) B^l_ts + kappa r G^(l+1)_ts m_ts) h^l_s,   B^l = d g^(l+1) / d u^l
+    g^l_t     = g^(l+1)_t + sqrt(v) r^l_t + sum_s (sqrt(v) B^l_ts + kappa r G^(l+1)_ts m_ts) h^l_s
 
-(2309.16620, appendix on the limit; 2205.09653 for the responses A and B). Only earlier steps stand on the right, so that
-marching through time, up the layers and down again, is exact; nothing is iterated to a fixed point.
+with B^l = d g^(l+1) / d u^l (2309.16620, appendix on the limit; 2205.09653 for the responses A and B). Only earlier
+steps stand on the right: marching through time, up the layers and down again, is exact, and nothing is iterated to a
+fixed point.
 """
 
 import math
@@ -24,8 +25,8 @@ from depthmup.models.limit.network import InfiniteNetwork, Training, Trajectory
 
 
 class Sources:
-    """The columns of a field's row: h_in (P), w_0 (1), u (L, n), r (L, n); and the covariances of u and r as they become
-    known, H and G of shape (L + 1, n, n)."""
+    """The columns of a field's row: h_in (P), w_0 (1), u (L, n), r (L, n); and the covariances of u and r as they
+    become known, H and G of shape (L + 1, n, n)."""
 
     def __init__(self, depth: int, input_kernel: np.ndarray, count: int) -> None:
         self.depth, self.count, self.input_kernel = depth, count, input_kernel
@@ -87,23 +88,23 @@ def train_linear(network: InfiniteNetwork, training: Training, responses: bool =
         h[0, now, :P] = np.eye(P)
         h[0, now] += network.input_rate * (inputs[:, past] * weights) @ g[0, past]
         extend(H[0], h[0], now)
-        for l in range(L):
-            feedback = network.hidden_rate * H[l, now, past] * weights
+        for layer in range(L):
+            feedback = network.hidden_rate * H[layer, now, past] * weights
             if responses:
-                feedback += root_v * h[l, now, sources.r(l)][:, past]
-            h[l + 1, now] = h[l, now] + feedback @ g[l + 1, past]
-            h[l + 1, own, sources.u(l).start + own] += root_v
-            extend(H[l + 1], h[l + 1], now)
+                feedback += root_v * h[layer, now, sources.r(layer)][:, past]
+            h[layer + 1, now] = h[layer, now] + feedback @ g[layer + 1, past]
+            h[layer + 1, own, sources.u(layer).start + own] += root_v
+            extend(H[layer + 1], h[layer + 1], now)
         g[L, now, P] = 1.0
         g[L, now] += weights @ h[L, past]
         outputs[step] = np.diag(sources.covariance(g[L, now], h[L, now])) / network.gamma
         errors[now] = training.targets - outputs[step]
         extend(G[L], g[L], now)
-        for l in reversed(range(L)):
-            feedback = network.hidden_rate * G[l + 1, now, past] * weights
+        for layer in reversed(range(L)):
+            feedback = network.hidden_rate * G[layer + 1, now, past] * weights
             if responses:
-                feedback += root_v * g[l + 1, now, sources.u(l)][:, past]
-            g[l, now] = g[l + 1, now] + feedback @ h[l, past]
-            g[l, own, sources.r(l).start + own] += root_v
-            extend(G[l], g[l], now)
+                feedback += root_v * g[layer + 1, now, sources.u(layer)][:, past]
+            g[layer, now] = g[layer + 1, now] + feedback @ h[layer, past]
+            g[layer, own, sources.r(layer).start + own] += root_v
+            extend(G[layer], g[layer], now)
     return Trajectory(outputs, H, G)

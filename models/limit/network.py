@@ -2,8 +2,8 @@
 
     h^1 = W^0 x / sqrt(D),   h^(l+1) = h^l + sqrt(v / N) W^l phi(h^l),   f = w . phi(h^(L+1)) / (gamma N)
 
-with entries N(0, 1), N -> infinity, under full-batch gradient descent on the mean of (f - y)^2 / 2 (2309.16620, eq. 1-2).
-In the paper's form v = r = beta^2 / L, and the input is trained at c = 1.
+with entries N(0, 1), N -> infinity, under full-batch gradient descent on the mean of (f - y)^2 / 2 (2309.16620, eq. 1
+and 2). In the paper's form v = r = beta^2 / L, and the input is trained at c = 1.
 """
 
 import math
@@ -20,8 +20,8 @@ SAME = 1e-9  # inputs whose cosine is nearer to 1 are the same
 
 @dataclass(frozen=True)
 class InfiniteNetwork:
-    """`branch_variance` v, `hidden_rate` r and `input_rate` c: how much of a step's feedback goes through one branch, and
-    through the input layer, in units of the readout's. All without unit."""
+    """`branch_variance` v, `hidden_rate` r and `input_rate` c: how much of a step's feedback goes through one branch,
+    and through the input layer, in units of the readout's. All without unit."""
 
     activation: ActivationName
     depth: int
@@ -46,8 +46,8 @@ def paper_network(
 
 @dataclass(frozen=True)
 class Training:
-    """Full-batch gradient descent. `input_kernel` is X X^T / D, (P, P); `targets` (P,); `rate` is eta0: the learning rate
-    over gamma^2 N in the paper's form. Raises ModelError for inputs that repeat."""
+    """Full-batch gradient descent. `input_kernel` is X X^T / D, (P, P); `targets` (P,); `rate` is eta0, the learning
+    rate over gamma^2 N in the paper's form. Raises ModelError for inputs that repeat."""
 
     input_kernel: np.ndarray
     targets: np.ndarray

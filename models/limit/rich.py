@@ -3,16 +3,17 @@
 The equations are those of models.limit.linear with phi(h) in place of h where a kernel or a response is formed,
 
     h^(l+1)_t = h^l_t + sqrt(v) (u^l_t + sum_s A^l_ts g^(l+1)_s) + kappa r sum_s Phi^l_ts m_ts g^(l+1)_s
-    g^l_t = g^(l+1)_t + phi'(h^l_t) [sqrt(v) (r^l_t + sum_s B^l_ts phi(h^l_s)) + kappa r sum_s G^(l+1)_ts m_ts phi(h^l_s)]
+    g^l_t = g^(l+1)_t + phi'(h^l_t) z^l_t
+    z^l_t = sqrt(v) (r^l_t + sum_s B^l_ts phi(h^l_s)) + kappa r sum_s G^(l+1)_ts m_ts phi(h^l_s)
     g^(L+1)_t = phi'(h^(L+1)_t) (w_0 + kappa sum_s m_ts phi(h^(L+1)_s)),   u^l ~ N(0, Phi^l),   r^l ~ N(0, G^(l+1)),
 
 and averages <> over S sites (neurons of the limit) in place of exact ones. Responses need no second derivative: by
-Novikov's theorem A^l = <phi(h^l) r^l> <r^l r^l>^-1 over earlier steps, and B^l = <g^(l+1) u^l> <u^l u^l>^-1 over earlier steps
-and the present one, where phi'' makes it differ from 0 once a network is trained. Sites are marched through time as in
-the linear solver, each new u and r drawn given its past: nothing is iterated to a fixed point. Cost S L (P T)^2.
+Novikov's theorem A^l = <phi(h^l) r^l> <r^l r^l>^-1 over earlier steps, and B^l = <g^(l+1) u^l> <u^l u^l>^-1 over
+earlier steps and the present one, where phi'' makes it differ from 0 once a network is trained. Sites are marched
+through time as in the linear solver, each new u and r drawn given its past. Cost S L (P T)^2.
 
-Against noise, sites come in four copies with the signs of (h_in, u) and (w_0, r) turned, so that f_0 = 0 exactly, and the
-new part of a source is made to have exactly its covariance over the sites.
+Against noise, sites come in four copies with the signs of (h_in, u) and (w_0, r) turned, so that f_0 = 0 exactly, and
+the new part of a source is made to have exactly its covariance over the sites.
 """
 
 import math
@@ -28,7 +29,7 @@ SIGNS = np.array([(1, 1), (1, -1), (-1, 1), (-1, -1)])  # of a site's copies: (h
 
 
 def regress(fields: np.ndarray, sources: np.ndarray) -> np.ndarray:
-    """(a, b): the coefficients of `fields` (sites, a) on Gaussian `sources` (sites, b), <field source> <source source>^-1.
+    """(a, b): the coefficients of `fields` (sites, a) on Gaussian `sources` (sites, b), <f s> <s s>^-1.
 
     Steps that hardly differ make <source source> nearly singular. A ridge of its mean eigenvalue over the number of
     sites, which is the size of the noise in it, keeps that noise small.
@@ -101,15 +102,15 @@ def train_rich(
         weights = kappa * memory[step, past] * errors[past]  # kappa m_ts
         h = h_in + g[0, :, past] @ (network.input_rate * inputs[:, past] * weights).T
         slopes = []
-        for l in range(L):
-            phi[l, :, now] = activation.value(h)
+        for layer in range(L):
+            phi[layer, :, now] = activation.value(h)
             slopes.append(activation.slope(h))
-            extend(Phi[l], phi[l], now)
-            u[l, :, now] = draw(Phi[l, now, known], u[l, :, past], h, forward_signs, rng)
-            feedback = network.hidden_rate * Phi[l, now, past] * weights
+            extend(Phi[layer], phi[layer], now)
+            u[layer, :, now] = draw(Phi[layer, now, known], u[layer, :, past], h, forward_signs, rng)
+            feedback = network.hidden_rate * Phi[layer, now, past] * weights
             if responses:
-                feedback += root_v * regress(phi[l, :, now], r[l, :, past])
-            h = h + root_v * u[l, :, now] + g[l + 1, :, past] @ feedback.T
+                feedback += root_v * regress(phi[layer, :, now], r[layer, :, past])
+            h = h + root_v * u[layer, :, now] + g[layer + 1, :, past] @ feedback.T
         phi[L, :, now] = activation.value(h)
         extend(Phi[L], phi[L], now)
         readout = w_0 + (phi[L, :, past] @ weights)[:, None]
@@ -117,11 +118,16 @@ def train_rich(
         errors[now] = training.targets - outputs[step]
         g[L, :, now] = readout * activation.slope(h)
         extend(G[L], g[L], now)
-        for l in reversed(range(L)):
-            r[l, :, now] = draw(G[l + 1, now, known], r[l, :, past], g[l + 1, :, now], backward_signs, rng)
-            back = root_v * r[l, :, now] + phi[l, :, past] @ (network.hidden_rate * G[l + 1, now, past] * weights).T
+        for layer in reversed(range(L)):
+            r[layer, :, now] = draw(
+                G[layer + 1, now, known], r[layer, :, past], g[layer + 1, :, now], backward_signs, rng
+            )
+            back = (
+                root_v * r[layer, :, now]
+                + phi[layer, :, past] @ (network.hidden_rate * G[layer + 1, now, past] * weights).T
+            )
             if responses:
-                back += root_v * phi[l, :, known] @ regress(g[l + 1, :, now], u[l, :, known]).T
-            g[l, :, now] = g[l + 1, :, now] + slopes[l] * back
-            extend(G[l], g[l], now)
+                back += root_v * phi[layer, :, known] @ regress(g[layer + 1, :, now], u[layer, :, known]).T
+            g[layer, :, now] = g[layer + 1, :, now] + slopes[layer] * back
+            extend(G[layer], g[layer], now)
     return Trajectory(outputs, Phi, G)
