@@ -59,9 +59,17 @@ def drift_sentence(parameterization: ParameterizationConfig, base: Size, depths:
     return said
 
 
-def expected_drifts(file: StudyFile) -> list[str]:
-    """A sentence for each parameterization of a study of the learning rate that the theory covers."""
+def predicted_drifts(file: StudyFile) -> dict[str, dict[int, float]]:
+    """By parameterization and depth, in octaves; {} for a study that is not of the learning rate, or not covered."""
     if file.study.hyperparameter != "optimizer.lr" or not_covered(file):
+        return {}
+    depths = [size.depth for size in file.study.sizes]
+    return {label(p): drifts(p, file.model.base_size, depths) for p in file.study.parameterizations}
+
+
+def expected_drifts(file: StudyFile) -> list[str]:
+    """The same, as a sentence for each parameterization that has a prediction."""
+    if not predicted_drifts(file):
         return []
     depths = [size.depth for size in file.study.sizes]
     found = (drift_sentence(p, file.model.base_size, depths) for p in file.study.parameterizations)

@@ -358,6 +358,8 @@ def limit_command(study: Study, lr: float | None, console: Console) -> list[Path
     Raises UserError for a study that the theory does not cover, and for a rate past the edge of stability.
     """
     limited, file = refuse_not_covered(study), study.file
+    study.check_writable()
+    file.directory.mkdir(parents=True, exist_ok=True)
     kernels = kernel_rows(file)
     say(console, "The tangent kernel of one input at the start, and the largest stable rate on the squared loss:")
     print_table(kernels, ("parameterization",), console)

@@ -2,6 +2,7 @@
 
 import io
 import math
+from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,9 @@ def varied(analysis: Analysis, study: StudyConfig) -> list[str]:
     return [name for name in ("width", "depth") if len(along(analysis.comparisons, base, name)) > judged]
 
 
-def against_size(analysis: Analysis, study: StudyConfig, what: str) -> Figure | None:
+def against_size(
+    analysis: Analysis, study: StudyConfig, what: str, predicted: Mapping[str, Mapping[int, float]] | None = None
+) -> Figure | None:
     """`drift` in octaves (a size that does not train is a cross below), or `loss` at the base's optimum (solid) and at
     the size's own (dotted).
 
@@ -116,6 +119,9 @@ def against_size(analysis: Analysis, study: StudyConfig, what: str) -> Figure | 
                 apart = x * 2.0 ** (0.06 * (number - (count - 1) / 2))  # intervals of two that agree stay readable
                 axis.errorbar(apart, drift, yerr=errors, capsize=3, **style)
                 untrained = np.array([c.curve.optimum.x is None for c in shown], bool)
+                if name == "depth" and (expected := (predicted or {}).get(judgement.parameterization)):
+                    theory = {study.sizes[0].depth: 0.0, **expected}
+                    axis.plot(sorted(theory), [theory[depth] for depth in sorted(theory)], "--", color=f"C{number}")
                 edge = np.full(untrained.sum(), -0.94 * limit)
                 axis.plot(apart[untrained], edge, "x", color=f"C{number}", label="_", markersize=7)
             else:
