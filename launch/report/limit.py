@@ -124,7 +124,9 @@ def solve(p: ParameterizationConfig, base: Size, task: Task, optimizer: Optimize
         found[depth] = [quantities(run.outputs, run.forward[-1][-SAMPLES:, -SAMPLES:], targets) for run in runs]
     limit = Limit({}, {})
     for quantity in QUANTITIES:
-        both = [{depth: runs[seed][quantity] for depth, runs in found.items()} for seed in (0, 1)]
+        both: list[dict[float, np.ndarray]] = [
+            {depth: runs[seed][quantity] for depth, runs in found.items()} for seed in (0, 1)
+        ]
         for each in both:
             each[math.inf] = to_infinite_depth(each, 2)
         mean = {depth: (both[0][depth] + both[1][depth]) / 2 for depth in both[0]}

@@ -7,6 +7,7 @@ and 2). In the paper's form v = r = beta^2 / L, and the input is trained at c = 
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -96,10 +97,10 @@ def refuse_repeated(input_kernel: np.ndarray) -> None:
         raise ModelError(f"inputs {second} and {first} are the same, and the kernel is singular: leave one out")
 
 
-def to_infinite_depth(values: dict[int, np.ndarray], degree: int) -> np.ndarray:
+def to_infinite_depth(values: Mapping[float, np.ndarray], degree: int) -> np.ndarray:
     """The limit of values at several depths, all of one shape: least squares of a polynomial in 1 / depth."""
     depths = np.array(sorted(values), dtype=float)
-    rows = np.array([np.ravel(values[int(depth)]) for depth in depths])
+    rows = np.array([np.ravel(values[depth]) for depth in depths])
     powers = np.vander(1 / depths, degree + 1, increasing=True)
     found: np.ndarray = np.linalg.lstsq(powers, rows, rcond=None)[0][0]
-    return found.reshape(np.shape(values[int(depths[0])]))
+    return found.reshape(np.shape(values[depths[0]]))
