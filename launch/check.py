@@ -10,6 +10,7 @@ from rich.console import Console
 from depthmup.data.errors import UserError
 from depthmup.data.paths import expand_path
 from depthmup.launch.config import read_raw
+from depthmup.launch.findings.theory import drift_sentence, not_covered
 from depthmup.launch.progress import display
 from depthmup.models.config import ParameterizationConfig
 from depthmup.models.coordinate_check import AXES, BAND, Axis, Line, Settings, check
@@ -161,6 +162,10 @@ def run_check(
     for one in axes:
         console.print("\n".join(table(one, [line for line in lines if line.axis == one])), "", highlight=False)
     console.print(title, verdict(lines, seeds), sep="\n", highlight=False)
+    if not not_covered(run):
+        depths = [factor * run.model.base_depth for factor in settings.factors]
+        if sentence := drift_sentence(p, run.model.base_size, depths):
+            console.print(sentence, highlight=False)
     if advice := hint(lines, run.model.base_depth, p):
         console.print(advice, highlight=False)
     console.print(f"plot: {plot}", highlight=False)

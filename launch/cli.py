@@ -31,6 +31,7 @@ EXAMPLES = {
     "cancel": "depthmup cancel configs/digits_resnet.yaml",
     "status": "depthmup status configs/digits_resnet.yaml",
     "report": "depthmup report configs/digits_resnet.yaml configs/digits_vit.yaml --publish docs/results",
+    "limit": "depthmup limit configs/digits_resnet.yaml",
     "converge": "depthmup converge configs/paper/convergence_depth.yaml",
     "scale": "depthmup scale runs/digits_resnet model.width=128 model.depth=27 train.samples=51200",
     "train": "depthmup train configs/digits_resnet.yaml optimizer.lr=2**-5 model.depth=27",
@@ -259,6 +260,28 @@ def converge_command(config: Path, overrides: tuple[str, ...]) -> None:
 
     console = new_console()
     for path in converge(open_study(config, overrides), console):
+        console.print(f"Written: {path}", highlight=False)
+
+
+@command("limit")
+@with_config
+@click.option("--lr", type=float, help="The base's learning rate [default: an eighth of the largest stable one].")
+def limit(config: Path, overrides: tuple[str, ...], lr: float | None) -> None:
+    """Show the limit of a study's rules, and networks nearing it.
+
+    Prints the tangent kernel at each size and in the limit, the largest stable rate and the drift that finite depth
+    makes. Then trains residual MLPs under the study's rules, on Gaussian inputs and on its images, and fits how their
+    distance to the infinite network falls with width and depth. For norm-free ResNets with one conv a branch, and sgd.
+    """
+    from depthmup.launch.report.limit import limit_command, refuse_not_covered
+    from depthmup.launch.transfer import pack_source
+
+    study, console = open_study(config, overrides), new_console()
+    refuse_not_covered(study)  # before the images are packed
+    if lr is not None and not 0 < lr < float("inf"):
+        raise UserError(f"--lr {lr:g}: give a learning rate above 0")
+    pack_source(study.file.data, console)
+    for path in limit_command(study, lr, console):
         console.print(f"Written: {path}", highlight=False)
 
 

@@ -36,6 +36,7 @@ from depthmup.train.rundir import RunDirectory
 
 IMAGES = 128
 QUANTITIES = ("loss curve", "feature kernel")
+NO_LIMIT = "The limit of these networks is not known, so the largest size stands for it; 'limit' knows that of an MLP."
 
 
 # ---------------------------------------------------------------- what a run gives
@@ -118,8 +119,8 @@ def line(study: Study, parameterization: str, axis: str, value: float, shown: li
         else:
             runs[number] = {seed: point for seed, (point, _) in at_value.items()}
     seeds = tuple(sorted(set.intersection(*map(set, runs.values())))) if runs else ()
-    curves: dict[int, np.ndarray] = {}
-    kernels: dict[int, np.ndarray] = {}
+    curves: dict[float, np.ndarray] = {}
+    kernels: dict[float, np.ndarray] = {}
     steps = np.array([])
     for number, by_seed in runs.items():
         of_seeds = [loss_curve(by_seed[seed].directory) for seed in seeds]
@@ -166,7 +167,7 @@ def sentences(found: Line, quantity: str, rate: Rate) -> list[str]:
     pairs = zip(rate.sizes, rate.distance, strict=True)
     if len(rate.sizes):
         distances = ", ".join(f"{'noise' if np.isnan(d) else f'{d:.2g}'} at {size:g}" for size, d in pairs)
-        said.append(f"  distance to {found.axis} {rate.largest}: {distances}")
+        said.append(f"  distance to {found.axis} {rate.largest:g}, which stands for the limit: {distances}")
     notes = [rate.remark, f"left out: {found.left_out}" if found.left_out else ""]
     return [*said, *(f"  {note}" for note in notes if note)]
 
@@ -190,4 +191,5 @@ def converge(study: Study, console: Console) -> list[Path]:
     plots.save(plots.loss_curves(found), paths[2])
     for each in all_rates:
         console.print("\n".join(sentences(*each)), highlight=False, markup=False)
+    console.print(NO_LIMIT, highlight=False)
     return paths

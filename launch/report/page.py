@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from depthmup.data.storage import write_atomically
 from depthmup.launch.findings.curve_model import CONFIDENCE
 from depthmup.launch.findings.forecast import calibration
+from depthmup.launch.findings.theory import expected_drifts, predicted_drifts
 from depthmup.launch.report import plots
 from depthmup.launch.report.collect import Report
 from depthmup.launch.report.record import as_record, dump
@@ -54,6 +55,7 @@ def markdown(report: Report) -> str:
         lines.append(f"- **{j.parameterization}: {j.verdict}.** {j.reason}.")
         lines += [f"  {planned_sentence(seeds, planned.verdict)}"] if planned else []
     lines += [f"- {direct}." for direct in report.direct]
+    lines += [f"- {sentence}." for sentence in expected_drifts(report.study.file)]
     lines += ["", f"Rule: {report.rule}", "", "![curves](curves.png)", "", *markdown_table(rows(report))]
     if report.forecasts:
         lines += ["", *markdown_table([forecast_row(f) for f in report.forecasts]), "", calibration(report.forecasts)]
@@ -66,7 +68,7 @@ def figures(report: Report) -> dict[str, Figure]:
     study = report.study.file.study
     found = {
         "curves": plots.curves(report.analysis, study) if report.analysis.judgements else None,
-        "drift": plots.against_size(report.analysis, study, "drift"),
+        "drift": plots.against_size(report.analysis, study, "drift", predicted_drifts(report.study.file)),
         "loss": plots.against_size(report.analysis, study, "loss"),
     }
     return {name: figure for name, figure in found.items() if figure}

@@ -2,6 +2,7 @@
 
 import io
 import math
+from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,9 @@ def varied(analysis: Analysis, study: StudyConfig) -> list[str]:
     return [name for name in ("width", "depth") if len(along(analysis.comparisons, base, name)) > judged]
 
 
-def against_size(analysis: Analysis, study: StudyConfig, what: str) -> Figure | None:
+def against_size(
+    analysis: Analysis, study: StudyConfig, what: str, predicted: Mapping[str, Mapping[int, float]] | None = None
+) -> Figure | None:
     """`drift` in octaves (a size that does not train is a cross below), or `loss` at the base's optimum (solid) and at
     the size's own (dotted).
 
@@ -116,6 +119,9 @@ def against_size(analysis: Analysis, study: StudyConfig, what: str) -> Figure | 
                 apart = x * 2.0 ** (0.06 * (number - (count - 1) / 2))  # intervals of two that agree stay readable
                 axis.errorbar(apart, drift, yerr=errors, capsize=3, **style)
                 untrained = np.array([c.curve.optimum.x is None for c in shown], bool)
+                if name == "depth" and (expected := (predicted or {}).get(judgement.parameterization)):
+                    theory = {study.sizes[0].depth: 0.0, **expected}
+                    axis.plot(sorted(theory), [theory[depth] for depth in sorted(theory)], "--", color=f"C{number}")
                 edge = np.full(untrained.sum(), -0.94 * limit)
                 axis.plot(apart[untrained], edge, "x", color=f"C{number}", label="_", markersize=7)
             else:
@@ -136,9 +142,14 @@ def against_size(analysis: Analysis, study: StudyConfig, what: str) -> Figure | 
     return figure
 
 
+def target(rate: Rate) -> str:
+    """What distances are to."""
+    return "the limit" if math.isinf(rate.largest) else "the largest"
+
+
 def distances(found: list[tuple[Line, str, Rate]]) -> Figure:
-    """Distance to the largest size: one row per quantity, one column per law; fits solid, the theory's slope dashed,
-    bars: intervals over seeds."""
+    """Distance to the limit, or to the largest size that stands for it: one row per quantity, one column per law; fits
+    solid, the theory's slope dashed, bars: intervals over seeds."""
     laws = list(dict.fromkeys(rate.law for _, _, rate in found))
     quantities = list(dict.fromkeys(quantity for _, quantity, _ in found))
     names = list(dict.fromkeys(line.parameterization for line, _, _ in found))
@@ -170,7 +181,7 @@ def distances(found: list[tuple[Line, str, Rate]]) -> Figure:
         plain_log_axis(axis)
         axis.legend(fontsize=8)
     for row in axes:
-        row[0].set_ylabel("distance to the largest (relative)")
+        row[0].set_ylabel(f"distance to {target(found[0][2])} (relative)")
     return figure
 
 
@@ -181,7 +192,9 @@ def loss_curves(lines: list[Line]) -> Figure:
         curves = line.values["loss curve"]
         colours = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(curves)))
         for colour, (size, losses) in zip(colours, sorted(curves.items()), strict=True):
-            axis.plot(line.steps, losses.mean(axis=0), color=colour, label=f"{line.axis} {size}", linewidth=1.4)
+            known = {"color": "k", "label": "limit", "linestyle": "--"}
+            own = {"color": colour, "label": f"{line.axis} {size}"}
+            axis.plot(line.steps, losses.mean(axis=0), linewidth=1.4, **(known if math.isinf(size) else own))
         axis.set(title=f"{line.parameterization} over {line.axis}", xlabel="step", yscale="log")
         axis.grid(alpha=0.25)
         axis.legend(fontsize=8)

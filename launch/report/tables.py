@@ -11,6 +11,7 @@ from rich.text import Text
 from depthmup.launch.findings.analysis import Comparison
 from depthmup.launch.findings.curve_model import CONFIDENCE
 from depthmup.launch.findings.forecast import Forecast, calibration
+from depthmup.launch.findings.theory import expected_drifts
 from depthmup.launch.report.collect import Report, target_line
 from depthmup.launch.wording import show_drift, show_interval, show_number, show_share, show_shares
 
@@ -123,6 +124,8 @@ def print_report(report: Report, console: Console) -> None:
     say(console, f"Rule: {report.rule}", style="dim")
     for direct in report.direct:
         say(console, f"{direct}.")
+    for sentence in expected_drifts(report.study.file):
+        say(console, f"{sentence}.")
     for sentence in dict.fromkeys(map(forecast_sentence, report.forecasts)):
         say(console, sentence)
     if any(forecast.inside is not None for forecast in report.forecasts):

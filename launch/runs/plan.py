@@ -3,6 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
+from depthmup.launch.findings.theory import expected_drifts
 from depthmup.launch.runs.cost import count_flops
 from depthmup.launch.runs.fits import check_fits
 from depthmup.launch.runs.grouping import group, make_packs, slot_gpus
@@ -69,6 +70,8 @@ def print_plan(study: Study, console: Console) -> None:
         them = smaller[0] if len(smaller) == 1 else f"{len(smaller)} of these sizes"
         larger = f"base width {base.width}, depth {base.depth} is larger than {them}: factors scale down"
         console.print(f"\n{larger}", highlight=False)
+    for sentence in expected_drifts(study.file):
+        console.print(f"\n{sentence}", highlight=False)
     finished = [done for _, done in runs if done]
     console.print(
         f"\n{len(runs)} run{'s' if len(runs) > 1 else ''} ({len(finished)} done), {quantity(everything)}FLOPs in all",

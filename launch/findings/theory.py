@@ -1,0 +1,76 @@
+"""What the theory of depthmup.models.limit predicts of a study, and which studies it is about."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from depthmup.launch.config import StudyFile, label
+from depthmup.models.config import ConvResNetConfig, ParameterizationConfig, Size
+from depthmup.models.limit.drift import has_limit, predicted_drift
+from depthmup.train.config import RunConfig
+
+COVERED = "a conv_resnet with norm none and convs_per_branch 1, trained by sgd without nesterov"
+
+
+def not_covered(run: RunConfig) -> str | None:
+    """What the theory has no formula for, in a few words; None for a network that it is about."""
+    model = run.model
+    if not isinstance(model, ConvResNetConfig):
+        return f"model.family {model.family}"
+    if model.norm != "none":
+        return f"model.norm {model.norm}"
+    if model.convs_per_branch != 1:
+        return f"model.convs_per_branch {model.convs_per_branch}"
+    if run.optimizer.name != "sgd":
+        return f"optimizer.name {run.optimizer.name}"
+    return "optimizer.nesterov" if run.optimizer.nesterov else None
+
+
+def drifts(parameterization: ParameterizationConfig, base: Size, depths: Iterable[int]) -> dict[int, float]:
+    """Octaves by which the best rate moves at each of `depths` but the base's, because depth is finite; {} where the
+    rules have no limit."""
+    resolved = parameterization.resolve()
+    if not has_limit(resolved):
+        return {}
+    sizes = (Size(width=base.width, depth=depth) for depth in sorted(set(depths)) if depth != base.depth)
+    return {size.depth: predicted_drift(resolved, base, size) for size in sizes}
+
+
+def drift_sentence(parameterization: ParameterizationConfig, base: Size, depths: Iterable[int]) -> str | None:
+    """What finite depth does to the best rate, and what the paper's own beta would make of it; None where nothing is
+    predicted: no depth but the base's, or no limit."""
+    given = list(depths)
+    found = drifts(parameterization, base, given)
+    if not found:
+        return None
+
+    def octaves(of: dict[int, float]) -> str:
+        return ", ".join(f"{drift:+.2f}" for drift in of.values())
+
+    at, alpha = ", ".join(map(str, found)), parameterization.resolve().alpha
+    limit = predicted_drift(parameterization.resolve(), base, None)
+    said = (
+        f"{label(parameterization)}: theory expects a drift of {octaves(found)} octaves at depth {at} "
+        f"({limit:+.2f} in the limit)"
+    )
+    absolute = base.depth**-alpha  # beta of the paper's form
+    if parameterization.beta > 1.01 * absolute:
+        better = replace(parameterization, beta=absolute)
+        said += f"; beta {absolute:.3g} = {base.depth}^-{alpha:g} brings it to {octaves(drifts(better, base, given))}"
+    return said
+
+
+def predicted_drifts(file: StudyFile) -> dict[str, dict[int, float]]:
+    """By parameterization and depth, in octaves; {} for a study that is not of the learning rate, or not covered."""
+    if file.study.hyperparameter != "optimizer.lr" or not_covered(file):
+        return {}
+    depths = [size.depth for size in file.study.sizes]
+    return {label(p): drifts(p, file.model.base_size, depths) for p in file.study.parameterizations}
+
+
+def expected_drifts(file: StudyFile) -> list[str]:
+    """The same, as a sentence for each parameterization that has a prediction."""
+    if not predicted_drifts(file):
+        return []
+    depths = [size.depth for size in file.study.sizes]
+    found = (drift_sentence(p, file.model.base_size, depths) for p in file.study.parameterizations)
+    return [sentence for sentence in found if sentence]

@@ -1,0 +1,74 @@
+"""What the theory says in the commands: the predicted drift, the command `limit`, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from depthmup.data.errors import UserError
+from depthmup.launch.cli import cli
+from depthmup.launch.findings.theory import drift_sentence
+from depthmup.launch.report import limit
+from depthmup.models.config import ParameterizationConfig, Size
+
+
+def test_the_predicted_drift_is_said_with_the_beta_that_avoids_it() -> None:
+    said = drift_sentence(ParameterizationConfig(), Size(width=16, depth=12), [12, 48])
+    assert said == (
+        "depth_mup: theory expects a drift of -1.43 octaves at depth 48 (-2.05 in the limit); beta 0.289 = 12^-0.5 "
+        "brings it to -0.02"
+    )
+    assert drift_sentence(ParameterizationConfig(name="sp"), Size(width=16, depth=12), [12, 48]) is None
+    assert drift_sentence(ParameterizationConfig(), Size(width=16, depth=12), [12]) is None
+
+
+def test_plan_says_what_is_predicted_and_nothing_where_nothing_is(study_file: Path) -> None:
+    said = CliRunner().invoke(cli, ["plan", str(study_file)], catch_exceptions=False).output
+    assert "depth_mup: theory expects a drift of -0.27 octaves at depth 6" in said.replace("\n", " ")
+    other = CliRunner().invoke(cli, ["plan", str(study_file), "model.norm=batch"], catch_exceptions=False).output
+    assert "theory expects" not in other
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["model.norm=batch"], "does not cover model.norm batch; it is for a conv_resnet with norm none"),
+        (["model.convs_per_branch=2"], "does not cover model.convs_per_branch 2"),
+        (["optimizer.name=adamw"], "does not cover optimizer.name adamw"),
+        (["optimizer.nesterov=true"], "does not cover optimizer.nesterov"),
+        (["study.parameterizations=[sp]"], "none of study.parameterizations has a limit: add depth_mup or completep"),
+        (["--lr", "0.5"], "--lr 0.5 is past the edge of stability of depth_mup on Gaussian inputs"),
+        (["--lr", "0"], "--lr 0: give a learning rate above 0"),
+        (["study.parameterizations=[{name: depth_mup, gamma0: 0}]"], "gamma0"),
+    ],
+)
+def test_what_the_limit_does_not_cover_is_refused(arguments: list[str], said: str, study_file: Path) -> None:
+    with pytest.raises(UserError) as refused:
+        CliRunner().invoke(cli, ["limit", str(study_file), *arguments], catch_exceptions=False)
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_command_shows_networks_nearing_the_limit(study_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At sizes that take seconds: what has rules nears the limit, and sp does not."""
+    for name, value in (("WIDTHS", (16, 32, 64)), ("DEPTHS", (3, 6, 9)), ("DEPTH_AXIS_WIDTH", 64), ("SITES", 1200)):
+        monkeypatch.setattr(limit, name, value)
+    monkeypatch.setattr(limit, "SEEDS", {"width": 6, "depth": 4})
+    monkeypatch.setattr(limit, "FEW_SEEDS", 3)
+    result = CliRunner().invoke(cli, ["limit", str(study_file)], catch_exceptions=False)
+    assert result.exit_code == 0
+    folder = study_file.parent / "runs" / "tiny"
+    assert {path.name for path in folder.iterdir()} >= set(limit.FILES)
+    rates = json.loads((folder / "limit.json").read_text())["rates"]
+    assert {rate["task"] for rate in rates} == {"Gaussian inputs", "images"}
+
+    def scatter(name: str) -> list[float]:
+        return next(
+            rate["distance"]
+            for rate in rates
+            if (rate["parameterization"], rate["quantity"], rate["measure"]) == (name, "outputs", "scatter")
+        )
+
+    assert scatter("depth_mup")[-1] < 0.8 * scatter("depth_mup")[0]
+    assert scatter("sp")[-1] > scatter("depth_mup")[-1]
