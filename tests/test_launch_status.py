@@ -7,10 +7,10 @@ import pytest
 from rich.console import Console
 
 from depthmup.launch.config import read_study
+from depthmup.launch.jobs.attempts import note
 from depthmup.launch.jobs.slurm import QueuedTask
 from depthmup.launch.jobs.status import print_status
 from depthmup.launch.jobs.submission import Submission
-from depthmup.launch.jobs.worker import note
 from depthmup.launch.runs.study import Study
 from depthmup.train.rundir import RunDirectory
 

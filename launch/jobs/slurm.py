@@ -141,9 +141,24 @@ def sbatch(script: Path, options: Sequence[str] = (), pass_fds: Sequence[int] = 
     return call("sbatch", "--parsable", *options, str(script), pass_fds=pass_fds).strip().split(";")[0]
 
 
+def go_after(job_id: str, others: Sequence[str]) -> None:
+    """Lets a job that waits begin once `others` have ended, however they end. Raises SlurmError."""
+    call("scontrol", "update", f"JobId={job_id}", f"Dependency=afterany:{':'.join(others)}", "StartTime=now")
+
+
 def cancel(job_ids: Sequence[str]) -> None:
     if job_ids:
         call("scancel", *job_ids)
+
+
+def failed_nodes(nodes: str) -> list[str]:
+    """Those of `nodes`, in Slurm's short form, that are down or do not answer; none where Slurm cannot be asked."""
+    try:
+        lines = call("sinfo", "--noheader", "--Node", f"--nodes={nodes}", "--format=%N %T").splitlines()
+    except SlurmError:  # as in a container
+        return []
+    states = dict(line.split(" ", 1) for line in lines)
+    return [node for node, state in states.items() if state.startswith(("down", "fail", "err", "unk")) or "*" in state]
 
 
 def silent(words: str, job_ids: Sequence[str]) -> Silent:
