@@ -2,6 +2,7 @@
 
 import json
 import os
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDirectory:
     job = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "sn[1-2]"}
     for key, value in job.items():
         monkeypatch.setenv(key, value)
-    monkeypatch.setattr(slurm, "failed_nodes", lambda nodes: [])
+    monkeypatch.setattr(slurm, "failed_nodes", lambda nodes, since: [])
     (directory.checkpoints / "step-10").mkdir(parents=True)
     begin_attempt(directory)
     return directory
@@ -80,7 +81,7 @@ def test_two_reasons_at_one_step_are_no_failure_and_neither_is_a_node_that_fails
     assert end(run, 137, KILLED, GONE.format(1)) == EXIT_LOST_PEER
     start_again(run, monkeypatch)
     assert end(run, 137, LEFT, HUNG.format(1)) == EXIT_LOST_PEER
-    monkeypatch.setattr(slurm, "failed_nodes", lambda nodes: ["sn2"])
+    monkeypatch.setattr(slurm, "failed_nodes", lambda nodes, since: ["sn2"])
     for _ in range(2):
         start_again(run, monkeypatch)
         assert end(run, 137, KILLED, GONE.format(1)) == EXIT_LOST_PEER
@@ -91,7 +92,7 @@ def test_two_reasons_at_one_step_are_no_failure_and_neither_is_a_node_that_fails
 def test_attempts_that_get_no_further_end_and_say_what_the_last_one_died_of(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(slurm, "failed_nodes", lambda nodes: ["sn2"])
+    monkeypatch.setattr(slurm, "failed_nodes", lambda nodes, since: ["sn2"])
     for _ in range(4):
         end(run, 137, KILLED, GONE.format(1))
         start_again(run, monkeypatch)
@@ -139,3 +140,29 @@ def test_a_run_that_another_process_holds_is_not_judged(run: RunDirectory) -> No
     run.lock.write_text(json.dumps({"host": "elsewhere", "pid": 1}))
     assert end(run, 1, "elsewhere trains it") == 1
     assert run.failed() is None
+
+
+def node(name: str, state: str, began: str) -> str:
+    return f"NodeName={name} Arch=x86_64 Reason=a b=c State={state} BootTime=None SlurmdStartTime={began}"
+
+
+def test_a_node_is_not_well_when_it_is_down_or_silent_or_its_slurmd_has_begun_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    states = {
+        "n1": ("ALLOCATED", "2026-11-28T10:00:00"),
+        "n2": ("DOWN*+DRAIN", "2026-11-28T10:00:00"),
+        "n3": ("ALLOCATED+NOT_RESPONDING", "2026-11-28T10:00:00"),
+        "n4": ("MIXED", "2026-11-28T12:00:00"),
+        "n5": ("DOWN", "None"),
+        "n6": ("IDLE+DRAIN", "2026-11-28T10:00:00"),
+    }
+    lines = "\n".join(node(name, *state) for name, state in states.items())
+    monkeypatch.setattr(slurm, "call", lambda *command: lines)
+    since = datetime.fromisoformat("2026-11-28T11:00:00").timestamp()
+    assert slurm.failed_nodes("n[1-6]", since) == ["n2", "n3", "n4", "n5"]
+
+
+def test_where_slurm_cannot_be_asked_no_node_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert slurm.failed_nodes("n[1-6]", 0.0) == []

@@ -293,8 +293,8 @@ def test_the_job_after_the_runs_has_its_place_before_them_or_nothing_is_submitte
 
     with follower(study, []) as (job_id, attach):
         assert [job["id"] for job in submitted(fake)] == [job_id]
-        assert submitted(fake)[0]["all"] == []
-        (script,) = (study.file.directory / "jobs").glob("*-then-*/job.sh")
+        assert submitted(fake)[0]["after"] == []
+        script = load_all(study.file.directory / "jobs")[-1].script
         assert "#SBATCH --begin=now+10minutes" in script.read_text()  # where we are killed now, it begins by itself
         launch(study)
         attach(["2"])

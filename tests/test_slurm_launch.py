@@ -14,7 +14,7 @@ from depthmup.launch.jobs import slurm
 from depthmup.launch.jobs.submission import load_all
 from depthmup.launch.jobs.submit import START as GO_ON
 from depthmup.launch.runs.study import Study
-from slurm_cluster import Cluster, wait_for
+from slurm_cluster import Cluster, start, wait_for
 from train_processes import ROOT as REPOSITORY
 from train_processes import START
 
@@ -213,6 +213,23 @@ def test_a_run_over_two_nodes_meets_and_finishes(cluster: Cluster, study_file: P
     done = wait_for(lambda: list(folder.glob("runs/tiny/runs/*/done.json")))[0]
     assert "ddp on 2 x cpu" in (done.parent / "log-0.txt").read_text()
     assert (done.parent / "log-1.txt").exists()
+
+
+@pytest.mark.parametrize("sudo", [None, "exit 1"])
+def test_a_user_without_sudo_has_these_tests_skipped_with_the_reason_unless_they_must_run(
+    sudo: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if sudo:
+        (tmp_path / "sudo").write_text(f"#!/bin/sh\n{sudo}\n")
+        (tmp_path / "sudo").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.delenv("DEPTHMUP_REQUIRE_SLURM", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="no Slurm here: needs root or sudo without a password"):
+        next(start())
+    monkeypatch.setenv("DEPTHMUP_REQUIRE_SLURM", "1")
+    with pytest.raises(pytest.fail.Exception, match="must run here: needs root or sudo without a password"):
+        next(start())
 
 
 def test_without_sbatch_on_path_one_line_says_so(study_file: Path) -> None:

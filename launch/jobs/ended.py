@@ -103,7 +103,9 @@ def why_lost(directory: RunDirectory, code: int, said: str, more_memory: str) ->
         reason = f"its processes ended with {code}"
     if out_of_memory:
         return reason
-    if nodes := slurm.failed_nodes(os.environ.get("SLURM_JOB_NODELIST", "")):
+    if nodes := slurm.failed_nodes(
+        os.environ.get("SLURM_JOB_NODELIST", ""), float(os.environ.get("DEPTHMUP_BEGAN", "0"))
+    ):
         note(directory, LOST, step=newest_step(directory), error=f"node {', '.join(nodes)} failed")
         return None
     step = newest_step(directory)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from depthmup.data.errors import UserError
@@ -151,14 +152,26 @@ def cancel(job_ids: Sequence[str]) -> None:
         call("scancel", *job_ids)
 
 
-def failed_nodes(nodes: str) -> list[str]:
-    """Those of `nodes`, in Slurm's short form, that are down or do not answer; none where Slurm cannot be asked."""
+UNWELL = re.compile(r"DOWN|FAIL|NOT_RESPONDING|UNKNOWN|ERROR|\*")
+
+
+def failed_nodes(nodes: str, since: float) -> list[str]:
+    """Those of `nodes`, in Slurm's short form, that are down or do not answer, or whose slurmd has begun again after
+    `since` (seconds since the epoch): it kills what it finds. None where Slurm cannot be asked."""
     try:
-        lines = call("sinfo", "--noheader", "--Node", f"--nodes={nodes}", "--format=%N %T").splitlines()
+        lines = call("scontrol", "show", "node", nodes, "--oneliner").splitlines()
     except SlurmError:  # as in a container
         return []
-    states = dict(line.split(" ", 1) for line in lines)
-    return [node for node, state in states.items() if state.startswith(("down", "fail", "err", "unk")) or "*" in state]
+    failed = []
+    for line in lines:
+        fields = dict(word.split("=", 1) for word in line.split() if "=" in word)
+        try:
+            began = datetime.fromisoformat(fields.get("SlurmdStartTime", "")).timestamp()
+        except ValueError:  # None, of one that is down
+            began = 0.0
+        if UNWELL.search(fields.get("State", "")) or began > since:
+            failed.append(fields["NodeName"])
+    return failed
 
 
 def silent(words: str, job_ids: Sequence[str]) -> Silent:

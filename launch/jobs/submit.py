@@ -91,6 +91,7 @@ SETUP = (
     "trap - ERR",
     "trap : TERM",
     "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK",  # srun no longer inherits sbatch's value since Slurm 22.05
+    "export DEPTHMUP_BEGAN=$(date +%s)",
     "export DEPTHMUP_LOG_START=$(stat -Lc %s /proc/$$/fd/1)",  # before it, earlier starts of the job
     "export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{cpus}}} PYTHONUNBUFFERED=1",
 )
