@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from depthmup.launch.jobs import slurm
+from depthmup.launch.jobs import slurm, worker
 from depthmup.launch.jobs.attempts import LOST, attempts, begin_attempt, note
 from depthmup.launch.jobs.ended import record_end
+from depthmup.train.interrupt import Interrupt
 from depthmup.train.rundir import EXIT_LOST_PEER, EXIT_REQUEUE, RunDirectory
 
 KILLED = "srun: error: sn2: task 1: Killed\nsrun: error: sn1: task 0: Exited with exit code 76\n"
@@ -166,3 +167,28 @@ def test_a_node_is_not_well_when_it_is_down_or_silent_or_its_slurmd_has_begun_ag
 def test_where_slurm_cannot_be_asked_no_node_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert slurm.failed_nodes("n[1-6]", 0.0) == []
+
+
+def test_a_requeued_worker_waits_while_a_process_on_another_host_has_its_run_and_then_trains_it(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where Slurm lost a node that works on: else the job would end, and the run look like running for ever."""
+    run.lock.write_text(json.dumps({"host": "elsewhere", "pid": 1}))
+    happened: list[str] = []
+
+    def train_some(directories: list[RunDirectory], interrupt: Interrupt) -> bool:
+        happened.append("tried")
+        return False
+
+    def sleep(seconds: float) -> None:
+        happened.append("waited")
+        if happened.count("waited") == 3:
+            run.lock.write_text("")
+
+    monkeypatch.setattr(worker, "train_some", train_some)
+    monkeypatch.setattr("depthmup.launch.jobs.worker.time.sleep", sleep)
+    assert worker.work([[run]]) == 0
+    assert happened == ["tried"]
+    happened.clear()
+    assert worker.work([[run]], waits=True) == 0
+    assert happened == ["tried", "waited"] * 3 + ["tried"]
