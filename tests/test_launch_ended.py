@@ -109,6 +109,20 @@ def test_out_of_memory_as_slurm_says_it_is_a_failure_at_once_of_the_node_where_i
     assert failed["error"].startswith("process 1: out of memory on sn2: 4 GB were asked for; set launch.memory_gb")
 
 
+def test_a_process_that_cannot_start_is_a_failure_at_once_but_not_where_a_node_failed_before_any_began(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run.path / "attempts.jsonl").unlink()
+    with monkeypatch.context() as node_fails:
+        node_fails.setattr(slurm, "failed_nodes", lambda nodes, since: ["sn2"])
+        assert end(run, 137, "srun: error: sn[1-2]: tasks 0-1: Killed\n") == EXIT_LOST_PEER
+    assert run.failed() is None
+    assert end(run, 1, "srun: error: sn2: task 1: Exited with exit code 1\n") == 1
+    failed = run.failed()
+    assert failed
+    assert failed["error"] == "process 1 on sn2: Exited with exit code 1; see the job's log"
+
+
 def test_words_of_an_earlier_start_in_the_jobs_log_are_not_this_ones(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -45,8 +45,8 @@ def record_end(directories: Sequence[RunDirectory], code: int, log: Path, detail
     tail = said_since_start(log)[-20000:]
     asked = f"{details['memory_gb']} GB were" if details["memory_gb"] else "the cluster's default was"
     more_memory = f"{asked} asked for; set launch.memory_gb higher and retry"
-    if begun and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
-        reason = why_lost(begun[0], code, tail, more_memory)
+    if int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        reason = why_lost(left[0], code, tail, more_memory)
         if reason is None:
             return EXIT_LOST_PEER
     elif number == signal.SIGKILL or OUT_OF_MEMORY.search(tail):
@@ -103,11 +103,12 @@ def why_lost(directory: RunDirectory, code: int, said: str, more_memory: str) ->
         reason = f"its processes ended with {code}"
     if out_of_memory:
         return reason
-    if nodes := slurm.failed_nodes(
-        os.environ.get("SLURM_JOB_NODELIST", ""), float(os.environ.get("DEPTHMUP_BEGAN", "0"))
-    ):
+    began = float(os.environ.get("DEPTHMUP_BEGAN", "inf"))
+    if nodes := slurm.failed_nodes(os.environ.get("SLURM_JOB_NODELIST", ""), began):
         note(directory, LOST, step=newest_step(directory), error=f"node {', '.join(nodes)} failed")
         return None
+    if died and died[2].startswith("Exited"):  # of itself: it could not start
+        return f"{reason}; see the job's log"
     step = newest_step(directory)
     before = [line for line in since_failure(directory) if line["event"] == LOST and line["step"] == step]
     note(directory, LOST, step=step, error=reason)
