@@ -207,17 +207,24 @@ def take(study: Study, job_ids: Sequence[str]) -> states.Snapshot:
 def follower(study: Study, targets: Sequence[Path]) -> Iterator[tuple[str, Callable[[Sequence[str]], None]]]:
     """A job that goes on with the study, for a block that submits what it goes on after: (its id, a function that gives
     it the ids of those jobs). It has its place in the queue before they have theirs: where Slurm takes no more jobs,
-    nothing is submitted. Where the block fails it is taken back, unless Slurm stopped answering: then it begins by
-    itself after a while.
+    nothing is submitted. Where the block fails it is taken back, unless Slurm stopped answering: then, as where this
+    process is killed, it begins by itself after CONTINUATION_PATIENCE_MINUTES.
 
-    One that waits already is taken. One that runs may have looked already, or be this one. Raises UserError.
+    One that waits already is taken, or taken back where it goes to other targets. One that runs may have looked
+    already, or be this one. Raises UserError.
     """
     from depthmup.launch.jobs.submit import submit_continuation
 
     with launching(study.file.directory) as lock:  # of two that look at once, the second finds the first's
-        waiting = [task.job_id for task in take(study, ()).continuations if task.waits]
+        snapshot = states.take(study)
+        if snapshot.slurm_error:
+            raise slurm.Silent(f"Slurm does not answer: {snapshot.slurm_error}. Nothing was submitted")
+        goes_to = {s.name: s.details.get("targets") for s in snapshot.submissions}
+        queued = {task.job_id: goes_to[task.name] for task in snapshot.continuations if task.waits}
+        waiting = [job_id for job_id, to in queued.items() if to == [str(target.absolute()) for target in targets]]
         try:
             placed = None if waiting else submit_continuation(study, targets, lock)
+            slurm.cancel([job_id for job_id in queued if job_id not in waiting])  # of a command that this one replaces
         except slurm.Silent:
             raise
         except UserError as error:
@@ -237,8 +244,10 @@ def follower(study: Study, targets: Sequence[Path]) -> Iterator[tuple[str, Calla
 
     try:
         yield job_id, attach
-    except slurm.Silent:
-        raise
+    except slurm.Silent as error:
+        raise slurm.Silent(
+            f"{error}. Job {job_id} waits, and goes on by itself in a few minutes if you do not"
+        ) from None
     except UserError:
         if placed:
             slurm.cancel([job_id])

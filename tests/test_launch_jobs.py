@@ -301,6 +301,9 @@ def test_the_job_after_the_runs_has_its_place_before_them_or_nothing_is_submitte
     assert f"update JobId={job_id} Dependency=afterany:2 StartTime=now" in (fake / "told").read_text()
     with follower(study, []) as (job_id_again, _):
         assert job_id_again == job_id  # which waits already
+    with follower(study, [Path("large.yaml")]) as (another, _):
+        assert another != job_id  # that one would go to no target
+    assert (fake / "cancelled").read_text() == f"{job_id}\n"
 
 
 @pytest.mark.parametrize("silent", [True, False])

@@ -100,10 +100,14 @@ def test_what_was_submitted_is_said_when_the_controller_goes_away_right_after_th
 
     detached = (str(held), "study.name=detached", "--detach")
     stopped = without_controller("transfer", *detached)
-    (job,) = {element.split("_")[0] for element in cluster.queued("-detached-")}
-    assert f"12 runs submitted: jobs {job}" in stopped.stdout
-    assert f"The runs wait or run as jobs {job}. Give the same command again" in stopped.stderr
-    assert f"goes on after {job}" in cluster.depthmup("transfer", *detached).stdout
+    (job,) = {element.split("_")[0] for element in cluster.queued("-detached-then-")}
+    assert "Nothing was submitted" in stopped.stderr
+    assert f"Job {job} waits, and goes on by itself" in stopped.stderr
+    said = cluster.depthmup("transfer", *detached).stdout
+    assert "12 runs submitted" in said
+    assert f"Job {job} goes on after " in said
+    (after,) = cluster.call("squeue", "--noheader", f"--job={job}", "--format=%E").splitlines()
+    assert "afterany" in after
     assert len(cluster.queued("-detached-")) == 7
 
 

@@ -221,6 +221,16 @@ def test_a_holder_that_is_frozen_with_its_host_loses_the_lock_and_ends_once_it_t
     held[0].close()
 
 
+def test_of_two_that_saw_the_same_silent_holder_only_the_first_takes_its_place(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    path.write_text("")
+    seen = path.stat()
+    first = lock.put_in_place(path, seen)
+    assert first
+    assert lock.put_in_place(path, seen) is None
+    first.close()
+
+
 def gloo(words: str) -> RuntimeError:
     return RuntimeError(f"[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] {words}")
 
