@@ -312,5 +312,5 @@ def submit_continuation(study: Study, targets: Sequence[Path], lock: int) -> Sub
         submission.write_refused(str(error))  # for `status`
         raise
     except slurm.SlurmError as error:
-        raise slurm.silent(str(error), []) from None
+        raise slurm.Silent(f"Slurm does not answer: {error}. No run was submitted") from None
     return submission
