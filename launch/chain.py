@@ -5,9 +5,11 @@ does so again once their jobs have ended, so that the user may log out. That job
 """
 
 import argparse
+import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -102,11 +104,12 @@ def write_scaled(
     console.print(f"Written: {path}. Start it with: {command('launch', path)}", highlight=False)
 
 
-def target_study(study: Study, target: Path, console: Console) -> Study:
-    """The run over `target` with the study's hyperparameters, as a study of one run."""
-    path = study.target_file
-    write_scaled(study, path, target, (), console)
-    return Study(path, read_study_or_run(path))
+def target_studies(study: Study, targets: Sequence[Path], console: Console) -> list[Study]:
+    """The run over each of `targets` with the study's hyperparameters, as a study of one run."""
+    paths = study.target_files(targets)
+    for path, target in zip(paths, targets, strict=True):
+        write_scaled(study, path, target, (), console)
+    return [Study(path, read_study_or_run(path)) for path in paths]
 
 
 def say_next_step(study: Study, console: Console) -> None:
@@ -121,7 +124,7 @@ def say_next_step(study: Study, console: Console) -> None:
         console.print(f"Next, for a target of your size: {command('scale', *words)}", markup=False)
 
 
-def transfer(study: Study, target: Path | None, console: Console) -> None:
+def transfer(study: Study, targets: Sequence[Path], console: Console) -> None:
     """Walks the whole path and waits for it. Where runs fail, writes the report of what is there all the same."""
     try:
         finish(study, console)
@@ -129,12 +132,12 @@ def transfer(study: Study, target: Path | None, console: Console) -> None:
         report_what_is_there(study, console)
         raise
     show_report(study, console)
-    if target is None:
+    if not targets:
         say_next_step(study, console)
         return
-    large = target_study(study, target, console)
-    if large.pending():
-        finish(large, console)
+    for large in target_studies(study, targets, console):
+        if large.pending():
+            finish(large, console)
     report_target(study, console)
 
 
@@ -159,30 +162,37 @@ def report_target(study: Study, console: Console) -> None:
 # ---------------------------------------------------------------- without waiting
 
 
-def advance(study: Study, target: Path | None, console: Console, by_itself: bool = False) -> None:
+def advance(study: Study, targets: Sequence[Path], console: Console, by_itself: bool = False) -> None:
     """Submits what the path needs next and a job that goes on after it, or ends the path with its report.
 
     `by_itself`: no user asked for it now; failed runs do not go again. Raises UserError when the path cannot go on: an
     inconclusive study, or runs that no job has and that may not go again.
     """
-    current = study
+    current = [study]
     if not study.pending() and not grow_aloud(study, console):
         show_report(study, console)
-        if target is None:
+        if not targets:
             say_next_step(study, console)
             return
-        current = target_study(study, target, console)
-        if not current.pending():
+        current = [large for large in target_studies(study, targets, console) if large.pending()]
+        if not current:
             report_target(study, console)
             return
-    prepare_data(current, console)
-    launched = launch(current, IDLE if by_itself else UNFINISHED, by_itself)
-    if launched.job_ids:
-        console.print(f"{len(launched.runs)} runs submitted: jobs {', '.join(launched.job_ids)}", highlight=False)
-    job_ids = sorted({found.task.job_id for found in take(current, launched.job_ids).runs if found.task})
-    if not job_ids:
-        raise unfinished(current)
-    console.print(go_on_after(study, target, job_ids), highlight=False)
+    for one in current:
+        prepare_data(one, console)
+    with follower(study, targets) as (job_id, attach):
+        job_ids: set[str] = set()
+        for one in current:
+            launched = launch(one, IDLE if by_itself else UNFINISHED, by_itself)
+            if launched.job_ids:
+                runs = f"{len(launched.runs)} runs submitted: jobs {', '.join(launched.job_ids)}"
+                console.print(runs, highlight=False)
+            job_ids |= {found.task.job_id for found in take(one, launched.job_ids).runs if found.task}
+        if not job_ids:
+            raise unfinished(current[0])
+        attach(sorted(job_ids))
+    after = f"Job {job_id} goes on after {', '.join(sorted(job_ids))}"
+    console.print(f"{after}: see {study.command('status', '--watch')}", highlight=False)
 
 
 def take(study: Study, job_ids: Sequence[str]) -> states.Snapshot:
@@ -193,24 +203,56 @@ def take(study: Study, job_ids: Sequence[str]) -> states.Snapshot:
     return snapshot
 
 
-def go_on_after(study: Study, target: Path | None, job_ids: Sequence[str]) -> str:
-    """Leaves a job that goes on once `job_ids` have ended, unless one waits already; says which. One that runs may have
-    looked already, or be this one."""
+@contextmanager
+def follower(study: Study, targets: Sequence[Path]) -> Iterator[tuple[str, Callable[[Sequence[str]], None]]]:
+    """A job that goes on with the study, for a block that submits what it goes on after: (its id, a function that gives
+    it the ids of those jobs). It has its place in the queue before they have theirs: where Slurm takes no more jobs,
+    nothing is submitted. Where the block fails it is taken back, unless Slurm stopped answering: then, as where this
+    process is killed, it begins by itself after CONTINUATION_PATIENCE_MINUTES.
+
+    One that waits already is taken, or taken back where it goes to other targets. One that runs may have looked
+    already, or be this one. Raises UserError.
+    """
     from depthmup.launch.jobs.submit import submit_continuation
 
     with launching(study.file.directory) as lock:  # of two that look at once, the second finds the first's
-        waiting = [task for task in take(study, job_ids).continuations if task.waits]
+        snapshot = states.take(study)
+        if snapshot.slurm_error:
+            raise slurm.Silent(f"Slurm does not answer: {snapshot.slurm_error}. Nothing was submitted")
+        goes_to = {s.name: s.details.get("targets") for s in snapshot.submissions}
+        queued = {task.job_id: goes_to[task.name] for task in snapshot.continuations if task.waits}
+        waiting = [job_id for job_id, to in queued.items() if to == [str(target.absolute()) for target in targets]]
         try:
-            job_id = waiting[0].job_id if waiting else submit_continuation(study, target, job_ids, lock)
+            placed = None if waiting else submit_continuation(study, targets, lock)
+            slurm.cancel([job_id for job_id in queued if job_id not in waiting])  # of a command that this one replaces
         except slurm.Silent:
             raise
         except UserError as error:
-            again = study.command("transfer", *(["--target", str(target)] if target else []))
+            again = study.command("transfer", *(word for target in targets for word in ("--target", str(target))))
             raise UserError(
-                f"the runs wait or run as jobs {', '.join(job_ids)}, but nothing goes on after them: {error}. Once "
-                f"there is place for one job more: {again} --detach; or wait for them: {again}"
+                f"{error}. That is the job that goes on after the runs, so none of them was submitted. Once there is "
+                f"place for one job more: {again} --detach; or wait for them: {again}"
             ) from None
-    return f"Job {job_id} goes on after {', '.join(job_ids)}: see {study.command('status')}"
+    job_id = placed.job_id if placed else waiting[0]
+    assert job_id
+
+    def attach(job_ids: Sequence[str]) -> None:
+        try:
+            slurm.go_after(job_id, job_ids)
+        except slurm.SlurmError as error:
+            raise slurm.silent(str(error), job_ids) from None
+
+    try:
+        yield job_id, attach
+    except slurm.Silent as error:
+        raise slurm.Silent(
+            f"{error}. Job {job_id} waits, and goes on by itself in a few minutes if you do not"
+        ) from None
+    except UserError:
+        if placed:
+            slurm.cancel([job_id])
+            shutil.rmtree(placed.path)
+        raise
 
 
 PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 5.0, 120.0  # between two tries: the first, doubled until the longest
@@ -234,20 +276,20 @@ def patiently(step: Callable[[], None], console: Console) -> None:
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
 
-def go_on(folder: Path, target: Path | None, console: Console) -> None:
+def go_on(folder: Path, targets: Sequence[Path], console: Console) -> None:
     """`advance` by itself, with what is in the study's folder now."""
-    advance(Study(folder, read_study(folder)), target, console, by_itself=True)
+    advance(Study(folder, read_study(folder)), targets, console, by_itself=True)
 
 
 def main() -> int:
     """One step in a Slurm job."""
     parser = argparse.ArgumentParser()
     parser.add_argument("study", type=Path)
-    parser.add_argument("target", type=Path, nargs="?")
+    parser.add_argument("targets", type=Path, nargs="*")
     arguments = parser.parse_args()
     console = Console(width=120, soft_wrap=True)  # one line each: status shows the last
     try:
-        patiently(lambda: go_on(arguments.study, arguments.target, console), console)
+        patiently(lambda: go_on(arguments.study, arguments.targets, console), console)
     except (UserError, ModelError) as error:
         console.print(f"Stopped: {error}", markup=False, highlight=False)
         return 2

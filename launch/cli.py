@@ -100,25 +100,30 @@ def open_study(config: Path, overrides: tuple[str, ...]) -> "Study":
 
 @command("transfer")
 @with_config
-@click.option("--target", type=FilePath(), help="Then scale to this target's YAML, and train it.")
+@click.option("--target", "targets", type=FilePath(), multiple=True, help="Then scale to this YAML, and train it.")
 @click.option("--detach", is_flag=True, help="On Slurm: return at once; a job goes on after the runs, to the end.")
-def transfer(config: Path, overrides: tuple[str, ...], target: Path | None, detach: bool) -> None:
-    """Run a whole study: data, all runs, report; or continue it."""
+def transfer(config: Path, overrides: tuple[str, ...], targets: tuple[Path, ...], detach: bool) -> None:
+    """Run a whole study: data, all runs, report; or continue it.
+
+    --target may be given several times.
+    """
     from depthmup.launch import chain
 
     study, console = open_study(config, overrides), new_console()
-    if target and not target.exists():
-        raise UserError(f"{target}: no such file; it holds the target's sections, as model and train")
-    if target and not target.is_file():
-        raise UserError(f"{target}: the target's file is read after the runs: give a file that is there then")
+    for target in targets:
+        if not target.exists():
+            raise UserError(f"{target}: no such file; it holds the target's sections, as model and train")
+        if not target.is_file():
+            raise UserError(f"{target}: the target's file is read after the runs: give a file that is there then")
+    study.target_files(targets)
     if not detach:
-        chain.transfer(study, target, console)
+        chain.transfer(study, targets, console)
     elif study.file.launch.cluster != "slurm":
         raise UserError(
             f"--detach leaves a Slurm job, and launch.cluster is {study.file.launch.cluster}: add --cluster"
         )
     else:
-        chain.advance(study, target, console)
+        chain.advance(study, targets, console)
 
 
 def print_launched(study: "Study", launched: "Launched", console: "Console") -> None:

@@ -21,11 +21,11 @@ from depthmup.data.storage import write_atomically
 from depthmup.launch.config import Size
 from depthmup.launch.jobs import code as code_snapshot
 from depthmup.launch.jobs import slurm, states
+from depthmup.launch.jobs.attempts import newest_step
 from depthmup.launch.jobs.reasons import explain
 from depthmup.launch.jobs.states import State
 from depthmup.launch.jobs.status import how_to_go_on
 from depthmup.launch.jobs.submission import ask, asked, launching, places_taken
-from depthmup.launch.jobs.worker import newest_step
 from depthmup.launch.progress import display
 from depthmup.launch.runs.cost import count_flops
 from depthmup.launch.runs.fits import check_fits
@@ -245,7 +245,9 @@ def wait(study: Study, launched: Launched, console: Console) -> None:
             gained, elapsed = share - at_start, time.monotonic() - started
             eta = f"ETA {duration(elapsed * (1 - share) / gained)}" if gained > 0.01 else "ETA ..."
             text = f"{len(study.runs) - len(left)} of {len(study.runs)} done, {counts.get('running', 0)} running, {eta}"
-            text += "".join(f", {counts[state]} {state}" for state in ("starting", "failed", "held") if state in counts)
+            text += "".join(
+                f", {counts[state]} {state}" for state in ("stalled", "starting", "failed", "held") if state in counts
+            )
             text += waiting_for(snapshot)
             text += ", Slurm does not answer" if snapshot.slurm_error else ""
             if on_slurm and not snapshot.slurm_error and resubmit_lost(study, snapshot):
@@ -299,7 +301,7 @@ def finished_share(snapshot: states.Snapshot, flops: Mapping[Size, tuple[int, in
     """The share of all runs' FLOPs that is done, steps of running ones included."""
     done = 0.0
     for found in snapshot.runs:
-        last = found.run.directory.last_metrics() if found.state == "running" else None
+        last = found.run.directory.last_metrics() if found.state in states.TRAINS else None
         steps = last["step"] / found.run.config.train.num_steps if last else 0.0
         done += flops[found.run.size][1] * (1.0 if found.state in ("done", "diverged") else steps)
     return done / sum(flops[found.run.size][1] for found in snapshot.runs)

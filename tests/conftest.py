@@ -90,5 +90,5 @@ def study_file(run_settings: dict[str, Any], tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """A real Slurm cluster of six nodes on this machine."""
+    """A real Slurm cluster of eight nodes on this machine."""
     yield from start_cluster()

@@ -24,12 +24,16 @@ def why_not() -> str | None:
     """Why a cluster cannot be brought up here; None where it can."""
     if not sys.platform.startswith("linux"):
         return "Slurm runs on Linux"
-    if os.geteuid() and subprocess.run(["sudo", "-n", "true"], capture_output=True, check=False).returncode:
-        return "needs root or passwordless sudo"
+    if os.geteuid() and not (shutil.which("sudo") and succeeds("sudo", "-n", "true")):
+        return "needs root or sudo without a password"
     path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
     if all(shutil.which(program, path=path) for program in PROGRAMS) or shutil.which("apt-get"):
         return None
     return f"needs {', '.join(PROGRAMS)}, or apt-get to install them"
+
+
+def succeeds(*command: str) -> bool:
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def free_port(count: int = 20) -> int:
@@ -64,7 +68,7 @@ class Cluster:
         ).stdout.strip()
 
     def node(self, action: str, name: str) -> None:
-        """kill, crash, stop, start: see tests/slurm/node.sh."""
+        """kill, crash, stop, start, freeze, thaw: see tests/slurm/node.sh."""
         self.script("node.sh", action, name)
 
     def stop_controller(self) -> None:

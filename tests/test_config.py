@@ -1,5 +1,7 @@
 """Configuration: what is accepted, what is refused and how, and what makes two runs the same run."""
 
+import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +9,10 @@ import pytest
 import yaml
 
 from depthmup.data.errors import UserError
-from depthmup.launch.config import read_run, read_study
+from depthmup.launch.config import LaunchConfig, read_run, read_study
+from depthmup.launch.scale import read_changes
 from depthmup.train.__main__ import read_config
-from depthmup.train.config import RunConfig, from_plain, run_hash, set_dotted, to_yaml
+from depthmup.train.config import ParallelConfig, RunConfig, from_plain, run_hash, set_dotted, to_yaml
 
 
 @pytest.mark.parametrize(
@@ -116,3 +119,29 @@ def test_a_process_of_a_run_takes_every_file_that_the_command_takes(study_file: 
 def test_a_study_must_start_with_its_base(study_file: Path) -> None:
     with pytest.raises(UserError, match="must be the base"):
         read_study(study_file, ("study.sizes=[{width: 8, depth: 6}]",))
+
+
+@pytest.mark.parametrize(("section", "kind"), [("launch", LaunchConfig), ("parallel", ParallelConfig)])
+def test_the_documentation_has_a_line_with_the_default_of_every_key(section: str, kind: type) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "cluster.md").read_text()
+    table = text.split(f"| key of `{section}:` |")[1].split("\n\n")[0]
+    rows = [row.split("|")[1:3] for row in table.splitlines()[2:]]
+    defaults = {}
+    for names, values in rows:
+        keys = re.findall(r"`(\w+)`", names)
+        defaults |= zip(
+            keys, values.split(", ") if len(keys) > 1 and "," in values else [values] * len(keys), strict=True
+        )
+    assert defaults.keys() == {field.name for field in fields(kind)}
+    for field in fields(kind):
+        if isinstance(field.default, int | str):
+            assert defaults[field.name].strip(" `") == str(field.default), field.name
+
+
+def test_the_target_in_the_documentation_is_one(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "cluster.md").read_text()
+    target = tmp_path / "target.yaml"
+    target.write_text(text.split("```yaml\n")[1].split("```")[0].replace("cluster: big", "cluster: slurm"))
+    changes = read_changes(target, ())
+    from_plain(LaunchConfig, changes["launch"], "launch")
+    from_plain(ParallelConfig, changes["parallel"], "parallel")

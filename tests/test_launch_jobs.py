@@ -13,16 +13,16 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from depthmup.data.errors import UserError
-from depthmup.launch.chain import go_on_after
+from depthmup.launch.chain import follower
 from depthmup.launch.cli import cli
 from depthmup.launch.config import LaunchConfig, read_study
 from depthmup.launch.jobs import slurm, states
+from depthmup.launch.jobs.attempts import note
 from depthmup.launch.jobs.reasons import explain
 from depthmup.launch.jobs.slurm import QueuedTask, SlurmError
 from depthmup.launch.jobs.status import print_status
 from depthmup.launch.jobs.submission import Submission, ask, cancelled, load_all, places_taken
 from depthmup.launch.jobs.submit import Turns, deal, dry_run_script, submit_continuation, take_turns
-from depthmup.launch.jobs.worker import note
 from depthmup.launch.runs.study import Study
 from depthmup.launch.transfer import launch, unfinished, waiting_for
 
@@ -43,8 +43,9 @@ while read -r id name last throttle rest; do
   case $column in 1) key=$id;; 2) key=$name;; esac
   [[ "$wanted" == *,$key,* ]] && for index in $(seq 0 $last); do echo "$id|$index|$(cat state)|$name"; done
 done < jobs; exit 0""",
-    "scontrol": """echo 'MaxArraySize = 4'; [ -e hidden ] && echo 'PrivateData = jobs,usage'; exit 0""",
-    "scancel": "exit 0",
+    "scontrol": """
+echo "$*" >> told; echo 'MaxArraySize = 4'; [ -e hidden ] && echo 'PrivateData = jobs,usage'; exit 0""",
+    "scancel": """echo "$*" >> cancelled""",
     "srun": "exit 0",
 }
 
@@ -277,21 +278,45 @@ def test_only_what_a_cancel_stopped_is_cancelled(tmp_path: Path) -> None:
     assert cancelled(tmp_path) == set()
 
 
-def test_where_the_job_after_the_runs_is_refused_that_is_said_with_what_to_type(
-    fake: Path, study_of: Callable[..., Study], capsys: pytest.CaptureFixture[str]
+def test_the_job_after_the_runs_has_its_place_before_them_or_nothing_is_submitted(
+    fake: Path, study_of: Callable[..., Study]
 ) -> None:
     study = study_of("launch.runs_per_job=12")
-    launch(study)
     (fake / "refuse").write_text("AssocMaxSubmitJobLimit")
-    with pytest.raises(UserError) as error:
-        go_on_after(study, Path("my target.yaml"), ["1"])
-    again = f"depthmup transfer {study.file.directory} --target 'my target.yaml'"
-    assert "the runs wait or run as jobs 1, but nothing goes on after them" in str(error.value)
+    with pytest.raises(UserError) as error, follower(study, [Path("my target.yaml"), Path("b.yaml")]):
+        launch(study)
+    again = study.command("transfer", "--target", "my target.yaml", "--target", "b.yaml")
+    assert "none of them was submitted" in str(error.value)
     assert f"{again} --detach; or wait for them: {again}" in str(error.value)
-    print_status(study, Console(width=300))
-    assert "nothing goes on by itself, that job was refused" in capsys.readouterr().out
+    assert submitted(fake) == []
     (fake / "refuse").unlink()
-    assert go_on_after(study, None, ["1"]).startswith("Job 2 goes on after 1")
+
+    with follower(study, []) as (job_id, attach):
+        assert [job["id"] for job in submitted(fake)] == [job_id]
+        assert submitted(fake)[0]["after"] == []
+        script = load_all(study.file.directory / "jobs")[-1].script
+        assert "#SBATCH --begin=now+10minutes" in script.read_text()  # where we are killed now, it begins by itself
+        launch(study)
+        attach(["2"])
+    assert f"update JobId={job_id} Dependency=afterany:2 StartTime=now" in (fake / "told").read_text()
+    with follower(study, []) as (job_id_again, _):
+        assert job_id_again == job_id  # which waits already
+    with follower(study, [Path("large.yaml")]) as (another, _):
+        assert another != job_id  # that one would go to no target
+    assert (fake / "cancelled").read_text() == f"{job_id}\n"
+
+
+@pytest.mark.parametrize("silent", [True, False])
+def test_the_place_of_the_job_after_the_runs_is_given_back_when_they_are_refused_but_not_when_slurm_is_silent(
+    fake: Path, study_of: Callable[..., Study], silent: bool
+) -> None:
+    study = study_of("launch.runs_per_job=12")
+    kind = slurm.Silent if silent else UserError
+    with pytest.raises(UserError, match="of the runs"), follower(study, []):
+        raise kind("of the runs")
+    cancelled = (fake / "cancelled").read_text() if (fake / "cancelled").exists() else ""
+    assert cancelled == ("" if silent else "1\n")
+    assert len(load_all(study.file.directory / "jobs")) == int(silent)
 
 
 def test_printed_commands_can_be_pasted(fake: Path, study_of: Callable[..., Study], tmp_path: Path) -> None:
@@ -400,7 +425,7 @@ def test_slurms_refusal_of_a_later_array_takes_back_the_earlier_ones(
 def test_the_job_after_the_runs_is_no_part_of_the_limit(fake: Path, study_of: Callable[..., Study]) -> None:
     study = study_of("launch.runs_per_job=12", "launch.max_running=1")
     launch(study)
-    submit_continuation(study, None, ["1"], lock=0)
+    submit_continuation(study, [], lock=0)
     snapshot = states.take(study)
     assert len(snapshot.continuations) == 1
     assert places_taken(snapshot.submissions, snapshot.queue) == (1, ["1"])

@@ -18,9 +18,10 @@ import yaml
 
 from depthmup.data.errors import UserError
 from depthmup.launch.config import LaunchConfig, read_study
+from depthmup.launch.jobs.attempts import attempts
 from depthmup.launch.jobs.submission import Submission
-from depthmup.launch.jobs.worker import attempts, work
 from depthmup.launch.jobs.worker import main as work_in_a_job
+from depthmup.launch.jobs.worker import work
 from depthmup.launch.runs.grouping import check_packable, group, packs_of
 from depthmup.launch.runs.study import PlannedRun, Study
 from depthmup.train.config import RunConfig, from_plain, to_yaml

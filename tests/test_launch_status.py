@@ -1,17 +1,24 @@
 """What `depthmup status` says of runs that Slurm stopped before their end. squeue's answer is given; files are real."""
 
 import json
+import os
+import socket
+import time
 from pathlib import Path
 
 import pytest
+import yaml
 from rich.console import Console
 
-from depthmup.launch.config import read_study
+from depthmup.launch.config import read_study, read_study_or_run
+from depthmup.launch.jobs.attempts import note
 from depthmup.launch.jobs.slurm import QueuedTask
-from depthmup.launch.jobs.status import print_status
+from depthmup.launch.jobs.states import RunState, state_of
+from depthmup.launch.jobs.status import print_status, watch_status
 from depthmup.launch.jobs.submission import Submission
-from depthmup.launch.jobs.worker import note
 from depthmup.launch.runs.study import Study
+from depthmup.launch.wording import duration
+from depthmup.train.lock import Lock, take_lock
 from depthmup.train.rundir import RunDirectory
 
 
@@ -54,3 +61,137 @@ def test_status_shows_that_runs_were_preempted_or_stopped_otherwise_how_often_an
     (row,) = (line for line in shown.splitlines() if line.startswith(runs[0].path.name))
     assert " preempted " in row
     assert shown.splitlines()[-1] == "1 running, 2 waiting, 1 preempted, 1 interrupted, 7 new"
+
+
+def age(directory: RunDirectory, seconds: float) -> None:
+    """Makes everything that the run wrote so old."""
+    for path in [*directory.path.iterdir(), directory.checkpoints]:
+        if path.exists():
+            os.utime(path, (time.time() - seconds,) * 2)
+
+
+SECONDS_A_LINE = 3.0
+
+
+@pytest.fixture
+def begun(study_file: Path) -> RunState:
+    """The first run of a study, which has begun, and writes a metrics line every 3 s."""
+    study = Study(study_file, read_study(study_file))
+    study.write()
+    run = study.runs[0]
+    note(run.directory, "started", step=0, job="7_0", restart=0)
+    train = run.config.train
+    rate = train.log_every * train.global_batch_size / SECONDS_A_LINE
+    run.directory.metrics.write_text(json.dumps({"step": 2, "loss": 2.0, "images_per_second": rate}) + "\n")
+    return RunState(run, "running")
+
+
+def judged(begun: RunState, task: QueuedTask | None = None) -> RunState:
+    return state_of(begun.run, task, None, None, True, {}, False)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "state", "words"),
+    [
+        (5, "running", ""),
+        (50, "running", ""),
+        (125, "running", "no news for 2 min 05 s, a metrics line takes 3 s"),
+        (600, "stalled", "no news for 10 min 00 s, a metrics line takes 3 s. To start it again from its checkpoint"),
+    ],
+)
+def test_a_run_without_news_says_since_when_and_is_stalled_after_a_multiple_of_its_own_pace(
+    begun: RunState, seconds: float, state: str, words: str
+) -> None:
+    age(begun.run.directory, seconds)
+    found = judged(begun, QueuedTask("7", 0, "RUNNING", "None", "tiny"))
+    assert found.state == state
+    assert found.remark.startswith(words)
+    assert found.remark.endswith("scontrol requeue 7_0" if state == "stalled" else words)
+
+
+@pytest.mark.parametrize(("seconds", "state"), [(1200, "running"), (2400, "stalled")])
+def test_the_first_steps_may_take_longer(begun: RunState, seconds: float, state: str) -> None:
+    begun.run.directory.metrics.unlink()
+    age(begun.run.directory, seconds)
+    found = judged(begun, QueuedTask("7", 0, "RUNNING", "None", "tiny"))
+    assert found.state == state
+    assert f"no news for {duration(seconds)}, since it began" in found.remark
+
+
+def test_a_slow_run_has_more_patience(begun: RunState) -> None:
+    line = {"step": 2, "loss": 2.0, "images_per_second": 0.1}
+    begun.run.directory.metrics.write_text(json.dumps(line) + "\n")
+    age(begun.run.directory, 600)
+    assert judged(begun, QueuedTask("7", 0, "RUNNING", "None", "tiny")).state == "running"
+
+
+def test_a_frozen_process_is_seen_by_its_lock_and_is_no_running_one_with_an_empty_queue(begun: RunState) -> None:
+    lock = begun.run.directory.lock
+    held = take_lock(lock)
+    assert held
+    held.ended.set()
+    try:
+        assert judged(begun).state == "running"
+        os.utime(lock, (time.time() - 200,) * 2)
+        here = judged(begun)
+        assert here.state == "stalled"
+        assert "has not moved for 3 min 20 s" in here.remark
+        assert f"kill -9 {os.getpid()} on {socket.gethostname()}, then launch" in here.remark
+        lock.write_text(json.dumps({"host": "elsewhere", "pid": 5}))
+        os.utime(lock, (time.time() - 200,) * 2)
+        elsewhere = judged(begun)
+        assert elsewhere.state == "lost"  # `launch` and a waiting `transfer` submit it again
+        assert elsewhere.remark.startswith("process 5 on elsewhere has not moved for 3 min 20 s")
+    finally:
+        held.file.close()
+
+
+def test_one_command_shows_the_whole_path_and_watches_it_to_its_end(
+    study_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = Study(study_file, read_study(study_file))
+    study.write()
+    job = Submission.create(study.file.directory / "jobs", "depthmup-tiny-then", [[]], {"targets": ["/a/large.yaml"]})
+    job.write_job_id("8")
+    for run in study.runs:
+        run.directory.write_done({"outcome": "completed", "step": 12, "minival_loss": 2.0})
+    waiting = QueuedTask("8", 0, "PENDING", "Dependency", job.name)
+    queue = [waiting]
+    monkeypatch.setattr("depthmup.launch.jobs.slurm.queue", lambda ids, names: list(queue))
+
+    def target(name: str) -> Study:
+        content = yaml.safe_load(study_file.read_text())
+        content["study"] = {"name": name, "directory": content["study"]["directory"]}
+        file = study.file.directory / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(content))
+        made = Study(file, read_study_or_run(file))
+        made.write()
+        return made
+
+    locks: list[Lock] = []
+
+    def targets_begin() -> None:
+        for name in ("tiny_target", "tiny_target_small"):
+            run = target(name).runs[0].directory
+            note(run, "started", step=0)
+            locks.append(take_lock(run.lock) or pytest.fail("no lock"))
+
+    def only_a_target_is_left() -> None:
+        queue.clear()
+        locks.pop().close()
+
+    def all_ends() -> None:
+        locks.pop().close()
+        for name in ("tiny_target", "tiny_target_small"):
+            target(name).runs[0].directory.write_done({"outcome": "completed", "step": 12})
+
+    print_status(study, Console(width=200))
+    assert "then: job 8 goes on (PENDING, Dependency), to /a/large.yaml" in capsys.readouterr().out
+    happens = iter([targets_begin, only_a_target_is_left, all_ends])
+    monkeypatch.setattr("depthmup.launch.jobs.status.time.sleep", lambda seconds: next(happens)())
+    watch_status(study, Console(width=200))
+    assert next(happens, None) is None  # it has seen all of it
+    shown = capsys.readouterr().out
+    for name in ("tiny_target", "tiny_target_small"):
+        assert f"Target: {study.file.directory.parent / name}\n" in shown
+    assert shown.splitlines()[-1] == "1 done"

@@ -220,13 +220,23 @@ def test_the_main_path_goes_from_a_proxy_to_a_target_and_its_line_in_the_report(
     refused = depthmup(*proxy, "study.regret_limit=1e-9", "--target", target)
     assert refused.returncode == 2
     assert "this study does not say which value to use: depth_mup" in refused.stderr
-    walked = depthmup(*proxy, "--target", target)
+    deeper = target.with_name("deeper.yaml")
+    deeper.write_text("model: {width: 8, depth: 9}\n")
+    walked = depthmup(*proxy, "--target", target, "--target", deeper)
     assert walked.returncode == 0, walked.stderr
-    assert "Target of width 16, depth 6 at optimizer.lr" in walked.stdout.splitlines()[-1]
     folder = study_file.parent / "runs" / "tiny"
+    for words in ("Target of width 16, depth 6 at optimizer.lr", "Target of width 8, depth 9 at optimizer.lr"):
+        assert words in walked.stdout.splitlines()[-1]
+        assert words in (folder / "report.html").read_text()
     (done,) = folder.parent.glob("tiny_target/runs/*/done.json")
     assert json.loads(done.read_text())["samples"] == 640
-    assert "Target of width 16" in (folder / "report.html").read_text()
+    assert list(folder.parent.glob("tiny_target_deeper/runs/*/done.json"))
+    alike = deeper.parent / "other" / "deeper.yaml"
+    alike.parent.mkdir()
+    alike.write_text(deeper.read_text())
+    refused = depthmup(*proxy, "--target", target, "--target", deeper, "--target", alike)
+    assert refused.returncode == 2
+    assert "two targets of one name" in refused.stderr
     alone = depthmup(*proxy)
     assert "1 run" not in alone.stdout  # nothing is left to do
     assert f"depthmup scale {folder}" in alone.stdout
@@ -297,7 +307,7 @@ def test_in_a_container_the_workers_run_and_the_job_after_the_runs_does_not(
     monkeypatch.setattr(
         "depthmup.launch.jobs.submit.submit_arrays", lambda submissions, *rest: submissions[0].write_job_id("7")
     )
-    assert submit_continuation(study, None, ["6"], lock=0) == "7"
+    assert submit_continuation(study, [], lock=0).job_id == "7"
     (script,) = study.file.directory.glob("jobs/*-then-*/job.sh")
     assert sys.executable in script.read_text()
     assert "image.sqsh" not in script.read_text()

@@ -14,7 +14,7 @@ from depthmup.launch.jobs import slurm
 from depthmup.launch.jobs.submission import load_all
 from depthmup.launch.jobs.submit import START as GO_ON
 from depthmup.launch.runs.study import Study
-from slurm_cluster import Cluster, wait_for
+from slurm_cluster import Cluster, start, wait_for
 from train_processes import ROOT as REPOSITORY
 from train_processes import START
 
@@ -100,10 +100,14 @@ def test_what_was_submitted_is_said_when_the_controller_goes_away_right_after_th
 
     detached = (str(held), "study.name=detached", "--detach")
     stopped = without_controller("transfer", *detached)
-    (job,) = {element.split("_")[0] for element in cluster.queued("-detached-")}
-    assert f"12 runs submitted: jobs {job}" in stopped.stdout
-    assert f"The runs wait or run as jobs {job}. Give the same command again" in stopped.stderr
-    assert f"goes on after {job}" in cluster.depthmup("transfer", *detached).stdout
+    (job,) = {element.split("_")[0] for element in cluster.queued("-detached-then-")}
+    assert "Nothing was submitted" in stopped.stderr
+    assert f"Job {job} waits, and goes on by itself" in stopped.stderr
+    said = cluster.depthmup("transfer", *detached).stdout
+    assert "12 runs submitted" in said
+    assert f"Job {job} goes on after " in said
+    (after,) = cluster.call("squeue", "--noheader", f"--job={job}", "--format=%E").splitlines()
+    assert "afterany" in after
     assert len(cluster.queued("-detached-")) == 7
 
 
@@ -213,6 +217,23 @@ def test_a_run_over_two_nodes_meets_and_finishes(cluster: Cluster, study_file: P
     done = wait_for(lambda: list(folder.glob("runs/tiny/runs/*/done.json")))[0]
     assert "ddp on 2 x cpu" in (done.parent / "log-0.txt").read_text()
     assert (done.parent / "log-1.txt").exists()
+
+
+@pytest.mark.parametrize("sudo", [None, "exit 1"])
+def test_a_user_without_sudo_has_these_tests_skipped_with_the_reason_unless_they_must_run(
+    sudo: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if sudo:
+        (tmp_path / "sudo").write_text(f"#!/bin/sh\n{sudo}\n")
+        (tmp_path / "sudo").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.delenv("DEPTHMUP_REQUIRE_SLURM", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="no Slurm here: needs root or sudo without a password"):
+        next(start())
+    monkeypatch.setenv("DEPTHMUP_REQUIRE_SLURM", "1")
+    with pytest.raises(pytest.fail.Exception, match="must run here: needs root or sudo without a password"):
+        next(start())
 
 
 def test_without_sbatch_on_path_one_line_says_so(study_file: Path) -> None:

@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from conftest import settings_on
+from depthmup.launch.jobs.attempts import attempts
 from depthmup.launch.jobs.states import interruptions
 from depthmup.launch.jobs.submission import load_all, stop_causes
-from depthmup.launch.jobs.worker import attempts
 from depthmup.train.config import RunConfig, from_plain, read_yaml
 from depthmup.train.loop import run
 from depthmup.train.rundir import RunDirectory

@@ -17,13 +17,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from depthmup.train import __main__ as command
 from depthmup.train import lock
 from depthmup.train.config import RunConfig, run_hash, to_yaml
-from depthmup.train.distributed import World, first_host, world_from_environment
+from depthmup.train.distributed import World, first_host, lost_peer, world_from_environment
 from depthmup.train.lock import Holder, holder, take_lock
-from depthmup.train.rundir import EXIT_DIVERGED, EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, EXIT_USER_ERROR, RunDirectory
+from depthmup.train.rundir import (
+    EXIT_DIVERGED,
+    EXIT_DONE,
+    EXIT_LOST_PEER,
+    EXIT_REQUEUE,
+    EXIT_USER_ERROR,
+    RunDirectory,
+)
 from train_configs import metric, pack_digits, run_config, timeless_metrics
 from train_processes import Process, environment, start
 
@@ -86,11 +94,13 @@ def test_stopped_and_killed_runs_go_on_with_other_engines_and_world_sizes(config
     wait_for_step(tmp_path, 40)
     processes[1].kill()
     codes, output = finish(processes)
-    assert codes == [EXIT_FAILED, -signal.SIGKILL], output
-    failed = RunDirectory(tmp_path).failed()
-    assert failed
-    assert failed["rank"] == 0
-    assert "Traceback" in failed["traceback"]
+    assert codes == [EXIT_LOST_PEER, -signal.SIGKILL], output
+    lost = RunDirectory(tmp_path).lost()
+    assert lost
+    assert lost["rank"] == 0
+    assert "another process is gone" in lost["error"]
+    assert "Traceback" in (tmp_path / "log-0.txt").read_text()
+    assert RunDirectory(tmp_path).failed() is None
 
     processes = train(config, tmp_path, "parallel.engine=ddp", world_size=2)
     wait_for_step(tmp_path, 65)
@@ -100,7 +110,7 @@ def test_stopped_and_killed_runs_go_on_with_other_engines_and_world_sizes(config
 
     codes, output = finish(train(config, tmp_path))
     assert codes == [EXIT_DONE], output
-    assert RunDirectory(tmp_path).failed() is None
+    assert RunDirectory(tmp_path).lost() is None
     log = (tmp_path / "log-0.txt").read_text()
     assert log.count("resumed from step-") == 3
 
@@ -119,7 +129,7 @@ def test_a_run_of_two_processes_of_which_one_is_killed_ends_bit_for_bit_as_one_t
     wait_for_step(killed, 10 + int(time.time()) % 15)
     processes[rank].kill()
     codes, output = finish(processes)
-    assert sorted(codes) == [-signal.SIGKILL, EXIT_FAILED], output
+    assert sorted(codes) == [-signal.SIGKILL, EXIT_LOST_PEER], output
     for directory in (killed, whole):
         codes, output = finish(train(config, directory, *overrides, world_size=2))
         assert codes == [EXIT_DONE] * 2, output
@@ -180,6 +190,71 @@ def test_a_lock_that_other_hosts_do_not_see_keeps_them_out_while_its_holder_beat
     started.close()
 
 
+def test_a_holder_that_is_frozen_with_its_host_loses_the_lock_and_ends_once_it_thaws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file system keeps its flock. Two may wait for it: one gets it."""
+    monkeypatch.setattr(lock, "BEAT", 0.05)
+    monkeypatch.setattr(lock, "SILENCE", 0.5)
+    path = tmp_path / "lock"
+    frozen = take_lock(path)
+    assert frozen
+    frozen.ended.set()
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(socket, "gethostname", lambda: "another")
+        taken: list[lock.Lock | None] = []
+        both = [threading.Thread(target=lambda: taken.append(take_lock(path))) for _ in range(2)]
+        for one in both:
+            one.start()
+        for one in both:
+            one.join()
+        held = [one for one in taken if one]
+        assert len(held) == 1
+        assert not held[0].is_lost
+        assert holder(path) == Holder("another", os.getpid())
+    assert frozen.is_lost
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", lambda code: (ended.append(code), frozen.ended.set()))
+    monkeypatch.setattr(frozen, "ended", threading.Event())
+    frozen.beat()
+    assert ended == [EXIT_LOST_PEER]
+    held[0].close()
+
+
+def test_of_two_that_saw_the_same_silent_holder_only_the_first_takes_its_place(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    path.write_text("")
+    seen = path.stat()
+    first = lock.put_in_place(path, seen)
+    assert first
+    assert lock.put_in_place(path, seen) is None
+    first.close()
+
+
+def gloo(words: str) -> RuntimeError:
+    return RuntimeError(f"[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] {words}")
+
+
+def test_only_what_the_network_between_the_processes_says_is_the_loss_of_another_process() -> None:
+    world = World(rank=1, size=2)
+    assert "is gone" in str(lost_peer(gloo("Connection closed by peer [127.0.0.1]:5"), world))
+    assert "does not answer" in str(lost_peer(gloo("Timed out waiting 2000ms for recv operation"), world))
+    wrapped = RuntimeError("in the thread that saves")
+    wrapped.__cause__ = gloo("Connection reset by peer")
+    assert lost_peer(wrapped, world)
+    remote = "NCCL error: remote process exited or there was a network error"
+    assert lost_peer(torch.distributed.DistBackendError(remote), world)
+    assert lost_peer(torch.distributed.DistNetworkError("The client socket has timed out"), world)
+    for error in (
+        ConnectionResetError("Connection reset by peer"),  # of a store of images
+        RuntimeError("Connection reset by peer"),
+        RuntimeError("DataLoader timed out after 30 seconds"),
+        torch.distributed.DistBackendError("NCCL error: invalid usage: Duplicate GPU detected"),
+        ValueError("gloo"),
+    ):
+        assert lost_peer(error, world) is None, error
+
+
 def test_a_file_system_without_locks_is_said_in_one_line(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -202,10 +277,11 @@ def test_a_process_that_hangs_ends_the_others_within_the_time_out(config: Path, 
         codes, output = finish([first], timeout=60)
     finally:
         hanging.kill()
-    assert codes == [EXIT_FAILED], output
-    failed = RunDirectory(tmp_path).failed()
-    assert failed
-    assert "timed out" in failed["error"].lower()
+    assert codes == [EXIT_LOST_PEER], output
+    lost = RunDirectory(tmp_path).lost()
+    assert lost
+    assert "another process does not answer" in lost["error"]
+    assert RunDirectory(tmp_path).failed() is None
 
 
 def test_bad_samples_of_all_processes_together_end_the_run_everywhere(config: Path, tmp_path: Path) -> None:

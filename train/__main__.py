@@ -1,13 +1,15 @@
 """One process of one run: `torchrun --nproc-per-node 8 -m depthmup.train CONFIG DIRECTORY`, or srun, a task a GPU.
 
 Exit codes are those of train.rundir. A process that fails says why in failed.json and ends at once, without waiting for
-the others: they, or the launcher (srun --kill-on-bad-exit=1), end because of it.
+the others: they, or the launcher (srun --kill-on-bad-exit=1), end because of it. One that only misses another, as when
+a node dies, has nothing to say of the run: it ends without a verdict, and the run goes on once all are started again.
 """
 
 import argparse
 import os
 import re
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -23,7 +25,15 @@ from depthmup.train.config import RunConfig, read_yaml, run_hash, run_in, set_do
 from depthmup.train.interrupt import Interrupt, Interrupted
 from depthmup.train.lock import holder, take_lock
 from depthmup.train.owner import check_directory
-from depthmup.train.rundir import EXIT_DIVERGED, EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, EXIT_USER_ERROR, RunDirectory
+from depthmup.train.rundir import (
+    EXIT_DIVERGED,
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_LOST_PEER,
+    EXIT_REQUEUE,
+    EXIT_USER_ERROR,
+    RunDirectory,
+)
 
 if TYPE_CHECKING:
     from depthmup.train.distributed import World
@@ -69,6 +79,7 @@ def train_locked(config: RunConfig, directory: RunDirectory, world: "World") -> 
     """As `train`, for a caller that holds the run's lock."""
     from depthmup.train.checkpoint import complete
     from depthmup.train.display import summary, watch_terminal
+    from depthmup.train.distributed import LostPeer
     from depthmup.train.loop import run
 
     try:
@@ -79,7 +90,8 @@ def train_locked(config: RunConfig, directory: RunDirectory, world: "World") -> 
         return EXIT_USER_ERROR
     started = time.time()
     if world.is_main:
-        (directory.path / "failed.json").unlink(missing_ok=True)
+        for marker in ("failed.json", "lost.json"):
+            (directory.path / marker).unlink(missing_ok=True)
         if directory.done():
             print(f"done already: {directory.path} (another directory trains it again)", file=sys.stderr)
         elif complete(directory.checkpoints):
@@ -91,11 +103,13 @@ def train_locked(config: RunConfig, directory: RunDirectory, world: "World") -> 
         if world.is_main:
             print(f"{stopped}; the same command continues it ({directory.path})", file=sys.stderr)
         return EXIT_REQUEUE
+    except LostPeer as lost:
+        return leave_after(lost, directory, world, started)
     except Exception as error:
         reason = {"run": run_hash(config), "rank": world.rank, "error": f"{type(error).__name__}: {error}"}
         reason["traceback"] = traceback.format_exc()
         try:
-            is_first = directory.write_first_failure(reason, started)
+            is_first = directory.write_first("failed.json", reason, started)
         except OSError as unwritable:  # a full disk: then at least the terminal, or the job's log, has the reason
             is_first = True
             print(f"warning: no failed.json ({unwritable})", file=sys.stderr)
@@ -109,6 +123,22 @@ def train_locked(config: RunConfig, directory: RunDirectory, world: "World") -> 
     if world.is_main:
         print(summary(config, result, directory.path))
     return EXIT_DIVERGED if result["outcome"] == "diverged" else EXIT_DONE
+
+
+def leave_after(lost: Exception, directory: RunDirectory, world: "World", started: float) -> int:
+    """Notes which process was missed, for use where `lost` is being handled; returns the exit code. One that failed has
+    said why before it was gone."""
+    directory.add_to_log(traceback.format_exc(), world.rank)
+    if directory.failed():
+        return EXIT_FAILED
+    reason = {"rank": world.rank, "host": socket.gethostname(), "error": str(lost)}
+    try:
+        is_first = directory.write_first("lost.json", reason, started)
+    except OSError:  # a full disk: the line below and the log have the same words
+        is_first = True
+    if is_first:
+        print(f"error: {lost}. The same command continues the run ({directory.path})", file=sys.stderr)
+    return EXIT_LOST_PEER
 
 
 def main() -> NoReturn:

@@ -10,12 +10,41 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from depthmup.data.errors import UserError
 from depthmup.train.config import ParallelConfig
 from depthmup.train.interrupt import Interrupt, Interrupted
 
 FIRST_STEP_TIMEOUT = timedelta(minutes=30)  # compilation and a cold file system happen in the first step
+# What gloo and NCCL throw, as plain RuntimeErrors, when a process is gone or does not answer in time. A connection to
+# somewhere else that is lost, as to a store of images, has no such words.
+GONE = re.compile(r"\bgloo\b")
+NETWORK = re.compile(r"remote|network|connection|socket|system error|time|abort", re.IGNORECASE)  # of what NCCL throws
+LATE = re.compile(r"timed? ?out", re.IGNORECASE)
+
+
+class LostPeer(Exception):
+    """Another process of the run is gone, or does not answer. It says nothing about the run: all of its processes start
+    again, from the newest checkpoint."""
+
+
+def lost_peer(error: BaseException, world: "World") -> LostPeer | None:
+    """`error`, or what it came from, as the loss of another process; None where it is anything else."""
+    seen: list[BaseException] = [error]
+    for one in seen:
+        words = " ".join(str(one).split())
+        if isinstance(one, dist.DistBackendError):
+            is_lost = bool(NETWORK.search(words))
+        else:
+            is_lost = isinstance(one, dist.DistError) or (isinstance(one, RuntimeError) and bool(GONE.search(words)))
+        if is_lost:
+            what = "does not answer" if LATE.search(words) else "is gone"
+            reason = words.split(". ")[0][:200]  # gloo goes on with advice
+            return LostPeer(f"process {world.rank} of {world.size}: another process {what} ({reason})")
+        inner = [pair[0] for pair in one.failures.values()] if isinstance(one, CheckpointException) else []
+        seen += [cause for cause in (one.__cause__, one.__context__, *inner) if cause and cause not in seen]
+    return None
 
 
 @dataclass(frozen=True)
@@ -86,7 +115,8 @@ def set_timeout(timeout: timedelta, except_for: dist.ProcessGroup | None = None)
 def process_group(world: World, device: torch.device, config: ParallelConfig, engine: str) -> Iterator[None]:
     """The default process group while the block runs; none for engine `none`, and one that exists already is used.
 
-    Raises UserError that names host and port when the processes do not find each other in `init_timeout`.
+    Raises LostPeer that names host and port when the processes do not find each other in `init_timeout`, and when this
+    one loses another while the block runs; UserError for a port in use, and for what keeps a backend from starting.
     """
     if engine == "none" or dist.is_initialized():
         yield
@@ -106,7 +136,8 @@ def process_group(world: World, device: torch.device, config: ParallelConfig, en
             raise UserError(
                 f"{world.host}:{world.port} is used by another program: set MASTER_PORT to a free port"
             ) from None
-        raise UserError(
+        kind = LostPeer if lost_peer(error, world) else UserError
+        raise kind(
             f"process {world.rank} of {world.size} found no others at {world.host}:{world.port} within "
             f"{config.init_timeout} s: set MASTER_ADDR and MASTER_PORT to a reachable host and a free port ({reason})"
         ) from None
@@ -116,6 +147,8 @@ def process_group(world: World, device: torch.device, config: ParallelConfig, en
     except Exception as error:
         if world.size == 1 or isinstance(error, Interrupted):
             dist.destroy_process_group()  # otherwise the others may be gone, and the process is about to end
+        elif lost := lost_peer(error, world):
+            raise lost from error
         raise
     dist.destroy_process_group()
 

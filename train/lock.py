@@ -2,7 +2,9 @@
 
 Some file systems have locks that no other host sees: BeeGFS, Lustre with -o localflock, NFS with local_lock. So the
 holder also touches the file again and again, and a holder on another host counts as long as it does. After a kill its
-lock is free to other hosts once it is silent, whose clocks must agree to within that time.
+lock is free to other hosts once it is silent, whose clocks must agree to within that time. So it is when the holder, or
+its whole host, is frozen, and keeps the lock all the same: whoever comes then puts a new file in the lock's place. A
+holder that thaws finds it there, and ends at once.
 """
 
 import fcntl
@@ -12,12 +14,14 @@ import random
 import socket
 import threading
 import time
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
 from depthmup.data.lock import flock
+from depthmup.train.rundir import EXIT_LOST_PEER
 
 BEAT, SILENCE = 10.0, 60.0  # seconds between two touches; after which a holder on another host is taken for dead
 
@@ -28,6 +32,16 @@ class Holder:
 
     host: str = ""
     pid: int = 0
+    silent: float = field(default=0.0, compare=False)  # seconds since it last touched the lock
+
+    @property
+    def is_here(self) -> bool:
+        return self.host in ("", socket.gethostname())
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether it was silent for so long that it must be stopped, or its host is."""
+        return self.silent >= SILENCE
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}" if self.pid else "another process"
@@ -40,39 +54,47 @@ def write_holder(file: TextIO, pid: int) -> None:
     file.flush()
 
 
-def holder_elsewhere(lock: Path) -> Holder | None:
-    """The holder on another host that was not silent for long."""
-    text = lock.read_text()
-    found = Holder(**json.loads(text)) if text else Holder()
-    alive = time.time() - lock.stat().st_mtime < SILENCE
-    return found if alive and found.host not in ("", socket.gethostname()) else None
+def read_holder(lock: Path) -> Holder:
+    """Who the lock's file names. Raises FileNotFoundError."""
+    text, silent = lock.read_text(), time.time() - lock.stat().st_mtime
+    return Holder(**json.loads(text), silent=silent) if text else Holder()
 
 
 def holder(lock: Path) -> Holder | None:
     """Who holds the lock; None when nobody does. Raises NoLocks."""
     try:
         with open(lock) as file:
-            if flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB):
-                return holder_elsewhere(lock)
-            text = file.read()
+            is_free = flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        found = read_holder(lock)
     except FileNotFoundError:
         return None
-    return Holder(**json.loads(text)) if text else Holder()
+    return None if is_free and (found.is_here or found.is_frozen) else found
 
 
 class Lock:
-    """A lock that this process has taken, in `file`, until it is closed."""
+    """A lock that this process has taken, in `file`, which `path` names, until it is closed."""
 
-    def __init__(self, file: TextIO) -> None:
-        self.file, self.ended = file, threading.Event()
+    def __init__(self, file: TextIO, path: Path) -> None:
+        self.file, self.path, self.ended = file, path, threading.Event()
         write_holder(file, os.getpid())
         threading.Thread(target=self.beat, name="lock", daemon=True).start()
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether another process has put a file of its own in the lock's place."""
+        try:
+            return not is_at(self.file, self.path)
+        except OSError:  # the folder is gone, or the server for a while
+            return False
+
     def beat(self) -> None:
         while not self.ended.wait(BEAT):
+            if self.is_lost:  # this process was frozen, and another trains the run: two must not write there
+                print(f"{self.path}: taken over by {read_holder(self.path)}: this process ends", flush=True)
+                os._exit(EXIT_LOST_PEER)
             try:
-                os.utime(self.file.name)
-            except OSError:  # the folder is gone, or the server for a while
+                os.utime(self.path)
+            except OSError:
                 continue
 
     def close(self) -> None:
@@ -91,26 +113,61 @@ class Lock:
         self.close()
 
 
+def is_at(file: TextIO, path: Path) -> bool:
+    """Whether `path` names the open `file`. Raises OSError."""
+    return os.path.samestat(os.fstat(file.fileno()), path.stat())
+
+
+def open_locked(lock: Path) -> TextIO | None:
+    """The lock's file with our flock on it; None when another process has that. Raises NoLocks."""
+    while True:
+        file = open(lock, "a+")  # noqa: SIM115
+        try:
+            while not flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                if not flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB):  # shared with whoever only looks, as `holder` does
+                    file.close()
+                    return None
+                flock(file, fcntl.LOCK_UN)
+                time.sleep(random.uniform(0, 0.01))
+            if is_at(file, lock):
+                return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()  # another file was put in its place meanwhile
+
+
+def put_in_place(lock: Path, seen: os.stat_result) -> TextIO | None:
+    """A new file of ours, with our flock on it, in the place of the lock's; None where that is no longer as `seen`."""
+    with open(lock.with_name(f"{lock.name}.replaced"), "w") as guard:
+        flock(guard, fcntl.LOCK_EX)
+        now = lock.stat()
+        if (now.st_ino, now.st_mtime_ns) != (seen.st_ino, seen.st_mtime_ns):
+            return None
+        temporary = lock.with_name(f".{lock.name}.{socket.gethostname()}.{os.getpid()}")
+        file = open(temporary, "w+")  # noqa: SIM115
+        flock(file, fcntl.LOCK_EX)
+        os.replace(temporary, lock)
+        return file
+
+
 def take_lock(lock: Path) -> Lock | None:
     """The lock, with this process in it; None when another process holds it. Raises NoLocks.
 
-    Waits where another host's process was killed, or may have been, until it has been silent for long enough.
+    Waits where the process that holds it, or has not freed it, is on another host: until it touches the lock, and so
+    lives, or has been silent for so long that the lock is taken from it.
     """
-    file = open(lock, "a+")  # noqa: SIM115
-    try:
-        while not flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
-            if not flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB):  # shared with whoever only looks, as `holder` does
-                file.close()
-                return None
-            flock(file, fcntl.LOCK_UN)
-            time.sleep(random.uniform(0, 0.01))
-        touched = lock.stat().st_mtime_ns
-        while holder_elsewhere(lock):
-            if lock.stat().st_mtime_ns != touched:
-                file.close()
+    with ExitStack() as closing:
+        file = open_locked(lock)
+        if file:
+            closing.enter_context(file)
+        seen = lock.stat()
+        while not (found := read_holder(lock)).is_here and not found.is_frozen:
+            if lock.stat().st_mtime_ns != seen.st_mtime_ns:
                 return None
             time.sleep(BEAT / 10)
-    except BaseException:
-        file.close()
-        raise
-    return Lock(file)
+        if found.is_here:
+            closing.pop_all()
+        else:
+            file = put_in_place(lock, seen)
+        return Lock(file, lock) if file else None

@@ -1,11 +1,12 @@
 """A run's directory is the truth about it. Nothing here needs torch, so the launcher can read a thousand of them.
 
 config.yaml  metrics.jsonl  checkpoints/step-N/  weights.safetensors  weights_ema.safetensors
-done.json | failed.json  log-RANK.txt
+done.json | failed.json  log-RANK.txt  lost.json (which process was the first to miss another one)
 """
 
 import json
 import os
+import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ EXIT_FAILED = 1  # see failed.json
 EXIT_USER_ERROR = 2  # one line on standard error says what to mend
 EXIT_DIVERGED = 3  # done.json says so too: a result, but not what was wanted from a single run
 EXIT_REQUEUE = 75  # stopped by a signal, checkpoint saved: start it again (EX_TEMPFAIL of sysexits.h)
+EXIT_LOST_PEER = 76  # another process of the run is gone or answers no more: start all of them again
 
 
 def unreadable(path: Path) -> UserError:
@@ -105,20 +107,21 @@ class RunDirectory:
     def write_failed(self, reason: dict[str, Any]) -> None:
         write_atomically(self.path / "failed.json", json.dumps(reason, indent=1).encode())
 
-    def write_first_failure(self, reason: dict[str, Any], started: float) -> bool:
-        """As `write_failed`, unless another process has: it failed first, and the others fail because of it.
+    def write_first(self, name: str, reason: dict[str, Any], started: float) -> bool:
+        """Writes `reason` to the file `name`, unless another process has: it was the first to fail or to miss another
+        process, and the others fail because of it.
 
-        started: when this process did, in seconds since the epoch; an older failure is one of an earlier start. Returns
+        started: when this process did, in seconds since the epoch; an older file is one of an earlier start. Returns
         whether this process was the first.
         """
-        failed, temporary = self.path / "failed.json", self.path / f".failed.json.{os.getpid()}"
+        path, temporary = self.path / name, self.path / f".{name}.{socket.gethostname()}.{os.getpid()}"
         temporary.write_text(json.dumps(reason, indent=1))
         try:
-            os.link(temporary, failed)
+            os.link(temporary, path)
         except FileExistsError:
-            if failed.stat().st_mtime >= started:
+            if path.stat().st_mtime >= started:
                 return False
-            os.replace(temporary, failed)
+            os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
         return True
@@ -138,6 +141,10 @@ class RunDirectory:
     def failed(self) -> dict[str, Any] | None:
         """As `done`."""
         return self.read_marker("failed.json", "error")
+
+    def lost(self) -> dict[str, Any] | None:
+        """Which process was the first to miss another one in the last start, and why; None where none did."""
+        return self.read_marker("lost.json", "error")
 
     def last_metrics(self) -> dict[str, Any] | None:
         """The last whole line of metrics.jsonl, read from the file's end."""

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from depthmup.data.errors import UserError
@@ -141,9 +142,36 @@ def sbatch(script: Path, options: Sequence[str] = (), pass_fds: Sequence[int] = 
     return call("sbatch", "--parsable", *options, str(script), pass_fds=pass_fds).strip().split(";")[0]
 
 
+def go_after(job_id: str, others: Sequence[str]) -> None:
+    """Lets a job that waits begin once `others` have ended, however they end. Raises SlurmError."""
+    call("scontrol", "update", f"JobId={job_id}", f"Dependency=afterany:{':'.join(others)}", "StartTime=now")
+
+
 def cancel(job_ids: Sequence[str]) -> None:
     if job_ids:
         call("scancel", *job_ids)
+
+
+UNWELL = re.compile(r"DOWN|FAIL|NOT_RESPONDING|UNKNOWN|ERROR|\*")
+
+
+def failed_nodes(nodes: str, since: float) -> list[str]:
+    """Those of `nodes`, in Slurm's short form, that are down or do not answer, or whose slurmd has begun again after
+    `since` (seconds since the epoch): it kills what it finds. None where Slurm cannot be asked."""
+    try:
+        lines = call("scontrol", "show", "node", nodes, "--oneliner").splitlines()
+    except SlurmError:  # as in a container
+        return []
+    failed = []
+    for line in lines:
+        fields = dict(word.split("=", 1) for word in line.split() if "=" in word)
+        try:
+            began = datetime.fromisoformat(fields.get("SlurmdStartTime", "")).timestamp()
+        except ValueError:  # None, of one that is down
+            began = 0.0
+        if UNWELL.search(fields.get("State", "")) or began > since:
+            failed.append(fields["NodeName"])
+    return failed
 
 
 def silent(words: str, job_ids: Sequence[str]) -> Silent:

@@ -9,27 +9,31 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from depthmup.launch.jobs import slurm
+from depthmup.launch.jobs.attempts import LOST, attempts
 from depthmup.launch.jobs.slurm import QueuedTask
+from depthmup.launch.jobs.stalled import stalled
 from depthmup.launch.jobs.submission import Submission, cancelled, load_all, queued_runs, recover_ids, stop_causes
-from depthmup.launch.jobs.worker import attempts
 from depthmup.launch.runs.study import PlannedRun, Study
+from depthmup.launch.wording import duration
 from depthmup.train.lock import Holder, holder
 
-Activity = Literal["running", "starting", "waiting", "preempted"]
+Activity = Literal["running", "stalled", "starting", "waiting", "preempted"]
 State = Literal["done", "diverged", "failed", Activity, "held", "interrupted", "cancelled", "lost", "new"]
 STATES: tuple[State, ...] = get_args(State)
 ACTIVE: tuple[State, ...] = get_args(Activity)
+TRAINS: tuple[State, ...] = ("running", "stalled")
 FREE_SLOT = "for a free slot"
 Causes = Mapping[tuple[str, int], str]  # as stop_causes gives them
 
 
 @dataclass(frozen=True)
 class RunState:
-    """`waiting`: a job will train it; `preempted`: that job was preempted, and waits again; `starting`: its process
-    runs, and has not begun it. No job has the others: `held` was not begun since all before it failed for one reason,
-    `cancelled` was stopped by the user's last command, `interrupted` was told to stop otherwise and has saved, `lost`
-    began or was submitted and ended without a word, `new` is none of these. `remark` holds why it waits, and how often
-    and why it was stopped before its end."""
+    """`stalled`: a process has it and gives no sign of life, or none for much too long; `waiting`: a job will train it;
+    `preempted`: that job was preempted, and waits again; `starting`: its process runs, and has not begun it. No job has
+    the others: `held` was not begun since all before it failed for one reason, `cancelled` was stopped by the user's
+    last command, `interrupted` was told to stop otherwise and has saved, `lost` began or was submitted and ended
+    without a word, `new` is none of these. `remark` holds why it waits, and how often and why it was stopped before its
+    end."""
 
     run: PlannedRun
     state: State
@@ -77,13 +81,17 @@ def state_of(
     if failed := run.failed():
         return RunState(run, "failed", failed["error"].splitlines()[0], task)
     event = begun[-1]["event"] if (begun := attempts(directory)) else None
-    running = event == "started" and (not task.waits if task else holder(directory.lock))
+    held = holder(directory.lock) if event == "started" else None
+    frozen_elsewhere = bool(held and held.is_frozen and not held.is_here)
+    running = event == "started" and (not task.waits if task else held and not frozen_elsewhere)
     stops = interruptions(begun[:-1] if running else begun, causes)
     if task and task.waits:
         state: State = "preempted" if stops[-1:] == ["preempted"] else "waiting"
         return RunState(run, state, f"requeued ({counted(stops)}), {task.reason}" if stops else task.reason, task)
     if running:
-        return RunState(run, "running", f"began again ({counted(stops)})" if stops else "", task)
+        silence, is_stalled = stalled(run, held, task)
+        again = f"began again ({counted(stops)})" if stops else ""
+        return RunState(run, "stalled" if is_stalled else "running", ", ".join(filter(None, (again, silence))), task)
     if task:
         return RunState(run, "waiting", f"in job {task.job_id}_{task.index}", task)
     if slot:
@@ -99,6 +107,8 @@ def state_of(
         return RunState(run, "held", reason)
     if event == "interrupted":
         return RunState(run, "interrupted", f"{counted(stops)}, and saved; 'transfer' or 'launch' resumes it")
+    if held and frozen_elsewhere:
+        return RunState(run, "lost", f"{held} has not moved for {duration(held.silent)}: another may take its place")
     if event or (submitted and submitted[0].job_id):
         return RunState(run, "lost", last_words(submitted))
     return RunState(run, "new")
@@ -108,10 +118,11 @@ def interruptions(lines: Sequence[Mapping[str, Any]], causes: Causes) -> list[st
     """Why each of a run's attempts ended before the run did, the oldest first; `lines` are those of attempts.jsonl."""
     found = []
     for line, after in zip_longest(lines, lines[1:]):
-        if line["event"] != "started" or (after and after["event"] not in ("started", "interrupted")):
+        if line["event"] != "started" or (after and after["event"] not in ("started", "interrupted", LOST)):
             continue
         # A batch script that has no word for it is gone, with its node; one told to stop elsewhere than on Slurm is.
-        unknown = "stopped" if after and after["event"] == "interrupted" else "node failed or killed"
+        words = {"interrupted": "stopped", LOST: "a process was lost"}
+        unknown = words.get(after["event"] if after else "", "node failed or killed")
         found.append(causes.get((str(line.get("job")), line.get("restart", 0)), unknown))
     return found
 
@@ -180,7 +191,7 @@ def take(study: Study) -> Snapshot:
 
 def show_starting(found: Sequence[RunState], slots: Sequence[Holder]) -> list[RunState]:
     """Of a job that runs, and of processes here, none of whose runs has begun, the first ones are starting."""
-    busy = {state.task for state in found if state.state == "running"}
+    busy = {state.task for state in found if state.state in TRAINS}
     idle_slots = 0 if None in busy else len(slots)
     shown = []
     for state in found:

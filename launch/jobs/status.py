@@ -1,7 +1,7 @@
 """`depthmup status`: one table, from the run directories and one call to squeue."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 
 from rich.console import Console, Group
@@ -9,6 +9,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from depthmup.launch.config import read_study_or_run
 from depthmup.launch.jobs import states
 from depthmup.launch.jobs.reasons import explain
 from depthmup.launch.jobs.states import RunState, Snapshot, State, last_line
@@ -17,7 +18,7 @@ from depthmup.launch.wording import duration, power_of_two
 
 WATCH_SECONDS = 10.0
 MAX_ROWS = 40  # more of one state are counted, not listed
-ORDER: tuple[State, ...] = ("failed", "lost", "interrupted", "preempted", "running", "starting", "diverged")
+ORDER: tuple[State, ...] = ("failed", "stalled", "lost", "interrupted", "preempted", "running", "starting", "diverged")
 ORDER += ("cancelled", "held", "waiting", "new", "done")
 FEW: dict[State, int] = {"starting": 1, "waiting": 1, "held": 0, "cancelled": 1, "diverged": 0, "new": 0, "done": 0}
 PLAIN = ("Priority", "Resources", "None")  # reasons that need no word
@@ -108,7 +109,12 @@ def meanings(snapshot: Snapshot) -> list[str]:
 def going_on(snapshot: Snapshot) -> list[str]:
     """Which job goes on with the study after its runs, or else the last words of the last one."""
     if snapshot.continuations:
-        return [f"then: job {task.job_id} goes on ({task.state}, {task.reason})" for task in snapshot.continuations]
+        targets = {s.name: s.details.get("targets", []) for s in snapshot.submissions if s.goes_on}
+        return [
+            f"then: job {task.job_id} goes on ({task.state}, {task.reason})"
+            + (f", to {', '.join(map(str, to))}" if (to := targets.get(task.name)) else "")
+            for task in snapshot.continuations
+        ]
     ended = [submission for submission in snapshot.submissions if submission.goes_on]
     if ended and (refusal := ended[-1].refused()):
         return [f"after the runs: nothing goes on by itself, that job was refused ({refusal})"]
@@ -122,7 +128,7 @@ def how_to_go_on(study: Study) -> str:
     return f"held runs: mend that, then {again}; to try them as they are: {again} launch.hold_after=0"
 
 
-def render(snapshot: Snapshot, study: Study, everything: bool) -> Group:
+def parts_of(snapshot: Snapshot, study: Study, everything: bool) -> list[Table | Text]:
     shown = table(snapshot, study.file.study.hyperparameter, everything)
     parts: list[Table | Text] = [shown] if shown.row_count else []
     parts += [Text(line) for line in remarks(snapshot)[:MAX_ROWS]]
@@ -133,21 +139,42 @@ def render(snapshot: Snapshot, study: Study, everything: bool) -> Group:
     if snapshot.slurm_error:
         parts.append(Text(f"Slurm does not answer: {snapshot.slurm_error}"))
     parts.append(Text(", ".join(f"{count} {name}" for name, count in snapshot.counts().items())))
+    return parts
+
+
+def take_path(study: Study) -> list[tuple[Study, Snapshot]]:
+    """Where the study stands, and then each target that was scaled from it."""
+    targets = [Study(file, read_study_or_run(file)) for file in study.written_targets()]
+    return [(one, states.take(one)) for one in (study, *targets)]
+
+
+def render(path: Sequence[tuple[Study, Snapshot]], everything: bool) -> Group:
+    """The study, and under it each target, which is always shown: that is what all of it is for."""
+    (study, snapshot), *targets = path
+    parts = parts_of(snapshot, study, everything)
+    for target, of_target in targets:
+        parts += [Text(f"\nTarget: {target.file.directory}"), *parts_of(of_target, target, True)]
     return Group(*parts)
 
 
+def goes_on(snapshot: Snapshot) -> bool:
+    """Whether something waits or runs, or may: Slurm did not say."""
+    return bool(snapshot.slurm_error or snapshot.of(*states.ACTIVE) or snapshot.continuations)
+
+
 def print_status(study: Study, console: Console, everything: bool = False) -> None:
-    """A row per run that needs a look, what is said of them, and the counts."""
-    console.print(render(states.take(study), study, everything))
+    """A row per run that needs a look, what is said of them, and the counts; and the same of the targets."""
+    console.print(render(take_path(study), everything))
 
 
 def watch_status(study: Study, console: Console, everything: bool = False) -> None:
-    """Shows the status again and again until nothing waits or runs, or Ctrl-C."""
+    """Shows the status again and again until nothing of the path waits or runs, or Ctrl-C."""
     with suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
         while True:
-            snapshot = states.take(study)
-            live.update(render(snapshot, study, everything), refresh=True)
-            if not snapshot.slurm_error and not snapshot.of(*states.ACTIVE):
+            study = Study(study.path, study.file, study.overrides)  # its grid may have grown
+            path = take_path(study)
+            live.update(render(path, everything), refresh=True)
+            if not any(goes_on(snapshot) for _, snapshot in path):
                 return
             time.sleep(WATCH_SECONDS)
 

@@ -29,7 +29,7 @@ from depthmup.launch.runs.fits import check_fits
 from depthmup.launch.runs.grouping import group, make_packs, slot_gpus
 from depthmup.launch.runs.study import PlannedRun, Study
 from depthmup.train.lock import write_holder
-from depthmup.train.rundir import EXIT_REQUEUE, RunDirectory
+from depthmup.train.rundir import EXIT_LOST_PEER, EXIT_REQUEUE, RunDirectory
 
 
 def submit_local(
@@ -83,33 +83,37 @@ def run_here(packs: Sequence[Sequence[PlannedRun]], config: LaunchConfig, folder
 #
 # A worker ends with EXIT_REQUEUE once it has saved, or by the signal when that comes before it listens. The batch
 # script asks for the requeue, since a process of the step could be killed by that very requeue before it has asked.
-# A job that Slurm no longer calls RUNNING was requeued by another, or cancelled. TERM is trapped so that the script
-# outlives its step, and slurmctld may be away for a moment. Why the job ends is noted for `status`.
+# A job that Slurm no longer calls RUNNING was requeued by another, or cancelled. One that was requeued since may be
+# RUNNING again, when this script was frozen with its node: its successor must not be requeued. TERM is trapped so that
+# the script outlives its step, and slurmctld may be away for a moment. Why the job ends is noted for `status`.
 SETUP = (
     "set +eu +o pipefail",
     "trap - ERR",
     "trap : TERM",
     "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK",  # srun no longer inherits sbatch's value since Slurm 22.05
+    "export DEPTHMUP_BEGAN=$(date +%s)",
+    "export DEPTHMUP_LOG_START=$(stat -Lc %s /proc/$$/fd/1)",  # before it, earlier starts of the job
     "export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{cpus}}} PYTHONUNBUFFERED=1",
 )
-STOPPED = f"{EXIT_REQUEUE}|{128 + signal.SIGUSR2}|{128 + signal.SIGTERM}"
+TOLD = f"{EXIT_REQUEUE}|{128 + signal.SIGUSR2}|{128 + signal.SIGTERM}"
 TEARDOWN = (
     "code=$?",
-    f"case $code in 0|{STOPPED}) ;; *) {{worker}} --ended $code; code=$?;; esac",
+    f"case $code in 0|{TOLD}) ;; *) {{worker}} --ended $code; code=$?;; esac",
     "case $code in",
-    f"{STOPPED})",
+    f"{TOLD}|{EXIT_LOST_PEER})",
     "  for try in 1 2 3 4 5; do",
     "    found=$(squeue --noheader --job=$SLURM_JOB_ID --Format=State,PreemptTime,RestartCnt) && break || sleep 5",
     "  done",
     '  IFS=" " read -r state preempted restarts <<< "$found"',
     "  restart=${{SLURM_RESTART_COUNT:-0}} cause=signal",
     '  [ $SECONDS -lt {late} ] || cause="time limit"',
+    f'  [ $code != {EXIT_LOST_PEER} ] || cause="a process was lost"',
     '  [ "$state" = RUNNING ] || cause=cancelled',
     '  [ "${{restarts:-0}}" -le $restart ] || cause=requeued',
     '  [ "${{preempted:-N/A}}" = N/A ] || cause=preempted',
     """  [ -z "$found" ] || printf '{{"job": "%s", "restart": %d, "cause": "%s"}}\\n' """
     '${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID $restart "$cause" >> {stopped}',
-    '  [ "$state" = RUNNING ] && scontrol requeue $SLURM_JOB_ID;;',
+    '  [ "$state" = RUNNING ] && [ "${{restarts:-0}}" -le $restart ] && scontrol requeue $SLURM_JOB_ID;;',
     "esac",
     "exit $code",
 )
@@ -274,15 +278,16 @@ def submit_arrays(submissions: Sequence[Submission], turns: Turns, config: Launc
 
 
 CONTINUATION_MINUTES = 60
+CONTINUATION_PATIENCE_MINUTES = 10  # to be told after which jobs it begins
 CONTINUATION_MEMORY_GB = 4  # torch counts FLOPs, matplotlib draws
 START = "import sys; sys.path[:] = [sys.argv.pop(1), *filter(None, sys.path)]; "
 START += "from depthmup.launch.chain import main; sys.exit(main())"
 
 
-def submit_continuation(study: Study, target: Path | None, job_ids: Sequence[str], lock: int) -> str:
-    """Submits the small job that goes on with the study, in this folder, once `job_ids` have ended, however they end;
-    returns its id. `lock` is that of `launching`. Raises UserError; when Slurm stops answering, the job may be there
-    all the same, and is found later."""
+def submit_continuation(study: Study, targets: Sequence[Path], lock: int) -> Submission:
+    """Submits the small job that goes on with the study, in this folder. It is to be told after which jobs (slurm.
+    go_after); if that does not happen it begins by itself. `lock` is that of `launching`. Raises UserError; when Slurm
+    stops answering, the job may be there all the same, and is found later."""
     config, root = study.file.launch, study.file.directory.absolute()
     small = replace(
         config,
@@ -294,11 +299,12 @@ def submit_continuation(study: Study, target: Path | None, job_ids: Sequence[str
         timeout_min=min(config.timeout_min, CONTINUATION_MINUTES),
         container_image=None,  # it calls sbatch, and runs with the interpreter that launches
         container_mounts=None,
-        sbatch={**config.continuation, "dependency": f"afterany:{':'.join(job_ids)}"},
+        sbatch={**config.continuation, "begin": f"now+{CONTINUATION_PATIENCE_MINUTES}minutes"},
     )
     code = snapshot.take(root / "code").absolute()
-    arguments = [sys.executable, "-c", START, str(code), str(root), *([str(target.absolute())] if target else [])]
-    submission = Submission.create(root / "jobs", f"depthmup-{study.file.study.name}-then", [[]], {})
+    files = [str(target.absolute()) for target in targets]
+    arguments = [sys.executable, "-c", START, str(code), str(root), *files]
+    submission = Submission.create(root / "jobs", f"depthmup-{study.file.study.name}-then", [[]], {"targets": files})
     submission.script.write_text(sbatch_text(submission, small, Path.cwd(), shlex.join(arguments), []))
     try:
         submit_arrays([submission], Turns([1], []), small, lock)
@@ -306,6 +312,5 @@ def submit_continuation(study: Study, target: Path | None, job_ids: Sequence[str
         submission.write_refused(str(error))  # for `status`
         raise
     except slurm.SlurmError as error:
-        raise slurm.silent(str(error), job_ids) from None
-    assert submission.job_id is not None
-    return submission.job_id
+        raise slurm.Silent(f"Slurm does not answer: {error}. No run was submitted") from None
+    return submission

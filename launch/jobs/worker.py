@@ -7,11 +7,8 @@ submission; on this machine every slot runs it with --local.
 
 import argparse
 import fcntl
-import json
 import os
-import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,46 +16,54 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from depthmup.data.errors import UserError
 from depthmup.data.lock import flock
-from depthmup.data.storage import write_atomically
-from depthmup.launch.jobs import code as snapshot
+from depthmup.launch.jobs.attempts import UNPACKED, attempts, begin_attempt, fail, job_name, note, pending
+from depthmup.launch.jobs.ended import record_end
 from depthmup.launch.jobs.hold import Hold
 from depthmup.launch.jobs.submission import Submission
-from depthmup.launch.paths import PACKAGE
 from depthmup.train.__main__ import leave, train_locked
 from depthmup.train.config import RunConfig, from_plain, read_yaml
 from depthmup.train.interrupt import Interrupt, Interrupted
-from depthmup.train.lock import take_lock
+from depthmup.train.lock import BEAT, holder, take_lock
 from depthmup.train.packs.packing import go_together, packable
-from depthmup.train.rundir import EXIT_REQUEUE, RunDirectory, parse_lines
+from depthmup.train.rundir import EXIT_REQUEUE, RunDirectory
 
 if TYPE_CHECKING:
     import torch
 
-UNPACKED = "unpacked"  # an event of attempts.jsonl: the run was in a pack that failed, and goes on alone
-MAX_ATTEMPTS = 5  # that begin at the same step: more would go on for ever
-OUT_OF_MEMORY = re.compile(r"oom.kill|out of memory|exceeded (job|step)? ?memory limit", re.IGNORECASE)
 
-
-def work(packs: Sequence[Sequence[RunDirectory]], *stops: signal.Signals, hold: Hold | None = None) -> int:
+def work(
+    packs: Sequence[Sequence[RunDirectory]], *stops: signal.Signals, hold: Hold | None = None, waits: bool = False
+) -> int:
     """Trains one list of runs after another, those of one list together where they can be; returns the exit code:
     interrupted, 1 when a run failed, 0.
 
     Several processes may hold the same lists: each takes the next runs that are neither done nor locked by another. The
     lock belongs to the process, so it ends with it however the process ends. `hold` may keep runs from beginning.
-    `stops`: signals that interrupt, too.
+    `stops`: signals that interrupt, too. `waits`: also for runs that a process on another host has, until it has ended
+    or freezes: a requeued job's own former process may live on, on a node that Slurm has lost.
     """
     with Interrupt.on_signals(*stops) as interrupt:
         for pack in packs:
             try:
-                while train_some(hold.lets_begin(pack) if hold else pack, interrupt):
+                while train_some(hold.lets_begin(pack) if hold else pack, interrupt) or (waits and elsewhere(pack)):
                     pass
             except Interrupted:
                 return EXIT_REQUEUE
     return 1 if any(directory.failed() for pack in packs for directory in pack) else 0
+
+
+def elsewhere(directories: Sequence[RunDirectory]) -> bool:
+    """Whether a process on another host has one of the runs; says so, and takes a moment."""
+    for directory in filter(pending, directories):
+        if (found := holder(directory.lock)) and not found.is_here:
+            print(f"{directory.path.name}: {found} trains it: waiting until that ends", flush=True)
+            time.sleep(BEAT)
+            return True
+    return False
 
 
 def train_some(directories: Sequence[RunDirectory], interrupt: Interrupt) -> bool:
@@ -175,10 +180,6 @@ def claiming(directories: Sequence[RunDirectory]) -> Iterator[None]:
         yield
 
 
-def pending(directory: RunDirectory) -> bool:
-    return not directory.done() and not directory.failed()
-
-
 def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
@@ -190,54 +191,6 @@ def record_failure(directory: RunDirectory, error: Exception) -> None:
 
 def read_config(directory: RunDirectory) -> RunConfig:
     return from_plain(RunConfig, read_yaml(directory.config), str(directory.config))
-
-
-# ---------------------------------------------------------------- attempts
-
-
-def note(directory: RunDirectory, event: str, **details: Any) -> None:
-    """Adds a line to attempts.jsonl."""
-    line = {"event": event, "time": time.time(), **details}
-    with open(directory.path / "attempts.jsonl", "a") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def attempts(directory: RunDirectory) -> list[dict[str, Any]]:
-    """The attempts to train the run, the oldest first; a half-written line is left out. Raises UserError."""
-    return parse_lines(directory.path / "attempts.jsonl", "event")
-
-
-def fail(directory: RunDirectory, error: str, **details: Any) -> None:
-    """Marks the run failed. What comes after this line of attempts.jsonl was asked for by a person."""
-    note(directory, "failed")
-    directory.write_failed({"error": error, **details})
-
-
-def newest_step(directory: RunDirectory) -> int:
-    """Step of the newest checkpoint, 0 without one."""
-    return max(directory.checkpoint_steps(), default=0)
-
-
-def begin_attempt(directory: RunDirectory) -> None:
-    """Notes where and from which step the attempt begins. Raises RuntimeError when the last ones got no further."""
-    step = newest_step(directory)
-    lines = attempts(directory)
-    since_failure = max((i for i, line in enumerate(lines) if line["event"] == "failed"), default=-1) + 1
-    begun = [line["step"] for line in lines[since_failure:] if line["event"] == "started"]
-    if begun[-MAX_ATTEMPTS:] == [step] * MAX_ATTEMPTS:
-        raise RuntimeError(f"{MAX_ATTEMPTS} attempts ended at step {step}: raise launch.timeout_min or memory_gb")
-    restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    place = {"job": job_name(), "restart": restart, "host": socket.gethostname(), "pid": os.getpid()}
-    note(directory, "started", step=step, **place)
-    code = PACKAGE.parent / "code.json"
-    content = code.read_text() if code.exists() else json.dumps(snapshot.describe(), indent=1)
-    write_atomically(directory.path / "code.json", content.encode())
-
-
-def job_name() -> str | None:
-    """'4711_3' inside a Slurm array."""
-    job = os.environ.get("SLURM_ARRAY_JOB_ID")
-    return f"{job}_{os.environ['SLURM_ARRAY_TASK_ID']}" if job else None
 
 
 # ---------------------------------------------------------------- Slurm
@@ -257,7 +210,7 @@ def run_distributed(directory: RunDirectory) -> int:
     if first:
         held = take_lock(directory.lock)  # as long as this process lives
         if held is None:
-            sys.exit(f"{directory.path}: another job trains it")
+            sys.exit(f"{directory.path}: {holder(directory.lock) or 'another process'} trains it")
         try:
             begin_attempt(directory)
         except RuntimeError as error:
@@ -278,37 +231,6 @@ def run_side_by_side(file: Path, count: int) -> int:
         ]
         codes = [process.wait() for process in processes]
     return EXIT_REQUEUE if EXIT_REQUEUE in codes else max(128 - code if code < 0 else code for code in codes)
-
-
-def record_end(directories: Sequence[RunDirectory], code: int, log: Path, details: dict[str, Any]) -> int:
-    """Called by the batch script when the step died: marks the runs that this job had begun, with the reason.
-
-    Returns the job's exit code: EXIT_REQUEUE, and nothing is marked, where the job's runs had saved before it died.
-    """
-    number = code - 128 if code > 128 else None
-    left = list(filter(pending, directories))
-    begun = [directory for directory in left if last_job(directory) == job_name()]
-    if number == signal.SIGKILL and any(attempts(directory)[-1]["event"] == "interrupted" for directory in begun):
-        return EXIT_REQUEUE
-    tail = log.read_text(errors="replace")[-20000:] if log.exists() else ""
-    if number == signal.SIGKILL or OUT_OF_MEMORY.search(tail):
-        asked = (
-            f"{details['memory_gb']} GB were asked for"
-            if details["memory_gb"]
-            else "the cluster's default was asked for"
-        )
-        reason = f"killed (SIGKILL), most likely out of memory: {asked}; set launch.memory_gb higher and retry"
-    else:
-        reason = f"its process ended with {code}; see {log}"
-    for directory in begun or left:  # none had begun: the job cannot even start
-        fail(directory, reason, traceback=tail[-2000:], log=str(log))
-    return code
-
-
-def last_job(directory: RunDirectory) -> str | None:
-    """The job of the run's last attempt."""
-    started = [line["job"] for line in attempts(directory) if line["event"] == "started"]
-    return started[-1] if started else None
 
 
 def hold_of(submission: Submission, packs: Sequence[Sequence[RunDirectory]]) -> Hold:
@@ -344,8 +266,8 @@ def main() -> int:
     if details["runs_per_gpu"] > 1 and not arguments.slot:
         return run_side_by_side(arguments.submission, min(details["runs_per_gpu"], len(directories)))
     if arguments.slot:
-        return work([[directory] for directory in directories], hold=hold)
-    return work([directories], hold=hold)
+        return work([[directory] for directory in directories], hold=hold, waits=True)
+    return work([directories], hold=hold, waits=True)
 
 
 if __name__ == "__main__":

@@ -113,13 +113,15 @@ class Report:
 
 
 def target_line(study: Study) -> str | None:
-    """How the target's run ended that was scaled from this study; None when there is no target."""
-    if not study.target_file.exists():
-        return None
-    run = Study(study.target_file, read_study_or_run(study.target_file)).runs[0]
-    done = run.done() or {"outcome": "not finished"}
-    numbers = "".join(f", {key} {value:.4g}" for key, value in done.items() if isinstance(value, int | float))
-    return f"Target of {run.size} at {study.file.study.hyperparameter} {run.value:.4g}: {done['outcome']}{numbers}."
+    """How the runs of the targets ended that were scaled from this study; None when there is no target."""
+    lines = []
+    for path in study.written_targets():
+        run = Study(path, read_study_or_run(path)).runs[0]
+        done = run.done() or {"outcome": "not finished"}
+        numbers = "".join(f", {key} {value:.4g}" for key, value in done.items() if isinstance(value, int | float))
+        at = f"{study.file.study.hyperparameter} {run.value:.4g}"
+        lines.append(f"Target of {run.size} at {at}: {done['outcome']}{numbers}.")
+    return " ".join(lines) or None
 
 
 def limits(study: Study) -> Limits:

@@ -1,5 +1,6 @@
 """A study's runs: the grid written out, each run with its identity and its directory."""
 
+import glob
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -219,8 +220,21 @@ class Study:
 
     @property
     def target_file(self) -> Path:
-        """Where the target's configuration is written (launch.scale)."""
+        """Where the target's configuration is written (launch.scale); of several, the first one's."""
         return self.file.directory / f"{self.file.study.name}_target.yaml"
+
+    def target_files(self, targets: Sequence[Path]) -> list[Path]:
+        """Where the configurations of `targets`, files of a user's, are written: those after the first by their names.
+        Raises UserError for two of one name."""
+        files = [self.target_file.with_stem(f"{self.target_file.stem}_{target.stem}") for target in targets]
+        files[:1] = [self.target_file][: len(files)]
+        if len(set(files)) < len(files):
+            raise UserError(f"two targets of one name: {', '.join(map(str, targets))}")
+        return files
+
+    def written_targets(self) -> list[Path]:
+        """The targets' configurations that were written."""
+        return sorted(self.file.directory.glob(f"{glob.escape(self.target_file.stem)}*.yaml"))
 
     def pending(self) -> list[PlannedRun]:
         return [run for run in self.runs if not run.done()]

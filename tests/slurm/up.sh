@@ -3,7 +3,7 @@
 #   out=$(./up.sh) && eval "$out"     # stdout: export lines only; progress goes to stderr
 # Knobs (environment):
 #   SLURM_TEST_DIR  (default ${TMPDIR:-/tmp}/slurm-test)   everything lives here
-#   SLURM_TEST_NODES=6  SLURM_TEST_CPUS=8  SLURM_TEST_MEM=16000  SLURM_TEST_GPUS=4   per node, all fictive
+#   SLURM_TEST_NODES=8  SLURM_TEST_CPUS=8  SLURM_TEST_MEM=16000  SLURM_TEST_GPUS=4   per node, all fictive
 #   SLURM_TEST_PREFIX=sn     node names sn1..snN
 #   SLURM_TEST_PORT=16800    first of the ports used (+0 ctld, +1 dbd, +2 mariadb, +11.. slurmd)
 #   SLURM_TEST_ACCT=dbd|none slurmdbd+MariaDB (sacct works) or nothing
@@ -11,7 +11,7 @@
 #   SLURM_TEST_NS=auto|yes|no  each node in its own pid+uts+mount namespace (real hostnames, atomic crash)
 set -euo pipefail
 D=$(readlink -m "${SLURM_TEST_DIR:-${TMPDIR:-/tmp}/slurm-test}")
-N=${SLURM_TEST_NODES:-6} CPUS=${SLURM_TEST_CPUS:-8} MEM=${SLURM_TEST_MEM:-16000} GPUS=${SLURM_TEST_GPUS:-4}
+N=${SLURM_TEST_NODES:-8} CPUS=${SLURM_TEST_CPUS:-8} MEM=${SLURM_TEST_MEM:-16000} GPUS=${SLURM_TEST_GPUS:-4}
 P=${SLURM_TEST_PREFIX:-sn} PORT=${SLURM_TEST_PORT:-16800} ACCT=${SLURM_TEST_ACCT:-dbd}
 NS=${SLURM_TEST_NS:-auto} ARRAY=${SLURM_TEST_ARRAY:-8}
 HERE=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")

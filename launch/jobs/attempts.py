@@ -1,0 +1,78 @@
+"""The attempts to train a run: a file in its directory, attempts.jsonl, which jobs write and `status` reads."""
+
+import json
+import os
+import socket
+import time
+from typing import Any
+
+from depthmup.data.storage import write_atomically
+from depthmup.launch.jobs import code as snapshot
+from depthmup.launch.paths import PACKAGE
+from depthmup.train.rundir import RunDirectory, parse_lines
+
+# Events of attempts.jsonl, beside those that are called what they are
+UNPACKED = "unpacked"  # the run was in a pack that failed, and goes on alone
+LOST = "lost"  # a process of the run was gone or hung, and the others ended because of it
+MAX_ATTEMPTS = 5  # that begin at the same step: more would go on for ever
+
+
+def pending(directory: RunDirectory) -> bool:
+    return not directory.done() and not directory.failed()
+
+
+def note(directory: RunDirectory, event: str, **details: Any) -> None:
+    """Adds a line to attempts.jsonl."""
+    line = {"event": event, "time": time.time(), **details}
+    with open(directory.path / "attempts.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def attempts(directory: RunDirectory) -> list[dict[str, Any]]:
+    """The attempts to train the run, the oldest first; a half-written line is left out. Raises UserError."""
+    return parse_lines(directory.path / "attempts.jsonl", "event")
+
+
+def fail(directory: RunDirectory, error: str, **details: Any) -> None:
+    """Marks the run failed. What comes after this line of attempts.jsonl was asked for by a person."""
+    note(directory, "failed")
+    directory.write_failed({"error": error, **details})
+
+
+def newest_step(directory: RunDirectory) -> int:
+    """Step of the newest checkpoint, 0 without one."""
+    return max(directory.checkpoint_steps(), default=0)
+
+
+def since_failure(directory: RunDirectory) -> list[dict[str, Any]]:
+    """The attempts after the last one that failed: those were asked for by a person."""
+    lines = attempts(directory)
+    return lines[max((i for i, line in enumerate(lines) if line["event"] == "failed"), default=-1) + 1 :]
+
+
+def begin_attempt(directory: RunDirectory) -> None:
+    """Notes where and from which step the attempt begins. Raises RuntimeError when the last ones got no further."""
+    step = newest_step(directory)
+    lines = since_failure(directory)
+    begun = [line["step"] for line in lines if line["event"] == "started"]
+    if begun[-MAX_ATTEMPTS:] == [step] * MAX_ATTEMPTS:
+        why = [f"; the last one: {line['error']}" for line in lines if line["event"] == LOST][-1:]
+        raise RuntimeError(
+            f"{MAX_ATTEMPTS} attempts ended at step {step}: raise launch.timeout_min or memory_gb{''.join(why)}"
+        )
+    place = {"job": job_name(), "restart": restart_count(), "host": socket.gethostname(), "pid": os.getpid()}
+    note(directory, "started", step=step, **place)
+    code = PACKAGE.parent / "code.json"
+    content = code.read_text() if code.exists() else json.dumps(snapshot.describe(), indent=1)
+    write_atomically(directory.path / "code.json", content.encode())
+
+
+def job_name() -> str | None:
+    """'4711_3' inside a Slurm array."""
+    job = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{job}_{os.environ['SLURM_ARRAY_TASK_ID']}" if job else None
+
+
+def restart_count() -> int:
+    """How often the job was requeued."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))

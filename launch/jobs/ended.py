@@ -1,0 +1,118 @@
+"""What a job's end says of its runs: the batch script asks, once the processes are gone."""
+
+import os
+import re
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from depthmup.launch.jobs import slurm
+from depthmup.launch.jobs.attempts import (
+    LOST,
+    attempts,
+    fail,
+    job_name,
+    newest_step,
+    note,
+    pending,
+    restart_count,
+    since_failure,
+)
+from depthmup.launch.jobs.hold import kind
+from depthmup.train.lock import holder
+from depthmup.train.rundir import EXIT_LOST_PEER, EXIT_REQUEUE, RunDirectory
+
+# srun's line for each process that ends badly: node, process, how
+DEATH = re.compile(r"^srun: error: (\S+): tasks? (\S+): (.+)$", re.MULTILINE)
+SURVIVED = [f"Exited with exit code {code}" for code in (EXIT_LOST_PEER, EXIT_REQUEUE)]
+OUT_OF_MEMORY = re.compile(r"oom.kill|out of memory|exceeded (job|step)? ?memory limit", re.IGNORECASE)
+
+
+def record_end(directories: Sequence[RunDirectory], code: int, log: Path, details: dict[str, Any]) -> int:
+    """Called by the batch script when the step died: marks the runs that this job had begun, with the reason.
+
+    Returns the job's exit code. For EXIT_REQUEUE and EXIT_LOST_PEER nothing is marked, and the job starts again: its
+    runs had saved before it died; or one of a run's processes was lost, and not for the second time at the same step.
+    """
+    number = code - 128 if code > 128 else None
+    left = [directory for directory in directories if pending(directory) and not taken_over(directory)]
+    begun = [directory for directory in left if last_start(directory) == (job_name(), restart_count())]
+    if not left:
+        return 1 if code == EXIT_LOST_PEER else code  # whoever failed has said why
+    if number == signal.SIGKILL and any(attempts(directory)[-1]["event"] == "interrupted" for directory in begun):
+        return EXIT_REQUEUE
+    tail = said_since_start(log)[-20000:]
+    asked = f"{details['memory_gb']} GB were" if details["memory_gb"] else "the cluster's default was"
+    more_memory = f"{asked} asked for; set launch.memory_gb higher and retry"
+    if int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        reason = why_lost(left[0], code, tail, more_memory)
+        if reason is None:
+            return EXIT_LOST_PEER
+    elif number == signal.SIGKILL or OUT_OF_MEMORY.search(tail):
+        reason = f"killed (SIGKILL), most likely out of memory: {more_memory}"
+    else:
+        reason = f"its process ended with {code}; see {log}"
+    for directory in begun or left:  # none had begun: the job cannot even start
+        fail(directory, reason, traceback=tail[-2000:], log=str(log))
+    return 1 if code == EXIT_LOST_PEER else code
+
+
+def taken_over(directory: RunDirectory) -> bool:
+    """Whether another process trains the run now: a later start of this job, while this one was frozen, or another."""
+    newer = any(job == job_name() and restart > restart_count() for job, restart in [last_start(directory)])
+    return newer or holder(directory.lock) is not None
+
+
+def last_start(directory: RunDirectory) -> tuple[str | None, int]:
+    """The job of the run's last attempt, and how often that had been requeued."""
+    started = [line for line in attempts(directory) if line["event"] == "started"]
+    return (started[-1]["job"], started[-1].get("restart", 0)) if started else (None, 0)
+
+
+def said_since_start(log: Path) -> str:
+    """What the job's log holds of its present start: a requeued job goes on in the same file."""
+    try:
+        with open(log, "rb") as file:
+            file.seek(int(os.environ.get("DEPTHMUP_LOG_START") or 0))
+            return file.read().decode(errors="replace")
+    except FileNotFoundError:
+        return ""
+
+
+def why_lost(directory: RunDirectory, code: int, said: str, more_memory: str) -> str | None:
+    """Why a run of several processes, which left no verdict, has failed: it ran out of memory, or was lost for the same
+    reason at the same step before. None otherwise: it starts again.
+
+    srun says in `said` how each process ended. Those that only missed another one end with EXIT_LOST_PEER.
+    """
+    deaths = [found.groups() for found in DEATH.finditer(said)]
+    died = next((death for death in deaths if death[2] not in SURVIVED), None)
+    missed = directory.lost()
+    out_of_memory = OUT_OF_MEMORY.search(said)
+    if missed and died and "does not answer" in missed["error"]:
+        reason = f"process {died[1]} on {died[0]} hung: {missed['error']}"
+    elif died and (out_of_memory or died[2] == "Killed"):
+        likely = "" if out_of_memory else "killed (SIGKILL), most likely "
+        reason = f"process {died[1]}: {likely}out of memory on {died[0]}: {more_memory}"
+    elif died:
+        reason = f"process {died[1]} on {died[0]}: {died[2]}"
+    elif missed:
+        reason = missed["error"]
+    else:
+        reason = f"its processes ended with {code}"
+    if out_of_memory:
+        return reason
+    began = float(os.environ.get("DEPTHMUP_BEGAN", "inf"))
+    if nodes := slurm.failed_nodes(os.environ.get("SLURM_JOB_NODELIST", ""), began):
+        note(directory, LOST, step=newest_step(directory), error=f"node {', '.join(nodes)} failed")
+        return None
+    if died and died[2].startswith("Exited"):  # of itself: it could not start
+        return f"{reason}; see the job's log"
+    step = newest_step(directory)
+    before = [line for line in since_failure(directory) if line["event"] == LOST and line["step"] == step]
+    note(directory, LOST, step=step, error=reason)
+    print(f"lost at step {step}: {reason}", flush=True)
+    if any(kind(line["error"]) == kind(reason) for line in before):
+        return f"twice from step {step}: {reason}"
+    return None
