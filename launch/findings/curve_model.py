@@ -14,7 +14,6 @@ docs/verdict.md says the model in one page, and what simulation says of its inte
 """
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -247,13 +246,14 @@ class Posterior:
 def level(y: np.ndarray) -> np.ndarray:
     """Mean over seeds, (values,): infinite where any seed failed, NaN where no seed ran.
 
-    Seeds may have run at other values: their offsets, known from the values that all ran, are taken off.
+    Seeds may have run at other values: their offsets, by least squares, are taken off.
     """
-    shared = y[:, np.isfinite(y).all(axis=0)]
-    offset = shared.mean(axis=1, keepdims=True) - shared.mean() if shared.size else 0.0
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a value without a run is meant to become NaN
-        return np.asarray(np.nanmean(y - offset, axis=0))
+    failed, ran = np.isinf(y).any(axis=0), ~np.isnan(y).all(axis=0)
+    mean = np.where(failed, math.inf, math.nan)
+    kept = np.flatnonzero(ran & ~failed)
+    if len(kept):
+        mean[kept] = value_effects(kept, y[:, kept]).mean
+    return mean
 
 
 def fitted_values(x: np.ndarray, mean: np.ndarray) -> np.ndarray:
