@@ -56,13 +56,14 @@ def value_effects(x: np.ndarray, y: np.ndarray) -> ValueEffects:
     rows = np.arange(len(seeds))
     design[rows, values] = design[rows, len(x) + seeds] = 1.0
     design[-1, len(x) :] = 1.0  # the seeds' offsets add up to 0: a row that carries no noise
-    observed = np.append(y[seeds, values], 0.0)
+    middle = y[seeds, values].mean()  # so that seeds without a value in common differ by their means, and no more
+    observed = np.append(y[seeds, values] - middle, 0.0)
     solution = np.linalg.pinv(design)
     effects = solution @ observed
     residual = float(((observed - design @ effects) ** 2).sum())
     of_runs = solution[: len(x), :-1]
     freedom = len(observed) - int(np.linalg.matrix_rank(design))
-    return ValueEffects(x, effects[: len(x)], of_runs @ of_runs.T, residual, freedom)
+    return ValueEffects(x, effects[: len(x)] + middle, of_runs @ of_runs.T, residual, freedom)
 
 
 def integrated_noise(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -5,7 +5,8 @@
 2. The value that is carried over, on a lattice of eighth octaves, and an octave to either side of it, at every size:
    the very value that `scale` writes is run everywhere. A size is widened only where its best is on an edge.
 3. Where a verdict is open, the seeds and values that lessen the variance of the curve's slope at the carried value
-   most per run: the regret there is slope^2 / (2 curvature). A round at most doubles the runs of a curve.
+   most per run: the regret there is slope^2 / (2 curvature). A round adds at most half as many runs to a
+   curve as it has.
 
 It ends where the verdicts are settled, where the budget is spent, and where what is left of it would hardly settle
 them. A pure function of the finished runs: resumed at any round, a study asks for the same runs. docs/verdict.md has
@@ -19,20 +20,21 @@ from itertools import count, product
 
 import numpy as np
 
-from depthmup.launch.config import Size
-from depthmup.launch.findings.analysis import Comparison, Curve, Result
+from depthmup.launch.config import COARSE, LATTICE, Size
+from depthmup.launch.findings.analysis import Carry, Comparison, Curve, Result
 from depthmup.launch.findings.precision import SURENESS, Aim, Run, best_move, curvature_of, moves, noise_of, slope_variance
 from depthmup.launch.findings.verdict import Analysis, Limits, analyse, judge_size
 from depthmup.launch.wording import show_share
 
-LATTICE = 8  # values an octave: curves share them, and a run keeps its name
-COARSE, OCTAVE, CLOSEST = 2.0, 1.0, 0.25  # octaves between values: first, then; and to one at which runs fail, at last
+OCTAVE, CLOSEST = 1.0, 0.25  # octaves between values about the best, and to one at which runs fail
 MOST_BEYOND = 6.0  # octaves that the search may leave the range
 SAME = 0.3  # octaves: a value that was run at every size, and as good, is carried if the base's optimum is so near
 KNOWN = 0.25  # octaves: half-width of the interval of the base's optimum at which the search there ends
 SPREADS = (0.5, 1.0, 1.5)  # octaves of new values about the carried one
-ENOUGH = 0.8  # a round is filled until it settles a size with this probability
+ENOUGH = 0.7  # a round is filled until it settles a size with this probability
 HOPELESS = 0.1  # with a probability below it, what is left of the budget is not spent
+LEAST = 4  # runs of one size that a round may add to it
+MOST_AT_BASE = 30  # runs, before the other sizes begin
 MOST_AHEAD = 60  # runs of one size that are looked ahead
 FIRST_SEEDS = 2
 
@@ -76,32 +78,42 @@ class Design:
         return self.alike[name, size] if self.alike else name
 
     def on_lattice(self, x: float) -> float:
-        return self.low + round((x - self.low) * LATTICE) / LATTICE
+        return on_lattice(x, self.low)
 
     def seed(self, index: int) -> int:
         extra = index - len(self.seeds)
         return self.seeds[index] if extra < 0 else max(self.seeds) + 1 + extra
 
-    def carry(self, base: Curve, curves: Sequence[Curve]) -> float | None:
-        """The value that is carried over: one that was run at every size and lies near the base's optimum, so that
-        further runs move it only where they must; else the nearest of the lattice."""
-        if base.optimum.x is None:
-            return None
-        near = [x for x in base.x if abs(x - base.optimum.x) <= SAME and self.is_as_good(base, x)]
-        everywhere = [x for x in near if all(has(curve, x) for curve in curves)]
-        return min(everywhere, key=lambda x: abs(x - base.optimum.x), default=self.on_lattice(base.optimum.x))
-
-    def is_as_good(self, base: Curve, x: float) -> bool:
-        """Whether the base loses no more at x than half of what a value that transfers may cost."""
-        if base.posterior is None:
-            return False
-        return bool(np.median(base.posterior.regrets(x)) <= math.log1p(self.limits.transfer) / 2)
-
     def analyse(self, results: Sequence[Result]) -> Analysis:
-        return analyse(results, self.sizes[0], self.limits, self.octaves, self.chance, self.carry)
+        return analyse(results, self.sizes[0], self.limits, self.octaves, self.chance, carry_run(self.low, self.limits))
 
     def cost(self, points: Sequence[Point]) -> float:
         return sum(self.flops[point.size] for point in points)
+
+
+def on_lattice(x: float, origin: float) -> float:
+    return origin + round((x - origin) * LATTICE) / LATTICE
+
+
+def carry_run(origin: float, limits: Limits) -> Carry:
+    """Which value is carried over: one that was run at every size and lies near the base's optimum, so that further
+    runs move it only where they must; else the nearest of the lattice."""
+
+    def is_as_good(base: Curve, x: float) -> bool:
+        """Whether the base loses no more there than half of what a value that transfers may cost."""
+        if base.posterior is None:
+            return False
+        return bool(np.median(base.posterior.regrets(x)) <= math.log1p(limits.transfer) / 2)
+
+    def carry(base: Curve, curves: Sequence[Curve]) -> float | None:
+        best = base.optimum.x
+        if best is None:
+            return None
+        everywhere = [float(x) for x in base.x if abs(x - best) <= SAME and all(has(curve, x) for curve in curves)]
+        good = [x for x in everywhere if is_as_good(base, x)]
+        return min(good, key=lambda x: abs(x - best), default=on_lattice(best, origin))
+
+    return carry
 
 
 def place(x: float) -> float:
@@ -186,17 +198,21 @@ class Proposal:
         assert curve.posterior is not None
         distances = curve.posterior.optima - x
         runs = tuple(sorted(run for run in runs_of(curve) if np.isfinite(curve.mean[curve.at(run[0])])))
-        noise, curvature = noise_of(self.analysis.curves), curvature_of(curve, x)
+        own = [each for each in self.analysis.curves if each.parameterization == self.name]
+        noise = noise_of(own)
+        base = self.curve(self.design.sizes[0])
+        curvature = math.sqrt(curvature_of(curve, x) * curvature_of(base or curve, x))  # one curve's own is uncertain
         low, high = np.quantile(distances, [0.05, 0.95])
         return Aim(runs, x, noise, curvature, float(np.median(distances)), float(high - low) / (2 * SURENESS))
 
     def sharpen(self, curve: Curve, x: float, most: int, is_enough: Callable[[Aim, float], bool]) -> list[Run]:
         """Up to `most` runs that tell the curve's slope at x."""
         aim = self.aim(curve, x)
-        values = self.values(curve, x)
+        values, seeds = self.values(curve, x), [self.design.seed(index) for index in range(FIRST_SEEDS)]
         runs, added = list(aim.runs), list[Run]()
         while len(added) < most and not is_enough(aim, aim.after(runs)):
-            options = [move for move in moves(runs, values, self.fresh(curve, runs)) if len(move) + len(added) <= most]
+            options = moves(runs, x, values, seeds, next(self.fresh(curve, runs)))
+            options = [move for move in options if len(move) + len(added) <= most]
             if not options:
                 break
             move = best_move(aim, runs, options)
@@ -266,13 +282,20 @@ class Proposal:
             return None
         if not wanted:
             return "no run that the design knows would settle it"
-        if math.prod(chances) < HOPELESS:
-            return f"what is left of the budget settles it with a probability of {show_share(math.prod(chances))} only"
+        if min(chances) < HOPELESS:
+            return f"what is left of the budget settles it with a probability of {show_share(min(chances))} only"
         for comparison in wanted:
             curve = comparison.curve
-            most = min(len(runs_of(curve)), self.affordable(curve.size))
+            most = min(max(len(runs_of(curve)) // 2, LEAST), self.affordable(curve.size))
             self.want(curve.size, self.sharpen(curve, carried, most, self.settles), "the cost is known too roughly")
+            self.want(curve.size, self.grid(curve, self.beyond(curve)), "the optimum may lie beyond the values")
         return None if self.points else "the budget is spent"
+
+    def beyond(self, curve: Curve) -> list[float]:
+        """A value an octave beyond those of the curve, on each side on which nothing bounds its optimum."""
+        low, high = curve.optimum.interval or (0.0, 0.0)
+        ends = [curve.x[0] - OCTAVE] * math.isinf(low) + [curve.x[-1] + OCTAVE] * math.isinf(high)
+        return [place(x) for x in ends if self.design.is_valid(x)]
 
     def settled(self, comparisons: Sequence[Comparison]) -> bool:
         """Whether no run can change the answer, the carried value having been run at every size."""
@@ -309,7 +332,7 @@ class Proposal:
         begun = any(self.curve(other) for other in self.design.sizes[1:])  # then the search does not begin anew
         if (high - low) / 2 <= (2 * KNOWN if begun else KNOWN) or bound <= self.design.limits.transfer / 2:
             return False
-        most = min(len(runs_of(base)), self.affordable(size), 30)
+        most = min(len(runs_of(base)), self.affordable(size), MOST_AT_BASE - len(runs_of(base)))
         if most < 2:
             return False
         enough: Callable[[Aim, float], bool] = lambda aim, deviation: SURENESS * deviation <= 0.9 * KNOWN  # noqa: E731

@@ -3,7 +3,7 @@ with its noise and its curvature taken as known. It depends on where runs are, a
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -85,11 +85,7 @@ class Aim:
 
     def after(self, runs: Sequence[Run]) -> float:
         """The distance's deviation with `runs` in place of the present ones."""
-        before = slope_variance(self.runs, self.x, self.noise, self.curvature)
-        then = slope_variance(runs, self.x, self.noise, self.curvature)
-        if not math.isfinite(before):
-            return math.sqrt(then) / self.curvature
-        return self.deviation * math.sqrt(min(then / before, 1.0))
+        return min(math.sqrt(slope_variance(runs, self.x, self.noise, self.curvature)) / self.curvature, self.deviation)
 
     def settles(self, deviation: float, limits: Limits) -> float:
         """Probability that the regret is known well enough once the distance's deviation has come down to this: the
@@ -108,15 +104,14 @@ WEIGHTS = np.exp(-((NormalDist().inv_cdf(0.999) * QUANTILES) ** 2) / 2)
 WEIGHTS /= WEIGHTS.sum()
 
 
-def moves(runs: Sequence[Run], values: Sequence[float], seeds: Iterator[int]) -> list[list[Run]]:
-    """Ways to go on: a new seed at the outermost two of `values`, or the next two, ...; or one of them with every seed
-    there is."""
-    own = {seed for _, seed in runs}
-    fresh = next(seeds)
-    pairs = [(low, high) for low, high in zip(values, reversed(values), strict=True) if low < high]
+def moves(runs: Sequence[Run], x: float, values: Sequence[float], seeds: Sequence[int], fresh: int) -> list[list[Run]]:
+    """Ways to go on: the seed `fresh` at two values about x that there are, the furthest two, the next two, ...; or one
+    of `values` with `seeds`. A seed's offset is known only from values that other seeds ran."""
+    there = sorted({value for value, _ in runs if abs(value - x) <= max(abs(v - x) for v in values)})
+    pairs = [(low, high) for low, high in zip(there, reversed(there), strict=True) if low < high]
     found = [[(value, fresh) for value in pair] for pair in pairs]
     for value in values:
-        found.append([(value, seed) for seed in sorted(own) if (value, seed) not in runs])
+        found.append([(value, seed) for seed in seeds if (value, seed) not in runs])
     return [move for move in found if move]
 
 
