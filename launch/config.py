@@ -129,8 +129,12 @@ class StudyConfig:
     # adaptive: rounds of runs where they tell most, over a range of values; grid, and every list: all values
     design: Literal["adaptive", "grid"] = "adaptive"
     budget: Annotated[Number, Field(gt=0)] = 1.0  # adaptive: FLOPs of all rounds at most, in those of the grid
-    extend: Annotated[int, Field(ge=0)] = 2  # grid: rounds in which it grows by two values where its best is on the edge
-    more_seeds: Annotated[int, Field(ge=0)] = 2  # grid: rounds in which one seed is added where a verdict hangs on the noise
+    extend: Annotated[int, Field(ge=0)] = (
+        2  # grid: rounds in which it grows by two values where its best is on the edge
+    )
+    more_seeds: Annotated[int, Field(ge=0)] = (
+        2  # grid: rounds in which one seed is added where a verdict hangs on the noise
+    )
     # lets results of different code, or of different shards under one data.name, count side by side; the report says so
     pool_different: tuple[Literal["code", "shards"], ...] = field(default=(), metadata=NOT_IDENTITY)
 

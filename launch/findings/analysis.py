@@ -191,13 +191,17 @@ def make_curves(results: Sequence[Result], octaves: Callable[[float], float], ch
         failed = failed_runs(metric, chance)
         usable = np.where(failed, math.inf, metric)
         made.append((name, values, x, tuple(seeds), metric, failed, usable, beats_chance(usable, chance)))
-    distinct = {(size, x.tobytes(), usable.tobytes()): (x, np.log(usable)) for (_, size), _, x, _, _, _, usable, _ in made}
+    distinct = {
+        (size, x.tobytes(), usable.tobytes()): (x, np.log(usable)) for (_, size), _, x, _, _, _, usable, _ in made
+    }
     posteriors = dict(zip(distinct, fit(list(distinct.values())), strict=True))
     found = []
     for (parameterization, size), values, x, seeds, metric, failed, usable, learns in made:
         posterior = posteriors[size, x.tobytes(), usable.tobytes()] if learns else None
         optimum = find_optimum(x, usable, learns, posterior)
-        found.append(Curve(parameterization, size, values, x, seeds, metric, failed, learns, chance, posterior, optimum))
+        found.append(
+            Curve(parameterization, size, values, x, seeds, metric, failed, learns, chance, posterior, optimum)
+        )
     return found
 
 

@@ -22,7 +22,16 @@ import numpy as np
 
 from depthmup.launch.config import COARSE, LATTICE, Size
 from depthmup.launch.findings.analysis import Carry, Comparison, Curve, Result
-from depthmup.launch.findings.precision import SURENESS, Aim, Run, best_move, curvature_of, moves, noise_of, slope_variance
+from depthmup.launch.findings.precision import (
+    SURENESS,
+    Aim,
+    Run,
+    best_move,
+    curvature_of,
+    moves,
+    noise_of,
+    slope_variance,
+)
 from depthmup.launch.findings.verdict import Analysis, Limits, analyse, judge_size
 from depthmup.launch.wording import show_share
 
@@ -210,7 +219,7 @@ class Proposal:
         aim = self.aim(curve, x)
         values, seeds = self.values(curve, x), [self.design.seed(index) for index in range(FIRST_SEEDS)]
         runs, added = list(aim.runs), list[Run]()
-        while len(added) < most and not is_enough(aim, aim.after(runs)):
+        while len(added) < most and (len(added) < LEAST or not is_enough(aim, aim.after(runs))):
             options = moves(runs, x, values, seeds, next(self.fresh(curve, runs)))
             options = [move for move in options if len(move) + len(added) <= most]
             if not options:

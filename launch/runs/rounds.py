@@ -12,6 +12,7 @@ from depthmup.launch.config import Size
 from depthmup.train.config import adapter
 from depthmup.train.rundir import unreadable
 
+
 @dataclass(frozen=True, kw_only=True)
 class AddedRun:
     """A point that a round asks for."""

@@ -143,7 +143,11 @@ class Study:
 
     def _grid(self) -> Iterator[PlannedRun]:
         """Every size and every value is checked once, not every pair of them: a plan of thousands is quick."""
-        study, runs, any_shards = self.file.study, self.file.directory / "runs", "shards" in self.file.study.pool_different
+        study, runs, any_shards = (
+            self.file.study,
+            self.file.directory / "runs",
+            "shards" in self.file.study.pool_different,
+        )
         planned = self._planned()
         checked: dict[float, Any] = {}
         for parameterization, size in product(study.parameterizations, study.sizes):
