@@ -12,8 +12,8 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-
 from benchmarks.verdict import CHANCE, GRID, ROUNDS, SHAPES, SIZES, Simulated, holds
+
 from depthmup.launch.findings.design import Design, next_round
 from depthmup.launch.findings.verdict import Analysis, Limits, seeds_wanted
 from depthmup.launch.report.page import markdown_table

@@ -196,11 +196,11 @@ def make_curves(results: Sequence[Result], octaves: Callable[[float], float], ch
     }
     posteriors = dict(zip(distinct, fit(list(distinct.values())), strict=True))
     found = []
-    for (parameterization, size), values, x, seeds, metric, failed, usable, learns in made:
+    for (parameterization, size), values, x, names, metric, failed, usable, learns in made:
         posterior = posteriors[size, x.tobytes(), usable.tobytes()] if learns else None
         optimum = find_optimum(x, usable, learns, posterior)
         found.append(
-            Curve(parameterization, size, values, x, seeds, metric, failed, learns, chance, posterior, optimum)
+            Curve(parameterization, size, values, x, names, metric, failed, learns, chance, posterior, optimum)
         )
     return found
 

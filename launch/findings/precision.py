@@ -49,7 +49,8 @@ def curvature_of(curve: Curve, x: float) -> float:
 
 
 def slope_variance(runs: Sequence[Run], x: float, noise: float, curvature: float) -> float:
-    """Of the slope at x, by universal kriging: quadratic and seeds' offsets free. Infinite where runs cannot tell it."""
+    """Of the slope at x, by universal kriging: quadratic and seeds' offsets free. Infinite where runs
+    cannot tell it."""
     octaves, seeds = np.array([run[0] for run in runs]), np.array([run[1] for run in runs])
     names = np.unique(seeds)
     points = np.concatenate([octaves, [x - STEP, x + STEP]]) - x

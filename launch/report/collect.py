@@ -8,7 +8,7 @@ from typing import Any
 
 from depthmup.data.errors import UserError
 from depthmup.launch.config import Size, read_study_or_run
-from depthmup.launch.findings.analysis import Result, carry_optimum
+from depthmup.launch.findings.analysis import Carry, Result, carry_optimum
 from depthmup.launch.findings.design import Round, carry_run, next_round
 from depthmup.launch.findings.direct import Direct, compare_with_direct
 from depthmup.launch.findings.forecast import Forecast, forecasts
@@ -149,7 +149,7 @@ def limits(study: Study) -> Limits:
 
 def analyse_results(study: Study, results: Sequence[Result]) -> Analysis:
     settings, chance = study.file.study, math.log(study.file.model.num_classes)
-    carry = carry_optimum
+    carry: Carry = carry_optimum
     if settings.adaptive:
         carry = carry_run(min(settings.octaves(end) for end in (settings.grid[0], settings.grid[-1])), limits(study))
     return analyse(results, settings.sizes[0], limits(study), settings.octaves, chance, carry)
