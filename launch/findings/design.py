@@ -315,15 +315,19 @@ class Proposal:
         return verdict != "inconclusive" and everywhere and all(each.measured for each in comparisons)
 
     def first_window(self, base: Curve, x: float) -> tuple[list[float], int]:
-        """(octaves, number of seeds) that a size begins with: as few as would do if its curve were the base's."""
+        """(octaves, number of seeds) that a size begins with: as few as would do if its curve were the base's, and the
+        fewest where none would: a curve that has moved far shows it at once."""
         noise, curvature = noise_of([base]), curvature_of(base, x)
         half = math.log1p(self.design.limits.transfer) / 2
         for seeds, spread in product((2, 3, 4), (1.0, 1.5)):
-            window = [each for each in (x - spread, x, x + spread) if self.design.is_valid(each)]
+            window = self.valid(x - spread, x, x + spread)
             variance = slope_variance(list(product(window, range(seeds))), x, noise, curvature)
             if SURENESS**2 * variance / (2 * curvature) <= half:
-                break
-        return window, seeds
+                return window, seeds
+        return self.valid(x - OCTAVE, x, x + OCTAVE), FIRST_SEEDS
+
+    def valid(self, *values: float) -> list[float]:
+        return [x for x in values if self.design.is_valid(x)]
 
     def search_base(self, base: Curve) -> bool:
         """Whether the base's optimum still has to be found."""
