@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from depthmup.data.errors import UserError
 from depthmup.launch.chain import transfer
 from depthmup.launch.config import Size, read_study
 from depthmup.launch.findings.analysis import Result
@@ -176,6 +177,22 @@ def test_where_nothing_trains_at_the_base_no_other_size_runs(loss: Loss, words: 
     assert {result.size for result in results} == {SIZES[0]}
 
 
+def test_a_loss_that_is_no_number_counts_as_a_failed_run() -> None:
+    def loss(size: Size, x: float, seed: int) -> float:
+        return math.nan if x > -3.6 else STAYS(size, x, seed)
+
+    assert [each.points for each in walk(loss)[0]] == [each.points for each in walk(CLIFF)[0]]
+
+
+def test_a_size_whose_runs_all_fail_does_not_take_the_value_and_ends_the_search() -> None:
+    def loss(size: Size, x: float, seed: int) -> float:
+        return math.inf if size == SIZES[2] else STAYS(size, x, seed)
+
+    rounds, results = walk(loss)
+    assert verdict(results) == "does not transfer"
+    assert "settled" in rounds[-1].reason
+
+
 def test_two_minima_end_with_a_verdict_or_a_reason() -> None:
     def loss(size: Size, x: float, seed: int) -> float:
         return min(valley(-7.0, -7.0, -7.0, curvature=0.2)(size, x, seed), STAYS(size, x, seed))
@@ -237,6 +254,14 @@ def test_a_study_keeps_its_rounds_and_carries_the_very_value_that_was_run(study_
     rate = scale(report, "large", {"model": {"width": 16}}).config["optimizer"]["lr"]
     ran = [{run.value for run in study.runs if run.size == size} for size in study.file.study.sizes]
     assert all(rate in values for values in ran)
+
+
+def test_damaged_rounds_are_named(study_file: Path) -> None:
+    study = Study(study_file, read_study(study_file, RANGE))
+    study.file.directory.mkdir(parents=True)
+    (study.file.directory / "rounds.json").write_text("[{}]")
+    with pytest.raises(UserError, match=r"rounds\.json: damaged"):
+        study.runs  # noqa: B018
 
 
 def test_a_list_of_values_is_a_grid_and_so_is_what_says_so(study_file: Path) -> None:

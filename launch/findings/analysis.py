@@ -181,7 +181,9 @@ def make_curves(results: Sequence[Result], octaves: Callable[[float], float], ch
     """One curve per (parameterization, size), in order of appearance. Curves of the same runs are fitted once."""
     grouped: dict[tuple[str, Size], dict[tuple[int, float], float]] = {}
     for result in results:
-        grouped.setdefault((result.parameterization, result.size), {})[result.seed, result.value] = result.metric
+        grouped.setdefault((result.parameterization, result.size), {})[result.seed, result.value] = (
+            math.inf if math.isnan(result.metric) else result.metric  # a loss that is no number: diverged
+        )
     made = []
     for name, metrics in grouped.items():
         seeds = sorted({seed for seed, _ in metrics})

@@ -396,8 +396,8 @@ def next_round(design: Design, results: Sequence[Result]) -> Round:
         proposal = Proposal(design, analysis, name, left)
         if end := proposal.propose():
             ended.append(f"{name}: {end}")
-        affordable = [point for point in proposal.points if point not in points]
-        for point in affordable:
+        new = [point for point in proposal.points if point not in points and point not in found]
+        for point in new:
             if design.flops[point.size] <= left:
                 left -= design.flops[point.size]
                 points[point] = None
