@@ -65,7 +65,7 @@ def run_grid(study: Simulated) -> Ended:
 
 
 def run_adaptive(study: Simulated, talk: bool = False) -> Ended:
-    design = Design(("p",), SIZES, FLOPS, GRID[0], GRID[-1], (0, 1, 2), GRID_COST, Limits(), chance=CHANCE)
+    design = Design(("p",), SIZES, FLOPS, GRID[0], GRID[-1], (0, 1, 2), GRID_COST, Limits(), CHANCE)
     rounds = 0
     while (batch := next_round(design, study.results)).points:
         rounds += 1

@@ -118,7 +118,8 @@ def carry_run(origin: float, limits: Limits) -> Carry:
         best = base.optimum.x
         if best is None:
             return None
-        everywhere = [float(x) for x in base.x if abs(x - best) <= SAME and all(has(curve, x) for curve in curves)]
+        reach = SAME if len(curves) > 1 else 1 / LATTICE  # before other sizes run, another value costs little
+        everywhere = [float(x) for x in base.x if abs(x - best) <= reach and all(has(curve, x) for curve in curves)]
         good = [x for x in everywhere if is_as_good(base, x)]
         return min(good, key=lambda x: abs(x - best), default=on_lattice(best, origin))
 
