@@ -33,7 +33,7 @@ from depthmup.launch.transfer import (
     unfinished,
     wait,
 )
-from depthmup.launch.wording import duration
+from depthmup.launch.wording import count, duration
 from depthmup.models.errors import ModelError
 
 if TYPE_CHECKING:
@@ -74,9 +74,9 @@ def finish(study: Study, console: Console) -> None:
 
 def grow_aloud(study: Study, console: Console) -> int:
     """`grow`, and says so; returns the number of runs added."""
-    added = grow(study)
+    added, why = grow(study)
     if added:
-        console.print(f"{added} runs more, to settle what is open (study.extend, study.more_seeds)")
+        console.print(f"{count(added, 'run')} more: {why}", highlight=False, markup=False)
     return added
 
 

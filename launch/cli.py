@@ -163,7 +163,7 @@ def launch_command(config: Path, overrides: tuple[str, ...], dry_run: bool) -> N
         click.echo(dry_run_script(study))
         click.echo("\n".join(f"# {line}" for line in describe_jobs(study)))
         return
-    if not study.pending() and not grow(study):
+    if not study.pending() and not grow(study)[0]:
         console.print(f"All {len(study.runs)} runs are done.")
         return
     prepare_data(study, console)

@@ -106,10 +106,15 @@ Values = Annotated[
 ]
 
 
+LATTICE = 8  # values an octave of an adaptive design: curves share them, and a run keeps its name
+COARSE = 2.0  # octaves between the values of its first round
+
+
 @checked_setting
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class StudyConfig:
-    """Every parameterization x size x value x seed is one run. The first size is the base that others compare with."""
+    """Every parameterization x size x value x seed is a point, of which an adaptive design runs those that tell most.
+    The first size is the base that others compare with."""
 
     name: Annotated[str, AfterValidator(folder_name)]
     directory: PathText = field(default="runs", metadata=NOT_IDENTITY)
@@ -121,8 +126,15 @@ class StudyConfig:
     metric: Literal["minival_loss", "train_loss"] = "minival_loss"
     regret_limit: Annotated[Number, Field(gt=0)] = 0.005  # share of the loss that a value may cost and still transfer
     cost_limit: Annotated[Number, Field(gt=0)] = 0.05  # share of the loss beyond which it does not transfer at all
-    extend: Annotated[int, Field(ge=0)] = 2  # rounds in which a grid grows by two values where its best is on the edge
-    more_seeds: Annotated[int, Field(ge=0)] = 2  # rounds in which one seed is added where a verdict hangs on the noise
+    # adaptive: rounds of runs where they tell most, over a range of values; grid, and every list: all values
+    design: Literal["adaptive", "grid"] = "adaptive"
+    budget: Annotated[Number, Field(gt=0)] = 1.0  # adaptive: FLOPs of all rounds at most, in those of the grid
+    extend: Annotated[int, Field(ge=0)] = (
+        2  # grid: rounds in which it grows by two values where its best is on the edge
+    )
+    more_seeds: Annotated[int, Field(ge=0)] = (
+        2  # grid: rounds in which one seed is added where a verdict hangs on the noise
+    )
     # lets results of different code, or of different shards under one data.name, count side by side; the report says so
     pool_different: tuple[Literal["code", "shards"], ...] = field(default=(), metadata=NOT_IDENTITY)
 
@@ -136,6 +148,23 @@ class StudyConfig:
     def grid(self) -> tuple[float, ...]:
         """The swept values in ascending order."""
         return ascending(self.values)
+
+    @property
+    def adaptive(self) -> bool:
+        return self.design == "adaptive" and isinstance(self.values, Octaves) and len(self.grid) > 1
+
+    def on_lattice(self, octaves: float) -> float:
+        """The value there, where it is one of LATTICE an octave, counted from the first value, exactly."""
+        origin = self.grid[0]
+        steps = round((octaves - self.octaves(origin)) * LATTICE) / LATTICE
+        return 1 - (1 - origin) * 2.0**steps if self.complement else float(origin * 2.0**steps)
+
+    @property
+    def coarse(self) -> tuple[float, ...]:
+        """The values that the first round of an adaptive design runs."""
+        ends = self.octaves(self.grid[0]), self.octaves(self.grid[-1])
+        count = math.floor((max(ends) - min(ends)) / COARSE + 1e-9) + 1
+        return tuple(self.on_lattice(min(ends) + i * COARSE) for i in range(count))
 
     # An octave of momentum is a factor of two in 1 - momentum: the number of steps that it averages over.
 

@@ -39,8 +39,18 @@ class Transferred:
         return "".join(f"# {line}\n" for line in self.facts) + dump_yaml(self.config)
 
 
-def choose(report: Report, parameterization: str | None, force: bool) -> tuple[Curve, list[str]]:
-    """The base's curve of the parameterization to use, and how sure its optimum is.
+def carried_value(report: Report, base: Curve) -> float | None:
+    """What the verdict is about: the very value that was run, where the design has run it at every size."""
+    found = next(each for each in report.analysis.comparisons if each.curve is base)
+    if found.carried is None:
+        return None
+    if found.measured:
+        return float(base.values[base.at(found.carried)])
+    return report.study.file.study.value_at(found.carried)
+
+
+def choose(report: Report, parameterization: str | None, force: bool) -> tuple[Curve, float, list[str]]:
+    """The base's curve of the parameterization to use, the value to carry over, and how sure it is.
 
     Without a name: the one with the best verdict of CARRIED, of several the one whose value has the lowest loss at the
     largest size: at the base they may be the same network. Raises UserError where no verdict says what the value
@@ -69,7 +79,8 @@ def choose(report: Report, parameterization: str | None, force: bool) -> tuple[C
         (curves[name] for name in candidates),
         key=lambda c: (at_largest.get(c.parameterization, math.inf), c.optimum.metric),
     )
-    if curve.optimum.x is None:
+    carried = carried_value(report, curve)
+    if carried is None:
         raise UserError(f"{path}: {curve.parameterization}: nothing to transfer: the base: {without_optimum(curve)}")
     judgement = judgements[curve.parameterization]
     study, train = report.study.file.study, report.study.file.train
@@ -77,7 +88,7 @@ def choose(report: Report, parameterization: str | None, force: bool) -> tuple[C
     interval = f", 90% interval {low} to {high}" if curve.optimum.interval and not curve.optimum.censored else ""
     facts = [
         f"Transferred from study {study.name} with {curve.parameterization}: {judgement.verdict} ({judgement.reason}).",
-        f"{study.hyperparameter} {study.show(curve.optimum.x)}{interval}"
+        f"{study.hyperparameter} {study.show(study.octaves(carried))}{interval}"
         + (f", censored on the {curve.optimum.censored} edge of the grid" if curve.optimum.censored else "")
         + f", from {curve.num_seeds} seed(s) at {curve.size}.",
         f"Horizon of the proxy: {train.samples} samples in batches of {train.global_batch_size} "
@@ -90,7 +101,7 @@ def choose(report: Report, parameterization: str | None, force: bool) -> tuple[C
         )
     if curve.num_seeds == 1:
         facts.append("One seed only: nothing is known of the noise between seeds.")
-    return curve, facts
+    return curve, carried, facts
 
 
 def kept(run: RunConfig) -> dict[str, Any]:
@@ -141,13 +152,12 @@ def scale(
     unless `force`, or the target is no valid run.
     """
     file: StudyFile = report.study.file
-    curve, facts = choose(report, parameterization, force)
+    curve, carried, facts = choose(report, parameterization, force)
     chosen = next(p for p in file.study.parameterizations if label(p) == curve.parameterization)
     plain = settings_of(file)
     config = {key: plain[key] for key in SECTIONS if key in plain}
     config["parameterization"] = {key: value for key, value in vars(chosen).items() if value is not None}
-    assert curve.optimum.x is not None
-    set_dotted(config, f"{file.study.hyperparameter}={file.study.value_at(curve.optimum.x)!r}")
+    set_dotted(config, f"{file.study.hyperparameter}={carried!r}")
     if named_cluster(changes):
         config.pop("launch", None)  # another place to run: the proxy's settings would win over its profile
     proxy = run_of(config, str(report.study.path))

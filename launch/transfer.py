@@ -31,6 +31,7 @@ from depthmup.launch.runs.cost import count_flops
 from depthmup.launch.runs.fits import check_fits
 from depthmup.launch.runs.grouping import group, make_packs
 from depthmup.launch.runs.pool import refuse_mixture
+from depthmup.launch.runs.rounds import AddedRound, AddedRun
 from depthmup.launch.runs.study import PlannedRun, Study
 from depthmup.launch.wording import duration
 from depthmup.train.lock import holder
@@ -315,12 +316,24 @@ def resubmit_lost(study: Study, snapshot: states.Snapshot) -> int:
     return len(launch(study, gone, by_itself=True).runs)
 
 
-def grow(study: Study) -> int:
-    """Adds values to every finished curve whose optimum is on the edge of its grid, and where there is none, a seed
-    where a verdict hangs on the noise; returns the number of new runs."""
+def grow(study: Study) -> tuple[int, str]:
+    """(number of new runs, why): the next round of an adaptive design; of a grid two values for every curve whose
+    optimum is on the edge of its grid, and where there is none, a seed where a verdict hangs on the noise."""
     from depthmup.launch.findings.verdict import seeds_wanted
     from depthmup.launch.report.collect import collect
 
-    analysis = collect(study).analysis
-    edges = {(c.parameterization, c.size): c.optimum.censored for c in analysis.curves if c.optimum.censored}
-    return study.grow(edges) or study.add_seeds(seeds_wanted(analysis))
+    report = collect(study)
+    if study.file.study.adaptive:
+        wanted = report.next_round
+        if not wanted.points:
+            return 0, wanted.reason
+        value_of = study.file.study.on_lattice
+        runs = [
+            AddedRun(parameterization=p.parameterization, **vars(p.size), value=value_of(p.x), seed=p.seed)
+            for p in wanted.points
+        ]
+        return study.add_round(AddedRound(reason=wanted.reason, runs=runs)), wanted.reason
+    edges = {(c.parameterization, c.size): c.optimum.censored for c in report.analysis.curves if c.optimum.censored}
+    if added := study.grow(edges):
+        return added, "the best is on the edge of the grid (study.extend)"
+    return study.add_seeds(seeds_wanted(report.analysis)), "noise decides (study.more_seeds)"

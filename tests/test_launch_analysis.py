@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from depthmup.launch.config import Size
-from depthmup.launch.findings.analysis import Comparison, Curve, Result, analyse_sizes, failed_runs
+from depthmup.launch.findings.analysis import Comparison, Curve, Result, analyse_sizes, carry_optimum, failed_runs
 
 BASE, DEEP, WIDE, LARGE = (Size(width=width, depth=depth) for width, depth in ((16, 3), (16, 27), (64, 3), (64, 27)))
 GRID = tuple(float(x) for x in range(-10, 1))
@@ -45,8 +45,9 @@ def failing(loss: Callable[[float, int], float], above: float, end: float = math
     return lambda x, seed: end if x > above else loss(x, seed)
 
 
-def compare(*groups: list[Result], carried: dict[str, float] | None = None) -> list[Comparison]:
-    return analyse_sizes([run for group in groups for run in group], BASE, chance=GUESS, carried=carried)[1]
+def compare(*groups: list[Result], carried: float | None = None) -> list[Comparison]:
+    carry = carry_optimum if carried is None else lambda base, curves: carried
+    return analyse_sizes([run for group in groups for run in group], BASE, chance=GUESS, carry=carry)[1]
 
 
 def curve(loss: Callable[[float, int], float]) -> Curve:
@@ -207,11 +208,11 @@ def test_a_regret_is_not_known_to_be_zero_where_the_best_of_few_noisy_seeds_lies
 
 def test_a_given_value_is_carried_instead_of_the_bases_optimum() -> None:
     groups = runs(BASE, valley(-4.0)), runs(DEEP, valley(-4.0))
-    deep = compare(*groups, carried={"p": -6.0})[1]
+    deep = compare(*groups, carried=-6.0)[1]
     assert deep.regret == pytest.approx(math.expm1(CURVATURE / 2 * 2**2), rel=0.2)
     assert deep.measured
     assert deep.at_base_optimum == deep.curve.mean[deep.curve.at(-6.0)]
-    assert not compare(*groups, carried={"p": -5.5})[1].measured
+    assert not compare(*groups, carried=-5.5)[1].measured
 
 
 def test_parameterizations_that_share_their_runs_get_equal_answers() -> None:

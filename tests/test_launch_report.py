@@ -32,7 +32,8 @@ MOVING = loss_of(lambda run: -6.0 - 0.01 * run.seed - (run.size.depth - 3 if run
 def make_study(study_file: Path, loss: Loss, name: str, share: float = 1.0, **settings: object) -> Path:
     """A study of 2 parameterizations, 2 depths, 9 rates and 2 seeds, the first `share` of whose runs are done."""
     raw = yaml.safe_load(study_file.read_text())
-    raw["study"] |= {"name": name, "seeds": [0, 1], "values": {"first": "2**-11", "last": "2**-3"}, **settings}
+    values = {"first": "2**-11", "last": "2**-3"}
+    raw["study"] |= {"name": name, "seeds": [0, 1], "design": "grid", "values": values, **settings}
     path = study_file.with_name(f"{name}.yaml")
     path.write_text(yaml.safe_dump(raw))
     study = Study(path, read_study(path))

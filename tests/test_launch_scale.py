@@ -235,9 +235,9 @@ def test_a_grid_grows_only_by_values_that_a_run_may_have(study_file: Path) -> No
     warmup = ("study.hyperparameter=schedule.warmup", "study.values=[0.1, 0.2, 0.4]", "study.extend=2")
     study = Study(study_file, read_study(study_file, warmup))
     finish(study, best=3)
-    assert grow(study) == 3 * 1  # 0.8; not 1.6
+    assert grow(study)[0] == 3 * 1  # 0.8; not 1.6
     finish(study, best=3)
-    assert grow(study) == 0
+    assert grow(study)[0] == 0
     assert max(run.value for run in Study(study_file, study.file).runs) == 0.8
 
 
@@ -246,18 +246,18 @@ def test_a_censored_curve_grows_on_its_side_twice_at_most(study_file: Path) -> N
     study = Study(study_file, file)
     finish(study, best=-12, moves="")
     for size in (6, 8):
-        assert grow(study) == 3 * 2  # two parameterizations, two depths; at the base they share their runs
+        assert grow(study)[0] == 3 * 2  # two parameterizations, two depths; at the base they share their runs
         finish(study, best=-12, moves="")
         curves = collect(study).analysis.curves
         assert {len(curve.x) for curve in curves} == {size}
-    assert grow(study) == 0
+    assert grow(study)[0] == 0
     assert min(run.value for run in Study(study_file, file).runs) == 2**-11  # a later command sees the values
 
 
 def test_an_optimum_inside_the_grid_adds_nothing(study_file: Path) -> None:
     study = Study(study_file, read_study(study_file, ("study.extend=2",)))
     finish(study, best=-5, moves="")
-    assert grow(study) == 0
+    assert grow(study)[0] == 0
 
 
 def test_another_study_in_the_same_folder_is_refused_by_the_key_that_differs(study_file: Path) -> None:
@@ -310,7 +310,7 @@ def test_seeds_are_added_where_the_verdict_hangs_on_them_and_a_later_command_see
     assert {judgement.verdict for judgement in analysis.judgements} == {"inconclusive"}
     wanted = seeds_wanted(analysis)
     assert {(name, size.depth) for name, size in wanted} == {("sp", 6), ("depth_mup", 6)}  # the base's value is fixed
-    assert grow(study) == sum(map(len, wanted.values())) > 0
+    assert grow(study)[0] == sum(map(len, wanted.values())) > 0
     assert {run.seed for run in Study(study_file, file).runs} == {0, 1}
     assert {run.size.depth for run in study.pending()} == {6}
 
@@ -320,17 +320,17 @@ def test_no_seed_is_added_where_that_is_switched_off_or_was_done_often_enough_or
 ) -> None:
     switched_off = Study(study_file, read_study(study_file, ("study.more_seeds=0",)))
     finish(switched_off, best=-5.5, noise=0.05)
-    assert grow(switched_off) == 0
+    assert grow(switched_off)[0] == 0
     study = Study(study_file, read_study(study_file, ("study.more_seeds=1",)))
-    assert grow(study) > 0
+    assert grow(study)[0] > 0
     finish(study, best=-5.5, noise=0.05)
     assert "inconclusive" in {judgement.verdict for judgement in collect(study).analysis.judgements}
-    assert grow(study) == 0
+    assert grow(study)[0] == 0
     two_seeds(study_file)
     settled = Study(study_file, read_study(study_file, ("study.more_seeds=1", "study.name=settled")))
     finish(settled, best=-5.5)
     assert [each.verdict for each in collect(settled).analysis.judgements] == ["does not transfer", "transfers"]
-    assert grow(settled) == 0
+    assert grow(settled)[0] == 0
 
 
 def test_a_grid_of_momentum_grows_towards_one_and_never_reaches_it(study_file: Path) -> None:

@@ -212,7 +212,8 @@ def test_cancel_and_retry_of_a_study_that_never_ran_leave_no_folder(study_file: 
 def test_the_main_path_goes_from_a_proxy_to_a_target_and_its_line_in_the_report(study_file: Path) -> None:
     target = study_file.parent / "large.yaml"
     target.write_text("model: {width: 16, depth: 6}\ntrain: {samples: 640}\n")
-    overrides = ("study.values={first: 2**-8, last: 2**-2}", "study.parameterizations=[depth_mup]", "study.seeds=2")
+    values = "study.values={first: 2**-8, last: 2**-2}"
+    overrides = (values, "study.design=grid", "study.parameterizations=[depth_mup]", "study.seeds=2")
     study = Study(study_file, read_study(study_file, overrides))
     finish(study, best=-4.8)  # runs as short as a test's have no optimum
     (study.runs[0].directory.path / "done.json").unlink()  # but one is left to train

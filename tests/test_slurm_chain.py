@@ -21,7 +21,7 @@ def test_the_path_goes_on_to_the_target_after_the_user_has_logged_out_or_stops_w
 ) -> None:
     content = yaml.safe_load(study_file.read_text())
     values = {"first": "2**-8", "last": "2**-1"}
-    content["study"] |= {"parameterizations": ["depth_mup"], "values": values, "seeds": [0, 1]}
+    content["study"] |= {"parameterizations": ["depth_mup"], "values": values, "design": "grid", "seeds": [0, 1]}
     content["launch"] = {"cluster": "slurm", "gpus_per_node": 1, "runs_per_job": 4, "runs_per_gpu": 2}
     study_file.write_text(yaml.safe_dump(content))
     study = Study(study_file, read_study(study_file))

@@ -5,7 +5,7 @@ the one model of launch.curve_model.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -52,6 +52,7 @@ class Curve:
     size: Size
     values: np.ndarray
     x: np.ndarray
+    seeds: tuple[int, ...]
     metric: np.ndarray  # (seeds, values): infinite where a run diverged, NaN where there is none
     failed: np.ndarray  # (seeds, values): diverged, learned nothing, or broke down
     learns: bool  # whether the best value beats chance by more than noise
@@ -98,6 +99,7 @@ class Comparison:
     regret: float  # NaN where there is none to carry, infinite where runs fail
     regret_interval: tuple[float, float] | None
     regret_bound: float  # the regret is below this with a probability of (1 + CONFIDENCE) / 2
+    carried: float | None = None  # octaves of the value that is carried over
 
 
 # ---------------------------------------------------------------- curves
@@ -179,7 +181,9 @@ def make_curves(results: Sequence[Result], octaves: Callable[[float], float], ch
     """One curve per (parameterization, size), in order of appearance. Curves of the same runs are fitted once."""
     grouped: dict[tuple[str, Size], dict[tuple[int, float], float]] = {}
     for result in results:
-        grouped.setdefault((result.parameterization, result.size), {})[result.seed, result.value] = result.metric
+        grouped.setdefault((result.parameterization, result.size), {})[result.seed, result.value] = (
+            math.inf if math.isnan(result.metric) else result.metric  # a loss that is no number: diverged
+        )
     made = []
     for name, metrics in grouped.items():
         seeds = sorted({seed for seed, _ in metrics})
@@ -188,14 +192,18 @@ def make_curves(results: Sequence[Result], octaves: Callable[[float], float], ch
         metric = np.array([[metrics.get((seed, value), math.nan) for value in values] for seed in seeds])
         failed = failed_runs(metric, chance)
         usable = np.where(failed, math.inf, metric)
-        made.append((name, values, x, metric, failed, usable, beats_chance(usable, chance)))
-    distinct = {(size, x.tobytes(), usable.tobytes()): (x, np.log(usable)) for (_, size), _, x, _, _, usable, _ in made}
+        made.append((name, values, x, tuple(seeds), metric, failed, usable, beats_chance(usable, chance)))
+    distinct = {
+        (size, x.tobytes(), usable.tobytes()): (x, np.log(usable)) for (_, size), _, x, _, _, _, usable, _ in made
+    }
     posteriors = dict(zip(distinct, fit(list(distinct.values())), strict=True))
     found = []
-    for (parameterization, size), values, x, metric, failed, usable, learns in made:
+    for (parameterization, size), values, x, names, metric, failed, usable, learns in made:
         posterior = posteriors[size, x.tobytes(), usable.tobytes()] if learns else None
         optimum = find_optimum(x, usable, learns, posterior)
-        found.append(Curve(parameterization, size, values, x, metric, failed, learns, chance, posterior, optimum))
+        found.append(
+            Curve(parameterization, size, values, x, names, metric, failed, learns, chance, posterior, optimum)
+        )
     return found
 
 
@@ -243,12 +251,14 @@ def compare(base: Curve, curve: Curve, carried: float | None) -> Comparison:
     nearest = curve.at(carried)
     measured = bool(abs(curve.x[nearest] - carried) < 1e-6)
     if not np.isfinite(curve.mean[nearest]):
-        return Comparison(curve, drift, interval, math.inf, measured, math.inf, None, math.inf)
+        return Comparison(curve, drift, interval, math.inf, measured, math.inf, None, math.inf, carried)
     lowest = curve.optimum.metric
     at_nearest = float(curve.mean[nearest])
     regrets = log_regrets(curve, carried)
     if regrets is None:
-        return Comparison(curve, drift, interval, at_nearest, measured, at_nearest / lowest - 1, None, math.inf)
+        return Comparison(
+            curve, drift, interval, at_nearest, measured, at_nearest / lowest - 1, None, math.inf, carried
+        )
     assert curve.posterior is not None
     low, high = regret_interval(curve.posterior.optima, regrets, carried)
     regret = math.expm1(float(np.median(regrets)))
@@ -262,7 +272,16 @@ def compare(base: Curve, curve: Curve, carried: float | None) -> Comparison:
         regret,
         (math.expm1(low), math.expm1(high)),
         math.expm1(float(np.quantile(regrets, (1 + CONFIDENCE) / 2))),
+        carried,
     )
+
+
+Carry = Callable[[Curve, Sequence[Curve]], float | None]  # (the base's, those of all sizes) -> octaves
+
+
+def carry_optimum(base: Curve, curves: Sequence[Curve]) -> float | None:
+    """The base's optimum, which may lie between the values that were run."""
+    return base.optimum.x
 
 
 def analyse_sizes(
@@ -270,16 +289,15 @@ def analyse_sizes(
     base_size: Size,
     octaves: Callable[[float], float] = math.log2,
     chance: float = math.inf,
-    carried: Mapping[str, float] | None = None,
+    carry: Carry = carry_optimum,
 ) -> tuple[list[Curve], list[Comparison]]:
     """All curves, and of every parameterization with results at the base size the comparison of each size with it,
-    the base itself first. `chance`: the loss of a guess. `carried`: values that are carried over, in octaves by
-    parameterization, where that is not the base's optimum."""
+    the base itself first. `chance`: the loss of a guess. `carry` says which value is carried over."""
     curves = make_curves(results, octaves, chance)
     comparisons = []
     for base in (curve for curve in curves if curve.size == base_size):
-        x = (carried or {}).get(base.parameterization, base.optimum.x)
         own = [curve for curve in curves if curve.parameterization == base.parameterization]
         own.sort(key=lambda curve: curve.size != base_size)
+        x = carry(base, own)
         comparisons += [compare(base, curve, x) for curve in own]
     return curves, comparisons

@@ -14,7 +14,6 @@ docs/verdict.md says the model in one page, and what simulation says of its inte
 """
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -57,13 +56,14 @@ def value_effects(x: np.ndarray, y: np.ndarray) -> ValueEffects:
     rows = np.arange(len(seeds))
     design[rows, values] = design[rows, len(x) + seeds] = 1.0
     design[-1, len(x) :] = 1.0  # the seeds' offsets add up to 0: a row that carries no noise
-    observed = np.append(y[seeds, values], 0.0)
+    middle = y[seeds, values].mean()  # so that seeds without a value in common differ by their means, and no more
+    observed = np.append(y[seeds, values] - middle, 0.0)
     solution = np.linalg.pinv(design)
     effects = solution @ observed
     residual = float(((observed - design @ effects) ** 2).sum())
     of_runs = solution[: len(x), :-1]
     freedom = len(observed) - int(np.linalg.matrix_rank(design))
-    return ValueEffects(x, effects[: len(x)], of_runs @ of_runs.T, residual, freedom)
+    return ValueEffects(x, effects[: len(x)] + middle, of_runs @ of_runs.T, residual, freedom)
 
 
 def integrated_noise(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -247,13 +247,14 @@ class Posterior:
 def level(y: np.ndarray) -> np.ndarray:
     """Mean over seeds, (values,): infinite where any seed failed, NaN where no seed ran.
 
-    Seeds may have run at other values: their offsets, known from the values that all ran, are taken off.
+    Seeds may have run at other values: their offsets, by least squares, are taken off.
     """
-    shared = y[:, np.isfinite(y).all(axis=0)]
-    offset = shared.mean(axis=1, keepdims=True) - shared.mean() if shared.size else 0.0
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a value without a run is meant to become NaN
-        return np.asarray(np.nanmean(y - offset, axis=0))
+    failed, ran = np.isinf(y).any(axis=0), ~np.isnan(y).all(axis=0)
+    mean = np.where(failed, math.inf, math.nan)
+    kept = np.flatnonzero(ran & ~failed)
+    if len(kept):
+        mean[kept] = value_effects(kept, y[:, kept]).mean
+    return mean
 
 
 def fitted_values(x: np.ndarray, mean: np.ndarray) -> np.ndarray:

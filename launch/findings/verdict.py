@@ -4,12 +4,12 @@ The regret at the carried value decides, with its interval; octaves explain. doc
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from depthmup.launch.config import Size
-from depthmup.launch.findings.analysis import Comparison, Curve, Result, analyse_sizes
+from depthmup.launch.findings.analysis import Carry, Comparison, Curve, Result, analyse_sizes, carry_optimum
 from depthmup.launch.findings.curve_model import CONFIDENCE
 from depthmup.launch.wording import show_drift, show_interval, show_share, show_shares
 
@@ -167,11 +167,11 @@ def analyse(
     limits: Limits = Limits(),
     octaves: Callable[[float], float] = math.log2,
     chance: float = math.inf,
-    carried: Mapping[str, float] | None = None,
+    carry: Carry = carry_optimum,
 ) -> Analysis:
     """Analyses all results; a parameterization without results at the base size is left out. Arguments as those of
     `analyse_sizes`."""
-    curves, comparisons = analyse_sizes(results, base_size, octaves, chance, carried)
+    curves, comparisons = analyse_sizes(results, base_size, octaves, chance, carry)
     judgements = []
     for base in (comparison.curve for comparison in comparisons if comparison.curve.size == base_size):
         own = [c for c in comparisons if c.curve.parameterization == base.parameterization and c.curve is not base]

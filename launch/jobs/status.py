@@ -136,6 +136,8 @@ def parts_of(snapshot: Snapshot, study: Study, everything: bool) -> list[Table |
     if snapshot.of("held"):
         parts.append(Text(how_to_go_on(study)))
     parts += [Text(line) for line in going_on(snapshot)]
+    if study.file.study.adaptive:
+        parts.append(Text(f"round {len(study.rounds())}: {study.rounds()[-1].reason}"))
     if snapshot.slurm_error:
         parts.append(Text(f"Slurm does not answer: {snapshot.slurm_error}"))
     parts.append(Text(", ".join(f"{count} {name}" for name, count in snapshot.counts().items())))

@@ -8,14 +8,16 @@ from typing import Any
 
 from depthmup.data.errors import UserError
 from depthmup.launch.config import Size, read_study_or_run
-from depthmup.launch.findings.analysis import Result
+from depthmup.launch.findings.analysis import Carry, Result, carry_optimum
+from depthmup.launch.findings.design import Round, carry_run, next_round
 from depthmup.launch.findings.direct import Direct, compare_with_direct
 from depthmup.launch.findings.forecast import Forecast, forecasts
 from depthmup.launch.findings.verdict import Analysis, Judgement, Limits, analyse, describe_rule
 from depthmup.launch.runs.cost import count_flops
+from depthmup.launch.runs.design import design_of
 from depthmup.launch.runs.pool import mixtures, refuse_mixture
 from depthmup.launch.runs.study import PlannedRun, Study
-from depthmup.launch.wording import quantity
+from depthmup.launch.wording import count, quantity
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,28 @@ class Report:
         """By parameterization, the verdict on study.seeds alone where seeds were added: they are added until a verdict
         is settled, which makes one that is just so look surer than it is."""
         seeds = self.study.file.study.seeds
+        if self.study.file.study.adaptive:
+            return {}  # its error rates are known with its rounds
         grown = {result.parameterization for result in self.results if result.seed not in seeds}
         found = analyse_results(self.study, [result for result in self.results if result.seed in seeds])
         return {each.parameterization: each for each in found.judgements if each.parameterization in grown}
+
+    @cached_property
+    def next_round(self) -> Round:
+        """Of an adaptive design: what it asks for after these runs, or why it has ended."""
+        return next_round(design_of(self.study), self.results)
+
+    @property
+    def rounds(self) -> str:
+        """Of an adaptive design: how many there were, and what comes next; '' for a grid."""
+        if not self.study.file.study.adaptive:
+            return ""
+        budget = design_of(self.study).budget
+        spent = f"{count(len(self.study.rounds()), 'round')}, {self.total_flops / budget:.0%} of the budget"
+        if self.unfinished:
+            return f"Adaptive design: {spent}; the last round is not finished."
+        then = "next" if self.next_round.points else "ended"
+        return f"Adaptive design: {spent}; {then}: {self.next_round.reason}."
 
     @cached_property
     def forecasts(self) -> list[Forecast]:
@@ -130,7 +151,10 @@ def limits(study: Study) -> Limits:
 
 def analyse_results(study: Study, results: Sequence[Result]) -> Analysis:
     settings, chance = study.file.study, math.log(study.file.model.num_classes)
-    return analyse(results, settings.sizes[0], limits(study), settings.octaves, chance)
+    carry: Carry = carry_optimum
+    if settings.adaptive:
+        carry = carry_run(min(settings.octaves(end) for end in (settings.grid[0], settings.grid[-1])), limits(study))
+    return analyse(results, settings.sizes[0], limits(study), settings.octaves, chance, carry)
 
 
 def collect(study: Study) -> Report:

@@ -56,6 +56,7 @@ def markdown(report: Report) -> str:
         lines += [f"  {planned_sentence(seeds, planned.verdict)}"] if planned else []
     lines += [f"- {direct}." for direct in report.direct]
     lines += [f"- {sentence}." for sentence in expected_drifts(report.study.file)]
+    lines += ["", report.rounds] if report.rounds else []
     lines += ["", f"Rule: {report.rule}", "", "![curves](curves.png)", "", *markdown_table(rows(report))]
     if report.forecasts:
         lines += ["", *markdown_table([forecast_row(f) for f in report.forecasts]), "", calibration(report.forecasts)]
@@ -98,6 +99,7 @@ def write_report(report: Report) -> None:
             report=report,
             study=report.study.file.study,
             rows=table,
+            rounds=report.study.rounds() if report.study.file.study.adaptive else [],
             forecasts=[forecast_row(forecast) for forecast in report.forecasts],
             calibration=calibration(report.forecasts),
             runs=run_rows(report),

@@ -121,6 +121,8 @@ def print_report(report: Report, console: Console) -> None:
         say(console, Text.assemble(f"{judgement.parameterization}: ", verdict, f" ({judgement.reason})"))
         if planned := report.planned.get(judgement.parameterization):
             say(console, f"  {planned_sentence(report.study.file.study.seeds, planned.verdict)}")
+    if report.rounds:
+        say(console, report.rounds)
     say(console, f"Rule: {report.rule}", style="dim")
     for direct in report.direct:
         say(console, f"{direct}.")

@@ -68,7 +68,9 @@ def stream_misfit(data: DataConfig, global_batch_size: int, processes: int) -> s
 def check_fits(study: Study) -> None:
     """Raises UserError, with every mend, when runs cannot run where they are to run."""
     config = study.file.launch
-    found = list(dict.fromkeys(words for run in study.runs for words in misfits(run.config, config)))
+    found = list(
+        dict.fromkeys(words for run in (*study.runs, *study.examples) for words in misfits(run.config, config))
+    )
     if found:
         count = processes_of(config)
         raise UserError(f"{study.path}, {count} process{'es' if count > 1 else ''} a run: {'; '.join(found)}")

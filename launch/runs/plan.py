@@ -5,6 +5,7 @@ from rich.table import Table
 
 from depthmup.launch.findings.theory import expected_drifts
 from depthmup.launch.runs.cost import count_flops
+from depthmup.launch.runs.design import design_of
 from depthmup.launch.runs.fits import check_fits
 from depthmup.launch.runs.grouping import group, make_packs, slot_gpus
 from depthmup.launch.runs.study import Study
@@ -36,6 +37,19 @@ def describe_jobs(study: Study) -> list[str]:
     if gpus and largest > 1 and study.file.train.pack is None:
         lines.append("the packs are assumed: how many fit, a job finds on its own GPU")
     return lines
+
+
+def describe_design(study: Study, console: Console) -> None:
+    """What the rounds of an adaptive design are expected to cost, and what they cost at most."""
+    from depthmup.launch.findings.design import expected_cost
+
+    design = design_of(study)
+    cost, rounds = expected_cost(design)
+    least = f"about {quantity(cost)}FLOPs in {rounds} rounds where nothing drifts and runs differ by 1 %"
+    console.print(
+        f"adaptive: these runs are the {count(len(study.rounds()), 'round')} so far. All rounds:", highlight=False
+    )
+    console.print(f"{least},\nat most {quantity(design.budget)}FLOPs (study.budget)", highlight=False)
 
 
 def print_plan(study: Study, console: Console) -> None:
@@ -86,6 +100,9 @@ def print_plan(study: Study, console: Console) -> None:
         console.print(f"about {estimate:.2g} hours of training in all, as the runs that are done took", highlight=False)
     if shared := len(study.points) - len(runs):
         console.print(f"{shared} more points need no run: there the parameterizations are the same", highlight=False)
+    if study.file.study.adaptive:
+        describe_design(study, console)
+        return
     if study.file.study.extend:
         rounds = study.file.study.extend
         console.print(f"and 2 values more, up to {rounds} times, where the best is on the edge (study.extend)")

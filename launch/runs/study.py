@@ -3,7 +3,7 @@
 import glob
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, product
@@ -16,6 +16,7 @@ from depthmup.data.errors import UserError
 from depthmup.data.storage import is_remote, write_atomically
 from depthmup.launch.config import CONFIGURATION_FOLDER, Size, StudyFile, configuration_folders, label, settings_of
 from depthmup.launch.paths import command
+from depthmup.launch.runs.rounds import AddedRound, coarse_round, read_added_rounds, write_added_rounds
 from depthmup.models.config import ParameterizationConfig, scale_of
 from depthmup.train.config import (
     RunConfig,
@@ -143,23 +144,62 @@ class Study:
 
     def _grid(self) -> Iterator[PlannedRun]:
         """Every size and every value is checked once, not every pair of them: a plan of thousands is quick."""
-        study, runs = self.file.study, self.file.directory / "runs"
-        added, seeds, any_shards = self.added_values(), self.added_seeds(), "shards" in study.pool_different
+        study, runs, any_shards = (
+            self.file.study,
+            self.file.directory / "runs",
+            "shards" in self.file.study.pool_different,
+        )
+        planned = self._planned()
         checked: dict[float, Any] = {}
         for parameterization, size in product(study.parameterizations, study.sizes):
             name = label(parameterization)
-            values = sorted({*study.grid, *added.get((name, size), ())})
-            config = self._checked(self._first_alike[name, size], size, values[0])
+            points = sorted(planned.get((name, size), ()))
+            values = sorted({value for value, _ in points})
+            config = self._checked(self._first_alike[name, size], size, values[0] if values else study.grid[0])
             for value in values:
                 if value not in checked:
                     valid: Any = self._checked(parameterization, size, value)
                     for part in study.hyperparameter.split("."):
                         valid = getattr(valid, part)
                     checked[value] = valid
-            points = {*product(values, study.seeds), *seeds.get((name, size), ())}
-            for value, seed in sorted(points):
+            for value, seed in points:
                 one = replace(with_value(config, study.hyperparameter, checked[value]), seed=seed)
                 yield PlannedRun(name, size, value, seed, one, RunDirectory(runs / run_hash(one)), any_shards)
+
+    def _planned(self) -> dict[tuple[str, Size], set[tuple[float, int]]]:
+        """(value, seed) of every point, per (parameterization, size)."""
+        study = self.file.study
+        found: dict[tuple[str, Size], set[tuple[float, int]]] = {}
+        if study.adaptive:
+            for run in chain.from_iterable(each.runs for each in self.rounds()):
+                found.setdefault(run.curve, set()).add((run.value, run.seed))
+            return {curve: set(points) for curve, points in self._shared(found).items()}
+        added, seeds = self.added_values(), self.added_seeds()
+        for parameterization, size in product(study.parameterizations, study.sizes):
+            curve = label(parameterization), size
+            values = {*study.grid, *added.get(curve, ())}
+            found[curve] = {*product(values, study.seeds), *seeds.get(curve, ())}
+        return found
+
+    @property
+    def owners(self) -> dict[tuple[str, Size], str]:
+        """Per (label, size) the label of the parameterization whose runs its runs are."""
+        return {curve: label(first) for curve, first in self._first_alike.items()}
+
+    @cached_property
+    def examples(self) -> list[PlannedRun]:
+        """A run of each size, whether the study has asked for one yet or not."""
+        study, found = self.file.study, []
+        for size in study.sizes:
+            name, value, seed = label(study.parameterizations[0]), study.grid[0], study.seeds[0]
+            config = replace(self._checked(self._first_alike[name, size], size, value), seed=seed)
+            directory = RunDirectory(self.file.directory / "runs" / run_hash(config))
+            found.append(PlannedRun(name, size, value, seed, config, directory))
+        return found
+
+    def may_have(self, size: Size, octaves: float) -> bool:
+        """Whether a run of an adaptive design may have the value there."""
+        return self._is_valid(label(self.file.study.parameterizations[0]), size, self.file.study.on_lattice(octaves))
 
     @cached_property
     def _first_alike(self) -> dict[tuple[str, Size], ParameterizationConfig]:
@@ -172,7 +212,7 @@ class Study:
                 found[label(parameterization), size] = next(first for first, other in made if other == own)
         return found
 
-    def _shared(self, added: Mapping[tuple[str, Size], Sequence[Added]]) -> dict[tuple[str, Size], list[Added]]:
+    def _shared(self, added: Mapping[tuple[str, Size], Collection[Added]]) -> dict[tuple[str, Size], list[Added]]:
         """`added` to a curve, for all curves of the same runs: what one of them knows counts for each."""
         pooled: dict[tuple[str, Size], list[Added]] = {}
         for (name, size), first in self._first_alike.items():
@@ -245,6 +285,26 @@ class Study:
         nearest = next(path for path in (root, *root.parents) if path.exists())
         if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
             raise UserError(f"{root}: {nearest} is not writable; set study.directory to a folder that is")
+
+    # ------------------------------------------------------------ rounds of an adaptive design
+
+    @property
+    def _rounds_file(self) -> Path:
+        return self.file.directory / "rounds.json"
+
+    def rounds(self) -> list[AddedRound]:
+        """All rounds so far, the first included."""
+        study = self.file.study
+        names = [label(each) for each in study.parameterizations]
+        coarse = coarse_round(names, study.sizes[0], study.coarse, study.seeds[0])
+        return read_added_rounds(self._rounds_file) or [coarse]
+
+    def add_round(self, added: AddedRound) -> int:
+        """Returns how many runs it makes. Durable: every later command sees them."""
+        before = len(self.runs)
+        write_added_rounds(self._rounds_file, [*self.rounds(), added])
+        del self.points, self.runs
+        return len(self.runs) - before
 
     # ------------------------------------------------------------ growing the grid
 

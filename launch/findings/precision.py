@@ -1,0 +1,126 @@
+"""What more runs would tell of a curve's slope at one value: the variance of the model of launch.findings.curve_model,
+with its noise and its curvature taken as known. It depends on where runs are, and not on what they find.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+from depthmup.launch.findings.analysis import LEAST_NOISE, Curve
+from depthmup.launch.findings.curve_model import (
+    MEAN_SKEW_DEVIATION,
+    QUARTIC_DEVIATION,
+    ROUGHNESS,
+    SKEW_DEVIATION,
+    fitted_values,
+    integrated_noise,
+    value_effects,
+)
+from depthmup.launch.findings.verdict import SURE, Limits
+
+Run = tuple[float, int]  # octaves, seed
+STEP = 0.25  # octaves: a slope is the difference of the curve over two of them
+SURENESS = NormalDist().inv_cdf(SURE)
+
+
+def noise_of(curves: Sequence[Curve]) -> float:
+    """Standard deviation of a run's log loss about its curve, seeds' offsets taken off, pooled over `curves`."""
+    square, freedom = 0.0, 0
+    for curve in curves:
+        mean = np.log(curve.mean)
+        if np.isfinite(mean).any():
+            kept = fitted_values(curve.x, mean)
+            effects = value_effects(curve.x[kept], np.log(curve.usable[:, kept]))
+            square, freedom = square + effects.residual, freedom + effects.freedom
+    return max(math.sqrt(square / freedom), LEAST_NOISE) if freedom else 0.02
+
+
+def curvature_of(curve: Curve, x: float) -> float:
+    """Of the log loss per squared octave about x: the median of the model's draws, over as wide a piece as there is."""
+    assert curve.posterior is not None
+    grid = curve.posterior.grid
+    half = min(1.0, (grid[-1] - grid[0]) / 2)
+    centre = min(max(x, grid[0] + half), grid[-1] - half)
+    left, middle, right = (curve.posterior.at(centre + side * half) for side in (-1, 0, 1))
+    return max(float(np.median(left - 2 * middle + right)) / half**2, 1e-4)
+
+
+def slope_variance(runs: Sequence[Run], x: float, noise: float, curvature: float) -> float:
+    """Of the slope at x, by universal kriging: quadratic and seeds' offsets free. Infinite where runs
+    cannot tell it."""
+    octaves, seeds = np.array([run[0] for run in runs]), np.array([run[1] for run in runs])
+    names = np.unique(seeds)
+    points = np.concatenate([octaves, [x - STEP, x + STEP]]) - x
+    contrast = np.array([-1.0, 1.0]) / (2 * STEP)
+    cubic, quartic = points**3 / 6, QUARTIC_DEVIATION * points**4 / 24
+    skew = MEAN_SKEW_DEVIATION**2 / 4 + np.mean(SKEW_DEVIATION**2)  # the common part is half known
+    rough = ROUGHNESS[1] ** 2 * integrated_noise(points - points.min(), points - points.min())
+    prior = curvature**2 * (skew * np.outer(cubic, cubic) + np.outer(quartic, quartic) + rough)
+    count = len(runs)
+    weight = np.linalg.inv(prior[:count, :count] + noise**2 * np.eye(count))
+    free = np.column_stack([seeds[:, None] == names, points[:count], points[:count] ** 2])
+    information = free.T @ weight @ free
+    if np.linalg.matrix_rank(free) < free.shape[1]:
+        return math.inf
+    shared = prior[:count, count:] @ contrast
+    wanted = np.zeros(free.shape[1])
+    wanted[-2:] = contrast @ np.column_stack([points[count:], points[count:] ** 2])
+    left = wanted - free.T @ weight @ shared
+    own = contrast @ prior[count:, count:] @ contrast - shared @ weight @ shared
+    return float(own + left @ np.linalg.solve(information, left))
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What is known of a curve about one value, and what would be enough."""
+
+    runs: tuple[Run, ...]
+    x: float
+    noise: float
+    curvature: float
+    distance: float  # octaves: the optimum less x
+    deviation: float  # of the distance
+
+    def after(self, runs: Sequence[Run]) -> float:
+        """The distance's deviation with `runs` in place of the present ones."""
+        return min(math.sqrt(slope_variance(runs, self.x, self.noise, self.curvature)) / self.curvature, self.deviation)
+
+    def settles(self, deviation: float, limits: Limits) -> float:
+        """Probability that the regret is known well enough once the distance's deviation has come down to this: the
+        distance that is then found scatters by what was learned."""
+        spread = math.sqrt(max(self.deviation**2 - deviation**2, 0.0))
+        found = np.abs(self.distance + spread * NormalDist().inv_cdf(0.999) * QUANTILES)
+        high = self.curvature / 2 * (found + SURENESS * deviation) ** 2
+        low = self.curvature / 2 * np.maximum(found - SURENESS * deviation, 0.0) ** 2
+        transfer, cost = math.log1p(limits.transfer), math.log1p(limits.cost)
+        settled = (high <= transfer) | (low > cost) | ((low > transfer) & (high <= cost))
+        return float(WEIGHTS @ settled)
+
+
+QUANTILES = np.linspace(-1, 1, 201)
+WEIGHTS = np.exp(-((NormalDist().inv_cdf(0.999) * QUANTILES) ** 2) / 2)
+WEIGHTS /= WEIGHTS.sum()
+
+
+def moves(runs: Sequence[Run], x: float, values: Sequence[float], seeds: Sequence[int], fresh: int) -> list[list[Run]]:
+    """Ways to go on: the seed `fresh` at two values about x that there are, the furthest two, the next two, ...; or one
+    of `values` with `seeds`. A seed's offset is known only from values that other seeds ran."""
+    there = sorted({value for value, _ in runs if abs(value - x) <= max(abs(v - x) for v in values)})
+    pairs = [(low, high) for low, high in zip(there, reversed(there), strict=True) if low < high]
+    found = [[(value, fresh) for value in pair] for pair in pairs]
+    for value in values:
+        found.append([(value, seed) for seed in seeds if (value, seed) not in runs])
+    return [move for move in found if move]
+
+
+def best_move(aim: Aim, runs: Sequence[Run], options: Sequence[list[Run]]) -> list[Run]:
+    """The one that lessens the variance most per run."""
+    before = slope_variance(runs, aim.x, aim.noise, aim.curvature)
+
+    def gain(move: list[Run]) -> float:
+        return (before - slope_variance([*runs, *move], aim.x, aim.noise, aim.curvature)) / len(move)
+
+    return max(options, key=gain)

@@ -1,0 +1,33 @@
+"""What a study with a sequential design fixes beforehand."""
+
+import math
+from functools import partial
+
+from depthmup.launch.config import label
+from depthmup.launch.findings.design import Design
+from depthmup.launch.findings.verdict import Limits
+from depthmup.launch.runs.cost import count_flops
+from depthmup.launch.runs.study import Study
+
+
+def design_of(study: Study) -> Design:
+    """What the study fixes beforehand; counts FLOPs. The budget is `study.budget` of what its grid would cost."""
+    settings, file = study.file.study, study.file
+    flops = {size: float(each) for size, (_, each) in count_flops(study.examples).items()}
+    curves = {(owner, size) for (_, size), owner in study.owners.items()}  # each of its own runs
+    grid = sum(flops[size] for _, size in curves) * len(settings.grid) * len(settings.seeds)
+    ends = settings.octaves(settings.grid[0]), settings.octaves(settings.grid[-1])
+    return Design(
+        parameterizations=tuple(map(label, settings.parameterizations)),
+        sizes=settings.sizes,
+        flops=flops,
+        low=min(ends),
+        high=max(ends),
+        seeds=settings.seeds,
+        budget=settings.budget * grid,
+        limits=Limits(settings.regret_limit, settings.cost_limit),
+        octaves=settings.octaves,
+        chance=math.log(file.model.num_classes),
+        alike=study.owners,
+        is_valid=partial(study.may_have, settings.sizes[0]),
+    )

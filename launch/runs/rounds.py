@@ -1,0 +1,63 @@
+"""The rounds of a study whose design is sequential, kept in its folder as rounds.json."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from depthmup.data.storage import write_atomically
+from depthmup.launch.config import Size
+from depthmup.train.config import adapter
+from depthmup.train.rundir import unreadable
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddedRun:
+    """A point that a round asks for."""
+
+    parameterization: str  # its label
+    width: int
+    depth: int
+    value: float
+    seed: int
+
+    @property
+    def curve(self) -> tuple[str, Size]:
+        return self.parameterization, Size(width=self.width, depth=self.depth)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddedRound:
+    """Runs that were asked for together, and why."""
+
+    reason: str
+    runs: list[AddedRun]
+
+
+def read_added_rounds(file: Path) -> list[AddedRound]:
+    """Empty before the second round: the first follows from the configuration. Raises UserError for a file of another
+    shape."""
+    try:
+        found: list[AddedRound] = adapter(list[AddedRound]).validate_json(file.read_bytes())
+    except FileNotFoundError:
+        return []
+    except ValidationError:
+        raise unreadable(file) from None
+    return found
+
+
+def write_added_rounds(file: Path, rounds: Sequence[AddedRound]) -> None:
+    plain = [{"reason": each.reason, "runs": [vars(run) for run in each.runs]} for each in rounds]
+    write_atomically(file, json.dumps(plain, indent=1).encode())
+
+
+def coarse_round(parameterizations: Sequence[str], base: Size, values: Sequence[float], seed: int) -> AddedRound:
+    """The coarse pass at the base."""
+    runs = [
+        AddedRun(parameterization=name, **vars(base), value=value, seed=seed)
+        for name in parameterizations
+        for value in values
+    ]
+    return AddedRound(reason="a coarse pass at the base", runs=runs)

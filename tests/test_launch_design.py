@@ -1,0 +1,282 @@
+"""The sequential design: which runs a study asks for next, and when it has ended. Simulated studies and a real one."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from depthmup.data.errors import UserError
+from depthmup.launch.chain import transfer
+from depthmup.launch.config import Size, read_study
+from depthmup.launch.findings.analysis import Result
+from depthmup.launch.findings.design import Design, Point, Round, expected_cost, next_round
+from depthmup.launch.findings.verdict import Limits
+from depthmup.launch.report.collect import collect
+from depthmup.launch.runs.design import design_of
+from depthmup.launch.runs.study import Study
+from depthmup.launch.scale import scale
+
+SIZES = tuple(Size(width=16, depth=depth) for depth in (3, 6, 12))
+FLOPS = {size: float(size.depth) for size in SIZES}
+GUESS = math.log(10)
+GRID_COST = 9 * 3 * sum(FLOPS.values())
+DESIGN = Design(("p",), SIZES, FLOPS, -9.0, -1.0, (0, 1, 2), GRID_COST, Limits(), GUESS)
+Loss = Callable[[Size, float, int], float]
+
+
+def valley(*optima: float, noise: float = 0.005, curvature: float = 0.05) -> Loss:
+    """Log loss: a parabola about each size's optimum. The noise of a run depends on the run alone."""
+
+    def loss(size: Size, x: float, seed: int) -> float:
+        error = np.random.default_rng([size.depth, round(1000 * (x + 20)), seed]).standard_normal()
+        distance = x - optima[SIZES.index(size)]
+        return min(0.8 * math.exp(curvature / 2 * distance**2 + noise * error), GUESS)
+
+    return loss
+
+
+def train(wanted: Round, loss: Loss) -> list[Result]:
+    return [Result(p.parameterization, p.size, 2.0**p.x, p.seed, loss(p.size, p.x, p.seed)) for p in wanted.points]
+
+
+def walk(loss: Loss, design: Design = DESIGN) -> tuple[list[Round], list[Result]]:
+    """All rounds, the last of them empty, and all results."""
+    rounds, results = [], list[Result]()
+    while not rounds or rounds[-1].points:
+        assert len(rounds) < 40
+        rounds.append(next_round(design, results))
+        results += train(rounds[-1], loss)
+    return rounds, results
+
+
+def verdict(results: list[Result], design: Design = DESIGN) -> str:
+    return design.analyse(results).judgements[0].verdict
+
+
+def points(rounds: list[Round]) -> list[Point]:
+    return [point for each in rounds for point in each.points]
+
+
+def cost(results: list[Result]) -> float:
+    return sum(FLOPS[result.size] for result in results)
+
+
+STAYS, MOVES = valley(-4.0, -4.1, -4.1), valley(-4.0, -5.5, -7.0)
+CLIFF: Loss = lambda size, x, seed: math.inf if x > -3.6 else STAYS(size, x, seed)  # noqa: E731
+FAILS_DEEP: Loss = lambda size, x, seed: math.inf if size != SIZES[0] and x > -6 else STAYS(size, x, seed)  # noqa: E731
+NOISY = valley(-4.0, -4.2, -4.3, noise=0.02)
+STUDIES = {"stays": STAYS, "moves": MOVES, "cliff": CLIFF, "fails": FAILS_DEEP, "noisy": NOISY}
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_no_run_is_asked_for_twice_and_none_costs_more_than_the_budget(name: str) -> None:
+    for budget in (GRID_COST, 40.0):
+        rounds, results = walk(STUDIES[name], replace(DESIGN, budget=budget))
+        asked = points(rounds)
+        assert len(set(asked)) == len(asked)
+        assert cost(results) <= budget
+        assert all(each.reason for each in rounds)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_value_at_which_runs_fail_is_never_tried_again(name: str) -> None:
+    bad: set[tuple[Size, float]] = set()
+    for wanted in walk(STUDIES[name])[0]:
+        assert not bad & {(point.size, point.x) for point in wanted.points}
+        bad |= {(p.size, p.x) for p in wanted.points if math.isinf(STUDIES[name](p.size, p.x, p.seed))}
+
+
+def test_what_stays_put_transfers_for_less_than_two_fifths_of_the_grid() -> None:
+    rounds, results = walk(STAYS)
+    assert verdict(results) == "transfers"
+    assert "settled" in rounds[-1].reason
+    assert cost(results) <= 0.4 * GRID_COST
+    assert not next_round(DESIGN, results).points
+
+
+def test_what_moves_does_not_transfer_for_less_than_two_fifths_of_the_grid() -> None:
+    results = walk(MOVES)[1]
+    assert verdict(results) == "does not transfer"
+    assert cost(results) <= 0.4 * GRID_COST
+
+
+def test_the_value_that_is_carried_over_was_run_at_every_size() -> None:
+    results = walk(STAYS)[1]
+    comparisons = DESIGN.analyse(results).comparisons
+    assert {each.curve.size for each in comparisons} == set(SIZES)
+    assert all(each.measured for each in comparisons)
+    carried = comparisons[0].carried
+    assert carried is not None
+    assert abs(carried + 4.0) <= 0.5
+
+
+def test_rounds_are_the_same_when_resumed_at_any_of_them_and_in_whatever_order_runs_end() -> None:
+    rounds, _ = walk(NOISY)
+    results: list[Result] = []
+    for expected in rounds:
+        assert next_round(DESIGN, results[::-1]) == expected
+        results += train(expected, NOISY)
+
+
+def test_the_first_round_is_a_coarse_pass_at_the_base() -> None:
+    first = next_round(DESIGN, [])
+    assert [(point.size, point.x, point.seed) for point in first.points] == [(SIZES[0], x, 0) for x in range(-9, 0, 2)]
+
+
+def test_an_optimum_on_the_edge_widens_the_search_at_the_base_and_at_a_size() -> None:
+    rounds, results = walk(valley(0.5, 0.5, 0.5))
+    assert max(point.x for point in points(rounds)) > -1.0
+    assert verdict(results) == "transfers"
+    moved = valley(-4.0, -4.0, -5.6, curvature=0.02)
+    assert min(p.x for p in points(walk(moved)[0]) if p.size == SIZES[2]) < -5.0
+
+
+def test_other_sizes_begin_once_the_bases_optimum_is_known() -> None:
+    rounds, _ = walk(STAYS)
+    begun = next(i for i, each in enumerate(rounds) if any(point.size != SIZES[0] for point in each.points))
+    results = [result for each in rounds[:begun] for result in train(each, STAYS)]
+    low, high = DESIGN.analyse(results).curves[0].optimum.interval or (-math.inf, math.inf)
+    assert (high - low) / 2 <= 0.25
+    assert {point.size for point in rounds[begun].points} >= set(SIZES[1:])  # all of them: arrays stay full
+
+
+def test_parameterizations_with_the_same_runs_share_them() -> None:
+    owners = {(name, size): "a" if size == SIZES[0] else name for name in ("a", "b") for size in SIZES}
+    design = replace(DESIGN, parameterizations=("a", "b"), alike=owners, budget=2 * GRID_COST)
+    results: list[Result] = []
+    while (wanted := next_round(design, results)).points:
+        assert {p.parameterization for p in wanted.points if p.size == SIZES[0]} <= {"a"}
+        for result in train(wanted, STAYS):
+            shared = ("a", "b") if result.size == SIZES[0] else (result.parameterization,)
+            results += [replace(result, parameterization=name) for name in shared]
+    assert [each.verdict for each in design.analyse(results).judgements] == ["transfers", "transfers"]
+
+
+def test_what_the_budget_cannot_settle_ends_with_the_reason() -> None:
+    rounds, results = walk(valley(-4.0, -4.3, -4.3, noise=0.06))
+    assert verdict(results) == "inconclusive"
+    assert "budget" in rounds[-1].reason
+    assert "budget is spent" in walk(NOISY, replace(DESIGN, budget=30.0))[0][-1].reason
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        (lambda size, x, seed: GUESS * (1 + 1e-4 * seed), "nothing is learned at the base"),
+        (lambda size, x, seed: math.inf, "nothing is learned at the base"),
+    ],
+)
+def test_where_nothing_trains_at_the_base_no_other_size_runs(loss: Loss, words: str) -> None:
+    rounds, results = walk(loss)
+    assert words in rounds[-1].reason
+    assert {result.size for result in results} == {SIZES[0]}
+
+
+def test_a_loss_that_is_no_number_counts_as_a_failed_run() -> None:
+    def loss(size: Size, x: float, seed: int) -> float:
+        return math.nan if x > -3.6 else STAYS(size, x, seed)
+
+    assert [each.points for each in walk(loss)[0]] == [each.points for each in walk(CLIFF)[0]]
+
+
+def test_a_size_whose_runs_all_fail_does_not_take_the_value_and_ends_the_search() -> None:
+    def loss(size: Size, x: float, seed: int) -> float:
+        return math.inf if size == SIZES[2] else STAYS(size, x, seed)
+
+    rounds, results = walk(loss)
+    assert verdict(results) == "does not transfer"
+    assert "settled" in rounds[-1].reason
+
+
+def test_two_minima_end_with_a_verdict_or_a_reason() -> None:
+    def loss(size: Size, x: float, seed: int) -> float:
+        return min(valley(-7.0, -7.0, -7.0, curvature=0.2)(size, x, seed), STAYS(size, x, seed))
+
+    rounds, _ = walk(loss)
+    assert rounds[-1].reason
+
+
+def test_one_seed_is_a_beginning_and_further_ones_count_on() -> None:
+    results = walk(NOISY, replace(DESIGN, seeds=(7,)))[1]
+    seeds = {result.seed for result in results}
+    assert seeds == set(range(7, 7 + len(seeds)))
+    assert len(seeds) > 1
+
+
+def test_the_expected_cost_is_known_beforehand_and_below_the_largest() -> None:
+    expected, rounds = expected_cost(DESIGN)
+    assert 0 < expected < 0.5 * DESIGN.budget
+    assert 2 < rounds < 10
+    assert expected_cost(DESIGN) == (expected, rounds)
+
+
+# ---------------------------------------------------------------- studies with folders
+
+RANGE = ("study.values={first: 2**-9, last: 2**-1}", "study.seeds=3")
+
+
+def finish_round(study: Study, loss: Callable[[Size, float, int], float]) -> None:
+    for run in study.pending():
+        run.directory.path.mkdir(parents=True, exist_ok=True)
+        x = math.log2(run.value)
+        run.directory.write_done({"outcome": "completed", "minival_loss": loss(run.size, x, run.seed)})
+
+
+def test_a_study_keeps_its_rounds_and_carries_the_very_value_that_was_run(study_file: Path) -> None:
+    from depthmup.launch.transfer import grow
+
+    def loss(size: Size, x: float, seed: int) -> float:
+        error = np.random.default_rng([size.depth, round(1000 * (x + 20)), seed]).standard_normal()
+        return 0.8 * math.exp(0.025 * (x + 4.2) ** 2 + 0.004 * error)
+
+    overrides = (*RANGE, "study.parameterizations=[depth_mup]")
+    study = Study(study_file, read_study(study_file, overrides))
+    assert {run.size.depth for run in study.runs} == {3}
+    added = 1
+    while added:
+        finish_round(study, loss)
+        before = len(study.runs)
+        added, why = grow(study)
+        assert why
+        assert len(study.runs) == before + added
+        again = Study(study_file, read_study(study_file, overrides))  # another command sees the same runs
+        assert [run.directory.path for run in again.runs] == [run.directory.path for run in study.runs]
+    assert "settled" in why
+    report = collect(study)
+    assert report.analysis.judgements[0].verdict == "transfers"
+    assert report.total_flops <= design_of(study).budget
+    assert "ended: depth_mup: settled" in report.rounds
+    rate = scale(report, "large", {"model": {"width": 16}}).config["optimizer"]["lr"]
+    ran = [{run.value for run in study.runs if run.size == size} for size in study.file.study.sizes]
+    assert all(rate in values for values in ran)
+
+
+def test_damaged_rounds_are_named(study_file: Path) -> None:
+    study = Study(study_file, read_study(study_file, RANGE))
+    study.file.directory.mkdir(parents=True)
+    (study.file.directory / "rounds.json").write_text("[{}]")
+    with pytest.raises(UserError, match=r"rounds\.json: damaged"):
+        study.runs  # noqa: B018
+
+
+def test_a_list_of_values_is_a_grid_and_so_is_what_says_so(study_file: Path) -> None:
+    assert not read_study(study_file).study.adaptive
+    assert read_study(study_file, RANGE).study.adaptive
+    grid = Study(study_file, read_study(study_file, (*RANGE, "study.design=grid")))
+    assert len(grid.points) == 2 * 2 * 9 * 3
+
+
+def test_a_real_study_walks_its_rounds_to_the_report(study_file: Path) -> None:
+    few = ("train.samples=96", "study.budget=0.5", "launch.cluster=debug")
+    overrides = ("study.values={first: 2**-7, last: 2**-3}", "study.seeds=2", *few)
+    study = Study(study_file, read_study(study_file, (*overrides, "study.parameterizations=[depth_mup]")))
+    transfer(study, None, Console(quiet=True))
+    assert len(study.rounds()) > 1
+    assert not study.pending()
+    page = (study.file.directory / "report.html").read_text()
+    assert "Rounds" in page
+    assert study.rounds()[-1].reason.split(": ")[0] in page
