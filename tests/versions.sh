@@ -16,7 +16,7 @@ if [ "$end" = lowest ]; then
   "$python" -m pip install --quiet uv
   "$folder/bin/uv" pip install --quiet --python "$python" --resolution lowest-direct --exclude-newer 2026-11-28 \
     --editable ".[$extra]"
-  "$python" tests/lower_bounds.py
+  "$python" tests/lower_bounds.py "$extra"
 else
   "$python" -m pip install --quiet --no-compile --editable ".[$extra]"
 fi
