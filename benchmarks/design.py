@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from benchmarks.verdict import CHANCE, GRID, ROUNDS, SHAPES, SIZES, Simulated, holds
 
-from depthmup.launch.findings.design import Design, next_round
+from depthmup.launch.findings.design import next_round
+from depthmup.launch.findings.points import Design
 from depthmup.launch.findings.verdict import Analysis, Limits, seeds_wanted
 from depthmup.launch.report.page import markdown_table
 

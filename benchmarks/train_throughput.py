@@ -31,9 +31,10 @@ import timm
 from depthmup.data.pack import pack
 from depthmup.models.build import build_meta
 from depthmup.models.flops import training_flops
-from depthmup.train.config import RunConfig, from_plain
+from depthmup.train.config import RunConfig
 from depthmup.train.loop import run
 from depthmup.train.prepare import autocast_dtype
+from depthmup.train.reading import from_plain
 from depthmup.train.step import autocast
 from depthmup.train.telemetry import memory_gb, peak_flops
 

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from depthmup.data.errors import UserError
-from depthmup.launch.config import read_study, read_study_or_run
 from depthmup.launch.jobs import slurm, states
 from depthmup.launch.jobs.submission import launching
 from depthmup.launch.paths import command
+from depthmup.launch.reading import read_study, read_study_or_run
 from depthmup.launch.runs.study import Study
 from depthmup.launch.transfer import (
     IDLE,

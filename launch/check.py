@@ -9,12 +9,12 @@ from rich.console import Console
 
 from depthmup.data.errors import UserError
 from depthmup.data.paths import expand_path
-from depthmup.launch.config import read_raw
 from depthmup.launch.findings.theory import drift_sentence, not_covered
 from depthmup.launch.progress import display
+from depthmup.launch.reading import read_raw
 from depthmup.models.config import ParameterizationConfig
 from depthmup.models.coordinate_check import AXES, BAND, Axis, Line, Settings, check
-from depthmup.train.config import run_in
+from depthmup.train.reading import run_in
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt

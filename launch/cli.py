@@ -89,7 +89,7 @@ def with_config(function: Callable[..., None]) -> Callable[..., None]:
 
 def open_study(config: Path, overrides: tuple[str, ...]) -> "Study":
     """A study, or one run as a study of one."""
-    from depthmup.launch.config import read_study_or_run
+    from depthmup.launch.reading import read_study_or_run
     from depthmup.launch.runs.study import Study
 
     file = read_study_or_run(config, overrides)
@@ -312,7 +312,7 @@ def scale_command(
     study.KEY=VALUE says which study.
     """
     from depthmup.launch.chain import write_scaled
-    from depthmup.launch.config import read_study
+    from depthmup.launch.reading import read_study
     from depthmup.launch.runs.study import Study
 
     of_study = tuple(override for override in overrides if override.startswith("study."))
@@ -344,7 +344,7 @@ def train(config: Path, overrides: tuple[str, ...], directory: Path | None) -> N
 
     Ctrl-C saves a checkpoint. Ends 3 when the loss diverged, 75 when it was stopped.
     """
-    from depthmup.launch.config import read_run
+    from depthmup.launch.reading import read_run
     from depthmup.launch.transfer import pack_source
     from depthmup.train.__main__ import train as train_run
     from depthmup.train.config import run_hash

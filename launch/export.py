@@ -11,7 +11,8 @@ from depthmup.data.errors import UserError
 from depthmup.models.build import build_meta
 from depthmup.models.export import folded_state
 from depthmup.models.timm_registry import timm_call
-from depthmup.train.config import RunConfig, from_plain, read_yaml, to_plain
+from depthmup.train.config import RunConfig
+from depthmup.train.reading import from_plain, read_yaml, to_plain
 from depthmup.train.rundir import RunDirectory
 
 

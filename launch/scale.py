@@ -9,12 +9,14 @@ from typing import Any
 from depthmup.data.errors import UserError
 from depthmup.data.paths import protect
 from depthmup.data.storage import write_atomically
-from depthmup.launch.config import StudyFile, apply_profile, label, named_cluster, settings_of
+from depthmup.launch.config import StudyFile, label
 from depthmup.launch.findings.analysis import Curve
 from depthmup.launch.findings.verdict import CARRIED, without_optimum
 from depthmup.launch.paths import command
+from depthmup.launch.reading import apply_profile, named_cluster, settings_of
 from depthmup.launch.report.collect import Report
-from depthmup.train.config import RunConfig, from_plain, read_yaml, set_dotted
+from depthmup.train.config import RunConfig
+from depthmup.train.reading import from_plain, read_yaml, set_dotted
 from depthmup.train.yaml_text import dump_yaml, load_yaml
 
 # What an optimum belongs to: with another one of these the proxy's says nothing. Of a model it is everything but what

@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from depthmup.data.pack import pack
-from depthmup.train.config import RunConfig, from_plain
+from depthmup.train.config import RunConfig
+from depthmup.train.reading import from_plain
 from slurm_cluster import Cluster
 from slurm_cluster import start as start_cluster
 

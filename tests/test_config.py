@@ -9,10 +9,12 @@ import pytest
 import yaml
 
 from depthmup.data.errors import UserError
-from depthmup.launch.config import LaunchConfig, read_run, read_study
+from depthmup.launch.config import LaunchConfig
+from depthmup.launch.reading import read_run, read_study
 from depthmup.launch.scale import read_changes
 from depthmup.train.__main__ import read_config
-from depthmup.train.config import ParallelConfig, RunConfig, from_plain, run_hash, set_dotted, to_yaml
+from depthmup.train.config import ParallelConfig, RunConfig, run_hash
+from depthmup.train.reading import from_plain, set_dotted, to_yaml
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,9 @@ from depthmup.models.config import (
 )
 from depthmup.models.errors import ModelError
 from depthmup.models.optimizer import build_optimizer, parameter_groups
-from depthmup.train.config import RunConfig, ScheduleConfig, TrainConfig, from_plain
+from depthmup.train.config import RunConfig, ScheduleConfig, TrainConfig
 from depthmup.train.loop import run as train
+from depthmup.train.reading import from_plain
 from depthmup.train.schedule import schedule, set_learning_rate
 from train_configs import timeless_metrics
 

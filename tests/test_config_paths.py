@@ -13,11 +13,12 @@ from click.testing import CliRunner
 from depthmup.data.errors import UserError
 from depthmup.data.paths import expand, expand_all, home, protect
 from depthmup.launch.cli import cli
-from depthmup.launch.config import find_profile, read_run, read_study, read_study_or_run
+from depthmup.launch.reading import find_profile, read_run, read_study, read_study_or_run
 from depthmup.launch.runs.cost import cache_file
 from depthmup.launch.runs.study import Study
 from depthmup.train import __main__ as train_command
-from depthmup.train.config import RunConfig, from_plain, read_yaml, to_yaml
+from depthmup.train.config import RunConfig
+from depthmup.train.reading import from_plain, read_yaml, to_yaml
 from depthmup.train.yaml_text import dump_yaml, load_yaml
 
 

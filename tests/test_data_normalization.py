@@ -17,7 +17,8 @@ from depthmup.data.config import DataConfig
 from depthmup.data.decode import center_crop, from_array, to_pil
 from depthmup.data.distort import distort
 from depthmup.launch.export import preprocessing
-from depthmup.train.config import RunConfig, from_plain, read_yaml, run_hash, to_plain, to_yaml
+from depthmup.train.config import RunConfig, run_hash
+from depthmup.train.reading import from_plain, read_yaml, to_plain, to_yaml
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from conftest import settings_on
 from depthmup.launch.cli import cli
-from depthmup.launch.config import read_study
 from depthmup.launch.findings.convergence import LAWS, Law, Rate, fit_rate, squared_distance
+from depthmup.launch.reading import read_study
 from depthmup.launch.report.converge import feature_kernel, loss_curve, probe_images
 from depthmup.launch.report.record import read_record
 from depthmup.launch.report.results import results

@@ -11,10 +11,12 @@ from rich.console import Console
 
 from depthmup.data.errors import UserError
 from depthmup.launch.chain import transfer
-from depthmup.launch.config import Size, read_study
+from depthmup.launch.config import Size
 from depthmup.launch.findings.analysis import Result
-from depthmup.launch.findings.design import Design, Point, Round, expected_cost, next_round
+from depthmup.launch.findings.design import expected_cost, next_round
+from depthmup.launch.findings.points import Design, Point, Round
 from depthmup.launch.findings.verdict import Limits
+from depthmup.launch.reading import read_study
 from depthmup.launch.report.collect import collect
 from depthmup.launch.runs.design import design_of
 from depthmup.launch.runs.study import Study

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from depthmup.launch.cli import main
-from depthmup.launch.config import read_study
+from depthmup.launch.reading import read_study
 from depthmup.launch.runs.study import Study
 from test_launch_scale import finish, two_seeds
 from train_processes import START

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from depthmup.launch.config import read_study
+from depthmup.launch.reading import read_study
 from depthmup.launch.runs.cost import cache_file, count_flops
 from depthmup.launch.runs.flops import by_formula
 from depthmup.launch.runs.study import Study

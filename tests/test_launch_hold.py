@@ -11,12 +11,12 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from depthmup.launch.cli import cli
-from depthmup.launch.config import read_study
 from depthmup.launch.jobs import states
 from depthmup.launch.jobs.hold import Hold, kind
 from depthmup.launch.jobs.status import print_status
 from depthmup.launch.jobs.submission import Submission
 from depthmup.launch.jobs.worker import work
+from depthmup.launch.reading import read_study
 from depthmup.launch.runs.study import Study
 from depthmup.launch.transfer import may_go_again
 from depthmup.train.rundir import RunDirectory

@@ -15,7 +15,7 @@ from rich.console import Console
 from depthmup.data.errors import UserError
 from depthmup.launch.chain import follower
 from depthmup.launch.cli import cli
-from depthmup.launch.config import LaunchConfig, read_study
+from depthmup.launch.config import LaunchConfig
 from depthmup.launch.jobs import slurm, states
 from depthmup.launch.jobs.attempts import note
 from depthmup.launch.jobs.reasons import explain
@@ -23,6 +23,7 @@ from depthmup.launch.jobs.slurm import QueuedTask, SlurmError
 from depthmup.launch.jobs.status import print_status
 from depthmup.launch.jobs.submission import Submission, ask, cancelled, load_all, places_taken
 from depthmup.launch.jobs.submit import Turns, deal, dry_run_script, submit_continuation, take_turns
+from depthmup.launch.reading import read_study
 from depthmup.launch.runs.study import Study
 from depthmup.launch.transfer import launch, unfinished, waiting_for
 

@@ -17,17 +17,19 @@ import pytest
 import yaml
 
 from depthmup.data.errors import UserError
-from depthmup.launch.config import LaunchConfig, read_study
+from depthmup.launch.config import LaunchConfig
 from depthmup.launch.jobs.attempts import attempts
 from depthmup.launch.jobs.submission import Submission
 from depthmup.launch.jobs.worker import main as work_in_a_job
 from depthmup.launch.jobs.worker import work
+from depthmup.launch.reading import read_study
 from depthmup.launch.runs.grouping import check_packable, group, packs_of
 from depthmup.launch.runs.study import PlannedRun, Study
-from depthmup.train.config import RunConfig, from_plain, to_yaml
+from depthmup.train.config import RunConfig
 from depthmup.train.interrupt import Interrupt, Interrupted
 from depthmup.train.loop import run
 from depthmup.train.packs.pack import run_pack
+from depthmup.train.reading import from_plain, to_yaml
 from depthmup.train.rundir import EXIT_REQUEUE, RunDirectory
 from test_launch_transfer import COMMAND
 from train_processes import ROOT as REPOSITORY

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from depthmup.data.errors import UserError
-from depthmup.launch.config import read_study
 from depthmup.launch.jobs import states
+from depthmup.launch.reading import read_study
 from depthmup.launch.report.collect import collect
 from depthmup.launch.report.record import as_record
 from depthmup.launch.runs.plan import print_plan

@@ -11,7 +11,7 @@ import yaml
 from click.testing import CliRunner
 
 from depthmup.launch.cli import cli
-from depthmup.launch.config import read_study
+from depthmup.launch.reading import read_study
 from depthmup.launch.report.collect import collect
 from depthmup.launch.report.recompute import restore
 from depthmup.launch.report.record import as_record, read_record

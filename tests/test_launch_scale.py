@@ -14,8 +14,8 @@ from click.testing import CliRunner
 
 from depthmup.data.errors import UserError
 from depthmup.launch.cli import cli
-from depthmup.launch.config import read_run, read_study
 from depthmup.launch.findings.verdict import seeds_wanted
+from depthmup.launch.reading import read_run, read_study
 from depthmup.launch.report.collect import collect
 from depthmup.launch.runs.study import Study
 from depthmup.launch.transfer import grow

@@ -10,12 +10,12 @@ import pytest
 import yaml
 from rich.console import Console
 
-from depthmup.launch.config import read_study, read_study_or_run
 from depthmup.launch.jobs.attempts import note
 from depthmup.launch.jobs.slurm import QueuedTask
 from depthmup.launch.jobs.states import RunState, state_of
 from depthmup.launch.jobs.status import print_status, watch_status
 from depthmup.launch.jobs.submission import Submission
+from depthmup.launch.reading import read_study, read_study_or_run
 from depthmup.launch.runs.study import Study
 from depthmup.launch.wording import duration
 from depthmup.train.lock import Lock, take_lock

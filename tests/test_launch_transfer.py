@@ -15,11 +15,12 @@ from rich.console import Console
 
 from depthmup.data.errors import UserError
 from depthmup.launch import chain
-from depthmup.launch.config import LaunchConfig, read_study
+from depthmup.launch.config import LaunchConfig
 from depthmup.launch.jobs.slurm import Silent, SlurmError, refusal
 from depthmup.launch.jobs.states import RunState, Snapshot
 from depthmup.launch.jobs.submission import Submission, ask, load_all
 from depthmup.launch.jobs.submit import dry_run_script, submit_continuation
+from depthmup.launch.reading import read_study
 from depthmup.launch.runs.grouping import slot_gpus
 from depthmup.launch.runs.study import Study
 from depthmup.launch.transfer import may_go_again

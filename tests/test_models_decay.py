@@ -16,10 +16,11 @@ from depthmup.models.build import build
 from depthmup.models.config import ConvResNetConfig, OptimizerConfig, ParameterizationConfig, VisionTransformerConfig
 from depthmup.models.optimizer import build_optimizer, parameter_groups
 from depthmup.models.parameterization import Role
-from depthmup.train.config import RunConfig, ScheduleConfig, from_plain
+from depthmup.train.config import RunConfig, ScheduleConfig
 from depthmup.train.loop import run
 from depthmup.train.packs.pack import run_pack
 from depthmup.train.packs.replicas import Replicas
+from depthmup.train.reading import from_plain
 from depthmup.train.schedule import schedule, set_learning_rate
 
 DIGITS = {"num_classes": 10, "image_size": 8, "in_channels": 1}

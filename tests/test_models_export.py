@@ -29,7 +29,8 @@ from depthmup.models.discovery.find import find_roles
 from depthmup.models.errors import ModelError
 from depthmup.models.export import folded_state
 from depthmup.models.family import match_rules
-from depthmup.train.config import RunConfig, from_plain, to_yaml
+from depthmup.train.config import RunConfig
+from depthmup.train.reading import from_plain, to_yaml
 
 VIT = {"family": "vit", "patch_size": 8, "image_size": 32, "num_heads": 4}
 RESNET = {

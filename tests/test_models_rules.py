@@ -112,7 +112,8 @@ def test_at_base_size_the_network_is_timms_own_bit_for_bit() -> None:
 
 
 def test_named_sizes_are_timms_networks() -> None:
-    from depthmup.train.config import RunConfig, from_plain
+    from depthmup.train.config import RunConfig
+    from depthmup.train.reading import from_plain
 
     names = {
         "vit_s16": "vit_small_patch16_224",

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from depthmup.launch.config import read_study
+from depthmup.launch.reading import read_study
 from depthmup.launch.runs.study import Study
 from slurm_cluster import Cluster, wait_for
 from test_launch_scale import finish

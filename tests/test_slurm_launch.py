@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from depthmup.launch.config import read_study
 from depthmup.launch.jobs import slurm
 from depthmup.launch.jobs.submission import load_all
 from depthmup.launch.jobs.submit import START as GO_ON
+from depthmup.launch.reading import read_study
 from depthmup.launch.runs.study import Study
 from slurm_cluster import Cluster, start, wait_for
 from train_processes import ROOT as REPOSITORY

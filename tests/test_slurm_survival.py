@@ -15,8 +15,9 @@ from conftest import settings_on
 from depthmup.launch.jobs.attempts import attempts
 from depthmup.launch.jobs.states import interruptions
 from depthmup.launch.jobs.submission import load_all, stop_causes
-from depthmup.train.config import RunConfig, from_plain, read_yaml
+from depthmup.train.config import RunConfig
 from depthmup.train.loop import run
+from depthmup.train.reading import from_plain, read_yaml
 from depthmup.train.rundir import RunDirectory
 from slurm_cluster import Cluster, wait_for
 

@@ -26,7 +26,7 @@ from depthmup.models.conv_resnet import Block
 from depthmup.models.optimizer import build_optimizer, parameter_groups
 from depthmup.train import batches, evaluate
 from depthmup.train.checkpoint import Checkpoints
-from depthmup.train.config import RunConfig, from_plain
+from depthmup.train.config import RunConfig
 from depthmup.train.engines.base import Engine
 from depthmup.train.interrupt import Interrupt, Interrupted
 from depthmup.train.loop import run
@@ -35,6 +35,7 @@ from depthmup.train.packs.memory import MEMORY_SHARE, largest_pack, pack_bytes, 
 from depthmup.train.packs.pack import run_pack
 from depthmup.train.packs.packing import packable
 from depthmup.train.packs.replicas import Replicas
+from depthmup.train.reading import from_plain
 from depthmup.train.rundir import RunDirectory
 from depthmup.train.schedule import schedule, set_learning_rate
 from depthmup.train.step import take_step

@@ -21,9 +21,10 @@ import torch
 
 from depthmup.train import __main__ as command
 from depthmup.train import lock
-from depthmup.train.config import RunConfig, run_hash, to_yaml
+from depthmup.train.config import RunConfig, run_hash
 from depthmup.train.distributed import World, first_host, lost_peer, world_from_environment
 from depthmup.train.lock import Holder, holder, take_lock
+from depthmup.train.reading import to_yaml
 from depthmup.train.rundir import (
     EXIT_DIVERGED,
     EXIT_DONE,

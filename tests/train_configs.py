@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from depthmup.data.pack import pack
-from depthmup.train.config import RunConfig, from_plain, set_dotted
+from depthmup.train.config import RunConfig
+from depthmup.train.reading import from_plain, set_dotted
 
 VIT = {"family": "vit", "width": 16, "depth": 4, "base_width": 8, "base_depth": 2, "num_heads": 2, "patch_size": 2}
 CONV_RESNET = {"family": "conv_resnet", "width": 8, "depth": 6, "base_width": 4, "base_depth": 3}

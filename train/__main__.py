@@ -21,10 +21,11 @@ from depthmup.data.errors import UserError
 from depthmup.data.lock import NoLocks
 from depthmup.data.paths import expand_path
 from depthmup.models.errors import ModelError
-from depthmup.train.config import RunConfig, read_yaml, run_hash, run_in, set_dotted
+from depthmup.train.config import RunConfig, run_hash
 from depthmup.train.interrupt import Interrupt, Interrupted
 from depthmup.train.lock import holder, take_lock
 from depthmup.train.owner import check_directory
+from depthmup.train.reading import read_yaml, run_in, set_dotted
 from depthmup.train.rundir import (
     EXIT_DIVERGED,
     EXIT_DONE,

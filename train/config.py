@@ -5,20 +5,17 @@ and hardware do not enter it: their fields carry `identity: False`.
 """
 
 import dataclasses
-import difflib
 import hashlib
 import json
-import types
 from dataclasses import field
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from depthmup.data.config import NOT_IDENTITY, DataConfig, Positive, channels_misfit, streams_misfit
 from depthmup.data.errors import UserError
-from depthmup.models.checked import STRICT, checked, said
+from depthmup.models.checked import STRICT, checked
 from depthmup.models.config import (
     AnyModelConfig,
     Number,
@@ -27,7 +24,6 @@ from depthmup.models.config import (
     ResNetConfig,
     refuse_idle,
 )
-from depthmup.train.yaml_text import dump_yaml, load_yaml
 
 # Independent weight decay is a mistake where weights remember fewer than 100 steps and the run is many times as long:
 # only e^-3 of what was there at the start is left (a warning), or e^-30 (refused). The runs of a few hundred steps of a
@@ -279,122 +275,5 @@ def flat(sections: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 # ---------------------------------------------------------------- reading
 
-Config = TypeVar("Config")
-STUDY_SECTIONS = ("study", "launch")  # of a file with a study, which is the configuration of one run without them
-
-
-def set_dotted(raw: dict[str, Any], override: str) -> None:
-    """Applies one `section.key=value`; the value is read as YAML."""
-    path, equals, text = override.partition("=")
-    if not equals or not path:
-        raise UserError(f"{override!r}: overrides look like model.depth=48 or optimizer.lr=2**-9")
-    *sections, key = path.strip().split(".")
-    for section in sections:
-        raw = raw.setdefault(section, {})
-        if not isinstance(raw, dict):
-            raise UserError(f"{override!r}: {section} is not a section")
-    raw[key] = load_yaml(text, override)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The sections of a file, without top-level keys x-..., which hold anchors. Raises UserError."""
-    try:
-        raw = load_yaml(path.read_text(), str(path))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not YAML: no text") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: expected sections (model:, optimizer:, ...), found {type(raw).__name__}")
-    return {key: value for key, value in raw.items() if not str(key).startswith("x-")}
-
-
-def run_in(raw: dict[str, Any], source: str) -> RunConfig:
-    """One run of a file's plain data; a study's sections study and launch are left aside. Raises UserError."""
-    return from_plain(RunConfig, {key: raw[key] for key in raw if key not in STUDY_SECTIONS}, source)
-
-
-def dotted_names(cls: Any, prefix: str = "") -> list[str]:
-    """Every key of the dataclass `cls`: model, model.width, ..."""
-    found: list[str] = []
-    for name, hint in get_type_hints(cls, include_extras=True).items():
-        found.append(prefix + name)
-        found += [inner for section in dataclasses_in(hint) for inner in dotted_names(section, f"{prefix}{name}.")]
-    return list(dict.fromkeys(found))
-
-
-def suggestion(cls: Any, location: tuple[Any, ...]) -> str:
-    """What may have been meant by the unknown key at `location`: the same key of another section, or one like it."""
-    *sections, key = (str(part) for part in location if part not in FAMILIES)
-    here = field_names(cls, location)
-    elsewhere = [name for name in dotted_names(cls) if name.endswith(f".{key}")]
-    nearest = elsewhere[:3] or [".".join((*sections, n)) for n in difflib.get_close_matches(key, here, 1, cutoff=0.5)]
-    return f"did you mean {' or '.join(map(repr, nearest))}?" if nearest else f"known: {', '.join(here)}"
-
-
-def field_names(cls: Any, location: tuple[Any, ...]) -> list[str]:
-    """Names of the fields that are allowed beside `location` in the dataclass `cls`, for a suggestion."""
-    candidates = [cls]
-    for key in location[:-1]:
-        if key in FAMILIES:  # a discriminated union adds its tag to the location
-            candidates = [candidate for candidate in candidates if candidate.family == key]
-        else:
-            candidates = [found for c in candidates for found in dataclasses_in(get_type_hints(c).get(key))]
-    return sorted({f.name for candidate in candidates for f in dataclasses.fields(candidate)})
-
-
-FAMILIES = tuple(family.family for family in get_args(get_args(AnyModelConfig)[0]))
-
-
-def dataclasses_in(hint: Any) -> list[Any]:
-    """The sections that a field may hold. Annotations' pydantic validators are dataclasses, too, but no classes."""
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return [hint]
-    if get_origin(hint) in (Union, types.UnionType, Annotated, tuple):
-        return [found for argument in get_args(hint) for found in dataclasses_in(argument)]
-    return []
-
-
-def describe(error: Any, cls: Any) -> str:
-    """One pydantic error as 'key: what is wrong'."""
-    location = tuple(part for part in error["loc"] if not str(part).startswith("<"))  # a tag of a union is no key
-    key = ".".join(str(part) for part in location if part not in FAMILIES)
-    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"{key}: unknown key; {suggestion(cls, location)}"
-    if error["type"] == "union_tag_invalid":
-        tag = error["ctx"]["tag"]
-        nearest = difflib.get_close_matches(tag, FAMILIES, 1) or FAMILIES
-        return f"{key}.family: unknown {tag!r}; did you mean {' or '.join(map(repr, nearest))}?"
-    if error["type"] == "union_tag_not_found":
-        return f"{key}.family: missing; use {' or '.join(map(repr, FAMILIES))}"
-    if error["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
-        return f"{key}: missing"
-    return f"{key}: {said(error)}" if key else said(error)  # a rule over several sections names its keys itself
-
 
 ADAPTERS: dict[Any, Any] = {}
-
-
-def adapter(cls: Any) -> Any:
-    """pydantic's validator of `cls`, built once: a study reads the same class thousands of times."""
-    if cls not in ADAPTERS:
-        ADAPTERS[cls] = TypeAdapter(cls)
-    return ADAPTERS[cls]
-
-
-def from_plain(cls: type[Config], raw: dict[str, Any], source: str) -> Config:
-    """Plain data -> `cls`. Raises UserError that names `source`, every bad key and the nearest valid name."""
-    try:
-        return adapter(cls).validate_python(raw, context={"reading": source})
-    except ValidationError as error:
-        problems = [describe(item, cls) for item in error.errors(include_url=False)]
-        raise UserError(f"{source}: " + "; ".join(problems)) from None
-
-
-def to_plain(config: Any) -> Any:
-    """A config as plain data that `from_plain` reads back."""
-    return json.loads(adapter(type(config)).dump_json(config))
-
-
-def to_yaml(config: Any) -> str:
-    return dump_yaml(to_plain(config))

@@ -10,7 +10,8 @@ from typing import Any, Protocol, TypeVar
 
 from depthmup.data.errors import UserError
 from depthmup.data.storage import write_atomically
-from depthmup.train.config import RunConfig, TrackConfig, run_hash, to_plain
+from depthmup.train.config import RunConfig, TrackConfig, run_hash
+from depthmup.train.reading import to_plain
 
 Log = Callable[[str], None]
 Result = TypeVar("Result")

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from depthmup.data.order import State
 from depthmup.train.checkpoint import Checkpoints, Progress, fsync
-from depthmup.train.config import RunConfig, to_yaml
+from depthmup.train.config import RunConfig
 from depthmup.train.distributed import World
 from depthmup.train.metrics import MetricsWriter, mean_loss, open_trackers
 from depthmup.train.owner import codes
+from depthmup.train.reading import to_yaml
 from depthmup.train.rundir import RunDirectory
 from depthmup.train.schedule import schedule
 

@@ -9,10 +9,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from depthmup.launch.config import read_study_or_run
 from depthmup.launch.jobs import states
 from depthmup.launch.jobs.reasons import explain
 from depthmup.launch.jobs.states import RunState, Snapshot, State, last_line
+from depthmup.launch.reading import read_study_or_run
 from depthmup.launch.runs.study import Study
 from depthmup.launch.wording import duration, power_of_two
 

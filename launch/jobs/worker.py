@@ -25,10 +25,11 @@ from depthmup.launch.jobs.ended import record_end
 from depthmup.launch.jobs.hold import Hold
 from depthmup.launch.jobs.submission import Submission
 from depthmup.train.__main__ import leave, train_locked
-from depthmup.train.config import RunConfig, from_plain, read_yaml
+from depthmup.train.config import RunConfig
 from depthmup.train.interrupt import Interrupt, Interrupted
 from depthmup.train.lock import BEAT, holder, take_lock
 from depthmup.train.packs.packing import go_together, packable
+from depthmup.train.reading import from_plain, read_yaml
 from depthmup.train.rundir import EXIT_REQUEUE, RunDirectory
 
 if TYPE_CHECKING:

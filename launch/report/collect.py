@@ -7,12 +7,14 @@ from functools import cached_property
 from typing import Any
 
 from depthmup.data.errors import UserError
-from depthmup.launch.config import Size, read_study_or_run
+from depthmup.launch.config import Size
 from depthmup.launch.findings.analysis import Carry, Result, carry_optimum
-from depthmup.launch.findings.design import Round, carry_run, next_round
+from depthmup.launch.findings.design import next_round
 from depthmup.launch.findings.direct import Direct, compare_with_direct
 from depthmup.launch.findings.forecast import Forecast, forecasts
+from depthmup.launch.findings.points import Round, carry_run
 from depthmup.launch.findings.verdict import Analysis, Judgement, Limits, analyse, describe_rule
+from depthmup.launch.reading import read_study_or_run
 from depthmup.launch.runs.cost import count_flops
 from depthmup.launch.runs.design import design_of
 from depthmup.launch.runs.pool import mixtures, refuse_mixture

@@ -11,7 +11,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from depthmup.launch.config import Size, read_study
+from depthmup.launch.config import Size
+from depthmup.launch.reading import read_study
 from depthmup.launch.report.collect import collect
 from depthmup.launch.report.page import publish, write_report
 from depthmup.launch.report.record import read_record

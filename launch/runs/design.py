@@ -4,7 +4,7 @@ import math
 from functools import partial
 
 from depthmup.launch.config import label
-from depthmup.launch.findings.design import Design
+from depthmup.launch.findings.points import Design
 from depthmup.launch.findings.verdict import Limits
 from depthmup.launch.runs.cost import count_flops
 from depthmup.launch.runs.study import Study

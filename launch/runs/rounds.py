@@ -4,12 +4,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import ValidationError
 
 from depthmup.data.storage import write_atomically
 from depthmup.launch.config import Size
-from depthmup.train.config import adapter
+from depthmup.train.reading import adapter
 from depthmup.train.rundir import unreadable
 
 
@@ -61,3 +62,42 @@ def coarse_round(parameterizations: Sequence[str], base: Size, values: Sequence[
         for value in values
     ]
     return AddedRound(reason="a coarse pass at the base", runs=runs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddedValues:
+    """Values that a curve got beyond study.values."""
+
+    parameterization: str  # its label
+    width: int
+    depth: int
+    values: list[float]
+
+    @property
+    def curve(self) -> tuple[str, Size]:
+        return self.parameterization, Size(width=self.width, depth=self.depth)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddedSeed(AddedValues):
+    """One seed more at some values of a curve."""
+
+    seed: int
+
+
+Growth = TypeVar("Growth", bound=AddedValues)
+
+
+def read_rounds(file: Path, kind: type[Growth]) -> list[list[Growth]]:
+    """What was added in every round so far. Raises UserError for a file of another shape."""
+    try:
+        rounds: list[list[Growth]] = adapter(list[list[kind]]).validate_json(file.read_bytes())  # type: ignore[valid-type]  # mypy takes no variable for a type
+    except FileNotFoundError:
+        return []
+    except ValidationError:
+        raise unreadable(file) from None
+    return rounds
+
+
+def write_rounds(file: Path, rounds: Sequence[Sequence[AddedValues]]) -> None:
+    write_atomically(file, json.dumps([[vars(entry) for entry in added] for added in rounds], indent=1).encode())

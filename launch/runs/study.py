@@ -1,7 +1,6 @@
 """A study's runs: the grid written out, each run with its identity and its directory."""
 
 import glob
-import json
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,27 +9,26 @@ from itertools import chain, product
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
-
 from depthmup.data.errors import UserError
 from depthmup.data.storage import is_remote, write_atomically
-from depthmup.launch.config import CONFIGURATION_FOLDER, Size, StudyFile, configuration_folders, label, settings_of
+from depthmup.launch.config import Size, StudyFile, label
 from depthmup.launch.paths import command
-from depthmup.launch.runs.rounds import AddedRound, coarse_round, read_added_rounds, write_added_rounds
-from depthmup.models.config import ParameterizationConfig, scale_of
-from depthmup.train.config import (
-    RunConfig,
-    adapter,
-    from_plain,
-    identity,
-    read_yaml,
-    run_hash,
-    set_dotted,
-    to_plain,
-    to_yaml,
+from depthmup.launch.reading import CONFIGURATION_FOLDER, configuration_folders, settings_of
+from depthmup.launch.runs.rounds import (
+    AddedRound,
+    AddedSeed,
+    AddedValues,
+    coarse_round,
+    read_added_rounds,
+    read_rounds,
+    write_added_rounds,
+    write_rounds,
 )
+from depthmup.models.config import ParameterizationConfig, scale_of
+from depthmup.train.config import RunConfig, identity, run_hash
 from depthmup.train.owner import check_owner, data_fingerprint
-from depthmup.train.rundir import RunDirectory, unreadable
+from depthmup.train.reading import from_plain, read_yaml, set_dotted, to_plain, to_yaml
+from depthmup.train.rundir import RunDirectory
 from depthmup.train.yaml_text import dump_yaml
 
 
@@ -69,45 +67,6 @@ def factors(config: RunConfig) -> tuple[Any, ...]:
     """What the parameterization makes of this run's size: at the base size, for one, all of them make the same."""
     scale = scale_of(config.model.size, config.model.base_size, config.parameterization)
     return scale.all_factors(config.optimizer.name)
-
-
-@dataclass(frozen=True, kw_only=True)
-class AddedValues:
-    """Values that a curve got beyond study.values."""
-
-    parameterization: str  # its label
-    width: int
-    depth: int
-    values: list[float]
-
-    @property
-    def curve(self) -> tuple[str, Size]:
-        return self.parameterization, Size(width=self.width, depth=self.depth)
-
-
-@dataclass(frozen=True, kw_only=True)
-class AddedSeed(AddedValues):
-    """One seed more at some values of a curve."""
-
-    seed: int
-
-
-Growth = TypeVar("Growth", bound=AddedValues)
-
-
-def read_rounds(file: Path, kind: type[Growth]) -> list[list[Growth]]:
-    """What was added in every round so far. Raises UserError for a file of another shape."""
-    try:
-        rounds: list[list[Growth]] = adapter(list[list[kind]]).validate_json(file.read_bytes())  # type: ignore[valid-type]  # mypy takes no variable for a type
-    except FileNotFoundError:
-        return []
-    except ValidationError:
-        raise unreadable(file) from None
-    return rounds
-
-
-def write_rounds(file: Path, rounds: Sequence[Sequence[AddedValues]]) -> None:
-    write_atomically(file, json.dumps([[vars(entry) for entry in added] for added in rounds], indent=1).encode())
 
 
 Added = TypeVar("Added")  # a value, or a value and a seed

@@ -1,0 +1,281 @@
+"""What the next round of a sequential design wants of one parameterization."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count, product
+
+import numpy as np
+
+from depthmup.launch.config import COARSE, Size
+from depthmup.launch.findings.analysis import Comparison, Curve
+from depthmup.launch.findings.points import Design, Point, failing, has, place, runs_of
+from depthmup.launch.findings.precision import (
+    SURENESS,
+    Aim,
+    Run,
+    best_move,
+    curvature_of,
+    moves,
+    noise_of,
+    slope_variance,
+)
+from depthmup.launch.findings.verdict import Analysis, judge_size
+from depthmup.launch.wording import show_share
+
+OCTAVE, CLOSEST = 1.0, 0.25  # octaves between values about the best, and to one at which runs fail
+
+
+MOST_BEYOND = 6.0  # octaves that the search may leave the range
+
+
+KNOWN = 0.25  # octaves: half-width of the interval of the base's optimum at which the search there ends
+
+
+SPREADS = (0.5, 1.0, 1.5)  # octaves of new values about the carried one
+
+
+ENOUGH = 0.7  # a round is filled until it settles a size with this probability
+
+
+HOPELESS = 0.1  # with a probability below it, what is left of the budget is not spent
+
+
+LEAST = 4  # runs of one size that a round may add to it
+
+
+MOST_AT_BASE = 30  # runs, before the other sizes begin
+
+
+MOST_AHEAD = 60  # runs of one size that are looked ahead
+
+
+FIRST_SEEDS = 2
+
+
+def bracket(curve: Curve, design: Design) -> list[float]:
+    """Values that show the curve's best to lie between others: two beyond an edge, the middle of a wide gap, and of a
+    gap to a value at which runs fail. Empty where there is nothing to add."""
+    mean = curve.mean
+    finite = np.isfinite(mean)
+    if not finite.any():
+        return [x for step in (1, 2) if (x := curve.x[0] - step * OCTAVE) >= design.low - MOST_BEYOND]
+    best = int(np.where(finite, mean, math.inf).argmin())
+    found = []
+    for side in (-1, 1):
+        index, x = best + side, float(curve.x[best])
+        if not 0 <= index < len(curve.x):
+            found.append(x + side * OCTAVE)
+            continue
+        gap = abs(float(curve.x[index]) - x)
+        if gap > (OCTAVE if finite[index] else CLOSEST):
+            found.append(design.on_lattice(x + side * gap / 2))
+        elif not finite[index] and not 1 < best < len(curve.x) - 2:  # three in a row, to fit a curve to
+            beyond = best - 2 * side
+            if not 0 <= beyond < len(curve.x):
+                found.append(x - 2 * side * OCTAVE)
+    lowest, highest = design.low - MOST_BEYOND, design.high + MOST_BEYOND
+    return [x for x in found if lowest <= x <= highest and design.is_valid(x) and not has(curve, x)]
+
+
+def about(curve: Curve) -> list[float]:
+    """The best value that trains, and those within an octave of it that do."""
+    mean = np.where(np.isfinite(curve.mean), curve.mean, math.inf)
+    best = float(curve.x[int(mean.argmin())])
+    return [float(x) for x in curve.x[np.isfinite(mean)] if abs(x - best) <= OCTAVE]
+
+
+class Proposal:
+    """What the next round wants of one parameterization, and why."""
+
+    def __init__(self, design: Design, analysis: Analysis, name: str, left: float) -> None:
+        self.design, self.analysis, self.name, self.left = design, analysis, name, left
+        self.points: list[Point] = []
+        self.reasons: list[str] = []
+
+    def want(self, size: Size, runs: Sequence[Run], reason: str) -> None:
+        owner = self.design.owner(self.name, size)
+        self.points += [Point(owner, size, place(x), seed) for x, seed in runs]
+        if runs:
+            self.reasons.append(reason)
+
+    def grid(self, curve: Curve | None, values: Sequence[float], seeds: int = FIRST_SEEDS) -> list[Run]:
+        """Runs of `values` with the first `seeds` seeds that are not there, but where runs fail."""
+        done = runs_of(curve) if curve else set()
+        bad = {place(x) for x in failing(curve)} if curve else set()
+        good = [place(x) for x in values if place(x) not in bad]
+        return [(x, seed) for x in good for seed in map(self.design.seed, range(seeds)) if (x, seed) not in done]
+
+    def aim(self, curve: Curve, x: float) -> Aim:
+        assert curve.posterior is not None
+        distances = curve.posterior.optima - x
+        runs = tuple(sorted(run for run in runs_of(curve) if np.isfinite(curve.mean[curve.at(run[0])])))
+        own = [each for each in self.analysis.curves if each.parameterization == self.name]
+        noise = noise_of(own)
+        base = self.curve(self.design.sizes[0])
+        curvature = math.sqrt(curvature_of(curve, x) * curvature_of(base or curve, x))  # one curve's own is uncertain
+        low, high = np.quantile(distances, [0.05, 0.95])
+        return Aim(runs, x, noise, curvature, float(np.median(distances)), float(high - low) / (2 * SURENESS))
+
+    def sharpen(self, curve: Curve, x: float, most: int, is_enough: Callable[[Aim, float], bool]) -> list[Run]:
+        """Up to `most` runs that tell the curve's slope at x."""
+        aim = self.aim(curve, x)
+        values, seeds = self.values(curve, x), [self.design.seed(index) for index in range(FIRST_SEEDS)]
+        runs, added = list(aim.runs), list[Run]()
+        while len(added) < most and (len(added) < LEAST or not is_enough(aim, aim.after(runs))):
+            options = moves(runs, x, values, seeds, next(self.fresh(curve, runs)))
+            options = [move for move in options if len(move) + len(added) <= most]
+            if not options:
+                break
+            move = best_move(aim, runs, options)
+            runs, added = runs + move, added + move
+        return added
+
+    def fresh(self, curve: Curve, runs: Sequence[Run]) -> Iterator[int]:
+        """Seeds that the curve does not have, failed runs included."""
+        known = {*curve.seeds, *(seed for _, seed in runs)}
+        return (seed for index in count() if (seed := self.design.seed(index)) not in known)
+
+    def values(self, curve: Curve, x: float) -> list[float]:
+        """Octaves at which more runs may be put: about x, where none fails."""
+        low, high = self.trained_range(curve, x)
+        about = (x + side * spread for spread in SPREADS for side in (-1, 1))
+        return sorted({place(x), *(place(each) for each in about if low < each < high and self.design.is_valid(each))})
+
+    def trained_range(self, curve: Curve, x: float) -> tuple[float, float]:
+        """Octaves between which values may be put: not beyond one about x at which runs fail."""
+        bad = failing(curve)
+        low = max((value for value in bad if value < x), default=-math.inf)
+        high = min((value for value in bad if value > x), default=math.inf)
+        return float(low), float(high)
+
+    def curve(self, size: Size) -> Curve | None:
+        found = (each for each in self.analysis.curves if (each.parameterization, each.size) == (self.name, size))
+        return next(found, None)
+
+    def affordable(self, size: Size) -> int:
+        return int(self.left / self.design.flops[size])
+
+    # ------------------------------------------------------------ the stages
+
+    def propose(self) -> str | None:
+        """Fills `points`; where that leaves none, why the parameterization has ended."""
+        base_size = self.design.sizes[0]
+        base = self.curve(base_size)
+        if base is None:
+            count = math.floor((self.design.high - self.design.low) / COARSE + 1e-9) + 1
+            values = [x for i in range(count) if self.design.is_valid(x := self.design.low + i * COARSE)]
+            self.want(base_size, self.grid(None, values, seeds=1), "a coarse pass at the base")
+            return None
+        if self.search_base(base):
+            return None
+        if base.optimum.x is None:
+            return "nothing is learned at the base: more samples, or another range of values, would be needed"
+        if base.optimum.censored:
+            return f"the base's optimum lies beyond the {base.optimum.censored} end of what may be searched"
+        comparisons = [each for each in self.analysis.comparisons if each.curve.parameterization == self.name]
+        carried = comparisons[0].carried
+        assert carried is not None
+        if self.settled(comparisons):
+            return "settled"
+        window, seeds = self.first_window(base, carried)
+        self.want(base_size, self.grid(base, [carried]), "the base at the carried value")
+        chances, wanted = [], []
+        found = {each.curve.size: each for each in comparisons}
+        for size in self.design.sizes[1:]:
+            if size not in found:
+                self.want(size, self.grid(None, window, seeds), "each size about the carried value")
+            elif not self.search(found[size], carried):
+                finding = judge_size(found[size], self.design.limits)
+                if finding.verdict == "inconclusive" and found[size].curve.posterior is not None:
+                    chances.append(self.chance(found[size], carried))
+                    wanted.append(found[size])
+        if self.points:
+            return None
+        if not wanted:
+            return "no run that the design knows would settle it"
+        if min(chances) < HOPELESS:
+            return f"what is left of the budget settles it with a probability of {show_share(min(chances))} only"
+        for comparison in wanted:
+            curve = comparison.curve
+            most = min(max(len(runs_of(curve)) // 2, LEAST), self.affordable(curve.size))
+            self.want(curve.size, self.sharpen(curve, carried, most, self.settles), "the cost is known too roughly")
+            self.want(curve.size, self.grid(curve, self.beyond(curve)), "the optimum may lie beyond the values")
+        return None if self.points else "the budget is spent"
+
+    def beyond(self, curve: Curve) -> list[float]:
+        """A value an octave beyond those of the curve, on each side on which nothing bounds its optimum."""
+        low, high = curve.optimum.interval or (0.0, 0.0)
+        ends = [curve.x[0] - OCTAVE] * math.isinf(low) + [curve.x[-1] + OCTAVE] * math.isinf(high)
+        return [place(x) for x in ends if self.design.is_valid(x)]
+
+    def settled(self, comparisons: Sequence[Comparison]) -> bool:
+        """Whether no run can change the answer, the carried value having been run at every size."""
+        verdict = next(each.verdict for each in self.analysis.judgements if each.parameterization == self.name)
+        if verdict == "does not transfer":
+            return True
+        everywhere = {each.curve.size for each in comparisons} == set(self.design.sizes)
+        return verdict != "inconclusive" and everywhere and all(each.measured for each in comparisons)
+
+    def first_window(self, base: Curve, x: float) -> tuple[list[float], int]:
+        """(octaves, number of seeds) that a size begins with: as few as would do if its curve were the base's, and the
+        fewest where none would: a curve that has moved far shows it at once."""
+        noise, curvature = noise_of([base]), curvature_of(base, x)
+        half = math.log1p(self.design.limits.transfer) / 2
+        for seeds, spread in product((2, 3, 4), (1.0, 1.5)):
+            window = self.valid(x - spread, x, x + spread)
+            variance = slope_variance(list(product(window, range(seeds))), x, noise, curvature)
+            if SURENESS**2 * variance / (2 * curvature) <= half:
+                return window, seeds
+        return self.valid(x - OCTAVE, x, x + OCTAVE), FIRST_SEEDS
+
+    def valid(self, *values: float) -> list[float]:
+        return [x for x in values if self.design.is_valid(x)]
+
+    def search_base(self, base: Curve) -> bool:
+        """Whether the base's optimum still has to be found."""
+        size = self.design.sizes[0]
+        if values := bracket(base, self.design):
+            seeds = FIRST_SEEDS if np.isfinite(base.mean).any() else 1
+            self.want(size, self.grid(base, values, seeds), "where the base's optimum lies")
+        if base.learns:
+            self.want(size, self.grid(base, about(base)), "where the base's optimum lies")
+        if self.points or base.posterior is None or base.optimum.x is None or base.optimum.censored:
+            return bool(self.points)
+        x = self.design.on_lattice(base.optimum.x)
+        low, high = base.optimum.interval or (-math.inf, math.inf)
+        bound = float(np.quantile(base.posterior.regrets(x), 0.95))
+        begun = any(self.curve(other) for other in self.design.sizes[1:])  # then the search does not begin anew
+        if (high - low) / 2 <= (2 * KNOWN if begun else KNOWN) or bound <= self.design.limits.transfer / 2:
+            return False
+        most = min(len(runs_of(base)), self.affordable(size), MOST_AT_BASE - len(runs_of(base)))
+        if most < 2:
+            return False
+        enough: Callable[[Aim, float], bool] = lambda aim, deviation: SURENESS * deviation <= 0.9 * KNOWN  # noqa: E731
+        self.want(size, self.sharpen(base, x, most, enough), "the base's optimum to a quarter octave")
+        return bool(self.points)
+
+    def search(self, comparison: Comparison, carried: float) -> bool:
+        """Whether a size still has to be searched: for the carried value itself, or for its best."""
+        before, curve = len(self.points), comparison.curve
+        if not comparison.measured:
+            self.want(curve.size, self.grid(curve, [carried]), "each size at the carried value")
+        finding = judge_size(comparison, self.design.limits)
+        if finding.verdict == "inconclusive" and (curve.optimum.censored or curve.posterior is None):
+            values = bracket(curve, self.design)
+            self.want(curve.size, self.grid(curve, values), f"the best at {curve.size} is on an edge")
+        return len(self.points) > before
+
+    def settles(self, aim: Aim, deviation: float) -> bool:
+        return aim.settles(deviation, self.design.limits) >= ENOUGH
+
+    def chance(self, comparison: Comparison, carried: float) -> float:
+        """Probability that what is left of the budget, all spent on this size, settles it."""
+        curve, aim = comparison.curve, self.aim(comparison.curve, carried)
+        values = self.values(curve, carried)
+        pairs = list(zip(values, reversed(values), strict=True))[: len(values) // 2]
+        seeds = self.fresh(curve, aim.runs)
+        rest: list[Run] = []
+        for index in range(min(self.affordable(curve.size), MOST_AHEAD) // 2):
+            seed = next(seeds)
+            rest += [(x, seed) for x in pairs[index % len(pairs)]]
+        return aim.settles(aim.after([*aim.runs, *rest]), self.design.limits)
