@@ -30,9 +30,10 @@ from depthmup.launch.progress import display
 from depthmup.launch.runs.cost import count_flops
 from depthmup.launch.runs.fits import check_fits
 from depthmup.launch.runs.grouping import group, make_packs
+from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.pool import refuse_mixture
 from depthmup.launch.runs.rounds import AddedRound, AddedRun
-from depthmup.launch.runs.study import PlannedRun, Study
+from depthmup.launch.runs.study import Study
 from depthmup.launch.wording import duration
 from depthmup.train.lock import holder
 

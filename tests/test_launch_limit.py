@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from depthmup.data.errors import UserError
 from depthmup.launch.cli import cli
 from depthmup.launch.findings.theory import drift_sentence
-from depthmup.launch.report import limit
+from depthmup.launch.report import limit, limit_task
 from depthmup.models.config import ParameterizationConfig, Size
 
 
@@ -52,8 +52,11 @@ def test_what_the_limit_does_not_cover_is_refused(arguments: list[str], said: st
 
 def test_the_command_shows_networks_nearing_the_limit(study_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At sizes that take seconds: what has rules nears the limit, and sp does not."""
-    for name, value in (("WIDTHS", (16, 32, 64)), ("DEPTHS", (3, 6, 9)), ("DEPTH_AXIS_WIDTH", 64), ("SITES", 1200)):
+    smaller = {"WIDTHS": (16, 32, 64), "DEPTHS": (3, 6, 9), "DEPTH_AXIS_WIDTH": 64}
+    for name, value in smaller.items():
         monkeypatch.setattr(limit, name, value)
+    monkeypatch.setattr(limit_task, "DEPTHS", smaller["DEPTHS"])
+    monkeypatch.setattr(limit_task, "SITES", 1200)
     monkeypatch.setattr(limit, "SEEDS", {"width": 6, "depth": 4})
     monkeypatch.setattr(limit, "FEW_SEEDS", 3)
     result = CliRunner().invoke(cli, ["limit", str(study_file)], catch_exceptions=False)

@@ -24,7 +24,8 @@ from depthmup.launch.jobs.worker import main as work_in_a_job
 from depthmup.launch.jobs.worker import work
 from depthmup.launch.reading import read_study
 from depthmup.launch.runs.grouping import check_packable, group, packs_of
-from depthmup.launch.runs.study import PlannedRun, Study
+from depthmup.launch.runs.planned import PlannedRun
+from depthmup.launch.runs.study import Study
 from depthmup.train.config import RunConfig
 from depthmup.train.interrupt import Interrupt, Interrupted
 from depthmup.train.loop import run

@@ -13,8 +13,9 @@ from depthmup.launch.reading import read_study
 from depthmup.launch.report.collect import collect
 from depthmup.launch.report.record import as_record
 from depthmup.launch.runs.plan import print_plan
+from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.pool import refuse_mixture
-from depthmup.launch.runs.study import PlannedRun, Study
+from depthmup.launch.runs.study import Study
 from depthmup.launch.shards import new_console
 from depthmup.train.config import run_hash
 from depthmup.train.owner import code_fingerprint, owner

@@ -16,7 +16,8 @@ from depthmup.launch.report.collect import collect
 from depthmup.launch.report.recompute import restore
 from depthmup.launch.report.record import as_record, read_record
 from depthmup.launch.report.results import results
-from depthmup.launch.runs.study import PlannedRun, Study
+from depthmup.launch.runs.planned import PlannedRun
+from depthmup.launch.runs.study import Study
 
 Loss = Callable[[PlannedRun], float]
 

@@ -178,7 +178,7 @@ def test_mixing_stochastic_depth_the_average_and_evaluation_on_the_way_are_in_a_
     assert len({result["minival_ema_loss"] for result in packed}) == 3
 
 
-@pytest.mark.parametrize("setting", RECIPE.keys() - {"train__evaluate_every", "train__ema"})
+@pytest.mark.parametrize("setting", sorted(RECIPE.keys() - {"train__evaluate_every", "train__ema"}))
 def test_every_setting_of_a_recipe_changes_what_a_pack_learns(
     setting: str, make: Callable[..., RunConfig], tmp_path: Path
 ) -> None:

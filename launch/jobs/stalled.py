@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 from depthmup.launch.jobs.slurm import QueuedTask
-from depthmup.launch.runs.study import PlannedRun
+from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.wording import duration
 from depthmup.train.lock import Holder
 from depthmup.train.rundir import RunDirectory

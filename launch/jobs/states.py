@@ -13,7 +13,8 @@ from depthmup.launch.jobs.attempts import LOST, attempts
 from depthmup.launch.jobs.slurm import QueuedTask
 from depthmup.launch.jobs.stalled import stalled
 from depthmup.launch.jobs.submission import Submission, cancelled, load_all, queued_runs, recover_ids, stop_causes
-from depthmup.launch.runs.study import PlannedRun, Study
+from depthmup.launch.runs.planned import PlannedRun
+from depthmup.launch.runs.study import Study
 from depthmup.launch.wording import duration
 from depthmup.train.lock import Holder, holder
 

@@ -27,7 +27,8 @@ from depthmup.launch.jobs.submission import Submission
 from depthmup.launch.jobs.worker import work
 from depthmup.launch.runs.fits import check_fits
 from depthmup.launch.runs.grouping import group, make_packs, slot_gpus
-from depthmup.launch.runs.study import PlannedRun, Study
+from depthmup.launch.runs.planned import PlannedRun
+from depthmup.launch.runs.study import Study
 from depthmup.train.lock import write_holder
 from depthmup.train.rundir import EXIT_LOST_PEER, EXIT_REQUEUE, RunDirectory
 

@@ -17,8 +17,9 @@ from depthmup.launch.findings.verdict import Analysis, Judgement, Limits, analys
 from depthmup.launch.reading import read_study_or_run
 from depthmup.launch.runs.cost import count_flops
 from depthmup.launch.runs.design import design_of
+from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.pool import mixtures, refuse_mixture
-from depthmup.launch.runs.study import PlannedRun, Study
+from depthmup.launch.runs.study import Study
 from depthmup.launch.wording import count, quantity
 
 

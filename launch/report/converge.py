@@ -28,7 +28,8 @@ from depthmup.launch.report import plots
 from depthmup.launch.report.collect import collect
 from depthmup.launch.report.page import CONVERGENCE_FILES
 from depthmup.launch.report.record import bounds, dump, plain
-from depthmup.launch.runs.study import PlannedRun, Study
+from depthmup.launch.runs.planned import PlannedRun
+from depthmup.launch.runs.study import Study
 from depthmup.models.build import build_meta
 from depthmup.train.batches import open_data
 from depthmup.train.config import RunConfig

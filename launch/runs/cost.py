@@ -12,7 +12,7 @@ from depthmup.data.storage import write_atomically
 from depthmup.launch.config import Size
 from depthmup.launch.paths import PACKAGE, user_folder
 from depthmup.launch.runs.flops import by_formula
-from depthmup.launch.runs.study import PlannedRun
+from depthmup.launch.runs.planned import PlannedRun
 from depthmup.train.config import identity
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from depthmup.data.errors import UserError
 from depthmup.launch.config import LaunchConfig
-from depthmup.launch.runs.study import PlannedRun
+from depthmup.launch.runs.planned import PlannedRun
 from depthmup.train.packs.packing import alike, pack_limit, packable, unknown_to_packs
 
 GPU_NAME = re.compile(r"\d+|(GPU|MIG)-\S+")  # a number, or a name that may be cut short

@@ -3,7 +3,7 @@
 import glob
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from itertools import chain, product
 from pathlib import Path
@@ -14,6 +14,7 @@ from depthmup.data.storage import is_remote, write_atomically
 from depthmup.launch.config import Size, StudyFile, label
 from depthmup.launch.paths import command
 from depthmup.launch.reading import CONFIGURATION_FOLDER, configuration_folders, settings_of
+from depthmup.launch.runs.planned import PlannedRun, factors, with_value
 from depthmup.launch.runs.rounds import (
     AddedRound,
     AddedSeed,
@@ -24,50 +25,11 @@ from depthmup.launch.runs.rounds import (
     write_added_rounds,
     write_rounds,
 )
-from depthmup.models.config import ParameterizationConfig, scale_of
+from depthmup.models.config import ParameterizationConfig
 from depthmup.train.config import RunConfig, identity, run_hash
-from depthmup.train.owner import check_owner, data_fingerprint
 from depthmup.train.reading import from_plain, read_yaml, set_dotted, to_plain, to_yaml
 from depthmup.train.rundir import RunDirectory
 from depthmup.train.yaml_text import dump_yaml
-
-
-@dataclass(frozen=True)
-class PlannedRun:
-    """One point of the grid."""
-
-    parameterization: str  # its label
-    size: Size
-    value: float
-    seed: int
-    config: RunConfig
-    directory: RunDirectory
-    any_shards: bool = False  # whether a result counts that was trained on other images
-
-    def done(self) -> dict[str, Any] | None:
-        """The done marker, None before the run's end. Raises UserError for one that is damaged, or another run's."""
-        if done := self.directory.done():
-            shards = None if self.any_shards or is_remote(self.config.data.root) else data_fingerprint(self.config)
-            check_owner(self.directory.path / "done.json", done, self.config, shards)
-        return done
-
-    def failed(self) -> dict[str, Any] | None:
-        """As `done`, of the failed marker; None where another run failed in this directory."""
-        failed, name = self.directory.failed(), self.directory.path.name
-        return failed if failed and failed.get("run", name) == name else None
-
-
-def with_value(config: RunConfig, key: str, value: Any) -> RunConfig:
-    """`config` with the dotted `key` set to a value that was checked before."""
-    section, name = key.split(".")
-    return replace(config, **{section: replace(getattr(config, section), **{name: value})})
-
-
-def factors(config: RunConfig) -> tuple[Any, ...]:
-    """What the parameterization makes of this run's size: at the base size, for one, all of them make the same."""
-    scale = scale_of(config.model.size, config.model.base_size, config.parameterization)
-    return scale.all_factors(config.optimizer.name)
-
 
 Added = TypeVar("Added")  # a value, or a value and a seed
 

@@ -1,0 +1,48 @@
+"""One run of a study: its place in it, its configuration and its directory."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from depthmup.data.storage import is_remote
+from depthmup.launch.config import Size
+from depthmup.models.config import scale_of
+from depthmup.train.config import RunConfig
+from depthmup.train.owner import check_owner, data_fingerprint
+from depthmup.train.rundir import RunDirectory
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One point of the grid."""
+
+    parameterization: str  # its label
+    size: Size
+    value: float
+    seed: int
+    config: RunConfig
+    directory: RunDirectory
+    any_shards: bool = False  # whether a result counts that was trained on other images
+
+    def done(self) -> dict[str, Any] | None:
+        """The done marker, None before the run's end. Raises UserError for one that is damaged, or another run's."""
+        if done := self.directory.done():
+            shards = None if self.any_shards or is_remote(self.config.data.root) else data_fingerprint(self.config)
+            check_owner(self.directory.path / "done.json", done, self.config, shards)
+        return done
+
+    def failed(self) -> dict[str, Any] | None:
+        """As `done`, of the failed marker; None where another run failed in this directory."""
+        failed, name = self.directory.failed(), self.directory.path.name
+        return failed if failed and failed.get("run", name) == name else None
+
+
+def with_value(config: RunConfig, key: str, value: Any) -> RunConfig:
+    """`config` with the dotted `key` set to a value that was checked before."""
+    section, name = key.split(".")
+    return replace(config, **{section: replace(getattr(config, section), **{name: value})})
+
+
+def factors(config: RunConfig) -> tuple[Any, ...]:
+    """What the parameterization makes of this run's size: at the base size, for one, all of them make the same."""
+    scale = scale_of(config.model.size, config.model.base_size, config.parameterization)
+    return scale.all_factors(config.optimizer.name)
