@@ -27,7 +27,7 @@ class BadCount:
             self.counts[sample.shard, sample.reason] += 1
             self.by_epoch[epoch] += 1
 
-    def over_ranks(self, of_all: Iterable["BadCount"]) -> "BadCount":
+    def merge_ranks(self, of_all: Iterable["BadCount"]) -> "BadCount":
         """The sum of what all ranks have counted, each its share of the same samples."""
         total = BadCount(self.max_bad_fraction, self.samples)
         for count in of_all:
@@ -84,7 +84,7 @@ class StandIns(Generic[Place, Sample]):
                 self.bad[place] = error.with_traceback(None)  # it would hold the frames' pixels
         return None
 
-    def first_good(self, stream: int, window: int, served: int, of_window: Sequence[Place]) -> Sample:
+    def find_first_good(self, stream: int, window: int, served: int, of_window: Sequence[Place]) -> Sample:
         """The sample number `served` of a window whose places are `of_window`, or who stands in for it.
 
         Raises UserError when the search has met more bad samples than an epoch may have.
@@ -93,10 +93,10 @@ class StandIns(Generic[Place, Sample]):
             if (sample := self.try_read(of_window[number % len(of_window)])) is not None:
                 return sample
         if (stream, window) not in self.beyond:
-            self.beyond[stream, window] = self.search_beyond(stream, window)
+            self.beyond[stream, window] = self.find_good_beyond(stream, window)
         return self.read(self.beyond[stream, window])
 
-    def search_beyond(self, stream: int, window: int) -> Place:
+    def find_good_beyond(self, stream: int, window: int) -> Place:
         windows = self.order.windows_after(stream, window)
         while True:
             count = BadCount(self.max_bad_fraction, self.order.num_steps * self.order.global_batch_size)

@@ -11,7 +11,7 @@ from braceexpand import braceexpand
 from depthmup.data import storage
 from depthmup.data.errors import UserError
 from depthmup.data.index import counted
-from depthmup.data.splits import HOW_TO_SAY, is_hidden, listed, says_split, split_word, splits_by_word, stated_splits
+from depthmup.data.splits import HOW_TO_SAY, is_hidden, listed, names_split, split_word, splits_by_word, stated_splits
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def tars_of_folder(folder: Path, everywhere: bool) -> tuple[list[str], list[str]
     found = sorted(str(path) for path in folder.glob("*.tar") if not is_hidden(path.name))
     others = []
     for inside in sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name)):
-        if everywhere or says_split(inside.name):
+        if everywhere or names_split(inside.name):
             found += tars_in(inside)
         elif any(inside.glob("*.tar")) or any(inside.glob("*/*.tar")):
             others.append(inside.name)

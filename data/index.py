@@ -79,7 +79,7 @@ class Span:
     samples: int
 
 
-def no_index(root: str) -> str:
+def describe_missing_index(root: str) -> str:
     """What is missing where `root` has no index.json, and how to go on."""
     if storage.is_remote(root):
         return f"{storage.join(root, INDEX_NAME)}: no such file. Make it with 'depthmup index PATTERN --out FOLDER'"
@@ -108,7 +108,7 @@ class Index:
         try:
             contents = CONTENTS.validate_python(json.loads(storage.read_whole(path)))
         except (FileNotFoundError, NotADirectoryError):
-            raise UserError(no_index(str(root))) from None
+            raise UserError(describe_missing_index(str(root))) from None
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             reason = ": ".join(part for part in (".".join(map(str, first["loc"])), first["msg"]) if part)

@@ -81,7 +81,7 @@ class TrainingStream:
             places = samples.places(stream, window)
             draws = order.draws(stream, window, num_draws(config))
             for served in range(max(position - first, 0), last - first):
-                image, label = samples.first_good(stream, window, served, places)
+                image, label = samples.find_first_good(stream, window, served, places)
                 if places[served] in samples.bad:
                     bad.append(samples.bad[places[served]])
                 yield training_image(image, config, self.image_size, draws[served]), draws[served], label
@@ -125,7 +125,7 @@ class TrainingStream:
 class TrainingLoader:
     """Endless batches of one rank; `state` is where the global stream stands after the batches taken so far, and
     `bad` counts the rank's samples that others had to stand in for. A run of one rank is checked for them at once; with
-    several the caller adds the ranks' counts up (BadCount.over_ranks) and checks the sum, now and then."""
+    several the caller adds the ranks' counts up (BadCount.merge_ranks) and checks the sum, now and then."""
 
     def __init__(self, stream: TrainingStream, device: torch.device = CPU) -> None:
         self.stream, self.device = stream, device
@@ -209,7 +209,9 @@ def evaluated(
     if config.in_memory and spans:
         store = memory.open_store(config, index, split, image_size, channels, device)
         rows = store.row_numbers(spans)
-        yield from (store.take_good(rows[first : first + batch_size]) for first in range(0, len(rows), batch_size))
+        yield from (
+            store.gather_good_rows(rows[first : first + batch_size]) for first in range(0, len(rows), batch_size)
+        )
         return
     work = Evaluation(config, index, spans, batch_size, image_size, channels)
     num_workers = min(config.num_workers, batch_size, len(work.places))

@@ -40,7 +40,7 @@ class PixelStore:
         numbers = on_device(rows, self.images.device)
         return Batch(self.images[numbers], self.labels[numbers])
 
-    def take_good(self, rows: np.ndarray) -> Batch:
+    def gather_good_rows(self, rows: np.ndarray) -> Batch:
         """The samples of `rows` without the bad ones."""
         bad = [self.bad[row] for row in rows.tolist() if row in self.bad]
         kept = rows[[row not in self.bad for row in rows.tolist()]] if bad else rows
@@ -138,7 +138,7 @@ def training_steps(
             of_window = in_order(stream, window)
             new_intended.append(of_window)
             if store.bad:
-                of_window = [samples.first_good(stream, window, n, of_window) for n in range(len(of_window))]
+                of_window = [samples.find_first_good(stream, window, n, of_window) for n in range(len(of_window))]
             new_rows.append(of_window)
             new_draws.append(order.draws(stream, window, count))
         intended = np.concatenate([intended, np.stack(new_intended)[:, skip:]], axis=1)

@@ -11,7 +11,7 @@ def hash_names(names: Iterable[bytes]) -> np.ndarray:
     return np.array([int.from_bytes(hashlib.sha256(name).digest()[:8], "little") for name in names], np.uint64)
 
 
-def tell_apart(hashes: np.ndarray) -> np.ndarray:
+def make_distinct(hashes: np.ndarray) -> np.ndarray:
     """`hashes`, with other ones for all but the first of equal names, as where each shard counts its samples anew."""
     order = np.argsort(hashes, kind="stable")
     at = np.arange(len(hashes))
@@ -30,7 +30,7 @@ def choose_held_out(labels: np.ndarray, hashes: np.ndarray, share: float) -> np.
     order nor the sizes of the shards matter, and a larger share holds out what a smaller one does and more (of a label
     that is not rounded down).
     """
-    order = np.lexsort((tell_apart(hashes), labels))
+    order = np.lexsort((make_distinct(hashes), labels))
     _, counts = np.unique(labels, return_counts=True)
     ends = np.concatenate([[0], np.cumsum(counts)])
     held_out = np.diff(np.floor(ends * share + 0.5)).astype(np.int64)  # of each label

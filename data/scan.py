@@ -113,7 +113,9 @@ def members_of(file: HashingReader, location: str) -> Iterator[dict[str, Any]]:
         check_end(archive.offset, file.end, file.size)
 
 
-def not_samples(location: str, imageless: Sequence[str], keys: Collection[str], nested: str | None) -> UserError:
+def describe_no_samples(
+    location: str, imageless: Sequence[str], keys: Collection[str], nested: str | None
+) -> UserError:
     """What is wrong with a tar that holds `imageless`, keys of samples without an image, and how it is mended."""
     if nested:
         return UserError(
@@ -163,7 +165,7 @@ def scan(location: str, first_label: int = 0) -> tuple[Members, int, str]:
             ) from None
         raise UserError(f"{location}: not a whole tar of samples ({error})") from None
     if imageless:
-        raise not_samples(location, imageless, keys, nested)
+        raise describe_no_samples(location, imageless, keys, nested)
     if not rows:
         raise UserError(f"{location}: no samples in it")
     numbers = np.array([row[:3] for row in rows], np.int64)

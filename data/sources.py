@@ -22,7 +22,7 @@ from depthmup.data.errors import UserError
 from depthmup.data.find import find_shards, tars_of_folder
 from depthmup.data.index import INDEX_NAME, NO_LABEL, Index, counted
 from depthmup.data.scan import IMAGE_EXTENSIONS, HashingReader, archive_kind, check_end, parallel_map, scan
-from depthmup.data.splits import CONTENTS, is_hidden, split_folder, splits_by_word, stated_splits, words_of
+from depthmup.data.splits import CONTENTS, is_hidden, split_folder, split_words, splits_by_word, stated_splits
 
 COMPRESSED: dict[str, Callable[[Path], Any]] = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
 UNPACK_INNER = (
@@ -185,7 +185,7 @@ def find_splits(folders: Collection[tuple[str, ...]], has_list: bool) -> dict[st
 def class_depth(folders: Collection[tuple[str, ...]]) -> int:
     """How many folders of a split stand above its classes: 1 where all lies in one called images or the like."""
     inside = {path[0] for path in folders if path}
-    words = words_of(min(inside)) if len(inside) == 1 else []
+    words = split_words(min(inside)) if len(inside) == 1 else []
     return int(bool(words) and {*words} <= CONTENTS)  # a folder called 1 has no word: it is a class
 
 

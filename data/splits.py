@@ -26,20 +26,20 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name in SYSTEM_FOLDERS
 
 
-def words_of(name: str) -> list[str]:
+def split_words(name: str) -> list[str]:
     """'ImageNet1k-val_0001.tar' -> image, net, k, val, tar."""
     return [word.lower() for word in re.split(r"[\W\d_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name)) if word]
 
 
-def says_split(name: str) -> bool:
-    return any(word in TRAINING + VALIDATION for word in words_of(name))
+def names_split(name: str) -> bool:
+    return any(word in TRAINING + VALIDATION for word in split_words(name))
 
 
 def split_word(path: str) -> str | None:
     """The word for a split in `path`, in its last part that has one: 'train' (for training too), or one of VALIDATION;
     never a part of a word, as in valley or testbed. Raises UserError for two in one part."""
     for part in reversed(PurePosixPath(path).parts):
-        found = {"train" if word in TRAINING else word for word in words_of(part) if word in TRAINING + VALIDATION}
+        found = {"train" if word in TRAINING else word for word in split_words(part) if word in TRAINING + VALIDATION}
         if len(found) > 1:
             raise UserError(f"{path}: which split is it, {' or '.join(sorted(found))}? S{HOW_TO_SAY[1:]}")
         if found:
@@ -50,7 +50,7 @@ def split_word(path: str) -> str | None:
 def split_folder(name: str) -> str | None:
     """The word for a split where `name` says nothing else, as a folder of one does: Train, val2017, training_images;
     but not bullet_train, which may be a class."""
-    words = words_of(name)
+    words = split_words(name)
     chosen = [word for word in words if word in TRAINING + VALIDATION]
     if len(chosen) != 1 or not {*words} <= {*chosen, *CONTENTS}:
         return None

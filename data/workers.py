@@ -199,7 +199,7 @@ def start(work: Work, slots: Slots, num_workers: int) -> Iterator[tuple[BadSampl
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def in_turn(parts: Iterator[tuple[BadSample, ...]], num_parts: int) -> Iterator[tuple[BadSample, ...]]:
+def yield_in_order(parts: Iterator[tuple[BadSample, ...]], num_parts: int) -> Iterator[tuple[BadSample, ...]]:
     """The bad samples of one batch after the other, each of `num_parts` parts. Raises a worker's UserError with its own
     words, which torch buries in a traceback."""
     try:
@@ -222,12 +222,12 @@ def batches(work: Work, shape: tuple[int, int, int, int], num_workers: int, devi
     slots = Slots(PREFETCHED + 1 if num_workers else 1, shape)
     parts = start(work, slots, num_workers)  # before they are pinned: what CUDA has registered need not survive a fork
     if device.type != "cuda":
-        for number, bad in enumerate(in_turn(parts, max(num_workers, 1))):
+        for number, bad in enumerate(yield_in_order(parts, max(num_workers, 1))):
             yield slots.filled(number, bad).copy()
         return
     copies = torch.cuda.Stream(device)
     with slots.pinned():
-        for number, bad in enumerate(in_turn(parts, max(num_workers, 1))):
+        for number, bad in enumerate(yield_in_order(parts, max(num_workers, 1))):
             batch = slots.filled(number, bad).to(device, copies)
             copied = copies.record_event()
             try:

@@ -57,7 +57,7 @@ def show_report(study: Study, console: Console) -> "Report":
 
 def finish(study: Study, console: Console) -> None:
     """Everything up to the last run: data, runs, and rounds of more values or seeds where a verdict needs them."""
-    while study.pending() or grow_aloud(study, console):
+    while study.pending() or grow_and_print(study, console):
         prepare_data(study, console)
         launched = Launched([], [], [])
         try:
@@ -72,7 +72,7 @@ def finish(study: Study, console: Console) -> None:
             sys.exit(130)
 
 
-def grow_aloud(study: Study, console: Console) -> int:
+def grow_and_print(study: Study, console: Console) -> int:
     """`grow`, and says so; returns the number of runs added."""
     added, why = grow(study)
     if added:
@@ -162,14 +162,14 @@ def report_target(study: Study, console: Console) -> None:
 # ---------------------------------------------------------------- without waiting
 
 
-def advance(study: Study, targets: Sequence[Path], console: Console, by_itself: bool = False) -> None:
+def advance_study(study: Study, targets: Sequence[Path], console: Console, by_itself: bool = False) -> None:
     """Submits what the path needs next and a job that goes on after it, or ends the path with its report.
 
     `by_itself`: no user asked for it now; failed runs do not go again. Raises UserError when the path cannot go on: an
     inconclusive study, or runs that no job has and that may not go again.
     """
     current = [study]
-    if not study.pending() and not grow_aloud(study, console):
+    if not study.pending() and not grow_and_print(study, console):
         show_report(study, console)
         if not targets:
             say_next_step(study, console)
@@ -259,7 +259,7 @@ PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 5.0, 120.0  # between two tries: the firs
 PATIENCE_SECONDS = 1800.0  # the job's own time limit is an hour, unless launch.timeout_min is less
 
 
-def patiently(step: Callable[[], None], console: Console) -> None:
+def repeat_while_silent(step: Callable[[], None], console: Console) -> None:
     """Takes `step` again and again while Slurm does not answer, and says so each time. Raises UserError when it has not
     for PATIENCE_SECONDS."""
     pause, end = PAUSE_SECONDS, time.monotonic() + PATIENCE_SECONDS
@@ -278,7 +278,7 @@ def patiently(step: Callable[[], None], console: Console) -> None:
 
 def go_on(folder: Path, targets: Sequence[Path], console: Console) -> None:
     """`advance` by itself, with what is in the study's folder now."""
-    advance(Study(folder, read_study(folder)), targets, console, by_itself=True)
+    advance_study(Study(folder, read_study(folder)), targets, console, by_itself=True)
 
 
 def main() -> int:
@@ -289,7 +289,7 @@ def main() -> int:
     arguments = parser.parse_args()
     console = Console(width=120, soft_wrap=True)  # one line each: status shows the last
     try:
-        patiently(lambda: go_on(arguments.study, arguments.targets, console), console)
+        repeat_while_silent(lambda: go_on(arguments.study, arguments.targets, console), console)
     except (UserError, ModelError) as error:
         console.print(f"Stopped: {error}", markup=False, highlight=False)
         return 2

@@ -123,7 +123,7 @@ def transfer(config: Path, overrides: tuple[str, ...], targets: tuple[Path, ...]
             f"--detach leaves a Slurm job, and launch.cluster is {study.file.launch.cluster}: add --cluster"
         )
     else:
-        chain.advance(study, targets, console)
+        chain.advance_study(study, targets, console)
 
 
 def print_launched(study: "Study", launched: "Launched", console: "Console") -> None:

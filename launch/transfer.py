@@ -104,7 +104,7 @@ def launch(study: Study, only: Sequence[State] = UNFINISHED, by_itself: bool = F
     """Writes the study and submits every run whose state is in `only`, the costliest first. Failed runs go again.
 
     What waits or runs already is left alone, also when an earlier launcher was killed. `by_itself`: no user asked for
-    it now, so that only runs that `may_go_again` go. Raises UserError, and has then submitted nothing, and
+    it now, so that only those of `select_resubmittable` go. Raises UserError, and has then submitted nothing, and
     KeyboardInterrupt with the line to say when what trains in this process was stopped.
     """
     config = study.file.launch
@@ -116,7 +116,7 @@ def launch(study: Study, only: Sequence[State] = UNFINISHED, by_itself: bool = F
             raise slurm.Silent(f"Slurm does not answer: {snapshot.slurm_error}. Nothing was submitted")
         if not by_itself:
             ask(study.file.directory, "launch")
-        runs = may_go_again(study, snapshot, only) if by_itself else [found.run for found in snapshot.of(*only)]
+        runs = select_resubmittable(study, snapshot, only) if by_itself else [found.run for found in snapshot.of(*only)]
         if not runs:
             return Launched([], [], [])
         refuse_mixture(study, starting=True)
@@ -186,7 +186,7 @@ def forget_failures(runs: Sequence[PlannedRun]) -> dict[Path, bytes]:
     return held
 
 
-def may_go_again(study: Study, snapshot: states.Snapshot, only: Sequence[State]) -> list[PlannedRun]:
+def select_resubmittable(study: Study, snapshot: states.Snapshot, only: Sequence[State]) -> list[PlannedRun]:
     """The runs in one of the states `only` that may be submitted while the user is away: none after a cancel, and none
     that was submitted `launch.max_attempts` times since the user's last command."""
     command, since = asked(study.file.directory)
@@ -312,7 +312,7 @@ def finished_share(snapshot: states.Snapshot, flops: Mapping[Size, tuple[int, in
 def resubmit_lost(study: Study, snapshot: states.Snapshot) -> int:
     """Submits runs again whose jobs are gone, where they may go again; returns their number."""
     gone: tuple[State, ...] = ("lost", "interrupted")
-    if not may_go_again(study, snapshot, gone):
+    if not select_resubmittable(study, snapshot, gone):
         return 0
     return len(launch(study, gone, by_itself=True).runs)
 

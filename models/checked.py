@@ -14,7 +14,7 @@ STRICT = ConfigDict(extra="forbid")
 Class = TypeVar("Class", bound=type)
 
 
-def said(error: ErrorDetails) -> str:
+def describe_error(error: ErrorDetails) -> str:
     """What one of pydantic's errors says, with the value that it found."""
     message = error["msg"].removeprefix("Value error, ")
     found = error.get("input")
@@ -34,7 +34,7 @@ def checked(error_type: type[Exception]) -> Callable[[Class], Class]:
             if path and isinstance(path[0], int) and not unknown:  # given by position
                 path[0] = names[path[0]]
             key = ".".join(map(str, [cls.__name__, *path]))
-            return f"{key}: " + (f"unknown; known: {', '.join(names)}" if unknown else said(error))
+            return f"{key}: " + (f"unknown; known: {', '.join(names)}" if unknown else describe_error(error))
 
         construct = cls.__init__  # type: ignore[misc]  # mypy: a subclass could have another; these have none
 

@@ -121,7 +121,7 @@ def test_a_window_of_bad_samples_alone_is_served_by_the_next_and_ends_the_run_pa
     ranks = [batches(0.34, rank, 2) for rank in range(2)]
     assert torch.equal(streamed.unflatten(1, (4, 2))[:, ::2].flatten(1, 2), ranks[0][0])
     assert max(count.total() for _, count in ranks) > 0.34 * 24  # of its own share one has too many
-    together = ranks[0][1].over_ranks(count for _, count in ranks)
+    together = ranks[0][1].merge_ranks(count for _, count in ranks)
     together.check()
     assert together.metrics() == {"bad_samples": 16, "bad_samples/train-0.tar/no whole number in a member .cls": 16}
     for in_memory in (False, True):

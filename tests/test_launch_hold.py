@@ -18,7 +18,7 @@ from depthmup.launch.jobs.submission import Submission
 from depthmup.launch.jobs.worker import work
 from depthmup.launch.reading import read_study
 from depthmup.launch.runs.study import Study
-from depthmup.launch.transfer import may_go_again
+from depthmup.launch.transfer import select_resubmittable
 from depthmup.train.rundir import RunDirectory
 from train_processes import ROOT, depthmup
 
@@ -79,9 +79,9 @@ def test_what_has_saved_a_step_goes_on_though_the_others_are_held(runs: list[Run
     for directory in runs[:3]:
         directory.write_failed({"error": "ValueError: no"})
     held = hold(runs)
-    assert held.lets_begin(runs[3:]) == []
+    assert held.select_startable(runs[3:]) == []
     (runs[4].path / "checkpoints" / "step-8").mkdir(parents=True)
-    assert held.lets_begin(runs[3:]) == [runs[4]]
+    assert held.select_startable(runs[3:]) == [runs[4]]
 
 
 def test_a_reason_is_the_same_whatever_numbers_and_hashes_are_in_it() -> None:
@@ -107,7 +107,7 @@ def test_a_study_is_held_shown_once_and_goes_on_when_it_is_mended(
     study = Study(study_file, read_study(study_file, (*place, "train.device=cuda")))
     snapshot = states.take(study)
     assert snapshot.counts() == {"failed": 3, "held": 9}
-    assert may_go_again(study, snapshot, ("new", "lost", "interrupted")) == []  # nothing goes by itself
+    assert select_resubmittable(study, snapshot, ("new", "lost", "interrupted")) == []  # nothing goes by itself
     print_status(study, Console(width=200))
     assert capsys.readouterr().out.count("torch sees no GPU") == 2  # once for those that failed, once for the others
     if cluster == "debug":

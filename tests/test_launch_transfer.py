@@ -23,7 +23,7 @@ from depthmup.launch.jobs.submit import dry_run_script, submit_continuation
 from depthmup.launch.reading import read_study
 from depthmup.launch.runs.grouping import slot_gpus
 from depthmup.launch.runs.study import Study
-from depthmup.launch.transfer import may_go_again
+from depthmup.launch.transfer import select_resubmittable
 from test_launch_scale import finish
 from train_processes import START, depthmup
 
@@ -172,7 +172,7 @@ def test_what_goes_on_by_itself_keeps_to_the_users_last_command_and_to_max_attem
 
     def going_again() -> list[str]:
         snapshot = Snapshot(lost, load_all(root / "jobs"), [], [])
-        return [run.directory.path.name for run in may_go_again(study, snapshot, ("lost",))]
+        return [run.directory.path.name for run in select_resubmittable(study, snapshot, ("lost",))]
 
     root.mkdir(parents=True)
     for tasks in ([names], [names[:1]]):
@@ -200,7 +200,7 @@ def test_what_goes_on_by_itself_gives_up_with_the_reason_when_slurm_stays_silent
         raise Silent("Slurm does not answer: no route")
 
     with pytest.raises(UserError, match=r"Slurm does not answer: no route \(waited"):
-        chain.patiently(unanswered, Console())
+        chain.repeat_while_silent(unanswered, Console())
     assert capsys.readouterr().out.count("Next try in") == len(tries) - 1 > 0
 
 

@@ -97,7 +97,7 @@ class Fault:
     damaged: bool
 
 
-def fault(path: Path, rank: int, world_size: int) -> Fault | None:
+def find_fault(path: Path, rank: int, world_size: int) -> Fault | None:
     """What is wrong with the checkpoint, or None. Each process reads its share of the files."""
     try:
         content = json.loads((path / "state.json").read_text())
@@ -144,7 +144,7 @@ class Checkpoints:
         self.pending: Future[None] | None = None
         self.saved_step: int | None = None  # of the last save that succeeded, the same in every process
 
-    def together(self, mine: Any) -> list[Any]:
+    def gather_all(self, mine: Any) -> list[Any]:
         """What every process has to say, in the order of ranks."""
         if not self.group:
             return [mine]
@@ -173,14 +173,14 @@ class Checkpoints:
         if self.rank == 0:
             for stale in self.directory.glob("tmp-step-*"):
                 self.remove(stale)
-        error = next((str(error) for error in self.together(problem) if error), None)
+        error = next((str(error) for error in self.gather_all(problem) if error), None)
         if not error:
             mine = self.write_shards(temporary, tensors)
-            answers = self.together(mine)
+            answers = self.gather_all(mine)
             error = next((error for error, _ in answers if error), None)
             if self.rank == 0 and not error:
                 error = self.publish(progress, temporary, {k: v for _, files in answers for k, v in files.items()})
-            error = self.together(error)[0]
+            error = self.gather_all(error)[0]
         if not error:
             self.saved_step = progress.step
         elif self.rank == 0:
@@ -239,7 +239,7 @@ class Checkpoints:
         """
         corrupt = []
         for path in complete(self.directory):
-            problems = [problem for problem in self.together(fault(path, self.rank, self.world_size)) if problem]
+            problems = [problem for problem in self.gather_all(find_fault(path, self.rank, self.world_size)) if problem]
             if not problems:
                 content = json.loads((path / "state.json").read_text())
                 check_owner(path, content, self.config, self.owner["shards"])

@@ -47,7 +47,7 @@ def evaluate(
                 sums[:, 3] += len(labels)
             if stop():
                 raise Interrupted(f"stopped in the evaluation of {split}, as asked")
-    bad.over_ranks(gather_objects(bad)).check()
+    bad.merge_ranks(gather_objects(bad)).check()
     return [
         {
             f"{split}_loss": loss / images_seen,

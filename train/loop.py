@@ -180,7 +180,7 @@ class Loop:
         self.read_losses()
         self.count_seconds()
         bad = {seed: batches.loader.bad for seed, batches in self.batches.items()}
-        bad = {seed: mine.over_ranks(others[seed] for others in gather_objects(bad)) for seed, mine in bad.items()}
+        bad = {seed: mine.merge_ranks(others[seed] for others in gather_objects(bad)) for seed, mine in bad.items()}
         images_per_second, data_wait = self.clock.lap(self.step, config.train.global_batch_size)
         speed = {"images_per_second": images_per_second, "data_wait": data_wait, "memory": memory_gb(networks.device)}
         if peak := peak_flops(networks.device, networks.dtype):

@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_typ
 from pydantic import TypeAdapter, ValidationError
 
 from depthmup.data.errors import UserError
-from depthmup.models.checked import said
+from depthmup.models.checked import describe_error
 from depthmup.models.config import (
     AnyModelConfig,
 )
@@ -109,7 +109,9 @@ def describe(error: Any, cls: Any) -> str:
         return f"{key}.family: missing; use {' or '.join(map(repr, FAMILIES))}"
     if error["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{key}: missing"
-    return f"{key}: {said(error)}" if key else said(error)  # a rule over several sections names its keys itself
+    return (
+        f"{key}: {describe_error(error)}" if key else describe_error(error)
+    )  # a rule over several sections names its keys itself
 
 
 def adapter(cls: Any) -> Any:

@@ -58,7 +58,7 @@ class Hold:
             return None
         return f"{len(errors)} runs failed for one reason, and none succeeded: {errors[0].splitlines()[0]}"
 
-    def lets_begin(self, directories: Sequence[RunDirectory]) -> list[RunDirectory]:
+    def select_startable(self, directories: Sequence[RunDirectory]) -> list[RunDirectory]:
         """Those of `directories` that are not held: what has saved a step goes on."""
         if not self.reason():
             return list(directories)

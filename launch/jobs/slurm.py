@@ -127,7 +127,7 @@ def configuration(key: str) -> str | None:
     return match[1] if match else None
 
 
-def hides_jobs_of_others() -> bool:
+def has_private_jobs() -> bool:
     """Whether squeue shows a user their own jobs only. Raises SlurmError."""
     return "jobs" in (configuration("PrivateData") or "").split(",")
 

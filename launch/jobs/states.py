@@ -159,7 +159,7 @@ def ask_slurm(study: Study, submissions: Sequence[Submission]) -> tuple[list[Que
         recover_ids(submissions, queue)
         there = {task.name for task in queue}
         others = {s.name for s in submissions if s.owner != os.getuid() and s.name not in there}
-        return queue, others if others and slurm.hides_jobs_of_others() else set(), None
+        return queue, others if others and slurm.has_private_jobs() else set(), None
     except slurm.SlurmError as failure:
         return [], {submission.name for submission in submissions}, str(failure)
 

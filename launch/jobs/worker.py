@@ -50,7 +50,9 @@ def work(
     with Interrupt.on_signals(*stops) as interrupt:
         for pack in packs:
             try:
-                while train_some(hold.lets_begin(pack) if hold else pack, interrupt) or (waits and elsewhere(pack)):
+                while train_some(hold.select_startable(pack) if hold else pack, interrupt) or (
+                    waits and elsewhere(pack)
+                ):
                     pass
             except Interrupted:
                 return EXIT_REQUEUE
@@ -258,7 +260,7 @@ def main() -> int:
     index = int(os.environ["SLURM_ARRAY_TASK_ID"])
     directories = packs[index]
     if arguments.held:
-        return 1 if hold.lets_begin(directories) else 0
+        return 1 if hold.select_startable(directories) else 0
     if arguments.ended is not None:
         log = submission.path / f"{job_name()}_0_log.out"
         return record_end(directories, arguments.ended, log, details)

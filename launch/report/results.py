@@ -135,7 +135,7 @@ def held(records: Sequence[dict[str, Any]], parameterization: str | None = None)
     return f"{sum(checked.values())} of {len(checked)}"
 
 
-def seen_and_interval(forecast: dict[str, Any]) -> tuple[str, str]:
+def format_seen_and_interval(forecast: dict[str, Any]) -> tuple[str, str]:
     """With as many digits as show whether one lies in the other."""
     if forecast["diverged"] or forecast["seen"] is None or not forecast["interval"]:
         shown = "{:.3g} to {:.3g}".format(*forecast["interval"]) if forecast["interval"] else ""
@@ -155,8 +155,8 @@ def forecast_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
             "parameterization": f["parameterization"],
             "target": size(f["target"]),
             "predicted": show_number(f["predicted"]),
-            "interval": seen_and_interval(f)[1],
-            "seen": seen_and_interval(f)[0],
+            "interval": format_seen_and_interval(f)[1],
+            "seen": format_seen_and_interval(f)[0],
             "inside": {True: "yes", False: "no", None: ""}[f["inside"]],
             "law, sizes": f"{f['law']}, {f['fitted_sizes']}",
             "remark": f["remark"],

@@ -98,7 +98,7 @@ def say(console: Console, text: str | Text, style: str = "") -> None:
     console.print(text, style=style, width=WIDTH, soft_wrap=False, highlight=False, markup=False)
 
 
-def shown_in_terminal(row: Mapping[str, str]) -> dict[str, str]:
+def fit_to_terminal(row: Mapping[str, str]) -> dict[str, str]:
     """The columns that fit, with a mark for what the others would say."""
     marks = ("*" if "censored" in row["notes"] else "") + ("!" if "nothing is learned" in row["notes"] else "")
     kept = {column: row[column] for column in row if column not in ("regret", "regret interval", "notes")}
@@ -111,7 +111,7 @@ def print_report(report: Report, console: Console) -> None:
     say(console, f"\n{study.name}: {study.metric} against {study.hyperparameter}, {len(report.finished)} runs")
     table = rows(report)
     if table:
-        print_table([shown_in_terminal(row) for row in table], ("parameterization",), console)
+        print_table([fit_to_terminal(row) for row in table], ("parameterization",), console)
     if any("censored" in row["notes"] for row in table):
         say(console, "* censored: the best value is on the edge of the grid")
     if any("nothing is learned" in row["notes"] for row in table):

@@ -9,7 +9,7 @@ from pathlib import Path
 from depthmup.data.errors import UserError
 from depthmup.launch.config import LaunchConfig
 from depthmup.launch.runs.planned import PlannedRun
-from depthmup.train.packs.packing import alike, pack_limit, packable, unknown_to_packs
+from depthmup.train.packs.packing import group_alike, pack_limit, packable, unknown_to_packs
 
 GPU_NAME = re.compile(r"\d+|(GPU|MIG)-\S+")  # a number, or a name that may be cut short
 
@@ -24,7 +24,7 @@ def packs_of(runs: Sequence[PlannedRun], config: LaunchConfig, on_gpu: bool, slo
         if (train.pack or 0) > 1:
             raise UserError(f"train.pack is {train.pack}, but {obstacle}: set train.pack=1, or change that")
         return [[run] for run in runs]
-    groups = [[runs[i] for i in numbers] for numbers in alike([run.config for run in runs])]
+    groups = [[runs[i] for i in numbers] for numbers in group_alike([run.config for run in runs])]
     limits = [pack_limit(group[0].config, on_gpu) for group in groups]  # a study's sizes may differ in it
     largest = max(limits)
     while largest > 1 and count_packs(groups, limits, largest) < min(slots, len(runs)):
@@ -39,7 +39,7 @@ def check_packable(runs: Sequence[PlannedRun]) -> None:
     configs = [run.config for run in runs]
     if len(configs) < 2 or (configs[0].train.pack or 0) <= 1 or unknown_to_packs(configs[0]):
         return  # of what packs do not know, `packs_of` says so
-    if len(alike(configs)) == len(configs):
+    if len(group_alike(configs)) == len(configs):
         names = sorted({name for config in configs[1:] for name in packable(configs[0], config)})
         raise UserError(
             f"train.pack is {configs[0].train.pack}, but no two of the study's {len(configs)} runs can be trained "

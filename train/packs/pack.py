@@ -9,7 +9,7 @@ from typing import Any
 from depthmup.data.errors import UserError
 from depthmup.data.workers import explained_deaths
 from depthmup.train.batches import open_data
-from depthmup.train.checkpoint import complete, fault
+from depthmup.train.checkpoint import complete, find_fault
 from depthmup.train.config import RunConfig
 from depthmup.train.distributed import World, pick_device
 from depthmup.train.interrupt import Interrupt
@@ -36,7 +36,7 @@ def check_pack(configs: Sequence[RunConfig]) -> None:
 
 def newest_step(directory: RunDirectory) -> int:
     """The step of the newest checkpoint that is whole, else 0."""
-    whole = (path for path in complete(directory.checkpoints) if not fault(path, 0, 1))
+    whole = (path for path in complete(directory.checkpoints) if not find_fault(path, 0, 1))
     return max((int(path.name.removeprefix("step-")) for path in islice(whole, 1)), default=0)
 
 

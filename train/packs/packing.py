@@ -100,7 +100,7 @@ def packable(a: RunConfig, b: RunConfig) -> list[str]:
     return sorted(different | unknown_to_packs(a) | unknown_to_packs(b))
 
 
-def alike(configs: Sequence[RunConfig]) -> list[list[int]]:
+def group_alike(configs: Sequence[RunConfig]) -> list[list[int]]:
     """The numbers of `configs` in groups whose members can share a pack, in the order of each group's first member."""
     groups: dict[Any, list[int]] = {}
     for number, config in enumerate(configs):
