@@ -373,11 +373,11 @@ def test_a_state_file_that_is_none_is_a_fault_of_the_checkpoint(
 ) -> None:
     """Whatever JSON is there: a process that fails on it alone would leave the others waiting."""
     step = checkpoint.complete(whole / "checkpoints")[0]
-    assert checkpoint.fault(step, 0, 1) is None
+    assert checkpoint.find_fault(step, 0, 1) is None
     content = json.loads((step / "state.json").read_text())
     copytree(step, tmp_path / "changed")
     (tmp_path / "changed" / "state.json").write_text(json.dumps(change(content)))
-    assert checkpoint.fault(tmp_path / "changed", 0, 1)
+    assert checkpoint.find_fault(tmp_path / "changed", 0, 1)
 
 
 def test_the_time_of_earlier_starts_is_in_the_done_marker(shards: Path, whole: Path, tmp_path: Path) -> None:
@@ -509,7 +509,7 @@ def test_what_the_user_may_not_read_is_no_damage(whole: Path, monkeypatch: pytes
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(checkpoint, "checksum", refuse)
-    found = checkpoint.fault(checkpoint.complete(whole / "checkpoints")[0], 0, 1)
+    found = checkpoint.find_fault(checkpoint.complete(whole / "checkpoints")[0], 0, 1)
     assert found is not None
     assert not found.damaged
 
