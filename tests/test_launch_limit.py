@@ -16,7 +16,8 @@ from depthmup.models.config import ParameterizationConfig, Size
 def test_the_predicted_drift_is_said_with_the_beta_that_avoids_it() -> None:
     said = drift_sentence(ParameterizationConfig(), Size(width=16, depth=12), [12, 48])
     assert said == (
-        "depth_mup: theory expects a drift of -1.43 octaves at depth 48 (-2.05 in the limit); beta 0.289 = 12^-0.5 "
+        "depth_mup: in theory the largest stable rate at the start drifts by -1.43 octaves at depth 48 "
+        "(-2.05 in the limit); beta 0.289 = 12^-0.5 "
         "brings it to -0.02"
     )
     assert drift_sentence(ParameterizationConfig(name="sp"), Size(width=16, depth=12), [12, 48]) is None
@@ -25,9 +26,12 @@ def test_the_predicted_drift_is_said_with_the_beta_that_avoids_it() -> None:
 
 def test_plan_says_what_is_predicted_and_nothing_where_nothing_is(study_file: Path) -> None:
     said = CliRunner().invoke(cli, ["plan", str(study_file)], catch_exceptions=False).output
-    assert "depth_mup: theory expects a drift of -0.27 octaves at depth 6" in said.replace("\n", " ")
+    assert (
+        "depth_mup: in theory the largest stable rate at the start drifts by -0.27 octaves at depth 6"
+        in said.replace("\n", " ")
+    )
     other = CliRunner().invoke(cli, ["plan", str(study_file), "model.norm=batch"], catch_exceptions=False).output
-    assert "theory expects" not in other
+    assert "in theory" not in other
 
 
 @pytest.mark.parametrize(

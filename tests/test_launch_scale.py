@@ -101,7 +101,9 @@ def test_a_study_that_was_run_with_overrides_is_found_by_its_folder(study_file: 
     target = folder / "other_target.yaml"
     assert said.startswith("other_target: conv_resnet of width 8 and depth 12 (1 and 4 times the base's), depth_mup.")
     assert target.read_text().startswith("# other_target: conv_resnet")
-    assert invoke("status", folder) == "30 done\n"  # the base is shared
+    of_study, _, of_target = invoke("status", folder).partition(f"\nTarget: {folder.parent / 'other_target'}\n")
+    assert of_study == "30 done\n"  # the base is shared
+    assert of_target.endswith("1 new\n")
     assert "1 new" in invoke("status", target)
 
 

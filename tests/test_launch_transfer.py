@@ -286,7 +286,8 @@ def test_plan_prints_every_run_with_its_cost_and_launches_nothing(study_file: Pa
     planned = depthmup("plan", study_file)
     assert planned.returncode == 0
     assert "12 runs (0 done)" in planned.stdout
-    assert planned.stdout.count("depth_mup") == 4
+    runs = planned.stdout.partition("\n\n")[0]
+    assert runs.count("depth_mup") == 4
     assert "4 more points" in planned.stdout
     assert "is larger than" not in planned.stdout
     smaller = depthmup("plan", study_file, "study.sizes=[{width: 8, depth: 3}, {width: 4, depth: 3}]")

@@ -358,7 +358,8 @@ def test_a_pack_whose_process_is_killed_goes_on_and_leaves_a_finished_replica_al
         assert config is not None
     program = (
         "import sys; from pathlib import Path\n"
-        "from depthmup.train.config import *; from depthmup.train.packs.pack import run_pack\n"
+        "from depthmup.train.config import RunConfig; from depthmup.train.packs.pack import run_pack\n"
+        "from depthmup.train.reading import from_plain, read_yaml\n"
         "paths = [Path(p) for p in sys.argv[1:]]\n"
         "run_pack([from_plain(RunConfig, read_yaml(p / 'config.yaml'), str(p)) for p in paths], paths)"
     )

@@ -49,8 +49,8 @@ def drift_sentence(parameterization: ParameterizationConfig, base: Size, depths:
     at, alpha = ", ".join(map(str, found)), parameterization.resolve().alpha
     limit = predicted_drift(parameterization.resolve(), base, None)
     said = (
-        f"{label(parameterization)}: theory expects a drift of {octaves(found)} octaves at depth {at} "
-        f"({limit:+.2f} in the limit)"
+        f"{label(parameterization)}: in theory the largest stable rate at the start drifts by {octaves(found)} octaves "
+        f"at depth {at} ({limit:+.2f} in the limit)"
     )
     absolute = base.depth**-alpha  # beta of the paper's form
     if parameterization.beta > 1.01 * absolute:

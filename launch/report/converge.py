@@ -37,7 +37,10 @@ from depthmup.train.rundir import RunDirectory
 
 IMAGES = 128
 QUANTITIES = ("loss curve", "feature kernel")
-NO_LIMIT = "The limit of these networks is not known, so the largest size stands for it; 'limit' knows that of an MLP."
+NO_LIMIT = (
+    "The limit of these networks is not known, so the largest size stands for it.\n"
+    "`depthmup limit` knows that of a residual MLP."
+)
 
 
 # ---------------------------------------------------------------- what a run gives

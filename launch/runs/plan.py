@@ -1,5 +1,7 @@
 """`depthmup plan`: what a study would run and cost."""
 
+import textwrap
+
 from rich.console import Console
 from rich.table import Table
 
@@ -85,7 +87,7 @@ def print_plan(study: Study, console: Console) -> None:
         larger = f"base width {base.width}, depth {base.depth} is larger than {them}: factors scale down"
         console.print(f"\n{larger}", highlight=False)
     for sentence in expected_drifts(study.file):
-        console.print(f"\n{sentence}", highlight=False)
+        console.print(f"\n{textwrap.fill(sentence, 80)}", highlight=False)
     finished = [done for _, done in runs if done]
     console.print(
         f"\n{len(runs)} run{'s' if len(runs) > 1 else ''} ({len(finished)} done), {quantity(everything)}FLOPs in all",
