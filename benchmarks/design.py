@@ -16,7 +16,7 @@ from benchmarks.verdict import CHANCE, GRID, ROUNDS, SHAPES, SIZES, Simulated, h
 
 from depthmup.launch.findings.design import next_round
 from depthmup.launch.findings.points import Design
-from depthmup.launch.findings.verdict import Analysis, Limits, seeds_wanted
+from depthmup.launch.findings.verdict import Analysis, Limits
 from depthmup.launch.report.page import markdown_table
 
 FLOPS = {size: float(size.depth) for size in SIZES}
@@ -35,14 +35,8 @@ class Ended:
     widths: list[float]  # half, of drifts
 
 
-def true_regrets(study: Simulated, x: float | None) -> list[float]:
-    if x is None:
-        return [math.nan] * len(study.truths)
-    return [math.inf if x > t.edge else math.expm1(float(t.excess(np.array([x]))[0])) for t in study.truths]
-
-
 def end(study: Simulated, analysis: Analysis, rounds: int) -> Ended:
-    regrets = true_regrets(study, analysis.comparisons[0].carried)
+    regrets = study.regrets(analysis.comparisons[0].carried)
     covered, widths = [], []
     for found in analysis.comparisons[1:]:
         number = SIZES.index(found.curve.size)
@@ -55,13 +49,7 @@ def end(study: Simulated, analysis: Analysis, rounds: int) -> Ended:
 
 
 def run_grid(study: Simulated) -> Ended:
-    study.run_grid(SEEDS)
-    analysis = study.analyse()
-    for added in range(ROUNDS):
-        for (_, size), values in seeds_wanted(analysis).items():
-            for value in values:
-                study.run(SIZES.index(size), math.log2(value), SEEDS + added)
-        analysis = study.analyse()
+    analysis = study.run_rounds(SEEDS)
     return end(study, analysis, 1 + ROUNDS)
 
 

@@ -90,9 +90,19 @@ class Simulated:
     def analyse(self) -> Analysis:
         return analyse(self.results, SIZES[0], Limits(), chance=CHANCE)
 
-    def regrets(self, analysis: Analysis) -> list[float]:
-        """The true ones at the value that the analysis carries over, infinite beyond the edge; the base's first."""
-        x = analysis.comparisons[0].curve.optimum.x
+    def run_rounds(self, seeds: int) -> Analysis:
+        """The grid with `seeds` seeds, and the rounds of seeds that a study adds."""
+        self.run_grid(seeds)
+        analysis = self.analyse()
+        for added in range(ROUNDS):
+            for (_, size), values in seeds_wanted(analysis).items():
+                for value in values:
+                    self.run(SIZES.index(size), math.log2(value), seeds + added)
+            analysis = self.analyse()
+        return analysis
+
+    def regrets(self, x: float | None) -> list[float]:
+        """The true ones at x octaves, infinite beyond the edge; the base's first."""
         if x is None:
             return [math.nan] * len(self.truths)
         return [math.inf if x > t.edge else math.expm1(float(t.excess(np.array([x]))[0])) for t in self.truths]
@@ -110,7 +120,8 @@ def coverage(shape: str, seeds: int, noise: float, studies: int) -> dict[str, st
         study = Simulated(shape, generator.uniform(-0.8, 0.8, 3), noise, generator)
         study.run_grid(seeds)
         analysis = study.analyse()
-        for truth, regret, found in zip(study.truths, study.regrets(analysis), analysis.comparisons, strict=True):
+        regrets = study.regrets(analysis.comparisons[0].curve.optimum.x)
+        for truth, regret, found in zip(study.truths, regrets, analysis.comparisons, strict=True):
             if found.curve.size == SIZES[0] or found.regret_interval is None:
                 continue
             assert found.curve.optimum.interval is not None
@@ -142,14 +153,9 @@ def verdicts(drift: float, seeds: int, noise: float, studies: int) -> dict[str, 
     generator, counted = np.random.default_rng(seeds), []
     for _ in range(studies):
         study = Simulated("one", (0.0, 0.0, drift), noise, generator)
-        study.run_grid(seeds)
-        analysis = study.analyse()
-        for added in range(ROUNDS):
-            for (_, size), values in seeds_wanted(analysis).items():
-                for value in values:
-                    study.run(SIZES.index(size), math.log2(value), seeds + added)
-            analysis = study.analyse()
-        counted.append((analysis.judgements[0].verdict, max(study.regrets(analysis)[1:])))
+        analysis = study.run_rounds(seeds)
+        carried = analysis.comparisons[0].curve.optimum.x
+        counted.append((analysis.judgements[0].verdict, max(study.regrets(carried)[1:])))
     limit = Limits().transfer
     large = [verdict for verdict, regret in counted if regret >= 2 * limit]
     small = [verdict for verdict, regret in counted if regret <= limit / 2]

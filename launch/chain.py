@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from depthmup.data.errors import UserError
+from depthmup.data.index import counted
 from depthmup.launch.jobs import slurm, states
 from depthmup.launch.jobs.submission import launching
 from depthmup.launch.paths import command
@@ -33,7 +34,7 @@ from depthmup.launch.transfer import (
     unfinished,
     wait,
 )
-from depthmup.launch.wording import count, duration
+from depthmup.launch.wording import duration
 from depthmup.models.errors import ModelError
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def grow_and_print(study: Study, console: Console) -> int:
     """`grow`, and says so; returns the number of runs added."""
     added, why = grow(study)
     if added:
-        console.print(f"{count(added, 'run')} more: {why}", highlight=False, markup=False)
+        console.print(f"{counted(added, 'run')} more: {why}", highlight=False, markup=False)
     return added
 
 

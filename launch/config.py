@@ -265,6 +265,3 @@ def label(parameterization: ParameterizationConfig) -> str:
         if key != "name" and value != getattr(defaults, key)
     ]
     return " ".join([parameterization.name, *overrides])
-
-
-PLACES = ("local", "debug", "slurm")

@@ -5,12 +5,13 @@ from typing import Any
 
 from depthmup.data.errors import UserError
 from depthmup.data.paths import expand_path, protect
-from depthmup.launch.config import PLACES, LaunchConfig, StudyFile
+from depthmup.launch.config import LaunchConfig, StudyFile
 from depthmup.launch.paths import PACKAGE, command, user_folder
 from depthmup.train.config import RunConfig
 from depthmup.train.reading import from_plain, read_yaml, run_in, set_dotted, to_plain
 from depthmup.train.yaml_text import load_yaml
 
+PLACES = ("local", "debug", "slurm")  # that need no profile
 CONFIGURATION_FOLDER = "x-configuration-folder"  # a key of a study's own file: where it was written from
 
 

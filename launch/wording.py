@@ -53,10 +53,6 @@ def power_of_two(value: float) -> str:
     return f"2^{exponent:.4g}" if abs(exponent * 4 - round(exponent * 4)) < 1e-9 else f"{value:.4g}"
 
 
-def count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' if number != 1 else ''}"
-
-
 def duration(seconds: float) -> str:
     """'42 s', '3 min 05 s' or '2 h 10 min'."""
     seconds = round(seconds)

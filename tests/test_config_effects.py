@@ -129,26 +129,41 @@ def learned(run: RunConfig) -> tuple[Any, ...]:
     return multipliers, torch.stack(weights).double().numpy().tobytes()
 
 
-def tried(section: Any, context: dict[str, Any], base: Any, observe: Any) -> tuple[list[str], set[str], set[str]]:
+def tried(
+    others: dict[str, Any],
+    context: dict[str, Any],
+    base: Any,
+    observe: Any,
+    refusals: tuple[str, ...] = ("would do nothing",),
+    beside: dict[str, dict[str, Any]] | None = None,
+) -> tuple[list[str], set[str], set[str]]:
     """(fields whose other value is accepted and changes nothing, those whose other value changes something, those whose
-    other value is refused)."""
+    other value is refused). others: field -> other values; beside: what a field needs to be set with it."""
     idle, working, refused = [], set(), set()
-    for field in fields(section):
-        for value in OTHER[section][field.name]:
-            if value == context.get(field.name):
+    for name, values in others.items():
+        for value in values:
+            if value == context.get(name):
                 continue
             try:
-                changed = observe({**context, field.name: value})
+                changed = observe({**context, **(beside or {}).get(name, {}), name: value})
             except UserError as error:
-                if "would do nothing" in str(error) or "rules for adamw only" in str(error):
-                    refused.add(field.name)
+                if any(words in str(error) for words in refusals):
+                    refused.add(name)
                     continue
                 raise
             if changed == base:
-                idle.append(f"{field.name}: {value} in {context}")
+                idle.append(f"{name}: {value} in {context}")
             else:
-                working.add(field.name)
+                working.add(name)
     return idle, working, refused
+
+
+REFUSALS = ("would do nothing", "rules for adamw only")
+
+
+def every(section: Any) -> dict[str, Any]:
+    """Other values of all fields of a section. Raises KeyError for a field without any."""
+    return {name: OTHER[section][name] for name in (field.name for field in fields(section))}
 
 
 def all_of(section: Any) -> set[str]:
@@ -161,7 +176,7 @@ def test_every_field_of_the_optimizer_acts_or_is_refused() -> None:
 
     acting = set()
     for context in OPTIMIZERS:
-        idle, working, refused = tried(OptimizerConfig, context, observe(context), observe)
+        idle, working, refused = tried(every(OptimizerConfig), context, observe(context), observe, REFUSALS)
         assert not idle
         assert refused == REFUSED[context["name"]]
         acting |= working
@@ -176,7 +191,7 @@ def test_every_field_of_the_parameterization_acts_or_is_refused() -> None:
             return learned(run_of(optimizer, parameterization, {}))
 
         context = {"name": name}
-        idle, working, _ = tried(ParameterizationConfig, context, observe(context), observe)
+        idle, working, _ = tried(every(ParameterizationConfig), context, observe(context), observe, REFUSALS)
         own = (
             f"eps_scaling: {ParameterizationConfig(name=name).resolve().eps_scaling} "  # what a preset has may be said
         )
@@ -192,7 +207,7 @@ def test_every_field_of_the_schedule_acts_or_is_refused() -> None:
 
     acting = set()
     for name in SCHEDULES:
-        idle, working, _ = tried(ScheduleConfig, {"name": name}, observe({"name": name}), observe)
+        idle, working, _ = tried(every(ScheduleConfig), {"name": name}, observe({"name": name}), observe, REFUSALS)
         assert not idle
         acting |= working
     assert acting == all_of(ScheduleConfig)
@@ -220,18 +235,9 @@ def test_every_field_of_a_model_acts_or_is_refused(section: Any) -> None:
     acting = {"family"}
     for context in contexts:
         base = computed({**SHAPE, **context})
-        for key, values in others.items():
-            for value in values:
-                if value == context.get(key):
-                    continue
-                try:
-                    changed = computed({**SHAPE, **context, **BESIDE.get(key, {}), key: value})
-                except UserError as error:
-                    if "would do nothing" in str(error):
-                        continue
-                    raise
-                assert changed != base, (context, key, value)
-                acting.add(key)
+        idle, working, _ = tried(others, context, base, lambda model: computed({**SHAPE, **model}), beside=BESIDE)
+        assert not idle
+        acting |= working
     assert acting == all_of(section)
 
 
@@ -254,18 +260,9 @@ def test_every_field_of_train_that_is_identity_acts_or_is_refused(
     acting = set()
     for context in ({}, {"precision": "bf16"}):
         base = observe(context)
-        for key, values in others.items():
-            for value in values:
-                if value == context.get(key):
-                    continue
-                try:
-                    changed = observe({**context, key: value})
-                except UserError as error:
-                    if "would do nothing" in str(error):
-                        continue
-                    raise
-                assert changed != base, (context, key, value)
-                acting.add(key)
+        idle, working, _ = tried(others, context, base, observe)
+        assert not idle
+        acting |= working
     assert acting == others.keys() - ({"batch_norm_images"} if norm == "none" else set())
 
 

@@ -8,9 +8,8 @@ from click.testing import CliRunner
 from depthmup.data.errors import UserError
 from depthmup.data.order import streams_of
 from depthmup.launch.cli import cli
-from depthmup.launch.config import PLACES
 from depthmup.launch.jobs.submit import dry_run_script
-from depthmup.launch.reading import read_study, read_study_or_run
+from depthmup.launch.reading import PLACES, read_study, read_study_or_run
 from depthmup.launch.runs.fits import check_fits, processes_of
 from depthmup.launch.runs.plan import describe_jobs
 from depthmup.launch.runs.study import Study

@@ -33,6 +33,7 @@ from depthmup.train.packs.pack import run_pack
 from depthmup.train.reading import from_plain, to_yaml
 from depthmup.train.rundir import EXIT_REQUEUE, RunDirectory
 from test_launch_transfer import COMMAND
+from train_configs import After
 from train_processes import ROOT as REPOSITORY
 from train_processes import depthmup
 
@@ -170,18 +171,6 @@ def written(run_settings: dict[str, Any], tmp_path: Path) -> Callable[[int], lis
         return directories
 
     return write
-
-
-class After(Interrupt):
-    """Asks to stop after so many steps."""
-
-    def __init__(self, steps: int) -> None:
-        self.left = steps
-
-    @property
-    def requested(self) -> bool:  # type: ignore[override]  # a flag that sets itself
-        self.left -= 1
-        return self.left == 0
 
 
 def test_fresh_runs_do_not_join_those_that_are_far_ahead(written: Callable[[int], list[RunDirectory]]) -> None:

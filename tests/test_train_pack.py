@@ -39,7 +39,7 @@ from depthmup.train.reading import from_plain
 from depthmup.train.rundir import RunDirectory
 from depthmup.train.schedule import schedule, set_learning_rate
 from depthmup.train.step import take_step
-from train_configs import metric, metrics
+from train_configs import After, metric, metrics
 from train_processes import start
 
 CPU = torch.device("cpu")
@@ -66,18 +66,6 @@ STEPS = 20  # of warm-up and of decay, with every momentum moving
 DIVERGES = 1e37  # a learning rate after which no weight is finite
 
 Change = Callable[[dict[str, Any]], None]
-
-
-class After(Interrupt):
-    """Asks to stop after so many steps."""
-
-    def __init__(self, steps: int) -> None:
-        self.left = steps
-
-    @property
-    def requested(self) -> bool:  # type: ignore[override]  # a flag that sets itself
-        self.left -= 1
-        return self.left == 0
 
 
 @pytest.fixture

@@ -6,12 +6,25 @@ from typing import Any
 
 from depthmup.data.pack import pack
 from depthmup.train.config import RunConfig
+from depthmup.train.interrupt import Interrupt
 from depthmup.train.reading import from_plain, set_dotted
 
 VIT = {"family": "vit", "width": 16, "depth": 4, "base_width": 8, "base_depth": 2, "num_heads": 2, "patch_size": 2}
 CONV_RESNET = {"family": "conv_resnet", "width": 8, "depth": 6, "base_width": 4, "base_depth": 3}
 TIMED = {"images_per_second", "data_wait", "memory", "mfu"}  # what a clock or the process decides
 DIGITS = {"num_classes": 10, "image_size": 8, "in_channels": 1}
+
+
+class After(Interrupt):
+    """Asks to stop after so many steps."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    @property
+    def requested(self) -> bool:  # type: ignore[override]  # a flag that sets itself
+        self.left -= 1
+        return self.left == 0
 
 
 def pack_digits(root: Path) -> Path:

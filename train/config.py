@@ -271,9 +271,3 @@ def flat(sections: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in sections.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return found
-
-
-# ---------------------------------------------------------------- reading
-
-
-ADAPTERS: dict[Any, Any] = {}

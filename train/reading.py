@@ -14,7 +14,7 @@ from depthmup.models.checked import describe_error
 from depthmup.models.config import (
     AnyModelConfig,
 )
-from depthmup.train.config import ADAPTERS, RunConfig
+from depthmup.train.config import RunConfig
 from depthmup.train.yaml_text import dump_yaml, load_yaml
 
 Config = TypeVar("Config")
@@ -109,9 +109,11 @@ def describe(error: Any, cls: Any) -> str:
         return f"{key}.family: missing; use {' or '.join(map(repr, FAMILIES))}"
     if error["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{key}: missing"
-    return (
-        f"{key}: {describe_error(error)}" if key else describe_error(error)
-    )  # a rule over several sections names its keys itself
+    said = describe_error(error)
+    return f"{key}: {said}" if key else said  # a rule over several sections names its keys itself
+
+
+ADAPTERS: dict[Any, Any] = {}
 
 
 def adapter(cls: Any) -> Any:

@@ -23,14 +23,6 @@ from depthmup.launch.findings.analysis import Result
 from depthmup.launch.findings.points import Design, Point, Round, place
 from depthmup.launch.findings.proposal import Proposal
 
-# ---------------------------------------------------------------- where the best of a curve lies
-
-
-# ---------------------------------------------------------------- one curve
-
-
-# ---------------------------------------------------------------- a study
-
 
 def next_round(design: Design, results: Sequence[Result]) -> Round:
     """The next runs of all parameterizations, each once and none that is there, within the budget."""

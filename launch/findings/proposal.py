@@ -84,6 +84,11 @@ def about(curve: Curve) -> list[float]:
     return [float(x) for x in curve.x[np.isfinite(mean)] if abs(x - best) <= OCTAVE]
 
 
+def is_known(aim: Aim, deviation: float) -> bool:
+    """Whether the base's optimum is, with something to spare."""
+    return SURENESS * deviation <= 0.9 * KNOWN
+
+
 class Proposal:
     """What the next round wants of one parameterization, and why."""
 
@@ -250,8 +255,7 @@ class Proposal:
         most = min(len(runs_of(base)), self.affordable(size), MOST_AT_BASE - len(runs_of(base)))
         if most < 2:
             return False
-        enough: Callable[[Aim, float], bool] = lambda aim, deviation: SURENESS * deviation <= 0.9 * KNOWN  # noqa: E731
-        self.want(size, self.sharpen(base, x, most, enough), "the base's optimum to a quarter octave")
+        self.want(size, self.sharpen(base, x, most, is_known), "the base's optimum to a quarter octave")
         return bool(self.points)
 
     def search(self, comparison: Comparison, carried: float) -> bool:

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from depthmup.data.errors import UserError
+from depthmup.data.index import counted
 from depthmup.launch.config import Size
 from depthmup.launch.findings.analysis import Carry, Result, carry_optimum
 from depthmup.launch.findings.design import next_round
@@ -20,7 +21,7 @@ from depthmup.launch.runs.design import design_of
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.pool import mixtures, refuse_mixture
 from depthmup.launch.runs.study import Study
-from depthmup.launch.wording import count, quantity
+from depthmup.launch.wording import quantity
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Report:
         if not self.study.file.study.adaptive:
             return ""
         budget = design_of(self.study).budget
-        spent = f"{count(len(self.study.rounds()), 'round')}, {self.total_flops / budget:.0%} of the budget"
+        spent = f"{counted(len(self.study.rounds()), 'round')}, {self.total_flops / budget:.0%} of the budget"
         if self.unfinished:
             return f"Adaptive design: {spent}; the last round is not finished."
         then = "next" if self.next_round.points else "ended"

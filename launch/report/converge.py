@@ -27,7 +27,7 @@ from depthmup.launch.findings.verdict import Analysis
 from depthmup.launch.report import plots
 from depthmup.launch.report.collect import collect
 from depthmup.launch.report.page import CONVERGENCE_FILES
-from depthmup.launch.report.record import bounds, dump, plain
+from depthmup.launch.report.record import dump, rate_record
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.study import Study
 from depthmup.models.build import build_meta
@@ -143,18 +143,10 @@ def as_record(found: Line, quantity: str, rate: Rate) -> dict[str, Any]:
         "parameterization": found.parameterization,
         "quantity": quantity,
         "axis": found.axis,
-        "measure": rate.law.measure,
         "value": found.value,
         "seeds": list(found.seeds),
-        "sizes": rate.sizes.tolist(),
         "largest": rate.largest,
-        "distance": [plain(d) for d in rate.distance.tolist()],
-        "error": [plain(e) for e in rate.error.tolist()],
-        "noise": [plain(n) for n in rate.noise.tolist()],
-        "exponent": plain(rate.exponent),
-        "interval": bounds(rate.interval),
-        "theory": rate.law.exponent,
-        "remark": rate.remark,
+        **rate_record(rate),
         "left_out": found.left_out,
     }
 

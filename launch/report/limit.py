@@ -35,7 +35,7 @@ from depthmup.launch.report.limit_task import (
     quantities,
     solve,
 )
-from depthmup.launch.report.record import bounds, dump, plain
+from depthmup.launch.report.record import dump, rate_record
 from depthmup.launch.report.tables import print_table, say
 from depthmup.launch.runs.study import Study
 from depthmup.models.config import OptimizerConfig, ParameterizationConfig, Size
@@ -140,17 +140,9 @@ class Found:
             "quantity": self.quantity,
             "parameterization": self.line.parameterization,
             "axis": rate.law.axis,
-            "measure": rate.law.measure,
             "lr": self.line.value,
             "seeds": len(self.line.seeds),
-            "sizes": rate.sizes.tolist(),
-            "distance": [plain(d) for d in rate.distance.tolist()],
-            "error": [plain(e) for e in rate.error.tolist()],
-            "noise": [plain(n) for n in rate.noise.tolist()],
-            "exponent": plain(rate.exponent),
-            "interval": bounds(rate.interval),
-            "theory": rate.law.exponent,
-            "remark": rate.remark,
+            **rate_record(rate),
             "left_out": self.line.left_out,
         }
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from depthmup.launch.findings.convergence import Rate
 from depthmup.launch.report.collect import Report
 from depthmup.launch.runs.pool import origins
 
@@ -17,6 +18,21 @@ def plain(value: float | None) -> float | None:
 
 def bounds(interval: tuple[float, float] | None) -> list[float | None] | None:
     return [plain(bound) for bound in interval] if interval else None
+
+
+def rate_record(rate: Rate) -> dict[str, Any]:
+    """What `converge` and `limit` keep of a fitted rate."""
+    return {
+        "measure": rate.law.measure,
+        "sizes": rate.sizes.tolist(),
+        "distance": [plain(d) for d in rate.distance.tolist()],
+        "error": [plain(e) for e in rate.error.tolist()],
+        "noise": [plain(n) for n in rate.noise.tolist()],
+        "exponent": plain(rate.exponent),
+        "interval": bounds(rate.interval),
+        "theory": rate.law.exponent,
+        "remark": rate.remark,
+    }
 
 
 def size_records(report: Report) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from depthmup.data.config import DataConfig
 from depthmup.data.errors import UserError
+from depthmup.data.index import counted
 from depthmup.data.order import streams_of
 from depthmup.launch.config import LaunchConfig
 from depthmup.launch.runs.grouping import check_packable
@@ -72,6 +73,6 @@ def check_fits(study: Study) -> None:
         dict.fromkeys(words for run in (*study.runs, *study.examples) for words in misfits(run.config, config))
     )
     if found:
-        count = processes_of(config)
-        raise UserError(f"{study.path}, {count} process{'es' if count > 1 else ''} a run: {'; '.join(found)}")
+        processes = counted(processes_of(config), "process")
+        raise UserError(f"{study.path}, {processes} a run: {'; '.join(found)}")
     check_packable(study.runs)

@@ -5,13 +5,14 @@ import textwrap
 from rich.console import Console
 from rich.table import Table
 
+from depthmup.data.index import counted
 from depthmup.launch.findings.theory import expected_drifts
 from depthmup.launch.runs.cost import count_flops
 from depthmup.launch.runs.design import design_of
 from depthmup.launch.runs.fits import check_fits
 from depthmup.launch.runs.grouping import group, make_packs, slot_gpus
 from depthmup.launch.runs.study import Study
-from depthmup.launch.wording import count, duration, power_of_two, quantity
+from depthmup.launch.wording import duration, power_of_two, quantity
 
 
 def describe_jobs(study: Study) -> list[str]:
@@ -25,7 +26,7 @@ def describe_jobs(study: Study) -> list[str]:
     packed = f", in packs of up to {largest}" if largest > 1 else ""
     if config.cluster != "slurm":
         slots = 1 if config.cluster == "debug" else min(len(slot_gpus(config)), len(packs))
-        return [f"{len(pending)} runs here, {slots} process{'es' if slots > 1 else ''} at once{packed}"]
+        return [f"{len(pending)} runs here, {counted(slots, 'process')} at once{packed}"]
     tasks = group(packs, config.runs_per_job)
     in_each = max(map(len, tasks))
     gpus = config.nodes * config.gpus_per_node
@@ -33,7 +34,7 @@ def describe_jobs(study: Study) -> list[str]:
     hardware = f"{gpus} GPU{'s' if gpus > 1 else ''}" if gpus else f"{config.tasks * config.cpus_per_task} CPUs"
     at_once = min(config.max_running, len(tasks))
     lines = [
-        f"{count(len(tasks), 'job')} of up to {count(in_each, 'run')}{packed}, at most {at_once} at once",
+        f"{counted(len(tasks), 'job')} of up to {counted(in_each, 'run')}{packed}, at most {at_once} at once",
         f"each job: {nodes}{hardware}, up to {duration(60 * config.timeout_min)}",
     ]
     if gpus and largest > 1 and study.file.train.pack is None:
@@ -49,7 +50,7 @@ def describe_design(study: Study, console: Console) -> None:
     cost, rounds = expected_cost(design)
     least = f"about {quantity(cost)}FLOPs in {rounds} rounds where nothing drifts and runs differ by 1 %"
     console.print(
-        f"adaptive: these runs are the {count(len(study.rounds()), 'round')} so far. All rounds:", highlight=False
+        f"adaptive: these runs are the {counted(len(study.rounds()), 'round')} so far. All rounds:", highlight=False
     )
     console.print(f"{least},\nat most {quantity(design.budget)}FLOPs (study.budget)", highlight=False)
 

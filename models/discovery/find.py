@@ -27,7 +27,6 @@ from depthmup.models.parameterization import Role
 
 Weights = dict[str, Tensor]  # by name
 BY_HAND = "write its Roles by hand, see docs/your-model.md"
-SLICES = {"__getitem__", "unbind", "chunk", "split", "tensor_split", "narrow"}
 MATRIX_PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm"}
 CONTRACTIONS = MATRIX_PRODUCTS | {"addmm", "addbmm", "mm", "einsum", "tensordot", "lstm", "gru", "rnn_tanh", "rnn_relu"}
 
@@ -37,6 +36,7 @@ class Discovery:
     """What was found of a network."""
 
     roles: Roles
+    features: int  # that the base's readout reads
     head_dim: int | None  # of the base network's attention, where it grows with width
 
 
@@ -68,7 +68,7 @@ def find_roles(build: Builder, inputs: Any, width: int, depth: int) -> Discovery
         queries=merge_slots(growth, queries),
         blocks=find_blocks(growth, branches),
     )
-    return Discovery(found, head_dim)
+    return Discovery(found, readout_features(growth.base, found), head_dim)
 
 
 def weights_of(network: nn.Module) -> Weights:
@@ -157,7 +157,7 @@ def parameter_rules(
 # ---------------------------------------------------------------- modules
 
 
-def last_weight(node: Node, network: nn.Module) -> str | None:
+def last_weight(node: Node) -> str | None:
     """The module whose weights were the last to act on a tensor; None where a function comes after them that does not
     carry a factor through."""
     while True:
@@ -173,7 +173,7 @@ def last_weight(node: Node, network: nn.Module) -> str | None:
 
 def branch_slot(branch: Branch, network: nn.Module) -> tuple[str, str]:
     """(module whose output is the branch, the last module with weights before that). Raises ModelError for none."""
-    last = last_weight(branch.end, network)
+    last = last_weight(branch.end)
     if branch.end.readers > 1:
         raise ModelError(f"the branch that ends in {branch.end.module} is read in two places: {BY_HAND}")
     if branch.end.emitted_by:
@@ -227,6 +227,11 @@ def find_readout(roles: dict[str, Role], used: dict[str, list[Node]]) -> str:
     return module
 
 
+def readout_features(network: nn.Module, roles: Roles) -> int:
+    """How many features the readout reads."""
+    return network.get_parameter(f"{roles.readout}.weight").shape[1]
+
+
 # ---------------------------------------------------------------- attention
 
 
@@ -249,7 +254,7 @@ def find_queries(nodes: list[Node], wide: list[Node]) -> tuple[list[tuple[str, s
         if wider == size:
             continue
         node = queries
-        while not node.emitted_by or (node.operation in SLICES and not node.emitted_by):
+        while not node.emitted_by:
             before = [each for each in node.inputs if each.data]
             if node.operation not in MOVES | SCALINGS or len(before) != 1:
                 raise ModelError(
@@ -284,9 +289,7 @@ def build_scaled(
     """
     found = find_roles(build, inputs, base.width, base.depth)
     network = build_network(build, size.width, size.depth, device="cpu")
-    smallest = build_network(build, base.width, base.depth, device="meta")
-    weight = f"{found.roles.readout}.weight"
-    features, of_base = (each.get_parameter(weight).shape[1] for each in (network, smallest))
+    features, of_base = readout_features(network, found.roles), found.features
     if features * base.width != of_base * size.width:
         raise ModelError(
             f"the readout has {of_base} features at width {base.width} and {features} at {size.width}: the builder's "

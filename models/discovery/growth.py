@@ -20,8 +20,6 @@ class Growth:
     base: nn.Module
     wide: nn.Module  # at twice the base's width
     deep: nn.Module  # at twice its depth
-    width: int
-    depth: int
     grows: dict[str, tuple[bool, ...]]  # base's parameter -> for each dimension, whether it grows with width
     containers: tuple[str, ...]  # modules that have more children in a deeper network, as "blocks"
 
@@ -46,7 +44,7 @@ def build_network(build: Builder, width: int, depth: int, device: str) -> nn.Mod
         try:
             with torch.device(device):
                 network = build(width, depth)
-        except (RuntimeError, NotImplementedError):
+        except (RuntimeError, NotImplementedError):  # what asks a meta tensor for its numbers, as .item() does
             if device == "cpu":
                 raise
             network = build(width, depth).to(device)
@@ -112,4 +110,4 @@ def compare_sizes(build: Builder, width: int, depth: int) -> Growth:
         )
     if lost := sorted(set(shapes) - set(deeper)):
         raise ModelError(f"{kind} of depth {2 * depth} lacks {', '.join(lost[:3])}, which it has at depth {depth}")
-    return Growth(base, wide, deep, width, depth, grows, repeating_modules(base, deep))
+    return Growth(base, wide, deep, grows, repeating_modules(base, deep))
