@@ -103,6 +103,10 @@ class Cluster:
         lines = self.call("squeue", "-h", "-r", "-o", "%i %T %j").splitlines()
         return [line.rsplit(" ", 1)[0] for line in lines if name in line.rsplit(" ", 1)[1]]
 
+    def empty_the_queue(self) -> None:
+        self.call("scancel", "--user", self.call("id", "-un"))
+        wait_for(lambda: not self.queued())
+
     def node_of(self, job: str) -> str:
         return self.call("squeue", "-h", "-j", job, "-o", "%N")
 
