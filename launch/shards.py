@@ -53,7 +53,10 @@ def new_console() -> "Console":
     return Console(soft_wrap=not sys.stdout.isatty())
 
 
-@click.command(epilog="Example: depthmup pack photos/ shards/photos --validation-share 0.1")
+@click.command(
+    short_help="Pack images into WebDataset shards with an index.",
+    epilog="Example: depthmup pack photos/ shards/photos --validation-share 0.1",
+)
 @click.argument("source", type=Location())
 @click.argument("out", type=FilePath())
 @click.option(
@@ -127,7 +130,10 @@ def pack(
     print_index(index, console, left_out, "packed" if packed_before else None)
 
 
-@click.command(epilog="Example: depthmup index 's3://bucket/train-{000000..001299}.tar' --out shards/imagenet")
+@click.command(
+    short_help="Index shards that exist already.",
+    epilog="Example: depthmup index 's3://bucket/train-{000000..001299}.tar' --out shards/imagenet",
+)
 @click.argument("shards", type=Location())
 @click.option("--out", type=FilePath(), help="Folder for the index [default: SHARDS, when it is a folder].")
 @click.option("--classes", type=FILE, help="One class name a line, in the order of the labels.")
@@ -177,7 +183,10 @@ def index(
         console.print(order, highlight=False, markup=False)
 
 
-@click.command(epilog="Example: depthmup inspect shards/photos --sheet photos.png")
+@click.command(
+    short_help="Count and show the images of shards; find the unreadable.",
+    epilog="Example: depthmup inspect shards/photos --sheet photos.png",
+)
 @click.argument("shards", type=Location())
 @click.option("--sheet", type=FilePath(), help="Write a contact sheet of the first split to this PNG file.")
 @click.option("--processes", type=COUNT, help="[default: one for each core]")

@@ -1,0 +1,73 @@
+"""What the commands share. Each imports what it needs when it runs, so that `--help` is quick."""
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from depthmup.launch.paths import FilePath
+
+if TYPE_CHECKING:
+    from depthmup.launch.runs.study import Study
+
+
+class Commands(click.Group):
+    """Shows its commands by section, in the order of a user's work."""
+
+    def __init__(self, *arguments: Any, sections: dict[str, list[click.Command]], **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.sections = sections
+        for command in (command for commands in sections.values() for command in commands):
+            self.add_command(command)
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        width = max(map(len, self.commands))
+        for title, commands in self.sections.items():
+            with formatter.section(title):
+                formatter.write_dl(
+                    [(f"{command.name:{width}}", command.get_short_help_str(limit=68)) for command in commands]
+                )
+
+    def invoke(self, context: click.Context) -> Any:
+        """Ctrl-C ends a command with one line; click itself says Aborted! and ends 1."""
+        try:
+            return super().invoke(context)
+        except KeyboardInterrupt as stopped:
+            click.echo(str(stopped) or "Interrupted; the same command continues.", err=True)
+            sys.exit(130)
+
+
+def command(name: str, example: str) -> Callable[[Callable[..., None]], click.Command]:
+    """A command with an example at the end of its help."""
+    return click.command(name, epilog=f"Example: {example}")
+
+
+def with_config(function: Callable[..., None]) -> Callable[..., None]:
+    """The arguments CONFIG [KEY=VALUE]... and the option --cluster, which is a short form of launch.cluster=..."""
+
+    @click.argument("config", type=FilePath())
+    @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+    @click.option("--cluster", help="local, debug, slurm, or a profile: its name, or its file.")
+    @functools.wraps(function)
+    def wrapped(config: Path, overrides: tuple[str, ...], cluster: str | None, **options: Any) -> None:
+        chosen = (f"launch.cluster={cluster}",) if cluster else ()
+        function(config=config, overrides=(*overrides, *chosen), **options)
+
+    return wrapped
+
+
+def open_study(config: Path, overrides: tuple[str, ...]) -> "Study":
+    """A study, or one run as a study of one."""
+    from depthmup.launch.reading import read_study_or_run
+    from depthmup.launch.runs.study import Study
+
+    file = read_study_or_run(config, overrides)
+    if file.decay_warning and file.study.hyperparameter != "optimizer.weight_decay":  # which a sweep does not use
+        click.echo(f"warning: {file.decay_warning}", err=True)
+    return Study(config, file, overrides)

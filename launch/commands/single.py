@@ -1,0 +1,90 @@
+"""Commands about one run or one network, and about the cluster."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from depthmup.launch.commands.group import command, with_config
+from depthmup.launch.paths import FilePath
+from depthmup.launch.shards import new_console
+
+if TYPE_CHECKING:
+    from depthmup.models.coordinate_check import Axis
+
+
+@command("train", example="depthmup train configs/digits_resnet.yaml optimizer.lr=2**-5 model.depth=27")
+@with_config
+@click.option("--directory", type=FilePath(), help="The run's directory [default: runs/HASH].")
+def train(config: Path, overrides: tuple[str, ...], directory: Path | None) -> None:
+    """Train one run in this process, or continue it.
+
+    Packs data.source first where there are no shards. Ctrl-C saves a checkpoint. Ends 3 when the loss diverged, 75 when it was stopped.
+    """
+    from depthmup.launch.reading import read_run
+    from depthmup.launch.transfer import pack_source
+    from depthmup.train.__main__ import train as train_run
+    from depthmup.train.config import run_hash
+    from depthmup.train.rundir import RunDirectory
+
+    run_config = read_run(config, overrides)
+    pack_source(run_config.data, new_console())
+    sys.exit(train_run(run_config, RunDirectory(directory or Path("runs") / run_hash(run_config))))
+
+
+@command("check", example="depthmup check configs/digits_vit.yaml parameterization.name=completep")
+@with_config
+@click.option("--factors", default="1,2,4,8", show_default=True, help="Sizes, as multiples of base width and depth.")
+@click.option("--steps", default=8, show_default=True, help="Training steps; slopes are judged after 1 and after all.")
+@click.option("--seeds", default=4, show_default=True, help="Seeds; a slope's standard error comes from them.")
+@click.option("--batch-size", default=16, show_default=True, help="Images in the one fixed batch.")
+@click.option("--axis", type=click.Choice(["width", "depth"]), help="Check this one only [default: both].")
+@click.option("--plot", type=FilePath(), help="The plot's file [default: check_*.png with the study].")
+def check(
+    config: Path,
+    overrides: tuple[str, ...],
+    factors: str,
+    steps: int,
+    seeds: int,
+    batch_size: int,
+    axis: "Axis | None",
+    plot: Path | None,
+) -> None:
+    """Coordinate check: do updates keep their size as the net grows?
+
+    Trains the model on random images at multiples of its base size and prints log-log slopes with their standard
+    errors, beside what the limit demands. Ends 1 when a slope is off (!) or too noisy to judge (?). For a large model
+    give a small base: model.base_width=64 model.base_depth=3 model.image_size=32.
+    """
+    from depthmup.launch.check import run_check
+
+    if not run_check(config, overrides, factors, steps, seeds, batch_size, axis, plot, new_console()):
+        sys.exit(1)
+
+
+@command("export", example="depthmup export runs/0123456789ab vit.safetensors")
+@click.argument("run", type=FilePath())
+@click.argument("out", type=FilePath())
+def export(run: Path, out: Path) -> None:
+    """Write RUN's weights to OUT for plain timm.
+
+    OUT is a safetensors file for timm.create_model, every multiplier folded in.
+    """
+    from depthmup.launch.export import export_run, loading_code
+
+    name, arguments = export_run(run, out)
+    click.echo(f"{out} is written. In Python:\n\n{loading_code(out, name, arguments)}")
+
+
+@click.group("cluster")
+def cluster() -> None:
+    """About this machine's Slurm cluster: probe."""
+
+
+@cluster.command("probe", epilog="Example: depthmup cluster probe > configs/cluster/mine.yaml")
+def probe() -> None:
+    """Propose a profile for configs/cluster from what sinfo says."""
+    from depthmup.launch.jobs.probe import propose
+
+    click.echo(propose(), nl=False)

@@ -1,0 +1,205 @@
+"""Commands about a whole study: run it, look at it, report it, scale from it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from depthmup.data.errors import UserError
+from depthmup.data.paths import expand_path
+from depthmup.launch.commands.group import command, open_study, with_config
+from depthmup.launch.paths import FilePath
+from depthmup.launch.shards import new_console
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from depthmup.launch.runs.study import Study
+    from depthmup.launch.transfer import Launched
+
+
+@command("transfer", example="depthmup transfer configs/digits_resnet.yaml study.directory=/scratch/runs")
+@with_config
+@click.option("--target", "targets", type=FilePath(), multiple=True, help="Then scale to this YAML, and train it.")
+@click.option("--detach", is_flag=True, help="On Slurm: return at once; a job goes on after the runs, to the end.")
+def transfer(config: Path, overrides: tuple[str, ...], targets: tuple[Path, ...], detach: bool) -> None:
+    """Run a whole study: data, all runs, report; or continue it.
+
+    --target may be given several times.
+    """
+    from depthmup.launch import chain
+
+    study, console = open_study(config, overrides), new_console()
+    for target in targets:
+        if not target.exists():
+            raise UserError(f"{target}: no such file; it holds the target's sections, as model and train")
+        if not target.is_file():
+            raise UserError(f"{target}: the target's file is read after the runs: give a file that is there then")
+    study.target_files(targets)
+    if not detach:
+        chain.transfer(study, targets, console)
+    elif study.file.launch.cluster != "slurm":
+        raise UserError(
+            f"--detach leaves a Slurm job, and launch.cluster is {study.file.launch.cluster}: add --cluster"
+        )
+    else:
+        chain.advance_study(study, targets, console)
+
+
+def print_launched(study: "Study", launched: "Launched", console: "Console") -> None:
+    if launched.job_ids:
+        console.print(f"{len(launched.runs)} runs submitted: jobs {', '.join(launched.job_ids)}", highlight=False)
+    elif launched.slots:
+        pids = ", ".join(str(slot.pid) for slot in launched.slots)
+        console.print(f"{len(launched.runs)} runs started: processes {pids}", highlight=False)
+    elif not launched.runs:
+        from depthmup.launch.jobs.states import take
+
+        counts = ", ".join(f"{count} {state}" for state, count in take(study).counts().items())
+        console.print(f"Nothing to submit: {counts}.", highlight=False)
+    else:  # they were trained in this process
+        from depthmup.launch.transfer import unfinished
+
+        if not all(run.done() for run in launched.runs):
+            raise unfinished(study)
+        console.print(f"{len(launched.runs)} runs trained.", highlight=False)
+
+
+@command("launch", example="depthmup launch configs/digits_resnet.yaml --cluster slurm launch.partition=gpu")
+@with_config
+@click.option("--dry-run", is_flag=True, help="Print the sbatch script and submit nothing.")
+def launch_command(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
+    """Submit the runs that are not done, and return.
+
+    CONFIG is a study, or one run.
+    """
+    from depthmup.launch.transfer import grow, launch, prepare_data
+
+    study, console = open_study(config, overrides), new_console()
+    if dry_run:
+        from depthmup.launch.jobs.submit import dry_run_script
+        from depthmup.launch.runs.plan import describe_jobs
+
+        click.echo(dry_run_script(study))
+        click.echo("\n".join(f"# {line}" for line in describe_jobs(study)))
+        return
+    if not study.pending() and not grow(study)[0]:
+        console.print(f"All {len(study.runs)} runs are done.")
+        return
+    prepare_data(study, console)
+    print_launched(study, launch(study), console)
+
+
+@command("retry", example="depthmup retry configs/digits_resnet.yaml launch.memory_gb=32")
+@with_config
+def retry(config: Path, overrides: tuple[str, ...]) -> None:
+    """Submit again what failed or was lost; says why it did.
+
+    Says too which key may help. Runs that never began are left to 'launch'.
+    """
+    from depthmup.launch.jobs.states import take
+    from depthmup.launch.jobs.status import print_troubles
+    from depthmup.launch.transfer import STOPPED, Launched, launch
+
+    study, console = open_study(config, overrides), new_console()
+    snapshot = take(study)
+    print_troubles(snapshot, console)
+    launched = launch(study, STOPPED) if snapshot.of(*STOPPED) else Launched([], [], [])
+    print_launched(study, launched, console)
+
+
+@command("cancel", example="depthmup cancel configs/digits_resnet.yaml")
+@with_config
+def cancel_command(config: Path, overrides: tuple[str, ...]) -> None:
+    """Stop all jobs of a study; 'launch' continues them."""
+    from depthmup.launch.transfer import cancel
+
+    console = new_console()
+    job_ids, pids = cancel(open_study(config, overrides))
+    stopped = [*(f"job {job_id}" for job_id in job_ids), *(f"process {pid}" for pid in pids)]
+    console.print(f"Stopped: {', '.join(stopped)}" if stopped else "Nothing waits or runs.", highlight=False)
+
+
+@command("plan", example="depthmup plan configs/digits_resnet.yaml")
+@with_config
+def plan(config: Path, overrides: tuple[str, ...]) -> None:
+    """Print every run and what it costs; launches nothing."""
+    from depthmup.launch.runs.plan import print_plan
+
+    print_plan(open_study(config, overrides), new_console())
+
+
+@command("status", example="depthmup status configs/digits_resnet.yaml")
+@with_config
+@click.option("--watch", is_flag=True, help="Show it again every 10 seconds until nothing waits or runs.")
+@click.option("--all", "everything", is_flag=True, help="Show every run, not only those that need a look.")
+def status(config: Path, overrides: tuple[str, ...], watch: bool, everything: bool) -> None:
+    """Show what is done, runs, waits or failed, and why."""
+    from depthmup.launch.jobs.status import print_status, watch_status
+
+    study, console = open_study(config, overrides), new_console()
+    if watch:
+        watch_status(study, console, everything)
+    else:
+        print_status(study, console, everything)
+
+
+@command("report", example="depthmup report configs/digits_resnet.yaml configs/digits_vit.yaml --publish docs/results")
+@with_config
+@click.option("--publish", type=FilePath(), help="Also copy JSON and figures to this folder.")
+def report(config: Path, overrides: tuple[str, ...], publish: Path | None) -> None:
+    """Write and print the table, curves and verdicts so far.
+
+    Further CONFIGs are reported too, and compared on one more page.
+    """
+    from depthmup.launch.chain import show_report
+
+    changes = tuple(word for word in overrides if "=" in word)
+    configs = [config, *(Path(expand_path(word)) for word in overrides if "=" not in word)]
+    studies, console = [open_study(path, changes) for path in configs], new_console()
+    reports = [show_report(study, console) for study in studies]
+    if len(reports) > 1:
+        from depthmup.launch.report.overview import print_overview, write_overview
+
+        print_overview(reports, console)
+        page = studies[0].file.directory.parent / "overview.html"
+        write_overview(reports, page)
+        console.print(f"Overview: {page}")
+    if publish:
+        from depthmup.launch.report.page import publish as copy
+
+        for path in (path for written in reports for path in copy(written, publish)):
+            console.print(f"Published: {path}")
+
+
+@command("scale", example="depthmup scale runs/digits_resnet model.width=128 model.depth=27 train.samples=51200")
+@with_config
+@click.option("--target", type=FilePath(), help="YAML with the target's sections, as model and train.")
+@click.option("--out", type=FilePath(), help="File to write [default: NAME_target.yaml in the study's folder].")
+@click.option("--parameterization", help="Which one to transfer [default: the best one that transfers].")
+@click.option("--scale-batch", is_flag=True, help="Scale AdamW for the target's batch and samples too.")
+@click.option("--force", is_flag=True, help="Use an inconclusive study all the same.")
+def scale_command(
+    config: Path,
+    overrides: tuple[str, ...],
+    target: Path | None,
+    out: Path | None,
+    parameterization: str | None,
+    scale_batch: bool,
+    force: bool,
+) -> None:
+    """Write the large run's file with the study's best values.
+
+    CONFIG is the study's file, or its folder when it was run with overrides. KEY=VALUE changes the target's keys, and
+    study.KEY=VALUE says which study.
+    """
+    from depthmup.launch.chain import write_scaled
+    from depthmup.launch.reading import read_study
+    from depthmup.launch.runs.study import Study
+
+    of_study = tuple(override for override in overrides if override.startswith("study."))
+    changes = tuple(override for override in overrides if override not in of_study)
+    study = Study(config, read_study(config, of_study), of_study)
+    study.refuse_overridden()
+    path = out or study.target_file
+    write_scaled(study, path, target, changes, new_console(), parameterization, scale_batch, force)

@@ -1,0 +1,47 @@
+"""Commands about the theory's limit."""
+
+from pathlib import Path
+
+import click
+
+from depthmup.data.errors import UserError
+from depthmup.launch.commands.group import command, open_study, with_config
+from depthmup.launch.shards import new_console
+
+
+@command("converge", example="depthmup converge configs/paper/convergence_depth.yaml")
+@with_config
+def converge_command(config: Path, overrides: tuple[str, ...]) -> None:
+    """Fit how fast a finished study nears its limit.
+
+    Takes the runs at the base's optimum: their loss curves and last-layer feature kernels, over width and over depth,
+    as distances to the largest size, with fitted exponents beside the theory's. Needs three sizes along an axis and
+    three seeds. 'report --publish' copies its figures too.
+    """
+    from depthmup.launch.report.converge import converge
+
+    console = new_console()
+    for path in converge(open_study(config, overrides), console):
+        console.print(f"Written: {path}", highlight=False)
+
+
+@command("limit", example="depthmup limit configs/digits_resnet.yaml")
+@with_config
+@click.option("--lr", type=float, help="The base's learning rate [default: an eighth of the largest stable one].")
+def limit(config: Path, overrides: tuple[str, ...], lr: float | None) -> None:
+    """Show the limit of a study's rules, and networks nearing it.
+
+    Prints the tangent kernel at each size and in the limit, the largest stable rate and the drift that finite depth
+    makes. Then trains residual MLPs under the study's rules, on Gaussian inputs and on its images, and fits how their
+    distance to the infinite network falls with width and depth. For norm-free ResNets with one conv a branch, and sgd.
+    """
+    from depthmup.launch.report.limit import limit_command, refuse_not_covered
+    from depthmup.launch.transfer import pack_source
+
+    study, console = open_study(config, overrides), new_console()
+    refuse_not_covered(study)  # before the images are packed
+    if lr is not None and not 0 < lr < float("inf"):
+        raise UserError(f"--lr {lr:g}: give a learning rate above 0")
+    pack_source(study.file.data, console)
+    for path in limit_command(study, lr, console):
+        console.print(f"Written: {path}", highlight=False)
