@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 def train(config: Path, overrides: tuple[str, ...], directory: Path | None) -> None:
     """Train one run in this process, or continue it.
 
-    Packs data.source first where there are no shards. Ctrl-C saves a checkpoint. Ends 3 when the loss diverged, 75 when it was stopped.
+    Packs data.source first where there are no shards. Ctrl-C saves a checkpoint. Ends 3 when the loss diverged, 75 when
+    it was stopped.
     """
     from depthmup.launch.reading import read_run
     from depthmup.launch.transfer import pack_source
