@@ -17,6 +17,7 @@ NOT_WRITABLE |= {errno.ENOSPC, errno.EDQUOT}
 
 SECTIONS = {
     "A study": [
+        studies.new,
         studies.transfer,
         studies.plan,
         studies.launch_command,
@@ -29,7 +30,7 @@ SECTIONS = {
     "One network": [single.train, single.check, single.export],
     "Images": [shards.pack, shards.index, shards.inspect],
     "Theory": [theory.converge_command, theory.limit],
-    "This machine": [single.cluster],
+    "This machine": [single.doctor, single.cluster],
 }
 
 

@@ -89,3 +89,19 @@ def probe() -> None:
     from depthmup.launch.jobs.probe import propose
 
     click.echo(propose(), nl=False)
+
+
+@command("doctor", example="depthmup doctor --directory /scratch/runs")
+@click.option(
+    "--directory", type=FilePath(), default="runs", show_default=True, help="Where studies are kept (study.directory)."
+)
+def doctor(directory: Path) -> None:
+    """Say what this machine has, what is missing, and what to do.
+
+    Looks at versions, GPUs, /dev/shm, the studies' folder and its locks, Slurm and the W&B key. Ends 1 when something
+    would keep runs from starting.
+    """
+    from depthmup.launch.doctor import examine
+
+    if not examine(directory, new_console()):
+        sys.exit(1)

@@ -8,7 +8,7 @@ import click
 from depthmup.data.errors import UserError
 from depthmup.data.paths import expand_path
 from depthmup.launch.commands.group import command, open_study, with_config
-from depthmup.launch.paths import FilePath
+from depthmup.launch.paths import FilePath, Location
 from depthmup.launch.shards import new_console
 
 if TYPE_CHECKING:
@@ -16,6 +16,28 @@ if TYPE_CHECKING:
 
     from depthmup.launch.runs.study import Study
     from depthmup.launch.transfer import Launched
+
+
+@command("new", example="depthmup new flowers --source ~/flowers --family vit")
+@click.argument("name")
+@click.option(
+    "--family", type=click.Choice(["vit", "conv_resnet", "resnet"]), default="vit", show_default=True, help="Network."
+)
+@click.option(
+    "--source",
+    type=Location(),
+    default="sklearn:digits",
+    show_default=True,
+    help="A folder or tar of class folders, or a folder of indexed shards.",
+)
+def new(name: str, family: str, source: str) -> None:
+    """Write NAME.yaml, a commented study to start from.
+
+    It is fitted to the images of --source: their classes, size and colours.
+    """
+    from depthmup.launch.new import write_new_study
+
+    click.echo("\n".join(write_new_study(name, family, source)))
 
 
 @command("transfer", example="depthmup transfer configs/digits_resnet.yaml study.directory=/scratch/runs")

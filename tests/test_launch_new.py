@@ -1,0 +1,126 @@
+"""`depthmup new` and `depthmup doctor`: a study fitted to the images, and what is said of a machine."""
+
+import errno
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from depthmup.data import lock
+from depthmup.launch import doctor
+from depthmup.launch.cli import cli
+from depthmup.launch.reading import read_study
+
+
+def invoke(*words: str | Path) -> Result:
+    return CliRunner().invoke(cli, [str(word) for word in words], terminal_width=200)
+
+
+def write_images(folder: Path, classes: int, pixels: int, mode: str, splits: tuple[str, ...] = ("",)) -> Path:
+    generator = np.random.default_rng(0)
+    for split in splits:
+        for label in range(classes):
+            place = folder / split / f"class-{label}"
+            place.mkdir(parents=True)
+            for number in range(4):
+                values = generator.integers(0, 255, (pixels + 3, pixels, 3), dtype=np.uint8)
+                Image.fromarray(values).convert(mode).save(place / f"{number}.png")
+    return folder
+
+
+@pytest.mark.parametrize("family", ["vit", "conv_resnet", "resnet"])
+@pytest.mark.parametrize(("pixels", "mode", "side"), [(9, "L", 8), (33, "RGB", 32), (300, "RGB", 224)])
+def test_a_new_study_fits_its_images_and_can_be_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, pixels: int, mode: str, side: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = write_images(tmp_path / "pictures of mine", 3, pixels, mode)
+    made = invoke("new", "flowers", "--family", family, "--source", source)
+    assert made.exit_code == 0, made.output
+    file = read_study(Path("flowers.yaml"))
+    assert (file.model.family, file.model.image_size) == (family, side)
+    assert (file.model.num_classes, file.model.in_channels) == (3, 1 if mode == "L" else 3)
+    assert file.data.name == "pictures-of-mine"
+    assert Path(str(file.data.source)) == source
+    assert file.data.validation_share > 0
+    planned = invoke("plan", "flowers.yaml")
+    assert planned.exit_code == 0, planned.output
+    assert "0 done" in planned.output
+
+
+def test_splits_of_the_source_are_kept_and_shards_with_an_index_are_taken_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = write_images(tmp_path / "images", 2, 20, "RGB", ("train", "val"))
+    assert invoke("new", "split", "--source", source).exit_code == 0
+    assert read_study(Path("split.yaml")).data.validation_share == 0
+    assert invoke("pack", source, "packed").exit_code == 0
+    assert invoke("new", "indexed", "--source", "packed").exit_code == 0
+    file = read_study(Path("indexed.yaml"))
+    assert file.data.source is None
+    assert Path(file.data.root) == tmp_path / "packed"
+    assert (file.model.num_classes, file.model.image_size) == (2, 16)
+
+
+def test_a_new_study_replaces_no_file_and_says_what_is_wrong_with_a_name_or_a_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("kept")
+    (tmp_path / "empty").mkdir()
+    broken = write_images(tmp_path / "broken", 1, 20, "L")
+    for file in broken.rglob("*.png"):
+        file.write_bytes(b"no image")
+    for words, said in (
+        (("mine",), "mine.yaml is there already"),
+        (("a/b",), "must be letters"),
+        (("other", "--source", "nowhere"), "no such folder or tar"),
+        (("other", "--source", "empty"), "no images"),
+        (("other", "--source", "broken"), "none of its images can be read"),
+    ):
+        refused = invoke("new", *words)
+        assert refused.exit_code, words
+        assert said in str(refused.exception), words
+    assert Path("mine.yaml").read_text() == "kept"
+    assert not Path("other.yaml").exists()
+
+
+def test_the_doctor_names_what_keeps_runs_from_starting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    well = invoke("doctor", "--directory", tmp_path / "not" / "there" / "yet")
+    assert well.exit_code == 0, well.output
+    assert "Runs can start here." in well.output
+    assert "no sbatch on PATH" in well.output
+    assert list(tmp_path.iterdir()) == []
+
+    def without_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(lock.fcntl, "flock", without_locks)
+        ill = invoke("doctor", "--directory", tmp_path)
+    assert ill.exit_code == 1
+    assert "To be mended first: file locks." in ill.output
+    assert list(tmp_path.iterdir()) == []
+
+    (tmp_path / "file").write_text("")
+    ill = invoke("doctor", "--directory", tmp_path / "file" / "runs")
+    assert ill.exit_code == 1
+    assert "cannot be written to" in ill.output
+
+
+def test_the_doctor_finds_a_key_of_wandb_where_wandb_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    assert not doctor.has_wandb_key()
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    assert doctor.has_wandb_key()
+    monkeypatch.delenv("WANDB_API_KEY")
+    netrc = tmp_path / ".netrc"
+    netrc.write_text(f"machine {doctor.WANDB_HOST} login user password {'x' * 40}\n")
+    netrc.chmod(0o600)
+    assert doctor.has_wandb_key()
