@@ -30,14 +30,38 @@ def best_runs(study: Path) -> str:
 
 
 def loading_code(out: Path, name: str, arguments: dict[str, Any]) -> str:
-    """Python that loads the exported file, as it stands."""
-    given = "".join(f", {key}={value!r}" for key, value in arguments.items())
+    """Python that loads what was exported, as it stands."""
+    if is_folder(out) and not name.startswith("depthmup_"):
+        call = f"timm.create_model({f'local-dir:{out}'!r}, pretrained=True)"
+    else:
+        given = "".join(f", {key}={value!r}" for key, value in arguments.items())
+        call = f"timm.create_model({name!r}, checkpoint_path={str(weights_file(out))!r}{given})"
     return (
         "import depthmup.models.timm_registry  # first: registers its names, mends timm's import beside a CPU torch\n"
         "import timm\n\n"
-        f"network = timm.create_model({name!r}, checkpoint_path={str(out)!r}{given})\n"
+        f"network = {call}\n"
         "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(network))  # of a PIL image"
     )
+
+
+def is_folder(out: Path) -> bool:
+    """Whether a folder in the layout of Hugging Face is asked for, not one file."""
+    return out.is_dir() or not out.suffix
+
+
+def weights_file(out: Path) -> Path:
+    return out / "model.safetensors" if is_folder(out) else out
+
+
+def hugging_face_config(config: RunConfig, name: str, arguments: dict[str, Any], num_features: int) -> dict[str, Any]:
+    """config.json of a timm network in the layout of Hugging Face."""
+    return {
+        "architecture": name,
+        "num_classes": config.model.num_classes,
+        "num_features": num_features,
+        "model_args": arguments,
+        "pretrained_cfg": preprocessing(config),
+    }
 
 
 def preprocessing(config: RunConfig) -> dict[str, Any]:
@@ -56,7 +80,8 @@ def preprocessing(config: RunConfig) -> dict[str, Any]:
 
 
 def export_run(run: Path, out: Path) -> tuple[str, dict[str, Any]]:
-    """Writes `out`; returns the name and arguments for timm.create_model, which are in the file's metadata too.
+    """Writes `out`, a safetensors file or a folder in the layout of Hugging Face; returns the name and arguments for
+    timm.create_model, which are in the file's metadata too.
 
     Raises UserError for a directory without a run's weights, ModelError where a multiplier cannot be folded.
     """
@@ -71,8 +96,8 @@ def export_run(run: Path, out: Path) -> tuple[str, dict[str, Any]]:
         scaled.network.load_state_dict(load_file(directory.weights), strict=True, assign=True)
     except RuntimeError as error:
         raise UserError(f"{directory.weights}: not the weights of this run's model: {error}") from None
-    name, arguments = timm_call(config.model)
-    arguments |= {"pretrained_cfg_overlay": preprocessing(config)}
+    name, model_arguments = timm_call(config.model)
+    arguments = model_arguments | {"pretrained_cfg_overlay": preprocessing(config)}
     metadata = {
         "format": "pt",
         "timm": json.dumps({"model_name": name, "arguments": arguments}),
@@ -82,8 +107,13 @@ def export_run(run: Path, out: Path) -> tuple[str, dict[str, Any]]:
     }
     state = {key: tensor.contiguous() for key, tensor in folded_state(scaled).items()}
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        save_file(state, out, metadata)
+        file = weights_file(out)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(state, file, metadata)
+        if is_folder(out):
+            num_features = scaled.network.get_submodule(scaled.roles.readout).in_features
+            described = hugging_face_config(config, name, model_arguments, int(num_features))
+            (out / "config.json").write_text(json.dumps(described, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"{out}: cannot write there: {error.strerror}") from None
     return name, arguments

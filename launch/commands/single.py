@@ -70,7 +70,8 @@ def check(
 def export(run: Path, out: Path) -> None:
     """Write RUN's weights to OUT for plain timm.
 
-    OUT is a safetensors file for timm.create_model, every multiplier folded in.
+    OUT is a file NAME.safetensors for timm.create_model, every multiplier folded in; or a folder in the layout of
+    Hugging Face, with config.json, for timm.create_model('local-dir:OUT') and for an upload.
     """
     from depthmup.launch.export import export_run, loading_code
 
