@@ -111,8 +111,8 @@ def export_run(run: Path, out: Path) -> tuple[str, dict[str, Any]]:
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file(state, file, metadata)
         if is_folder(out):
-            num_features = scaled.network.get_submodule(scaled.roles.readout).in_features
-            described = hugging_face_config(config, name, model_arguments, int(num_features))
+            num_features = state[f"{scaled.roles.readout}.weight"].shape[1]
+            described = hugging_face_config(config, name, model_arguments, num_features)
             (out / "config.json").write_text(json.dumps(described, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"{out}: cannot write there: {error.strerror}") from None
