@@ -21,6 +21,8 @@ from depthmup.launch.jobs import slurm, states
 from depthmup.launch.jobs.submission import launching
 from depthmup.launch.paths import command
 from depthmup.launch.reading import read_study, read_study_or_run
+from depthmup.launch.runs.opened import open_planned
+from depthmup.launch.runs.search import Search
 from depthmup.launch.runs.study import Study
 from depthmup.launch.transfer import (
     IDLE,
@@ -54,6 +56,22 @@ def show_report(study: Study, console: Console) -> "Report":
     write_report(report)
     console.print(f"Report: {study.file.directory / 'report.html'} (also .csv and .json)", highlight=False)
     return report
+
+
+def show_search(search: Search, console: Console) -> None:
+    """Writes and prints what a search found, and the tuned proxy's file. Raises UserError before its end."""
+    from depthmup.launch.report.search import collect_search, print_search, write_search
+
+    found = collect_search(search)
+    print_search(found, console)
+    best = write_search(found)
+    console.print(f"Written: {best} (also search.json, search.png)", highlight=False)
+
+
+def tune(search: Search, console: Console) -> None:
+    """Walks a search from the first suggestion to the tuned proxy's file, and waits for it."""
+    finish(search, console)
+    show_search(search, console)
 
 
 def finish(study: Study, console: Console) -> None:
@@ -171,6 +189,9 @@ def advance_study(study: Study, targets: Sequence[Path], console: Console, by_it
     """
     current = [study]
     if not study.pending() and not grow_and_print(study, console):
+        if isinstance(study, Search):
+            show_search(study, console)
+            return
         show_report(study, console)
         if not targets:
             say_next_step(study, console)
@@ -279,7 +300,7 @@ def repeat_while_silent(step: Callable[[], None], console: Console) -> None:
 
 def go_on(folder: Path, targets: Sequence[Path], console: Console) -> None:
     """`advance` by itself, with what is in the study's folder now."""
-    advance_study(Study(folder, read_study(folder)), targets, console, by_itself=True)
+    advance_study(open_planned(folder, read_study(folder)), targets, console, by_itself=True)
 
 
 def main() -> int:

@@ -7,7 +7,7 @@ import click
 
 from depthmup.data.errors import UserError
 from depthmup.launch import shards
-from depthmup.launch.commands import single, studies, theory
+from depthmup.launch.commands import single, studies, theory, tuning
 from depthmup.launch.commands.group import Commands
 from depthmup.models.errors import ModelError
 
@@ -19,6 +19,7 @@ SECTIONS = {
     "A study": [
         studies.new,
         studies.transfer,
+        tuning.tune,
         studies.plan,
         studies.launch_command,
         studies.status,

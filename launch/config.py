@@ -237,10 +237,50 @@ class LaunchConfig:
 
 @checked_setting
 @dataclass(config=STRICT, frozen=True, kw_only=True)
+class Range:
+    """All values from first to last, on a logarithmic or a linear scale."""
+
+    first: Number
+    last: Number
+    scale: Literal["log", "linear"] = "log"
+
+    def __post_init__(self) -> None:
+        if self.last <= self.first:
+            raise ValueError(f"last {self.last:g} must be above first {self.first:g}")
+        if self.scale == "log" and self.first <= 0:
+            raise ValueError(f"first {self.first:g} must be above 0 on a logarithmic scale; use scale: linear")
+
+
+# One dimension of a space: a range, or the values to choose from. The tags are no keys.
+Dimension = Annotated[
+    Annotated[Range, Tag("<range>")] | Annotated[tuple[Any, ...], Field(min_length=2), Tag("<choice>")],
+    Discriminator(lambda given: "<range>" if isinstance(given, dict | Range) else "<choice>"),
+]
+
+
+@checked_setting
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class TuneConfig:
+    """A joint search of the proxy's hyperparameters: `trials` suggestions in batches, each trained with `seeds`; then
+    the best `rerun` of them with `rerun_seeds` new seeds, which alone say which is best."""
+
+    space: Annotated[dict[str, Dimension], Field(min_length=1)]
+    trials: Positive = 32
+    batch: Positive = 8  # suggestions that are trained side by side: one pack, or one array of jobs
+    sampler: Literal["tpe", "random"] = "tpe"
+    seeds: Annotated[Seeds, Field(min_length=1)] = (0,)
+    seed: Annotated[int, Field(ge=0)] = 0  # of the sampler
+    rerun: Positive = 3
+    rerun_seeds: Annotated[int, Field(ge=2)] = 3
+
+
+@checked_setting
+@dataclass(config=STRICT, frozen=True, kw_only=True)
 class StudyFile(RunConfig):
-    """A configuration file with a study. Without its last two sections it is the configuration of one run."""
+    """A configuration file with a study. Without its last sections it is the configuration of one run."""
 
     study: StudyConfig
+    tune: TuneConfig | None = None
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 
     def __post_init__(self) -> None:

@@ -21,7 +21,7 @@ from depthmup.launch.jobs import probe
 from depthmup.launch.paths import command
 
 PACKAGES = ("torch", "timm", "webdataset", "submitit")
-EXTRAS = ("deepspeed", "wandb", "tensorboard")  # the names of packages are those of the extras
+EXTRAS = {"deepspeed": "deepspeed", "wandb": "wandb", "tensorboard": "tensorboard", "optuna": "tune"}  # package: extra
 LEAST_SHARED_GB, LEAST_FREE_GB = 1.0, 5.0
 WANDB_HOST = "api.wandb.ai"
 
@@ -58,8 +58,9 @@ def look_at_packages(folder: Path) -> list[Finding]:
     findings = [Finding("Python", sys.version.split()[0]), Finding("packages", listed)]
     if missing:
         findings[-1] = Finding("packages", listed, f"install {', '.join(missing)}", is_wrong=True)
-    for name, number in versions(EXTRAS).items():
-        findings.append(Finding(name, number or "not installed", "" if number else f"pip install 'depthmup[{name}]'"))
+    for name, number in versions(tuple(EXTRAS)).items():
+        advice = "" if number else f"pip install 'depthmup[{EXTRAS[name]}]'"
+        findings.append(Finding(name, number or "not installed", advice))
     return findings
 
 

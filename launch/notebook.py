@@ -17,6 +17,7 @@ from rich.console import Console
 from depthmup.launch.jobs import states
 from depthmup.launch.reading import read_study_or_run
 from depthmup.launch.runs.cost import count_flops
+from depthmup.launch.runs.opened import open_planned
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.study import Study
 
@@ -28,7 +29,7 @@ Record = dict[str, Any]
 
 def open_study(config: str | Path, overrides: tuple[str, ...]) -> Study:
     path = Path(config).expanduser()
-    return Study(path, read_study_or_run(path, overrides), overrides)
+    return open_planned(path, read_study_or_run(path, overrides), overrides)
 
 
 def describe_run(run: PlannedRun) -> Record:

@@ -20,7 +20,7 @@ from depthmup.train.yaml_text import dump_yaml, load_yaml
 Config = TypeVar("Config")
 
 
-STUDY_SECTIONS = ("study", "launch")  # of a file with a study, which is the configuration of one run without them
+STUDY_SECTIONS = ("study", "tune", "launch")  # without them a file is the configuration of one run
 
 
 def set_dotted(raw: dict[str, Any], override: str) -> None:
@@ -50,7 +50,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def run_in(raw: dict[str, Any], source: str) -> RunConfig:
-    """One run of a file's plain data; a study's sections study and launch are left aside. Raises UserError."""
+    """One run of a file's plain data; a study's own sections are left aside. Raises UserError."""
     return from_plain(RunConfig, {key: raw[key] for key in raw if key not in STUDY_SECTIONS}, source)
 
 

@@ -65,9 +65,9 @@ def with_config(function: Callable[..., None]) -> Callable[..., None]:
 def open_study(config: Path, overrides: tuple[str, ...]) -> "Study":
     """A study, or one run as a study of one."""
     from depthmup.launch.reading import read_study_or_run
-    from depthmup.launch.runs.study import Study
+    from depthmup.launch.runs.opened import open_planned
 
     file = read_study_or_run(config, overrides)
     if file.decay_warning and file.study.hyperparameter != "optimizer.weight_decay":  # which a sweep does not use
         click.echo(f"warning: {file.decay_warning}", err=True)
-    return Study(config, file, overrides)
+    return open_planned(config, file, overrides)

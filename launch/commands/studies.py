@@ -52,6 +52,8 @@ def transfer(config: Path, overrides: tuple[str, ...], targets: tuple[Path, ...]
     from depthmup.launch import chain
 
     study, console = open_study(config, overrides), new_console()
+    if study.file.tune:
+        raise UserError(f"{config} has a section tune:, a search: {study.command('tune')}")
     for target in targets:
         if not target.exists():
             raise UserError(f"{target}: no such file; it holds the target's sections, as model and train")
@@ -179,6 +181,8 @@ def report(config: Path, overrides: tuple[str, ...], publish: Path | None) -> No
     changes = tuple(word for word in overrides if "=" in word)
     configs = [config, *(Path(expand_path(word)) for word in overrides if "=" not in word)]
     studies, console = [open_study(path, changes) for path in configs], new_console()
+    if searches := [study for study in studies if study.file.tune]:
+        raise UserError(f"{searches[0].path} has a section tune:, a search: {searches[0].command('tune')} prints it")
     reports = [show_report(study, console) for study in studies]
     if len(reports) > 1:
         from depthmup.launch.report.overview import print_overview, write_overview

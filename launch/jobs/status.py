@@ -13,6 +13,7 @@ from depthmup.launch.jobs import states
 from depthmup.launch.jobs.reasons import explain
 from depthmup.launch.jobs.states import RunState, Snapshot, State, last_line
 from depthmup.launch.reading import read_study_or_run
+from depthmup.launch.runs.opened import open_planned
 from depthmup.launch.runs.study import Study
 from depthmup.launch.wording import duration, power_of_two
 
@@ -173,7 +174,7 @@ def watch_status(study: Study, console: Console, everything: bool = False) -> No
     """Shows the status again and again until nothing of the path waits or runs, or Ctrl-C."""
     with suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
         while True:
-            study = Study(study.path, study.file, study.overrides)  # its grid may have grown
+            study = open_planned(study.path, study.file, study.overrides)  # its grid may have grown
             path = take_path(study)
             live.update(render(path, everything), refresh=True)
             if not any(goes_on(snapshot) for _, snapshot in path):

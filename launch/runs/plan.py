@@ -6,11 +6,13 @@ from rich.console import Console
 from rich.table import Table
 
 from depthmup.data.index import counted
+from depthmup.launch.config import Range
 from depthmup.launch.findings.theory import expected_drifts
 from depthmup.launch.runs.cost import count_flops
 from depthmup.launch.runs.design import design_of
 from depthmup.launch.runs.fits import check_fits
 from depthmup.launch.runs.grouping import group, make_packs, slot_gpus
+from depthmup.launch.runs.search import Search
 from depthmup.launch.runs.study import Study
 from depthmup.launch.wording import duration, power_of_two, quantity
 
@@ -55,10 +57,43 @@ def describe_design(study: Study, console: Console) -> None:
     console.print(f"{least},\nat most {quantity(design.budget)}FLOPs (study.budget)", highlight=False)
 
 
+def print_search_plan(search: Search, console: Console) -> None:
+    """What a search tunes, how many runs it trains, and what they cost. Raises UserError for a bad space."""
+    search.check_space()
+    settings, known = search.settings, len(search.trials())
+    table = Table("hyperparameter", "space", box=None, pad_edge=False)
+    for key, dimension in settings.space.items():
+        text = (
+            f"{show_end(dimension.first)} to {show_end(dimension.last)} ({dimension.scale})"
+            if isinstance(dimension, Range)
+            else ", ".join(map(str, dimension))
+        )
+        table.add_row(key, text)
+    console.print(table)
+    searched, again = settings.trials * len(settings.seeds), settings.rerun * settings.rerun_seeds
+    ((parameters, each),) = count_flops(search.examples).values()
+    done = sum(bool(run.done()) for run in search.runs)
+    console.print(
+        f"\n{searched + again} runs of {parameters:,} parameters ({done} done), "
+        f"{quantity((searched + again) * each)}FLOPs in all:\n"
+        f"{settings.trials} suggestions ({known} made, {settings.sampler}) x {counted(len(settings.seeds), 'seed')}, "
+        f"{settings.batch} suggestions at once;\nthe best {settings.rerun} again with {settings.rerun_seeds} new seeds",
+        highlight=False,
+    )
+    console.print("\n".join(describe_jobs(search)), highlight=False)
+
+
+def show_end(value: float) -> str:
+    return power_of_two(value) if 0 < value < 0.1 else f"{value:g}"
+
+
 def print_plan(study: Study, console: Console) -> None:
     """One line per run, then the totals per size and the jobs. 80 columns. Raises UserError for runs that do not fit
     where they are to run."""
     check_fits(study)
+    if isinstance(study, Search):
+        print_search_plan(study, console)
+        return
     flops = count_flops(study.runs)
     runs = [(run, run.done()) for run in study.runs]
     # text rather than a rich table, which takes seconds for thousands of rows

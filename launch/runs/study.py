@@ -27,7 +27,7 @@ from depthmup.launch.runs.rounds import (
 )
 from depthmup.models.config import ParameterizationConfig
 from depthmup.train.config import RunConfig, identity, run_hash
-from depthmup.train.reading import from_plain, read_yaml, set_dotted, to_plain, to_yaml
+from depthmup.train.reading import STUDY_SECTIONS, from_plain, read_yaml, set_dotted, to_plain, to_yaml
 from depthmup.train.rundir import RunDirectory
 from depthmup.train.yaml_text import dump_yaml
 
@@ -174,7 +174,7 @@ class Study:
         """The file without its study, as plain data, with absolute paths: jobs run in another folder. All runs of a
         study are one group on wandb unless the file says otherwise."""
         base: dict[str, Any] = to_plain(self._with_absolute_paths())
-        for section in ("study", "launch"):
+        for section in STUDY_SECTIONS:
             del base[section]
         base["track"]["group"] = self.file.track.group or self.file.study.name
         return base

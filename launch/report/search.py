@@ -1,0 +1,270 @@
+"""What a search found: winners re-run with new seeds, what each hyperparameter did, and the tuned proxy's file."""
+
+import math
+import statistics
+import textwrap
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from scipy import stats
+
+from depthmup.data.errors import UserError
+from depthmup.data.storage import write_atomically
+from depthmup.launch.config import Range
+from depthmup.launch.findings.curve_model import CONFIDENCE
+from depthmup.launch.paths import command
+from depthmup.launch.report.record import dump, plain
+from depthmup.launch.runs.search import Search
+from depthmup.launch.wording import show_number
+from depthmup.train.reading import to_yaml
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+BEST_SHARE = 0.25  # of the suggestions, by their loss: where their values lie shows what the loss asks for
+SPREAD_OUT = 0.7  # of a range that the best share covers: the loss does not say which value is best
+
+
+@dataclass(frozen=True)
+class Winner:
+    """One of the search's best, re-run: the loss that chose it flatters it, the losses of the new seeds do not."""
+
+    trial: int
+    values: dict[str, Any]
+    searched: float  # the loss that made it a winner
+    losses: list[float]  # with new seeds
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.losses)
+
+    @property
+    def half_width(self) -> float:
+        """Of the interval of the mean over the new seeds, by Student's t; infinite for one seed."""
+        count = len(self.losses)
+        if count < 2:
+            return math.inf
+        return float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * statistics.stdev(self.losses) / math.sqrt(count)
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """What the search says of one hyperparameter. low, high: the range of the best suggestions' values, of a range."""
+
+    key: str
+    best: Any
+    importance: float | None  # share of what the values decide, by PED-ANOVA (arXiv 2304.10255)
+    low: float | None
+    high: float | None
+    identified: bool
+
+
+@dataclass(frozen=True)
+class Found:
+    """A finished search."""
+
+    search: Search
+    trials: list[tuple[int, dict[str, Any], float]]  # (number, values, loss) of each finished suggestion
+    failed: int  # suggestions whose values do not go together
+    winners: list[Winner]  # the best first, by the new seeds
+    dimensions: list[Dimension]
+
+    @property
+    def baseline(self) -> float | None:
+        """The loss at the file's own values, where the search began with them."""
+        values = self.search.own_values()
+        return next((loss for number, tried, loss in self.trials if number == 0 and tried == values), None)
+
+
+def position(dimension: Range, value: float) -> float:
+    """Of `value` in the range, from 0 to 1 on its own scale."""
+    ends = (dimension.first, value, dimension.last)
+    low, at, high = map(math.log, ends) if dimension.scale == "log" else ends
+    return (at - low) / (high - low)
+
+
+def measure_importance(search: Search) -> dict[str, float]:
+    """Of each hyperparameter, in sum 1; empty where too little has finished."""
+    import optuna
+    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+
+    try:
+        return get_param_importances(search.open_search(), evaluator=PedAnovaImportanceEvaluator())
+    except (ValueError, RuntimeError) as error:  # of too few trials, or all of one value
+        optuna.logging.get_logger(__name__).debug(str(error))
+        return {}
+
+
+def describe_dimension(
+    search: Search, key: str, trials: list[tuple[int, dict[str, Any], float]], best: Any, importance: float | None
+) -> Dimension:
+    dimension = search.settings.space[key]
+    count = max(round(BEST_SHARE * len(trials)), 2)
+    values = [tried[key] for _, tried, _ in sorted(trials, key=lambda trial: trial[2])[:count]]
+    if not isinstance(dimension, Range):
+        return Dimension(key, best, importance, None, None, len(set(values)) < len(dimension))
+    low, high = min(values), max(values)
+    spread = position(dimension, high) - position(dimension, low)
+    return Dimension(key, best, importance, low, high, spread < SPREAD_OUT)
+
+
+def collect_search(search: Search) -> Found:
+    """Reads what has finished. Raises UserError before the winners' runs are done."""
+    trials, failed = [], 0
+    for trial in search.trials():
+        runs = search.runs_of(trial.params, search.settings.seeds) if search.is_whole(trial) else []
+        loss = search.loss(runs)
+        failed += not runs
+        if loss is not None:
+            trials.append((trial.number, trial.params, loss))
+    losses, winners = {number: loss for number, _, loss in trials}, []
+    for number in search.winners():
+        again = [search.loss([run]) for run in search.reruns_of(number)]
+        if any(loss is None for loss in again):
+            break
+        winners.append(Winner(number, search.trials()[number].params, losses[number], [one for one in again if one]))
+    if not winners or len(winners) < len(search.winners()):
+        raise UserError(
+            f"the search {search.path} has not ended ({len(trials)} of {search.settings.trials} suggestions are "
+            f"trained): {search.command('tune')}"
+        )
+    winners.sort(key=lambda winner: winner.mean)
+    importance = measure_importance(search)
+    dimensions = [
+        describe_dimension(search, key, trials, winners[0].values[key], importance.get(key))
+        for key in search.settings.space
+    ]
+    return Found(search, trials, failed, winners, dimensions)
+
+
+def show_value(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def short(key: str) -> str:
+    return key.split(".")[-1]
+
+
+def print_search(found: Found, console: Console) -> None:
+    """80 columns: the winners, the hyperparameters, and what follows."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in ("trial", "search", "re-run", "+-", *map(short, found.search.settings.space)):
+        table.add_column(heading, justify="right")
+    for winner in found.winners:
+        numbers = (winner.searched, winner.mean, winner.half_width)
+        values = [show_value(winner.values[key]) for key in found.search.settings.space]
+        table.add_row(str(winner.trial), *map(show_number, numbers), *values)
+    console.print(table)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in ("hyperparameter", "best", "of the best quarter", "importance", ""):
+        table.add_column(heading)
+    for each in found.dimensions:
+        best_range = "" if each.low is None else f"{show_value(each.low)} to {show_value(each.high)}"
+        share = "" if each.importance is None else f"{each.importance:.0%}"
+        table.add_row(each.key, show_value(each.best), best_range, share, "" if each.identified else "not identified")
+    console.print("\n", table, sep="")
+    for sentence in sentences(found):
+        console.print(textwrap.fill(sentence, 80), highlight=False, markup=False)
+
+
+def sentences(found: Found) -> list[str]:
+    """What the numbers mean, in words."""
+    best, metric = found.winners[0], found.search.file.study.metric
+    said = [
+        f"Best: trial {best.trial} with {metric} {show_number(best.mean)} over {len(best.losses)} new seeds. The "
+        f"search itself saw {show_number(best.searched)}: the lowest of many noisy losses flatters."
+    ]
+    if (baseline := found.baseline) is not None:
+        said.append(f"The file's own values had {show_number(baseline)} ({len(found.search.settings.seeds)} seed(s)).")
+    noise = best.half_width
+    if close := [other.trial for other in found.winners[1:] if other.mean - best.mean < noise + other.half_width]:
+        said.append(f"Within noise of it: trial {', '.join(map(str, close))}.")
+    if unknown := [each.key for each in found.dimensions if not each.identified]:
+        said.append(
+            f"Not identified: {', '.join(unknown)}; the best quarter of the suggestions has values from all over the "
+            "space."
+        )
+    edges = [each.key for each in found.dimensions if lies_on_edge(found.search, each)]
+    if edges:
+        said.append(f"On the edge of the space: {', '.join(edges)}; widen tune.space there, under another study.name.")
+    if found.failed:
+        said.append(f"{found.failed} suggestions were refused: their values do not go together.")
+    return said
+
+
+def lies_on_edge(search: Search, each: Dimension) -> bool:
+    dimension = search.settings.space[each.key]
+    return isinstance(dimension, Range) and not 0.03 < position(dimension, each.best) < 0.97
+
+
+def search_record(found: Found) -> dict[str, Any]:
+    """What search.json holds."""
+    return {
+        "study": found.search.file.study.name,
+        "metric": found.search.file.study.metric,
+        "sampler": found.search.settings.sampler,
+        "seeds": list(found.search.settings.seeds),
+        "baseline": plain(found.baseline),
+        "winners": [
+            {"trial": w.trial, "values": w.values, "search": w.searched, "mean": w.mean,
+             "half_width": plain(w.half_width), "losses": w.losses}
+            for w in found.winners
+        ],
+        "hyperparameters": [vars(each) for each in found.dimensions],
+        "trials": [{"trial": number, "values": values, "loss": loss} for number, values, loss in found.trials],
+    }  # fmt: skip
+
+
+def draw_slices(found: Found) -> "Figure":
+    """Loss against each hyperparameter, one dot a suggestion; the winners are ringed."""
+    from depthmup.launch.report import plots
+
+    space = found.search.settings.space
+    figure, axes = plots.panels(len(space))
+    rings = {winner.trial for winner in found.winners}
+    for axis, (key, dimension) in zip(axes, space.items(), strict=True):
+        names = None if isinstance(dimension, Range) else [str(value) for value in dimension]
+        values = [tried[key] for _, tried, _ in found.trials]
+        places = values if names is None else [names.index(str(list_again(value))) for value in values]
+        losses = [loss for _, _, loss in found.trials]
+        axis.scatter(places, losses, s=14, c=range(len(losses)), cmap="viridis")
+        ringed = [(x, loss) for x, (number, _, loss) in zip(places, found.trials, strict=True) if number in rings]
+        across, up = zip(*ringed, strict=True)
+        axis.scatter(across, up, s=70, facecolors="none", edgecolors="crimson")
+        if names:
+            axis.set_xticks(range(len(names)), names)
+        elif isinstance(dimension, Range) and dimension.scale == "log":
+            axis.set_xscale("log", base=2)
+        axis.set_xlabel(key)
+        axis.grid(alpha=0.25)
+    axes[0].set_yscale("log")
+    axes[0].set_ylabel(found.search.file.study.metric)
+    plots.plain_log_axis(axes[0])
+    return figure
+
+
+def list_again(value: Any) -> Any:
+    """A choice as the file has it: Optuna's tuple was a list."""
+    return [list_again(each) for each in value] if isinstance(value, tuple) else value
+
+
+def write_search(found: Found) -> Path:
+    """Writes search.json, search.png and best.yaml into the search's folder; returns the last. Its values are those of
+    the best winner by its new seeds."""
+    from depthmup.launch.report import plots
+
+    root = found.search.file.directory
+    plots.save(draw_slices(found), root / "search.png")
+    write_atomically(root / "search.json", dump(search_record(found)).encode())
+    config = found.search.runs_of(found.winners[0].values, (found.search.file.seed,))[0].config
+    best = root / "best.yaml"
+    head = (
+        f"# The tuned proxy of the search {found.search.file.study.name}: trial {found.winners[0].trial}, "
+        f"{found.search.file.study.metric} {show_number(found.winners[0].mean)} over new seeds.\n"
+        f"# One run as it stands ({command('launch', best)}); with a section study: of sizes it is a transfer study.\n"
+    )
+    write_atomically(best, (head + to_yaml(replace(config))).encode())
+    return best

@@ -1,0 +1,223 @@
+"""A search: a study whose runs are suggestions of Optuna's samplers, in batches, and then its winners with new seeds.
+
+Optuna's journal in the search's folder is the only memory of what was suggested: a launcher that is killed, and the
+next one on any machine, go on from there. The runs are ordinary runs, found again by their hash.
+"""
+
+import fcntl
+import json
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from depthmup.data.errors import UserError
+from depthmup.data.lock import flock
+from depthmup.data.storage import write_atomically
+from depthmup.launch.config import Size, TuneConfig, label
+from depthmup.launch.runs.planned import PlannedRun
+from depthmup.launch.runs.space import check_space, default_values, distributions, with_values
+from depthmup.launch.runs.study import Study
+from depthmup.train.config import RunConfig, run_hash
+from depthmup.train.reading import from_plain, to_plain
+from depthmup.train.rundir import RunDirectory
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.samplers import BaseSampler
+    from optuna.trial import FrozenTrial
+
+STARTUP = 10  # random suggestions before TPE's model
+SPACE = "space"  # key of Optuna's study under which the space is kept
+
+
+class Search(Study):
+    """A study's file with a section `tune`, and the runs that follow from what was suggested so far."""
+
+    @property
+    def settings(self) -> TuneConfig:
+        assert self.file.tune is not None
+        return self.file.tune
+
+    @cached_property
+    def points(self) -> list[PlannedRun]:
+        """The runs of all valid suggestions, and those of the winners. Raises UserError for a bad space."""
+        self.check_space()
+        tried = [run for trial in self.trials() for run in self.runs_of(trial.params, self.settings.seeds)]
+        return [*tried, *(run for number in self.winners() for run in self.reruns_of(number))]
+
+    def check_space(self) -> None:
+        """Raises UserError for a key that cannot be tuned, and for a value that is none for this run."""
+        check_space(self._base, self.settings, str(self.path))
+
+    def own_values(self) -> dict[str, Any] | None:
+        """The file's own values where the space holds all of them: the first suggestion."""
+        return default_values(self._base, self.settings)
+
+    @property
+    def new_seeds(self) -> tuple[int, ...]:
+        """Of the winners' runs."""
+        first = max(self.settings.seeds) + 1
+        return tuple(range(first, first + self.settings.rerun_seeds))
+
+    def runs_of(self, values: Mapping[str, Any], seeds: tuple[int, ...]) -> list[PlannedRun]:
+        """The suggestion `values` trained with `seeds`; none where its values do not go together."""
+        try:
+            config = from_plain(RunConfig, with_values(self._base, values), f"{self.path} (a suggestion)")
+        except UserError:
+            return []
+        name, size = label(config.parameterization), Size(width=config.model.width, depth=config.model.depth)
+        runs = self.file.directory / "runs"
+        configs = [replace(config, seed=seed) for seed in seeds]
+        return [
+            PlannedRun(name, size, one.optimizer.lr, one.seed, one, RunDirectory(runs / run_hash(one)))
+            for one in configs
+        ]
+
+    def reruns_of(self, number: int) -> list[PlannedRun]:
+        """The runs with new seeds of trial `number`."""
+        return self.runs_of(self.trials()[number].params, self.new_seeds)
+
+    # ------------------------------------------------------------ what was suggested
+
+    @cached_property
+    def _space(self) -> dict[str, Any]:
+        return {"space": to_plain(self.settings)["space"], "metric": self.file.study.metric}
+
+    def _sampler(self, asked: int) -> "BaseSampler":
+        """The same for every launcher after `asked` suggestions: a search that was stopped goes on as if it had not."""
+        from optuna.samplers import RandomSampler, TPESampler
+
+        seed = self.settings.seed * 1_000_003 + asked
+        if self.settings.sampler == "random":
+            return RandomSampler(seed=seed)
+        return TPESampler(seed=seed, n_startup_trials=STARTUP, multivariate=True, constant_liar=True)
+
+    def open_search(self) -> "optuna.Study":
+        """Optuna's study in this folder; it is made where there is none. Raises UserError for one of another space."""
+        try:
+            import optuna
+            from optuna.storages import JournalStorage
+            from optuna.storages.journal import JournalFileBackend
+        except ImportError:
+            raise UserError("a search needs Optuna: pip install 'depthmup[tune]'") from None
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        # what is used of these has been stable for years
+        warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+        self.file.directory.mkdir(parents=True, exist_ok=True)
+        storage = JournalStorage(JournalFileBackend(str(self._journal)))
+        found = optuna.create_study(study_name="search", storage=storage, direction="minimize", load_if_exists=True)
+        found.sampler = self._sampler(len(found.trials))
+        if SPACE not in found.user_attrs:
+            found.set_user_attr(SPACE, self._space)
+        elif found.user_attrs[SPACE] != self._space:
+            raise UserError(
+                f"{self._journal} is the journal of a search over another space: choose another study.name, or delete "
+                "the file to begin anew (runs that fit stay valid)"
+            )
+        return found
+
+    @property
+    def _journal(self) -> Any:
+        return self.file.directory / "search.journal"
+
+    def trials(self) -> "list[FrozenTrial]":
+        """All suggestions so far, by number. One whose launcher was killed while it asked lacks values."""
+        return self._trials
+
+    @cached_property
+    def _trials(self) -> "list[FrozenTrial]":
+        return self.open_search().trials if self._journal.exists() else []
+
+    def is_whole(self, trial: "FrozenTrial") -> bool:
+        return trial.params.keys() == self.settings.space.keys()
+
+    def loss(self, runs: list[PlannedRun]) -> float | None:
+        """Mean over `runs` of the metric, where none is worse than a guess; None while one is not done."""
+        chance, losses = math.log(self.file.model.num_classes), []
+        for run in runs:
+            done = run.done()
+            if done is None:
+                return None
+            metric = done.get(self.file.study.metric) if done["outcome"] == "completed" else math.inf
+            if metric is None:
+                raise UserError(f"{run.directory.path}: done.json has no {self.file.study.metric}")
+            losses.append(min(metric, chance) if math.isfinite(metric) else chance)
+        return sum(losses) / len(losses) if losses else None
+
+    # ------------------------------------------------------------ going on
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keeps a second launcher from suggesting at the same time. Raises UserError where one does."""
+        self.file.directory.mkdir(parents=True, exist_ok=True)
+        with open(self.file.directory / "search.lock", "w") as lock:
+            if not flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                raise UserError(f"{self.file.directory}: another process goes on with this search just now")
+            yield
+
+    def go_on(self) -> tuple[int, str]:
+        """(number of new runs, why): tells Optuna what has ended, and asks for the next batch; after the last one
+        chooses the winners. Durable: every later command sees them. To be called when no run is pending."""
+        self.check_space()
+        with self._alone():
+            before = len(self.runs)
+            self._tell()
+            added = self._ask() or self._choose_winners()
+            self._forget()
+            return len(self.runs) - before, added or "the search has ended"
+
+    def _forget(self) -> None:
+        for name in ("points", "runs", "_trials"):
+            self.__dict__.pop(name, None)
+
+    def _tell(self) -> None:
+        from optuna.trial import TrialState
+
+        search = self.open_search()
+        for trial in search.get_trials(states=(TrialState.RUNNING,)):
+            loss = self.loss(self.runs_of(trial.params, self.settings.seeds)) if self.is_whole(trial) else None
+            if loss is None:  # its values do not go together, or its launcher was killed while it asked
+                search.tell(trial.number, state=TrialState.FAIL)
+            else:
+                search.tell(trial.number, loss)
+
+    def _ask(self) -> str | None:
+        """Asks for a batch; None when the budget is spent."""
+        search, space = self.open_search(), distributions(self.settings)
+        first = len(search.trials)
+        last = min(first + self.settings.batch, self.settings.trials)
+        if first >= self.settings.trials:
+            return None
+        if first == 0 and (values := self.own_values()):
+            search.enqueue_trial(values)
+            first = 0
+        for _ in range(first, last):
+            search.ask(space)
+        return f"suggestions {first + 1} to {last} of {self.settings.trials}"
+
+    def winners(self) -> list[int]:
+        """Numbers of the trials that are run anew; none before the search's end."""
+        file = self.file.directory / "winners.json"
+        return json.loads(file.read_text()) if file.exists() else []
+
+    def _choose_winners(self) -> str | None:
+        from optuna.trial import TrialState
+
+        if self.winners():
+            return None
+        finished = self.open_search().get_trials(states=(TrialState.COMPLETE,))
+        chance = math.log(self.file.model.num_classes)
+        learned = [trial for trial in finished if trial.value is not None and trial.value < chance]
+        if not learned:
+            raise UserError(
+                f"{self.path}: none of {self.settings.trials} suggestions learned anything ({len(finished)} finished): "
+                "move tune.space, or give the runs more train.samples, under another study.name"
+            )
+        best = sorted(learned, key=lambda trial: (trial.value, trial.number))[: self.settings.rerun]
+        write_atomically(self.file.directory / "winners.json", json.dumps([trial.number for trial in best]).encode())
+        return f"the best {len(best)} with {self.settings.rerun_seeds} new seeds"

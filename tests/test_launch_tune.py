@@ -1,0 +1,223 @@
+"""A joint search: suggestions are runs, nothing suggested is lost or trained twice, and the winners are run anew."""
+
+import json
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+from depthmup.data.errors import UserError
+from depthmup.launch.cli import cli
+from depthmup.launch.reading import read_run, read_study_or_run
+from depthmup.launch.report.search import collect_search, sentences
+from depthmup.launch.runs.opened import open_planned
+from depthmup.launch.runs.planned import PlannedRun
+from depthmup.launch.runs.search import Search
+from depthmup.train.owner import code_fingerprint, owner
+
+SPACE: dict[str, Any] = {
+    "optimizer.lr": {"first": "2**-10", "last": "2**-2"},
+    "schedule.warmup": {"first": 0, "last": 0.5, "scale": "linear"},
+    "train.label_smoothing": [0, 0.1],
+}
+
+
+@pytest.fixture
+def tune_file(run_settings: dict[str, Any], tmp_path: Path) -> Callable[..., Path]:
+    """Writes the configuration of a search, with changes of its section `tune`."""
+
+    def write(name: str = "search", **tune: Any) -> Path:
+        settings = {"space": SPACE, "trials": 16, "batch": 4, "rerun": 2, "rerun_seeds": 2, **tune}
+        content = {**run_settings, "study": {"name": name, "directory": str(tmp_path / "runs")}, "tune": settings}
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(content))
+        return path
+
+    return write
+
+
+def open_search(file: Path) -> Search:
+    search = open_planned(file, read_study_or_run(file))
+    assert isinstance(search, Search)
+    return search
+
+
+def bowl(run: PlannedRun) -> float:
+    """A loss whose best learning rate is 2^-6; seeds differ a little, and what is far off does not learn."""
+    loss = 0.5 + 0.1 * (math.log2(run.config.optimizer.lr) + 6) ** 2 + 0.01 * run.seed
+    return loss if loss < 1.5 else math.inf
+
+
+def finish(run: PlannedRun, loss: float) -> None:
+    """Marks the run done, as it does itself."""
+    run.directory.path.mkdir(parents=True, exist_ok=True)
+    outcome = {"outcome": "completed" if math.isfinite(loss) else "diverged", "step": 12, "seconds": 1.0}
+    metric = {"minival_loss": loss} if math.isfinite(loss) else {}
+    run.directory.write_done(outcome | metric | owner(run.config) | {"code": code_fingerprint()})
+
+
+def walk(file: Path, stop_after: int = 10**6) -> list[str]:
+    """The runs in their order, each step by a launcher of its own; `stop_after` runs are trained."""
+    trained: list[str] = []
+    while True:
+        search = open_search(file)
+        if not search.pending() and not search.go_on()[0]:
+            return trained
+        for run in search.pending():
+            if len(trained) == stop_after:
+                return trained
+            trained.append(run.directory.path.name)
+            finish(run, bowl(run))
+
+
+def invoke(*words: str | Path) -> Result:
+    return CliRunner().invoke(cli, [str(word) for word in words], terminal_width=200)
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+@pytest.mark.parametrize("stop_after", [2, 4, 15, 17])
+def test_a_search_that_was_stopped_anywhere_goes_on_as_if_it_had_not(
+    tune_file: Callable[..., Path], sampler: str, stop_after: int
+) -> None:
+    whole = walk(tune_file("whole", sampler=sampler))
+    file = tune_file("stopped", sampler=sampler)
+    first = walk(file, stop_after)
+    assert len(first) == stop_after
+    assert [*first, *walk(file)] == whole
+    assert len(whole) == len(set(whole)) == 16 + 2 * 2
+    assert walk(file) == []
+
+
+def test_suggestions_of_a_launcher_that_was_killed_before_it_trained_them_are_trained(
+    tune_file: Callable[..., Path],
+) -> None:
+    file = tune_file()
+    suggested, _ = open_search(file).go_on()
+    assert suggested == 4
+    assert [trial.number for trial in open_search(file).trials()] == [0, 1, 2, 3]
+    assert len(open_search(file).pending()) == 4
+
+
+def test_the_sampler_learns_and_the_winners_are_judged_by_new_seeds_alone(tune_file: Callable[..., Path]) -> None:
+    file = tune_file(trials=32, seeds=[0, 1])
+    walk(file)
+    found = collect_search(open_search(file))
+    assert len(found.trials) == 32
+    early, late = ([loss for number, _, loss in found.trials if (number >= 16) is half] for half in (False, True))
+    assert statistics.median(late) < statistics.median(early)
+    assert abs(math.log2(found.winners[0].values["optimizer.lr"]) + 6) < 1
+    for winner in found.winners:
+        expected = 0.5 + 0.1 * (math.log2(winner.values["optimizer.lr"]) + 6) ** 2
+        assert winner.searched == pytest.approx(expected + 0.005)  # the mean of seeds 0 and 1
+        assert winner.losses == pytest.approx([expected + 0.02, expected + 0.03])  # seeds 2 and 3
+    known = {each.key: each for each in found.dimensions}
+    assert known["optimizer.lr"].identified
+    assert known["optimizer.lr"].importance == max(each.importance or 0 for each in found.dimensions)
+    assert not known["train.label_smoothing"].identified
+    assert any("Not identified: " in said and "train.label_smoothing" in said for said in sentences(found))
+
+
+def test_a_search_begins_with_the_files_own_values_and_says_what_they_gave(tune_file: Callable[..., Path]) -> None:
+    file = tune_file()
+    walk(file)
+    search = open_search(file)
+    own = search.file.optimizer.lr, search.file.schedule.warmup, search.file.train.label_smoothing
+    first = search.points[0].config
+    assert (first.optimizer.lr, first.schedule.warmup, first.train.label_smoothing) == own
+    assert collect_search(search).baseline == pytest.approx(bowl(search.points[0]))
+
+
+def test_where_nothing_learns_no_value_is_called_best(tune_file: Callable[..., Path]) -> None:
+    file = tune_file(space={"optimizer.lr": {"first": "2**0", "last": "2**4"}}, trials=4)
+    with pytest.raises(UserError, match=r"none of 4 suggestions learned anything \(4 finished\): move tune.space"):
+        walk(file)
+
+
+def test_a_journal_of_another_space_is_refused(tune_file: Callable[..., Path]) -> None:
+    open_search(tune_file()).go_on()
+    changed = tune_file(space={"optimizer.lr": {"first": "2**-10", "last": "2**-1"}})
+    with pytest.raises(UserError, match="another space: choose another"):
+        open_search(changed).go_on()
+
+
+def test_two_launchers_do_not_suggest_at_the_same_time(tune_file: Callable[..., Path]) -> None:
+    first, second = open_search(tune_file()), open_search(tune_file())
+    with first._alone(), pytest.raises(UserError, match="another process goes on with this search"):
+        second.go_on()
+
+
+@pytest.mark.parametrize(
+    ("space", "said"),
+    [
+        ({"model.width": [8, 16]}, "a key of the model changes the network"),
+        ({"train.samples": [320, 640]}, "cannot be tuned: the horizon is the proxy's"),
+        ({"optimizer.lr": {"first": 0.1, "last": 0.01}}, "last 0.01 must be above first 0.1"),
+        ({"optimizer.lr": {"first": 0, "last": 0.01}}, "use scale: linear"),
+        ({"optimizer.betas": [[0.9, 0.99], [0.8, 0.99]]}, "would do nothing: sgd has none"),
+        ({"optimizer.momemtum": [0.8, 0.9]}, "did you mean 'optimizer.momentum'"),
+        ({"schedule.warmup": {"first": 0.1, "last": 1.5}}, "1.5"),
+        ({"schedule.name": ["cosine", "linear"]}, "'linear'"),
+        ({"lr": [0.1, 0.2]}, "a space has optimizer.KEY"),
+        ({"optimizer.lr": [0.1]}, "at least 2"),
+        ({}, "at least 1"),
+    ],
+)
+def test_a_space_that_cannot_be_searched_is_refused_before_anything_runs(
+    tune_file: Callable[..., Path], tmp_path: Path, space: dict[str, Any], said: str
+) -> None:
+    file = tune_file(space=space)
+    for verb in ("plan", "tune"):
+        refused = invoke(verb, file)
+        assert isinstance(refused.exception, UserError), (verb, refused.output, refused.exception)
+        assert said in str(refused.exception), verb
+    assert not (tmp_path / "runs").exists()
+
+
+def test_values_that_do_not_go_together_are_left_out_and_counted(tune_file: Callable[..., Path]) -> None:
+    space = {
+        "schedule.name": ["wsd", "cosine"],
+        "schedule.warmup": {"first": 0.05, "last": 0.95, "scale": "linear"},
+        "optimizer.lr": SPACE["optimizer.lr"],
+    }
+    file = tune_file(space=space, trials=24)
+    walk(file)
+    found = collect_search(open_search(file))
+    assert found.failed > 0  # wsd with a warm-up that leaves no room for its decay
+    assert found.failed + len(found.trials) == 24
+    assert any("were refused: their values do not go together" in said for said in sentences(found))
+
+
+def test_a_search_is_trained_by_the_real_launcher_and_its_best_file_is_a_run(
+    tune_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    file = tune_file(trials=4, batch=2)
+    planned = invoke("plan", file)
+    assert planned.exit_code == 0, planned.exception
+    assert "8 runs of" in planned.output
+    assert not (tmp_path / "runs").exists()
+    interrupted = invoke("launch", file, "launch.cluster=debug")  # the first batch alone, as of a launcher that went
+    assert interrupted.exit_code == 0, interrupted.exception
+    assert len(list((tmp_path / "runs" / "search" / "runs").glob("*/done.json"))) == 2
+    assert isinstance(invoke("report", file).exception, UserError)
+    tuned = invoke("tune", file, "launch.cluster=debug")
+    assert tuned.exit_code == 0, tuned.exception
+    assert "Best: trial" in tuned.output
+    root = tmp_path / "runs" / "search"
+    record = json.loads((root / "search.json").read_text())
+    assert len(record["trials"]) == 4
+    assert 1 <= len(record["winners"]) <= 2  # of four runs of 12 steps, not all learn
+    count = 4 + 2 * len(record["winners"])
+    assert len(list(root.glob("runs/*/done.json"))) == count
+    assert (root / "search.png").stat().st_size > 10_000
+    best = read_run(root / "best.yaml")
+    values = record["winners"][0]["values"]
+    assert (best.optimizer.lr, best.schedule.warmup) == (values["optimizer.lr"], values["schedule.warmup"])
+    again = invoke("tune", root)  # by its folder, and nothing is left to do
+    assert again.exit_code == 0, again.exception
+    assert again.output.splitlines()[:3] == tuned.output[tuned.output.index("trial") :].splitlines()[:3]
+    assert f"{count} done" in invoke("status", root).output
