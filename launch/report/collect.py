@@ -59,6 +59,13 @@ class Report:
         return next_round(design_of(self.study), self.results)
 
     @property
+    def ended(self) -> str | None:
+        """Of an adaptive design that has ended: why."""
+        if not self.study.file.study.adaptive or self.unfinished or self.next_round.points:
+            return None
+        return self.next_round.reason
+
+    @property
     def rounds(self) -> str:
         """Of an adaptive design: how many there were, and what comes next; '' for a grid."""
         if not self.study.file.study.adaptive:
