@@ -15,6 +15,7 @@ from depthmup.launch.config import Size
 from depthmup.launch.findings.analysis import Result
 from depthmup.launch.findings.design import expected_cost, next_round
 from depthmup.launch.findings.points import Design, Point, Round
+from depthmup.launch.findings.precision import Aim
 from depthmup.launch.findings.verdict import Limits
 from depthmup.launch.reading import read_study
 from depthmup.launch.report.collect import collect
@@ -215,6 +216,16 @@ def test_the_expected_cost_is_known_beforehand_and_below_the_largest() -> None:
     assert 0 < expected < 0.5 * DESIGN.budget
     assert 2 < rounds < 10
     assert expected_cost(DESIGN) == (expected, rounds)
+
+
+def test_runs_beside_a_failing_value_teach_something_however_well_the_optimum_is_known() -> None:
+    """The slope at the end of a curve is known worse than an optimum that failing values bound."""
+    runs = tuple((x, seed) for x in (-5.0, -4.0, -3.75) for seed in (0, 1))
+    aim = Aim(runs, -4.0, noise=0.005, curvature=0.07, distance=-0.23, deviation=0.13)
+    assert aim.slope / aim.curvature > aim.deviation
+    more = [*runs, *((x, seed) for x in (-5.0, -4.0, -3.75) for seed in range(2, 12))]
+    assert aim.after(runs) == aim.deviation
+    assert aim.after(more) < 0.8 * aim.deviation
 
 
 # ---------------------------------------------------------------- studies with folders

@@ -10,7 +10,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from depthmup.launch.findings.analysis import LEAST_NOISE, Curve
+from depthmup.launch.findings.analysis import ASSUMED_NOISE, LEAST_SEED_NOISE, Curve
 from depthmup.launch.findings.curve_model import (
     MEAN_SKEW_DEVIATION,
     QUARTIC_DEVIATION,
@@ -36,7 +36,7 @@ def noise_of(curves: Sequence[Curve]) -> float:
             kept = fitted_values(curve.x, mean)
             effects = value_effects(curve.x[kept], np.log(curve.usable[:, kept]))
             square, freedom = square + effects.residual, freedom + effects.freedom
-    return max(math.sqrt(square / freedom), LEAST_NOISE) if freedom else 0.02
+    return max(math.sqrt(square / freedom), LEAST_SEED_NOISE) if freedom else ASSUMED_NOISE
 
 
 def curvature_of(curve: Curve, x: float) -> float:
