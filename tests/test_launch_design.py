@@ -221,9 +221,10 @@ def test_the_expected_cost_is_known_beforehand_and_below_the_largest() -> None:
 def test_runs_beside_a_failing_value_teach_something_however_well_the_optimum_is_known() -> None:
     """The slope at the end of a curve is known worse than an optimum that failing values bound."""
     runs = tuple((x, seed) for x in (-5.0, -4.0, -3.75) for seed in (0, 1))
-    aim = Aim(runs, -4.0, noise=0.005, curvature=0.07, distance=-0.23, deviation=0.13)
+    aim = Aim(runs, -4.0, noise=0.005, curvature=0.07, distance=-0.23, deviation=0.03)
     assert aim.slope / aim.curvature > aim.deviation
     more = [*runs, *((x, seed) for x in (-5.0, -4.0, -3.75) for seed in range(2, 12))]
+    assert replace(aim, runs=tuple(more)).slope / aim.curvature > aim.deviation
     assert aim.after(runs) == aim.deviation
     assert aim.after(more) < 0.8 * aim.deviation
 
