@@ -67,32 +67,45 @@ def run_adaptive(study: Simulated, talk: bool = False) -> Ended:
     return end(study, design.analyse(study.results), rounds)
 
 
-def row(shape: str, name: str, noise: float, studies: int) -> dict[str, str]:
+def share_settled(of: list[Ended]) -> float:
+    return float(np.mean([each.verdict != "inconclusive" for each in of]))
+
+
+def wrong(of: list[Ended], verdict: str) -> str:
+    """How often `transfers` is said where the true regret is twice the limit or more, or `does not transfer` where it
+    is half of it or less."""
+    limit, worst = Limits().transfer, [(each.verdict, max(each.regrets[1:])) for each in of]
+    said = [v for v, regret in worst if (regret >= 2 * limit if verdict == "transfers" else regret <= limit / 2)]
+    return f"{said.count(verdict)} of {len(said)}"
+
+
+def row(shape: str, name: str, noise: float, studies: int, first: int) -> dict[str, str]:
     ended: dict[str, list[Ended]] = {"adaptive": [], "grid": []}
-    for number in range(studies):
+    for number in range(first, first + studies):
         for how, run in (("adaptive", run_adaptive), ("grid", run_grid)):
             ended[how].append(run(Simulated(shape, DRIFTS[name], noise, np.random.default_rng(number))))
     adaptive, grid = ended["adaptive"], ended["grid"]
-    limit = Limits().transfer
-    worst = [(each.verdict, max(each.regrets[1:])) for each in adaptive]
-    wrong = [verdict for verdict, regret in worst if regret >= 2 * limit]
-    small = [verdict for verdict, regret in worst if regret <= limit / 2]
     covered = np.array([pair for each in adaptive for pair in each.covered])
 
-    def settled(of: list[Ended]) -> str:
-        return f"{np.mean([each.verdict != 'inconclusive' for each in of]):.2f}"
-
+    shares = [share_settled(of) for of in (adaptive, grid)]
+    costs = [sum(each.cost for each in of) for of in (adaptive, grid)]
     return {
         "shape": shape,
         "drift": name,
         "noise": f"{100 * noise:g} %",
-        "FLOPs, of the grid's": f"{sum(e.cost for e in adaptive) / sum(e.cost for e in grid):.2f}",
+        "FLOPs, of the grid's": f"{costs[0] / costs[1]:.2f}",
+        "FLOPs per settled verdict, of the grid's": f"{costs[0] * shares[1] / (costs[1] * shares[0]):.2f}"
+        if all(shares)
+        else "",
         "largest": f"{max(e.cost for e in adaptive) / GRID_COST:.2f}",
         "rounds": f"{np.mean([each.rounds for each in adaptive]):.1f}",
-        "settled": settled(adaptive),
-        "grid: settled": settled(grid),
-        "wrong `transfers`": f"{wrong.count('transfers')} of {len(wrong)}",
-        "wrong `does not transfer`": f"{small.count('does not transfer')} of {len(small)}",
+        "settled": f"{shares[0]:.2f}",
+        "grid: settled": f"{shares[1]:.2f}",
+        **{
+            f"{name}wrong `{verdict}`": wrong(of, verdict)
+            for name, of in (("", adaptive), ("grid: ", grid))
+            for verdict in ("transfers", "does not transfer")
+        },
         "drift's coverage": f"{covered[:, 0].mean():.2f}" if len(covered) else "",
         "regret's bound": f"{covered[:, 1].mean():.2f}" if len(covered) else "",
         "drift's half-width": f"{np.median([w for each in adaptive for w in each.widths] or [math.nan]):.2f}",
@@ -105,10 +118,11 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="*", default=SHAPES, choices=SHAPES)
     parser.add_argument("--drifts", nargs="*", default=tuple(DRIFTS), choices=DRIFTS)
     parser.add_argument("--noises", nargs="*", type=float, default=(0.005, 0.02))
+    parser.add_argument("--first", type=int, default=100_000, help="seed of the first study; others count on from it")
     asked = parser.parse_args()
     cells = [(shape, name, noise) for shape in asked.shapes for name in asked.drifts for noise in asked.noises]
     for number, cell in enumerate(cells):
-        lines = markdown_table([row(*cell, asked.studies)])
+        lines = markdown_table([row(*cell, asked.studies, asked.first)])
         print("\n".join(lines if number == 0 else lines[2:]), flush=True)
 
 

@@ -114,10 +114,11 @@ def write_scaled(
 ) -> None:
     """Writes the target's file and says what it holds. Raises UserError when the study is inconclusive."""
     from depthmup.launch.report.collect import collect
-    from depthmup.launch.scale import read_changes, scale, write_target
+    from depthmup.launch.scale import read_changes, scale, write_forecast, write_target
 
     scaled = scale(collect(study), path.stem, read_changes(target, changes), parameterization, scale_batch, force)
     write_target(scaled, path)
+    write_forecast(scaled, path)
     for fact in scaled.facts:
         console.print(fact, highlight=False)
     console.print(f"Written: {path}. Start it with: {command('launch', path)}", highlight=False)

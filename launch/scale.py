@@ -1,7 +1,7 @@
 """`depthmup scale`: from a finished proxy study to the large run's configuration."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -9,12 +9,15 @@ from typing import Any
 from depthmup.data.errors import UserError
 from depthmup.data.paths import protect
 from depthmup.data.storage import write_atomically
-from depthmup.launch.config import StudyFile, label
+from depthmup.launch.config import Size, StudyFile, label
 from depthmup.launch.findings.analysis import Curve
+from depthmup.launch.findings.forecast import Forecast, foretell
 from depthmup.launch.findings.verdict import CARRIED, without_optimum
 from depthmup.launch.paths import command
-from depthmup.launch.reading import apply_profile, named_cluster, settings_of
+from depthmup.launch.reading import apply_profile, named_cluster, read_study_or_run, settings_of
 from depthmup.launch.report.collect import Report
+from depthmup.launch.runs.foretold import Foretold, write_foretold
+from depthmup.launch.runs.study import Study
 from depthmup.train.config import RunConfig
 from depthmup.train.reading import from_plain, read_yaml, set_dotted
 from depthmup.train.yaml_text import dump_yaml, load_yaml
@@ -36,6 +39,8 @@ class Transferred:
 
     config: dict[str, Any]
     facts: list[str]
+    forecast: Forecast
+    metric: str  # that is foretold
 
     def text(self) -> str:
         return "".join(f"# {line}\n" for line in self.facts) + dump_yaml(self.config)
@@ -194,7 +199,22 @@ def scale(
     wider, deeper = model.width / model.base_width, model.depth / model.base_depth
     what = f"{model.family} of width {model.width} and depth {model.depth} ({wider:g} and {deeper:g} times the base's)"
     config["study"] = {"name": name, "directory": protect(file.study.directory)}
-    return Transferred(config, [f"{name}: {what}, {curve.parameterization}.", *facts])
+    reasons = [changed, other, "batch or samples" if (batch_ratio, samples_ratio) != (1, 1) else ""]
+    reasons += [f"{section}.{key}" for section in ("optimizer", "schedule") for key in changes.get(section, {})]
+    forecast = foretell_target(report, curve, carried, target, ", ".join(filter(None, reasons)))
+    facts.append(f"Forecast of its {file.study.metric}: {forecast.said}.")
+    return Transferred(config, [f"{name}: {what}, {curve.parameterization}.", *facts], forecast, file.study.metric)
+
+
+def foretell_target(report: Report, curve: Curve, carried: float, target: RunConfig, reasons: str) -> Forecast:
+    """Of the target's loss at the carried value; no number where it differs from the study in more than its size."""
+    own = [each for each in report.analysis.curves if each.parameterization == curve.parameterization]
+    size = Size(width=target.model.width, depth=target.model.depth)
+    found = foretell(own, report.study.file.study.octaves(carried), size)
+    if reasons:
+        remark = f"the target differs from the study in {reasons}"
+        return replace(found, predicted=None, interval=None, remark=remark)
+    return found
 
 
 def run_of(config: dict[str, Any], source: str) -> RunConfig:
@@ -213,6 +233,15 @@ def write_target(transferred: Transferred, path: Path) -> None:
             f"is: {command('launch', path)}"
         )
     write_atomically(path, transferred.text().encode())
+
+
+def write_forecast(transferred: Transferred, path: Path) -> None:
+    """Beside the target's file, before its run begins: one that has begun keeps its forecast, or has none."""
+    run = Study(path, read_study_or_run(path)).runs[0]
+    if run.directory.path.exists():
+        return
+    low, high = transferred.forecast.interval or (None, None)
+    write_foretold(path, Foretold(metric=transferred.metric, said=transferred.forecast.said, low=low, high=high))
 
 
 def read_changes(target: Path | None, overrides: tuple[str, ...]) -> dict[str, Any]:

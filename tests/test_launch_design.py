@@ -15,9 +15,11 @@ from depthmup.launch.config import Size
 from depthmup.launch.findings.analysis import Result
 from depthmup.launch.findings.design import expected_cost, next_round
 from depthmup.launch.findings.points import Design, Point, Round
+from depthmup.launch.findings.precision import Aim
 from depthmup.launch.findings.verdict import Limits
 from depthmup.launch.reading import read_study
 from depthmup.launch.report.collect import collect
+from depthmup.launch.report.record import as_record, round_records
 from depthmup.launch.runs.design import design_of
 from depthmup.launch.runs.study import Study
 from depthmup.launch.scale import scale
@@ -216,6 +218,17 @@ def test_the_expected_cost_is_known_beforehand_and_below_the_largest() -> None:
     assert expected_cost(DESIGN) == (expected, rounds)
 
 
+def test_runs_beside_a_failing_value_teach_something_however_well_the_optimum_is_known() -> None:
+    """The slope at the end of a curve is known worse than an optimum that failing values bound."""
+    runs = tuple((x, seed) for x in (-5.0, -4.0, -3.75) for seed in (0, 1))
+    aim = Aim(runs, -4.0, noise=0.005, curvature=0.07, distance=-0.23, deviation=0.03)
+    assert aim.slope / aim.curvature > aim.deviation
+    more = [*runs, *((x, seed) for x in (-5.0, -4.0, -3.75) for seed in range(2, 12))]
+    assert replace(aim, runs=tuple(more)).slope / aim.curvature > aim.deviation
+    assert aim.after(runs) == aim.deviation
+    assert aim.after(more) < 0.8 * aim.deviation
+
+
 # ---------------------------------------------------------------- studies with folders
 
 RANGE = ("study.values={first: 2**-9, last: 2**-1}", "study.seeds=3")
@@ -252,9 +265,31 @@ def test_a_study_keeps_its_rounds_and_carries_the_very_value_that_was_run(study_
     assert report.analysis.judgements[0].verdict == "transfers"
     assert report.total_flops <= design_of(study).budget
     assert "ended: depth_mup: settled" in report.rounds
+    rounds = round_records(report)
+    assert [each["round"] for each in rounds] == list(range(1, len(study.rounds()) + 1))
+    assert sum(each["runs"] for each in rounds) == sum(each["finished"] for each in rounds) == len(study.runs)
+    assert sum(each["flops"] for each in rounds) == report.total_flops
+    assert rounds[0]["verdicts"] == {"depth_mup": "inconclusive"}
+    assert rounds[-1]["verdicts"] == {"depth_mup": "transfers"}
+    assert [each["reason"] for each in rounds] == [each.reason for each in study.rounds()]
+    assert report.ended == "depth_mup: settled"
     rate = scale(report, "large", {"model": {"width": 16}}).config["optimizer"]["lr"]
     ran = [{run.value for run in study.runs if run.size == size} for size in study.file.study.sizes]
     assert all(rate in values for values in ran)
+
+
+def test_the_record_shares_runs_of_parameterizations_and_leaves_out_what_is_not_finished(study_file: Path) -> None:
+    study = Study(study_file, read_study(study_file, RANGE))  # both have the same runs at the base
+    first, *_ = study.pending()
+    first.directory.path.mkdir(parents=True)
+    first.directory.write_done({"outcome": "completed", "minival_loss": 1.0})
+    record = as_record(collect(study))
+    (only,) = record["rounds"]
+    assert (only["round"], only["finished"], only["flops"]) == (1, 1, collect(study).flops[first.size])
+    assert only["verdicts"].keys() == {"sp", "depth_mup"}
+    assert record["rounds_ended"] is None
+    grid = Study(study_file, read_study(study_file))
+    assert as_record(collect(grid))["rounds"] == []
 
 
 def test_damaged_rounds_are_named(study_file: Path) -> None:

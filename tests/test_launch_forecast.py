@@ -1,6 +1,7 @@
 """Forecasts of the largest model's loss, on laws that are known, on noise, and on laws that are not the fitted one."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -24,38 +25,60 @@ def seeds(generator: np.random.Generator, mean: float, count: int = 3, noise: fl
     return mean * (1 + noise * generator.standard_normal(count))
 
 
-def test_a_law_without_noise_is_continued_exactly() -> None:
+def test_a_law_without_noise_is_continued_closely() -> None:
+    """The exponents are not known, and may not be those of the grid that is tried."""
     target = Size(width=256, depth=48)
     _, predicted, interval, _ = predict({size: np.full(3, law(size)) for size in BOTH}, target)
-    assert predicted == pytest.approx(law(target), rel=1e-6)
-    assert interval == pytest.approx((predicted, predicted), rel=1e-3)
+    assert predicted == pytest.approx(law(target), rel=0.01)
+    assert interval is not None
+    assert interval[0] <= law(target) <= interval[1]
 
 
-@pytest.mark.parametrize(("sizes", "count"), [(DEPTHS[:3], 3), (DEPTHS[:3], 1), (BOTH, 2)])
+@pytest.mark.parametrize(("sizes", "count"), [(DEPTHS[:3], 3), (BOTH, 2)])
 def test_nine_of_ten_intervals_hold_the_largest_models_loss(sizes: list[Size], count: int) -> None:
-    target, generator, held = (
-        Size(width=16, depth=24) if sizes != BOTH else Size(width=256, depth=48),
-        np.random.default_rng(0),
-        0,
-    )
-    for _ in range(600):
+    target = Size(width=16, depth=24) if sizes != BOTH else Size(width=256, depth=48)
+    generator, held = np.random.default_rng(0), []
+    for _ in range(200):
         known = {size: seeds(generator, law(size), count) for size in sizes}
-        interval = predict(known, target, count)[2]
-        assert interval is not None
-        held += interval[0] <= seeds(generator, law(target), count).mean() <= interval[1]
-    assert 0.86 <= held / 600 <= 0.95  # its standard error is 0.012
+        if interval := predict(known, target, count)[2]:
+            held.append(interval[0] <= seeds(generator, law(target), count).mean() <= interval[1])
+    assert len(held) > 180
+    assert 0.84 <= np.mean(held) <= 0.97  # its standard error is 0.022
 
 
-def test_a_law_with_other_exponents_is_noticed_and_its_interval_is_wider() -> None:
+def refusal(losses: Sequence[float], target: Size = DEPTHS[3], noise: float = 0.001) -> str:
+    """Why no number is given, from losses at the first depths."""
     generator = np.random.default_rng(0)
-    steep = {size: seeds(generator, 0.5 + 2.0 * size.depth**-3.0, noise=0.001) for size in DEPTHS[:3]}
-    _, _, wide, remark = predict(steep, DEPTHS[3], 3)
-    _, _, narrow, fits = predict({s: seeds(generator, law(s), noise=0.001) for s in DEPTHS[:3]}, DEPTHS[3], 3)
-    assert "does not fit" in remark
-    assert not fits
-    assert wide
-    assert narrow
-    assert wide[1] - wide[0] > 3 * (narrow[1] - narrow[0])
+    sizes = [Size(width=16, depth=3 * 2**power) for power in range(len(losses))]
+    known = {size: seeds(generator, loss, noise=noise) for size, loss in zip(sizes, losses, strict=True)}
+    _, predicted, interval, remark = predict(known, target)
+    assert (predicted is None) == (interval is None) == bool(remark)
+    return remark
+
+
+def test_no_number_is_given_that_smaller_sizes_speak_against() -> None:
+    assert not refusal([1.0, 0.9, 0.84])
+    assert "no law fits" in refusal([1.0, 0.9, 0.95])
+
+
+def test_where_depth_changes_nothing_the_next_smaller_size_mostly_foretells_as_well() -> None:
+    generator, reasons = np.random.default_rng(0), []
+    for _ in range(100):
+        known = {Size(width=16, depth=3 * 2**power): seeds(generator, 1.0) for power in range(5)}
+        reasons.append(predict(known, Size(width=16, depth=96))[3])
+    assert sum("as well as a law" in reason for reason in reasons) > 70
+
+
+def test_a_target_is_refused_that_lies_further_beyond_the_sizes_than_these_span() -> None:
+    assert not refusal([1.0, 0.9, 0.84], Size(width=16, depth=48))
+    assert refusal([1.0, 0.9, 0.84], Size(width=16, depth=96)) == (
+        "too far: 8 times the largest depth, and the sizes span 4"
+    )
+
+
+def test_one_seed_tells_too_little_to_try_a_law_on_three_sizes() -> None:
+    known = {size: np.array([law(size)]) for size in DEPTHS[:3]}
+    assert "no law can be tried" in predict(known, DEPTHS[3])[3]
 
 
 @pytest.mark.parametrize(
@@ -100,17 +123,17 @@ def test_a_studys_forecast_uses_the_loss_at_the_bases_optimum_and_is_compared_wi
         for seed in range(3)
     ]
     (found,) = forecasts(analyse(results, DEPTHS[0]), DEPTHS)
-    assert (found.target, found.fitted, found.law) == (DEPTHS[3], 3, "floor + b / depth")
+    assert (found.target, found.fitted, found.law) == (DEPTHS[3], 3, "floor + b / depth^q")
     assert found.seen == pytest.approx(law(DEPTHS[3]), rel=0.01)
     assert found.inside is True
     assert calibration([found]).startswith("1 of 1")
     (untrained,) = forecasts(analyse([r for r in results if r.size != DEPTHS[3]], DEPTHS[0]), DEPTHS)
-    assert untrained.predicted == pytest.approx(found.predicted)
+    assert untrained.predicted == pytest.approx(found.predicted, rel=1e-3)
     assert untrained.seen is None
     assert untrained.inside is None
 
 
 def test_a_forecast_that_parameterizations_share_counts_once() -> None:
-    shared = Forecast("sp", DEPTHS[3], 3, "floor + b / depth", 1.9, (1.8, 2.0), 1.95, "")
+    shared = Forecast("sp", DEPTHS[3], 3, "floor + b / depth^q", 1.9, (1.8, 2.0), 1.95, "")
     own = replace(shared, parameterization="depth_mup", predicted=1.8, interval=(1.7, 1.9))
     assert calibration([shared, replace(shared, parameterization="mup"), own]).startswith("1 of 2 forecasts")

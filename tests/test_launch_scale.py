@@ -15,8 +15,9 @@ from click.testing import CliRunner
 from depthmup.data.errors import UserError
 from depthmup.launch.cli import cli
 from depthmup.launch.findings.verdict import seeds_wanted
-from depthmup.launch.reading import read_run, read_study
-from depthmup.launch.report.collect import collect
+from depthmup.launch.reading import read_run, read_study, read_study_or_run
+from depthmup.launch.report.collect import collect, target_line
+from depthmup.launch.runs.foretold import forecast_file
 from depthmup.launch.runs.study import Study
 from depthmup.launch.transfer import grow
 
@@ -347,3 +348,50 @@ def test_a_grid_of_momentum_grows_towards_one_and_never_reaches_it(study_file: P
     assert max(run.value for run in study.runs) == 0.96875  # 1 - 2^-5
     with pytest.raises(UserError, match="must be below 1"):
         read_study(study_file, ("study.hyperparameter=optimizer.momentum", "study.values=[0.5, 0.9, 1]"))
+
+
+def test_a_targets_loss_is_foretold_before_it_is_launched_and_judged_after_it(study_file: Path) -> None:
+    settings = yaml.safe_load(study_file.read_text())
+    settings["study"] |= {"seeds": [0, 1, 2], "parameterizations": ["depth_mup"]}
+    settings["study"]["sizes"] = [{"width": 8, "depth": depth} for depth in (3, 6, 12)]
+    study_file.write_text(yaml.safe_dump(settings))
+    study = Study(study_file, read_study(study_file))
+    study.write()
+
+    def law(depth: int, value: float, seed: int) -> float:
+        noise = np.random.default_rng([depth, seed, int(1 / value)]).standard_normal()
+        return (0.3 + 0.6 / depth) * math.exp(0.05 * (math.log2(value) + 5.5) ** 2 + 0.001 * noise)
+
+    for run in study.pending():
+        loss = law(run.size.depth, run.value, run.seed)
+        run.directory.write_done({"outcome": "completed", "step": 12, "minival_loss": loss, "seconds": 1.0})
+    said = " ".join(invoke("scale", study_file, "model.depth=24").split())
+    forecast = re.search(r"Forecast of its minival_loss: ([\d.]+), 90% interval ([\d.]+) to ([\d.]+)\.", said)
+    assert forecast, said
+    _, low, high = map(float, forecast.groups())
+    (target,) = Study(study.target_file, read_study_or_run(study.target_file)).runs
+    seen = law(24, target.value, 0)
+    assert low <= seen <= high
+    target.directory.path.mkdir(parents=True)
+    target.directory.write_done({"outcome": "completed", "minival_loss": seen})
+    before = forecast_file(study.target_file).read_text()
+    assert f"forecast of minival_loss before it: {forecast[0][30:-1]}: held." in (target_line(study) or "")
+    target.directory.write_done({"outcome": "completed", "minival_loss": 2 * seen})
+    assert ": missed." in (target_line(study) or "")
+    forecast_file(study.target_file).write_text(before.replace("90%", "marked"))
+    invoke("scale", study_file, "model.depth=24")  # the run has begun: what was foretold stands
+    assert "marked" in forecast_file(study.target_file).read_text()
+    other = invoke("scale", study_file, "model.depth=24", "schedule.warmup=0.2", "--out", study_file.parent / "b.yaml")
+    assert "Forecast of its minival_loss: none: the target differs from the study in schedule.warmup" in other
+    forecast_file(study.target_file).write_text("[]")
+    with pytest.raises(UserError, match="forecast"):
+        target_line(study)
+
+
+def test_runs_of_two_horizons_are_never_one_study(study_file: Path) -> None:
+    two_seeds(study_file)
+    study = Study(study_file, read_study(study_file))
+    finish(study, best=-5)
+    longer = Study(study_file, read_study(study_file, ("train.samples=768",)))
+    with pytest.raises(UserError, match=r"holds another study \(train.samples is 384 there and 768 here\): choose"):
+        collect(longer)

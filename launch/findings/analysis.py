@@ -18,7 +18,7 @@ Side = Literal["low", "high"]
 
 LOST = 0.5  # a run fails that made less than this share of the progress of another seed at the same value
 ERRORS = 3.0  # standard errors that count as more than noise where runs are compared with chance
-LEAST_NOISE = 0.001  # of a log loss, where seeds agree by accident
+LEAST_SEED_NOISE = 0.001  # of a log loss, where seeds agree by accident
 ASSUMED_NOISE = 0.02  # of a log loss, where no value was run with two seeds
 MOST_GUESS_NOISE = 0.005  # of the log loss of networks that learn nothing
 
@@ -114,7 +114,7 @@ def deviations(logs: np.ndarray) -> np.ndarray:
 def seed_noise(logs: np.ndarray) -> float:
     """Standard deviation between seeds at one value: the median over values."""
     found = deviations(logs)
-    return max(float(np.median(found)), LEAST_NOISE) if len(found) else ASSUMED_NOISE
+    return max(float(np.median(found)), LEAST_SEED_NOISE) if len(found) else ASSUMED_NOISE
 
 
 def failed_runs(metric: np.ndarray, chance: float) -> np.ndarray:
@@ -129,7 +129,7 @@ def failed_runs(metric: np.ndarray, chance: float) -> np.ndarray:
     if not math.isfinite(chance):
         return diverged
     logs, guess = np.log(np.where(diverged, math.nan, metric)), math.log(chance)
-    noise = float(np.clip(min(deviations(logs), default=LEAST_NOISE), LEAST_NOISE, MOST_GUESS_NOISE))
+    noise = float(np.clip(min(deviations(logs), default=LEAST_SEED_NOISE), LEAST_SEED_NOISE, MOST_GUESS_NOISE))
     nothing = logs > guess - ERRORS * noise
     best = np.min(np.where(np.isnan(logs), math.inf, logs), axis=0)
     lost = logs - best > np.maximum(LOST * (guess - best), 2 * ERRORS * seed_noise(logs))

@@ -35,7 +35,7 @@ SKEW_DEVIATION = np.array([0.15, 0.4])  # v
 QUARTIC_DEVIATION = 0.3
 ROUGHNESS = np.array([0.1, 0.4, 1.5])  # r
 NOISE = 2.0 ** np.linspace(-1.5, 1.5, 7)  # standard deviations that are tried, in that of the moderated estimate
-LEAST_NOISE = 1e-4  # of a log loss: runs that repeat to the last digit say nothing of other seeds
+LEAST_MODEL_NOISE = 1e-4  # of a log loss: runs that repeat to the last digit say nothing of other seeds
 
 
 @dataclass(frozen=True)
@@ -301,12 +301,12 @@ def fit(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[Posterior | Non
     if not freedoms.any():
         return [None] * len(curves)
     known = freedoms > 0
-    variances = np.maximum(squares[known] / freedoms[known], LEAST_NOISE**2)
+    variances = np.maximum(squares[known] / freedoms[known], LEAST_MODEL_NOISE**2)
     prior_freedom, prior_variance = moderate(variances, freedoms[known])
     tables = []
     for each, square, freedom in zip(fits, squares, freedoms, strict=True):
         moderated = (prior_freedom * prior_variance + square) / max(prior_freedom + freedom, 1.0)
-        each.set_noise(math.sqrt(max(moderated, LEAST_NOISE**2)))
+        each.set_noise(math.sqrt(max(moderated, LEAST_MODEL_NOISE**2)))
         # the prior of a variance, scaled inverse chi squared, per logarithm of the deviation
         prior = -prior_freedom * (np.log(each.noises) + prior_variance / (2 * each.noises**2))
         tables.append(each.log_likelihood() + prior[:, None, None, None])

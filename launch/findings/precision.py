@@ -5,11 +5,12 @@ with its noise and its curvature taken as known. It depends on where runs are, a
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import NormalDist
 
 import numpy as np
 
-from depthmup.launch.findings.analysis import LEAST_NOISE, Curve
+from depthmup.launch.findings.analysis import ASSUMED_NOISE, LEAST_SEED_NOISE, Curve
 from depthmup.launch.findings.curve_model import (
     MEAN_SKEW_DEVIATION,
     QUARTIC_DEVIATION,
@@ -35,7 +36,7 @@ def noise_of(curves: Sequence[Curve]) -> float:
             kept = fitted_values(curve.x, mean)
             effects = value_effects(curve.x[kept], np.log(curve.usable[:, kept]))
             square, freedom = square + effects.residual, freedom + effects.freedom
-    return max(math.sqrt(square / freedom), LEAST_NOISE) if freedom else 0.02
+    return max(math.sqrt(square / freedom), LEAST_SEED_NOISE) if freedom else ASSUMED_NOISE
 
 
 def curvature_of(curve: Curve, x: float) -> float:
@@ -84,9 +85,21 @@ class Aim:
     distance: float  # octaves: the optimum less x
     deviation: float  # of the distance
 
+    @cached_property
+    def slope(self) -> float:
+        """Deviation of the curve's slope, by the present runs."""
+        return math.sqrt(slope_variance(self.runs, self.x, self.noise, self.curvature))
+
     def after(self, runs: Sequence[Run]) -> float:
-        """The distance's deviation with `runs` in place of the present ones."""
-        return min(math.sqrt(slope_variance(runs, self.x, self.noise, self.curvature)) / self.curvature, self.deviation)
+        """The distance's deviation with `runs` in place of the present ones: that of the slope; or, if that is less,
+        what is known now times what the runs lessen the slope's by. Beside failing values the slope alone, which
+        supposes the shape, can be known worse than the optimum, and would say that no run teaches anything.
+        """
+        slope = math.sqrt(slope_variance(runs, self.x, self.noise, self.curvature))
+        by_shape = slope / self.curvature
+        if math.isinf(self.slope):
+            return min(by_shape, self.deviation)
+        return min(by_shape, self.deviation * min(slope / self.slope, 1.0))
 
     def settles(self, deviation: float, limits: Limits) -> float:
         """Probability that the regret is known well enough once the distance's deviation has come down to this: the

@@ -275,7 +275,8 @@ class Proposal:
     def chance(self, comparison: Comparison, carried: float) -> float:
         """Probability that what is left of the budget, all spent on this size, settles it."""
         curve, aim = comparison.curve, self.aim(comparison.curve, carried)
-        values = self.values(curve, carried)
+        trained = {place(x) for x in curve.x[np.isfinite(curve.mean)] if abs(x - carried) <= max(SPREADS)}
+        values = sorted(trained | set(self.values(curve, carried)))
         pairs = list(zip(values, reversed(values), strict=True))[: len(values) // 2]
         seeds = self.fresh(curve, aim.runs)
         rest: list[Run] = []

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from depthmup.data.errors import UserError
@@ -18,6 +19,7 @@ from depthmup.launch.findings.verdict import Analysis, Judgement, Limits, analys
 from depthmup.launch.reading import read_study_or_run
 from depthmup.launch.runs.cost import count_flops
 from depthmup.launch.runs.design import design_of
+from depthmup.launch.runs.foretold import read_foretold
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.pool import mixtures, refuse_mixture
 from depthmup.launch.runs.study import Study
@@ -57,6 +59,13 @@ class Report:
     def next_round(self) -> Round:
         """Of an adaptive design: what it asks for after these runs, or why it has ended."""
         return next_round(design_of(self.study), self.results)
+
+    @property
+    def ended(self) -> str | None:
+        """Of an adaptive design that has ended: why."""
+        if not self.study.file.study.adaptive or self.unfinished or self.next_round.points:
+            return None
+        return self.next_round.reason
 
     @property
     def rounds(self) -> str:
@@ -145,8 +154,17 @@ def target_line(study: Study) -> str | None:
         done = run.done() or {"outcome": "not finished"}
         numbers = "".join(f", {key} {value:.4g}" for key, value in done.items() if isinstance(value, int | float))
         at = f"{study.file.study.hyperparameter} {run.value:.4g}"
-        lines.append(f"Target of {run.size} at {at}: {done['outcome']}{numbers}.")
+        lines.append(f"Target of {run.size} at {at}: {done['outcome']}{numbers}{judge_forecast(path, done)}.")
     return " ".join(lines) or None
+
+
+def judge_forecast(target: Path, done: dict[str, Any]) -> str:
+    """What was foretold of the target before it was launched, and whether it held; '' where nothing was written."""
+    if (foretold := read_foretold(target)) is None:
+        return ""
+    seen = math.inf if done["outcome"] == "diverged" else done.get(foretold.metric)
+    judged = foretold.judge(seen) if isinstance(seen, int | float) else ""
+    return f"; forecast of {foretold.metric} before it: {foretold.said}{judged and f': {judged}'}"
 
 
 def limits(study: Study) -> Limits:

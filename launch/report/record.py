@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from depthmup.launch.findings.analysis import Result
 from depthmup.launch.findings.convergence import Rate
-from depthmup.launch.report.collect import Report
+from depthmup.launch.report.collect import Report, analyse_results
 from depthmup.launch.runs.pool import origins
 
 
@@ -59,6 +60,34 @@ def size_records(report: Report) -> list[dict[str, Any]]:
     ]
 
 
+def round_records(report: Report) -> list[dict[str, Any]]:
+    """Of an adaptive design: what each round asked for and why, how many of its runs are done, their FLOPs, and the
+    verdicts on all runs up to it. Empty for a grid."""
+    study = report.study
+    if not study.file.study.adaptive:
+        return []
+    owned = [
+        ((study.owners[each.parameterization, each.size], each.size, each.value, each.seed), each)
+        for each in report.results
+    ]
+    found, known = [], list[Result]()
+    for number, added in enumerate(study.rounds(), start=1):
+        asked = {(*run.curve, run.value, run.seed) for run in added.runs}
+        known += [each for run, each in owned if run in asked]
+        finished = {run for run, _ in owned} & asked  # points of several parameterizations may share one
+        found.append(
+            {
+                "round": number,
+                "runs": len(added.runs),
+                "finished": len(finished),
+                "reason": added.reason,
+                "flops": sum(report.flops[size] for _, size, _, _ in finished),
+                "verdicts": {each.parameterization: each.verdict for each in analyse_results(study, known).judgements},
+            }
+        )
+    return found
+
+
 def as_record(report: Report) -> dict[str, Any]:
     """Everything the page shows, as plain data; infinite numbers (a run that diverged, an open interval) are null."""
     file, study = report.study.file, report.study.file.study
@@ -103,6 +132,8 @@ def as_record(report: Report) -> dict[str, Any]:
             }
             for j in report.analysis.judgements
         ],
+        "rounds": round_records(report),
+        "rounds_ended": report.ended,
         "sizes": size_records(report),
         "forecasts": [
             {

@@ -1,0 +1,47 @@
+"""The forecast of a target's loss, kept beside the target's file from before it is launched until it is judged."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from depthmup.data.storage import write_atomically
+from depthmup.train.reading import adapter
+from depthmup.train.rundir import unreadable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Foretold:
+    """Of a target's `metric`. `low` and `high` bound it; without them `said` is why there is no number."""
+
+    metric: str
+    said: str
+    low: float | None = None
+    high: float | None = None
+
+    def judge(self, seen: float) -> str:
+        """'held', 'missed' or, without a number, ''."""
+        if self.low is None or self.high is None:
+            return ""
+        return "held" if self.low <= seen <= self.high else "missed"
+
+
+def forecast_file(target: Path) -> Path:
+    return target.with_suffix(".forecast.json")
+
+
+def read_foretold(target: Path) -> Foretold | None:
+    """None where none was written. Raises UserError for a file of another shape."""
+    file = forecast_file(target)
+    try:
+        found: Foretold = adapter(Foretold).validate_json(file.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValidationError:
+        raise unreadable(file) from None
+    return found
+
+
+def write_foretold(target: Path, foretold: Foretold) -> None:
+    write_atomically(forecast_file(target), json.dumps(vars(foretold)).encode())
