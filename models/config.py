@@ -159,6 +159,26 @@ class ConvResNetConfig(ModelConfig):
             raise ModelError(f"image_size {self.image_size} cannot be halved between {self.num_stages} stages")
 
 
+@checked_model
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class TimmConfig(ModelConfig):
+    """timm's network called `timm_name`, its roles found by looking. `width` is that of its first stage, `depth` the
+    blocks of each stage, or as many times the pattern of its architecture's row in models/timm_sizes.py.
+
+    `head_dim` where it has attention: the number of heads grows with width. `arguments` are given to timm as they are.
+    """
+
+    family: Literal["timm"] = field(default="timm", metadata=TAG)
+    timm_name: str
+    head_dim: Positive | None = None
+    arguments: dict[str, bool | int | float | str | list[int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.head_dim:
+            check_multiple("width", self.width, self.head_dim, "head_dim")
+            check_multiple("base_width", self.base_width, self.head_dim, "head_dim")
+
+
 VIT_16 = {"family": "vit", "head_dim": 64, "patch_size": 16, "image_size": 224}
 RESNET_BOTTLENECK = {"family": "resnet", "block": "bottleneck", "width": 64, "image_size": 224}
 NAMED_SIZES: dict[str, dict[str, Any]] = {
@@ -182,7 +202,7 @@ def expand_named_size(raw: Any) -> Any:
 
 
 AnyModelConfig = Annotated[
-    VisionTransformerConfig | ResNetConfig | ConvResNetConfig,
+    VisionTransformerConfig | ResNetConfig | ConvResNetConfig | TimmConfig,
     Field(discriminator="family"),
     BeforeValidator(expand_named_size),
 ]
