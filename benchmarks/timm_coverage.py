@@ -38,8 +38,8 @@ REPRESENTATIVES = {  # where the first name of a module is a special case of it
     "vision_transformer": "vit_tiny_patch16_224",
     "xcit": "xcit_nano_12_p16_224",
 }
-# MLPs 8/3 as wide; squeeze-and-excitation of at least 64 channels
-WIDTHS = {"eva": 48, "mambaout": 48, "resnest": 128, "tresnet": 256}
+# MLPs 8/3 as wide
+WIDTHS = {"eva": 48, "mambaout": 48}
 ARGUMENTS = {
     "repvit": {"distillation": False},
     "swin_transformer": {"window_size": 4},

@@ -241,6 +241,24 @@ def scale_of(size: Size, base: Size, parameterization: ParameterizationConfig) -
     return Scale(parameterization.resolve(), *ratios)
 
 
+RoleRate = Annotated[Number, Field(gt=0)]
+
+
+@checked_model
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class RoleRates:
+    """What multiplies the learning rate of each role (models.parameterization.Role), at every size alike."""
+
+    input: RoleRate = 1.0
+    branch_hidden: RoleRate = 1.0
+    hidden: RoleRate = 1.0
+    branch_vector: RoleRate = 1.0
+    vector: RoleRate = 1.0
+    branch_scalar: RoleRate = 1.0
+    scalar: RoleRate = 1.0
+    readout: RoleRate = 1.0
+
+
 USERS = {  # of a key that not every optimizer has
     "momentum": ("sgd", "muon"),
     "nesterov": ("sgd",),
@@ -260,6 +278,7 @@ class OptimizerConfig:
     trains the rest; `momentum` is Muon's (0.95 is usual), `betas` and `eps` are AdamW's.
     batch_ratio, samples_ratio: global batch size and sample budget over the proxy's. They move AdamW's learning rate,
     decay, eps and betas by the rules of Complete(d)P (arXiv 2512.22382); at 1 nothing moves.
+    role_lr: the ratio of the roles' learning rates, which transfers as `lr` does. Independent decay does not see it.
     """
 
     name: Literal["sgd", "adamw", "muon"] = "adamw"
@@ -272,6 +291,7 @@ class OptimizerConfig:
     weight_decay_mode: Literal["independent", "coupled"] = "independent"
     batch_ratio: Annotated[Number, Field(gt=0)] = 1.0
     samples_ratio: Annotated[Number, Field(gt=0)] = 1.0
+    role_lr: RoleRates = field(default_factory=RoleRates)
 
     def __post_init__(self) -> None:
         for each in fields(self):
