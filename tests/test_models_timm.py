@@ -15,7 +15,7 @@ from depthmup.models import ParameterizationConfig, Size
 from depthmup.models import parameterization as rules
 from depthmup.models.build import build, build_meta
 from depthmup.models.config import OptimizerConfig, TimmConfig
-from depthmup.models.coordinate_check import Line, Settings, check
+from depthmup.models.coordinate_check import Line, Settings, at_positions, check
 from depthmup.models.errors import ModelError
 from depthmup.models.export import folded_state
 from depthmup.models.parameterization import Role, Scale
@@ -138,3 +138,11 @@ def test_heads_grow_with_width() -> None:
     scaled = build_meta(SWIN, COMPLETEP)
     assert not scaled.roles.queries
     assert scaled.network.layers[0].blocks[0].attn.num_heads == 2
+
+
+def test_as_many_positions_are_compared_where_blocks_are_no_multiple_of_the_bases() -> None:
+    """As in networks with a block of their own between stages, of which a deeper one has no more."""
+    values = [float(number) for number in range(13)]
+    assert at_positions(values, 4, "stream") == [2, 5, 8, 12]
+    assert at_positions(values, 4, "branch") == [0, 3, 6, 9]
+    assert at_positions(values[:12], 4, "stream") == [2, 5, 8, 11]
