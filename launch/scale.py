@@ -117,6 +117,8 @@ def kept(run: RunConfig) -> dict[str, Any]:
     found = {f"model.{key}": value for key, value in model.items()}
     if run.model.family == "vit":
         found["model.head_dim at base_width"] = run.model.heads(run.model.base_width)[1]
+    if run.model.family == "timm":  # a fixed size of the network there, as num_classes is
+        found["model.head_dim"] = run.model.head_dim
     return found | {key: attrgetter(key)(run) for key in KEPT}
 
 

@@ -7,9 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from depthmup.models.build import ScaledModel, apply
+    from depthmup.models.build import ScaledModel, apply, build_scaled
     from depthmup.models.config import OptimizerConfig, ParameterizationConfig, Size
-    from depthmup.models.discovery.find import build_scaled, find_roles
+    from depthmup.models.discovery.find import find_roles
     from depthmup.models.discovery.show import roles_code, roles_table
     from depthmup.models.errors import ModelError
     from depthmup.models.family import Init, ParameterRule, Roles, Slot
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 HOME = {
     "ScaledModel": "build",
     "apply": "build",
-    "build_scaled": "discovery.find",
+    "build_scaled": "build",
     "find_roles": "discovery.find",
     "roles_code": "discovery.show",
     "roles_table": "discovery.show",

@@ -3,21 +3,25 @@
 import difflib
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from depthmup.models.config import AnyModelConfig, ParameterizationConfig, Size, scale_of
 from depthmup.models.conv_resnet import CONV_RESNET
+from depthmup.models.discovery.find import find_roles, readout_features
+from depthmup.models.discovery.growth import Builder, build_network
 from depthmup.models.errors import ModelError
 from depthmup.models.family import Family, ParameterRule, Roles, Slot, match_rules, modules_matching, stated_blocks
 from depthmup.models.init import init_std, initialize, materialize
 from depthmup.models.multiplier import Multiplier, is_scaled, scale_input, scale_output
 from depthmup.models.parameterization import BRANCH_ROLES, Role, Scale
 from depthmup.models.resnet import RESNET
+from depthmup.models.timm_family import TIMM
 from depthmup.models.vit import VIT
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (VIT, RESNET, CONV_RESNET)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (VIT, RESNET, CONV_RESNET, TIMM)}
 
 
 @dataclass(frozen=True)
@@ -75,19 +79,32 @@ def scaled_model(network: nn.Module, roles: Roles, scale: Scale) -> ScaledModel:
 
 def build_meta(config: AnyModelConfig, parameterization: ParameterizationConfig) -> ScaledModel:
     """The network on the meta device: shapes, roles and multipliers, no memory. Raises ModelError for a bad model."""
+    return build_on("meta", config, parameterization)
+
+
+def build_on(device: str, config: AnyModelConfig, parameterization: ParameterizationConfig) -> ScaledModel:
+    """The family's network on `device` as its builder leaves it, with multipliers. Raises ModelError."""
     family = FAMILIES[config.family]
-    with torch.device("meta"):
-        network = family.build(config)
-    scale = scale_of(config.size, config.base_size, parameterization)
-    return scaled_model(network, family.roles(config), scale)
+    network = build_network(lambda width, depth: family.build(config), config.width, config.depth, device)
+    roles, scale = family.roles(config), scale_of(config.size, config.base_size, parameterization)
+    if family.finds_roles:  # the width that is checked is that of the readout, which every network has
+        features = readout_features(network, roles)
+        at_base = features * config.base_width // config.width
+        size, base = (Size(width=width, depth=config.depth) for width in (features, at_base))
+        check_growth(network, rules_of(network, roles, scale), roles, size, base)
+    return scaled_model(network, roles, scale)
 
 
 def build(
     config: AnyModelConfig, parameterization: ParameterizationConfig, seed: int, device: torch.device | str = "cpu"
 ) -> ScaledModel:
     """The network on `device` with initial weights, a function of (seed, parameter name) alone."""
-    scaled = build_meta(config, parameterization)
-    materialize(scaled.network, device)
+    if FAMILIES[config.family].finds_roles:  # a stranger's network, which may compute buffers: those on meta are lost
+        scaled = build_on("cpu", config, parameterization)
+        scaled.network.to(device)
+    else:
+        scaled = build_meta(config, parameterization)
+        materialize(scaled.network, device)
     initialize(scaled.network, scaled.rules, scaled.scale, seed)
     return scaled
 
@@ -166,3 +183,38 @@ def apply(
     scaled = scaled_model(network, roles, scale)
     initialize(network, scaled.rules, scaled.scale, seed)
     return scaled
+
+
+def build_scaled(
+    build: Builder,
+    *,
+    size: Size,
+    base: Size,
+    inputs: Any,
+    parameterization: ParameterizationConfig | None = None,
+    seed: int = 0,
+) -> ScaledModel:
+    """The network that `build` gives at `size`, scaled from `base`: roles found, multipliers put on, weights drawn.
+
+    size, base: width and depth as the builder takes them; a head dim that grows is found. inputs: what the network is
+    called with (`find_roles`). parameterization: depth_mup where none is given. The groups of its optimizer are
+    `models.parameter_groups(scaled.network, scaled.rules, scaled.scale, optimizer)`.
+    Raises ModelError as `find_roles` and `models.apply` do.
+    """
+    found = find_roles(build, inputs, base.width, base.depth)
+    network = build_network(build, size.width, size.depth, device="cpu")
+    features, of_base = readout_features(network, found.roles), found.features
+    if features * base.width != of_base * size.width:
+        raise ModelError(
+            f"the readout has {of_base} features at width {base.width} and {features} at {size.width}: the builder's "
+            "width is not what grows"
+        )
+    head_dim = found.head_dim or 1
+    return apply(
+        parameterization or ParameterizationConfig(name="depth_mup"),
+        network,
+        size=Size(width=features, depth=size.depth, head_dim=head_dim * (features // of_base if found.head_dim else 1)),
+        base=Size(width=of_base, depth=base.depth, head_dim=head_dim),
+        roles=found.roles,
+        seed=seed,
+    )

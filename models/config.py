@@ -159,6 +159,26 @@ class ConvResNetConfig(ModelConfig):
             raise ModelError(f"image_size {self.image_size} cannot be halved between {self.num_stages} stages")
 
 
+@checked_model
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class TimmConfig(ModelConfig):
+    """timm's network called `timm_name`, its roles found by looking. `width` is that of its first stage, `depth` the
+    blocks of each stage, or as many times the pattern of its architecture's row in models/timm_sizes.py.
+
+    `head_dim` where it has attention: the number of heads grows with width. `arguments` are given to timm as they are.
+    """
+
+    family: Literal["timm"] = field(default="timm", metadata=TAG)
+    timm_name: str
+    head_dim: Positive | None = None
+    arguments: dict[str, bool | int | float | str | list[int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.head_dim:
+            check_multiple("width", self.width, self.head_dim, "head_dim")
+            check_multiple("base_width", self.base_width, self.head_dim, "head_dim")
+
+
 VIT_16 = {"family": "vit", "head_dim": 64, "patch_size": 16, "image_size": 224}
 RESNET_BOTTLENECK = {"family": "resnet", "block": "bottleneck", "width": 64, "image_size": 224}
 NAMED_SIZES: dict[str, dict[str, Any]] = {
@@ -182,7 +202,7 @@ def expand_named_size(raw: Any) -> Any:
 
 
 AnyModelConfig = Annotated[
-    VisionTransformerConfig | ResNetConfig | ConvResNetConfig,
+    VisionTransformerConfig | ResNetConfig | ConvResNetConfig | TimmConfig,
     Field(discriminator="family"),
     BeforeValidator(expand_named_size),
 ]
@@ -221,6 +241,24 @@ def scale_of(size: Size, base: Size, parameterization: ParameterizationConfig) -
     return Scale(parameterization.resolve(), *ratios)
 
 
+RoleRate = Annotated[Number, Field(gt=0)]
+
+
+@checked_model
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class RoleRates:
+    """What multiplies the learning rate of each role (models.parameterization.Role), at every size alike."""
+
+    input: RoleRate = 1.0
+    branch_hidden: RoleRate = 1.0
+    hidden: RoleRate = 1.0
+    branch_vector: RoleRate = 1.0
+    vector: RoleRate = 1.0
+    branch_scalar: RoleRate = 1.0
+    scalar: RoleRate = 1.0
+    readout: RoleRate = 1.0
+
+
 USERS = {  # of a key that not every optimizer has
     "momentum": ("sgd", "muon"),
     "nesterov": ("sgd",),
@@ -240,6 +278,7 @@ class OptimizerConfig:
     trains the rest; `momentum` is Muon's (0.95 is usual), `betas` and `eps` are AdamW's.
     batch_ratio, samples_ratio: global batch size and sample budget over the proxy's. They move AdamW's learning rate,
     decay, eps and betas by the rules of Complete(d)P (arXiv 2512.22382); at 1 nothing moves.
+    role_lr: the ratio of the roles' learning rates, which transfers as `lr` does. Independent decay does not see it.
     """
 
     name: Literal["sgd", "adamw", "muon"] = "adamw"
@@ -252,6 +291,7 @@ class OptimizerConfig:
     weight_decay_mode: Literal["independent", "coupled"] = "independent"
     batch_ratio: Annotated[Number, Field(gt=0)] = 1.0
     samples_ratio: Annotated[Number, Field(gt=0)] = 1.0
+    role_lr: RoleRates = field(default_factory=RoleRates)
 
     def __post_init__(self) -> None:
         for each in fields(self):

@@ -258,10 +258,11 @@ def measure(
 
 
 def at_positions(values: list[float], count: int, quantity: str) -> list[float]:
-    """`count` of `values`, at the same relative depth in a deeper network: of each run of equal length the last for the
-    stream, which is what blocks put out, and the first for what follows from a block's input."""
-    run = len(values) // count
-    return values[run - 1 :: run] if quantity == "stream" else values[::run]
+    """`count` of `values`, at the same relative depth in a deeper network: of each run of equal length, as far as
+    `count` divides them, the last for the stream, which is what blocks put out, and the first for what follows from a
+    block's input."""
+    ends = [number * len(values) // count for number in range(count + 1)]
+    return [values[end - 1] for end in ends[1:]] if quantity == "stream" else [values[start] for start in ends[:-1]]
 
 
 def judge(

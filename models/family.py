@@ -105,6 +105,7 @@ class Family:
     name: str
     build: Callable[[Any], nn.Module]  # ModelConfig -> module, on the current default device
     roles: Callable[[Any], Roles]  # ModelConfig -> roles
+    finds_roles: bool = False  # by looking at a network that others wrote: its sizes are checked, its buffers kept
 
 
 class UnmatchedParameterError(ModelError):

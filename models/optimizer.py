@@ -14,13 +14,16 @@ from depthmup.models.parameterization import TABLE, Factors, Role, Scale
 Algorithm = Literal["sgd", "adamw", "muon"]
 
 
-def group_settings(factors: Factors, config: OptimizerConfig, algorithm: Algorithm, decays: bool) -> dict[str, Any]:
+def group_settings(
+    factors: Factors, config: OptimizerConfig, algorithm: Algorithm, decays: bool, role_lr: float
+) -> dict[str, Any]:
     """lr_mult, peak lr, weight decay (if it `decays`) and AdamW's eps of the parameters that have these factors.
+    role_lr: what the user multiplies the learning rate of their role by.
 
     With m_B / m_D the batch-and-samples ratio of Complete(d)P (2512.22382): lr and decay times its root, eps over it.
     """
     noise_root = math.sqrt(config.noise_ratio)
-    lr_mult = factors.lr * noise_root
+    lr_mult = factors.lr * noise_root * role_lr
     lr = config.lr * lr_mult
     if factors.weight_decay == 0 or not decays:
         weight_decay = 0.0
@@ -49,13 +52,20 @@ def parameter_groups(
     `eps`. Raises ModelError when muon would find no matrix to train, or a setting would do nothing.
     """
     refuse_idle(scale.parameterization, config)
+    roles = {rule.role.value for rule in rules.values()}
+    if idle := sorted(role for role, rate in vars(config.role_lr).items() if rate != 1 and role not in roles):
+        raise ModelError(
+            f"optimizer.role_lr.{idle[0]} would do nothing: {type(model).__name__} has no parameter of that role; it "
+            f"has {', '.join(sorted(roles))}"
+        )
     merged: dict[tuple[tuple[str, Any], ...], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         role, decays = rules[name].role, rules[name].decays
         algorithm: Algorithm = config.name
         if algorithm == "muon" and not trained_by_muon(role, parameter):
             algorithm = "adamw"
-        settings = group_settings(scale.factors(role, algorithm), config, algorithm, decays)
+        role_lr = getattr(config.role_lr, role.value)
+        settings = group_settings(scale.factors(role, algorithm), config, algorithm, decays, role_lr)
         settings["algorithm"] = algorithm
         group = merged.setdefault(tuple(settings.items()), {"roles": [], "params": [], **settings})
         group["params"].append(parameter)

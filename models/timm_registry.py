@@ -7,9 +7,10 @@ from torch import nn
 import depthmup.models.torchvision_ops  # noqa: F401  isort: skip  (must run before timm)
 from timm.models import register_model
 
-from depthmup.models.config import AnyModelConfig, ConvResNetConfig, ResNetConfig, VisionTransformerConfig
+from depthmup.models.config import AnyModelConfig, ConvResNetConfig, ResNetConfig, TimmConfig, VisionTransformerConfig
 from depthmup.models.conv_resnet import ConvResNet
 from depthmup.models.resnet import build as build_resnet
+from depthmup.models.timm_family import plain_call
 from depthmup.models.vit import timm_arguments
 
 
@@ -42,6 +43,8 @@ def timm_call(config: AnyModelConfig) -> tuple[str, dict[str, Any]]:
     """Name and arguments with which timm.create_model makes the plain network of `config`."""
     if isinstance(config, VisionTransformerConfig):
         return config.timm_name, timm_arguments(config)
+    if isinstance(config, TimmConfig):
+        return plain_call(config)
     if isinstance(config, ResNetConfig) and config.width == 64 and config.norm == "batch" and not config.preactivation:
         arguments = {"num_classes": config.num_classes, "in_chans": config.in_channels}
         name = "resnet50" if config.block == "bottleneck" else "resnet18"

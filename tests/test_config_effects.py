@@ -43,6 +43,7 @@ OTHER: dict[Any, dict[str, tuple[Any, ...]]] = {  # than the default, or than wh
         **{"name": ("sgd", "adamw", "muon"), "lr": (0.02,), "momentum": (0.5,), "nesterov": (True,)},
         **{"betas": ([0.8, 0.999], [0.9, 0.99]), "eps": (1e-3,), "weight_decay": (0.02,)},
         **{"weight_decay_mode": ("independent", "coupled"), "batch_ratio": (2.0,), "samples_ratio": (2.0,)},
+        "role_lr": ({"input": 2.0},),
     },
     ParameterizationConfig: {
         **{"name": PRESETS, "alpha": (0.75,), "adam_depth_lr": (0.25,), "eps_scaling": ("table", "branch", "none")},

@@ -36,10 +36,10 @@ class PlannedRun:
         return failed if failed and failed.get("run", name) == name else None
 
 
-def with_value(config: RunConfig, key: str, value: Any) -> RunConfig:
+def with_value(config: Any, key: str, value: Any) -> Any:
     """`config` with the dotted `key` set to a value that was checked before."""
-    section, name = key.split(".")
-    return replace(config, **{section: replace(getattr(config, section), **{name: value})})
+    name, dot, rest = key.partition(".")
+    return replace(config, **{name: with_value(getattr(config, name), rest, value) if dot else value})
 
 
 def factors(config: RunConfig) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 import glob
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from functools import cached_property
 from itertools import chain, product
@@ -27,6 +28,7 @@ from depthmup.launch.runs.rounds import (
 )
 from depthmup.models.config import ParameterizationConfig
 from depthmup.train.config import RunConfig, identity, run_hash
+from depthmup.train.config import flat as flat_sections
 from depthmup.train.reading import STUDY_SECTIONS, from_plain, read_yaml, set_dotted, to_plain, to_yaml
 from depthmup.train.rundir import RunDirectory
 from depthmup.train.yaml_text import dump_yaml
@@ -145,9 +147,9 @@ class Study:
         raw = {**self._base, "model": {**self._base["model"], **vars(size)}}
         # A study may sweep a field of the parameterization itself (beta, gamma0).
         raw["parameterization"] = dict(vars(parameterization))
-        raw["optimizer"] = dict(self._base["optimizer"])
+        raw["optimizer"] = deepcopy(self._base["optimizer"])
         hyperparameter = self.file.study.hyperparameter
-        if hyperparameter.count(".") != 1:
+        if "." not in hyperparameter:
             raise UserError(
                 f"{self.path}: study.hyperparameter {hyperparameter!r} must be SECTION.KEY, as optimizer.lr"
             )
@@ -355,8 +357,7 @@ class Study:
 
 def flat(sections: dict[str, Any]) -> dict[str, Any]:
     """{section: {key: value}} -> {section.key: value}; what is no run's or study's setting is left out."""
-    kept = ((section, values) for section, values in sections.items() if section in (*COMPARED, "study"))
-    return {f"{section}.{key}": value for section, values in kept for key, value in values.items()}
+    return flat_sections({name: section for name, section in sections.items() if name in (*COMPARED, "study")})
 
 
 def comparable(file: StudyFile) -> dict[str, Any]:

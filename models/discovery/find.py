@@ -7,8 +7,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from depthmup.models.build import ScaledModel, apply
-from depthmup.models.config import ParameterizationConfig, Size
 from depthmup.models.discovery.branches import (
     ATTENTION,
     MOVES,
@@ -18,7 +16,7 @@ from depthmup.models.discovery.branches import (
     Branch,
     find_branches,
 )  # fmt: skip
-from depthmup.models.discovery.growth import Builder, Growth, build_network, compare_sizes
+from depthmup.models.discovery.growth import Builder, Growth, compare_sizes
 from depthmup.models.discovery.initial import measure_init
 from depthmup.models.discovery.trace import Node, trace
 from depthmup.models.errors import ModelError
@@ -94,7 +92,12 @@ def role_of(name: str, growth: Growth, users: list[Node], branches: list[Branch]
         raise ModelError(
             f"{name} is used in several places, branches among them: shared weights have no rule. {BY_HAND}"
         )
-    in_branch, grows = places != {None}, growth.grows_by_pattern[growth.pattern(name)]
+    in_branch, grows = places != {None}, growth.grows_by_pattern.get(growth.pattern(name))
+    if grows is None:
+        raise ModelError(
+            f"{name} is in the deeper network, and in no block of the base, so that nothing is known of its growth: "
+            "take a base of more blocks"
+        )
     user, growing = users[0], sum(grows)
     if growing == 0:
         return Role.BRANCH_SCALAR if in_branch else Role.SCALAR
@@ -266,41 +269,3 @@ def find_queries(nodes: list[Node], wide: list[Node]) -> tuple[list[tuple[str, s
         slots.append((node.emitted_by[-1], node.emitted_by[-1]))
         head_dim = size
     return slots, head_dim
-
-
-# ---------------------------------------------------------------- all of it
-
-
-def build_scaled(
-    build: Builder,
-    *,
-    size: Size,
-    base: Size,
-    inputs: Any,
-    parameterization: ParameterizationConfig | None = None,
-    seed: int = 0,
-) -> ScaledModel:
-    """The network that `build` gives at `size`, scaled from `base`: roles found, multipliers put on, weights drawn.
-
-    size, base: width and depth as the builder takes them; a head dim that grows is found. inputs: what the network is
-    called with (`find_roles`). parameterization: depth_mup where none is given. The groups of its optimizer are
-    `models.parameter_groups(scaled.network, scaled.rules, scaled.scale, optimizer)`.
-    Raises ModelError as `find_roles` and `models.apply` do.
-    """
-    found = find_roles(build, inputs, base.width, base.depth)
-    network = build_network(build, size.width, size.depth, device="cpu")
-    features, of_base = readout_features(network, found.roles), found.features
-    if features * base.width != of_base * size.width:
-        raise ModelError(
-            f"the readout has {of_base} features at width {base.width} and {features} at {size.width}: the builder's "
-            "width is not what grows"
-        )
-    head_dim = found.head_dim or 1
-    return apply(
-        parameterization or ParameterizationConfig(name="depth_mup"),
-        network,
-        size=Size(width=features, depth=size.depth, head_dim=head_dim * (features // of_base if found.head_dim else 1)),
-        base=Size(width=of_base, depth=base.depth, head_dim=head_dim),
-        roles=found.roles,
-        seed=seed,
-    )

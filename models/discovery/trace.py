@@ -112,7 +112,7 @@ def trace(network: nn.Module, inputs: tuple[Any, ...]) -> list[Node]:
     try:
         with torch.device("meta"), torch.no_grad(), recorder.watching(network):
             network(*given)
-    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"{type(network).__name__} cannot be traced without data, as where its control flow depends on it "

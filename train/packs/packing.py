@@ -8,7 +8,7 @@ from depthmup.train.config import RunConfig, default_of
 from depthmup.train.rundir import RunDirectory
 
 # What may differ between the replicas of a pack: numbers that meet the stacked weights one replica at a time.
-PACKABLE_SECTIONS = ("parameterization", "schedule")
+PACKABLE_SECTIONS = ("parameterization.", "schedule.", "optimizer.role_lr.")
 PACKABLE_FIELDS = {
     "seed",
     "model.base_width",
@@ -69,7 +69,7 @@ def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
 
 
 def may_differ(name: str) -> bool:
-    return name in PACKABLE_FIELDS or name.partition(".")[0] in PACKABLE_SECTIONS
+    return name in PACKABLE_FIELDS or name.startswith(PACKABLE_SECTIONS)
 
 
 def unknown_to_packs(config: RunConfig) -> set[str]:
@@ -104,7 +104,7 @@ def group_alike(configs: Sequence[RunConfig]) -> list[list[int]]:
     """The numbers of `configs` in groups whose members can share a pack, in the order of each group's first member."""
     groups: dict[Any, list[int]] = {}
     for number, config in enumerate(configs):
-        key = number if unknown_to_packs(config) else tuple(common(config).items())
+        key = number if unknown_to_packs(config) else repr(common(config))
         groups.setdefault(key, []).append(number)
     return list(groups.values())
 

@@ -1,0 +1,148 @@
+"""Any of timm's networks with width and depth of its own is a family: it is built, checked, trained and exported."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import depthmup.models.torchvision_ops  # noqa: F401  isort: skip  (must run before timm)
+import timm
+
+from depthmup.models import ParameterizationConfig, Size
+from depthmup.models import parameterization as rules
+from depthmup.models.build import build, build_meta
+from depthmup.models.config import OptimizerConfig, TimmConfig
+from depthmup.models.coordinate_check import Line, Settings, at_positions, check
+from depthmup.models.errors import ModelError
+from depthmup.models.export import folded_state
+from depthmup.models.parameterization import Role, Scale
+from depthmup.models.timm_registry import timm_call
+from depthmup.train.loop import run
+from train_configs import losses, pack_digits, run_config
+
+COMPLETEP = ParameterizationConfig(name="completep")
+CONVNEXT = TimmConfig(
+    **{"timm_name": "convnext_atto", "width": 16, "depth": 1, "base_width": 16, "base_depth": 1},
+    **{"image_size": 8, "num_classes": 10, "in_channels": 1, "arguments": {"patch_size": 1}},
+)
+SWIN = TimmConfig(
+    **{"timm_name": "swinv2_tiny_window8_256", "width": 32, "depth": 2, "base_width": 16, "base_depth": 1},
+    **{"image_size": 32, "num_classes": 10, "head_dim": 16, "arguments": {"window_size": 4, "patch_size": 2}},
+)
+
+
+def off(lines: list[Line]) -> set[str]:
+    return {f"{line.axis} {line.quantity}" for line in lines if line.verdict != "ok"}
+
+
+def short_check() -> set[str]:
+    settings = Settings(factors=(1, 4), steps=1, num_seeds=2)
+    return off(check(CONVNEXT, COMPLETEP, OptimizerConfig(name="adamw", lr=1e-3), settings))
+
+
+def test_convnext_passes_the_coordinate_check_over_width_and_depth() -> None:
+    assert short_check() == set()
+
+
+@pytest.mark.parametrize(
+    ("fault", "caught"),
+    [
+        (("branch_multiplier", lambda self: 1.0), "depth branch"),
+        (("readout_multiplier", lambda self: 1.0), "width logits"),
+    ],
+    ids=["no branch multiplier", "no readout multiplier"],
+)
+def test_a_fault_in_a_multiplier_is_caught(
+    fault: tuple[str, Callable[[Scale], float]], caught: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Scale, *fault)
+    assert caught in short_check()
+
+
+def test_a_fault_in_the_rate_of_hidden_weights_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = replace(rules.TABLE[Role.BRANCH_HIDDEN], lr_adam=lambda N, L, a: 1.0)
+    monkeypatch.setitem(rules.TABLE, Role.BRANCH_HIDDEN, row)
+    assert any("width branch_hidden" in line for line in short_check())
+
+
+def test_buffers_that_timm_computes_are_kept() -> None:
+    scaled = build(SWIN, COMPLETEP, seed=0)
+    plain = timm.create_model(timm_call(SWIN)[0], **timm_call(SWIN)[1])
+    buffers = dict(plain.named_buffers(remove_duplicate=False))
+    assert buffers
+    for name, buffer in scaled.network.named_buffers(remove_duplicate=False):
+        assert torch.equal(buffer, buffers[name]), name
+
+
+def test_initial_weights_are_a_function_of_the_seed() -> None:
+    first, again, other = (build(CONVNEXT, COMPLETEP, seed).network.stem[0].weight for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_a_run_by_configuration_trains(tmp_path: Path) -> None:
+    model: dict[str, Any] = {"family": "timm", "timm_name": "convnext_atto", "width": 8, "depth": 1}
+    model |= {"base_width": 8, "base_depth": 1, "arguments": {"patch_size": 1}}
+    overrides = ("optimizer.name=adamw", "optimizer.lr=0.003", "parameterization.name=completep")
+    run(run_config(pack_digits(tmp_path / "digits"), *overrides, model=model), tmp_path / "run")
+    trained = losses(tmp_path / "run")
+    assert sum(trained[-5:]) < 0.95 * sum(trained[:5])
+
+
+def test_exported_weights_give_the_plain_network_the_same_outputs() -> None:
+    larger = replace(CONVNEXT, width=32, depth=2)
+    scaled = build(larger, COMPLETEP, seed=0)
+    assert scaled.multipliers
+    name, arguments = timm_call(larger)
+    plain = timm.create_model(name, **arguments)
+    plain.load_state_dict(folded_state(scaled))
+    images = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(plain.eval()(images), scaled.network.eval()(images))
+
+
+def test_an_export_that_timm_has_no_call_for_is_refused() -> None:
+    mixer = TimmConfig(
+        timm_name="resmlp_12_224", width=32, depth=2, base_width=16, base_depth=1, image_size=64, num_classes=10
+    )
+    build_meta(mixer, COMPLETEP)
+    with pytest.raises(ModelError, match=r"cannot export: timm.create_model\('resmlp_12_224'\) takes no size"):
+        timm_call(mixer)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"timm_name": "convnext_ato"}, "unknown to timm; nearest: convnext_atto"),
+        ({"timm_name": "vgg11"}, "of timm's module vgg, whose size arguments are not in"),
+        ({"timm_name": "convnext_atto.d2_in1k"}, "has a tag of weights"),
+        ({"head_dim": 16}, "head_dim would do nothing"),
+        ({"arguments": {"dims": [1, 2, 3, 4]}}, "dims follows from the model's other keys"),
+        ({"arguments": {"pach_size": 2}}, "timm cannot build convnext_atto"),
+    ],
+)
+def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        build_meta(replace(CONVNEXT, **changes), COMPLETEP)
+
+
+def test_heads_need_their_dimension() -> None:
+    with pytest.raises(ModelError, match="state head_dim"):
+        build_meta(replace(SWIN, head_dim=None), COMPLETEP)
+
+
+def test_heads_grow_with_width() -> None:
+    assert SWIN.size == Size(width=32, depth=2)
+    scaled = build_meta(SWIN, COMPLETEP)
+    assert not scaled.roles.queries
+    assert scaled.network.layers[0].blocks[0].attn.num_heads == 2
+
+
+def test_as_many_positions_are_compared_where_blocks_are_no_multiple_of_the_bases() -> None:
+    """As in networks with a block of their own between stages, of which a deeper one has no more."""
+    values = [float(number) for number in range(13)]
+    assert at_positions(values, 4, "stream") == [2, 5, 8, 12]
+    assert at_positions(values, 4, "branch") == [0, 3, 6, 9]
+    assert at_positions(values[:12], 4, "stream") == [2, 5, 8, 11]
