@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,6 +72,28 @@ def tune(search: Search, console: Console) -> None:
     """Walks a search from the first suggestion to the tuned proxy's file, and waits for it."""
     finish(search, console)
     show_search(search, console)
+
+
+def watch_report(studies: list[Study], console: Console) -> None:
+    """Writes the reports again and again until nothing of the studies waits or runs, or Ctrl-C."""
+    from depthmup.launch.jobs.status import WATCH_SECONDS, goes_on, take_path
+    from depthmup.launch.report.collect import collect
+    from depthmup.launch.report.page import write_report
+
+    with suppress(KeyboardInterrupt):
+        while True:
+            studies = [
+                open_planned(each.path, each.file, each.overrides) for each in studies
+            ]  # their grids may have grown
+            if not any(goes_on(snapshot) for study in studies for _, snapshot in take_path(study)):
+                return
+            for study in studies:
+                found = collect(study)
+                if found.results:
+                    write_report(found)
+                done, count = len(found.finished), len(study.runs)
+                console.print(f"{study.file.study.name}: {done} of {count} runs are done", highlight=False)
+            time.sleep(WATCH_SECONDS)
 
 
 def finish(study: Study, console: Console) -> None:

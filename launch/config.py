@@ -214,6 +214,7 @@ class LaunchConfig:
     hold_after: Annotated[int, Field(ge=0)] = 3  # runs that fail for one reason hold the rest; 0 holds nothing
     runs_per_job: Positive = 1
     runs_per_gpu: Positive = 1
+    price_per_gpu_hour: Annotated[Number, Field(ge=0)] | None = None  # for the report: in your currency
     setup: tuple[str, ...] = ()  # shell lines before the job: module load, source, export
     python: str | None = None  # null: the interpreter that launches; in a container usually `python`
     container_image: PathText | None = None  # srun --container-image (pyxis, enroot)

@@ -12,6 +12,7 @@ from depthmup.data.errors import UserError
 from depthmup.data.storage import write_atomically
 from depthmup.train.config import RunConfig, TrackConfig, run_hash
 from depthmup.train.reading import to_plain
+from depthmup.train.rundir import RunDirectory
 
 Log = Callable[[str], None]
 Result = TypeVar("Result")
@@ -146,12 +147,20 @@ class WandbTracker:
             try:
                 if wandb.login(prompt=False):
                     self.run = start(mode="online")
+                    self._keep_address(directory)
                     return
                 warn(f"warning: no wandb key, so track.wandb is offline: run `wandb login`, and later `{later}`")
             except Exception as error:  # of the network, the server, a wrong key
                 reason = " ".join(str(error).split())
                 warn(f"warning: wandb did not start online, so track.wandb is offline: later run `{later}` ({reason})")
         self.run = start(mode="offline")
+
+    def _keep_address(self, directory: Path) -> None:
+        """For the report, which links to it."""
+        if self.run.url:
+            file = RunDirectory(directory).wandb_address
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(self.run.url)
 
     def log(self, line: dict[str, Any]) -> None:
         self.run.log(line, step=line["step"])

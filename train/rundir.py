@@ -65,6 +65,11 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     @property
+    def wandb_address(self) -> Path:
+        """Holds the run's address on W&B where it was tracked online."""
+        return self.path / "wandb" / "address.txt"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

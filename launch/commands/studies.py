@@ -171,18 +171,22 @@ def status(config: Path, overrides: tuple[str, ...], watch: bool, everything: bo
 @command("report", example="depthmup report configs/digits_resnet.yaml configs/digits_vit.yaml --publish docs/results")
 @with_config
 @click.option("--publish", type=FilePath(), help="Also copy JSON and figures to this folder.")
-def report(config: Path, overrides: tuple[str, ...], publish: Path | None) -> None:
+@click.option("--watch", is_flag=True, help="Write it again every 10 seconds until nothing waits or runs.")
+def report(config: Path, overrides: tuple[str, ...], publish: Path | None, watch: bool) -> None:
     """Write and print the table, curves and verdicts so far.
 
     Further CONFIGs are reported too, and compared on one more page.
     """
-    from depthmup.launch.chain import show_report
+    from depthmup.launch.chain import show_report, watch_report
 
     changes = tuple(word for word in overrides if "=" in word)
     configs = [config, *(Path(expand_path(word)) for word in overrides if "=" not in word)]
     studies, console = [open_study(path, changes) for path in configs], new_console()
     if searches := [study for study in studies if study.file.tune]:
         raise UserError(f"{searches[0].path} has a section tune:, a search: {searches[0].command('tune')} prints it")
+    if watch:
+        watch_report(studies, console)
+        studies = [open_study(path, changes) for path in configs]  # their grids may have grown
     reports = [show_report(study, console) for study in studies]
     if len(reports) > 1:
         from depthmup.launch.report.overview import print_overview, write_overview

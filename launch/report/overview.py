@@ -10,7 +10,7 @@ from rich.console import Console
 
 from depthmup.data.storage import write_atomically
 from depthmup.launch.report.collect import Report
-from depthmup.launch.report.page import environment
+from depthmup.launch.report.page import environment, inline
 from depthmup.launch.report.record import as_record
 from depthmup.launch.report.tables import print_table, say
 from depthmup.launch.wording import show_drift, show_interval, show_share
@@ -71,6 +71,7 @@ def write_overview(reports: Sequence[Report], path: Path) -> None:
             rows=overview([as_record(report) for report in reports]),
             links=[(name, quote(os.path.relpath(file, path.parent))) for name, file in links],
             reports=reports,
+            scripts={"tables": inline("tables.js")},
         )
     )
     write_atomically(path, page.encode())

@@ -2,8 +2,11 @@
 
 import csv
 import io
+import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from matplotlib.figure import Figure
@@ -14,7 +17,7 @@ from depthmup.launch.findings.forecast import calibration
 from depthmup.launch.findings.theory import expected_drifts, predicted_drifts
 from depthmup.launch.report import plots
 from depthmup.launch.report.collect import Report
-from depthmup.launch.report.record import as_record, dump
+from depthmup.launch.report.record import as_record, dump, page_record
 from depthmup.launch.report.tables import forecast_row, planned_sentence, rows
 from depthmup.launch.wording import show_number
 
@@ -75,6 +78,61 @@ def figures(report: Report) -> dict[str, Figure]:
     return {name: figure for name, figure in found.items() if figure}
 
 
+# plotly-basic.min.js is plotly.js-basic-dist-min 4.1.1 of npm (MIT), chosen over lighter libraries because hover,
+# clicks, logarithmic axes and upkeep come with it, and 1.2 MB leave room for 500 runs. pip's plotly brings 4.5 MB.
+def inline(name: str) -> jinja2.utils.markupsafe.Markup:
+    """A script of this folder, to stand in a page."""
+    return jinja2.utils.markupsafe.Markup((Path(__file__).parent / name).read_text(encoding="utf-8"))
+
+
+def inline_json(record: Mapping[str, Any]) -> jinja2.utils.markupsafe.Markup:
+    """JSON that cannot end the script element that holds it."""
+    text = json.dumps(record, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    return jinja2.utils.markupsafe.Markup(text)
+
+
+def theory_rows(record: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The predicted drifts with depth beside those seen."""
+    seen = {
+        (size["parameterization"], size["depth"]): size["drift_octaves"]
+        for size in record["sizes"]
+        if size["width"] == record["base"]["width"]
+    }
+
+    def show(drift: float | None) -> str:
+        return "" if drift is None else f"{drift:+.2f}"
+
+    return [
+        {
+            "parameterization": drift["parameterization"],
+            "depth": str(drift["depth"]),
+            "in theory": show(drift["octaves"]),
+            "seen": show(seen.get((drift["parameterization"], drift["depth"]))),
+        }
+        for drift in record["predicted_drifts"]
+    ]
+
+
+def cost_rows(record: Mapping[str, Any]) -> list[dict[str, str]]:
+    cost = record["cost"]
+    row = {
+        "runs": str(record["num_runs"]),
+        "FLOPs": f"{cost['flops']:.3g}",
+        "seconds of training": f"{cost['hours'] * 3600:.0f}",
+        "GPU-hours": f"{cost['gpu_hours']:.3g}",
+    }
+    return [row if cost["money"] is None else row | {"money": f"{cost['money']:.2f}"}]
+
+
+def origin_rows(record: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Which code and which shards the runs come from."""
+    return [
+        {"of": what, "fingerprint": fingerprint, "runs": str(count)}
+        for what, counts in record["origins"].items()
+        for fingerprint, count in counts.items()
+    ]
+
+
 def environment() -> jinja2.Environment:
     loader = jinja2.PackageLoader("depthmup.launch.report", ".")
     return jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -83,7 +141,7 @@ def environment() -> jinja2.Environment:
 def write_report(report: Report) -> None:
     """Writes report.html, .md, .csv and .json and the figures into the study's folder."""
     root, table, text = report.study.file.directory, rows(report), io.StringIO()
-    seeds = report.study.file.study.seeds
+    seeds, record = report.study.file.study.seeds, page_record(report)
     svg = {
         name: jinja2.utils.markupsafe.Markup(plots.save(figure, root / f"{name}.png"))
         for name, figure in figures(report).items()
@@ -99,7 +157,18 @@ def write_report(report: Report) -> None:
             report=report,
             study=report.study.file.study,
             rows=table,
-            rounds=report.study.rounds() if report.study.file.study.adaptive else [],
+            rounds=record["rounds"],
+            theory=theory_rows(record),
+            costs=cost_rows(record),
+            origins=origin_rows(record),
+            has_price=record["cost"]["money"] is not None,
+            has_effective=record["hyperparameter"] == "optimizer.lr",
+            scripts={
+                "record": inline_json(record),
+                "tables": inline("tables.js"),
+                "plotly": inline("plotly-basic.min.js"),
+                "page": inline("page.js"),
+            },
             forecasts=[forecast_row(forecast) for forecast in report.forecasts],
             calibration=calibration(report.forecasts),
             runs=run_rows(report),
@@ -109,16 +178,18 @@ def write_report(report: Report) -> None:
         )
     )
     write_atomically(root / "report.csv", text.getvalue().encode())
-    write_atomically(root / "report.json", dump(as_record(report)).encode())
+    write_atomically(root / "report.json", dump(record).encode())
     write_atomically(root / "report.md", markdown(report).encode())
     write_atomically(root / "report.html", page.encode())
 
 
 def publish(report: Report, folder: Path) -> list[Path]:
-    """Copies what a repository keeps to `folder`: the record as NAME.json, figures and rates as NAME-*."""
+    """Copies what a repository keeps to `folder`: the record without single runs as NAME.json, figures and rates as
+    NAME-*."""
     root, name = report.study.file.directory, report.study.file.study.name
     folder.mkdir(parents=True, exist_ok=True)
-    kept = {"report.json": f"{name}.json"}
     swept = ("curves.png", "drift.png") if len(report.study.file.study.grid) > 1 else ()  # one value has no optimum
-    kept |= {file: f"{name}-{file}" for file in (*swept, *CONVERGENCE_FILES)}
-    return [Path(shutil.copyfile(root / old, folder / new)) for old, new in kept.items() if (root / old).exists()]
+    kept = {file: f"{name}-{file}" for file in (*swept, *CONVERGENCE_FILES)}
+    write_atomically(folder / f"{name}.json", dump(as_record(report)).encode())
+    figures = [Path(shutil.copyfile(root / old, folder / new)) for old, new in kept.items() if (root / old).exists()]
+    return [folder / f"{name}.json", *figures]

@@ -6,10 +6,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from depthmup.launch.findings.analysis import Result
 from depthmup.launch.findings.convergence import Rate
+from depthmup.launch.findings.theory import predicted_drifts
 from depthmup.launch.report.collect import Report, analyse_results
+from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.pool import origins
+from depthmup.models.config import scale_of
+from depthmup.models.parameterization import Role
+from depthmup.train.rundir import parse_lines
+
+CURVE_POINTS = 50  # of a training curve: 500 runs stay under 2 MB with the page's scripts
 
 
 def plain(value: float | None) -> float | None:
@@ -89,9 +98,9 @@ def round_records(report: Report) -> list[dict[str, Any]]:
 
 
 def as_record(report: Report) -> dict[str, Any]:
-    """Everything the page shows, as plain data; infinite numbers (a run that diverged, an open interval) are null."""
+    """What a report says of a study; infinite numbers (a run that diverged, an open interval) are null."""
     file, study = report.study.file, report.study.file.study
-    path = report.study.path
+    path, price = report.study.path, file.launch.price_per_gpu_hour
     return {
         "study": study.name,
         "config": str(path.name if path.is_absolute() else path),
@@ -120,7 +129,14 @@ def as_record(report: Report) -> dict[str, Any]:
             "flops": report.total_flops,
             "hours": report.hours,
             "flops_of_the_costliest_run": max(report.flops.values()),
+            "gpu_hours": report.hours * file.launch.tasks,
+            "money": plain(None if price is None else price * report.hours * file.launch.tasks),
         },
+        "predicted_drifts": [
+            {"parameterization": name, "depth": depth, "octaves": drift}
+            for name, drifts in predicted_drifts(file).items()
+            for depth, drift in drifts.items()
+        ],
         "verdicts": [
             {
                 "parameterization": j.parameterization,
@@ -175,6 +191,55 @@ def as_record(report: Report) -> dict[str, Any]:
         ],
         "unfinished": report.unfinished,
     }
+
+
+def effective_rate(run: PlannedRun) -> float:
+    """The learning rate of the weights in residual branches, with the factor of the rules at the run's size."""
+    config = run.config
+    scale = scale_of(config.model.size, config.model.base_size, config.parameterization)
+    return config.optimizer.lr * scale.factors(Role.BRANCH_HIDDEN, config.optimizer.name).lr
+
+
+def training_curve(run: PlannedRun) -> dict[str, list[float | None]] | None:
+    """At most CURVE_POINTS of the run's logged losses, evenly spread, the last included; None where none is logged."""
+    lines = [line for line in parse_lines(run.directory.metrics, "step") if "loss" in line]
+    if not lines:
+        return None
+    by_step = {line["step"]: line["loss"] for line in lines}  # a run that went on from a checkpoint repeats steps
+    steps = sorted(by_step)
+    kept = sorted({round(at) for at in np.linspace(0, len(steps) - 1, min(len(steps), CURVE_POINTS))})
+    losses = [by_step[steps[at]] for at in kept]
+    return {
+        "steps": [steps[at] for at in kept],
+        "loss": [None if loss is None or not math.isfinite(loss) else float(f"{loss:.4g}") for loss in losses],
+    }
+
+
+def page_record(report: Report) -> dict[str, Any]:
+    """The record with every run, for the page: its folder, its training curve and its address on W&B if it has one.
+    One entry of `runs` per point; points may share a folder."""
+    study = report.study.file.study
+    runs = []
+    for point in report.study.points:
+        if done := point.done():
+            metric = done.get(study.metric) if done["outcome"] == "completed" else None
+            address = point.directory.wandb_address
+            runs.append(
+                {
+                    "folder": point.directory.path.name,
+                    "parameterization": point.parameterization,
+                    **vars(point.size),
+                    "value": point.value,
+                    "effective_value": effective_rate(point) if study.hyperparameter == "optimizer.lr" else None,
+                    "seed": point.seed,
+                    "metric": plain(metric),
+                    "seconds": done.get("seconds"),
+                    "flops": report.flops[point.size],
+                    "wandb": address.read_text().strip() if address.exists() else None,
+                }
+            )
+    curves = {run.directory.path.name: training_curve(run) for run, _ in report.finished}
+    return as_record(report) | {"runs": runs, "training_curves": {name: c for name, c in curves.items() if c}}
 
 
 def dump(record: Mapping[str, Any]) -> str:

@@ -1,0 +1,169 @@
+// The curves of a study's page. They read the record, which the page holds as JSON, and draw with plotly, which stands
+// before. Without scripts the page still shows every table and figure.
+"use strict";
+
+const record = JSON.parse(document.getElementById("record").textContent);
+const dark = matchMedia("(prefers-color-scheme: dark)");
+const SIZE_COLOURS = {
+  light: ["#3b0f70", "#21618c", "#0b6e4f", "#8a4b00", "#b0213f", "#5d5d00", "#6a1b9a", "#37474f"],
+  dark: ["#c9a6ff", "#7ec8ff", "#6fdcb0", "#ffb866", "#ff8fa3", "#e0e070", "#e0a0f0", "#b8c4cc"],
+};
+const DASHES = ["solid", "dash", "dot", "dashdot"]; // colour is not the only difference
+const SYMBOLS = ["circle", "square", "diamond", "triangle-up", "star", "pentagon", "hexagon", "triangle-down"];
+
+const element = (id) => document.getElementById(id);
+const chosen = (name) => document.querySelector(`input[name="${name}"]:checked`)?.value;
+const nameOf = (run) => `${run.width} x ${run.depth}`;
+const number = (value) => (value === null ? "diverged" : Number(value).toPrecision(4));
+const unique = (values) => [...new Set(values)];
+const sizes = unique(record.runs.map(nameOf));
+
+function style(size) {
+  const colours = SIZE_COLOURS[dark.matches ? "dark" : "light"];
+  const at = sizes.indexOf(size);
+  return { colour: colours[at % colours.length], dash: DASHES[at % DASHES.length], symbol: SYMBOLS[at % SYMBOLS.length] };
+}
+
+function layout(title, x, y, logarithmicX) {
+  const grid = dark.matches ? "#444" : "#ddd";
+  const axis = { gridcolor: grid, zerolinecolor: grid, automargin: true };
+  return {
+    title: { text: title, font: { size: 15 } },
+    height: 380,
+    margin: { l: 55, r: 10, t: 45, b: 45 },
+    paper_bgcolor: "rgba(0,0,0,0)",
+    plot_bgcolor: "rgba(0,0,0,0)",
+    font: { color: dark.matches ? "#e6e6e6" : "#222", family: "system-ui, sans-serif" },
+    hovermode: "closest",
+    legend: { orientation: "h", y: -0.25 },
+    xaxis: { ...axis, title: { text: x }, type: logarithmicX ? "log" : "linear", exponentformat: "power" },
+    yaxis: { ...axis, title: { text: y }, type: "log", dtick: "D1", exponentformat: "none" },
+  };
+}
+
+const options = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d"] };
+
+function hoverText(run) {
+  const lines = [`run ${run.folder}`, `${nameOf(run)}, seed ${run.seed}`];
+  lines.push(`${record.hyperparameter} ${run.value.toPrecision(4)}`, `${record.metric} ${number(run.metric)}`);
+  if (run.wandb) lines.push(run.wandb);
+  return lines.join("<br>");
+}
+
+// One point per value: the mean over seeds, none where a seed diverged.
+function means(runs, position) {
+  const byValue = new Map();
+  for (const run of runs) byValue.set(run.value, [...(byValue.get(run.value) ?? []), run]);
+  return [...byValue.values()]
+    .filter((group) => group.every((run) => run.metric !== null))
+    .map((group) => ({
+      x: position(group[0]),
+      y: group.reduce((sum, run) => sum + run.metric, 0) / group.length,
+      run: group[0],
+      text: `${nameOf(group[0])}, mean of ${group.length} seed(s)<br>` + group.map(hoverText).join("<br>"),
+    }))
+    .sort((one, other) => one.x - other.x);
+}
+
+function drawCurves() {
+  const effective = chosen("axis") === "effective";
+  const position = (run) => (effective ? run.effective_value : run.value);
+  const finite = record.runs.map((run) => run.metric).filter((metric) => metric !== null);
+  const top = Math.max(...finite) * 1.1; // where diverged runs are shown
+  const bottom = Math.min(...finite) / 1.1;
+  for (const panel of document.querySelectorAll("[data-parameterization]")) {
+    const own = record.runs.filter((run) => run.parameterization === panel.dataset.parameterization);
+    const traces = [];
+    for (const size of sizes) {
+      const runs = own.filter((run) => nameOf(run) === size);
+      const { colour, dash, symbol } = style(size);
+      const single = runs.map((run) => ({ x: position(run), y: run.metric ?? top, run, text: hoverText(run) }));
+      const lost = single.filter((point) => point.run.metric === null);
+      const kept = single.filter((point) => point.run.metric !== null);
+      const shown = chosen("shown") === "mean" ? means(runs, position) : kept;
+      const trace = (points, rest) => ({
+        x: points.map((point) => point.x),
+        y: points.map((point) => point.y),
+        text: points.map((point) => point.text),
+        customdata: points.map((point) => point.run.folder),
+        hoverinfo: "text",
+        name: size,
+        legendgroup: size,
+        ...rest,
+      });
+      const mode = chosen("shown") === "mean" ? "lines+markers" : "markers";
+      traces.push(trace(shown, { mode, line: { color: colour, dash }, marker: { color: colour, symbol, size: 8 } }));
+      if (lost.length) {
+        traces.push(trace(lost, { mode: "markers", showlegend: false, marker: { color: colour, symbol: "x", size: 9 } }));
+      }
+    }
+    const x = effective ? "effective learning rate" : record.hyperparameter;
+    const shape = layout(panel.dataset.parameterization, x, record.metric.replace("_", " "), true);
+    shape.yaxis.range = [Math.log10(bottom), Math.log10(top * 1.05)];
+    Plotly.react(panel, traces, shape, options);
+    panel.removeAllListeners("plotly_click");
+    panel.on("plotly_click", (event) => showRun(event.points[0].customdata, panel.dataset.parameterization));
+  }
+}
+
+// The training curve of a run, with those of all runs of its size and parameterization behind it.
+function showRun(folder, parameterization) {
+  const run = record.runs.find((each) => each.folder === folder && each.parameterization === parameterization);
+  if (!run) return;
+  element("run").value = String(record.runs.indexOf(run));
+  const beside = record.runs.filter(
+    (each) => each.parameterization === parameterization && nameOf(each) === nameOf(run) && each !== run,
+  );
+  const trace = (each, line) => ({
+    x: record.training_curves[each.folder]?.steps ?? [],
+    y: record.training_curves[each.folder]?.loss ?? [],
+    text: hoverText(each),
+    hoverinfo: "text+y",
+    mode: "lines",
+    showlegend: false,
+    line,
+  });
+  const behind = { color: dark.matches ? "#777" : "#aaa", width: 1 };
+  const traces = beside.map((each) => trace(each, behind));
+  traces.push(trace(run, { color: style(nameOf(run)).colour, width: 3 }));
+  Plotly.react(element("training"), traces, layout(`${parameterization}, ${nameOf(run)}`, "step", "training loss", false), options);
+  const said = element("said");
+  said.textContent = `${record.metric} ${number(run.metric)}, ${record.hyperparameter} ${run.value.toPrecision(4)}, seed ${run.seed}. Folder: `;
+  addLink(said, `runs/${run.folder}/`, run.folder);
+  if (run.wandb) {
+    said.append(", W&B: ");
+    addLink(said, run.wandb, "its page");
+  }
+  if (!record.training_curves[run.folder]) said.append(". It has no training curve here.");
+}
+
+function addLink(parent, address, text) {
+  const link = document.createElement("a");
+  link.href = address;
+  link.textContent = text;
+  parent.append(link);
+}
+
+function fillRuns() {
+  const select = element("run");
+  record.runs.forEach((run, index) => {
+    const text = `${run.parameterization}, ${nameOf(run)}, ${run.value.toPrecision(4)}, seed ${run.seed}: ${number(run.metric)}`;
+    select.add(new Option(text, String(index)));
+  });
+  select.addEventListener("change", () => {
+    const run = record.runs[Number(select.value)];
+    showRun(run.folder, run.parameterization);
+  });
+}
+
+if (record.runs.some((run) => run.metric !== null)) {
+  element("interactive").hidden = false;
+  fillRuns();
+  drawCurves();
+  showRun(record.runs[0].folder, record.runs[0].parameterization);
+  for (const input of document.querySelectorAll("#interactive input")) input.addEventListener("change", drawCurves);
+  dark.addEventListener("change", () => {
+    drawCurves();
+    element("run").dispatchEvent(new Event("change"));
+  });
+}

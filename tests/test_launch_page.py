@@ -1,0 +1,159 @@
+"""The page of a study: its structure for people and screen readers, its record, and its life in a browser."""
+
+import json
+import re
+import shutil
+import subprocess
+from collections import Counter
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from depthmup.launch import chain
+from depthmup.launch.cli import cli
+from depthmup.launch.jobs import status
+from depthmup.launch.reading import read_study
+from depthmup.launch.report.page import inline, inline_json
+from depthmup.launch.report.record import CURVE_POINTS, read_record
+from depthmup.launch.runs.study import Study
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+class Elements(HTMLParser):
+    """Every element of a page, in order, with its attributes."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+    def of(self, *tags: str) -> list[dict[str, str | None]]:
+        return [attributes for tag, attributes in self.found if tag in tags]
+
+
+def write_page(study_file: Path, *overrides: str) -> Path:
+    """The folder of a study all of whose runs are done, each with 200 logged losses."""
+    study = Study(study_file, read_study(study_file, overrides))
+    study.write()
+    for run in study.runs:
+        loss = 0.5 + 0.1 * run.value + 0.01 * run.seed
+        run.directory.write_done({"outcome": "completed", "step": 2000, "minival_loss": loss, "seconds": 36.0})
+        lines = [json.dumps({"step": step, "loss": 2000 / step}) for step in range(10, 2010, 10)]
+        run.directory.metrics.write_text("\n".join(lines) + "\n")
+    address = study.runs[0].directory.wandb_address
+    address.parent.mkdir()
+    address.write_text("https://wandb.example/run")
+    result = CliRunner().invoke(cli, ["report", str(study_file), *overrides], catch_exceptions=False)
+    assert result.exit_code == 0
+    return study.file.directory
+
+
+def test_a_screen_reader_finds_headings_labels_and_names(study_file: Path) -> None:
+    page = Elements((write_page(study_file) / "report.html").read_text())
+    assert page.of("html")[0]["lang"] == "en"
+    assert len(page.of("main")) == len(page.of("h1")) == 1
+    levels = [int(tag[1]) for tag, _ in page.found if re.fullmatch("h[1-6]", tag)]
+    assert all(after <= before + 1 for before, after in pairwise(levels))  # no level is left out
+    assert page.of("th")
+    assert all(each.get("scope") == "col" for each in page.of("th"))
+    assert all(each.get("data-name") for each in page.of("table"))
+    names = [each["data-name"] for each in page.of("table")]
+    assert len(set(names)) == len(names)  # each is a file of its own when downloaded
+    assert all(each.get("aria-label") for _, each in page.found if each.get("role") in ("img", "region"))
+    labelled = {each.get("for") for each in page.of("label")}
+    assert {each["id"] for each in page.of("select")} <= labelled
+    assert all(each.get("tabindex") in (None, "0") for _, each in page.found)
+    identities = Counter(each["id"] for _, each in page.found if "id" in each)
+    assert {identities[name] for name in ("record", "run", "said", "training", "interactive")} == {1}
+
+
+def contrast(one: str, other: str) -> float:
+    """Of two colours as #rrggbb, by WCAG 2.1."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+        red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize(("number", "scheme"), [(0, "light"), (1, "dark")])
+def test_text_and_curves_stand_out_from_the_page(number: int, scheme: str) -> None:
+    style = re.findall(r":root \{(.*?)\}", inline("style.html.j2"), re.DOTALL)[number]
+    colours = dict(re.findall(r"--(\w+): (#\w{6})", style))
+    for text in ("text", "quiet", "link"):
+        assert contrast(colours[text], colours["page"]) >= 4.5
+    assert contrast(colours["text"], colours["panel"]) >= 4.5
+    drawn = re.search(rf"{scheme}: \[(.*?)\]", inline("page.js"))
+    assert drawn
+    assert all(contrast(colour, colours["page"]) >= 3 for colour in re.findall(r"#\w{6}", drawn[1]))
+
+
+def test_the_record_holds_every_run_with_its_curve_address_and_cost(study_file: Path) -> None:
+    root = write_page(study_file, "launch.price_per_gpu_hour=2.5")
+    record = read_record(root / "report.json")
+    assert {run["folder"] for run in record["runs"]} == {path.name for path in (root / "runs").iterdir()}
+    assert len(record["runs"]) == len(record["points"])
+    curves = record["training_curves"].values()
+    assert all(len(curve["steps"]) == len(curve["loss"]) == CURVE_POINTS for curve in curves)
+    assert all((curve["steps"][0], curve["steps"][-1], curve["loss"][-1]) == (10, 2000, 1.0) for curve in curves)
+    assert {run["wandb"] for run in record["runs"]} == {None, "https://wandb.example/run"}
+    assert record["cost"]["money"] == pytest.approx(2.5 * 36 * record["num_runs"] / 3600)
+    base = [run for run in record["runs"] if run["depth"] == record["base"]["depth"]]
+    assert all(run["effective_value"] == run["value"] for run in base)  # every factor is 1 at the base
+
+
+def test_a_page_of_500_runs_stays_under_two_megabytes(study_file: Path) -> None:
+    root = write_page(study_file)
+    record, page = read_record(root / "report.json"), (root / "report.html").read_text()
+    curve = {"steps": [100_000 + step for step in range(CURVE_POINTS)], "loss": [1.234] * CURVE_POINTS}
+    runs = [{**record["runs"][0], "folder": f"{number:012x}"} for number in range(500)]
+    record |= {
+        "runs": runs,
+        "points": record["points"][:1] * 500,
+        "training_curves": {r["folder"]: curve for r in runs},
+    }
+    row = re.search(r"<tr>\s*<td><a href.*?</tr>", page, re.DOTALL)
+    assert row
+    assert len(page) + len(inline_json(record)) + 500 * len(row[0]) < 2_000_000
+
+
+def test_text_in_a_record_cannot_end_its_script() -> None:
+    text = inline_json({"remark": "</script><b>"})
+    assert "<" not in text
+    assert json.loads(text) == {"remark": "</script><b>"}
+
+
+def test_watching_writes_the_page_anew_until_nothing_runs(study_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write_page(study_file)
+    (root / "report.html").unlink()
+    answers, written = [True, False], []
+    monkeypatch.setattr(status, "goes_on", lambda snapshot: answers.pop(0))
+    monkeypatch.setattr(chain.time, "sleep", lambda seconds: written.append((root / "report.html").exists()))
+    result = CliRunner().invoke(cli, ["report", str(study_file), "--watch"], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert written == [True]
+    assert not answers
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome: the page's scripts are not run")
+def test_in_a_browser_curves_are_drawn_and_tables_get_their_buttons(study_file: Path) -> None:
+    root = write_page(study_file)
+    options = ("--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=4000", "--dump-dom")
+    address = (root / "report.html").as_uri()
+    found = subprocess.run([str(BROWSER), *options, address], capture_output=True, text=True, timeout=90, check=True)
+    page = Elements(found.stdout)
+    drawn = [each for each in page.of("div") if "js-plotly-plot" in (each.get("class") or "")]
+    record = read_record(root / "report.json")
+    assert len(drawn) == len(record["verdicts"]) + 1  # and the training curve
+    assert len([each for each in page.of("option") if "value" in each]) == len(record["runs"])
+    assert len([each for each in page.of("button") if each.get("class") == "download"]) == len(page.of("table"))
