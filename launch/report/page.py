@@ -78,8 +78,8 @@ def figures(report: Report) -> dict[str, Figure]:
     return {name: figure for name, figure in found.items() if figure}
 
 
-# plotly-basic.min.js is plotly.js-basic-dist-min 4.1.1 of npm (MIT), chosen over lighter libraries because hover, clicks,
-# logarithmic axes and upkeep come with it, and 1.2 MB still leave room for 500 runs. pip's plotly brings 4.5 MB.
+# plotly-basic.min.js is plotly.js-basic-dist-min 4.1.1 of npm (MIT), chosen over lighter libraries because hover,
+# clicks and logarithmic axes come with it, and its 1.2 MB still leave room for 500 runs.
 def inline(name: str) -> jinja2.utils.markupsafe.Markup:
     """A script of this folder, to stand in a page."""
     return jinja2.utils.markupsafe.Markup((Path(__file__).parent / name).read_text(encoding="utf-8"))
