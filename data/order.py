@@ -103,12 +103,16 @@ def places(rank: int, world_size: int, num_streams: int, global_batch_size: int)
     return (np.arange(global_batch_size // num_streams) * num_streams + streams[:, None]).ravel()
 
 
-def streams_of(rank: int, world_size: int, worker: int, num_workers: int, num_streams: int) -> list[int]:
-    """The streams that one worker of one rank serves. Raises UserError when they do not divide evenly."""
-    readers = world_size * max(num_workers, 1)
-    if num_streams % readers:
-        raise UserError(
-            f"data.num_streams {num_streams} must be a multiple of ranks x workers "
-            f"({world_size} x {max(num_workers, 1)}): lower data.num_workers or raise data.num_streams"
-        )
-    return list(range(num_streams))[rank::world_size][worker :: max(num_workers, 1)]
+def streams_of(rank: int, world_size: int, num_streams: int) -> list[int]:
+    """The streams that one rank serves. Raises UserError when they do not divide evenly."""
+    if num_streams % world_size:
+        raise UserError(f"data.num_streams {num_streams} must be a multiple of the {world_size} processes")
+    return list(range(rank, num_streams, world_size))
+
+
+def rows_of(worker: int, num_workers: int, num_rows: int, number: int) -> range:
+    """The rows of batch `number` that one worker of a rank fills: for any number of workers, each row once, in parts
+    that differ by one at most. Rows of a stream stand together, so a worker stays with few streams. Which of the
+    workers have one row more moves on with `number`, so that over `num_workers` batches all do the same."""
+    phase = number % num_workers
+    return range((worker * num_rows + phase) // num_workers, ((worker + 1) * num_rows + phase) // num_workers)

@@ -12,7 +12,7 @@ from depthmup.data.errors import UserError
 from depthmup.data.index import Shard, Span
 from depthmup.data.keys import seed_for
 from depthmup.data.loader import TrainingLoader, TrainingStream, evaluation_batches, share
-from depthmup.data.order import EpochOrder, State, streams_of
+from depthmup.data.order import EpochOrder, State, rows_of, streams_of
 from image_sets import config, make_shards
 
 
@@ -60,18 +60,29 @@ def test_an_epoch_serves_every_sample_at_most_once_and_leaves_out_less_than_a_ba
     assert order.total - len(samples) < order.global_batch_size
 
 
-@given(planned_epochs(), st.sampled_from([1, 2, 3, 4, 6, 12, 64]), st.integers(0, 4))
+@given(planned_epochs(), st.sampled_from([1, 2, 3, 4, 6, 12, 64]))
 @settings(max_examples=150, deadline=None)
-def test_readers_share_all_streams_or_are_refused_when_they_do_not_divide(planned, world_size, num_workers):
+def test_processes_share_all_streams_or_are_refused_when_they_do_not_divide(planned, world_size):
     _, num_streams = planned
-    readers = [(rank, worker) for rank in range(world_size) for worker in range(max(num_workers, 1))]
-    if num_streams % len(readers):
+    if num_streams % world_size:
         with pytest.raises(UserError, match=r"data\.num_streams"):
-            streams_of(0, world_size, 0, num_workers, num_streams)
+            streams_of(0, world_size, num_streams)
         return
-    parts = [streams_of(rank, world_size, worker, num_workers, num_streams) for rank, worker in readers]
+    parts = [streams_of(rank, world_size, num_streams) for rank in range(world_size)]
     assert sorted(stream for part in parts for stream in part) == list(range(num_streams))
     assert len({len(part) for part in parts}) == 1
+
+
+@given(st.integers(1, 40), st.integers(1, 200), st.integers(0, 1000))
+@settings(max_examples=150, deadline=None)
+def test_any_number_of_workers_fills_each_row_once_and_all_do_the_same(num_workers, num_rows, first):
+    filled = [0] * num_workers
+    for number in range(first, first + num_workers):
+        parts = [rows_of(worker, num_workers, num_rows, number) for worker in range(num_workers)]
+        assert [row for part in parts for row in part] == list(range(num_rows))
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+        filled = [before + len(part) for before, part in zip(filled, parts, strict=True)]
+    assert set(filled) == {num_rows}
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=20), st.integers(1, 64))
@@ -120,10 +131,10 @@ def test_seeds_that_differ_above_32_bits_give_other_orders():
 
 
 def test_planning_reads_only_what_one_reader_needs():
-    """4,096 ranks x 8 workers over 10,000 shards: one reader plans its first window from the index alone."""
+    """4,096 processes over 10,000 shards: one reader plans its first window from the index alone."""
     spans = [Span(Shard(f"{number}.tar", 1281, 0, ""), 0, 1281) for number in range(10_000)]
     order = EpochOrder(spans, seed=0, epoch=0, num_streams=32768, global_batch_size=32768, window=64)
-    [stream] = streams_of(4095, 4096, 7, 8, 32768)
+    stream = streams_of(4095, 4096, 32768)[7]
     assert sum(span.samples for span in order.contiguous(stream, 0, 64)) == 64
 
 
@@ -154,7 +165,7 @@ def test_global_batches_are_bit_identical_for_worlds_and_workers_and_after_a_res
     settings = config(photos, num_streams=8, window=6, augment=augment, minival=0)
     steps = 12  # 9 in the first epoch
     expected = global_batches(photos, settings, State(seed=3), steps)
-    for world_size, num_workers in [(1, 2), (2, 2), (4, 0), (8, 0)]:
+    for world_size, num_workers in [(1, 3), (2, 2), (4, 0), (8, 3)]:
         got = global_batches(photos, replace(settings, num_workers=num_workers), State(seed=3), steps, world_size)
         for (images, labels, at), (other_images, other_labels, other_at) in zip(expected, got, strict=True):
             assert torch.equal(images, other_images)
