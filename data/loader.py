@@ -12,9 +12,10 @@ from depthmup.data import memory
 from depthmup.data.augment import crop_flip
 from depthmup.data.bad import BadCount, StandIns
 from depthmup.data.batch import Batch, decode_sample
-from depthmup.data.config import DataConfig
+from depthmup.data.config import DataConfig, window_misfit
 from depthmup.data.decode import center_crop, scratch
 from depthmup.data.distort import num_draws, rand_augment, training_image
+from depthmup.data.errors import UserError
 from depthmup.data.index import NO_LABEL, Index, Span
 from depthmup.data.order import EpochOrder, State, rows_of, streams_of
 from depthmup.data.reader import BadSample, prefetch
@@ -66,11 +67,9 @@ class TrainingStream:
         """Reads samples from the shards."""
 
         def places(stream: int, window: int) -> list[tuple[Span, int]]:
-            spans = order.contiguous(stream, *order.window_bounds(window))
-            for span in spans:
+            for span in order.read_ahead(stream, window):
                 prefetch(self.index, span)
-            unshuffled = [(span, number) for span in spans for number in range(span.samples)]
-            return [unshuffled[place] for place in order.permutation(stream, window)]
+            return order.samples(stream, window)
 
         def read(place: tuple[Span, int]) -> tuple[Tensor, int]:
             return decode_sample(self.index, *place, self.channels, self.config.backend, buffer)
@@ -141,6 +140,7 @@ class TrainingLoader:
         config = stream.config
         self.bad = BadCount(config.max_bad_fraction, self.steps_per_epoch * stream.global_batch_size)
         streams_of(stream.rank, stream.world_size, config.num_streams)  # refuse early
+        check_window(config, stream.index)
         if config.rand_augment:
             rand_augment(config.rand_augment, stream.image_size, config.mean)  # one import of timm for all workers
 
@@ -148,6 +148,8 @@ class TrainingLoader:
         stream, config = self.stream, self.stream.config
         if config.in_memory:
             return stream.from_memory(self.device)
+        if config.window == "epoch":
+            stream.index.keep_members("train")  # before the workers start, who share it
         shape = (stream.local_batch_size, stream.channels, stream.image_size, stream.image_size)
         return batches(stream, shape, config.num_workers, self.device)
 
@@ -160,6 +162,13 @@ class TrainingLoader:
             ended = position >= self.steps_per_epoch * self.stream.global_batch_size
             self.state = replace(self.state, epoch=self.state.epoch + ended, position=0 if ended else position)
             yield batch
+
+
+def check_window(config: DataConfig, index: Index) -> None:
+    """Raises UserError for a shuffled epoch of shards that are read in blocks over the network."""
+    for shard in index.splits["train"]:
+        if misfit := window_misfit(config, index.location(shard)):
+            raise UserError(misfit)
 
 
 def share(spans: Sequence[Span], rank: int, world_size: int) -> list[Span]:

@@ -82,6 +82,7 @@ NODES = ("launch.cluster=slurm", "launch.nodes=4", "launch.gpus_per_node=8")
             ),
             "launch.tasks_per_node 16 is more than launch.gpus_per_node 8",
         ),
+        (("data.root=s3://bucket/shards", "data.window=epoch"), "copy the shards to a local disk"),
         (("launch.cluster=slurm", "train.device=cuda"), "set launch.gpus_per_node"),
         (("parallel.engine=deepspeed", "parallel.zero_stage=3", "train.ema=0.9"), "parallel.zero_stage=2"),
         (("model.norm=batch", "parallel.micro_batch_size=4"), "use parallel.micro_batch_size=32"),

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from depthmup.data.config import DataConfig
+from depthmup.data.config import DataConfig, window_misfit
 from depthmup.data.errors import UserError
 from depthmup.data.index import counted
 from depthmup.data.order import streams_of
@@ -34,6 +34,8 @@ def misfits(run: RunConfig, config: LaunchConfig) -> Iterator[str]:
         streams_of(0, processes, run.data.num_streams)
     except UserError as error:
         yield f"{error}: use {mend_streams(run.data, run.train.global_batch_size, processes)}"
+    if misfit := window_misfit(run.data, run.data.root):
+        yield misfit
     if parallel.engine == "deepspeed" and parallel.zero_stage == 3 and run.train.ema:
         yield "train.ema cannot see ZeRO 3's shards: use parallel.engine=fsdp, or parallel.zero_stage=2"
     if config.cluster != "slurm":
