@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from depthmup.models.config import AnyModelConfig, ParameterizationConfig, Size,
 from depthmup.models.conv_resnet import CONV_RESNET
 from depthmup.models.errors import ModelError
 from depthmup.models.family import Family, ParameterRule, Roles, Slot, match_rules, modules_matching, stated_blocks
-from depthmup.models.init import init_std, initialize, materialize
+from depthmup.models.init import init_std, initialize, keep_whole, materialize
 from depthmup.models.multiplier import Multiplier, is_scaled, scale_input, scale_output
 from depthmup.models.parameterization import BRANCH_ROLES, Role, Scale
 from depthmup.models.resnet import RESNET
@@ -87,9 +88,20 @@ def build(
 ) -> ScaledModel:
     """The network on `device` with initial weights, a function of (seed, parameter name) alone."""
     scaled = build_meta(config, parameterization)
-    materialize(scaled.network, device)
-    initialize(scaled.network, scaled.rules, scaled.scale, seed)
+    fill(scaled, seed, device)
     return scaled
+
+
+def fill(
+    scaled: ScaledModel,
+    seed: int,
+    device: torch.device | str,
+    spread: Callable[[Tensor, Tensor], Tensor] = keep_whole,
+) -> None:
+    """Moves a network on meta, or this process's shards of one, to `device` with initial weights, a function of (seed,
+    parameter name) alone. No more than one whole parameter is held beside it. `spread`: see `initialize`."""
+    materialize(scaled.network, device)
+    initialize(scaled.network, scaled.rules, scaled.scale, seed, spread)
 
 
 def check_own(network: nn.Module, roles: Roles) -> None:
