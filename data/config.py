@@ -8,6 +8,7 @@ from pydantic import AfterValidator, ConfigDict, Discriminator, Field, PlainSeri
 from pydantic.dataclasses import dataclass
 
 from depthmup.data.paths import expand_read, protect
+from depthmup.data.storage import BLOCK, is_remote
 
 NOT_IDENTITY = {"identity": False}  # on a field that does not change a result: no part of a run's hash
 Positive = Annotated[int, Field(gt=0)]
@@ -17,6 +18,10 @@ Value = TypeVar("Value")
 PerChannel = Annotated[  # one number for all channels, or one each; messages leave out tags in angle brackets
     Annotated[Value, Tag("<number>")] | Annotated[tuple[Value, ...], Field(min_length=1), Tag("<list>")],
     Discriminator(lambda given: "<list>" if isinstance(given, list | tuple) else "<number>"),
+]
+Window = Annotated[
+    Annotated[Positive, Tag("<number>")] | Annotated[Literal["epoch"], Tag("<word>")],
+    Discriminator(lambda given: "<word>" if isinstance(given, str) else "<number>"),
 ]
 # A path. It is written back so that it reads as the same path in any environment.
 PathText = Annotated[str, AfterValidator(expand_read), PlainSerializer(protect)]
@@ -68,7 +73,8 @@ class DataConfig:
     mean: PerChannel[Mean] = 0.5  # pixel values scaled to [0, 1], then (x - mean) / std; one number or one each
     std: PerChannel[Std] = 0.5
     num_streams: Positive = 64
-    window: Positive = 64  # samples shuffled together inside a stream
+    # Samples shuffled together inside a stream, or the whole epoch, which reads each sample by itself.
+    window: Window = 64
     backend: Literal["fast", "pil"] = "fast"  # pil is the reference that fast is compared with
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = field(default=0.001, metadata=NOT_IDENTITY)  # of an epoch
     trust: bool = field(default=False, metadata=NOT_IDENTITY)  # lets an index name files outside its own folder
@@ -81,3 +87,13 @@ class DataConfig:
                 f"rand_augment {self.rand_augment!r} is none of timm's: write it like rand-m9-mstd0.5-inc1 "
                 "(sections m, n, p, mstd, mmax, inc, t)"
             )
+
+
+def window_misfit(config: DataConfig, location: str) -> str | None:
+    """What is wrong where a shuffled epoch would be read from a shard (or a folder of them) over the network."""
+    if config.window != "epoch" or config.in_memory or not is_remote(location):
+        return None
+    return (
+        f"{location}: data.window=epoch reads each sample by itself, from a remote shard a block of {BLOCK >> 20} MiB "
+        "each: copy the shards to a local disk, or set data.window to a number"
+    )

@@ -10,7 +10,7 @@ import itertools
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from shlex import quote
@@ -97,6 +97,7 @@ class Index:
     classes: tuple[str, ...]
     splits: dict[str, tuple[Shard, ...]]
     first_label: int = 0  # what the shards' .cls say of the first class; the sidecars count from 0
+    kept: dict[Shard, "Members"] = field(default_factory=dict, compare=False, repr=False)  # see keep_members
 
     @classmethod
     def load(cls, root: str | Path, trust: bool = False) -> "Index":
@@ -134,6 +135,16 @@ class Index:
         shards = self.splits[split] if split else self.shards
         return f"{counted(sum(shard.samples for shard in shards), noun)} in {counted(len(shards), 'shard')}"
 
+    def keep_members(self, split: str) -> None:
+        """Keeps what all sidecars of a split say, for this process and those that it forks: samples are then read from
+        everywhere at once, and `load_members` would forget a shard before its next sample."""
+        with ThreadPoolExecutor(READERS) as pool:
+            members = pool.map(lambda shard: load_members(self.root, shard), self.splits[split])
+            self.kept.update(zip(self.splits[split], members, strict=True))
+
+    def members(self, shard: Shard) -> "Members":
+        return self.kept.get(shard) or load_members(self.root, shard)
+
     def labels(self, split: str) -> np.ndarray:
         """Labels (samples,) of a split in the order of its shards, NO_LABEL where there is none."""
         return np.concatenate([load_members(self.root, shard).labels for shard in self.splits[split]])
@@ -155,7 +166,7 @@ class Index:
             return None
         remote = any(storage.is_remote(self.location(shard)) for shard in self.splits["train"])
         source = "FOLDER, once the shards are copied there," if remote else quote(self.root)
-        return f"train: {found}. Shuffle them: depthmup pack {source} OUT"
+        return f"train: {found}. Shuffle them (depthmup pack {source} OUT), or set data.window=epoch (fast local disks)"
 
     def location(self, shard: Shard) -> str:
         return storage.join(self.root, shard.name)

@@ -12,21 +12,33 @@ from depthmup.data import memory
 from depthmup.data.augment import crop_flip
 from depthmup.data.bad import BadCount, StandIns
 from depthmup.data.batch import Batch, decode_sample
-from depthmup.data.config import DataConfig
+from depthmup.data.config import DataConfig, window_misfit
 from depthmup.data.decode import center_crop, scratch
 from depthmup.data.distort import num_draws, rand_augment, training_image
+from depthmup.data.errors import UserError
 from depthmup.data.index import NO_LABEL, Index, Span
-from depthmup.data.order import EpochOrder, State, streams_of
+from depthmup.data.order import EpochOrder, State, rows_of, streams_of
 from depthmup.data.reader import BadSample, prefetch
 from depthmup.data.workers import Slots, batches
 
 CPU = torch.device("cpu")
+Samples = StandIns[tuple[Span, int], tuple[Tensor, int]]  # read by (span, number)
 Prepared = tuple[Tensor, np.ndarray, int]  # image (channels, size, size), its random numbers, its label
+
+
+@dataclass(frozen=True)
+class OpenWindow:
+    """A stream's window that a worker serves from: samples and (samples, count) random numbers in the order served."""
+
+    stream: int
+    window: int
+    places: Sequence[tuple[Span, int]]
+    draws: np.ndarray
 
 
 @dataclass
 class TrainingStream:
-    """One rank's share of the global batches, from `state` on, without end. A worker fills its streams' part."""
+    """One rank's share of the global batches, from `state` on, without end. Each worker fills some rows of it."""
 
     config: DataConfig
     index: Index
@@ -51,70 +63,64 @@ class TrainingStream:
             window=self.config.window,
         )
 
-    def stand_ins(self, order: EpochOrder, buffer: np.ndarray) -> StandIns[tuple[Span, int], tuple[Tensor, int]]:
+    def stand_ins(self, order: EpochOrder, buffer: np.ndarray) -> Samples:
         """Reads samples from the shards."""
 
         def places(stream: int, window: int) -> list[tuple[Span, int]]:
-            spans = order.contiguous(stream, *order.window_bounds(window))
-            for span in spans:
+            for span in order.read_ahead(stream, window):
                 prefetch(self.index, span)
-            unshuffled = [(span, number) for span in spans for number in range(span.samples)]
-            return [unshuffled[place] for place in order.permutation(stream, window)]
+            return order.samples(stream, window)
 
         def read(place: tuple[Span, int]) -> tuple[Tensor, int]:
             return decode_sample(self.index, *place, self.channels, self.config.backend, buffer)
 
         return StandIns(order, places, read, self.config.max_bad_fraction)
 
-    def stream(
-        self,
-        samples: StandIns[tuple[Span, int], tuple[Tensor, int]],
-        order: EpochOrder,
-        stream: int,
-        position: int,
-        bad: list[BadSample],
-    ) -> Iterator[Prepared]:
-        """Decoded samples of one stream, from stream position `position` on; bad ones are added to `bad`."""
-        config = self.config
-        for window in range(position // order.window, order.num_windows):
-            first, last = order.window_bounds(window)
-            places = samples.places(stream, window)
-            draws = order.draws(stream, window, num_draws(config))
-            for served in range(max(position - first, 0), last - first):
-                image, label = samples.find_first_good(stream, window, served, places)
-                if places[served] in samples.bad:
-                    bad.append(samples.bad[places[served]])
-                yield training_image(image, config, self.image_size, draws[served]), draws[served], label
+    def open_window(self, samples: Samples, order: EpochOrder, stream: int, window: int) -> OpenWindow:
+        draws = order.draws(stream, window, num_draws(self.config))
+        return OpenWindow(stream, window, samples.places(stream, window), draws)
+
+    def read_sample(self, samples: Samples, opened: OpenWindow, served: int) -> Prepared:
+        """The sample that is served as number `served` of a window, decoded and distorted."""
+        image, label = samples.find_first_good(opened.stream, opened.window, served, opened.places)
+        draws = opened.draws[served]
+        return training_image(image, self.config, self.image_size, draws), draws, label
 
     def fill(self, slots: Slots, worker: int, num_workers: int) -> Iterator[tuple[BadSample, ...]]:
         """See data.workers.Work."""
-        mine = streams_of(self.rank, self.world_size, worker, num_workers, self.config.num_streams)
+        mine = streams_of(self.rank, self.world_size, self.config.num_streams)
         epoch, position = self.state.epoch, self.state.position
         buffer, numbers = scratch(), count()
         while True:
             order = self.order(epoch)
-            step, length = position // self.global_batch_size, order.per_stream_batch
-            bad: list[BadSample] = []
             samples = self.stand_ins(order, buffer)
-            streams = [self.stream(samples, order, stream, step * length, bad) for stream in mine]
-            # stream k of worker w is the rank's stream k * num_workers + w, and a stream's samples stand together
-            rows = torch.arange(self.local_batch_size).view(-1, num_workers, length)[:, worker].flatten().tolist()
-            for _ in range(step, order.num_steps):
-                images, labels = slots.of(next(numbers))
-                draws = []
-                for place, row in enumerate(rows):
-                    images[row], drawn, labels[row] = next(streams[place // length])
+            windows: dict[int, OpenWindow] = {}  # by stream
+            for step in range(position // self.global_batch_size, order.num_steps):
+                number = next(numbers)
+                images, labels = slots.of(number)
+                rows = rows_of(worker, num_workers, self.local_batch_size, number)
+                draws, bad = [], []
+                for row in rows:
+                    place, of_stream = divmod(row, order.per_stream_batch)
+                    stream = mine[place]
+                    window, served = divmod(step * order.per_stream_batch + of_stream, order.window)
+                    if stream not in windows or windows[stream].window != window:
+                        windows[stream] = self.open_window(samples, order, stream, window)
+                    opened = windows[stream]
+                    images[row], drawn, labels[row] = self.read_sample(samples, opened, served)
                     draws.append(drawn)
-                if self.config.augment == "crop_flip":
-                    images[rows] = crop_flip(images[rows], torch.from_numpy(np.stack(draws)))
+                    if opened.places[served] in samples.bad:
+                        bad.append(samples.bad[opened.places[served]])
+                if draws and self.config.augment == "crop_flip":
+                    filled = slice(rows.start, rows.stop)
+                    images[filled] = crop_flip(images[filled], torch.from_numpy(np.stack(draws)))
                 yield tuple(bad)
-                bad.clear()
             epoch, position = epoch + 1, 0
 
     def from_memory(self, device: torch.device) -> Iterator[Batch]:
         """The batches that `fill` makes, from pixels that are decoded once, on `device` where they fit."""
         store = memory.open_store(self.config, self.index, "train", self.image_size, self.channels, device)
-        mine = streams_of(self.rank, self.world_size, 0, 0, self.config.num_streams)
+        mine = streams_of(self.rank, self.world_size, self.config.num_streams)
         epoch, position = self.state.epoch, self.state.position
         while True:
             step = position // self.global_batch_size
@@ -133,7 +139,8 @@ class TrainingLoader:
         self.steps_per_epoch = stream.order(stream.state.epoch).num_steps
         config = stream.config
         self.bad = BadCount(config.max_bad_fraction, self.steps_per_epoch * stream.global_batch_size)
-        streams_of(stream.rank, stream.world_size, 0, config.num_workers, config.num_streams)  # refuse early
+        streams_of(stream.rank, stream.world_size, config.num_streams)  # refuse early
+        check_window(config, stream.index)
         if config.rand_augment:
             rand_augment(config.rand_augment, stream.image_size, config.mean)  # one import of timm for all workers
 
@@ -141,6 +148,8 @@ class TrainingLoader:
         stream, config = self.stream, self.stream.config
         if config.in_memory:
             return stream.from_memory(self.device)
+        if config.window == "epoch":
+            stream.index.keep_members("train")  # before the workers start, who share it
         shape = (stream.local_batch_size, stream.channels, stream.image_size, stream.image_size)
         return batches(stream, shape, config.num_workers, self.device)
 
@@ -153,6 +162,13 @@ class TrainingLoader:
             ended = position >= self.steps_per_epoch * self.stream.global_batch_size
             self.state = replace(self.state, epoch=self.state.epoch + ended, position=0 if ended else position)
             yield batch
+
+
+def check_window(config: DataConfig, index: Index) -> None:
+    """Raises UserError for a shuffled epoch of shards that are read in blocks over the network."""
+    for shard in index.splits["train"]:
+        if misfit := window_misfit(config, index.location(shard)):
+            raise UserError(misfit)
 
 
 def share(spans: Sequence[Span], rank: int, world_size: int) -> list[Span]:

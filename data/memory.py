@@ -127,9 +127,7 @@ def training_steps(
     skip = position % order.window
 
     def in_order(stream: int, window: int) -> list[int]:
-        first, last = order.window_bounds(window)
-        unshuffled = ring[(order.stream_start(stream) + np.arange(first, last)) % order.total]
-        return unshuffled[order.permutation(stream, window)].tolist()
+        return ring[order.ring_places(stream, window)].tolist()
 
     samples = StandIns(order, in_order, store.good, config.max_bad_fraction)
     for window in range(position // order.window, order.num_windows):

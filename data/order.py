@@ -3,12 +3,15 @@
 An epoch's samples stand in a ring: the shards in an order permuted by (seed, epoch), one after the other. From a start
 point drawn likewise, C canonical streams take equal contiguous slices, with sample-exact bounds from the index. Every
 global batch of B samples takes B / C from each stream. Inside a stream fixed windows are permuted, so a resume
-re-reads at most one window a stream. What B does not divide is left out, and moves with the start point.
+re-reads at most one window a stream. What B does not divide is left out, and moves with the start point. With the
+window `epoch` the ring itself is permuted, sample by sample, and the windows only number what is served.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import count, groupby
+from typing import Literal
 
 import numpy as np
 
@@ -16,6 +19,8 @@ from depthmup.data.config import streams_misfit
 from depthmup.data.errors import UserError
 from depthmup.data.index import Span
 from depthmup.data.keys import random_generator
+
+SERVED_TOGETHER = 64  # of a stream of a shuffled epoch: random numbers are drawn for so many samples at once
 
 
 @dataclass(frozen=True)
@@ -31,12 +36,20 @@ class EpochOrder:
     """The order of one epoch over `spans`, of which those of a shard stand together."""
 
     def __init__(
-        self, spans: Sequence[Span], *, seed: int, epoch: int, num_streams: int, global_batch_size: int, window: int
+        self,
+        spans: Sequence[Span],
+        *,
+        seed: int,
+        epoch: int,
+        num_streams: int,
+        global_batch_size: int,
+        window: int | Literal["epoch"],
     ) -> None:
         """Raises UserError when `num_streams` does not divide the batch or the data holds less than one batch."""
         if misfit := streams_misfit(num_streams, global_batch_size):
             raise UserError(misfit)
-        self.seed, self.epoch, self.window, self.num_streams = seed, epoch, window, num_streams
+        self.seed, self.epoch, self.num_streams = seed, epoch, num_streams
+        self.shuffles_epoch, self.window = window == "epoch", SERVED_TOGETHER if window == "epoch" else window
         self.global_batch_size = global_batch_size
         self.per_stream_batch = global_batch_size // num_streams
         total = sum(span.samples for span in spans)
@@ -48,13 +61,20 @@ class EpochOrder:
                 f"train.global_batch_size {global_batch_size} is more than the {total} training samples: {mend}"
             )
         self.stream_length = self.num_steps * self.per_stream_batch
-        self.num_windows = -(-self.stream_length // window)
+        self.num_windows = -(-self.stream_length // self.window)
         generator = random_generator("epoch", seed, epoch)
         of_shards = [list(of_shard) for _, of_shard in groupby(spans, key=lambda span: span.shard)]
         self.spans = [span for i in generator.permutation(len(of_shards)) for span in of_shards[i]]
         self.start = int(generator.integers(total))
         self.ends = np.cumsum([span.samples for span in self.spans])
         self.total = total
+
+    @cached_property
+    def shuffled_ring(self) -> np.ndarray:
+        """Every place of the ring once, in the order of a shuffled epoch, of the smallest integers that hold them."""
+        places = np.arange(self.total, dtype=np.min_scalar_type(self.total))
+        random_generator("shuffled epoch", self.seed, self.epoch).shuffle(places)
+        return places
 
     def stream_start(self, stream: int) -> int:
         """Where a stream begins in the ring of the epoch's samples."""
@@ -89,6 +109,32 @@ class EpochOrder:
         first, last = self.window_bounds(window)
         return random_generator("window", self.seed, self.epoch, stream, window).permutation(last - first)
 
+    def ring_places(self, stream: int, window: int) -> np.ndarray:
+        """Where in the ring a window's samples stand, in the order served: int64 of the window's length."""
+        first, last = self.window_bounds(window)
+        places = (self.stream_start(stream) + np.arange(first, last)) % self.total
+        return (
+            self.shuffled_ring[places].astype(np.int64)
+            if self.shuffles_epoch
+            else places[self.permutation(stream, window)]
+        )
+
+    def samples(self, stream: int, window: int) -> list[tuple[Span, int]]:
+        """A window's samples in the order served, each as a span and its number in it."""
+        places = self.ring_places(stream, window)
+        numbers = np.searchsorted(self.ends, places, side="right")
+        spans = [self.spans[number] for number in numbers]
+        return [
+            (span, int(place - end + span.samples))
+            for span, place, end in zip(spans, places, self.ends[numbers], strict=True)
+        ]
+
+    def read_ahead(self, stream: int, window: int) -> list[Span]:
+        """The spans that hold a window's samples and no others, as long as may be."""
+        if self.shuffles_epoch:
+            return [Span(span.shard, span.first + number, 1) for span, number in self.samples(stream, window)]
+        return self.contiguous(stream, *self.window_bounds(window))
+
     def draws(self, stream: int, window: int, count: int) -> np.ndarray:
         """`count` uniform numbers in [0, 1) for each sample of the window, in the order served: float64."""
         first, last = self.window_bounds(window)
@@ -103,12 +149,16 @@ def places(rank: int, world_size: int, num_streams: int, global_batch_size: int)
     return (np.arange(global_batch_size // num_streams) * num_streams + streams[:, None]).ravel()
 
 
-def streams_of(rank: int, world_size: int, worker: int, num_workers: int, num_streams: int) -> list[int]:
-    """The streams that one worker of one rank serves. Raises UserError when they do not divide evenly."""
-    readers = world_size * max(num_workers, 1)
-    if num_streams % readers:
-        raise UserError(
-            f"data.num_streams {num_streams} must be a multiple of ranks x workers "
-            f"({world_size} x {max(num_workers, 1)}): lower data.num_workers or raise data.num_streams"
-        )
-    return list(range(num_streams))[rank::world_size][worker :: max(num_workers, 1)]
+def streams_of(rank: int, world_size: int, num_streams: int) -> list[int]:
+    """The streams that one rank serves. Raises UserError when they do not divide evenly."""
+    if num_streams % world_size:
+        raise UserError(f"data.num_streams {num_streams} must be a multiple of the {world_size} processes")
+    return list(range(rank, num_streams, world_size))
+
+
+def rows_of(worker: int, num_workers: int, num_rows: int, number: int) -> range:
+    """The rows of batch `number` that one worker of a rank fills: for any number of workers, each row once, in parts
+    that differ by one at most. Rows of a stream stand together, so a worker stays with few streams. Which of the
+    workers have one row more moves on with `number`, so that over `num_workers` batches all do the same."""
+    phase = number % num_workers
+    return range((worker * num_rows + phase) // num_workers, ((worker + 1) * num_rows + phase) // num_workers)

@@ -5,7 +5,7 @@ import tarfile
 from dataclasses import dataclass
 
 from depthmup.data import storage
-from depthmup.data.index import NO_LABEL, TAR_BLOCK, Index, Span, load_members
+from depthmup.data.index import NO_LABEL, TAR_BLOCK, Index, Span
 
 
 class BadSample(Exception):
@@ -36,7 +36,7 @@ def only_ascii(name: str) -> str:
 
 def read_sample(index: Index, span: Span, number: int) -> RawSample:
     """Sample `number` of `span`. Raises BadSample, and UserError when the shard cannot be read at all."""
-    shard, members = span.shard, load_members(index.root, span.shard)
+    shard, members = span.shard, index.members(span.shard)
     row = span.first + number
     offset, size, label = int(members.offsets[row]), int(members.sizes[row]), int(members.labels[row])
     name = members.names[row].decode("utf-8", "backslashreplace")
@@ -64,7 +64,7 @@ def read_sample(index: Index, span: Span, number: int) -> RawSample:
 
 def prefetch(index: Index, span: Span) -> None:
     """Has the span read ahead as a whole, before its samples are read in another order."""
-    members = load_members(index.root, span.shard)
+    members = index.members(span.shard)
     first, last = span.first, span.first + span.samples - 1
     start, stop = int(members.offsets[first]), int(members.offsets[last] + members.sizes[last])
     storage.prefetch(index.location(span.shard), span.shard.sha256, start, stop - start)

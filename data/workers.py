@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Protocol
 
@@ -33,6 +33,11 @@ PREFETCHED = 2  # batches that workers make ready ahead
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 # Sent to all processes of a job, they are for the one that trains: a worker that died of them would end the run.
 JOB_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR2}
+
+OTHER_TORCH = (
+    f"torch {torch.__version__} asks its workers in an order that is not known here: use another version of torch, or "
+    "set data.num_workers=0"
+)
 
 KILLED_BY = re.compile(r"is killed by signal: ([^.]+)\.")
 CURES = {
@@ -102,22 +107,49 @@ class Slots:
 
     What the workers inherit and use again and again is mapped, touched and pinned once, not for each batch. `shape`:
     (batch, channels, size, size) of the images, which lie channels last, as they are decoded.
+
+    That no worker writes into a batch that is in use, and that a batch is whole when it is read, follows from the order
+    in which torch's DataLoader asks its workers, which torch does not promise. So both are looked at, by numbers.
     """
 
-    def __init__(self, count: int, shape: tuple[int, int, int, int]) -> None:
+    def __init__(self, count: int, shape: tuple[int, int, int, int], num_workers: int) -> None:
         batch_size, channels, height, width = shape
         pixels = shared((count, batch_size, height, width, channels), torch.uint8)
         # One channel is first and last; convolutions then go by the strides, and shall see the usual ones.
         self.images = pixels.view(count, *shape) if channels == 1 else pixels.permute(0, 1, 4, 2, 3)
         self.labels = shared((count, batch_size), torch.int64)
+        self.done = shared((count, num_workers), torch.int64).fill_(-1)  # which batch's part a worker has filled last
+        self.in_use = shared((1,), torch.int64)  # the first batch that its reader has not gone on from
 
     def of(self, number: int) -> tuple[Tensor, Tensor]:
         """Images and labels of batch `number`, to be filled or read."""
         slot = number % len(self.images)
         return self.images[slot], self.labels[slot]
 
+    def begin(self, number: int, worker: int) -> None:
+        """Before a worker fills its rows of batch `number`. Raises UserError where that slot is in use."""
+        if number - len(self.images) >= int(self.in_use):
+            raise UserError(
+                f"data worker {worker} is asked for batch {number} while batch {number - len(self.images)} is in use: "
+                f"{OTHER_TORCH}"
+            )
+
+    def end(self, number: int, worker: int) -> None:
+        self.done[number % len(self.images), worker] = number
+
+    def release(self, number: int) -> None:
+        """Once all that was read of batch `number` is elsewhere."""
+        self.in_use.fill_(number + 1)
+
     def filled(self, number: int, bad: tuple[BadSample, ...]) -> Batch:
-        """The rows of batch `number` that hold a sample; good until its slot is filled again."""
+        """The rows of batch `number` that hold a sample; good until it is released. Raises UserError where a worker has
+        not filled its rows."""
+        done = self.done[number % len(self.images)].tolist()
+        if wrong := [worker for worker, of_worker in enumerate(done) if of_worker != number]:
+            raise UserError(
+                f"batch {number} was handed out, and data worker {wrong[0]} has filled its rows of batch "
+                f"{done[wrong[0]]}: {OTHER_TORCH}"
+            )
         images, labels = self.of(number)
         good = labels != NO_LABEL
         return Batch(images, labels, bad) if good.all() else Batch(images[good], labels[good], bad)
@@ -153,7 +185,16 @@ class Parts(IterableDataset):
 
     def __iter__(self) -> Iterator[tuple[BadSample, ...]]:
         info = get_worker_info()
-        return self.work.fill(self.slots, *((info.id, info.num_workers) if info else (0, 1)))
+        worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
+        parts = self.work.fill(self.slots, worker, num_workers)
+        for number in count():
+            self.slots.begin(number, worker)
+            try:
+                part = next(parts)
+            except StopIteration:
+                return
+            self.slots.end(number, worker)
+            yield part
 
 
 def start_worker(worker: int) -> None:
@@ -219,11 +260,13 @@ def batches(work: Work, shape: tuple[int, int, int, int], num_workers: int, devi
     A worker is asked for its part of batch n + PREFETCHED when that of batch n is taken. With one slot more than that,
     batch n is written over only after this generator has gone on from it.
     """
-    slots = Slots(PREFETCHED + 1 if num_workers else 1, shape)
+    slots = Slots(PREFETCHED + 1 if num_workers else 1, shape, max(num_workers, 1))
     parts = start(work, slots, num_workers)  # before they are pinned: what CUDA has registered need not survive a fork
     if device.type != "cuda":
         for number, bad in enumerate(yield_in_order(parts, max(num_workers, 1))):
-            yield slots.filled(number, bad).copy()
+            batch = slots.filled(number, bad).copy()
+            slots.release(number)
+            yield batch
         return
     copies = torch.cuda.Stream(device)
     with slots.pinned():
@@ -234,3 +277,4 @@ def batches(work: Work, shape: tuple[int, int, int, int], num_workers: int, devi
                 yield batch
             finally:
                 copied.synchronize()
+                slots.release(number)

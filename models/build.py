@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from depthmup.models.discovery.find import find_roles, readout_features
 from depthmup.models.discovery.growth import Builder, build_network
 from depthmup.models.errors import ModelError
 from depthmup.models.family import Family, ParameterRule, Roles, Slot, match_rules, modules_matching, stated_blocks
-from depthmup.models.init import init_std, initialize, materialize
+from depthmup.models.init import init_std, initialize, keep_whole, materialize
 from depthmup.models.multiplier import Multiplier, is_scaled, scale_input, scale_output
 from depthmup.models.parameterization import BRANCH_ROLES, Role, Scale
 from depthmup.models.resnet import RESNET
@@ -99,14 +100,31 @@ def build(
     config: AnyModelConfig, parameterization: ParameterizationConfig, seed: int, device: torch.device | str = "cpu"
 ) -> ScaledModel:
     """The network on `device` with initial weights, a function of (seed, parameter name) alone."""
-    if FAMILIES[config.family].finds_roles:  # a stranger's network, which may compute buffers: those on meta are lost
+    if can_start_on_meta(config):
+        scaled = build_meta(config, parameterization)
+        fill(scaled, seed, device)
+    else:
         scaled = build_on("cpu", config, parameterization)
         scaled.network.to(device)
-    else:
-        scaled = build_meta(config, parameterization)
-        materialize(scaled.network, device)
-    initialize(scaled.network, scaled.rules, scaled.scale, seed)
+        initialize(scaled.network, scaled.rules, scaled.scale, seed)
     return scaled
+
+
+def can_start_on_meta(config: AnyModelConfig) -> bool:
+    """Whether `fill` makes a whole network of one on meta: a stranger's may compute buffers, which are lost there."""
+    return not FAMILIES[config.family].finds_roles
+
+
+def fill(
+    scaled: ScaledModel,
+    seed: int,
+    device: torch.device | str,
+    spread: Callable[[Tensor, Tensor], Tensor] = keep_whole,
+) -> None:
+    """Moves a network on meta, or this process's shards of one, to `device` with initial weights, a function of (seed,
+    parameter name) alone. No more than one whole parameter is held beside it. `spread`: see `initialize`."""
+    materialize(scaled.network, device)
+    initialize(scaled.network, scaled.rules, scaled.scale, seed, spread)
 
 
 def check_own(network: nn.Module, roles: Roles) -> None:

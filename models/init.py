@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -36,19 +37,33 @@ def draw(name: str, shape: torch.Size, rule: ParameterRule, scale: Scale, seed: 
     std = init_std(shape, rule, scale)
     generator = generator_for(seed, name)
     if rule.init.kind in ("uniform", "uniform_fan_in"):
-        return (torch.rand(shape, generator=generator) * 2 - 1) * (math.sqrt(3) * std)  # std of U(-b, b) is b / sqrt(3)
-    return torch.randn(shape, generator=generator) * std
+        noise = torch.rand(shape, generator=generator)
+        return (
+            noise.mul_(2).sub_(1).mul_(math.sqrt(3) * std)
+        )  # in place: one tensor at a time; std of U(-b, b) is b / sqrt(3)
+    return torch.randn(shape, generator=generator).mul_(std)
+
+
+def keep_whole(value: Tensor, parameter: Tensor) -> Tensor:
+    return value
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, rules: dict[str, ParameterRule], scale: Scale, seed: int) -> None:
-    """Fills every parameter of `model` in place and resets running statistics. `rules`: parameter name -> its rule.
+def initialize(
+    model: nn.Module,
+    rules: dict[str, ParameterRule],
+    scale: Scale,
+    seed: int,
+    spread: Callable[[Tensor, Tensor], Tensor] = keep_whole,
+) -> None:
+    """Fills every parameter of `model` in place and resets running statistics. `rules`: parameter name -> its rule;
+    `spread`: (value on the CPU, parameter) -> the value as it is to be copied there, where parameters are sharded.
 
     Raises RuntimeError when a parameter or buffer is NaN afterwards, which means that nothing initialised it.
     """
     for name, parameter in model.named_parameters():
         if name in rules:
-            parameter.copy_(draw(name, parameter.shape, rules[name], scale, seed))
+            parameter.copy_(spread(draw(name, parameter.shape, rules[name], scale, seed), parameter))
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._NormBase):
             module.reset_running_stats()

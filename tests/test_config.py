@@ -33,6 +33,10 @@ from depthmup.train.reading import from_plain, set_dotted, to_yaml
         ("optimizer.lr=.nan", "optimizer.lr: Input should be a finite number"),
         ("model.depth=4", "depth 4 must be a multiple of num_stages 3: use 3 or 6"),
         (
+            "data.window=day",
+            "data.window: Input should be 'epoch' (got 'day')",
+        ),
+        (
             "data.num_streams=5",
             "num_streams 5 must divide train.global_batch_size 32: use train.global_batch_size=30 or",
         ),

@@ -85,7 +85,7 @@ def test_a_batch_on_a_gpu_keeps_its_pixels_when_workers_fill_its_slot_again(shar
 
 
 def test_what_workers_fill_is_pinned_while_it_is_used() -> None:
-    slots = Slots(3, (4, 3, 8, 8))
+    slots = Slots(3, (4, 3, 8, 8), 1)
     assert not slots.images.is_pinned()
     with slots.pinned():
         assert slots.images.is_pinned()

@@ -8,11 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import depthmup.data.index
 from depthmup.data.errors import UserError
-from depthmup.data.index import Shard, Span
+from depthmup.data.index import Index, Shard, Span
 from depthmup.data.keys import seed_for
 from depthmup.data.loader import TrainingLoader, TrainingStream, evaluation_batches, share
-from depthmup.data.order import EpochOrder, State, streams_of
+from depthmup.data.order import EpochOrder, State, rows_of, streams_of
 from image_sets import config, make_shards
 
 
@@ -60,18 +61,29 @@ def test_an_epoch_serves_every_sample_at_most_once_and_leaves_out_less_than_a_ba
     assert order.total - len(samples) < order.global_batch_size
 
 
-@given(planned_epochs(), st.sampled_from([1, 2, 3, 4, 6, 12, 64]), st.integers(0, 4))
+@given(planned_epochs(), st.sampled_from([1, 2, 3, 4, 6, 12, 64]))
 @settings(max_examples=150, deadline=None)
-def test_readers_share_all_streams_or_are_refused_when_they_do_not_divide(planned, world_size, num_workers):
+def test_processes_share_all_streams_or_are_refused_when_they_do_not_divide(planned, world_size):
     _, num_streams = planned
-    readers = [(rank, worker) for rank in range(world_size) for worker in range(max(num_workers, 1))]
-    if num_streams % len(readers):
+    if num_streams % world_size:
         with pytest.raises(UserError, match=r"data\.num_streams"):
-            streams_of(0, world_size, 0, num_workers, num_streams)
+            streams_of(0, world_size, num_streams)
         return
-    parts = [streams_of(rank, world_size, worker, num_workers, num_streams) for rank, worker in readers]
+    parts = [streams_of(rank, world_size, num_streams) for rank in range(world_size)]
     assert sorted(stream for part in parts for stream in part) == list(range(num_streams))
     assert len({len(part) for part in parts}) == 1
+
+
+@given(st.integers(1, 40), st.integers(1, 200), st.integers(0, 1000))
+@settings(max_examples=150, deadline=None)
+def test_any_number_of_workers_fills_each_row_once_and_all_do_the_same(num_workers, num_rows, first):
+    filled = [0] * num_workers
+    for number in range(first, first + num_workers):
+        parts = [rows_of(worker, num_workers, num_rows, number) for worker in range(num_workers)]
+        assert [row for part in parts for row in part] == list(range(num_rows))
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+        filled = [before + len(part) for before, part in zip(filled, parts, strict=True)]
+    assert set(filled) == {num_rows}
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=20), st.integers(1, 64))
@@ -120,10 +132,10 @@ def test_seeds_that_differ_above_32_bits_give_other_orders():
 
 
 def test_planning_reads_only_what_one_reader_needs():
-    """4,096 ranks x 8 workers over 10,000 shards: one reader plans its first window from the index alone."""
+    """4,096 processes over 10,000 shards: one reader plans its first window from the index alone."""
     spans = [Span(Shard(f"{number}.tar", 1281, 0, ""), 0, 1281) for number in range(10_000)]
     order = EpochOrder(spans, seed=0, epoch=0, num_streams=32768, global_batch_size=32768, window=64)
-    [stream] = streams_of(4095, 4096, 7, 8, 32768)
+    stream = streams_of(4095, 4096, 32768)[7]
     assert sum(span.samples for span in order.contiguous(stream, 0, 64)) == 64
 
 
@@ -154,7 +166,7 @@ def test_global_batches_are_bit_identical_for_worlds_and_workers_and_after_a_res
     settings = config(photos, num_streams=8, window=6, augment=augment, minival=0)
     steps = 12  # 9 in the first epoch
     expected = global_batches(photos, settings, State(seed=3), steps)
-    for world_size, num_workers in [(1, 2), (2, 2), (4, 0), (8, 0)]:
+    for world_size, num_workers in [(1, 3), (2, 2), (4, 0), (8, 3)]:
         got = global_batches(photos, replace(settings, num_workers=num_workers), State(seed=3), steps, world_size)
         for (images, labels, at), (other_images, other_labels, other_at) in zip(expected, got, strict=True):
             assert torch.equal(images, other_images)
@@ -193,3 +205,89 @@ def test_evaluation_counts_every_image_once_on_any_world_size(photos):
     with_workers = evaluation_batches(replace(settings, num_workers=2), photos, "minival", 7, 8, 3, 1, 2)
     assert torch.equal(torch.cat([b.images for b in with_workers]), one[22:])
     assert torch.equal(torch.get_rng_state(), random_numbers)  # the training that goes on draws what it would have
+
+
+# ---------------------------------------------------------------- data.window: epoch
+
+
+def all_served(order):
+    """Each stream's (shard, number) in the order served, as the loader reads them."""
+    return [
+        [(span.shard.name, span.first + n) for w in range(order.num_windows) for span, n in order.samples(stream, w)]
+        for stream in range(order.num_streams)
+    ]
+
+
+@given(planned_epochs())
+@settings(max_examples=100, deadline=None)
+def test_the_samples_of_a_window_are_those_of_its_spans_in_the_order_of_its_permutation(planned):
+    order, num_streams = planned
+    assert all_served(order) == [served(order, stream) for stream in range(num_streams)]
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(0, 9))
+@settings(max_examples=100, deadline=None)
+def test_a_shuffled_epoch_serves_every_sample_at_most_once_and_leaves_out_less_than_a_batch(sizes, seed):
+    spans = [Span(Shard(f"{number}.tar", size + 5, 0, ""), 3, size) for number, size in enumerate([*sizes, 8])]
+    order = EpochOrder(spans, seed=seed, epoch=1, num_streams=4, global_batch_size=8, window="epoch")
+    samples = [sample for stream in all_served(order) for sample in stream]
+    assert len(set(samples)) == len(samples) == order.num_steps * 8
+    assert order.total - len(samples) < 8
+    assert set(samples) <= {(span.shard.name, span.first + n) for span in spans for n in range(span.samples)}
+
+
+def test_a_shuffled_epoch_makes_batches_of_all_classes_from_sorted_shards():
+    """1,000 classes, sorted: a window of 64 holds a class or two, a permutation as many as chance does."""
+    spans = [Span(Shard(f"{number}.tar", 1000, 0, ""), 0, 1000) for number in range(20)]  # 50 classes a shard
+
+    def classes_in_a_batch(window):
+        order = EpochOrder(spans, seed=0, epoch=0, num_streams=64, global_batch_size=1024, window=window)
+        first = [sample for stream in all_served(order) for sample in stream[:16]]
+        return len({int(shard.removesuffix(".tar")) * 50 + number // 20 for shard, number in first})
+
+    assert classes_in_a_batch(64) < 320
+    assert 600 < classes_in_a_batch("epoch") < 690  # 641 are expected of 1,024 draws from 1,000 classes
+
+
+def test_a_shuffled_epoch_is_another_permutation_for_each_seed_and_epoch_and_the_same_in_all_versions():
+    spans = [Span(Shard(f"{number}.tar", 5, 0, ""), 0, 5) for number in range(3)]
+    options = {"num_streams": 2, "global_batch_size": 4, "window": "epoch"}
+    orders = [
+        all_served(EpochOrder(spans, seed=seed, epoch=epoch, **options)) for seed in (1, 2) for epoch in (0, 1, 2)
+    ]
+    assert len({str(order) for order in orders}) == 6
+    found = " ".join(f"{shard[0]}{number}" for stream in orders[2] for shard, number in stream)
+    assert found == "14 22 12 02 03 00 21 23 11 10 04 01"
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_a_shuffled_epoch_gives_the_same_batches_for_worlds_and_workers_and_after_a_resume(photos, in_memory):
+    index = Index.load(photos.root)
+    settings = config(index, num_streams=8, window="epoch", augment="crop_flip", minival=0.1)
+    expected = global_batches(index, settings, State(seed=3), 10)
+    chosen = replace(settings, num_workers=3, in_memory=in_memory)
+    for world_size, first in ((2, 0), (1, 5), (1, 8)):
+        state = expected[first - 1][2] if first else State(seed=3)
+        got = global_batches(index, chosen, state, 10 - first, world_size)
+        for (images, labels, _), (other_images, other_labels, _) in zip(expected[first:], got, strict=True):
+            assert torch.equal(images, other_images)
+            assert torch.equal(labels, other_labels)
+
+
+def test_a_shuffled_epoch_reads_each_sidecar_once_however_many_shards_there_are(photos, monkeypatch):
+    index = Index.load(photos.root)
+    read = []
+    original = depthmup.data.index.load_members
+    monkeypatch.setattr(
+        depthmup.data.index, "load_members", lambda root, shard: read.append(shard.name) or original(root, shard)
+    )
+    settings = config(index, num_streams=8, window="epoch", minival=0)
+    global_batches(index, settings, State(seed=3), 9)
+    assert sorted(read) == sorted(shard.name for shard in index.splits["train"])
+
+
+def test_a_shuffled_epoch_of_remote_shards_is_refused_with_what_to_do(photos):
+    index = Index("https://example.org/shards", photos.classes, photos.splits)
+    stream = TrainingStream(config(index, num_streams=8, window="epoch", minival=0), index, State(0), 16, 8, 3)
+    with pytest.raises(UserError, match=r"^https://.*\.tar: data\.window=epoch reads .*copy the shards .* a number$"):
+        TrainingLoader(stream)

@@ -14,6 +14,7 @@ import psutil
 import pytest
 import torch
 
+from depthmup.data import workers
 from depthmup.data.errors import UserError
 from depthmup.data.index import NO_LABEL
 from depthmup.data.reader import BadSample
@@ -24,15 +25,15 @@ SHAPE = (6, 1, 2, 2)  # of a batch
 
 
 class Numbered:
-    """Every row of batch n holds n. The last worker is slow: a batch stands half filled while others go on."""
+    """Every row of batch n holds n + 1. The last worker is slow: a batch stands half filled while others go on."""
 
     def fill(self, slots: Slots, worker: int, num_workers: int) -> Iterator[tuple[BadSample, ...]]:
         for number in range(30):
             if num_workers > 1 and worker == num_workers - 1:
                 time.sleep(0.01)
             images, labels = slots.of(number)
-            images[worker::num_workers] = number
-            labels[worker::num_workers] = number
+            images[worker::num_workers] = number + 1
+            labels[worker::num_workers] = number + 1
             yield (BadSample("a.tar", f"{number}-{worker}", "empty file"),) if number == 7 else ()
 
 
@@ -46,8 +47,35 @@ def test_a_batch_is_whole_and_stays_what_it_is_when_its_slot_is_filled_again(num
     assert len(got) == 30
     for number, batch in enumerate(got):
         assert batch.images.shape == SHAPE
-        assert batch.images.unique().tolist() == batch.labels.unique().tolist() == [number]
+        assert batch.images.unique().tolist() == batch.labels.unique().tolist() == [number + 1]
     assert [bad.key for batch in got for bad in batch.bad] == [f"7-{worker}" for worker in range(max(num_workers, 1))]
+
+
+@pytest.mark.parametrize(
+    ("otherwise", "said"),
+    [
+        ({"prefetch_factor": 5}, r"data worker \d is asked for batch \d while batch \d is in use"),
+        ({"in_order": False}, r"batch \d was handed out, and data worker \d has filled its rows of batch -?\d"),
+    ],
+)
+def test_a_torch_that_asks_its_workers_otherwise_is_refused_and_tears_no_batch(
+    otherwise: dict[str, object], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers that run further ahead than there are slots, or whose parts come in the order in which they are ready."""
+    loader = workers.DataLoader
+    monkeypatch.setattr(workers, "DataLoader", lambda *args, **options: loader(*args, **{**options, **otherwise}))
+    taken = list[list[int]]()
+
+    def take_all() -> None:
+        for batch in batches(Numbered(), SHAPE, 3, CPU):
+            taken.append(batch.labels.unique().tolist())
+            time.sleep(0.05)
+
+    with pytest.raises(UserError, match=said) as error:
+        take_all()
+    assert "set data.num_workers=0" in str(error.value)
+    assert taken == [[number + 1] for number in range(len(taken))]  # what was given out is whole
+    assert len(taken) < 30
 
 
 class Sparse:

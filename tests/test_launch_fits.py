@@ -35,7 +35,17 @@ def test_every_shipped_recipe_can_run_with_every_shipped_profile(recipe: str, cl
         config = run.config
         config.parallel.micro_batches(config.train.global_batch_size, processes)
         for rank in (0, processes - 1):
-            assert streams_of(rank, processes, 0, config.data.num_workers, config.data.num_streams)
+            assert streams_of(rank, processes, config.data.num_streams)
+
+
+@pytest.mark.parametrize("num_workers", [0, 6, 8, 12, 16])
+@pytest.mark.parametrize(("nodes", "gpus_per_node"), [(1, 8), (2, 8), (4, 8), (8, 8)])
+def test_any_number_of_workers_can_read_64_streams(
+    study_file: Path, nodes: int, gpus_per_node: int, num_workers: int
+) -> None:
+    place = ("launch.cluster=slurm", f"launch.nodes={nodes}", f"launch.gpus_per_node={gpus_per_node}")
+    recipe = ("train.global_batch_size=256", "data.num_streams=64", f"data.num_workers={num_workers}")
+    check_fits(Study(study_file, read_study(study_file, (*place, *recipe, "parallel.engine=ddp"))))
 
 
 def refusal(study_file: Path, *overrides: str) -> str:
@@ -51,13 +61,11 @@ NODES = ("launch.cluster=slurm", "launch.nodes=4", "launch.gpus_per_node=8")
 @pytest.mark.parametrize(
     ("overrides", "mend"),
     [
-        (("data.num_workers=3",), "use data.num_workers=2"),
-        (("data.num_workers=5", "launch.cluster=debug"), "use data.num_workers=4"),
         ((*NODES, "train.global_batch_size=64"), "data.num_streams=32 (another order"),
         ((*NODES, "train.global_batch_size=48"), "must be a multiple of the 32 processes: use 32 or 64"),
         (
-            (*NODES, "train.global_batch_size=256", "data.num_streams=64", "data.num_workers=8"),
-            "use data.num_workers=2, or data.num_streams=256",
+            ("launch.cluster=slurm", "launch.nodes=3", "train.global_batch_size=192", "data.num_streams=64"),
+            "must be a multiple of the 3 processes: use data.num_streams=48 (another order",
         ),
         ((*NODES, "train.global_batch_size=64", "data.num_streams=64", "parallel.engine=none"), "parallel.engine=ddp"),
         (
@@ -74,6 +82,7 @@ NODES = ("launch.cluster=slurm", "launch.nodes=4", "launch.gpus_per_node=8")
             ),
             "launch.tasks_per_node 16 is more than launch.gpus_per_node 8",
         ),
+        (("data.root=s3://bucket/shards", "data.window=epoch"), "copy the shards to a local disk"),
         (("launch.cluster=slurm", "train.device=cuda"), "set launch.gpus_per_node"),
         (("parallel.engine=deepspeed", "parallel.zero_stage=3", "train.ema=0.9"), "parallel.zero_stage=2"),
         (("model.norm=batch", "parallel.micro_batch_size=4"), "use parallel.micro_batch_size=32"),
@@ -96,12 +105,13 @@ def test_a_run_that_would_end_on_its_nodes_is_refused_with_the_mend(
 
 
 def test_plan_dry_run_and_launch_refuse_it_all_three_and_leave_nothing(study_file: Path) -> None:
-    wrong = [str(study_file), "--cluster", "slurm", "data.num_workers=3"]
+    place = ["launch.nodes=3", "train.global_batch_size=48"]
+    wrong = [str(study_file), "--cluster", "slurm", *place]
     for command in (["plan", *wrong], ["launch", *wrong, "--dry-run"], ["launch", *wrong], ["transfer", *wrong]):
         said = CliRunner().invoke(cli, command)
-        assert "use data.num_workers=2" in str(said.exception), command
-    with pytest.raises(UserError, match=r"use data\.num_workers=2"):
-        launch(Study(study_file, read_study(study_file, ("data.num_workers=3",))))
+        assert "use data.num_streams=" in str(said.exception), command
+    with pytest.raises(UserError, match=r"use data\.num_streams="):
+        launch(Study(study_file, read_study(study_file, ("launch.cluster=slurm", *place))))
     assert not (study_file.parent / "runs").exists()
 
 

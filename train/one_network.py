@@ -1,26 +1,32 @@
 """One network in training: a plain torch module and a plain torch optimizer, spread over processes by an engine."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from depthmup.data.errors import UserError
-from depthmup.models.build import build
+from depthmup.models.build import build, build_meta, can_start_on_meta, fill
 from depthmup.models.optimizer import build_optimizer, parameter_groups
 from depthmup.train.average import WeightAverage, averaged_tensors
 from depthmup.train.batch_norm import BatchStatistics, batch_norms, grouping, process_group_of
 from depthmup.train.config import RunConfig
 from depthmup.train.distributed import World
 from depthmup.train.engines.base import TensorState, average_buffers
-from depthmup.train.engines.choice import make_engine
+from depthmup.train.engines.choice import make_engine, starts_on_meta
 from depthmup.train.networks import describe
 from depthmup.train.prepare import prepare, prepare_device, set_stream_type
 from depthmup.train.schedule import schedule, set_learning_rate
 from depthmup.train.step import StepResult, autocast, take_step
 from depthmup.train.stochastic_depth import install_stochastic_depth
 from depthmup.train.telemetry import RoleStatistics
+from depthmup.train.tensors import spread_like
+
+
+def do_nothing() -> None:
+    """In the place of what fills a network on meta, for one that is whole."""
 
 
 class OneNetwork:
@@ -34,7 +40,12 @@ class OneNetwork:
         self.seeds, self.steps = [config.seed], 0
         self.descriptions: list[str] = []
         self.dtype = prepare_device(config.train, device)
-        scaled = build(config.model, config.parameterization, config.seed, device)
+        if starts_on_meta(engine_name) and can_start_on_meta(config.model):
+            scaled = build_meta(config.model, config.parameterization)
+            fill_network: Callable[[], None] = partial(fill, scaled, config.seed, device, spread_like)
+        else:
+            scaled = build(config.model, config.parameterization, config.seed, device)
+            fill_network = do_nothing
         branches, blocks = list(scaled.branches), list(scaled.blocks)
         self.draws = install_stochastic_depth(scaled.network, branches, blocks, config.train.drop_path)
         self.num_drop_branches = self.draws.num_branches
@@ -42,11 +53,6 @@ class OneNetwork:
             stream_dtype = self.dtype if config.train.bf16_residual else torch.float32
             set_stream_type(scaled.network, blocks[0], branches, stream_dtype)
         self.channels_last = prepare(scaled.network, blocks, config.train, engine_name, device)
-        self.grouping, self.statistics = None, None
-        if batch_norms(scaled.network):
-            self.grouping = grouping(config, world.size, micro_batches)
-            shared = process_group_of(self.grouping)
-            self.statistics = BatchStatistics(scaled.network, self.grouping.images, shared)
 
         def make_optimizer(network: nn.Module) -> torch.optim.Optimizer:
             groups = parameter_groups(network, scaled.rules, scaled.scale, config.optimizer)
@@ -59,12 +65,19 @@ class OneNetwork:
             scaled.network,
             make_optimizer,
             blocks=blocks,
+            device=device,
+            fill=fill_network,
             config=config.parallel,
             autocast_dtype=self.dtype,
             clip_norm=config.train.clip_norm,
             micro_batches=micro_batches,
             micro_batch_size=config.train.global_batch_size // world.size // micro_batches,
         )
+        self.grouping, self.statistics = None, None
+        if batch_norms(scaled.network):  # it adds buffers, and so comes once the network is on the device
+            self.grouping = grouping(config, world.size, micro_batches)
+            shared = process_group_of(self.grouping)
+            self.statistics = BatchStatistics(scaled.network, self.grouping.images, shared)
         self.average: WeightAverage | None = None
         if config.train.ema:
             if engine_name == "deepspeed" and config.parallel.zero_stage == 3:

@@ -1,7 +1,7 @@
 """Tensors that may be sharded over processes."""
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
@@ -12,3 +12,10 @@ def full_tensor(tensor: Tensor) -> Tensor:
 def local_tensor(tensor: Tensor) -> Tensor:
     """This process's shard; the tensor itself where it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def spread_like(value: Tensor, parameter: Tensor) -> Tensor:
+    """`value`, which every process has whole, sharded as `parameter` is. The processes exchange nothing."""
+    if not isinstance(parameter, DTensor):
+        return value
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from depthmup.data.config import DataConfig
+from depthmup.data.config import DataConfig, window_misfit
 from depthmup.data.errors import UserError
 from depthmup.data.index import counted
 from depthmup.data.order import streams_of
@@ -31,9 +31,11 @@ def misfits(run: RunConfig, config: LaunchConfig) -> Iterator[str]:
     except (ValueError, UserError) as error:
         yield str(error)
     try:
-        streams_of(0, processes, 0, run.data.num_workers, run.data.num_streams)
-    except UserError:
-        yield stream_misfit(run.data, run.train.global_batch_size, processes)
+        streams_of(0, processes, run.data.num_streams)
+    except UserError as error:
+        yield f"{error}: use {mend_streams(run.data, run.train.global_batch_size, processes)}"
+    if misfit := window_misfit(run.data, run.data.root):
+        yield misfit
     if parallel.engine == "deepspeed" and parallel.zero_stage == 3 and run.train.ema:
         yield "train.ema cannot see ZeRO 3's shards: use parallel.engine=fsdp, or parallel.zero_stage=2"
     if config.cluster != "slurm":
@@ -48,22 +50,14 @@ def misfits(run: RunConfig, config: LaunchConfig) -> Iterator[str]:
         )
 
 
-def stream_misfit(data: DataConfig, global_batch_size: int, processes: int) -> str:
-    """What to do where the readers of a run do not divide its streams."""
-    workers, mends = max(data.num_workers, 1), []
-    fewer = (count for count in range(workers, -1, -1) if data.num_streams % (processes * max(count, 1)) == 0)
-    if (count := next(fewer, None)) is not None:
-        mends.append(f"data.num_workers={count}")
-    readers = processes * workers
-    streams = range(readers, global_batch_size + 1, readers)
-    if fitting := [count for count in streams if global_batch_size % count == 0]:
-        nearest = min(fitting, key=lambda count: abs(count - data.num_streams))
-        mends.append(f"data.num_streams={nearest} (another order of the samples: another run)")
-    mends = mends or ["another number of processes"]
-    return (
-        f"data.num_streams {data.num_streams} must be a multiple of processes x workers ({processes} x {workers}): "
-        f"use {', or '.join(mends)}"
-    )
+def mend_streams(data: DataConfig, global_batch_size: int, processes: int) -> str:
+    """What to use where the processes of a run do not divide its streams."""
+    streams = range(processes, global_batch_size + 1, processes)
+    fitting = [count for count in streams if global_batch_size % count == 0]
+    if not fitting:
+        return "another number of processes"
+    nearest = min(fitting, key=lambda count: abs(count - data.num_streams))
+    return f"data.num_streams={nearest} (another order of the samples: another run), or another number of processes"
 
 
 def check_fits(study: Study) -> None:

@@ -1,5 +1,7 @@
 """Which engine a run has, from its configuration and its number of processes."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -19,25 +21,33 @@ def choose(config: ParallelConfig, world_size: int) -> str:
     return config.engine
 
 
+def starts_on_meta(name: str) -> bool:
+    """Whether an engine is given a network on meta, which it fills (moves to the device, with initial weights) once it
+    is sharded; the others are given one that is filled."""
+    return name == "fsdp"
+
+
 def make_engine(
     name: str,
     network: nn.Module,
     make_optimizer: OptimizerFactory,
     *,
     blocks: list[str],
+    device: torch.device,
+    fill: Callable[[], None],
     config: ParallelConfig,
     autocast_dtype: torch.dtype | None,
     clip_norm: float | None,
     micro_batches: int,
     micro_batch_size: int,
 ) -> Engine:
-    """Wraps `network`. `blocks`: names of its residual blocks, the units of sharding."""
+    """Wraps `network`. `blocks`: names of its residual blocks, the units of sharding; `fill`: see `starts_on_meta`."""
     if name == "none":
         return Engine(network, make_optimizer)
     if name == "ddp":
         return DistributedDataParallel(network, make_optimizer)
     if name == "fsdp":
-        return FullyShardedDataParallel(network, make_optimizer, blocks)
+        return FullyShardedDataParallel(network, make_optimizer, blocks, device, fill)
     return ZeroRedundancy(
         network,
         make_optimizer,

@@ -1,5 +1,8 @@
 """torch's own ways to spread a network over processes: the whole of it in each, or a shard."""
 
+from collections.abc import Callable
+
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -35,18 +38,28 @@ class FullyShardedDataParallel(Engine):
 
     name = "fsdp"
 
-    def __init__(self, network: nn.Module, make_optimizer: OptimizerFactory, blocks: list[str]) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        make_optimizer: OptimizerFactory,
+        blocks: list[str],
+        device: torch.device,
+        fill: Callable[[], None],
+    ) -> None:
+        """`network` is on meta; `fill` moves what a process keeps of it to `device`, with initial weights. So no
+        process ever holds the whole of it."""
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import FSDPModule, fully_shard
 
         # No MixedPrecisionPolicy: autocast takes bf16 where the other engines do. Gathered in bf16, the embeddings of
         # positions would turn the residual stream to bf16, and the weights of norms would be rounded.
-        mesh = init_device_mesh(next(network.parameters()).device.type, (dist.get_world_size(),))
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         for name in blocks:
             fully_shard(network.get_submodule(name), mesh=mesh)
         sharded = fully_shard(network, mesh=mesh)
         assert isinstance(sharded, FSDPModule)
         self.sharded = sharded
+        fill()
         super().__init__(network, make_optimizer)
 
     def start_micro_batch(self, last: bool) -> None:
