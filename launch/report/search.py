@@ -92,7 +92,9 @@ def measure_importance(search: Search) -> dict[str, float]:
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
     try:
-        return get_param_importances(search.open_search(), evaluator=PedAnovaImportanceEvaluator())
+        return get_param_importances(
+            search.open_search(), evaluator=PedAnovaImportanceEvaluator(target_quantile=BEST_SHARE)
+        )
     except (ValueError, RuntimeError) as error:  # of too few trials, or all of one value
         optuna.logging.get_logger(__name__).debug(str(error))
         return {}
@@ -151,7 +153,7 @@ def short(key: str) -> str:
 def print_search(found: Found, console: Console) -> None:
     """80 columns: the winners, the hyperparameters, and what follows."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in ("trial", "search", "re-run", "+-", *map(short, found.search.settings.space)):
+    for heading in ("trial", "search", "new seeds", "+-", *map(short, found.search.settings.space)):
         table.add_column(heading, justify="right")
     for winner in found.winners:
         numbers = (winner.searched, winner.mean, winner.half_width)
@@ -159,8 +161,8 @@ def print_search(found: Found, console: Console) -> None:
         table.add_row(str(winner.trial), *map(show_number, numbers), *values)
     console.print(table)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in ("hyperparameter", "best", "of the best quarter", "importance", ""):
-        table.add_column(heading)
+    for heading in ("hyperparameter", "best", "best quarter", "importance", ""):
+        table.add_column(heading, no_wrap=heading == "hyperparameter")
     for each in found.dimensions:
         best_range = "" if each.low is None else f"{show_value(each.low)} to {show_value(each.high)}"
         share = "" if each.importance is None else f"{each.importance:.0%}"
