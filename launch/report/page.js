@@ -37,11 +37,30 @@ function layout(title, x, y, logarithmicX) {
     hovermode: "closest",
     legend: { orientation: "h", y: -0.25 },
     xaxis: { ...axis, title: { text: x }, type: logarithmicX ? "log" : "linear", exponentformat: "power" },
-    yaxis: { ...axis, title: { text: y }, type: "log", dtick: "D1", exponentformat: "none" },
+    yaxis: { ...axis, title: { text: y }, type: "log", exponentformat: "none" },
   };
 }
 
-const options = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d"] };
+const options = { responsive: true, displayModeBar: false }; // a double click on a figure undoes a zoom
+
+// 0.1, 0.2, 0.5, 1, ...: plotly's own labels of a short logarithmic axis are single digits. Few of them: plotly's.
+function plainTicks(axis, losses) {
+  const [low, high] = [Math.min(...losses), Math.max(...losses)];
+  const decades = [...Array(40).keys()].map((i) => i - 20);
+  const marks = decades.flatMap((decade) => [1, 2, 5].map((digit) => Number(`${digit}e${decade}`)));
+  const inside = marks.filter((mark) => mark >= low && mark <= high);
+  if (inside.length > 2) Object.assign(axis, { tickvals: inside, ticktext: inside.map(String) });
+}
+
+// 2^-9, 2^-7, ...: octaves are what a study counts in.
+function octaveTicks(axis, values) {
+  const [low, high] = [Math.ceil(Math.log2(Math.min(...values))), Math.floor(Math.log2(Math.max(...values)))];
+  const step = Math.max(1, Math.ceil((high - low) / 7));
+  const powers = [...Array(Math.max(high - low + 1, 0)).keys()].filter((i) => i % step === 0).map((i) => low + i);
+  if (powers.length > 1) {
+    Object.assign(axis, { tickvals: powers.map((power) => 2 ** power), ticktext: powers.map((power) => `2<sup>${power}</sup>`) });
+  }
+}
 
 function hoverText(run) {
   const lines = [`run ${run.folder}`, `${nameOf(run)}, seed ${run.seed}`];
@@ -100,6 +119,8 @@ function drawCurves() {
     const x = effective ? "effective learning rate" : record.hyperparameter;
     const shape = layout(panel.dataset.parameterization, x, record.metric.replace("_", " "), true);
     shape.yaxis.range = [Math.log10(bottom), Math.log10(top * 1.05)];
+    plainTicks(shape.yaxis, finite);
+    octaveTicks(shape.xaxis, own.map(position));
     Plotly.react(panel, traces, shape, options);
     panel.removeAllListeners("plotly_click");
     panel.on("plotly_click", (event) => showRun(event.points[0].customdata, panel.dataset.parameterization));
@@ -126,7 +147,9 @@ function showRun(folder, parameterization) {
   const behind = { color: dark.matches ? "#777" : "#aaa", width: 1 };
   const traces = beside.map((each) => trace(each, behind));
   traces.push(trace(run, { color: style(nameOf(run)).colour, width: 3 }));
-  Plotly.react(element("training"), traces, layout(`${parameterization}, ${nameOf(run)}`, "step", "training loss", false), options);
+  const shape = layout(`${parameterization}, ${nameOf(run)}`, "step", "training loss", false);
+  plainTicks(shape.yaxis, traces.flatMap((each) => each.y).filter((loss) => loss > 0));
+  Plotly.react(element("training"), traces, shape, options);
   const said = element("said");
   said.textContent = `${record.metric} ${number(run.metric)}, ${record.hyperparameter} ${run.value.toPrecision(4)}, seed ${run.seed}. Folder: `;
   addLink(said, `runs/${run.folder}/`, run.folder);
@@ -160,7 +183,8 @@ if (record.runs.some((run) => run.metric !== null)) {
   element("interactive").hidden = false;
   fillRuns();
   drawCurves();
-  showRun(record.runs[0].folder, record.runs[0].parameterization);
+  const best = record.runs.reduce((one, other) => ((other.metric ?? Infinity) < (one.metric ?? Infinity) ? other : one));
+  showRun(best.folder, best.parameterization);
   for (const input of document.querySelectorAll("#interactive input")) input.addEventListener("change", drawCurves);
   dark.addEventListener("change", () => {
     drawCurves();
