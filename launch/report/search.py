@@ -117,7 +117,7 @@ def collect_search(search: Search) -> Found:
     """Reads what has finished. Raises UserError before the winners' runs are done."""
     trials, failed = [], 0
     for trial in search.trials():
-        runs = search.runs_of(trial.params, search.settings.seeds) if search.is_whole(trial) else []
+        runs = search.runs_tried(trial)
         loss = search.loss(runs)
         failed += not runs
         if loss is not None:

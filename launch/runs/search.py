@@ -46,7 +46,7 @@ class Search(Study):
     def points(self) -> list[PlannedRun]:
         """The runs of all valid suggestions, and those of the winners. Raises UserError for a bad space."""
         self.check_space()
-        tried = [run for trial in self.trials() for run in self.runs_of(trial.params, self.settings.seeds)]
+        tried = [run for trial in self.trials() for run in self.runs_tried(trial)]
         return [*tried, *(run for number in self.winners() for run in self.reruns_of(number))]
 
     def check_space(self) -> None:
@@ -77,6 +77,18 @@ class Search(Study):
             for one in configs
         ]
 
+    def runs_tried(self, trial: "FrozenTrial") -> list[PlannedRun]:
+        """The runs of one suggestion, read and checked once."""
+        if not self.is_whole(trial):
+            return []
+        if trial.number not in self._runs_tried:
+            self._runs_tried[trial.number] = self.runs_of(trial.params, self.settings.seeds)
+        return self._runs_tried[trial.number]
+
+    @cached_property
+    def _runs_tried(self) -> dict[int, list[PlannedRun]]:
+        return {}
+
     def reruns_of(self, number: int) -> list[PlannedRun]:
         """The runs with new seeds of trial `number`."""
         return self.runs_of(self.trials()[number].params, self.new_seeds)
@@ -97,7 +109,13 @@ class Search(Study):
         return TPESampler(seed=seed, n_startup_trials=STARTUP, multivariate=True, constant_liar=True)
 
     def open_search(self) -> "optuna.Study":
-        """Optuna's study in this folder; it is made where there is none. Raises UserError for one of another space."""
+        """Optuna's study in this folder, with the sampler for its next suggestion; it is made where there is none.
+        Raises UserError for one of another space."""
+        self._opened.sampler = self._sampler(len(self._opened.get_trials(deepcopy=False)))
+        return self._opened
+
+    @cached_property
+    def _opened(self) -> "optuna.Study":
         try:
             import optuna
             from optuna.storages import JournalStorage
@@ -111,7 +129,6 @@ class Search(Study):
         self.file.directory.mkdir(parents=True, exist_ok=True)
         storage = JournalStorage(JournalFileBackend(str(self._journal)))
         found = optuna.create_study(study_name="search", storage=storage, direction="minimize", load_if_exists=True)
-        found.sampler = self._sampler(len(found.trials))
         if SPACE not in found.user_attrs:
             found.set_user_attr(SPACE, self._space)
         elif found.user_attrs[SPACE] != self._space:
@@ -127,11 +144,7 @@ class Search(Study):
 
     def trials(self) -> "list[FrozenTrial]":
         """All suggestions so far, by number. One whose launcher was killed while it asked lacks values."""
-        return self._trials
-
-    @cached_property
-    def _trials(self) -> "list[FrozenTrial]":
-        return self.open_search().trials if self._journal.exists() else []
+        return self._opened.get_trials(deepcopy=False) if self._journal.exists() else []
 
     def is_whole(self, trial: "FrozenTrial") -> bool:
         return trial.params.keys() == self.settings.space.keys()
@@ -172,7 +185,7 @@ class Search(Study):
             return len(self.runs) - before, added or "the search has ended"
 
     def _forget(self) -> None:
-        for name in ("points", "runs", "_trials"):
+        for name in ("points", "runs"):
             self.__dict__.pop(name, None)
 
     def _tell(self) -> None:
@@ -180,7 +193,7 @@ class Search(Study):
 
         search = self.open_search()
         for trial in search.get_trials(states=(TrialState.RUNNING,)):
-            loss = self.loss(self.runs_of(trial.params, self.settings.seeds)) if self.is_whole(trial) else None
+            loss = self.loss(self.runs_tried(trial))
             if loss is None:  # its values do not go together, or its launcher was killed while it asked
                 search.tell(trial.number, state=TrialState.FAIL)
             else:
@@ -189,13 +202,12 @@ class Search(Study):
     def _ask(self) -> str | None:
         """Asks for a batch; None when the budget is spent."""
         search, space = self.open_search(), distributions(self.settings)
-        first = len(search.trials)
+        first = len(search.get_trials(deepcopy=False))
         last = min(first + self.settings.batch, self.settings.trials)
         if first >= self.settings.trials:
             return None
         if first == 0 and (values := self.own_values()):
             search.enqueue_trial(values)
-            first = 0
         for _ in range(first, last):
             search.ask(space)
         return f"suggestions {first + 1} to {last} of {self.settings.trials}"
