@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from depthmup.data.errors import UserError
 from depthmup.launch.chain import follower
 from depthmup.launch.cli import cli
 from depthmup.launch.config import LaunchConfig
-from depthmup.launch.jobs import slurm, states
+from depthmup.launch.jobs import code, slurm, states
 from depthmup.launch.jobs.attempts import note
 from depthmup.launch.jobs.reasons import explain
 from depthmup.launch.jobs.slurm import QueuedTask, SlurmError
@@ -431,3 +432,20 @@ def test_the_job_after_the_runs_is_no_part_of_the_limit(fake: Path, study_of: Ca
     assert len(snapshot.continuations) == 1
     assert places_taken(snapshot.submissions, snapshot.queue) == (1, ["1"])
     assert LaunchConfig().max_running == 64
+
+
+def test_a_job_imports_from_a_copy_that_has_every_file_which_the_code_opens(tmp_path: Path) -> None:
+    copied = code.take(tmp_path)
+    page = "from depthmup.launch.report.page import environment, inline\nfrom depthmup.launch.new import FAMILIES\n"
+    page += "environment().get_template('report.html.j2')\nprint(len(inline('page.js')), len(inline('tables.js')))"
+    done = subprocess.run(
+        [sys.executable, "-c", page],
+        env={**os.environ, "PYTHONPATH": str(copied), "PYTHONSAFEPATH": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    here = {file.name for file in (Path(code.PACKAGE) / "launch" / "report").iterdir() if file.is_file()}
+    assert here == {file.name for file in (copied / "depthmup" / "launch" / "report").iterdir() if file.is_file()}

@@ -14,9 +14,9 @@ PACKAGES = ("models", "data", "train", "launch")
 
 
 def sources() -> list[Path]:
-    """Every source file of the packages, relative to PACKAGE."""
-    suffixes = (".py", ".j2")
-    files = (file for package in PACKAGES for file in (PACKAGE / package).rglob("*") if file.suffix in suffixes)
+    """Every file of the packages, templates and scripts with the code, relative to PACKAGE. Python's caches are none."""
+    found = (file for package in PACKAGES for file in (PACKAGE / package).rglob("*"))
+    files = (file for file in found if file.is_file() and "__pycache__" not in file.parts)
     return sorted(file.relative_to(PACKAGE) for file in (PACKAGE / "__init__.py", *files))
 
 
