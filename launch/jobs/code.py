@@ -14,7 +14,7 @@ PACKAGES = ("models", "data", "train", "launch")
 
 
 def sources() -> list[Path]:
-    """Every file of the packages, templates and scripts with the code, relative to PACKAGE. Python's caches are none."""
+    """Every file of the packages, templates and scripts with the code, relative to PACKAGE; without Python's caches."""
     found = (file for package in PACKAGES for file in (PACKAGE / package).rglob("*"))
     files = (file for file in found if file.is_file() and "__pycache__" not in file.parts)
     return sorted(file.relative_to(PACKAGE) for file in (PACKAGE / "__init__.py", *files))
