@@ -2,16 +2,13 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import click
 
 from depthmup.launch.commands.group import command, with_config
 from depthmup.launch.paths import FilePath
 from depthmup.launch.shards import new_console
-
-if TYPE_CHECKING:
-    from depthmup.models.coordinate_check import Axis
 
 
 @command("train", example="depthmup train configs/digits_resnet.yaml optimizer.lr=2**-5 model.depth=27")
@@ -42,16 +39,7 @@ def train(config: Path, overrides: tuple[str, ...], directory: Path | None) -> N
 @click.option("--batch-size", default=16, show_default=True, help="Images in the one fixed batch.")
 @click.option("--axis", type=click.Choice(["width", "depth"]), help="Check this one only [default: both].")
 @click.option("--plot", type=FilePath(), help="The plot's file [default: check_*.png with the study].")
-def check(
-    config: Path,
-    overrides: tuple[str, ...],
-    factors: str,
-    steps: int,
-    seeds: int,
-    batch_size: int,
-    axis: "Axis | None",
-    plot: Path | None,
-) -> None:
+def check(**options: Any) -> None:
     """Coordinate check: do updates keep their size as the net grows?
 
     Trains the model on random images at multiples of its base size and prints log-log slopes with their standard
@@ -60,7 +48,7 @@ def check(
     """
     from depthmup.launch.check import run_check
 
-    if not run_check(config, overrides, factors, steps, seeds, batch_size, axis, plot, new_console()):
+    if not run_check(**options, console=new_console()):
         sys.exit(1)
 
 

@@ -7,7 +7,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from depthmup.data.errors import UserError
 from depthmup.data.index import counted
 from depthmup.launch.config import Size
 from depthmup.launch.findings.analysis import Carry, Result, carry_optimum
@@ -186,13 +185,7 @@ def collect(study: Study) -> Report:
     study.refuse_other_study()
     refuse_mixture(study)
     for point in study.points:
-        if done := point.done():
-            metric = done.get(settings.metric) if done["outcome"] == "completed" else math.inf
-            if metric is None:
-                raise UserError(
-                    f"{point.directory.path}: done.json has no {settings.metric}; add minival to train.evaluate, or, "
-                    "if another version wrote it, delete the folder to train it again"
-                )
+        if (metric := point.loss(settings.metric)) is not None:
             results.append(Result(point.parameterization, point.size, point.value, point.seed, metric))
     failures, waiting = [], []
     for run in study.pending():

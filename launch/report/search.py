@@ -3,7 +3,7 @@
 import math
 import statistics
 import textwrap
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,10 +124,11 @@ def collect_search(search: Search) -> Found:
             trials.append((trial.number, trial.params, loss))
     losses, winners = {number: loss for number, _, loss in trials}, []
     for number in search.winners():
-        again = [search.loss([run]) for run in search.reruns_of(number)]
-        if any(loss is None for loss in again):
+        runs = search.reruns_of(number)
+        again = [loss for run in runs if (loss := search.loss([run])) is not None]
+        if len(again) < len(runs):
             break
-        winners.append(Winner(number, search.trials()[number].params, losses[number], [one for one in again if one]))
+        winners.append(Winner(number, search.trials()[number].params, losses[number], again))
     if not winners or len(winners) < len(search.winners()):
         raise UserError(
             f"the search {search.path} has not ended ({len(trials)} of {search.settings.trials} suggestions are "
@@ -268,5 +269,5 @@ def write_search(found: Found) -> Path:
         f"{found.search.file.study.metric} {show_number(found.winners[0].mean)} over new seeds.\n"
         f"# One run as it stands ({command('launch', best)}); with a section study: of sizes it is a transfer study.\n"
     )
-    write_atomically(best, (head + to_yaml(replace(config))).encode())
+    write_atomically(best, (head + to_yaml(config)).encode())
     return best

@@ -58,8 +58,7 @@ def describe_design(study: Study, console: Console) -> None:
 
 
 def print_search_plan(search: Search, console: Console) -> None:
-    """What a search tunes, how many runs it trains, and what they cost. Raises UserError for a bad space."""
-    search.check_space()
+    """What a search tunes, how many runs it trains, and what they cost."""
     settings, known = search.settings, len(search.trials())
     table = Table("hyperparameter", "space", box=None, pad_edge=False)
     for key, dimension in settings.space.items():

@@ -1,8 +1,10 @@
 """One run of a study: its place in it, its configuration and its directory."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+from depthmup.data.errors import UserError
 from depthmup.data.storage import is_remote
 from depthmup.launch.config import Size
 from depthmup.models.config import scale_of
@@ -29,6 +31,19 @@ class PlannedRun:
             shards = None if self.any_shards or is_remote(self.config.data.root) else data_fingerprint(self.config)
             check_owner(self.directory.path / "done.json", done, self.config, shards)
         return done
+
+    def loss(self, metric: str) -> float | None:
+        """The metric of a run that is done, infinite where it diverged; None before its end. Raises UserError for a
+        marker without that metric, and as `done`."""
+        if (done := self.done()) is None:
+            return None
+        loss: float | None = done.get(metric) if done["outcome"] == "completed" else math.inf
+        if loss is None:
+            raise UserError(
+                f"{self.directory.path}: done.json has no {metric}; add minival to train.evaluate, or, "
+                "if another version wrote it, delete the folder to train it again"
+            )
+        return loss
 
     def failed(self) -> dict[str, Any] | None:
         """As `done`, of the failed marker; None where another run failed in this directory."""

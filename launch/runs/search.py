@@ -8,16 +8,17 @@ import fcntl
 import json
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from depthmup.data.errors import UserError
 from depthmup.data.lock import flock
 from depthmup.data.storage import write_atomically
-from depthmup.launch.config import Size, TuneConfig, label
+from depthmup.launch.config import Size, StudyFile, TuneConfig, label
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.space import check_space, default_values, distributions, with_values
 from depthmup.launch.runs.study import Study
@@ -37,6 +38,11 @@ SPACE = "space"  # key of Optuna's study under which the space is kept
 class Search(Study):
     """A study's file with a section `tune`, and the runs that follow from what was suggested so far."""
 
+    def __init__(self, path: Path, file: StudyFile, overrides: Sequence[str] = ()) -> None:
+        """Raises UserError for a key of the space that cannot be tuned, and for a value that is none for this run."""
+        super().__init__(path, file, overrides)
+        check_space(self._base, self.settings, str(path))
+
     @property
     def settings(self) -> TuneConfig:
         assert self.file.tune is not None
@@ -44,14 +50,9 @@ class Search(Study):
 
     @cached_property
     def points(self) -> list[PlannedRun]:
-        """The runs of all valid suggestions, and those of the winners. Raises UserError for a bad space."""
-        self.check_space()
+        """The runs of all valid suggestions, and those of the winners."""
         tried = [run for trial in self.trials() for run in self.runs_tried(trial)]
         return [*tried, *(run for number in self.winners() for run in self.reruns_of(number))]
-
-    def check_space(self) -> None:
-        """Raises UserError for a key that cannot be tuned, and for a value that is none for this run."""
-        check_space(self._base, self.settings, str(self.path))
 
     def own_values(self) -> dict[str, Any] | None:
         """The file's own values where the space holds all of them: the first suggestion."""
@@ -139,7 +140,7 @@ class Search(Study):
         return found
 
     @property
-    def _journal(self) -> Any:
+    def _journal(self) -> Path:
         return self.file.directory / "search.journal"
 
     def trials(self) -> "list[FrozenTrial]":
@@ -153,13 +154,9 @@ class Search(Study):
         """Mean over `runs` of the metric, where none is worse than a guess; None while one is not done."""
         chance, losses = math.log(self.file.model.num_classes), []
         for run in runs:
-            done = run.done()
-            if done is None:
+            if (loss := run.loss(self.file.study.metric)) is None:
                 return None
-            metric = done.get(self.file.study.metric) if done["outcome"] == "completed" else math.inf
-            if metric is None:
-                raise UserError(f"{run.directory.path}: done.json has no {self.file.study.metric}")
-            losses.append(min(metric, chance) if math.isfinite(metric) else chance)
+            losses.append(min(loss, chance) if math.isfinite(loss) else chance)
         return sum(losses) / len(losses) if losses else None
 
     # ------------------------------------------------------------ going on
@@ -176,17 +173,12 @@ class Search(Study):
     def go_on(self) -> tuple[int, str]:
         """(number of new runs, why): tells Optuna what has ended, and asks for the next batch; after the last one
         chooses the winners. Durable: every later command sees them. To be called when no run is pending."""
-        self.check_space()
         with self._alone():
             before = len(self.runs)
             self._tell()
             added = self._ask() or self._choose_winners()
-            self._forget()
+            self._forget_runs()
             return len(self.runs) - before, added or "the search has ended"
-
-    def _forget(self) -> None:
-        for name in ("points", "runs"):
-            self.__dict__.pop(name, None)
 
     def _tell(self) -> None:
         from optuna.trial import TrialState

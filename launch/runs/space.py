@@ -25,7 +25,6 @@ FIXED = {
     "optimizer.name": "another optimizer has other hyperparameters: tune each in a search of its own",
     "parameterization.name": "parameterizations make the same of the base: compare them in a study",
 }
-SHOWN = 60  # characters of a list in a message
 
 
 def with_values(plain: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -65,6 +65,11 @@ class Study:
             by_directory.setdefault(run.directory.path, run)
         return list(by_directory.values())
 
+    def _forget_runs(self) -> None:
+        """Once what they follow from has grown."""
+        for name in ("points", "runs"):
+            self.__dict__.pop(name, None)
+
     def _grid(self) -> Iterator[PlannedRun]:
         """Every size and every value is checked once, not every pair of them: a plan of thousands is quick."""
         study, runs, any_shards = (
@@ -226,7 +231,7 @@ class Study:
         """Returns how many runs it makes. Durable: every later command sees them."""
         before = len(self.runs)
         write_added_rounds(self._rounds_file, [*self.rounds(), added])
-        del self.points, self.runs
+        self._forget_runs()
         return len(self.runs) - before
 
     # ------------------------------------------------------------ growing the grid
@@ -265,7 +270,7 @@ class Study:
         if not growth:
             return 0
         write_rounds(self._added_file, [*rounds, growth])
-        del self.points, self.runs
+        self._forget_runs()
         return len(self.runs) - before
 
     @property
@@ -296,7 +301,7 @@ class Study:
             seed = max([*self.file.study.seeds, *(seed for _, seed in known.get((parameterization, size), ()))]) + 1
             added.append(AddedSeed(parameterization=parameterization, **vars(size), values=list(values), seed=seed))
         write_rounds(self._seeds_file, [*rounds, added])
-        del self.points, self.runs
+        self._forget_runs()
         return len(self.runs) - before
 
     # ------------------------------------------------------------ writing
