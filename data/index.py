@@ -11,7 +11,7 @@ import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from shlex import quote
 from typing import Annotated, Any
@@ -130,6 +130,11 @@ class Index:
     def shards(self) -> list[Shard]:
         return [shard for shards in self.splits.values() for shard in shards]
 
+    @cached_property
+    def is_remote(self) -> bool:
+        """Whether training samples come over the network."""
+        return any(storage.is_remote(self.location(shard)) for shard in self.splits.get("train", ()))
+
     def describe(self, split: str | None = None, noun: str = "sample") -> str:
         """'7 samples in 2 shards' of one split, or of all."""
         shards = self.splits[split] if split else self.shards
@@ -164,8 +169,7 @@ class Index:
         or there are none."""
         if "train" not in self.splits or not (found := describe_class_order(self.labels("train"))):
             return None
-        remote = any(storage.is_remote(self.location(shard)) for shard in self.splits["train"])
-        source = "FOLDER, once the shards are copied there," if remote else quote(self.root)
+        source = "FOLDER, once the shards are copied there," if self.is_remote else quote(self.root)
         return f"train: {found}. Shuffle them (depthmup pack {source} OUT), or set data.window=epoch (fast local disks)"
 
     def location(self, shard: Shard) -> str:

@@ -67,8 +67,7 @@ class TrainingStream:
         """Reads samples from the shards."""
 
         def places(stream: int, window: int) -> list[tuple[Span, int]]:
-            for span in order.read_ahead(stream, window):
-                prefetch(self.index, span)
+            self.read_ahead(order, stream, window)
             return order.samples(stream, window)
 
         def read(place: tuple[Span, int]) -> tuple[Tensor, int]:
@@ -76,7 +75,14 @@ class TrainingStream:
 
         return StandIns(order, places, read, self.config.max_bad_fraction)
 
+    def read_ahead(self, order: EpochOrder, stream: int, window: int) -> None:
+        for span in order.read_ahead(stream, window):
+            prefetch(self.index, span)
+
     def open_window(self, samples: Samples, order: EpochOrder, stream: int, window: int) -> OpenWindow:
+        """With the next window on its way, where the shards are remote, while this one is served."""
+        if self.index.is_remote and window + 1 < order.num_windows:
+            self.read_ahead(order, stream, window + 1)
         draws = order.draws(stream, window, num_draws(self.config))
         return OpenWindow(stream, window, samples.places(stream, window), draws)
 
@@ -95,6 +101,11 @@ class TrainingStream:
             order = self.order(epoch)
             samples = self.stand_ins(order, buffer)
             windows: dict[int, OpenWindow] = {}  # by stream
+            if self.index.is_remote:
+                rows = rows_of(worker, num_workers, self.local_batch_size, 0)
+                first = position // self.config.num_streams // order.window
+                for place in range(rows.start // order.per_stream_batch, -(-rows.stop // order.per_stream_batch)):
+                    self.read_ahead(order, mine[place], first)  # of all streams, before the first is waited for
             for step in range(position // self.global_batch_size, order.num_steps):
                 number = next(numbers)
                 images, labels = slots.of(number)

@@ -63,8 +63,8 @@ def read_sample(index: Index, span: Span, number: int) -> RawSample:
 
 
 def prefetch(index: Index, span: Span) -> None:
-    """Has the span read ahead as a whole, before its samples are read in another order."""
+    """Has the span read ahead as a whole, before its samples are read in another order. Waits for nothing."""
     members = index.members(span.shard)
     first, last = span.first, span.first + span.samples - 1
     start, stop = int(members.offsets[first]), int(members.offsets[last] + members.sizes[last])
-    storage.prefetch(index.location(span.shard), span.shard.sha256, start, stop - start)
+    storage.prefetch(index.location(span.shard), span.shard.sha256, span.shard.size, start, stop - start)

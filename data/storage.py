@@ -10,14 +10,16 @@ import stat
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from io import FileIO
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
+from depthmup.data.ahead import ahead
 from depthmup.data.errors import UserError
 from depthmup.data.paths import expand_path
 
@@ -135,10 +137,11 @@ def remote_size(url: str) -> int:
 @dataclass
 class CacheUse:
     """This process's use of the cache: bytes fetched since it last looked at the cap (infinite: it has not yet), and
-    the time, as of time.monotonic, up to which it caches nothing."""
+    the time, as of time.monotonic, up to which it caches nothing, and a counter of the failures that paused it."""
 
     fetched: float = math.inf
     paused_until: float = 0.0
+    failures: Iterator[int] = field(default_factory=count)  # one step for each of several threads
 
 
 cache_use = CacheUse()
@@ -208,9 +211,9 @@ def keep(cached: Path, content: bytes) -> None:
             cache_use.fetched = 0
             evict()
     except OSError as error:
-        if not cache_use.paused_until:
-            warnings.warn(f"{CACHE}: cannot cache remote data ({error.strerror or error}): slower", stacklevel=2)
         cache_use.paused_until = time.monotonic() + PAUSE
+        if next(cache_use.failures) == 0:
+            warnings.warn(f"{CACHE}: cannot cache remote data ({error.strerror or error}): slower", stacklevel=2)
 
 
 def read_cached(cached: Path, block_size: int, start: int, stop: int) -> bytes | None:
@@ -229,22 +232,45 @@ def read_cached(cached: Path, block_size: int, start: int, stop: int) -> bytes |
     return content if status.st_size == block_size and len(content) == stop - start else None
 
 
+def is_caching() -> bool:
+    return cache_is_safe(CACHE) and time.monotonic() >= cache_use.paused_until
+
+
+def bounds_of(number: int, file_size: int) -> tuple[int, int]:
+    """First and last (exclusive) byte of a block."""
+    return number * BLOCK, min((number + 1) * BLOCK, file_size)
+
+
+def cached_file(url: str, version: str, first: int, end: int) -> Path:
+    """With the user in the name, since users who share a folder may not replace each other's files."""
+    return CACHE / hashlib.sha256(f"{url} {version} {first} {end} {os.getuid()}".encode()).hexdigest()[:40]
+
+
+def fetch_block(url: str, first: int, end: int, cached: Path) -> bytes:
+    block = fetch(url, first, end)
+    keep(cached, block)
+    return block
+
+
+def fetch_ahead(url: str, first: int, end: int, cached: Path) -> bytes | None:
+    """The block, unless it has come into the cache since it was asked for, or nothing is cached meanwhile."""
+    return fetch_block(url, first, end, cached) if is_caching() and not cached.exists() else None
+
+
 def read_block(url: str, version: str, number: int, file_size: int, start: int, stop: int) -> bytes:
     """Bytes [start, stop), counted from the block's first, of block `number` of a remote file of `file_size` bytes."""
-    first, end = number * BLOCK, min((number + 1) * BLOCK, file_size)
+    first, end = bounds_of(number, file_size)
     if not cache_is_safe(CACHE):
         return fetch(url, first + start, first + stop)
-    # with the user in the name, since users who share a folder may not replace each other's files
-    name = hashlib.sha256(f"{url} {version} {first} {end} {os.getuid()}".encode()).hexdigest()[:40]
-    cached = CACHE / name
+    cached = cached_file(url, version, first, end)
+    if (block := ahead().result(cached.name)) is not None:  # asked first: what is done lies in the cache
+        return block[start:stop]
     content = read_cached(cached, end - first, start, stop)
     if content is not None:
         return content
-    if time.monotonic() < cache_use.paused_until:
+    if not is_caching():
         return fetch(url, first + start, first + stop)
-    block = fetch(url, first, end)
-    keep(cached, block)
-    return block[start:stop]
+    return fetch_block(url, first, end, cached)[start:stop]
 
 
 @lru_cache(maxsize=128)
@@ -281,7 +307,14 @@ def read_whole(location: str) -> bytes:
     return Path(location).read_bytes()
 
 
-def prefetch(location: str, version: str, offset: int, size: int) -> None:
-    """Asks the operating system to read a local range ahead, in one go, for single reads that follow."""
+def prefetch(location: str, version: str, file_size: int, offset: int, size: int) -> None:
+    """Has a range read ahead for single reads that follow: by the operating system where it is local, and where it is
+    remote by several requests at once, into the cache. Waits for nothing."""
     if not is_remote(location):
         os.posix_fadvise(open_local(location, version).fileno(), offset, size, os.POSIX_FADV_WILLNEED)
+    elif is_caching():
+        for number in range(offset // BLOCK, -(-min(offset + size, file_size) // BLOCK)):
+            first, end = bounds_of(number, file_size)
+            cached = cached_file(location, version, first, end)
+            if not cached.exists():
+                ahead().ask(cached.name, partial(fetch_ahead, location, first, end, cached))

@@ -23,6 +23,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry as fsspec_classes
 
 from depthmup.data import storage
+from depthmup.data.ahead import THREADS
 from depthmup.data.errors import UserError
 from depthmup.data.index import Index, load_members
 from depthmup.data.loader import TrainingLoader, TrainingStream
@@ -139,6 +140,52 @@ def test_an_http_server_that_fails_stalls_and_cuts_gives_the_local_batches(shard
         if num_workers == 0:
             requests = server.requests[asked:]
     assert [path for path in requests if path.endswith(".tar")] == []  # all from the cache
+
+
+def test_one_reader_has_several_requests_in_flight_and_fetches_nothing_twice(shards, monkeypatch):
+    expected = epoch(shards)
+    in_flight, most = [], []
+
+    class Slow(Server):
+        def answer(self, path, headers):
+            if path.endswith(".tar"):
+                in_flight.append(path)
+                most.append(len(in_flight))
+                time.sleep(0.05)
+                in_flight.remove(path)
+            return super().answer(path, headers)
+
+    slow = Slow(Path(shards.root))
+    asked = []
+    request = storage.request
+    monkeypatch.setattr(
+        storage, "request", lambda *what, **of: asked.append((what, *of.values())) or request(*what, **of)
+    )
+    got = epoch(Index.load(slow.url))
+    slow.shutdown()
+    slow.server_close()
+    assert all(torch.equal(a.images, b.images) for a, b in zip(expected, got, strict=True))
+    assert 4 <= max(most) <= THREADS
+    assert len(asked) == len(set(asked))
+
+
+def test_a_block_that_cannot_be_read_ahead_ends_the_run_with_the_reason_and_may_be_asked_for_again(shards, server):
+    index = Index.load(server.url)
+    shard = index.shards[0]
+    where = index.location(shard), shard.sha256, shard.size, 0, 10
+    server.faults = [500] * storage.TRIES
+    storage.prefetch(*where)
+    with pytest.raises(UserError, match="5 tries failed"):
+        storage.read_range(*where)
+    assert storage.read_range(*where) == (Path(shards.root) / shard.name).read_bytes()[:10]
+
+
+def test_a_process_that_is_forked_reads_ahead_with_threads_of_its_own(shards, server):
+    index = Index.load(server.url)
+    shard = index.shards[0]
+    storage.prefetch(index.location(shard), shard.sha256, shard.size, 0, 10)
+    shutil.rmtree(storage.CACHE, ignore_errors=True)
+    assert all(torch.equal(a.images, b.images) for a, b in zip(epoch(shards), epoch(index, 2), strict=True))
 
 
 def test_a_sample_in_the_cache_costs_its_own_bytes_and_no_whole_block(shards, server, monkeypatch):
@@ -277,7 +324,7 @@ def test_a_disk_too_full_for_the_cache_costs_one_warning_and_the_cache_comes_bac
     [warning] = warned
     assert "cannot cache remote data (File too large)" in warning
     whole_blocks = len(expected) * 8 * 4096
-    assert (server.sent < whole_blocks / 3) == (pause > 0)  # in the pause no more is fetched than is wanted
+    assert (server.sent < whole_blocks / 2) == (pause > 0)  # in the pause only what is wanted, beside 8 blocks on the way
     assert list(storage.CACHE.iterdir()) == []  # nothing half written either
     storage.cache_use.paused_until = 1.0
     assert all(torch.equal(a.images, b.images) for a, b in zip(expected, epoch(Index.load(server.url)), strict=True))
