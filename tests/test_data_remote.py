@@ -324,7 +324,8 @@ def test_a_disk_too_full_for_the_cache_costs_one_warning_and_the_cache_comes_bac
     [warning] = warned
     assert "cannot cache remote data (File too large)" in warning
     whole_blocks = len(expected) * 8 * 4096
-    assert (server.sent < whole_blocks / 2) == (pause > 0)  # in the pause only what is wanted, beside 8 blocks on the way
+    # In the pause no more is fetched than is wanted, beside the 8 blocks on their way when it began.
+    assert (server.sent < whole_blocks / 2) == (pause > 0)
     assert list(storage.CACHE.iterdir()) == []  # nothing half written either
     storage.cache_use.paused_until = 1.0
     assert all(torch.equal(a.images, b.images) for a, b in zip(expected, epoch(Index.load(server.url)), strict=True))
