@@ -37,6 +37,10 @@ MODELS: dict[str, dict[str, Any]] = {
         f"conv_resnet, norm {norm}": {"family": "conv_resnet", "image_size": 8, "norm": norm, "num_stages": 2}
         for norm in ("none", "batch", "layer")
     },
+    "timm's ConvNeXt": {
+        **{"family": "timm", "timm_name": "convnext_atto", "image_size": 8, "arguments": {"patch_size": 1}},
+        **{"depth": 2, "base_depth": 1},
+    },
 }
 
 
@@ -51,14 +55,10 @@ def run_of(name: str) -> RunConfig:
 
 
 def stream_types(scaled: ScaledModel, images: Tensor) -> set[torch.dtype]:
-    """Of what enters and leaves each block, in a pass under autocast whose branches are bf16."""
-    types, of_branches = set(), set()
-
-    def record(module: Any, inputs: Any, output: Tensor) -> None:
-        types.update({inputs[0].dtype, output.dtype})
-
-    for block in scaled.blocks:
-        scaled.network.get_submodule(block).register_forward_hook(record)
+    """Of what enters and leaves each block and of what each branch adds, in a pass under autocast whose branches are
+    bf16."""
+    of_branches = set()
+    types = record_stream_types(scaled.network, scaled)
     for module in scaled.network.modules():
         if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
             module.register_forward_hook(lambda module, inputs, output: of_branches.add(output.dtype))
@@ -68,12 +68,26 @@ def stream_types(scaled: ScaledModel, images: Tensor) -> set[torch.dtype]:
     return types
 
 
+def record_stream_types(network: torch.nn.Module, scaled: ScaledModel) -> set[torch.dtype]:
+    """Filled by each pass: the types of what enters and leaves each block, and of what each branch adds."""
+    types = set[torch.dtype]()
+
+    def record(module: Any, inputs: Any, output: Tensor) -> None:
+        types.update({inputs[0].dtype, output.dtype})
+
+    for block in scaled.blocks:
+        network.get_submodule(block).register_forward_hook(record)
+    for branch in scaled.branches:
+        network.get_submodule(branch).register_forward_hook(lambda module, inputs, output: types.add(output.dtype))
+    return types
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_residual_stream_has_the_stated_type_throughout(name: str, dtype: torch.dtype) -> None:
     config = run_of(name)
     scaled = build(config.model, ParameterizationConfig(), 0)
-    set_stream_type(scaled.network, scaled.blocks[0], scaled.branches, dtype)
+    set_stream_type(scaled.network, scaled.blocks, scaled.branches, dtype)
     size = config.model.image_size
     assert stream_types(scaled, torch.randn(4, 1, size, size)) == {dtype}
 
@@ -82,11 +96,7 @@ def test_the_residual_stream_has_the_stated_type_throughout(name: str, dtype: to
 def test_the_residual_stream_of_a_pack_is_fp32_too(name: str) -> None:
     config = run_of(name)
     replicas = Replicas([config, config], CPU, torch.bfloat16)
-    types = set()
-    for block in build_meta(config.model, config.parameterization).blocks:
-        replicas.network.get_submodule(block).register_forward_hook(
-            lambda module, inputs, output: types.update({inputs[0].dtype, output.dtype})
-        )
+    types = record_stream_types(replicas.network, build_meta(config.model, config.parameterization))
     replicas.forward(torch.randn(1, 4, 1, config.model.image_size, config.model.image_size))
     assert types == {torch.float32}
 

@@ -51,7 +51,7 @@ class OneNetwork:
         self.num_drop_branches = self.draws.num_branches
         if self.dtype:
             stream_dtype = self.dtype if config.train.bf16_residual else torch.float32
-            set_stream_type(scaled.network, blocks[0], branches, stream_dtype)
+            set_stream_type(scaled.network, blocks, branches, stream_dtype)
         self.channels_last = prepare(scaled.network, blocks, config.train, engine_name, device)
 
         def make_optimizer(network: nn.Module) -> torch.optim.Optimizer:

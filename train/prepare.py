@@ -46,9 +46,10 @@ def prepare_device(config: TrainConfig, device: torch.device) -> torch.dtype | N
     return autocast_dtype(config, device)
 
 
-def set_stream_type(network: nn.Module, first_block: str, branches: Iterable[str], dtype: torch.dtype) -> None:
-    """Keeps the residual stream in `dtype` under autocast, whose convolutions and products return bf16: what enters the
-    first block and what every branch adds is cast to it, before its multiplier. `branches`: names of their ends."""
+def set_stream_type(network: nn.Module, blocks: Iterable[str], branches: Iterable[str], dtype: torch.dtype) -> None:
+    """Keeps the residual stream in `dtype` under autocast, whose convolutions and products return bf16: what enters a
+    block (from the stem, or from the layer between two stages) and what every branch adds is cast to it, the latter
+    before its multiplier. `branches`: names of their ends."""
 
     def cast_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (inputs[0].to(dtype), *inputs[1:])
@@ -56,7 +57,8 @@ def set_stream_type(network: nn.Module, first_block: str, branches: Iterable[str
     def cast_output(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return output.to(dtype)
 
-    network.get_submodule(first_block).register_forward_pre_hook(cast_input)
+    for name in blocks:
+        network.get_submodule(name).register_forward_pre_hook(cast_input)
     for name in branches:
         network.get_submodule(name).register_forward_hook(cast_output, prepend=True)
 

@@ -53,7 +53,7 @@ class Replicas:
         self.draws = install_stochastic_depth(self.network, branches, blocks, train.drop_path)
         self.num_drop_branches = self.draws.num_branches
         if autocast_dtype:
-            set_stream_type(self.network, blocks[0], branches, autocast_dtype if train.bf16_residual else torch.float32)
+            set_stream_type(self.network, blocks, branches, autocast_dtype if train.bf16_residual else torch.float32)
         self.multipliers = stack_multipliers(scaled, device)
         self.installed = scaled[0].multipliers
         self.roles = {name: rule.role.value for name, rule in scaled[0].rules.items()}
