@@ -5,6 +5,7 @@ does so again once their jobs have ended, so that the user may log out. That job
 """
 
 import argparse
+import math
 import shutil
 import sys
 import time
@@ -230,9 +231,9 @@ def advance_study(study: Study, targets: Sequence[Path], console: Console, by_it
         for one in current:
             launched = launch(one, IDLE if by_itself else UNFINISHED, by_itself)
             if launched.job_ids:
-                runs = f"{len(launched.runs)} runs submitted: jobs {', '.join(launched.job_ids)}"
-                console.print(runs, highlight=False)
-            job_ids |= {found.task.job_id for found in take(one, launched.job_ids).runs if found.task}
+                console.print(launched.describe_jobs(), highlight=False)
+            queued = sorted({found.task.job_id for found in take(one, launched.job_ids).runs if found.task}, key=int)
+            job_ids |= set(queued[: math.ceil(len(queued) / 2)] if launched.left else queued)
         if not job_ids:
             raise unfinished(current[0])
         attach(sorted(job_ids))
@@ -305,13 +306,13 @@ PATIENCE_SECONDS = 1800.0  # the job's own time limit is an hour, unless launch.
 
 
 def repeat_while_silent(step: Callable[[], None], console: Console) -> None:
-    """Takes `step` again and again while Slurm does not answer, and says so each time. Raises UserError when it has not
-    for PATIENCE_SECONDS."""
+    """Takes `step` again and again while Slurm does not answer, or has no place for one job more, and says so each
+    time. Raises UserError when that lasts for PATIENCE_SECONDS."""
     pause, end = PAUSE_SECONDS, time.monotonic() + PATIENCE_SECONDS
     while True:
         try:
             return step()
-        except slurm.Silent as error:
+        except (slurm.Silent, slurm.Full) as error:
             left = end - time.monotonic()
             if left <= 0:
                 raise UserError(f"{error} (waited {duration(PATIENCE_SECONDS)} for it)") from None

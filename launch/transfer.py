@@ -1,5 +1,6 @@
 """The main job: data, plan, launch, wait. Whatever is there already is used."""
 
+import math
 import os
 import shutil
 import signal
@@ -16,7 +17,7 @@ from rich.console import Console
 
 from depthmup.data.config import DataConfig
 from depthmup.data.errors import UserError
-from depthmup.data.index import INDEX_NAME, Index
+from depthmup.data.index import INDEX_NAME, Index, counted
 from depthmup.data.storage import write_atomically
 from depthmup.launch.config import Size
 from depthmup.launch.jobs import code as code_snapshot
@@ -40,7 +41,8 @@ from depthmup.train.lock import holder
 
 POLL_SECONDS = 0.5
 SLURM_POLL_SECONDS = 10.0
-IDLE: tuple[State, ...] = ("new", "interrupted", "lost")  # no job has them, and nothing is wrong with them
+GONE: tuple[State, ...] = ("interrupted", "lost")  # their jobs are gone, and nothing is wrong with them
+IDLE: tuple[State, ...] = ("new", *GONE)
 STOPPED: tuple[State, ...] = ("failed", "held", "lost", "interrupted", "cancelled")  # all that were submitted
 UNFINISHED: tuple[State, ...] = ("new", *STOPPED)
 
@@ -83,11 +85,21 @@ def prepare_data(study: Study, console: Console) -> Index:
 
 @dataclass(frozen=True)
 class Launched:
-    """What was submitted: the runs, the ids of Slurm arrays, and the processes of slots on this machine."""
+    """What was submitted: the runs, the ids of Slurm arrays, and the processes of slots on this machine.
+
+    left: the number of runs that Slurm has no place for now; they are submitted as places become free, by what waits
+    for the study or goes on after its jobs.
+    """
 
     runs: list[PlannedRun]
     job_ids: list[str]
     slots: list[subprocess.Popen[bytes]]
+    left: int = 0
+
+    def describe_jobs(self) -> str:
+        """'8 runs submitted: jobs 4711, 4712'."""
+        rest = f"; {self.left} more when Slurm has place for them" if self.left else ""
+        return f"{counted(len(self.runs), 'run')} submitted: jobs {', '.join(self.job_ids)}{rest}"
 
     def stop(self) -> None:
         """Tells the slots to save and end, and waits for it; a second Ctrl-C meanwhile kills them."""
@@ -105,7 +117,8 @@ def launch(study: Study, only: Sequence[State] = UNFINISHED, by_itself: bool = F
     """Writes the study and submits every run whose state is in `only`, the costliest first. Failed runs go again.
 
     What waits or runs already is left alone, also when an earlier launcher was killed. `by_itself`: no user asked for
-    it now, so that only those of `select_resubmittable` go. Raises UserError, and has then submitted nothing, and
+    it now, so that only those of `select_resubmittable` go. Where Slurm has no place for all, it submits the costliest
+    and the result says how many are left. Raises UserError, and has then submitted nothing, and
     KeyboardInterrupt with the line to say when what trains in this process was stopped.
     """
     config = study.file.launch
@@ -127,7 +140,7 @@ def launch(study: Study, only: Sequence[State] = UNFINISHED, by_itself: bool = F
 
         packs = make_packs(runs, config)
         if config.cluster == "slurm":
-            return Launched(runs, launch_arrays(study, packs, snapshot, lock), [])
+            return launch_wave(study, packs, snapshot, lock)
         study.write()
         forget_failures(runs)
         if config.cluster == "local":
@@ -139,26 +152,54 @@ def launch(study: Study, only: Sequence[State] = UNFINISHED, by_itself: bool = F
     return Launched(runs, [], [])
 
 
-def launch_arrays(
-    study: Study, packs: Sequence[Sequence[PlannedRun]], snapshot: states.Snapshot, lock: int
-) -> list[str]:
-    """Submits `packs` to Slurm; returns the job ids. Raises UserError when Slurm refuses, and leaves nothing behind, or
-    when it stops answering, and then leaves what it has taken, to be found by the next launch."""
-    from depthmup.launch.jobs.submit import deal, prepare_arrays, submit_arrays, take_turns
-
-    root, config = study.file.directory, study.file.launch
+def launch_wave(study: Study, packs: Sequence[Sequence[PlannedRun]], snapshot: states.Snapshot, lock: int) -> Launched:
+    """Submits to Slurm as many of `packs` as it has place for, to a factor of 2, the first ones first. Raises as
+    `launch_arrays` does, Full only where nothing of the study waits or runs."""
     try:
         limit = slurm.max_array_size()  # first: without Slurm nothing is written
     except slurm.SlurmError as error:
         raise slurm.Silent(f"Slurm does not answer: {error}. Nothing was submitted") from None
+    from depthmup.launch.jobs.submit import deal
+
     study.write()
-    code = code_snapshot.take(root / "code")
+    code = code_snapshot.take(study.file.directory / "code")
+    by_name = {run.directory.path.name: run for pack in packs for run in pack}
+    tasks = group(packs, study.file.launch.runs_per_job)
+    taken = len(tasks)
+    while True:
+        # Of a part there are two arrays: when the first has ended, what goes on after it refills the queue.
+        arrays = deal(tasks[:taken], limit if taken == len(tasks) else min(limit, math.ceil(taken / 2)))
+        runs = [by_name[name] for task in tasks[:taken] for name in task]
+        left = len(by_name) - len(runs)
+        try:
+            return Launched(runs, launch_arrays(study, arrays, runs, code, snapshot, lock), [], left)
+        except slurm.Full:
+            if taken == 1 and snapshot.of(*states.ACTIVE):
+                return Launched([], [], [], len(by_name))
+            if taken == 1:
+                raise
+            taken //= 2
+
+
+def launch_arrays(
+    study: Study,
+    arrays: Sequence[list[list[str]]],
+    runs: Sequence[PlannedRun],
+    code: Path,
+    snapshot: states.Snapshot,
+    lock: int,
+) -> list[str]:
+    """Submits `arrays`, whose tasks are `runs`, to Slurm; returns the job ids. Raises UserError when Slurm refuses, and
+    leaves nothing behind, or when it stops answering, and then leaves what it has taken, to be found by the next
+    launch."""
+    from depthmup.launch.jobs.submit import prepare_arrays, submit_arrays, take_turns
+
+    root, config = study.file.directory, study.file.launch
     name = f"depthmup-{study.file.study.name}"
-    tasks = group(packs, config.runs_per_job)
-    arrays = deal(tasks, limit)
+    tasks = [task for array in arrays for task in array]
     turns = take_turns(len(arrays), len(tasks), config.max_running, *places_taken(snapshot.submissions, snapshot.queue))
     submissions = prepare_arrays(arrays, turns, config, root / "jobs", name, code)
-    forgotten = forget_failures([run for pack in packs for run in pack])
+    forgotten = forget_failures(runs)
     try:
         submit_arrays(submissions, turns, config, lock)
     except UserError:
@@ -172,7 +213,7 @@ def launch_arrays(
         count = sum(len(names) for submission in taken for names in submission.tasks)
         jobs = f" as jobs {', '.join(str(submission.job_id) for submission in taken)}" if taken else ""
         raise slurm.Silent(
-            f"Slurm stopped answering: {error}. {count} of {sum(map(len, packs))} runs were submitted{jobs}, of the "
+            f"Slurm stopped answering: {error}. {count} of {len(runs)} runs were submitted{jobs}, of the "
             "others perhaps some. Give the same command again once it answers: it submits those that are left"
         ) from None
     return [submission.job_id or "" for submission in submissions]
@@ -229,11 +270,13 @@ def cancel(study: Study) -> tuple[list[str], list[int]]:
 
 
 def wait(study: Study, launched: Launched, console: Console) -> None:
-    """Shows progress until nothing waits or runs. On Slurm, runs whose job ended without a word are submitted again.
+    """Shows progress until nothing waits or runs. On Slurm, runs whose job ended without a word are submitted again,
+    and those that it had no place for when half of the jobs have ended that took the places.
 
     Raises UserError when runs are left over.
     """
     on_slurm = study.file.launch.cluster == "slurm"
+    places: int | None = None  # that the study has, where Slurm has no place for more of its runs
     flops = count_flops(study.runs)
     started, at_start = time.monotonic(), None
     with display(console, "runs") as shown:
@@ -253,8 +296,15 @@ def wait(study: Study, launched: Launched, console: Console) -> None:
             )
             text += waiting_for(snapshot)
             text += ", Slurm does not answer" if snapshot.slurm_error else ""
-            if on_slurm and not snapshot.slurm_error and resubmit_lost(study, snapshot):
-                continue
+            active = len(snapshot.of(*states.ACTIVE))
+            if launched.left and places is None:
+                places = active
+            if on_slurm and not snapshot.slurm_error and (places is None or 2 * active <= places):
+                again = resubmit(study, snapshot, IDLE if places else GONE)
+                places = active + len(again.runs) if again.left else None
+                if again.runs:
+                    launched = again
+                    continue
             shown.update(share, text, final=ended)
             if ended:
                 break
@@ -310,12 +360,11 @@ def finished_share(snapshot: states.Snapshot, flops: Mapping[Size, tuple[int, in
     return done / sum(flops[found.run.size][1] for found in snapshot.runs)
 
 
-def resubmit_lost(study: Study, snapshot: states.Snapshot) -> int:
-    """Submits runs again whose jobs are gone, where they may go again; returns their number."""
-    gone: tuple[State, ...] = ("lost", "interrupted")
-    if not select_resubmittable(study, snapshot, gone):
-        return 0
-    return len(launch(study, gone, by_itself=True).runs)
+def resubmit(study: Study, snapshot: states.Snapshot, only: Sequence[State]) -> Launched:
+    """Submits runs in one of the states `only`, where they may go by themselves."""
+    if not select_resubmittable(study, snapshot, only):
+        return Launched([], [], [])
+    return launch(study, only, by_itself=True)
 
 
 def grow(study: Study) -> tuple[int, str]:

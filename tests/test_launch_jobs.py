@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from depthmup.data.errors import UserError
-from depthmup.launch.chain import follower
+from depthmup.launch import transfer
+from depthmup.launch.chain import advance_study, follower
 from depthmup.launch.cli import cli
 from depthmup.launch.config import LaunchConfig
 from depthmup.launch.jobs import code, slurm, states
@@ -26,14 +28,21 @@ from depthmup.launch.jobs.submission import Submission, ask, cancelled, load_all
 from depthmup.launch.jobs.submit import Turns, deal, dry_run_script, submit_continuation, take_turns
 from depthmup.launch.reading import read_study
 from depthmup.launch.runs.study import Study
-from depthmup.launch.transfer import launch, unfinished, waiting_for
+from depthmup.launch.transfer import launch, unfinished, wait, waiting_for
 
 FAKES = {
     # one line per job that was submitted: ID NAME TASKS; `hidden` there: to others, only their own jobs are shown
+    # `places`: no more array elements at once; those of the ids in `ended` and in `cancelled` are no longer there
     "sbatch": """
 [ -e refuse ] && { echo "sbatch: error: Batch job submission failed: $(cat refuse)" >&2; exit 1; }
 id=$(( $(cat jobs 2>/dev/null | wc -l) + 1 )); script="${@: -1}"
 name=$(sed -n 's/^#SBATCH --job-name=//p' "$script"); tasks=$(sed -n 's/^#SBATCH --array=0-//p' "$script")
+if [ -e places ]; then
+  taken=$(( ${tasks%%%*} + 1 )); gone=" $(cat ended cancelled 2>/dev/null | tr '\n' ' ') "
+  while read -r other _ last _; do [[ "$gone" == *" $other "* ]] || taken=$(( taken + last + 1 )); done < jobs
+  [ $taken -gt $(cat places) ] && { echo "sbatch: error: AssocMaxSubmitJobLimit
+sbatch: error: Batch job submission failed: Job violates accounting/QOS policy (job submit limit)" >&2; exit 1; }
+fi
 echo "$id $(basename "$(dirname "$script")") ${tasks%%%*} ${tasks##*%} $*" >> jobs; echo $id""",
     "squeue": """
 echo "$*" >> asked; wanted=; for word in "$@"; do case $word in
@@ -41,7 +50,9 @@ echo "$*" >> asked; wanted=; for word in "$@"; do case $word in
 [ -e hidden ] && exit 0
 [ "$column" = 1 ] && [[ "${wanted//,}" = "${wanted:1:-1}" ]] && ! grep -q "^${wanted:1:-1} " jobs &&
   { echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1; }
+gone=" $(cat ended 2>/dev/null | tr '\n' ' ') "
 while read -r id name last throttle rest; do
+  [[ "$gone" == *" $id "* ]] && continue
   case $column in 1) key=$id;; 2) key=$name;; esac
   [[ "$wanted" == *,$key,* ]] && for index in $(seq 0 $last); do echo "$id|$index|$(cat state)|$name"; done
 done < jobs; exit 0""",
@@ -98,6 +109,83 @@ def study_of(study_file: Path) -> Callable[..., Study]:
         return Study(study_file, read_study(study_file, ("launch.cluster=slurm", *overrides)), overrides)
 
     return make
+
+
+# ---------------------------------------------------------------- more runs than Slurm has places for
+
+
+def end_job(fake: Path, study: Study, job_id: str) -> None:
+    """Its runs are done, and it is no longer in the queue."""
+    [submission] = [each for each in load_all(study.file.directory / "jobs") if each.job_id == job_id]
+    names = {name for task in submission.tasks for name in task}
+    for run in study.runs:
+        if run.directory.path.name in names:
+            run.directory.write_done({"outcome": "completed", "minival_loss": 1.0})
+    with open(fake / "ended", "a") as file:
+        file.write(f"{job_id}\n")
+
+
+def in_queue(fake: Path) -> list[dict[str, Any]]:
+    gone = {id for name in ("ended", "cancelled") if (fake / name).exists() for id in (fake / name).read_text().split()}
+    return [job for job in submitted(fake) if job["id"] not in gone]
+
+
+def test_of_more_runs_than_slurm_has_places_for_a_part_is_submitted_and_the_rest_stays_new(
+    fake: Path, study_of: Callable[..., Study]
+) -> None:
+    (fake / "places").write_text("5")
+    study = study_of()
+    launched = launch(study)
+    assert (len(launched.runs), launched.left) == (3, 9)
+    assert sum(job["tasks"] for job in in_queue(fake)) == 3
+    assert "3 runs submitted: jobs" in launched.describe_jobs()
+    assert "9 more when Slurm has place" in launched.describe_jobs()
+    assert states.take(study).counts() == {"waiting": 3, "new": 9}
+    assert len(load_all(study.file.directory / "jobs")) == len(in_queue(fake)) == 2  # no trace of what was refused
+    (fake / "places").write_text("3")
+    again = launch(study)
+    assert (again.runs, again.job_ids, again.left) == ([], [], 9)
+
+
+def test_a_queue_without_a_place_for_the_first_job_is_refused_with_the_key(
+    fake: Path, study_of: Callable[..., Study]
+) -> None:
+    (fake / "places").write_text("0")
+    with pytest.raises(slurm.Full, match=r"AssocMaxSubmitJobLimit.*change launch\.runs_per_job"):
+        launch(study_of())
+    assert in_queue(fake) == []
+
+
+def test_who_waits_for_a_study_refills_the_queue_as_places_become_free(
+    fake: Path, study_of: Callable[..., Study], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (fake / "places").write_text("5")
+    study, seen, pause = study_of(), list[set[str]](), time.sleep
+
+    def end_first(seconds: float) -> None:
+        if seconds != transfer.SLURM_POLL_SECONDS:  # subprocess's
+            return pause(seconds)
+        queued = in_queue(fake)
+        seen.append({job["id"] for job in queued})
+        assert sum(job["tasks"] for job in queued) <= 5
+        end_job(fake, study, queued[0]["id"])
+
+    monkeypatch.setattr(time, "sleep", end_first)
+    wait(study, launch(study), Console(quiet=True))
+    assert states.take(study).counts() == {"done": 12}
+    assert any(ids & seen[0] and ids - seen[0] for ids in seen)  # before it was empty
+
+
+def test_the_job_that_goes_on_begins_when_half_of_what_was_taken_has_ended(
+    fake: Path, study_of: Callable[..., Study]
+) -> None:
+    (fake / "places").write_text("6")
+    study = study_of()
+    advance_study(study, [], Console(quiet=True))
+    follower, first, second = in_queue(fake)
+    assert (first["tasks"], second["tasks"]) == (2, 1)
+    told = [line for line in (fake / "told").read_text().splitlines() if line.startswith("update")]
+    assert told == [f"update JobId={follower['id']} Dependency=afterany:{first['id']} StartTime=now"]
 
 
 # ---------------------------------------------------------------- whose jobs

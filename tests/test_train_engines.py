@@ -97,6 +97,9 @@ def train_all(shards: str, out: str) -> None:
             run(run_config(shards, *of_batch_norm, model=BATCH_NORM), Path(out) / name / "batch_norm", world)
             in_bf16 = ("train.precision=bf16", *overrides)
             run(config_of(shards, "vit-depth_mup-adamw", *in_bf16), Path(out) / name / "bf16", world)
+            if name == "fsdp":
+                gathered = (*in_bf16, "parallel.gather=bf16")
+                run(config_of(shards, "vit-depth_mup-adamw", *gathered), Path(out) / name / "gathered", world)
             recipe = (*RECIPE, *(() if name == "zero3" else ("train.ema=0.9",)))
             for case, more in {"recipe": recipe, **({"muon": MUON} if name in ("ddp", "fsdp") else {})}.items():
                 config = config_of(shards, "vit-depth_mup-adamw", "parallel.micro_batch_size=8", *overrides, *more)
@@ -164,6 +167,10 @@ def test_gradients_of_bf16_are_averaged_in_fp32_under_every_engine(runs: Path, e
     first, expected = (metric(runs / e / "bf16", "grad_norm")[0] for e in (engine, "ddp"))
     assert first == pytest.approx(expected, rel=1e-6)
     assert losses(runs / engine / "bf16") == pytest.approx(losses(runs / "ddp" / "bf16"), rel=1e-4)
+
+
+def test_weights_that_are_gathered_in_bf16_give_the_losses_of_those_that_autocast_rounds(runs: Path) -> None:
+    assert losses(runs / "fsdp" / "gathered") == losses(runs / "fsdp" / "bf16")
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])

@@ -80,16 +80,16 @@ def losses(directory: Path) -> list[float]:
 
 
 def test_stopped_and_killed_runs_go_on_with_other_engines_and_world_sizes(config: Path, tmp_path: Path) -> None:
-    """fsdp x 2, SIGUSR2 to one process -> ZeRO 2 x 2, one process killed -> ddp x 2, SIGTERM -> one process."""
-    processes = train(config, tmp_path, "parallel.engine=fsdp", world_size=2)
+    """fsdp x 4 in two copies, SIGUSR2 to one process -> ZeRO 2 x 2, one process killed -> ddp x 2, SIGTERM -> one."""
+    processes = train(config, tmp_path, "parallel.engine=fsdp", "parallel.shard_size=2", world_size=4)
     wait_for_step(tmp_path, 15)
     processes[1].send_signal(signal.SIGUSR2)
     codes, output = finish(processes)
-    assert codes == [EXIT_REQUEUE, EXIT_REQUEUE], output
+    assert codes == [EXIT_REQUEUE] * 4, output
     assert "as asked" in output
     saved = max((tmp_path / "checkpoints").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
     passed = sum(32 / rate for rate in metric(tmp_path, "images_per_second"))
-    assert json.loads((saved / "state.json").read_text())["seconds"] > 1.5 * passed  # of two processes
+    assert json.loads((saved / "state.json").read_text())["seconds"] > 1.5 * passed  # of four processes
 
     processes = train(config, tmp_path, "parallel.engine=deepspeed", world_size=2)
     wait_for_step(tmp_path, 40)

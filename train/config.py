@@ -131,10 +131,16 @@ class ParallelConfig:
 
     engine: `auto` is `none` for one process and `ddp` for several. `fsdp` shards parameters, gradients and optimizer
     state block by block; `deepspeed` does as much of it as `zero_stage` says (0 nothing ... 3 everything).
+    shard_size: of `fsdp`, how many neighbouring processes hold one copy of the model between them, as the GPUs of a
+    node; the groups hold copies, and average their gradients. null: all processes hold one copy.
+    gather: of `fsdp`, what the matrices and kernels of the blocks are sent in. With train.precision bf16, which rounds
+    them all the same, `bf16` halves what is sent.
     """
 
     engine: Literal["auto", "none", "ddp", "fsdp", "deepspeed"] = "auto"
     zero_stage: Literal[0, 1, 2, 3] = 2
+    shard_size: Positive | None = None
+    gather: Literal["fp32", "bf16"] = "fp32"
     micro_batch_size: Positive | None = None  # images a process takes at once; null: its whole share of the batch
     init_timeout: Positive = 120  # seconds for the processes to find each other
     step_timeout: Positive = 300  # seconds that a step waits for the others, once the first step is done
@@ -144,6 +150,19 @@ class ParallelConfig:
             raise ValueError(
                 f"zero_stage would do nothing: engine is {self.engine}; leave it out, or use engine deepspeed"
             )
+        for key in ("shard_size", "gather"):
+            if getattr(self, key) != getattr(ParallelConfig, key) and self.engine != "fsdp":
+                raise ValueError(f"{key} would do nothing: engine is {self.engine}; leave it out, or use engine fsdp")
+
+    def copies(self, world_size: int) -> int:
+        """How many copies of the model `fsdp` holds. Raises ValueError when shard_size does not divide `world_size`."""
+        size = self.shard_size or world_size
+        if world_size % size:
+            fitting = [str(count) for count in range(1, world_size + 1) if world_size % count == 0]
+            raise ValueError(
+                f"parallel.shard_size {size} must divide the {world_size} processes: use {', '.join(fitting)}"
+            )
+        return world_size // size
 
     def micro_batches(self, global_batch_size: int, world_size: int) -> int:
         """Number of forward and backward passes a step. Raises ValueError when sizes do not divide."""
@@ -190,6 +209,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         refuse_idle(self.parameterization.resolve(), self.optimizer)
+        if self.parallel.gather == "bf16" and self.train.precision != "bf16":
+            raise ValueError(
+                f"parallel.gather bf16 would round the weights of a run in {self.train.precision}: leave it out, or "
+                "use train.precision=bf16"
+            )
         if self.optimizer.name == "muon" and self.parallel.engine == "deepspeed":
             raise ValueError("optimizer.name muon needs whole matrices, which deepspeed flattens: use ddp")
         if self.optimizer.name == "muon" and self.model.family != "vit":

@@ -72,7 +72,11 @@ def transfer(config: Path, overrides: tuple[str, ...], targets: tuple[Path, ...]
 
 def print_launched(study: "Study", launched: "Launched", console: "Console") -> None:
     if launched.job_ids:
-        console.print(f"{len(launched.runs)} runs submitted: jobs {', '.join(launched.job_ids)}", highlight=False)
+        console.print(launched.describe_jobs(), highlight=False)
+        if launched.left:
+            console.print(f"To submit those once jobs have ended: {study.command('launch')}", highlight=False)
+    elif launched.left:
+        console.print(f"Slurm has no place for {launched.left} runs while jobs of this study wait or run.")
     elif launched.slots:
         pids = ", ".join(str(slot.pid) for slot in launched.slots)
         console.print(f"{len(launched.runs)} runs started: processes {pids}", highlight=False)

@@ -14,6 +14,8 @@ from depthmup.data.errors import UserError
 GONE = "invalid job id"
 SECONDS = 60  # that one command may take; slurmctld may be busy or restarting
 
+FULL = r"\w*(MaxSubmit|GrpSubmit)\w*|too many jobs"  # no place for so many jobs of this user, account or QOS
+
 # sbatch's own words -> the key to change
 HINTS = (
     (r"invalid partition|partition.*(not available|invalid)|not permitted to use partition", "launch.partition"),
@@ -21,7 +23,7 @@ HINTS = (
     (r"invalid qos", "launch.qos"),
     (r"invalid feature|invalid constraint", "launch.constraint"),
     # Which limit of an account or QOS it is, Slurm says in one word; "size and/or time limits" follows each of them.
-    (r"\w*(MaxSubmit|GrpSubmit)\w*", "launch.runs_per_job (fewer, longer jobs)"),
+    (FULL, "launch.runs_per_job (fewer, longer jobs)"),
     (r"\w*(MaxWall|GrpWall)\w*", "launch.timeout_min"),
     (r"(QOS|Assoc)(Grp|Max|Min)\w+", "launch.nodes, gpus_per_node, cpus_per_task or memory_gb, or launch.qos"),
     (r"accounting/QOS policy", "launch.qos or launch.account (sacctmgr show qos, assoc lists their limits)"),
@@ -31,7 +33,7 @@ HINTS = (
     (r"(more processors|cpu count).*", "launch.cpus_per_task"),
     (r"node configuration is not available|node count", "launch.nodes, gpus_per_node, cpus_per_task or memory_gb"),
     (r"job array", "launch.runs_per_job (fewer, longer jobs)"),
-    (r"submit limit|MaxSubmit|too many jobs|job limit", "launch.runs_per_job (fewer, longer jobs)"),
+    (r"submit limit|job limit", "launch.runs_per_job (fewer, longer jobs)"),
 )
 
 
@@ -41,6 +43,10 @@ class SlurmError(Exception):
 
 class Silent(UserError):
     """Slurm does not answer now; the same command goes on once it does."""
+
+
+class Full(UserError):
+    """Slurm takes no more jobs from this user now; it does once some have ended."""
 
 
 @dataclass(frozen=True)
@@ -187,4 +193,5 @@ def refusal(error: SlurmError) -> UserError:
     """What sbatch said, and which key to change."""
     words = re.sub(r"(sbatch|allocation failure|error): ", "", str(error))
     key = next((key for pattern, key in HINTS if re.search(pattern, words, re.IGNORECASE)), None)
-    return UserError(f"Slurm refuses the job: {words}" + (f" (change {key})" if key else ""))
+    kind = Full if re.search(FULL, words, re.IGNORECASE) else UserError
+    return kind(f"Slurm refuses the job: {words}" + (f" (change {key})" if key else ""))

@@ -24,6 +24,7 @@ def misfits(run: RunConfig, config: LaunchConfig) -> Iterator[str]:
         yield "parallel.engine none joins no processes: use parallel.engine=ddp, fsdp or deepspeed"
     try:
         micro_batches = parallel.micro_batches(run.train.global_batch_size, processes)
+        parallel.copies(processes)
         if getattr(run.model, "norm", None) == "batch":
             from depthmup.train.batch_norm import grouping  # with torch, which other plans do without
 

@@ -47,7 +47,7 @@ def make_engine(
     if name == "ddp":
         return DistributedDataParallel(network, make_optimizer)
     if name == "fsdp":
-        return FullyShardedDataParallel(network, make_optimizer, blocks, device, fill)
+        return FullyShardedDataParallel(network, make_optimizer, blocks, device, fill, config)
     return ZeroRedundancy(
         network,
         make_optimizer,

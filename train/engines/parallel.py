@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from depthmup.data.errors import UserError
+from depthmup.train.config import ParallelConfig
 from depthmup.train.engines.base import Engine, OptimizerFactory
 
 
@@ -33,6 +35,12 @@ class DistributedDataParallel(Engine):
         self.module.require_backward_grad_sync = last
 
 
+def rounded_by_autocast(block: nn.Module) -> list[nn.Module]:
+    """The modules whose weights autocast rounds to bf16 before each use. Not their subclasses, which others may use
+    without a call, as attention's own output projection: a hook gathers the weights of what is called."""
+    return [module for module in block.modules() if type(module) in (nn.Linear, nn.Conv2d)]
+
+
 class FullyShardedDataParallel(Engine):
     """FSDP2: parameters, gradients and optimizer state are sharded block by block."""
 
@@ -45,17 +53,28 @@ class FullyShardedDataParallel(Engine):
         blocks: list[str],
         device: torch.device,
         fill: Callable[[], None],
+        config: ParallelConfig,
     ) -> None:
         """`network` is on meta; `fill` moves what a process keeps of it to `device`, with initial weights. So no
-        process ever holds the whole of it."""
+        process ever holds the whole of it. Raises UserError where shard_size does not divide the processes."""
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import FSDPModule, fully_shard
+        from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-        # No MixedPrecisionPolicy: autocast takes bf16 where the other engines do. Gathered in bf16, the embeddings of
-        # positions would turn the residual stream to bf16, and the weights of norms would be rounded.
-        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        world_size = dist.get_world_size()
+        try:
+            copies = config.copies(world_size)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        shape = (copies, world_size // copies) if copies > 1 else (world_size,)
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+        # Autocast takes bf16 where the other engines do. Only what it would round all the same is gathered in bf16: so
+        # would the embeddings of positions turn the residual stream to bf16, and the weights of norms be rounded.
+        in_bf16 = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for name in blocks:
-            fully_shard(network.get_submodule(name), mesh=mesh)
+            block = network.get_submodule(name)
+            if config.gather == "bf16":
+                fully_shard(rounded_by_autocast(block), mesh=mesh, mp_policy=in_bf16)
+            fully_shard(block, mesh=mesh)
         sharded = fully_shard(network, mesh=mesh)
         assert isinstance(sharded, FSDPModule)
         self.sharded = sharded
