@@ -1,8 +1,10 @@
 # make demo: the demo study, end to end.   make test: the test suite.   make check: lint, format, types.
 # make test-long: what is rare and slow, and not in `make test`: many random kills, long fuzzing.
 # TEST_PROCESSES=8 make test: where there are more cores than two.
-# make test-versions: the core tests with the lowest versions that pyproject.toml allows, then with the newest, each in a
-# new environment of 6 GB (about 3 GB to download). make test-versions-short: one short way through the package instead.
+# make test-versions: the core tests with the lowest versions that pyproject.toml allows, then with the newest and the
+# newest Python that is installed, each in a new environment of 6 GB (about 3 GB to download), and those of checkpoints on
+# the lowest patch release of our Python that is installed. make test-versions-short: one short way through the package
+# instead of the core tests.
 PYTHON ?= python3
 VENV ?= .venv
 TEST_PROCESSES ?= 2
@@ -10,6 +12,7 @@ BIN := $(VENV)/bin
 # PYTHONDONTWRITEBYTECODE, where it is set, makes each of the many processes compile torch anew: twice the time of an import.
 PYTEST = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --durations 10
 CORE_TESTS := tests/test_versions.py $(wildcard tests/test_data_*.py tests/test_models_*.py tests/test_train_*.py)
+RESUME_TESTS := tests/test_train_resume.py
 UV_ENV := UV_CONSTRAINT=constraints.txt $(if $(wildcard $(PIP_FIND_LINKS)),UV_FIND_LINKS=$(PIP_FIND_LINKS))
 
 demo: $(VENV)/.installed-demo
@@ -33,13 +36,15 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt
 	$(UV_ENV) $(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[$*]'
 	touch $@
 
-test-versions:
+test-versions: $(VENV)/.installed-dev
+	tests/versions.sh patch $(RESUME_TESTS)
 	PYTHON=$(PYTHON) tests/versions.sh lowest test $(CORE_TESTS)
-	PYTHON=$(PYTHON) tests/versions.sh newest test $(CORE_TESTS)
+	tests/versions.sh newest test $(CORE_TESTS)
 
-test-versions-short:
+test-versions-short: $(VENV)/.installed-dev
+	tests/versions.sh patch $(RESUME_TESTS)
 	PYTHON=$(PYTHON) tests/versions.sh lowest test-core tests/test_versions.py
-	PYTHON=$(PYTHON) tests/versions.sh newest test-core tests/test_versions.py
+	tests/versions.sh newest test-core tests/test_versions.py $(RESUME_TESTS)
 
 clean:
 	rm -rf runs shards

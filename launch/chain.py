@@ -19,7 +19,7 @@ from rich.console import Console
 from depthmup.data.errors import UserError
 from depthmup.data.index import counted
 from depthmup.launch.jobs import slurm, states
-from depthmup.launch.jobs.submission import launching
+from depthmup.launch.jobs.submission import ask, asked, launching
 from depthmup.launch.paths import command
 from depthmup.launch.reading import read_study, read_study_or_run
 from depthmup.launch.runs.opened import open_planned
@@ -98,12 +98,15 @@ def watch_report(studies: list[Study], console: Console) -> None:
 
 
 def finish(study: Study, console: Console) -> None:
-    """Everything up to the last run: data, runs, and rounds of more values or seeds where a verdict needs them."""
+    """Everything up to the last run: data, runs, and rounds of more values or seeds where a verdict needs them. After
+    the first of them, and so after a cancel meanwhile, none begins that no user asked for."""
+    later = False
     while study.pending() or grow_and_print(study, console):
         prepare_data(study, console)
         launched = Launched([], [], [])
         try:
-            launched = launch(study)
+            launched = launch(study, IDLE, by_itself=True) if later else launch(study)
+            later = True
             wait(study, launched, console)
         except KeyboardInterrupt:
             launched.stop()
@@ -169,6 +172,7 @@ def say_next_step(study: Study, console: Console) -> None:
 
 def transfer(study: Study, targets: Sequence[Path], console: Console) -> None:
     """Walks the whole path and waits for it. Where runs fail, writes the report of what is there all the same."""
+    before = asked(study.file.directory)
     try:
         finish(study, console)
     except Unfinished:
@@ -178,6 +182,9 @@ def transfer(study: Study, targets: Sequence[Path], console: Console) -> None:
     if not targets:
         say_next_step(study, console)
         return
+    now = asked(study.file.directory)
+    if now != before and now[0] == "cancel":
+        raise UserError("cancelled before the target began: the same command goes on")
     for large in target_studies(study, targets, console):
         if large.pending():
             finish(large, console)
@@ -226,7 +233,7 @@ def advance_study(study: Study, targets: Sequence[Path], console: Console, by_it
             return
     for one in current:
         prepare_data(one, console)
-    with follower(study, targets) as (job_id, attach):
+    with follower(study, targets, by_itself) as (job_id, attach):
         job_ids: set[str] = set()
         for one in current:
             launched = launch(one, IDLE if by_itself else UNFINISHED, by_itself)
@@ -250,14 +257,16 @@ def take(study: Study, job_ids: Sequence[str]) -> states.Snapshot:
 
 
 @contextmanager
-def follower(study: Study, targets: Sequence[Path]) -> Iterator[tuple[str, Callable[[Sequence[str]], None]]]:
+def follower(
+    study: Study, targets: Sequence[Path], by_itself: bool = False
+) -> Iterator[tuple[str, Callable[[Sequence[str]], None]]]:
     """A job that goes on with the study, for a block that submits what it goes on after: (its id, a function that gives
     it the ids of those jobs). It has its place in the queue before they have theirs: where Slurm takes no more jobs,
     nothing is submitted. Where the block fails it is taken back, unless Slurm stopped answering: then, as where this
     process is killed, it begins by itself after CONTINUATION_PATIENCE_MINUTES.
 
     One that waits already is taken, or taken back where it goes to other targets. One that runs may have looked
-    already, or be this one. Raises UserError.
+    already, or be this one. After a cancel nothing goes on `by_itself`. Raises UserError.
     """
     from depthmup.launch.jobs.submit import submit_continuation
 
@@ -265,6 +274,8 @@ def follower(study: Study, targets: Sequence[Path]) -> Iterator[tuple[str, Calla
         snapshot = states.take(study)
         if snapshot.slurm_error:
             raise slurm.Silent(f"Slurm does not answer: {snapshot.slurm_error}. Nothing was submitted")
+        if by_itself and asked(study.file.directory)[0] == "cancel":
+            raise UserError("cancelled; the same command goes on")
         goes_to = {s.name: s.details.get("targets") for s in snapshot.submissions}
         queued = {task.job_id: goes_to[task.name] for task in snapshot.continuations if task.waits}
         waiting = [job_id for job_id, to in queued.items() if to == [str(target.absolute()) for target in targets]]
@@ -279,6 +290,8 @@ def follower(study: Study, targets: Sequence[Path]) -> Iterator[tuple[str, Calla
                 f"{error}. That is the job that goes on after the runs, so none of them was submitted. Once there is "
                 f"place for one job more: {again} --detach; or wait for them: {again}"
             ) from None
+        if not by_itself:
+            ask(study.file.directory, "launch")
     job_id = placed.job_id if placed else waiting[0]
     assert job_id
 

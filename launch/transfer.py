@@ -1,15 +1,11 @@
 """The main job: data, plan, launch, wait. Whatever is there already is used."""
 
 import math
-import os
 import shutil
-import signal
-import socket
 import subprocess
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +33,6 @@ from depthmup.launch.runs.rounds import AddedRound, AddedRun
 from depthmup.launch.runs.search import Search
 from depthmup.launch.runs.study import Study
 from depthmup.launch.wording import duration
-from depthmup.train.lock import holder
 
 POLL_SECONDS = 0.5
 SLURM_POLL_SECONDS = 10.0
@@ -238,35 +233,6 @@ def select_resubmittable(study: Study, snapshot: states.Snapshot, only: Sequence
     counts = Counter(name for submission in recent for names in submission.tasks for name in names)
     runs = [found.run for found in snapshot.of(*only)]
     return [run for run in runs if counts[run.directory.path.name] < study.file.launch.max_attempts]
-
-
-def cancel(study: Study) -> tuple[list[str], list[int]]:
-    """Stops everything of the study, and keeps what waits for its runs from submitting them again; returns (Slurm job
-    ids, process ids here). Runs keep what they saved. Raises UserError."""
-    root = study.file.directory
-    if not root.exists():
-        return [], []
-    with launching(root):
-        snapshot = states.take(study)
-        if snapshot.slurm_error:
-            raise UserError(f"Slurm does not answer: {snapshot.slurm_error}. Nothing was cancelled")
-        active = snapshot.of(*states.ACTIVE)
-        ask(root, "cancel", [found.run.directory.path.name for found in active])
-        going_on = {task.job_id for task in snapshot.continuations}
-        job_ids = sorted({found.task.job_id for found in active if found.task} | going_on)
-        try:
-            slurm.cancel(job_ids)
-        except slurm.SlurmError as error:
-            raise UserError(f"Slurm does not cancel them: {error}. Give the same command again later") from None
-        alone = (holder(found.run.directory.lock) for found in active if found.task is None)  # as 'debug' trains
-        holders = {process for process in (*snapshot.slots, *alone) if process and process.pid}
-        here = {process.pid for process in holders if process.host == socket.gethostname()}
-        for pid in here:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
-    if elsewhere := sorted({process.host for process in holders} - {socket.gethostname()}):
-        raise UserError(f"processes on {', '.join(elsewhere)} train this study: give the same command there, too")
-    return job_ids, sorted(here)
 
 
 def wait(study: Study, launched: Launched, console: Console) -> None:

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from click.testing import CliRunner
 from rich.console import Console
 
 from depthmup.data.errors import UserError
-from depthmup.launch import transfer
+from depthmup.launch import chain, transfer
 from depthmup.launch.chain import advance_study, follower
 from depthmup.launch.cli import cli
 from depthmup.launch.config import LaunchConfig
@@ -27,8 +28,10 @@ from depthmup.launch.jobs.status import print_status
 from depthmup.launch.jobs.submission import Submission, ask, cancelled, load_all, places_taken
 from depthmup.launch.jobs.submit import Turns, deal, dry_run_script, submit_continuation, take_turns
 from depthmup.launch.reading import read_study
+from depthmup.launch.runs.opened import targets_of
 from depthmup.launch.runs.study import Study
-from depthmup.launch.transfer import launch, unfinished, wait, waiting_for
+from depthmup.launch.transfer import IDLE, launch, unfinished, wait, waiting_for
+from test_launch_scale import finish
 
 FAKES = {
     # one line per job that was submitted: ID NAME TASKS; `hidden` there: to others, only their own jobs are shown
@@ -394,6 +397,68 @@ def test_the_job_after_the_runs_has_its_place_before_them_or_nothing_is_submitte
     with follower(study, [Path("large.yaml")]) as (another, _):
         assert another != job_id  # that one would go to no target
     assert (fake / "cancelled").read_text() == f"{job_id}\n"
+
+
+def with_target(study: Study) -> Study:
+    """The study, done, and the target that was scaled from it."""
+    finish(study, best=-4.8)
+    content = yaml.safe_load(study.path.read_text())
+    content["study"] = {"name": "tiny_target", "directory": str(study.file.directory.parent)}
+    content["launch"] = {"cluster": "slurm"}
+    study.target_file.write_text(yaml.safe_dump(content))
+    (target,) = targets_of(study)
+    return target
+
+
+def test_a_cancel_stops_the_whole_path_and_says_what_of_it(fake: Path, study_of: Callable[..., Study]) -> None:
+    study = study_of("launch.runs_per_job=12")
+    target = with_target(study)
+    with follower(study, [Path("large.yaml")]) as (job_id, _):
+        (run_by,) = launch(target).job_ids
+    said = CliRunner().invoke(cli, ["cancel", str(study.file.directory)]).output
+    assert said.splitlines() == [
+        f"Stopped: job {job_id}, which was to go on after the runs",
+        f"Stopped, of the target {target.file.directory}: job {run_by}",
+    ]
+    assert (fake / "cancelled").read_text().split() == [job_id, run_by]  # first what could submit more
+    (fake / "jobs").write_text("")
+    assert states.take(target).counts() == {"cancelled": 1}
+    assert CliRunner().invoke(cli, ["cancel", str(study.file.directory)]).output == "Nothing waits or runs.\n"
+
+
+def test_nothing_goes_on_by_itself_after_a_cancel_wherever_on_the_path_that_comes(
+    fake: Path, study_of: Callable[..., Study]
+) -> None:
+    study = study_of("launch.runs_per_job=12")
+    target = with_target(study)
+    assert not target.file.directory.exists()
+    with follower(study, []):
+        CliRunner().invoke(cli, ["cancel", str(study.file.directory)])  # the target is about to be submitted
+        assert launch(target, IDLE, by_itself=True).runs == []
+    with pytest.raises(UserError, match="cancelled"), follower(study, [], by_itself=True):
+        raise AssertionError("it has a place in the queue")
+    with follower(study, []):
+        pass  # the user's word counts
+    with follower(study, [], by_itself=True):
+        pass
+
+
+def test_a_transfer_that_waits_begins_no_target_after_a_cancel(
+    study_of: Callable[..., Study], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = study_of()
+    finish(study, best=-4.8)
+    ask(study.file.directory, "cancel")  # an earlier one: the user's command counts
+    begun: list[Any] = []
+    monkeypatch.setattr(chain, "target_studies", lambda *arguments: begun.append(arguments) or [])
+    monkeypatch.setattr(chain, "report_target", lambda *arguments: None)
+    monkeypatch.setattr(chain, "show_report", lambda *arguments: None)
+    chain.transfer(study, [Path("large.yaml")], Console())
+    assert len(begun) == 1
+    monkeypatch.setattr(chain, "show_report", lambda *arguments: ask(study.file.directory, "cancel"))
+    with pytest.raises(UserError, match="cancelled before the target began"):
+        chain.transfer(study, [Path("large.yaml")], Console())
+    assert len(begun) == 1
 
 
 @pytest.mark.parametrize("silent", [True, False])

@@ -68,3 +68,19 @@ def test_the_path_goes_on_to_the_target_after_the_user_has_logged_out_or_stops_w
         jobs.setdefault(begun["job"], []).append(begun["pid"])
     assert list(map(len, jobs.values())) == [4]
     assert all(len(set(pids)) == 2 for pids in jobs.values())  # two processes share a job's runs
+
+    small = target.with_name("small.yaml")
+    small.write_text(target.read_text())
+    with cluster.nothing_begins():
+        both = cluster.depthmup("transfer", study_file, "--target", target, "--target", small, "--detach")
+        assert both.returncode == 0, both.stderr
+        (of_target,) = {element.split("_")[0] for element in cluster.queued("-tiny_target_small-")}
+        (then,) = {element.split("_")[0] for element in cluster.queued("-tiny-then-")}
+        cancelled = cluster.depthmup("cancel", folder)
+        assert cancelled.stdout.splitlines() == [
+            f"Stopped: job {then}, which was to go on after the runs",
+            f"Stopped, of the target {folder}_target_small: job {of_target}",
+        ]
+        wait_for(lambda: not cluster.queued("-tiny"))
+        shown = cluster.depthmup("status", folder).stdout
+        assert shown.splitlines()[-1] == "1 cancelled"  # the last of the path

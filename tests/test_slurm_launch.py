@@ -178,6 +178,22 @@ def test_what_slurm_refuses_is_said_in_its_words_with_the_key_and_leaves_nothing
     assert list(held.parent.glob("runs/tiny/jobs/*")) == []
 
 
+def test_where_slurm_refuses_the_job_after_the_runs_nothing_is_submitted_and_what_to_type_is_said(
+    cluster: Cluster, held: Path
+) -> None:
+    there_is_none = "launch.continuation={partition: nowhere}"
+    refused = cluster.depthmup("transfer", held, "--detach", there_is_none)
+    assert refused.returncode == 2
+    assert len(refused.stderr.strip().splitlines()) == 1
+    assert "invalid partition" in refused.stderr
+    assert "none of them was submitted" in refused.stderr
+    assert "--detach; or wait for them: " in refused.stderr
+    assert cluster.queued() == []
+    assert "nothing goes on by itself" in cluster.depthmup("status", held).stdout
+    assert "12 runs submitted" in cluster.depthmup("transfer", held, "--detach").stdout
+    assert len(cluster.queued()) == 6 + 1
+
+
 def test_the_dry_run_prints_the_script_that_slurm_takes(cluster: Cluster, held: Path, tmp_path: Path) -> None:
     script = cluster.depthmup("launch", held, "--dry-run").stdout
     assert "#SBATCH --array=0-5%3" in script

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 from dataclasses import dataclass
@@ -48,7 +49,8 @@ class Job:
     runs: list[Path]
 
     def depthmup(self, verb: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return self.cluster.depthmup(verb, self.file, *arguments, cwd=self.file.parent)
+        wide = {"COLUMNS": "200"}
+        return self.cluster.depthmup(verb, self.file, *arguments, cwd=self.file.parent, env=wide)
 
     def element(self, index: int) -> str:
         return f"{self.job_id}_{index}"
@@ -107,8 +109,14 @@ class Wave:
     cancelled: Job  # preempted where preemption cancels
     limited: Job  # its time limit comes before its end
     two_tasks: Job  # so does that of this one, over two nodes
+    hung: Job  # its process was stopped
+    of_hung: str  # status then
     after_kill: list[subprocess.CompletedProcess[str]]  # status and retry once a run was killed
     sacct_calls: Path  # exists if anything called sacct
+
+    @property
+    def others(self) -> list[Job]:
+        return [self.cancelled, self.limited, self.two_tasks, self.hung]
 
 
 def lift_time_limit(cluster: Cluster, job: str) -> None:
@@ -122,8 +130,8 @@ def lift_time_limit(cluster: Cluster, job: str) -> None:
 
 @pytest.fixture(scope="module")
 def begun(cluster: Cluster, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Wave:
-    """The study's runs, after what befell them, and the others on their way to their limits, which takes two minutes:
-    the tests that have runs of their own come first, and use that time."""
+    """The study's runs, after what befell them, and the others on their way to their ends: the tests that have runs of
+    their own come first, and use that time."""
     folder = tmp_path_factory.mktemp("wave")
     sacct = folder / "bin" / "sacct"
     sacct.parent.mkdir()
@@ -159,29 +167,36 @@ def begun(cluster: Cluster, digits: Path, tmp_path_factory: pytest.TempPathFacto
     cluster.node("crash", node)
     cluster.node("start", node)
 
+    # Only now: a job that is requeued while slurmctld restarts is held by it ("launch failed requeued held").
+    limits = {"timeout_min": 2, "signal_delay_s": 60}
+    train = {**content["train"], "samples": LIMITED_STEPS * 32, "log_every": LIMITED_LINE_EVERY}
+    long = {**content, "train": train}
+    limited = launch(cluster, folder / "limited.yaml", {**long, "launch": {**launching, **limits}})
+    small = {**launching, "cpus_per_task": 1}
+    two_nodes = {**small, **limits, "nodes": 2, "tasks_per_node": 1}
+    two_tasks = launch(cluster, folder / "two_tasks.yaml", {**long, "launch": two_nodes})
+    hung = launch(cluster, folder / "hung.yaml", {**content, "launch": small})
+    wait_for(lambda: list(hung.runs[0].glob("checkpoints/step-*")))
+    os.kill(hung.worker(0), signal.SIGSTOP)
+
     wait_for(lambda: (study.runs[KILLED] / "failed.json").exists())
     after_kill = [study.depthmup("status"), study.depthmup("retry")]
     for path in study.runs:
         wait_for(lambda path=path: done(path), 900)  # with them beside it, a busy machine leaves a start no time
     wait_for(lambda: done(cancelled.runs[0]) or not cluster.queued("cancelled"), 300)
     cancelled.depthmup("launch")  # submits nothing where the job had itself requeued
-    # Only now: a job that is requeued while slurmctld restarts is held by it ("launch failed requeued held").
-    limits = {"timeout_min": 2, "signal_delay_s": 60}
-    train = {**content["train"], "samples": LIMITED_STEPS * 32, "log_every": LIMITED_LINE_EVERY}
-    long = {**content, "train": train}
-    limited = launch(cluster, folder / "limited.yaml", {**long, "launch": {**launching, **limits}})
-    two_nodes = {**launching, **limits, "cpus_per_task": 1, "nodes": 2, "tasks_per_node": 1}
-    two_tasks = launch(cluster, folder / "two_tasks.yaml", {**long, "launch": two_nodes})
-    return Wave(study, cancelled, limited, two_tasks, after_kill, folder / "sacct-was-called")
+    of_hung = wait_for(lambda: "stalled" in (shown := hung.depthmup("status").stdout) and shown)
+    (requeue,) = re.findall(r"scontrol requeue \S+", of_hung)
+    cluster.call(*requeue.split())
+    for job in (limited, two_tasks):
+        wait_for(lambda job=job: "interrupted" in events(job.runs[0]), 600)
+        lift_time_limit(cluster, job.element(0))  # once is enough
+    return Wave(study, cancelled, limited, two_tasks, hung, of_hung, after_kill, folder / "sacct-was-called")
 
 
 @pytest.fixture(scope="module")
-def wave(cluster: Cluster, begun: Wave) -> Wave:
+def wave(begun: Wave) -> Wave:
     """All runs, after everything befell them."""
-    for job in (begun.limited, begun.two_tasks):
-        wait_for((job.runs[0] / "attempts.jsonl").exists, 400)
-        wait_for(lambda job=job: "interrupted" in events(job.runs[0]), 600)
-        lift_time_limit(cluster, job.element(0))  # once is enough
     for path in all_runs(begun):
         wait_for(lambda path=path: done(path), 900)
     return begun
@@ -240,7 +255,7 @@ def test_a_run_that_takes_more_memory_than_asked_for_is_killed_by_slurm_and_says
 
 
 def all_runs(wave: Wave) -> list[Path]:
-    return [*wave.study.runs, *wave.cancelled.runs, *wave.limited.runs, *wave.two_tasks.runs]
+    return [*wave.study.runs, *(run for job in wave.others for run in job.runs)]
 
 
 def test_no_run_is_lost_and_no_step_is_missing_or_done_twice(wave: Wave) -> None:
@@ -287,6 +302,14 @@ def test_a_killed_run_is_failed_with_the_reason_and_retry_says_what_to_change(wa
     assert "launch.memory_gb" in retried.stdout
     assert "1 runs submitted" in retried.stdout
     assert all(len(line) <= 80 for line in status.stdout.splitlines() if line.startswith(("run ", "0", "1")))
+
+
+def test_a_hung_run_is_stalled_and_goes_on_after_the_command_that_status_prints(wave: Wave) -> None:
+    assert "1 stalled" in wave.of_hung
+    assert "has not moved for" in wave.of_hung
+    (cause, *_) = attempts(RunDirectory(wave.hung.runs[0]))[1:]
+    assert cause["event"] in ("interrupted", "started")  # slurmd wakes it before it ends it: it may save, or not
+    assert done(wave.hung.runs[0])
 
 
 def test_every_job_ran_the_code_of_its_submission_and_says_which(wave: Wave) -> None:

@@ -365,15 +365,41 @@ def test_a_second_ctrl_c_ends_the_run_at_once_and_its_data_workers_too(config: P
     for _ in range(2):
         process.send_signal(signal.SIGINT)
         time.sleep(0.01)
-    for _ in range(3):  # Python drops what is raised in a callback of fork: a person presses again
-        try:
-            process.wait(timeout=8)
-            break
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)
     codes, output = finish([process], timeout=30)
     assert codes in ([-signal.SIGINT], [EXIT_REQUEUE]), output  # the second may come after the run's end
     wait_until_gone(workers)
+
+
+PRESSES_TWICE = """
+import os, signal, time
+from depthmup.train.interrupt import Interrupt
+
+def press():
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0)  # the signal is seen here at the latest
+
+class PressesWhenFreed:
+    __del__ = lambda self: press()
+
+with Interrupt.on_signals(signal.SIGINT) as interrupt:
+    press()
+    assert interrupt.requested
+    {meanwhile}
+    time.sleep(60)
+"""
+DROPPED = {
+    "before a fork": "os.register_at_fork(before=press); os.fork() or os._exit(0)",
+    "after a fork": "os.register_at_fork(after_in_parent=press); os.fork() or os._exit(0)",
+    "in a destructor": "PressesWhenFreed()",
+    "in both": "os.register_at_fork(before=press, after_in_parent=PressesWhenFreed); os.fork() or os._exit(0)",
+}
+
+
+@pytest.mark.parametrize("meanwhile", DROPPED.values(), ids=DROPPED)
+def test_a_second_ctrl_c_ends_the_run_also_where_python_drops_what_it_raises(meanwhile: str) -> None:
+    code = PRESSES_TWICE.format(meanwhile=meanwhile)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+    assert done.returncode == -signal.SIGINT, done.stderr
 
 
 def test_a_run_that_diverges_on_two_processes_ends_on_both_and_says_where(config: Path, tmp_path: Path) -> None:

@@ -1,23 +1,44 @@
 #!/usr/bin/env bash
-# Runs tests in a new environment with other versions than the pinned ones, and without constraints of ours:
+# Runs tests with other versions than the pinned ones:
+#   tests/versions.sh patch TEST...          the lowest patch release of the Python of .venv, with the packages of .venv
 #   tests/versions.sh lowest EXTRA TEST...   each dependency at the lower bound of pyproject.toml, all at once
-#   tests/versions.sh newest EXTRA TEST...   what a plain `pip install` gives today
-# The environment lies in a temporary folder, 6 GB with a torch for CUDA, and is deleted at the end.
+#   tests/versions.sh newest EXTRA TEST...   what a plain `pip install` gives today, with the newest Python
+# Of Python it takes what is installed, on PATH or by pyenv; PYTHON names another. The last two ways make an environment
+# without constraints of ours, in a temporary folder, 6 GB with a torch for CUDA, which is deleted at the end.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-end=$1 extra=$2
-shift 2
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
-python=$folder/bin/python
-"${PYTHON:-python3}" -m venv "$folder"
+end=$1
+shift
+installed() { # version and path of each Python of two digits, the oldest first
+  local folders folder file version
+  IFS=: read -ra folders <<< "$PATH"
+  for folder in "${folders[@]}" "${PYENV_ROOT:-$HOME/.pyenv}"/versions/*/bin; do
+    for file in "$folder"/python3.[0-9][0-9]; do
+      version=$("$file" -c 'import platform; print(platform.python_version())' 2>/dev/null) && echo "$version $file"
+    done
+  done | sort -V
+}
+if [ "$end" = patch ]; then
+  ours=$(.venv/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+  python=${PYTHON:-$(installed | awk -v ours="$ours." 'index($1, ours) == 1 {print $2; exit}')}
+  packages=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+  export PYTHONPATH=$packages:$PWD/src
+else
+  extra=$1
+  shift
+  folder=$(mktemp -d)
+  trap 'rm -rf "$folder"' EXIT
+  python=$folder/bin/python
+fi
 if [ "$end" = lowest ]; then
+  "${PYTHON:-python3}" -m venv "$folder"
   # What our dependencies need in turn stays as of the day on which the bounds were tried: later ones need more.
   "$python" -m pip install --quiet uv
   "$folder/bin/uv" pip install --quiet --python "$python" --resolution lowest-direct --exclude-newer 2026-11-28 \
     --editable ".[$extra]"
   "$python" tests/lower_bounds.py "$extra"
-else
+elif [ "$end" = newest ]; then
+  "${PYTHON:-$(installed | awk 'END {print $2}')}" -m venv "$folder"
   "$python" -m pip install --quiet --no-compile --editable ".[$extra]"
 fi
 "$python" -c "

@@ -1,11 +1,40 @@
 """Being asked to stop: a signal sets a flag, and the loop looks at the flag between two steps. No torch here."""
 
 import signal
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FrameType
+from typing import NoReturn
 
 STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)  # Slurm's warning before the time limit, and preemption
+AGAIN_SECONDS = 0.01
+
+
+def stop_now(number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def raised_again() -> Iterator[None]:
+    """Raises a KeyboardInterrupt again, a moment later, that Python has dropped ("Exception ignored in ..."): it drops
+    what is raised in a callback of fork, as when data workers begin, and in a destructor."""
+    hook = sys.unraisablehook
+
+    def raise_again(dropped: "sys.UnraisableHookArgs") -> None:
+        if issubclass(dropped.exc_type, KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS)  # what is raised in here is dropped, too
+        else:
+            hook(dropped)
+
+    alarm = signal.signal(signal.SIGALRM, stop_now)
+    sys.unraisablehook = raise_again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, alarm)
 
 
 class Interrupt:
@@ -27,7 +56,8 @@ class Interrupt:
         interrupt = cls()
         before = {number: signal.signal(number, interrupt.request) for number in (*STOP_SIGNALS, *more)}
         try:
-            yield interrupt
+            with raised_again() if signal.SIGINT in more else nullcontext():
+                yield interrupt
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

@@ -139,13 +139,25 @@ def retry(config: Path, overrides: tuple[str, ...]) -> None:
 @command("cancel", example="depthmup cancel configs/digits_resnet.yaml")
 @with_config
 def cancel_command(config: Path, overrides: tuple[str, ...]) -> None:
-    """Stop all jobs of a study; 'launch' continues them."""
-    from depthmup.launch.transfer import cancel
+    """Stop all jobs of a study and of its targets.
 
-    console = new_console()
-    job_ids, pids = cancel(open_study(config, overrides))
-    stopped = [*(f"job {job_id}" for job_id in job_ids), *(f"process {pid}" for pid in pids)]
-    console.print(f"Stopped: {', '.join(stopped)}" if stopped else "Nothing waits or runs.", highlight=False)
+    So it does with the job that goes on after the runs. 'launch', or the same 'transfer', continues them.
+    """
+    from depthmup.launch.jobs.cancel import cancel_path
+
+    study, console = open_study(config, overrides), new_console()
+    nothing, elsewhere = True, set[str]()
+    for stopped in cancel_path(study):
+        of_what = "" if stopped.study is study else f", of the target {stopped.study.file.directory}"
+        if str(stopped):
+            console.print(f"Stopped{of_what}: {stopped}", highlight=False, markup=False, soft_wrap=True)
+            nothing = False
+        elsewhere.update(stopped.elsewhere)
+    if elsewhere:
+        hosts = ", ".join(sorted(elsewhere))
+        raise UserError(f"processes on {hosts} train this study: give the same command there, too")
+    if nothing:
+        console.print("Nothing waits or runs.", highlight=False)
 
 
 @command("plan", example="depthmup plan configs/digits_resnet.yaml")

@@ -12,8 +12,7 @@ from rich.text import Text
 from depthmup.launch.jobs import states
 from depthmup.launch.jobs.reasons import explain
 from depthmup.launch.jobs.states import RunState, Snapshot, State, last_line
-from depthmup.launch.reading import read_study_or_run
-from depthmup.launch.runs.opened import open_planned
+from depthmup.launch.runs.opened import open_planned, targets_of
 from depthmup.launch.runs.study import Study
 from depthmup.launch.wording import duration, power_of_two
 
@@ -147,8 +146,7 @@ def parts_of(snapshot: Snapshot, study: Study, everything: bool) -> list[Table |
 
 def take_path(study: Study) -> list[tuple[Study, Snapshot]]:
     """Where the study stands, and then each target that was scaled from it."""
-    targets = [Study(file, read_study_or_run(file)) for file in study.written_targets()]
-    return [(one, states.take(one)) for one in (study, *targets)]
+    return [(one, states.take(one)) for one in (study, *targets_of(study))]
 
 
 def render(path: Sequence[tuple[Study, Snapshot]], everything: bool) -> Group:

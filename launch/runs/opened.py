@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from depthmup.launch.config import StudyFile
+from depthmup.launch.reading import read_study_or_run
 from depthmup.launch.runs.study import Study
 
 
@@ -14,3 +15,8 @@ def open_planned(path: Path, file: StudyFile, overrides: Sequence[str] = ()) -> 
     from depthmup.launch.runs.search import Search
 
     return Search(path, file, overrides)
+
+
+def targets_of(study: Study) -> list[Study]:
+    """The targets that were scaled from the study, each as a study of one run. Raises UserError."""
+    return [Study(file, read_study_or_run(file)) for file in study.written_targets()]

@@ -1,0 +1,76 @@
+"""`depthmup cancel`: stops a whole path, which is a study's runs, the job that goes on after them, and its targets'."""
+
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from depthmup.data.errors import UserError
+from depthmup.launch.jobs import slurm, states
+from depthmup.launch.jobs.submission import ask, launching
+from depthmup.launch.runs.opened import targets_of
+from depthmup.launch.runs.study import Study
+from depthmup.train.lock import holder
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """What of one study was stopped: Slurm jobs that had runs, jobs that were to go on after these, and processes here.
+    `elsewhere`: hosts with processes that train it, which a signal from here does not reach."""
+
+    study: Study
+    job_ids: list[str] = field(default_factory=list)
+    going_on: list[str] = field(default_factory=list)
+    pids: list[int] = field(default_factory=list)
+    elsewhere: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        jobs = [f"job {job_id}" for job_id in self.job_ids]
+        jobs += [f"job {job_id}, which was to go on after the runs" for job_id in self.going_on]
+        return ", ".join([*jobs, *(f"process {pid}" for pid in self.pids)])
+
+
+def cancel_path(study: Study) -> Iterator[Stopped]:
+    """Stops the study, and then each target that was scaled from it: nothing submits one any more then. Raises
+    UserError."""
+    if not study.file.directory.exists():
+        return
+    first = cancel(study)
+    yield first
+    for target in targets_of(study):
+        # A job that was going on may be about to submit it, and then finds that it was cancelled.
+        if first.going_on or target.file.directory.exists():
+            yield cancel(target)
+
+
+def cancel(study: Study) -> Stopped:
+    """Stops everything of the study, and keeps what waits for its runs from submitting them again. Runs keep what they
+    saved. Raises UserError."""
+    root = study.file.directory
+    with launching(root):
+        snapshot = states.take(study)
+        if snapshot.slurm_error:
+            raise UserError(
+                f"Slurm does not answer: {snapshot.slurm_error}. Nothing of {root} was cancelled: give the same "
+                "command again later"
+            )
+        active = snapshot.of(*states.ACTIVE)
+        ask(root, "cancel", [found.run.directory.path.name for found in active])
+        job_ids = sorted({found.task.job_id for found in active if found.task})
+        going_on = sorted({task.job_id for task in snapshot.continuations})
+        try:
+            slurm.cancel([*going_on, *job_ids])
+        except slurm.SlurmError as error:
+            raise UserError(
+                f"Slurm does not cancel the jobs of {root}: {error}. Give the same command again later"
+            ) from None
+        alone = (holder(found.run.directory.lock) for found in active if found.task is None)  # as 'debug' trains
+        holders = {process for process in (*snapshot.slots, *alone) if process and process.pid}
+        here = {process.pid for process in holders if process.host == socket.gethostname()}
+        for pid in here:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+    elsewhere = {process.host for process in holders} - {socket.gethostname()}
+    return Stopped(study, job_ids, going_on, sorted(here), sorted(elsewhere))
