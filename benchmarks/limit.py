@@ -1,8 +1,8 @@
-"""How long the theory's solvers take, and whether the lazy one agrees with google/neural-tangents: seconds by the clock.
+"""How long the theory's solvers take, in seconds of CPU, and whether the lazy one agrees with google/neural-tangents.
 
-python -m benchmarks.limit                       # the solvers (OMP_NUM_THREADS=2)
-python -m benchmarks.limit --save kernels.npz    # the lazy kernels of finite depth, to compare
-python benchmarks/limit.py --compare kernels.npz # in an environment of its own, with neural-tangents in it
+OMP_NUM_THREADS=1 python -m benchmarks.limit     # the solvers
+python -m benchmarks.limit --save kernels.npz    # kernels of finite depth, to compare
+python benchmarks/limit.py --compare kernels.npz # where neural-tangents is: see docs/theory.md for the versions
 
 The whole command: `time depthmup limit configs/digits_resnet.yaml`.
 """
@@ -10,6 +10,7 @@ The whole command: `time depthmup limit configs/digits_resnet.yaml`.
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -24,9 +25,9 @@ def inputs(samples: int) -> np.ndarray:
 
 
 def show_time(what: str, solve: Callable[[], object]) -> None:
-    begun = time.perf_counter()
+    begun = time.process_time()
     solve()
-    print(f"{time.perf_counter() - begun:6.2f} s  {what}")
+    print(f"{time.process_time() - begun:6.2f} s  {what}")
 
 
 def time_solvers() -> None:
@@ -44,12 +45,11 @@ def time_solvers() -> None:
     show_time("exact linear: depth 64, 20 steps, 1 sample", lambda: train_linear(paper_network("linear", 64), one))
     show_time("exact linear: its limit, from depths 8, 16, 32, 64", extrapolate)
     for name in ("relu", "erf", "tanh", "linear"):
-        show_time(f"lazy {name}: 1,000 samples, infinite depth", lambda: infinite_depth_kernel(name, kernel))
-    show_time(
-        "lazy relu: 1,000 samples, depth 16", lambda: finite_depth_kernel(paper_network("relu", 16), kernel)
-    )
+        show_time(f"lazy {name}: 1,000 samples, infinite depth", partial(infinite_depth_kernel, name, kernel))
+    show_time("lazy relu: 1,000 samples, depth 16", lambda: finite_depth_kernel(paper_network("relu", 16), kernel))
     few = Training(kernel[:6, :6], np.array([1.0, -1.0] * 3), rate=0.3, steps=8)
-    show_time("rich relu: depth 24, 6 samples, 8 steps, 12,000 sites", lambda: train_rich(paper_network("relu", 24), few, 12000))
+    network = paper_network("relu", 24)
+    show_time("rich relu: depth 24, 6 samples, 8 steps, 12,000 sites", lambda: train_rich(network, few, 12000))
 
 
 def save_kernels(path: str) -> None:

@@ -56,12 +56,12 @@ def test_what_the_limit_does_not_cover_is_refused(arguments: list[str], said: st
 
 def test_the_command_shows_networks_nearing_the_limit(study_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At sizes that take seconds: what has rules nears the limit, and sp does not."""
-    smaller = {"WIDTHS": (16, 32, 64), "DEPTHS": (3, 6, 9), "DEPTH_AXIS_WIDTH": 64}
-    for name, value in smaller.items():
-        monkeypatch.setattr(limit, name, value)
-    monkeypatch.setattr(limit_task, "DEPTHS", smaller["DEPTHS"])
+    for module in (limit, limit_task):
+        monkeypatch.setattr(module, "DEPTHS", (3, 6, 9))
+    monkeypatch.setattr(limit, "WIDTHS", (16, 32, 64))
+    monkeypatch.setattr(limit_task, "SOLVED_DEPTHS", (3, 6, 9))
     monkeypatch.setattr(limit_task, "SITES", 1200)
-    monkeypatch.setattr(limit, "SEEDS", {"width": 6, "depth": 4})
+    monkeypatch.setattr(limit, "SEEDS", 6)
     monkeypatch.setattr(limit, "FEW_SEEDS", 3)
     result = CliRunner().invoke(cli, ["limit", str(study_file)], catch_exceptions=False)
     assert result.exit_code == 0

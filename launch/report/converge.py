@@ -123,8 +123,8 @@ def line(study: Study, parameterization: str, axis: str, value: float, shown: li
         else:
             runs[number] = {seed: point for seed, (point, _) in at_value.items()}
     seeds = tuple(sorted(set.intersection(*map(set, runs.values())))) if runs else ()
-    curves: dict[float, np.ndarray] = {}
-    kernels: dict[float, np.ndarray] = {}
+    curves: dict[int, np.ndarray] = {}
+    kernels: dict[int, np.ndarray] = {}
     steps = np.array([])
     for number, by_seed in runs.items():
         of_seeds = [loss_curve(by_seed[seed].directory) for seed in seeds]
