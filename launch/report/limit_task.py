@@ -19,6 +19,7 @@ from depthmup.models.limit.rich import train_rich
 from depthmup.train.loop import open_data
 
 SAMPLES, STEPS, PIXELS = 6, 8, 8  # inputs; steps; images are shrunk to PIXELS x PIXELS
+SAME = 0.99  # images whose cosine is above it count as one: the kernel of two would be nearly singular
 WIDTHS, DEPTHS = (32, 64, 128, 256, 512), (3, 4, 6, 8, 12, 24)  # of the finite networks
 SOLVED_DEPTHS = (*DEPTHS, 48)  # of the infinitely wide ones: deeper ones make a surer limit
 SITES = 12000  # of the Monte Carlo limit, twice
@@ -69,18 +70,21 @@ def gaussian_task(inputs: int) -> Task:
 
 
 def image_task(file: StudyFile) -> Task:
-    """The first SAMPLES different images of the study's held-out split; one half of the classes against the other.
-    Raises UserError where there are too few."""
+    """The first SAMPLES different images of the study's held-out split, but for those that are 0 everywhere, which have no
+    direction; one half of the classes against the other. Raises UserError where there are too few."""
     data, split = file.data, "minival" if file.data.minival else "val"
     batches = evaluation_batches(data, open_data(file), split, 4 * SAMPLES, PIXELS, file.model.in_channels)
     images, labels = to_float(next(iter(batches)), data, "cpu")
     inputs, kept = normalized(images), list[int]()
     for index in range(len(inputs)):
         cosines = inputs[kept] @ inputs[index] / inputs.shape[1]
-        if not len(kept) or float(cosines.max()) < 0.99:
+        if inputs[index].any() and (not len(kept) or float(cosines.max()) < SAME):
             kept.append(index)
     if len(kept) < SAMPLES:
-        raise UserError(f"{data.root}: {split} has fewer than {SAMPLES} different images among its first {len(inputs)}")
+        raise UserError(
+            f"{data.root}: {split} has fewer than {SAMPLES} different images among its first "
+            f"{len(inputs)}, and repeated inputs make the kernel singular: use data with more of them"
+        )
     kept = kept[:SAMPLES]
     return Task("images", inputs[kept], (labels[kept] >= file.model.num_classes / 2).float() * 2 - 1)
 
