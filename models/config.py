@@ -151,6 +151,7 @@ class ConvResNetConfig(ModelConfig):
     num_stages: Positive = 3
     convs_per_branch: Positive = 1
     norm: Literal["none", "batch", "layer"] = "none"
+    activation: Literal["relu", "tanh"] = "relu"
 
     def __post_init__(self) -> None:
         check_multiple("depth", self.depth, self.num_stages, "num_stages")

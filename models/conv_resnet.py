@@ -1,11 +1,13 @@
 """The paper's convolutional ResNet: constant width, no normalisation by default, k convs per residual branch.
 
     stem conv3x3 -> stages of blocks, max-pool between stages -> mean pool -> readout
-    block:  x + branch_multiplier * (ReLU -> [norm] -> conv3x3) repeated k times
+    block:  x + branch_multiplier * ([norm] -> ReLU or tanh -> conv3x3) repeated k times
 
 Bordelon et al. (arXiv 2309.16620), section 2 and appendix on the experiments. Without normalisation the effect of
 depth on the learning rate is in plain sight, which is why this net is the first evidence for or against a transfer.
 """
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -25,21 +27,23 @@ class ChannelLayerNorm(nn.LayerNorm):
 
 
 NORMS = {"none": nn.Identity, "batch": nn.BatchNorm2d, "layer": ChannelLayerNorm}
+ACTIVATIONS = {"relu": F.relu, "tanh": torch.tanh}
 
 
 class Block(nn.Module):
     """x + drop_path(branch(x)); the slot `drop_path` is where the branch multiplier sits."""
 
-    def __init__(self, width: int, convs: int, norm: str) -> None:
+    def __init__(self, width: int, convs: int, norm: str, activation: str) -> None:
         super().__init__()
         self.norms = nn.ModuleList(NORMS[norm](width) for _ in range(convs))
         self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1, bias=False) for _ in range(convs))
         self.drop_path = nn.Identity()
+        self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
         branch = x
         for norm, conv in zip(self.norms, self.convs, strict=True):
-            branch = conv(F.relu(norm(branch)))
+            branch = conv(self.activation(norm(branch)))
         return x + self.drop_path(branch)  # (batch, width, height, width)
 
 
@@ -50,17 +54,18 @@ class ConvResNet(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(config.in_channels, config.width, 3, padding=1, bias=False)
         blocks_per_stage = config.depth // config.num_stages
+        block = partial(Block, config.width, config.convs_per_branch, config.norm, config.activation)
         self.stages = nn.ModuleList(
-            nn.Sequential(*(Block(config.width, config.convs_per_branch, config.norm) for _ in range(blocks_per_stage)))
-            for _ in range(config.num_stages)
+            nn.Sequential(*(block() for _ in range(blocks_per_stage))) for _ in range(config.num_stages)
         )
+        self.activation = ACTIVATIONS[config.activation]
         self.fc = nn.Linear(config.width, config.num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)  # (batch, width, height, width)
         for index, stage in enumerate(self.stages):
             x = stage(F.max_pool2d(x, 2) if index else x)
-        return self.fc(torch.relu(x).mean((2, 3)))  # (batch, num_classes)
+        return self.fc(self.activation(x).mean((2, 3)))  # (batch, num_classes)
 
 
 def roles(config: ConvResNetConfig) -> Roles:

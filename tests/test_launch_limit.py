@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from depthmup.data.errors import UserError
 from depthmup.launch.cli import cli
 from depthmup.launch.findings.theory import drift_sentence
+from depthmup.launch.reading import read_study
 from depthmup.launch.report import limit, limit_task
 from depthmup.models.config import ParameterizationConfig, Size
 
@@ -41,10 +43,14 @@ def test_plan_says_what_is_predicted_and_nothing_where_nothing_is(study_file: Pa
         (["model.convs_per_branch=2"], "does not cover model.convs_per_branch 2"),
         (["optimizer.name=adamw"], "does not cover optimizer.name adamw"),
         (["optimizer.nesterov=true"], "does not cover optimizer.nesterov"),
+        (["optimizer.role_lr.input=2"], "does not cover optimizer.role_lr"),
+        (["model.activation=tanh"], "does not cover model.activation tanh"),
+        (["model={family: vit, head_dim: 8, width: 8, depth: 3, base_width: 8, base_depth: 3}"], "model.family vit"),
         (["study.parameterizations=[sp]"], "none of study.parameterizations has a limit: add depth_mup or completep"),
         (["--lr", "0.5"], "--lr 0.5 is past the edge of stability of depth_mup on Gaussian inputs"),
         (["--lr", "0"], "--lr 0: give a learning rate above 0"),
         (["study.parameterizations=[{name: depth_mup, gamma0: 0}]"], "gamma0"),
+        (["study.parameterizations=[{name: depth_mup, gamma0: -1}]"], "gamma0"),
     ],
 )
 def test_what_the_limit_does_not_cover_is_refused(arguments: list[str], said: str, study_file: Path) -> None:
@@ -54,14 +60,28 @@ def test_what_the_limit_does_not_cover_is_refused(arguments: list[str], said: st
     assert "\n" not in str(refused.value)
 
 
+def test_repeated_and_empty_images_are_no_inputs(study_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their kernel is singular. What is left are different images, and too few of them are refused."""
+    file = read_study(study_file)
+    first = limit_task.image_task(file).inputs
+    images = torch.cat([torch.zeros_like(first[:1]), first[:1], 2 * first[:1], first]).reshape(-1, 1, 8, 8)
+    batch = images, torch.arange(len(images))
+    monkeypatch.setattr(limit_task, "evaluation_batches", lambda *arguments: iter([batch]))
+    monkeypatch.setattr(limit_task, "to_float", lambda given, *arguments: given)
+    assert torch.allclose(limit_task.image_task(file).inputs, first)
+    batch = images[:5], torch.arange(5)
+    with pytest.raises(UserError, match="fewer than 6 different images among its first 5, and repeated inputs make"):
+        limit_task.image_task(file)
+
+
 def test_the_command_shows_networks_nearing_the_limit(study_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At sizes that take seconds: what has rules nears the limit, and sp does not."""
-    smaller = {"WIDTHS": (16, 32, 64), "DEPTHS": (3, 6, 9), "DEPTH_AXIS_WIDTH": 64}
-    for name, value in smaller.items():
-        monkeypatch.setattr(limit, name, value)
-    monkeypatch.setattr(limit_task, "DEPTHS", smaller["DEPTHS"])
+    for module in (limit, limit_task):
+        monkeypatch.setattr(module, "DEPTHS", (3, 6, 9))
+    monkeypatch.setattr(limit, "WIDTHS", (16, 32, 64))
+    monkeypatch.setattr(limit_task, "SOLVED_DEPTHS", (3, 6, 9))
     monkeypatch.setattr(limit_task, "SITES", 1200)
-    monkeypatch.setattr(limit, "SEEDS", {"width": 6, "depth": 4})
+    monkeypatch.setattr(limit, "SEEDS", 6)
     monkeypatch.setattr(limit, "FEW_SEEDS", 3)
     result = CliRunner().invoke(cli, ["limit", str(study_file)], catch_exceptions=False)
     assert result.exit_code == 0
@@ -77,5 +97,9 @@ def test_the_command_shows_networks_nearing_the_limit(study_file: Path, monkeypa
             if (rate["parameterization"], rate["quantity"], rate["measure"]) == (name, "outputs", "scatter")
         )
 
+    said = result.output.replace("\n", " ")
+    for task in ("Gaussian inputs", "images"):
+        assert f"depth_mup, {task}: " in said
+        assert f"sp, {task}: has no limit: outputs scatter by" in said
     assert scatter("depth_mup")[-1] < 0.8 * scatter("depth_mup")[0]
     assert scatter("sp")[-1] > scatter("depth_mup")[-1]

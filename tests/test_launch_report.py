@@ -71,6 +71,21 @@ def test_a_report_fits_80_columns_and_its_files_say_the_same(study_file: Path) -
     assert (record["num_runs"], len(record["points"])) == (54, 72)
 
 
+def test_predicted_drifts_stand_beside_those_seen_in_every_file(study_file: Path) -> None:
+    path = make_study(study_file, MOVING, "predicted")
+    assert "in theory the largest stable rate at the start drifts" in invoke("report", path).replace("\n", " ")
+    root = path.parent / "runs" / "predicted"
+    (drift,) = read_record(root / "report.json")["predicted_drifts"]
+    assert (drift["parameterization"], drift["depth"], f"{drift['octaves']:.2f}") == ("depth_mup", 6, "-0.27")
+    (row,) = [line for line in (root / "report.md").read_text().splitlines() if "-0.27 |" in line]
+    name, depth, theory, seen, interval = (cell.strip() for cell in row.strip("|").split("|"))
+    assert (name, depth, theory, seen) == ("depth_mup", "6", "-0.27", "+0.0")
+    assert " to " in interval
+    page = (root / "report.html").read_text()
+    assert all(f"<td>{cell}</td>" in page for cell in (theory, seen, interval))
+    assert "depth_mup, in theory" in page  # the figure's legend, whose dashed line is the prediction
+
+
 def test_what_transfer_saved_is_said_beside_tuning_the_target_directly(study_file: Path) -> None:
     report = collect(Study(path := make_study(study_file, MOVING, "direct"), read_study(path)))
     lost, kept = report.direct

@@ -25,6 +25,23 @@ def converge_command(config: Path, overrides: tuple[str, ...]) -> None:
         console.print(f"Written: {path}", highlight=False)
 
 
+@command("exponents", example="depthmup exponents configs/paper/exponents.yaml --own")
+@with_config
+@click.option("--own", is_flag=True, help="At each size's own best value that ran [default: at the base's].")
+def exponents_command(config: Path, overrides: tuple[str, ...], own: bool) -> None:
+    """Fit how trained weights of a finished study change with depth.
+
+    Takes the weights in residual branches, at the start, trained, and their change: norms, increments from block to
+    block and their sums, with fitted exponents of depth, and whether layers become an ODE, an SDE or neither. Needs
+    three depths at the base's width.
+    """
+    from depthmup.launch.report.exponents import exponents
+
+    console = new_console()
+    for path in exponents(open_study(config, overrides), own, console):
+        console.print(f"Written: {path}", highlight=False)
+
+
 @command("limit", example="depthmup limit configs/digits_resnet.yaml")
 @with_config
 @click.option("--lr", type=float, help="The base's learning rate [default: an eighth of the largest stable one].")

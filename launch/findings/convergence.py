@@ -1,8 +1,8 @@
 """How fast do networks approach a limit as they grow? Fitted rates beside the theory's.
 
 All of it is a pure function of vectors. Of each size there is an array (seeds, entries): a loss curve or a kernel of
-every seed. A limit that is known has the size `math.inf`, and the same entries for every seed; where none is, the
-largest size stands for it. The laws say what is left between it and a smaller one.
+every seed. The limit of a study's networks is not known, and the largest size stands for it. The laws say what is left
+between it and a smaller one. Where the limit is known: launch.findings.grid.
 """
 
 import math
@@ -53,7 +53,7 @@ class Rate:
 
     law: Law
     sizes: np.ndarray
-    largest: float  # math.inf where the limit is known
+    largest: int
     distance: np.ndarray  # relative to the norm of the largest's mean; NaN where it is lost in the noise
     error: np.ndarray  # half the distance's interval over seeds
     noise: np.ndarray  # what seeds alone would give; 0 for the scatter
@@ -96,11 +96,17 @@ def fit_exponent(law: Law, sizes: np.ndarray, largest: float, distance: np.ndarr
     return float(found.x), float(math.exp(residuals(found.x).mean()))
 
 
-def fit_rate(law: Law, values: Mapping[float, np.ndarray], limit_error: float = 0.0) -> Rate:
+def student_half_width(without: np.ndarray) -> float:
+    """Of Student's interval of a number, from what it is without each seed (jackknife)."""
+    count = len(without)
+    variance = (count - 1) / count * float(((without - without.mean()) ** 2).sum())
+    return float(stdtrit(count - 1, (1 + CONFIDENCE) / 2)) * math.sqrt(variance)
+
+
+def fit_rate(law: Law, values: Mapping[int, np.ndarray]) -> Rate:
     """The rate along one axis. values: size -> (seeds, entries), the same seeds at each.
 
-    Sizes count whose squared distance exceeds its noise, to which the relative `limit_error` of a known limit belongs.
-    Intervals are Student's, from a jackknife over seeds.
+    Sizes count whose squared distance exceeds its noise. Intervals are Student's, from a jackknife over seeds.
     """
     ordered = sorted(values)
     largest, smaller = ordered[-1], ordered[:-1]
@@ -114,24 +120,17 @@ def fit_rate(law: Law, values: Mapping[float, np.ndarray], limit_error: float = 
     if len(ordered) < MIN_SIZES or count < MIN_SEEDS:
         return rate(f"needs {MIN_SIZES} sizes and {MIN_SEEDS} seeds that train, found {len(ordered)} and {count}")
 
-    def squared(of: Mapping[float, np.ndarray]) -> np.ndarray:
+    def squared(of: Mapping[int, np.ndarray]) -> np.ndarray:
         """Of each smaller size (squared distance, its noise). (sizes, 2)"""
         return np.array([squared_distance(of[size], of[largest], law.measure) for size in smaller])
 
-    def half_width(without: np.ndarray) -> float:
-        """Of Student's interval of a number, from what it is without each seed (jackknife)."""
-        variance = (count - 1) / count * float(((without - without.mean()) ** 2).sum())
-        return float(stdtrit(count - 1, (1 + CONFIDENCE) / 2)) * math.sqrt(variance)
-
     found = squared(values)
-    if law.measure == "mean":
-        found[:, 1] += limit_error**2
     clear = found[:, 0] > found[:, 1]
     distance, noise = np.sqrt(np.where(clear, found[:, 0], np.nan)), np.sqrt(found[:, 1])
     rest = ({size: np.delete(rows, seed, axis=0) for size, rows in values.items()} for seed in range(count))
     again = np.array([squared(each)[:, 0] for each in rest])  # (seeds, sizes)
     again = np.sqrt(np.where(clear & (again > 0), again, np.nan))
-    error = np.array([half_width(column) for column in again.T])
+    error = np.array([student_half_width(column) for column in again.T])
     if clear.sum() < MIN_SIZES - 1:
         return rate(f"not resolved: {int((~clear).sum())} of {len(smaller)} distances are lost in the seeds' noise")
     fitted = fit_exponent(law, sizes[clear], largest, distance[clear])
@@ -142,11 +141,11 @@ def fit_rate(law: Law, values: Mapping[float, np.ndarray], limit_error: float = 
     exponents = np.array([each[0] for each in refitted if each])
     if len(exponents) < count:
         return rate("; ".join(filter(None, [lost, "interval unknown: one seed decides"])), fitted)
-    half = half_width(exponents)
+    half = student_half_width(exponents)
     return rate(lost, fitted, (fitted[0] - half, fitted[0] + half))
 
 
-def rates(values: Mapping[float, np.ndarray], axis: str, laws: Sequence[Law] = LAWS) -> list[Rate]:
+def rates(values: Mapping[int, np.ndarray], axis: str, laws: Sequence[Law] = LAWS) -> list[Rate]:
     """One per law of `axis`."""
     return [fit_rate(law, values) for law in laws if law.axis == axis]
 
@@ -160,7 +159,7 @@ class Line:
     value: float  # of the hyperparameter
     seeds: tuple[int, ...]
     steps: np.ndarray  # of the loss curves' entries
-    values: dict[str, dict[float, np.ndarray]]  # by quantity
+    values: dict[str, dict[int, np.ndarray]]  # by quantity
     left_out: str  # which sizes, and why
 
     def rates(self, quantity: str) -> list[Rate]:

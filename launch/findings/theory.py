@@ -4,11 +4,11 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from depthmup.launch.config import StudyFile, label
-from depthmup.models.config import ConvResNetConfig, ParameterizationConfig, Size
+from depthmup.models.config import ConvResNetConfig, ParameterizationConfig, RoleRates, Size
 from depthmup.models.limit.drift import has_limit, predicted_drift
 from depthmup.train.config import RunConfig
 
-COVERED = "a conv_resnet with norm none and convs_per_branch 1, trained by sgd without nesterov"
+COVERED = "a conv_resnet of ReLU with norm none and convs_per_branch 1, trained by sgd without nesterov or role_lr"
 
 
 def not_covered(run: RunConfig) -> str | None:
@@ -20,8 +20,12 @@ def not_covered(run: RunConfig) -> str | None:
         return f"model.norm {model.norm}"
     if model.convs_per_branch != 1:
         return f"model.convs_per_branch {model.convs_per_branch}"
+    if model.activation != "relu":
+        return f"model.activation {model.activation}"
     if run.optimizer.name != "sgd":
         return f"optimizer.name {run.optimizer.name}"
+    if run.optimizer.role_lr != RoleRates():
+        return "optimizer.role_lr"
     return "optimizer.nesterov" if run.optimizer.nesterov else None
 
 

@@ -6,8 +6,7 @@ the evaluation split, before any multiplier; N is its number of features.
 """
 
 import json
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,30 +100,39 @@ def lines(study: Study, analysis: Analysis) -> Iterator[Line]:
             yield line(study, name, axis, value, shown, images)
 
 
-def line(study: Study, parameterization: str, axis: str, value: float, shown: list[Comparison], images: Tensor) -> Line:
-    """The runs of `shown` at `value`, but for sizes at which they diverge or learn nothing: no limit of anything."""
-    runs: dict[int, dict[int, PlannedRun]] = {}  # size -> seed -> run
+def runs_along(
+    study: Study, parameterization: str, axis: str, shown: list[Comparison], value_of: Callable[[Comparison], float]
+) -> tuple[dict[int, dict[int, PlannedRun]], list[str]]:
+    """(size along the axis -> seed -> run, what is left out and why): the runs of `shown` at the value that `value_of`
+    gives of each, but for sizes at which they diverge or learn nothing: no limit of anything."""
+    runs: dict[int, dict[int, PlannedRun]] = {}
     left_out = []
     for comparison in shown:
-        size = comparison.curve.size
+        curve, value = comparison.curve, value_of(comparison)
         at_value = {
             point.seed: (point, done["outcome"])
             for point in study.points
-            if (point.parameterization, point.size, point.value) == (parameterization, size, value)
+            if (point.parameterization, point.size, point.value) == (parameterization, curve.size, value)
             and (done := point.done())
         }
-        number = getattr(size, axis)
+        number = getattr(curve.size, axis)
         if not at_value:
             left_out.append(f"{axis} {number} (no run at this value)")
         elif any(outcome == "diverged" for _, outcome in at_value.values()):
             left_out.append(f"{axis} {number} (diverged)")
-        elif not math.isfinite(comparison.at_base_optimum) or not comparison.curve.learns:
+        elif not np.isfinite(curve.mean[curve.values == value]).all() or not curve.learns:
             left_out.append(f"{axis} {number} (learns nothing)")
         else:
             runs[number] = {seed: point for seed, (point, _) in at_value.items()}
+    return runs, left_out
+
+
+def line(study: Study, parameterization: str, axis: str, value: float, shown: list[Comparison], images: Tensor) -> Line:
+    """The runs of `shown` at `value`."""
+    runs, left_out = runs_along(study, parameterization, axis, shown, lambda comparison: value)
     seeds = tuple(sorted(set.intersection(*map(set, runs.values())))) if runs else ()
-    curves: dict[float, np.ndarray] = {}
-    kernels: dict[float, np.ndarray] = {}
+    curves: dict[int, np.ndarray] = {}
+    kernels: dict[int, np.ndarray] = {}
     steps = np.array([])
     for number, by_seed in runs.items():
         of_seeds = [loss_curve(by_seed[seed].directory) for seed in seeds]

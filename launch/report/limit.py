@@ -2,8 +2,7 @@
 
 The network is the theory's: a residual MLP with one layer a branch and ReLU, one output, trained by full-batch gradient
 descent with momentum on (f - y)^2 / 2. Parameterization, base size and momentum are the study's, inputs are Gaussian
-or its images. Over width the limit is the infinitely wide network of the same depth; over depth, that of infinite
-depth, too.
+or its images. Networks of every width and depth of a grid are trained with every seed.
 """
 
 import math
@@ -19,15 +18,18 @@ from rich.console import Console
 from depthmup.data.errors import UserError
 from depthmup.data.storage import write_atomically
 from depthmup.launch.config import StudyFile, label
-from depthmup.launch.findings.convergence import LAWS, Line, Rate, fit_rate
+from depthmup.launch.findings.convergence import LAWS
+from depthmup.launch.findings.grid import GridRate, fit_grid, points_of
 from depthmup.launch.findings.theory import COVERED, not_covered
 from depthmup.launch.progress import display
 from depthmup.launch.report import plots
+from depthmup.launch.report.limit_plots import draw_distances, draw_loss_curves
 from depthmup.launch.report.limit_task import (
     DEPTHS,
     QUANTITIES,
     STEPS,
     WIDTHS,
+    Grid,
     Limit,
     Task,
     gaussian_task,
@@ -35,7 +37,7 @@ from depthmup.launch.report.limit_task import (
     quantities,
     solve,
 )
-from depthmup.launch.report.record import dump, rate_record
+from depthmup.launch.report.record import bounds, dump, plain
 from depthmup.launch.report.tables import print_table, say
 from depthmup.launch.runs.study import Study
 from depthmup.models.config import OptimizerConfig, ParameterizationConfig, Size
@@ -43,118 +45,96 @@ from depthmup.models.limit.drift import has_limit, kernel_at, kernel_in_limit, p
 from depthmup.models.limit.finite import train_finite
 from depthmup.models.limit.kernels import largest_rate
 
-WIDTH_AXIS_DEPTH, DEPTH_AXIS_WIDTH = 6, 512
 RATE = 0.125  # of the largest stable rate, where no learning rate is given
-SEEDS = {"width": 48, "depth": 16}  # of the networks along an axis
-FEW_SEEDS = 4  # of those that have no limit
+SEEDS, FEW_SEEDS = 64, 4  # of a size; of one whose rules have no limit
 DIVERGED = 1e3  # outputs beyond it, where targets are 1
 FILES = ("limit.json", "limit.png", "limit-loss.png")
-
-
-# ---------------------------------------------------------------- infinite networks
 
 
 # ---------------------------------------------------------------- finite networks
 
 
-def axis_sizes(axis: str) -> list[Size]:
-    if axis == "width":
-        return [Size(width=width, depth=WIDTH_AXIS_DEPTH) for width in WIDTHS]
-    return [Size(width=DEPTH_AXIS_WIDTH, depth=depth) for depth in DEPTHS]
-
-
 def measure(
-    p: ParameterizationConfig,
-    base: Size,
-    task: Task,
-    optimizer: OptimizerConfig,
-    limit: Limit,
-    axis: str,
-    seeds: int,
-    progress: Callable[[str], None],
-) -> Line:
-    """Networks along one axis, trained with every seed, beside `limit` as the size math.inf. A size at which one
-    diverges is left out, as no distance says anything of it."""
-    values: dict[str, dict[float, np.ndarray]] = {quantity: {} for quantity in QUANTITIES}
-    left_out = []
-    for size in axis_sizes(axis):
-        progress(f"{label(p)}: {size.width} x {size.depth}")
+    p: ParameterizationConfig, base: Size, task: Task, optimizer: OptimizerConfig, progress: Callable[[str], None]
+) -> Grid:
+    seeds = SEEDS if has_limit(p.resolve()) else FEW_SEEDS
+    values: dict[str, dict[tuple[int, int], np.ndarray]] = {quantity: {} for quantity in QUANTITIES}
+    diverged = []
+    for width, depth in product(WIDTHS, DEPTHS):
+        progress(f"{label(p)}: {width} x {depth}")
+        size = Size(width=width, depth=depth)
         runs = [train_finite(p, size, base, task.inputs, task.targets, optimizer, STEPS, seed) for seed in range(seeds)]
         outputs, features = np.array([run.outputs for run in runs]), np.array([run.features for run in runs])
-        number = size.width if axis == "width" else size.depth
         if np.isfinite(outputs).all() and np.abs(outputs).max() < DIVERGED:
             for quantity, found in quantities(outputs, features, task.targets.double().numpy()).items():
-                values[quantity][number] = found
+                values[quantity][width, depth] = found
         else:
-            left_out.append(f"{axis} {number} (diverges)")
-    depth = WIDTH_AXIS_DEPTH if axis == "width" else math.inf
-    for quantity in QUANTITIES:
-        values[quantity][math.inf] = np.tile(limit.values[quantity][depth], (seeds, 1))
-    steps = np.arange(1, STEPS + 1)
-    return Line(label(p), axis, optimizer.lr, tuple(range(seeds)), steps, values, ", ".join(left_out))
+            diverged.append((width, depth))
+    return Grid(task, label(p), has_limit(p.resolve()), optimizer.lr, seeds, values, diverged)
 
 
 @dataclass(frozen=True)
 class Found:
     """One fitted rate."""
 
-    task: str
+    grid: Grid
     quantity: str
-    line: Line
-    rate: Rate
+    rate: GridRate
 
     @property
     def agreement(self) -> str:
         """In words, of the exponent with the theory's."""
-        rate = self.rate
-        if rate.exponent is None:
-            return rate.remark
-        theory = rate.law.exponent
-        if rate.interval is None:
-            return f"near {rate.exponent:.2f}, {rate.remark}"
-        low, high = rate.interval
+        if self.rate.interval is None:
+            return self.rate.remark
+        (low, high), theory = self.rate.interval, self.rate.law.exponent
         known = (
             "as in theory" if low <= theory <= high else "faster than theory" if low > theory else "slower than theory"
         )
-        return known if not rate.remark else f"{known}; {rate.remark}"
+        return known if not self.rate.remark else f"{known}; {self.rate.remark}"
 
     @property
     def row(self) -> dict[str, str]:
         rate = self.rate
-        distances = " ".join("noise" if np.isnan(d) else f"{d:.2g}" for d in rate.distance)
         return {
-            "rules": self.line.parameterization,
+            "rules": self.grid.parameterization,
             "of": self.quantity,
             "axis": f"{rate.law.axis}, {rate.law.measure}",
-            "distances": distances or "diverges",
             "exponent": "" if rate.exponent is None else f"{rate.exponent:.2f}",
             "interval": "" if rate.interval is None else f"{rate.interval[0]:.2f} to {rate.interval[1]:.2f}",
-            "theory": f"{rate.law.exponent:g}",
+            "theory": f"{rate.law.exponent:g}" if self.grid.has_limit else "none",
         }
 
     @property
     def record(self) -> dict[str, Any]:
         rate = self.rate
         return {
-            "task": self.task,
+            "task": self.grid.task.name,
             "quantity": self.quantity,
-            "parameterization": self.line.parameterization,
+            "parameterization": self.grid.parameterization,
             "axis": rate.law.axis,
-            "lr": self.line.value,
-            "seeds": len(self.line.seeds),
-            **rate_record(rate),
-            "left_out": self.line.left_out,
+            "measure": rate.law.measure,
+            "lr": self.grid.lr,
+            "seeds": self.grid.seeds,
+            "lines": [plain(line) for line in rate.lines.tolist()],
+            "sizes": rate.sizes.tolist(),
+            "distance": [plain(d) for d in rate.distance.tolist()],
+            "error": [plain(e) for e in rate.error.tolist()],
+            "exponent": plain(rate.exponent),
+            "interval": bounds(rate.interval),
+            "next_order": plain(rate.next_order),
+            "theory": rate.law.exponent,
+            "remark": rate.remark,
+            "diverged": self.grid.diverged,
         }
 
 
-def fitted(task: Task, line: Line, limit: Limit) -> list[Found]:
-    found = []
-    for quantity, law in product(QUANTITIES, LAWS):
-        if law.axis == line.axis:
-            depth = WIDTH_AXIS_DEPTH if law.axis == "width" else math.inf
-            rate = fit_rate(law, line.values[quantity], limit.error[quantity][depth])
-            found.append(Found(task.name, quantity, line, rate))
-    return found
+def fitted(grid: Grid, limit: Limit) -> list[Found]:
+    """Rules without a limit stand beside that of others, over width alone: at no width do they near it."""
+    laws = [law for law in LAWS if grid.has_limit or law.axis == "width"]
+    return [
+        Found(grid, quantity, fit_grid(law, points_of(law, grid.values[quantity], limit[quantity])))
+        for quantity, law in product(QUANTITIES, laws)
+    ]
 
 
 # ---------------------------------------------------------------- what is shown
@@ -185,21 +165,49 @@ def kernel_rows(file: StudyFile) -> list[dict[str, str]]:
     return rows
 
 
+def distance_rows(found: list[Found]) -> list[dict[str, str]]:
+    """Of the outputs: a row for every parameterization, measure and depth, a column for every width; of means, the
+    last column is that of networks extrapolated to infinite width, to the limit of both."""
+    shown = {
+        (each.grid.parameterization, each.rate.law.measure, size[0], size[1]): "noise" if math.isnan(d) else f"{d:.2g}"
+        for each in found
+        if each.quantity == "outputs"
+        for size, d in zip(zip(each.rate.lines, each.rate.sizes, strict=True), each.rate.distance, strict=True)
+    }
+    names = dict.fromkeys((each.grid.parameterization, each.rate.law.measure) for each in found)
+    return [
+        {
+            "rules": name,
+            "of": measure,
+            "depth": str(depth),
+            **{str(width): shown.get((name, measure, depth, width), "diverges") for width in WIDTHS},
+            "inf": shown.get((name, measure, math.inf, depth), ""),
+        }
+        for (name, measure), depth in product(names, DEPTHS)
+    ]
+
+
 def verdicts(found: list[Found]) -> list[str]:
     """In words: how each parameterization with a limit nears it, and what the others do."""
     said = []
-    for each in found:
-        if each.quantity == "outputs":
-            name = f"{each.line.parameterization}, {each.task}, {each.rate.law.measure} over {each.rate.law.axis}"
-            left_out = f"; left out: {each.line.left_out}" if each.line.left_out else ""
-            exponent = "" if each.rate.exponent is None else f"exponent {each.rate.exponent:.2f}, "
-            said.append(f"{name}: {exponent}{each.agreement}{left_out}")
+    for grid in {id(each.grid): each.grid for each in found}.values():
+        name, own = f"{grid.parameterization}, {grid.task.name}", [each for each in found if each.grid is grid]
+        diverged = ", ".join(f"{width} x {depth}" for width, depth in grid.diverged)
+        diverged = f"; networks of {diverged} diverge" if diverged else ""
+        if not grid.has_limit:
+            outputs = {each.rate.law.measure: each.rate for each in own if each.quantity == "outputs"}
+            scatter = outputs["scatter"].distance
+            resolved = scatter[np.isfinite(scatter)]
+            least = f"by {resolved.min():.2g} or more, relative" if len(resolved) else "beyond measure"
+            said.append(f"{name}: has no limit: outputs scatter {least}, at every size{diverged}")
+            continue
+        resolved_rates = [each for each in own if each.rate.interval]
+        holds = sum(each.agreement.startswith("as in theory") for each in resolved_rates)
+        said.append(f"{name}: {holds} of {len(resolved_rates)} intervals hold the theory's exponent{diverged}")
+        for each in own:
+            if not each.agreement.startswith("as in theory"):
+                said.append(f"  {each.quantity}, {each.rate.law.measure} over {each.rate.law.axis}: {each.agreement}")
     return said
-
-
-def show_sizes() -> str:
-    widths, depths = (", ".join(map(str, sizes)) for sizes in (WIDTHS, DEPTHS))
-    return f"widths {widths} at depth {WIDTH_AXIS_DEPTH}, depths {depths} at width {DEPTH_AXIS_WIDTH}"
 
 
 def learning_rate(p: ParameterizationConfig, base: Size, task: Task, momentum: float, given: float | None) -> float:
@@ -229,11 +237,11 @@ def refuse_not_covered(study: Study) -> list[ParameterizationConfig]:
 
 def run_task(
     file: StudyFile, limited: list[ParameterizationConfig], task: Task, lr: float | None, console: Console
-) -> list[Found]:
+) -> tuple[list[Found], Limit]:
     """Every parameterization beside its limit; one that has none beside that of the first which has, at its rate."""
     base, momentum = Size(width=file.model.base_width, depth=file.model.base_depth), file.optimizer.momentum
     others = [p for p in file.study.parameterizations if p not in limited]
-    found, total = [], 2 * len(file.study.parameterizations) * len(WIDTHS) + len(limited)
+    found, total = list[Found](), len(file.study.parameterizations) * len(WIDTHS) * len(DEPTHS) + len(limited)
     started = 0
     with display(console, task.name) as shown:
 
@@ -245,21 +253,18 @@ def run_task(
         first: tuple[OptimizerConfig, Limit] | None = None
         for p in [*limited, *others]:
             if p in limited:
-                optimizer = OptimizerConfig(
-                    name="sgd", lr=learning_rate(p, base, task, momentum, lr), momentum=momentum
-                )
+                rate = learning_rate(p, base, task, momentum, lr)
+                optimizer = OptimizerConfig(name="sgd", lr=rate, momentum=momentum)
                 progress(f"{label(p)}: infinite width")
                 limit = solve(p, base, task, optimizer)
                 first = first or (optimizer, limit)
             else:
                 assert first is not None
                 optimizer, limit = first
-            for axis in ("width", "depth"):
-                seeds = SEEDS[axis] if p in limited else FEW_SEEDS
-                line = measure(p, base, task, optimizer, limit, axis, seeds, progress)
-                found += fitted(task, line, limit)
+            found += fitted(measure(p, base, task, optimizer, progress), limit)
         shown.update(1, "done", final=True)
-    return found
+    assert first is not None
+    return found, first[1]
 
 
 def limit_command(study: Study, lr: float | None, console: Console) -> list[Path]:
@@ -274,17 +279,21 @@ def limit_command(study: Study, lr: float | None, console: Console) -> list[Path
     say(console, "The tangent kernel of one input at the start, and the largest stable rate on the squared loss:")
     print_table(kernels, ("parameterization",), console)
     found: list[Found] = []
+    limits: dict[str, Limit] = {}
     for task in (gaussian_task(file.model.base_width), image_task(file)):
-        own = run_task(file, limited, task, lr, console)
+        own, limits[task.name] = run_task(file, limited, task, lr, console)
         found += own
-        say(console, f"{task.name}: distances to the limit, in the order of {show_sizes()}")
-        print_table([each.row for each in own], ("rules", "of", "axis", "distances"), console)
+        say(console, f"\n{task.name}: distances of outputs to the limit at each width, relative")
+        print_table(distance_rows(own), ("rules", "of"), console)
+        say(console, f"\n{task.name}: fitted exponents, with the next order")
+        print_table([each.row for each in own], ("rules", "of", "axis"), console)
     said = verdicts(found)
+    say(console, "")
     for sentence in said:
         say(console, sentence)
     paths = [file.directory / name for name in FILES]
     record = {"study": file.study.name, "kernels": kernels, "rates": [each.record for each in found], "verdict": said}
     write_atomically(paths[0], dump(record).encode())
-    plots.save(plots.distances([(each.line, f"{each.quantity}, {each.task}", each.rate) for each in found]), paths[1])
-    plots.save(plots.loss_curves(list({id(each.line): each.line for each in found}.values())), paths[2])
+    plots.save(draw_distances([(each.grid, each.quantity, each.rate) for each in found]), paths[1])
+    plots.save(draw_loss_curves(list({id(each.grid): each.grid for each in found}.values()), limits), paths[2])
     return paths

@@ -19,14 +19,10 @@ from depthmup.models.limit.rich import train_rich
 from depthmup.train.loop import open_data
 
 SAMPLES, STEPS, PIXELS = 6, 8, 8  # inputs; steps; images are shrunk to PIXELS x PIXELS
-
-
-WIDTHS, DEPTHS = (32, 64, 128, 256), (3, 6, 12, 24)  # of the finite networks
-
-
+SAME = 0.99  # images whose cosine is above it count as one: the kernel of two would be nearly singular
+WIDTHS, DEPTHS = (32, 64, 128, 256, 512), (3, 4, 6, 8, 12, 24)  # of the finite networks
+SOLVED_DEPTHS = (*DEPTHS, 48)  # of the infinitely wide ones: deeper ones make a surer limit
 SITES = 12000  # of the Monte Carlo limit, twice
-
-
 QUANTITIES = ("loss curve", "outputs", "feature kernel")
 
 
@@ -45,13 +41,22 @@ class Task:
         return found
 
 
-@dataclass(frozen=True)
-class Limit:
-    """Of one parameterization and task, by quantity and depth, of which math.inf is one: what the infinitely wide
-    network does, and the relative error of the Monte Carlo, from its two halves."""
+# Of one parameterization and task, quantity -> depth, of which math.inf is one -> (2, entries): what infinitely wide
+# networks do, from two independent halves of the Monte Carlo.
+Limit = dict[str, dict[float, np.ndarray]]
 
-    values: dict[str, dict[float, np.ndarray]]
-    error: dict[str, dict[float, float]]
+
+@dataclass(frozen=True)
+class Grid:
+    """The trained networks of one parameterization on one task."""
+
+    task: Task
+    parameterization: str
+    has_limit: bool
+    lr: float
+    seeds: int
+    values: dict[str, dict[tuple[int, int], np.ndarray]]  # quantity -> (width, depth) -> (seeds, entries)
+    diverged: list[tuple[int, int]]  # sizes at which a network did: no distance says anything of them
 
 
 def normalized(inputs: Tensor) -> Tensor:
@@ -65,18 +70,21 @@ def gaussian_task(inputs: int) -> Task:
 
 
 def image_task(file: StudyFile) -> Task:
-    """The first SAMPLES different images of the study's held-out split; one half of the classes against the other.
-    Raises UserError where there are too few."""
+    """The first SAMPLES different images of the study's held-out split, but for those that are 0 everywhere, which have no
+    direction; one half of the classes against the other. Raises UserError where there are too few."""
     data, split = file.data, "minival" if file.data.minival else "val"
     batches = evaluation_batches(data, open_data(file), split, 4 * SAMPLES, PIXELS, file.model.in_channels)
     images, labels = to_float(next(iter(batches)), data, "cpu")
     inputs, kept = normalized(images), list[int]()
     for index in range(len(inputs)):
         cosines = inputs[kept] @ inputs[index] / inputs.shape[1]
-        if not len(kept) or float(cosines.max()) < 0.99:
+        if inputs[index].any() and (not len(kept) or float(cosines.max()) < SAME):
             kept.append(index)
     if len(kept) < SAMPLES:
-        raise UserError(f"{data.root}: {split} has fewer than {SAMPLES} different images among its first {len(inputs)}")
+        raise UserError(
+            f"{data.root}: {split} has fewer than {SAMPLES} different images among its first "
+            f"{len(inputs)}, and repeated inputs make the kernel singular: use data with more of them"
+        )
     kept = kept[:SAMPLES]
     return Task("images", inputs[kept], (labels[kept] >= file.model.num_classes / 2).float() * 2 - 1)
 
@@ -90,25 +98,16 @@ def quantities(outputs: np.ndarray, features: np.ndarray, targets: np.ndarray) -
 
 
 def solve(p: ParameterizationConfig, base: Size, task: Task, optimizer: OptimizerConfig) -> Limit:
-    """By Monte Carlo at DEPTHS, twice, extrapolated to infinite depth."""
-    targets, found = task.targets.double().numpy(), dict[int, list[dict[str, np.ndarray]]]()
-    for depth in DEPTHS:
+    """By Monte Carlo at SOLVED_DEPTHS, twice, extrapolated to infinite depth."""
+    targets, limit = task.targets.double().numpy(), Limit((quantity, {}) for quantity in QUANTITIES)
+    for depth in SOLVED_DEPTHS:
         size = Size(width=base.width, depth=depth)
         network, unit = network_under_rules(p.resolve(), size, base, task.inputs.shape[1])
         training = Training(task.kernel, targets, optimizer.lr * unit, STEPS, optimizer.momentum)
         runs = [train_rich(network, training, SITES, seed) for seed in (0, 1)]
-        found[depth] = [quantities(run.outputs, run.forward[-1][-SAMPLES:, -SAMPLES:], targets) for run in runs]
-    limit = Limit({}, {})
-    for quantity in QUANTITIES:
-        both: list[dict[float, np.ndarray]] = [
-            {depth: runs[seed][quantity] for depth, runs in found.items()} for seed in (0, 1)
-        ]
-        for each in both:
-            each[math.inf] = to_infinite_depth(each, 2)
-        mean = {depth: (both[0][depth] + both[1][depth]) / 2 for depth in both[0]}
-        limit.values[quantity] = mean
-        limit.error[quantity] = {
-            depth: float(np.linalg.norm(both[0][depth] - both[1][depth]) / 2 / np.linalg.norm(mean[depth]))
-            for depth in mean
-        }
+        found = [quantities(run.outputs, run.forward[-1][-SAMPLES:, -SAMPLES:], targets) for run in runs]
+        for quantity in QUANTITIES:
+            limit[quantity][depth] = np.array([each[quantity] for each in found])
+    for by_depth in limit.values():
+        by_depth[math.inf] = to_infinite_depth(by_depth, 2)
     return limit

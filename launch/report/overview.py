@@ -11,15 +11,9 @@ from rich.console import Console
 from depthmup.data.storage import write_atomically
 from depthmup.launch.report.collect import Report
 from depthmup.launch.report.page import environment, inline
-from depthmup.launch.report.record import as_record
+from depthmup.launch.report.record import as_record, closed
 from depthmup.launch.report.tables import print_table, say
 from depthmup.launch.wording import show_drift, show_interval, show_share
-
-
-def closed(bounds: Sequence[float | None]) -> tuple[float, float]:
-    """A record's interval with infinite numbers where it is open."""
-    low, high = bounds
-    return (float("-inf") if low is None else low), (float("inf") if high is None else high)
 
 
 def cells(record: Mapping[str, Any], verdict: Mapping[str, str]) -> dict[str, str]:

@@ -17,9 +17,9 @@ from depthmup.launch.findings.forecast import calibration
 from depthmup.launch.findings.theory import expected_drifts, predicted_drifts
 from depthmup.launch.report import plots
 from depthmup.launch.report.collect import Report
-from depthmup.launch.report.record import as_record, dump, page_record
+from depthmup.launch.report.record import as_record, closed, dump, page_record
 from depthmup.launch.report.tables import forecast_row, planned_sentence, rows
-from depthmup.launch.wording import show_number
+from depthmup.launch.wording import show_drift, show_interval, show_number
 
 CONVERGENCE_FILES = ("convergence.json", "convergence.png", "convergence-loss.png")  # of `depthmup converge`
 
@@ -59,6 +59,8 @@ def markdown(report: Report) -> str:
         lines += [f"  {planned_sentence(seeds, planned.verdict)}"] if planned else []
     lines += [f"- {direct}." for direct in report.direct]
     lines += [f"- {sentence}." for sentence in expected_drifts(report.study.file)]
+    if theory := theory_rows(as_record(report)):
+        lines += ["", "Drift with depth, in theory and seen:", "", *markdown_table(theory)]
     lines += ["", report.rounds] if report.rounds else []
     lines += ["", f"Rule: {report.rule}", "", "![curves](curves.png)", "", *markdown_table(rows(report))]
     if report.forecasts:
@@ -92,25 +94,25 @@ def inline_json(record: Mapping[str, Any]) -> jinja2.utils.markupsafe.Markup:
 
 
 def theory_rows(record: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The predicted drifts with depth beside those seen."""
+    """The predicted drifts with depth beside those seen, with their intervals."""
     seen = {
-        (size["parameterization"], size["depth"]): size["drift_octaves"]
+        (size["parameterization"], size["depth"]): size
         for size in record["sizes"]
         if size["width"] == record["base"]["width"]
     }
 
-    def show(drift: float | None) -> str:
-        return "" if drift is None else f"{drift:+.2f}"
-
-    return [
-        {
+    def row(drift: Mapping[str, Any]) -> dict[str, str]:
+        size = seen.get((drift["parameterization"], drift["depth"]), {})
+        found, interval = size.get("drift_octaves"), size.get("drift_interval_octaves")
+        return {
             "parameterization": drift["parameterization"],
             "depth": str(drift["depth"]),
-            "in theory": show(drift["octaves"]),
-            "seen": show(seen.get((drift["parameterization"], drift["depth"]))),
+            "in theory": f"{drift['octaves']:+.2f}",
+            "seen": "" if found is None else show_drift(found),
+            "interval": show_interval(closed(interval)) if interval else "",
         }
-        for drift in record["predicted_drifts"]
-    ]
+
+    return [row(drift) for drift in record["predicted_drifts"]]
 
 
 def cost_rows(record: Mapping[str, Any]) -> list[dict[str, str]]:

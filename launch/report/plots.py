@@ -94,8 +94,8 @@ def varied(analysis: Analysis, study: StudyConfig) -> list[str]:
 def against_size(
     analysis: Analysis, study: StudyConfig, what: str, predicted: Mapping[str, Mapping[int, float]] | None = None
 ) -> Figure | None:
-    """`drift` in octaves (a size that does not train is a cross below), or `loss` at the base's optimum (solid) and at
-    the size's own (dotted).
+    """`drift` in octaves (a size that does not train is a cross below; dashed over depth: `predicted`), or `loss` at
+    the base's optimum (solid) and at the size's own (dotted).
 
     Against width and depth; None where neither is varied alone."""
     names = varied(analysis, study)
@@ -121,7 +121,8 @@ def against_size(
                 untrained = np.array([c.curve.optimum.x is None for c in shown], bool)
                 if name == "depth" and (expected := (predicted or {}).get(judgement.parameterization)):
                     theory = {study.sizes[0].depth: 0.0, **expected}
-                    axis.plot(sorted(theory), [theory[depth] for depth in sorted(theory)], "--", color=f"C{number}")
+                    at, name_of_it = sorted(theory), f"{judgement.parameterization}, in theory"
+                    axis.plot(at, [theory[depth] for depth in at], "--", color=f"C{number}", label=name_of_it)
                 edge = np.full(untrained.sum(), -0.94 * limit)
                 axis.plot(apart[untrained], edge, "x", color=f"C{number}", label="_", markersize=7)
             else:
@@ -142,14 +143,9 @@ def against_size(
     return figure
 
 
-def target(rate: Rate) -> str:
-    """What distances are to."""
-    return "the limit" if math.isinf(rate.largest) else "the largest"
-
-
 def distances(found: list[tuple[Line, str, Rate]]) -> Figure:
-    """Distance to the limit, or to the largest size that stands for it: one row per quantity, one column per law; fits
-    solid, the theory's slope dashed, bars: intervals over seeds."""
+    """Distance to the largest size, which stands for the limit: one row per quantity, one column per law; fits solid,
+    the theory's slope dashed, bars: intervals over seeds."""
     laws = list(dict.fromkeys(rate.law for _, _, rate in found))
     quantities = list(dict.fromkeys(quantity for _, quantity, _ in found))
     names = list(dict.fromkeys(line.parameterization for line, _, _ in found))
@@ -181,7 +177,7 @@ def distances(found: list[tuple[Line, str, Rate]]) -> Figure:
         plain_log_axis(axis)
         axis.legend(fontsize=8)
     for row in axes:
-        row[0].set_ylabel(f"distance to {target(found[0][2])} (relative)")
+        row[0].set_ylabel("distance to the largest (relative)")
     return figure
 
 
@@ -192,9 +188,7 @@ def loss_curves(lines: list[Line]) -> Figure:
         curves = line.values["loss curve"]
         colours = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(curves)))
         for colour, (size, losses) in zip(colours, sorted(curves.items()), strict=True):
-            known = {"color": "k", "label": "limit", "linestyle": "--"}
-            own = {"color": colour, "label": f"{line.axis} {size}"}
-            axis.plot(line.steps, losses.mean(axis=0), linewidth=1.4, **(known if math.isinf(size) else own))
+            axis.plot(line.steps, losses.mean(axis=0), color=colour, label=f"{line.axis} {size}", linewidth=1.4)
         axis.set(title=f"{line.parameterization} over {line.axis}", xlabel="step", yscale="log")
         axis.grid(alpha=0.25)
         axis.legend(fontsize=8)

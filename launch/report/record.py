@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,12 @@ def plain(value: float | None) -> float | None:
 
 def bounds(interval: tuple[float, float] | None) -> list[float | None] | None:
     return [plain(bound) for bound in interval] if interval else None
+
+
+def closed(bounds: Sequence[float | None]) -> tuple[float, float]:
+    """A record's interval with infinite numbers where it is open."""
+    low, high = bounds
+    return (float("-inf") if low is None else low), (float("inf") if high is None else high)
 
 
 def rate_record(rate: Rate) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from depthmup.launch.report.overview import closed, overview
+from depthmup.launch.report.overview import overview
 from depthmup.launch.report.page import markdown_table
-from depthmup.launch.report.record import read_record
+from depthmup.launch.report.record import closed, read_record
 from depthmup.launch.report.tables import planned_sentence
 from depthmup.launch.wording import quantity, show_drift, show_interval, show_number, show_share, show_shares
 

@@ -1,0 +1,210 @@
+"""`depthmup exponents`: how the weights of a study's residual branches change with depth, at the start and trained."""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+from safetensors.torch import load_file
+from torch import Tensor
+
+from depthmup.data.errors import UserError
+from depthmup.data.storage import write_atomically
+from depthmup.launch.findings.analysis import Comparison
+from depthmup.launch.findings.convergence import along
+from depthmup.launch.findings.exponents import MEASURES, MIN_DEPTHS, Slope, fit_slope, measures_of, regime
+from depthmup.launch.report import plots
+from depthmup.launch.report.collect import collect
+from depthmup.launch.report.converge import runs_along
+from depthmup.launch.report.record import dump
+from depthmup.launch.report.tables import print_table, say
+from depthmup.launch.runs.planned import PlannedRun
+from depthmup.launch.runs.study import Study
+from depthmup.models.build import ScaledModel, build, find_slots
+from depthmup.models.parameterization import Role
+
+SUBJECTS = ("start", "trained", "change")  # the weights at the start, after training, and their difference
+FILES = ("exponents.json", "exponents.png")
+NUMBER = re.compile(r"\d+")
+
+
+# ---------------------------------------------------------------- a run's weights
+
+
+def branch_factors(scaled: ScaledModel) -> dict[str, float]:
+    """Module -> the multiplier of the branch that it is the last one of."""
+    slots = find_slots(scaled.network, scaled.roles.branches)
+    return {
+        slot.last_before(name): scaled.multipliers[name].value
+        for name, slot in slots.items()
+        if name in scaled.multipliers
+    }
+
+
+def block_tensors(scaled: ScaledModel) -> dict[str, list[list[str]]]:
+    """Name of a tensor within its block -> stages -> names of that parameter in the blocks that follow each other.
+
+    A stage ends where the weight's shape changes. Raises UserError for a network whose blocks are not known.
+    """
+    if not scaled.blocks:
+        raise UserError(f"{type(scaled.network).__name__} does not say which modules are its blocks: Roles.blocks")
+    shapes = {name: parameter.shape for name, parameter in scaled.network.named_parameters()}
+    found: dict[str, list[tuple[object, str]]] = {}
+    for block in scaled.blocks:
+        for name, rule in scaled.rules.items():
+            if rule.role is Role.BRANCH_HIDDEN and name.startswith(f"{block}."):
+                stage = block.rpartition(".")[0], shapes[name]
+                found.setdefault(name.removeprefix(f"{block}."), []).append((stage, name))
+    return {
+        tensor: [[name for _, name in of] for _, of in groupby(names, key=lambda each: each[0])]
+        for tensor, names in found.items()
+    }
+
+
+def run_measures(run: PlannedRun) -> dict[tuple[str, str], dict[str, float]]:
+    """(tensor, subject) -> measure -> value, of one finished run. Raises UserError where there are no weights."""
+    weights = run.directory.weights
+    if not weights.exists():
+        raise UserError(f"{run.directory.path}: no {weights.name} there: delete the folder to train it again")
+    scaled = build(run.config.model, run.config.parameterization, run.config.seed)
+    factors, trained = branch_factors(scaled), load_file(weights)
+    start = dict(scaled.network.named_parameters())
+
+    def rows(names: list[str], of: dict[str, Tensor]) -> np.ndarray:
+        """(blocks, entries), float64."""
+        factor = [factors.get(name.rpartition(".")[0], 1.0) for name in names]
+        return np.array([f * of[name].detach().double().numpy().ravel() for f, name in zip(factor, names, strict=True)])
+
+    found = {}
+    for tensor, stages in block_tensors(scaled).items():
+        before, after = ([rows(names, of) for names in stages] for of in (start, trained))
+        change = [b - a for a, b in zip(before, after, strict=True)]
+        for subject, weights_of in zip(SUBJECTS, (before, after, change), strict=True):
+            found[tensor, subject] = measures_of(weights_of)
+    return found
+
+
+# ---------------------------------------------------------------- the study's runs
+
+
+@dataclass(frozen=True)
+class Growth:
+    """One tensor of one parameterization's blocks, over depth."""
+
+    parameterization: str
+    tensor: str
+    subject: str
+    values: dict[str, dict[int, list[float]]]  # measure -> depth -> of every seed
+    left_out: str
+
+    @property
+    def slopes(self) -> dict[str, Slope | None]:
+        return {measure: fit_slope(of) for measure, of in self.values.items()}
+
+    @property
+    def row(self) -> dict[str, str]:
+        def show(slope: Slope | None) -> str:
+            return "" if slope is None else f"{slope.exponent:.2f} ({slope.low:.2f} to {slope.high:.2f})"
+
+        cells = {measure: show(slope) for measure, slope in self.slopes.items()}
+        first = {"rules": self.parameterization, "tensor": self.tensor, "of": self.subject}
+        return {**first, **cells, "regime": regime(self.slopes)}
+
+    @property
+    def record(self) -> dict[str, Any]:
+        slopes = {measure: None if slope is None else vars(slope) for measure, slope in self.slopes.items()}
+        return {**vars(self), "slopes": slopes, "regime": regime(self.slopes)}
+
+
+def growths(study: Study, own: bool) -> Iterator[Growth]:
+    """Every parameterization's, over the depths at the base's width. own: at each size's own best value that ran,
+    instead of the base's."""
+    analysis, base = collect(study).analysis, study.file.study.sizes[0]
+    for name in (judgement.parameterization for judgement in analysis.judgements):
+        shown = along([c for c in analysis.comparisons if c.curve.parameterization == name], base, "depth")
+        best = {c.curve.size: float(c.curve.values[np.argmin(c.curve.mean)]) for c in shown if len(c.curve.values)}
+        at_base = next((best[c.curve.size] for c in shown if c.curve.size == base), math.nan)
+
+        def value(comparison: Comparison, best: dict[Any, float] = best, at_base: float = at_base) -> float:
+            return best[comparison.curve.size] if own else at_base
+
+        runs, left_out = runs_along(study, name, "depth", shown, value)
+        measured = {depth: [run_measures(run) for run in by_seed.values()] for depth, by_seed in runs.items()}
+        keys = dict.fromkeys(key for of in measured.values() for each in of for key in each)
+        for tensor, subject in keys:
+            values = {
+                measure: {
+                    depth: [found for each in of if math.isfinite(found := each[tensor, subject][measure])]
+                    for depth, of in measured.items()
+                }
+                for measure in MEASURES
+            }
+            yield Growth(name, tensor, subject, values, ", ".join(left_out))
+
+
+def draw(found: list[Growth]) -> Figure:
+    """A row for each of SUBJECTS, a column for each of MEASURES; fits solid, with their exponents."""
+    figure, axes = plt.subplots(
+        len(SUBJECTS), len(MEASURES), figsize=(4 * len(MEASURES), 3.4 * len(SUBJECTS)), layout="constrained"
+    )
+    lines = list(dict.fromkeys((each.parameterization, each.tensor) for each in found))
+    for each in found:
+        row, colour = axes[SUBJECTS.index(each.subject)], f"C{lines.index((each.parameterization, each.tensor))}"
+        for axis, measure in zip(row, MEASURES, strict=True):
+            values, slope = each.values[measure], each.slopes[measure]
+            x = np.array([depth for depth, of in values.items() for _ in of], dtype=float)
+            y = np.array([value for of in values.values() for value in of])
+            label = f"{each.parameterization}, {each.tensor}" + ("" if slope is None else f": {slope.exponent:.2f}")
+            axis.plot(x, y, ".", color=colour, label=label)
+            if slope is not None:
+                fit = np.exp(np.log(y).mean() + slope.exponent * (np.log(x) - np.log(x).mean()))
+                axis.plot(x, fit, color=colour, linewidth=1)
+            axis.set_title(f"{each.subject}: {measure}", fontsize=9)
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log")
+            axis.legend(fontsize=6)
+    for axis in axes[-1]:
+        axis.set_xlabel("depth")
+    return figure
+
+
+def exponents(study: Study, own: bool, console: Console) -> list[Path]:
+    """Prints the exponents and regimes, writes FILES into the study's folder, and returns their paths.
+
+    Raises UserError where no parameterization has MIN_DEPTHS depths that train.
+    """
+    found = list(growths(study, own))
+    if not any(slope for each in found for slope in each.slopes.values()):
+        left_out = "; ".join(
+            dict.fromkeys(f"{each.parameterization}: {each.left_out}" for each in found if each.left_out)
+        )
+        raise UserError(
+            f"{study.path}: exponents need {MIN_DEPTHS} finished depths at the base's width that train"
+            f"{left_out and f' (left out: {left_out})'}: add to study.sizes, or finish it with "
+            f"{study.command('transfer')}"
+        )
+    say(console, "Exponents of depth, of weights with the branch multiplier in them:")
+    rows = [each.row for each in found]
+    for measure in MEASURES:
+        say(console, f"\n{measure}")
+        kept = [{key: row[key] for key in ("rules", "tensor", "of")} | {"exponent": row[measure]} for row in rows]
+        print_table(kept, ("rules", "tensor", "of"), console)
+    say(console, "")
+    for row in rows:
+        say(console, f"{row['rules']}, {row['tensor']}, {row['of']}: {row['regime']}")
+    for sentence in dict.fromkeys(
+        f"{each.parameterization}: left out: {each.left_out}" for each in found if each.left_out
+    ):
+        say(console, sentence)
+    paths = [study.file.directory / name for name in FILES]
+    record = {"study": study.file.study.name, "own_values": own, "growths": [each.record for each in found]}
+    write_atomically(paths[0], dump(record).encode())
+    plots.save(draw(found), paths[1])
+    return paths
