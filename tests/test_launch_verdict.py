@@ -75,7 +75,8 @@ def test_one_dead_run_at_the_carried_value_asks_for_more_and_does_not_rule_it_ou
     enough = judge(runs(BASE, valley(-4.0)), runs(DEEP, dead, seeds=8))
     assert enough.verdict == "transfers"
     assert "1 of 8 runs fails there" in enough.reason
-    alone = judge(runs(BASE, valley(-4.0)), runs(DEEP, lambda x, seed: GUESS if x == -4.0 else steady(x, seed), seeds=1))
+    always = lambda x, seed: GUESS if x == -4.0 else steady(x, seed)  # noqa: E731
+    alone = judge(runs(BASE, valley(-4.0)), runs(DEEP, always, seeds=1))
     assert alone.verdict == "inconclusive"
 
 

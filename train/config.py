@@ -189,6 +189,8 @@ class RunConfig:
     seed: Annotated[int, Field(ge=0)] = 0
 
     def __post_init__(self) -> None:
+        chosen = self.parameterization.choose(self.model, self.optimizer.name)
+        object.__setattr__(self, "parameterization", chosen)  # the identity has what `auto` meant
         refuse_idle(self.parameterization.resolve(), self.optimizer)
         if self.optimizer.name == "muon" and self.parallel.engine == "deepspeed":
             raise ValueError("optimizer.name muon needs whole matrices, which deepspeed flattens: use ddp")

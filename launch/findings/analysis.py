@@ -178,9 +178,9 @@ def failed_runs(metric: np.ndarray, chance: float) -> np.ndarray:
 
 def failing_values(metric: np.ndarray, failed: np.ndarray) -> np.ndarray:
     """Which values fail: those at which no run trains or surely more than TOLERATED fail; and, unless most are known to
-    train, those at which a run fails beside these, or at which half of them do on the edge of the grid: there an edge of
-    stability may begin. Elsewhere a failed run is a single one: values to both sides train, and it says nothing of the
-    loss of those that train. Both arguments: (seeds, values). (values,)
+    train, those at which a run fails beside these, or at which half of them do on the edge of the grid: there an edge
+    of stability may begin. Elsewhere a failed run is a single one: values to both sides train, and it says nothing of
+    the loss of those that train. Both arguments: (seeds, values). (values,)
     """
     counts = [Failures(int(bad), int(ran)) for bad, ran in zip(failed.sum(0), (~np.isnan(metric)).sum(0), strict=True)]
     fails = np.array([each.are_many or each.failed == each.runs for each in counts])

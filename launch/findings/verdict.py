@@ -71,9 +71,9 @@ def describe_rule(limits: Limits) -> str:
         f"what decides is the regret: the loss at the base's optimum over the lowest of that size. transfers: at every "
         f"size it is below {transfer} of the loss with a probability of {SURE:.0%}. costs: at some size it is "
         f"above {transfer} with that probability, and at none above {cost}. does not transfer: at some size it is "
-        f"above {cost} with that probability, or more than {TOLERATED:.0%} of the runs at the carried value fail with that "
-        f"probability, or no value trains. not identified: the value transfers, but so does that of {CONTROL}, or every "
-        f"value within an octave is as good. "
+        f"above {cost} with that probability, or more than {TOLERATED:.0%} of the runs at the carried value fail with "
+        f"it, or no value trains. not identified: the value transfers, but so does that of {CONTROL}, or every value "
+        f"within an octave is as good. "
         f"inconclusive: anything else."
     )
 
