@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import field
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -286,6 +286,8 @@ class StudyFile(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        chosen = (each.choose(self.model, self.optimizer.name) for each in self.study.parameterizations)
+        object.__setattr__(self, "study", replace(self.study, parameterizations=tuple(dict.fromkeys(chosen))))
         if self.parameterization not in (ParameterizationConfig(), *self.study.parameterizations):
             raise ValueError(
                 f"parameterization: {label(self.parameterization)} would do nothing: study.parameterizations says what "

@@ -172,6 +172,27 @@ PRESETS: dict[str, Parameterization] = {
 
 
 @dataclass(frozen=True)
+class Choice:
+    """What `auto` means for networks of one kind, and the published studies that say so.
+
+    absolute   branches of beta * (depth / base_depth)^-alpha with beta = base_depth^-alpha, not 1: the form of
+               2309.16620, under which a base of any depth is a network of the same family
+    """
+
+    preset: Literal["sp", "mup", "depth_mup", "completep"]
+    absolute: bool
+    studies: tuple[str, ...]  # of docs/RESULTS.md; docs/models.md has the figures
+
+
+# (kind of network, optimizer): a kind without a study has no row, and is refused
+AUTO: dict[tuple[str, str], Choice] = {
+    ("conv_resnet with no norm and 1 layer a branch", "sgd"): Choice("depth_mup", True, ("paper_rules_resnet",)),
+    ("conv_resnet with no norm and 2 layers a branch", "sgd"): Choice("completep", True, ("paper_rules_resnet_k2",)),
+    ("vit", "adamw"): Choice("completep", True, ("paper_rules_vit", "paper_vit")),
+}
+
+
+@dataclass(frozen=True)
 class Factors:
     """What an optimizer gets for one role at one size, as factors on the base values (all without unit)."""
 

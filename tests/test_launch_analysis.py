@@ -6,9 +6,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.stats import binom
 
 from depthmup.launch.config import Size
-from depthmup.launch.findings.analysis import Comparison, Curve, Result, analyse_sizes, carry_optimum, failed_runs
+from depthmup.launch.findings.analysis import (
+    Comparison,
+    Curve,
+    Failures,
+    Result,
+    analyse_sizes,
+    carry_optimum,
+    failed_runs,
+)
 
 BASE, DEEP, WIDE, LARGE = (Size(width=width, depth=depth) for width, depth in ((16, 3), (16, 27), (64, 3), (64, 27)))
 GRID = tuple(float(x) for x in range(-10, 1))
@@ -66,7 +75,7 @@ def test_runs_that_learned_nothing_and_runs_that_diverged_fail_alike() -> None:
     assert np.isfinite(dead.metric).all()  # what was measured stays to be shown
 
 
-def test_a_run_whose_units_died_fails_its_value_and_does_not_move_the_optimum() -> None:
+def test_a_run_whose_units_died_is_left_out_and_does_not_move_the_optimum() -> None:
     """At 2^-3 three seeds ended at 0.104, 1.846 and 0.061; the others are best at 2^-4."""
     broken = {-3.0: (0.104, 1.846, 0.061)}
     good = valley(-4.0, noise=0.1, curvature=0.3, lowest=0.08)
@@ -74,9 +83,43 @@ def test_a_run_whose_units_died_fails_its_value_and_does_not_move_the_optimum() 
     at = found.at(-3.0)
     assert list(found.failed[:, at]) == [False, True, False]
     assert found.failed.sum() == 1
-    assert np.isinf(found.mean[at])
+    assert not found.fails[at]
+    assert found.failures(at) == Failures(1, 3)
+    assert found.mean[at] == pytest.approx(math.sqrt(0.104 * 0.061), rel=0.3)  # of those that live
     assert found.optimum.x == pytest.approx(-4.0, abs=0.8)
-    assert found.optimum.metric == found.mean[found.at(-4.0)]
+
+
+def test_a_failed_run_fails_its_value_beside_values_that_fail_or_where_too_many_do() -> None:
+    """One run of three at x = -4, and all above: there the edge of stability begins. One of eight fails by bad luck."""
+
+    def dies(x: float, seed: int) -> bool:
+        return x > -4.0 or (x, seed) == (-4.0, 1)
+
+    def loss(x: float, seed: int) -> float:
+        return math.inf if dies(x, seed) else valley(-5.0)(x, seed)
+
+    few, many = (compare(runs(BASE, loss, seeds=seeds))[0].curve for seeds in (3, 8))
+    assert np.isinf(few.mean[few.at(-4.0)])
+    assert np.isfinite(many.mean[many.at(-4.0)])
+    half = curve(lambda x, seed: math.inf if x == -4.0 and seed < 2 else valley(-5.0)(x, seed))
+    assert np.isinf(half.mean[half.at(-4.0)])  # two of three, between values that train
+    edge = compare(runs(BASE, lambda x, seed: math.inf if (x, seed) == (0.0, 0) else 1.0, seeds=2))[0].curve
+    assert edge.fails[-1]
+
+
+def test_the_share_of_failing_runs_is_known_as_their_number_allows() -> None:
+    """Clopper and Pearson's bounds, by the binomial distribution itself."""
+    for failed, count in ((1, 3), (2, 6), (0, 4), (5, 5)):
+        low, high = Failures(failed, count).share
+        if failed:
+            assert binom.sf(failed - 1, count, low) == pytest.approx(0.05)
+        if failed < count:
+            assert binom.cdf(failed, count, high) == pytest.approx(0.05)
+    assert Failures(0, 4).share[0] == 0.0
+    assert Failures(5, 5).share[1] == 1.0
+    assert not Failures(1, 1).are_many
+    assert Failures(2, 2).are_many
+    assert not Failures(2, 4).are_many
 
 
 def test_a_value_at_which_seeds_differ_as_noise_lets_them_has_not_failed() -> None:

@@ -94,6 +94,17 @@ def test_a_value_at_which_runs_fail_is_never_tried_again(name: str) -> None:
         bad |= {(p.size, p.x) for p in wanted.points if math.isinf(STUDIES[name](p.size, p.x, p.seed))}
 
 
+def test_a_single_dead_run_at_the_carried_value_is_tried_again_with_other_seeds() -> None:
+    """At the deepest size the first seed dies at every value above -4.5, by bad luck: no other one does."""
+    unlucky: Loss = lambda size, x, seed: GUESS if (size, seed) == (SIZES[2], 0) and x == -4.0 else STAYS(size, x, seed)  # noqa: E731
+    rounds, results = walk(unlucky)
+    again = next(each for each in rounds if "fail by bad luck" in each.reason)
+    assert {(point.size, point.x) for point in again.points} == {(SIZES[2], -4.0)}
+    assert verdict(results) == "transfers"
+    always: Loss = lambda size, x, seed: GUESS if size == SIZES[2] and x == -4.0 else STAYS(size, x, seed)  # noqa: E731
+    assert verdict(walk(always)[1]) == "does not transfer"
+
+
 def test_what_stays_put_transfers_for_less_than_two_fifths_of_the_grid() -> None:
     rounds, results = walk(STAYS)
     assert verdict(results) == "transfers"

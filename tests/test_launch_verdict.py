@@ -64,6 +64,30 @@ def test_a_value_at_which_the_large_network_does_not_train_does_not_transfer_how
         assert near.verdict not in ("transfers", "costs")
 
 
+def test_one_dead_run_at_the_carried_value_asks_for_more_and_does_not_rule_it_out() -> None:
+    """Of runs at 2^-4, the base's optimum, seed 1 dies at the larger size."""
+    steady = valley(-4.0)
+    dead = lambda x, seed: GUESS if (x, seed) == (-4.0, 1) else steady(x, seed)  # noqa: E731
+    few = study_of(runs(BASE, valley(-4.0)), runs(DEEP, dead))
+    assert few.judgements[0].verdict == "inconclusive"
+    assert "1 of 3 runs fails there (1.7 to 86 %)" in few.judgements[0].reason
+    assert 2.0**-4 in seeds_wanted(few)["p", DEEP]
+    enough = judge(runs(BASE, valley(-4.0)), runs(DEEP, dead, seeds=8))
+    assert enough.verdict == "transfers"
+    assert "1 of 8 runs fails there" in enough.reason
+    always = lambda x, seed: GUESS if x == -4.0 else steady(x, seed)  # noqa: E731
+    alone = judge(runs(BASE, valley(-4.0)), runs(DEEP, always, seeds=1))
+    assert alone.verdict == "inconclusive"
+
+
+@pytest.mark.parametrize(("dying", "seeds"), [(2, 3), (3, 3), (4, 8)])
+def test_a_value_at_which_surely_more_than_a_tenth_of_the_runs_die_does_not_transfer(dying: int, seeds: int) -> None:
+    dead = lambda x, seed: GUESS if x == -4.0 and seed < dying else valley(-4.0)(x, seed)  # noqa: E731
+    found = judge(runs(BASE, valley(-4.0)), runs(DEEP, dead, seeds=seeds))
+    assert found.verdict == "does not transfer"
+    assert f"{dying} of {seeds} runs fail" in found.reason
+
+
 def test_a_large_drift_of_a_flat_curve_does_not_count_against_a_value() -> None:
     """Two octaves that cost 0.4 % of the loss."""
     for number in range(5):

@@ -208,6 +208,8 @@ class RunConfig:
     seed: Annotated[int, Field(ge=0)] = 0
 
     def __post_init__(self) -> None:
+        chosen = self.parameterization.choose(self.model, self.optimizer.name)
+        object.__setattr__(self, "parameterization", chosen)  # the identity has what `auto` meant
         refuse_idle(self.parameterization.resolve(), self.optimizer)
         if self.parallel.gather == "bf16" and self.train.precision != "bf16":
             raise ValueError(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+from scipy.special import betaincinv
 
 from depthmup.launch.config import Size
 from depthmup.launch.findings.curve_model import CONFIDENCE, Posterior, fit, level, quantiles, regret_interval
@@ -21,6 +22,8 @@ ERRORS = 3.0  # standard errors that count as more than noise where runs are com
 LEAST_SEED_NOISE = 0.001  # of a log loss, where seeds agree by accident
 ASSUMED_NOISE = 0.02  # of a log loss, where no value was run with two seeds
 MOST_GUESS_NOISE = 0.005  # of the log loss of networks that learn nothing
+TOLERATED = 0.1  # share of runs that may fail at a value that is carried over
+TOO_MANY = 0.5  # and the share that more runs must rule out, once one has failed
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,32 @@ class Result:
     value: float
     seed: int
     metric: float
+
+
+@dataclass(frozen=True)
+class Failures:
+    """How many of some runs failed."""
+
+    failed: int
+    runs: int
+
+    @property
+    def share(self) -> tuple[float, float]:
+        """Interval of the share of runs that fail (Clopper and Pearson 1934), at CONFIDENCE."""
+        failed, trained, beyond = self.failed, self.runs - self.failed, (1 - CONFIDENCE) / 2
+        low = float(betaincinv(failed, trained + 1, beyond)) if failed else 0.0
+        high = float(betaincinv(failed + 1, trained, 1 - beyond)) if trained else 1.0
+        return low, high
+
+    @property
+    def are_many(self) -> bool:
+        """Whether surely more runs fail than is tolerated. One run alone never says so."""
+        return self.runs > 1 and self.share[0] > TOLERATED
+
+    @property
+    def leave_open(self) -> bool:
+        """Whether some failed, and that most do is not ruled out."""
+        return self.failed > 0 and self.share[1] > TOO_MANY
 
 
 @dataclass(frozen=True)
@@ -55,6 +84,7 @@ class Curve:
     seeds: tuple[int, ...]
     metric: np.ndarray  # (seeds, values): infinite where a run diverged, NaN where there is none
     failed: np.ndarray  # (seeds, values): diverged, learned nothing, or broke down
+    fails: np.ndarray  # (values,): whether a value fails; elsewhere failed runs are single ones, and are left out
     learns: bool  # whether the best value beats chance by more than noise
     chance: float  # the loss of a guess, above which no regret is sought
     posterior: Posterior | None = field(repr=False)
@@ -62,13 +92,22 @@ class Curve:
 
     @property
     def usable(self) -> np.ndarray:
-        """`metric`, infinite where a run failed."""
-        return np.where(self.failed, math.inf, self.metric)
+        """`metric`, infinite where a value fails, NaN where a single run did."""
+        return usable_runs(self.metric, self.failed, self.fails)
 
     @property
     def mean(self) -> np.ndarray:
-        """Mean over seeds, infinite where any seed failed. (values,)"""
+        """Mean over the seeds that trained, infinite where the value fails. (values,)"""
         return level(self.usable)
+
+    def failures(self, index: int) -> Failures:
+        """Of the runs at one value."""
+        return Failures(int(self.failed[:, index].sum()), int((~np.isnan(self.metric[:, index])).sum()))
+
+    def fails_alone(self, index: int) -> bool:
+        """Whether a value has one run, which failed, between values that train: bad luck, or a bad value."""
+        beside = self.mean[max(index - 1, 0) : index + 2 : 2]
+        return self.failures(index) == Failures(1, 1) and len(beside) == 2 and bool(np.isfinite(beside).all())
 
     @property
     def num_seeds(self) -> int:
@@ -100,6 +139,7 @@ class Comparison:
     regret_interval: tuple[float, float] | None
     regret_bound: float  # the regret is below this with a probability of (1 + CONFIDENCE) / 2
     carried: float | None = None  # octaves of the value that is carried over
+    failures: Failures = Failures(0, 0)  # at the value nearest to it
 
 
 # ---------------------------------------------------------------- curves
@@ -136,10 +176,32 @@ def failed_runs(metric: np.ndarray, chance: float) -> np.ndarray:
     return diverged | nothing | lost
 
 
+def failing_values(metric: np.ndarray, failed: np.ndarray) -> np.ndarray:
+    """Which values fail: those at which no run trains or surely more than TOLERATED fail; and, unless most are known to
+    train, those at which a run fails beside these, or at which half of them do on the edge of the grid: there an edge
+    of stability may begin. Elsewhere a failed run is a single one: values to both sides train, and it says nothing of
+    the loss of those that train. Both arguments: (seeds, values). (values,)
+    """
+    counts = [Failures(int(bad), int(ran)) for bad, ran in zip(failed.sum(0), (~np.isnan(metric)).sum(0), strict=True)]
+    fails = np.array([each.are_many or each.failed == each.runs for each in counts])
+    for end in (0, -1):
+        fails[end] |= 2 * counts[end].failed >= counts[end].runs
+    for order in (range(1, len(counts)), range(len(counts) - 2, -1, -1)):
+        step = -1 if order.step == 1 else 1
+        for index in order:
+            fails[index] |= counts[index].leave_open and fails[index + step]
+    return fails
+
+
+def usable_runs(metric: np.ndarray, failed: np.ndarray, fails: np.ndarray) -> np.ndarray:
+    """`metric`, infinite at values that fail, NaN for single runs that failed elsewhere. (seeds, values)"""
+    return np.where(failed, np.where(fails & ~np.isnan(metric), math.inf, math.nan), metric)
+
+
 def beats_chance(usable: np.ndarray, chance: float) -> bool:
     """Whether the lowest mean of a curve lies below chance by more than ERRORS standard errors.
 
-    usable: (seeds, values), infinite where a run failed."""
+    usable: (seeds, values), infinite where a value fails."""
     logs = np.log(usable)
     mean = level(logs)
     if not np.isfinite(mean).any():
@@ -150,7 +212,7 @@ def beats_chance(usable: np.ndarray, chance: float) -> bool:
 
 
 def find_optimum(x: np.ndarray, usable: np.ndarray, learns: bool, posterior: Posterior | None) -> Optimum:
-    """usable: (seeds, values), infinite where a run failed.
+    """usable: (seeds, values), infinite where a value fails.
 
     Without a posterior (fewer than three values about the best train, or nothing tells the noise) the optimum is
     known to lie between the neighbours of the best value, no better.
@@ -191,19 +253,19 @@ def make_curves(results: Sequence[Result], octaves: Callable[[float], float], ch
         x = np.array([octaves(value) for value in values])
         metric = np.array([[metrics.get((seed, value), math.nan) for value in values] for seed in seeds])
         failed = failed_runs(metric, chance)
-        usable = np.where(failed, math.inf, metric)
-        made.append((name, values, x, tuple(seeds), metric, failed, usable, beats_chance(usable, chance)))
+        fails = failing_values(metric, failed)
+        usable = usable_runs(metric, failed, fails)
+        made.append((name, values, x, tuple(seeds), metric, failed, fails, usable, beats_chance(usable, chance)))
     distinct = {
-        (size, x.tobytes(), usable.tobytes()): (x, np.log(usable)) for (_, size), _, x, _, _, _, usable, _ in made
+        (size, x.tobytes(), usable.tobytes()): (x, np.log(usable)) for (_, size), _, x, _, _, _, _, usable, _ in made
     }
     posteriors = dict(zip(distinct, fit(list(distinct.values())), strict=True))
     found = []
-    for (parameterization, size), values, x, names, metric, failed, usable, learns in made:
+    for (parameterization, size), values, x, names, metric, failed, fails, usable, learns in made:
         posterior = posteriors[size, x.tobytes(), usable.tobytes()] if learns else None
         optimum = find_optimum(x, usable, learns, posterior)
-        found.append(
-            Curve(parameterization, size, values, x, names, metric, failed, learns, chance, posterior, optimum)
-        )
+        runs = metric, failed, fails
+        found.append(Curve(parameterization, size, values, x, names, *runs, learns, chance, posterior, optimum))
     return found
 
 
@@ -249,16 +311,15 @@ def compare(base: Curve, curve: Curve, carried: float | None) -> Comparison:
     if carried is None:
         return Comparison(curve, drift, interval, math.nan, False, math.nan, None, math.nan)
     nearest = curve.at(carried)
-    measured = bool(abs(curve.x[nearest] - carried) < 1e-6)
+    measured, failures = bool(abs(curve.x[nearest] - carried) < 1e-6), curve.failures(nearest)
     if not np.isfinite(curve.mean[nearest]):
-        return Comparison(curve, drift, interval, math.inf, measured, math.inf, None, math.inf, carried)
+        return Comparison(curve, drift, interval, math.inf, measured, math.inf, None, math.inf, carried, failures)
     lowest = curve.optimum.metric
     at_nearest = float(curve.mean[nearest])
     regrets = log_regrets(curve, carried)
     if regrets is None:
-        return Comparison(
-            curve, drift, interval, at_nearest, measured, at_nearest / lowest - 1, None, math.inf, carried
-        )
+        regret = at_nearest / lowest - 1
+        return Comparison(curve, drift, interval, at_nearest, measured, regret, None, math.inf, carried, failures)
     assert curve.posterior is not None
     low, high = regret_interval(curve.posterior.optima, regrets, carried)
     regret = math.expm1(float(np.median(regrets)))
@@ -273,6 +334,7 @@ def compare(base: Curve, curve: Curve, carried: float | None) -> Comparison:
         (math.expm1(low), math.expm1(high)),
         math.expm1(float(np.quantile(regrets, (1 + CONFIDENCE) / 2))),
         carried,
+        failures,
     )
 
 

@@ -51,6 +51,7 @@ class ValueEffects:
 
 def value_effects(x: np.ndarray, y: np.ndarray) -> ValueEffects:
     """x: (values,); y: (seeds, values) log losses, NaN where there is no run."""
+    y = y[np.isfinite(y).any(axis=1)]
     seeds, values = np.nonzero(np.isfinite(y))
     design = np.zeros((len(seeds) + 1, len(x) + len(y)))
     rows = np.arange(len(seeds))

@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from itertools import count, product
+from itertools import count, islice, product
 
 import numpy as np
 
 from depthmup.launch.config import COARSE, Size
-from depthmup.launch.findings.analysis import Comparison, Curve
+from depthmup.launch.findings.analysis import Comparison, Curve, Failures
 from depthmup.launch.findings.points import Design, Point, failing, has, place, runs_of
 from depthmup.launch.findings.precision import (
     SURENESS,
@@ -267,7 +267,17 @@ class Proposal:
         if finding.verdict == "inconclusive" and (curve.optimum.censored or curve.posterior is None):
             values = bracket(curve, self.design)
             self.want(curve.size, self.grid(curve, values), f"the best at {curve.size} is on an edge")
+        if finding.runs_fail:
+            runs = self.again(curve, carried, comparison.failures)
+            self.want(curve.size, runs, f"whether runs at {curve.size} fail by bad luck")
         return len(self.points) > before
+
+    def again(self, curve: Curve, x: float, failures: Failures) -> list[Run]:
+        """Up to LEAST runs more at x, and no more than rule out that most runs fail there if no other one fails."""
+        enough = next(runs for runs in count(failures.runs) if not Failures(failures.failed, runs).leave_open)
+        done = {seed for value, seed in runs_of(curve) if value == place(x)}
+        seeds = (seed for index in count() if (seed := self.design.seed(index)) not in done)
+        return [(place(x), seed) for seed in islice(seeds, min(LEAST, enough - failures.runs))]
 
     def settles(self, aim: Aim, deviation: float) -> bool:
         return aim.settles(deviation, self.design.limits) >= ENOUGH

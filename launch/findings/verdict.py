@@ -9,7 +9,16 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from depthmup.launch.config import Size
-from depthmup.launch.findings.analysis import Carry, Comparison, Curve, Result, analyse_sizes, carry_optimum
+from depthmup.launch.findings.analysis import (
+    TOLERATED,
+    Carry,
+    Comparison,
+    Curve,
+    Failures,
+    Result,
+    analyse_sizes,
+    carry_optimum,
+)
 from depthmup.launch.findings.curve_model import CONFIDENCE
 from depthmup.launch.wording import show_drift, show_interval, show_share, show_shares
 
@@ -52,6 +61,7 @@ class Finding:
     reason: str
     seeds_help: bool = False
     is_bounded: bool = False  # surely no more than Limits.cost
+    runs_fail: bool = False  # too many may, at the carried value: more runs of this very value would tell
 
 
 def describe_rule(limits: Limits) -> str:
@@ -61,8 +71,9 @@ def describe_rule(limits: Limits) -> str:
         f"what decides is the regret: the loss at the base's optimum over the lowest of that size. transfers: at every "
         f"size it is below {transfer} of the loss with a probability of {SURE:.0%}. costs: at some size it is "
         f"above {transfer} with that probability, and at none above {cost}. does not transfer: at some size it is "
-        f"above {cost} with that probability, or no run trains at the carried value, or at any. not identified: the "
-        f"value transfers, but so does that of {CONTROL}, or every value within an octave is as good. "
+        f"above {cost} with that probability, or more than {TOLERATED:.0%} of the runs at the carried value fail with "
+        f"it, or no value trains. not identified: the value transfers, but so does that of {CONTROL}, or every value "
+        f"within an octave is as good. "
         f"inconclusive: anything else."
     )
 
@@ -74,13 +85,42 @@ def without_optimum(curve: Curve) -> str:
     return f"nothing is learned at {curve.size}: {best}, is within noise of that of a guess"
 
 
+def say_failures(failures: Failures) -> str:
+    """'1 of 3 runs fails there (1.7 to 86 %)'"""
+    fail = "runs fails" if failures.failed == 1 else "runs fail"
+    return f"{failures.failed} of {failures.runs} {fail} there ({show_shares(failures.share)})"
+
+
+def leave_open(comparison: Comparison) -> Finding:
+    """Runs fail at the carried value, and it is not known how many."""
+    fail = f"at the base's optimum at {comparison.curve.size}, {say_failures(comparison.failures)}"
+    return Finding("inconclusive", fail, seeds_help=True, runs_fail=True)
+
+
 def judge_size(comparison: Comparison, limits: Limits) -> Finding:
-    """What one size beside the base says."""
-    curve, size = comparison.curve, comparison.curve.size
+    """What one size beside the base says. A run that fails must be made again, which its loss does not show: once one
+    has, that most do is ruled out before the value is said to be good."""
+    found, failures = judge_regret(comparison, limits), comparison.failures
+    if found.verdict not in CARRIED or not failures.failed:
+        return found
+    if failures.leave_open:
+        return leave_open(comparison)
+    return replace(found, reason=f"{found.reason}, {say_failures(failures)}")
+
+
+def judge_regret(comparison: Comparison, limits: Limits) -> Finding:
+    """What the loss of one size says."""
+    curve, size, failures = comparison.curve, comparison.curve.size, comparison.failures
     if curve.optimum.x is None:
         return Finding("does not transfer", without_optimum(curve))
     if math.isinf(comparison.at_base_optimum):
-        return Finding("does not transfer", f"runs fail at the base's optimum at {size}")
+        if curve.fails_alone(curve.at(comparison.carried or 0.0)):
+            alone = f"the only run at the base's optimum at {size} fails, and runs to both sides of it train"
+            return Finding("inconclusive", alone, seeds_help=True, runs_fail=True)
+        if failures.failed < failures.runs and not failures.are_many:
+            return leave_open(comparison)
+        counted = f"{failures.failed} of {failures.runs} runs fail at the base's optimum at {size}"
+        return Finding("does not transfer", counted)
     if comparison.regret_interval is None:
         return Finding(
             "inconclusive",
@@ -185,11 +225,13 @@ def seeds_wanted(analysis: Analysis) -> dict[tuple[str, Size], list[float]]:
     The value that is carried is fixed, so that only the sizes in doubt need runs. Curves on the edge of their grid are
     left out: these need values first.
     """
-    return {
-        (curve.parameterization, curve.size): curve.near_optimum()
-        for judgement in analysis.judgements
-        for curve in analysis.curves
-        if curve.parameterization == judgement.parameterization
-        and curve.size in judgement.unsure
-        and not curve.optimum.censored
-    }
+    unsure = {(judgement.parameterization, size) for judgement in analysis.judgements for size in judgement.unsure}
+    wanted = {}
+    for comparison in analysis.comparisons:
+        curve = comparison.curve
+        if (curve.parameterization, curve.size) in unsure and not curve.optimum.censored:
+            values = set(curve.near_optimum())
+            if comparison.failures.failed:  # whether it was bad luck, the value itself must tell
+                values.add(float(curve.values[curve.at(comparison.carried or 0.0)]))
+            wanted[curve.parameterization, curve.size] = [float(v) for v in curve.values if float(v) in values]
+    return wanted

@@ -67,6 +67,7 @@ def size_records(report: Report) -> list[dict[str, Any]]:
             "best_metric": plain(c.curve.optimum.metric),
             "metric_at_base_optimum": plain(c.at_base_optimum),
             "fails_at_base_optimum": math.isinf(c.at_base_optimum),
+            "runs_at_base_optimum": vars(c.failures),
             "regret": plain(c.regret),
             "regret_interval": bounds(c.regret_interval),
             "regret_bound": plain(c.regret_bound),

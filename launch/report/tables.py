@@ -38,6 +38,8 @@ def notes(comparison: Comparison, is_base: bool) -> str:
     if failed := int(curve.failed.sum()):
         diverged = int(np.isinf(curve.metric).sum())
         found.append(f"{failed} of {int((~np.isnan(curve.metric)).sum())} runs failed ({diverged} diverged)")
+    if comparison.failures.failed:
+        found.append(f"at the base's optimum {comparison.failures.failed} of {comparison.failures.runs}")
     return ", ".join(found)
 
 
