@@ -14,7 +14,9 @@ from depthmup.launch.jobs.reasons import explain
 from depthmup.launch.jobs.states import RunState, Snapshot, State, last_line
 from depthmup.launch.reading import read_study_or_run
 from depthmup.launch.runs.opened import open_planned
+from depthmup.launch.runs.search import Search
 from depthmup.launch.runs.study import Study
+from depthmup.launch.runs.tuned import find_study_after, is_over_sizes
 from depthmup.launch.wording import duration, power_of_two
 
 WATCH_SECONDS = 10.0
@@ -146,9 +148,11 @@ def parts_of(snapshot: Snapshot, study: Study, everything: bool) -> list[Table |
 
 
 def take_path(study: Study) -> list[tuple[Study, Snapshot]]:
-    """Where the study stands, and then each target that was scaled from it."""
-    targets = [Study(file, read_study_or_run(file)) for file in study.written_targets()]
-    return [(one, states.take(one)) for one in (study, *targets)]
+    """Where the study stands, after a search its study, and then each target that was scaled from it."""
+    after = find_study_after(study) if isinstance(study, Search) else None
+    studies = [study, *([after] if after else [])]
+    targets = [Study(file, read_study_or_run(file)) for file in studies[-1].written_targets()]
+    return [(one, states.take(one)) for one in (*studies, *targets)]
 
 
 def render(path: Sequence[tuple[Study, Snapshot]], everything: bool) -> Group:
@@ -156,7 +160,8 @@ def render(path: Sequence[tuple[Study, Snapshot]], everything: bool) -> Group:
     (study, snapshot), *targets = path
     parts = parts_of(snapshot, study, everything)
     for target, of_target in targets:
-        parts += [Text(f"\nTarget: {target.file.directory}"), *parts_of(of_target, target, True)]
+        kind = "Study" if is_over_sizes(target.file) else "Target"
+        parts += [Text(f"\n{kind}: {target.file.directory}"), *parts_of(of_target, target, kind == "Target")]
     return Group(*parts)
 
 

@@ -8,9 +8,14 @@ from depthmup.launch.runs.study import Study
 
 
 def open_planned(path: Path, file: StudyFile, overrides: Sequence[str] = ()) -> Study:
-    """A search where the file has a section `tune`, else a study."""
-    if file.tune is None:
-        return Study(path, file, overrides)
-    from depthmup.launch.runs.search import Search
+    """A search where the file has a section `tune`, a verification where it has a section `verify`, else a study."""
+    if file.tune:
+        from depthmup.launch.runs.search import Search
+        from depthmup.launch.runs.tuned import search_of
 
-    return Search(path, file, overrides)
+        return Search(path, search_of(file), overrides)
+    if file.verify:
+        from depthmup.launch.runs.verification import Verification
+
+        return Verification(path, file, overrides)
+    return Study(path, file, overrides)
