@@ -22,8 +22,8 @@ from depthmup.launch.jobs import slurm, states
 from depthmup.launch.jobs.submission import ask, asked, launching
 from depthmup.launch.paths import command
 from depthmup.launch.reading import read_study, read_study_or_run
+from depthmup.launch.runs.joint import JointStudy
 from depthmup.launch.runs.opened import open_planned
-from depthmup.launch.runs.search import Search
 from depthmup.launch.runs.study import Study
 from depthmup.launch.transfer import (
     IDLE,
@@ -59,20 +59,12 @@ def show_report(study: Study, console: Console) -> "Report":
     return report
 
 
-def show_search(search: Search, console: Console) -> None:
-    """Writes and prints what a search found, and the tuned proxy's file. Raises UserError before its end."""
-    from depthmup.launch.report.search import collect_search, print_search, write_search
+def walk(study: JointStudy, console: Console) -> Study | None:
+    """Trains all runs of a search or a verification, waits for them, and shows what they say, as `show_joint`."""
+    from depthmup.launch.report.joint import show_joint
 
-    found = collect_search(search)
-    print_search(found, console)
-    best = write_search(found)
-    console.print(f"Written: {best} (also search.json, search.png)", highlight=False)
-
-
-def tune(search: Search, console: Console) -> None:
-    """Walks a search from the first suggestion to the tuned proxy's file, and waits for it."""
-    finish(search, console)
-    show_search(search, console)
+    finish(study, console)
+    return show_joint(study, console)
 
 
 def watch_report(studies: list[Study], console: Console) -> None:
@@ -172,6 +164,9 @@ def say_next_step(study: Study, console: Console) -> None:
 
 def transfer(study: Study, targets: Sequence[Path], console: Console) -> None:
     """Walks the whole path and waits for it. Where runs fail, writes the report of what is there all the same."""
+    from depthmup.launch.report.collect import check_swept
+
+    check_swept(study)
     before = asked(study.file.directory)
     try:
         finish(study, console)
@@ -212,16 +207,23 @@ def report_target(study: Study, console: Console) -> None:
 # ---------------------------------------------------------------- without waiting
 
 
-def advance_study(study: Study, targets: Sequence[Path], console: Console, by_itself: bool = False) -> None:
+def advance_study(
+    study: Study, targets: Sequence[Path], console: Console, by_itself: bool = False, after: bool = False
+) -> None:
     """Submits what the path needs next and a job that goes on after it, or ends the path with its report.
 
-    `by_itself`: no user asked for it now; failed runs do not go again. Raises UserError when the path cannot go on: an
-    inconclusive study, or runs that no job has and that may not go again.
+    `by_itself`: no user asked for it now; failed runs do not go again. `after`: goes on from a search to its study.
+    Raises UserError when the path cannot go on: an inconclusive study, or runs that no job has and that may not go
+    again.
     """
     current = [study]
     if not study.pending() and not grow_and_print(study, console):
-        if isinstance(study, Search):
-            show_search(study, console)
+        if isinstance(study, JointStudy):
+            from depthmup.launch.report.joint import show_joint
+
+            tuned = show_joint(study, console)
+            if after and tuned:
+                advance_study(tuned, targets, console, by_itself)
             return
         show_report(study, console)
         if not targets:
@@ -233,7 +235,7 @@ def advance_study(study: Study, targets: Sequence[Path], console: Console, by_it
             return
     for one in current:
         prepare_data(one, console)
-    with follower(study, targets, by_itself) as (job_id, attach):
+    with follower(study, targets, after, by_itself) as (job_id, attach):
         job_ids: set[str] = set()
         for one in current:
             launched = launch(one, IDLE if by_itself else UNFINISHED, by_itself)
@@ -244,8 +246,8 @@ def advance_study(study: Study, targets: Sequence[Path], console: Console, by_it
         if not job_ids:
             raise unfinished(current[0])
         attach(sorted(job_ids))
-    after = f"Job {job_id} goes on after {', '.join(sorted(job_ids))}"
-    console.print(f"{after}: see {study.command('status', '--watch')}", highlight=False)
+    then = f"Job {job_id} goes on after {', '.join(sorted(job_ids))}"
+    console.print(f"{then}: see {study.command('status', '--watch')}", highlight=False)
 
 
 def take(study: Study, job_ids: Sequence[str]) -> states.Snapshot:
@@ -258,7 +260,7 @@ def take(study: Study, job_ids: Sequence[str]) -> states.Snapshot:
 
 @contextmanager
 def follower(
-    study: Study, targets: Sequence[Path], by_itself: bool = False
+    study: Study, targets: Sequence[Path], after: bool = False, by_itself: bool = False
 ) -> Iterator[tuple[str, Callable[[Sequence[str]], None]]]:
     """A job that goes on with the study, for a block that submits what it goes on after: (its id, a function that gives
     it the ids of those jobs). It has its place in the queue before they have theirs: where Slurm takes no more jobs,
@@ -276,16 +278,19 @@ def follower(
             raise slurm.Silent(f"Slurm does not answer: {snapshot.slurm_error}. Nothing was submitted")
         if by_itself and asked(study.file.directory)[0] == "cancel":
             raise UserError("cancelled; the same command goes on")
-        goes_to = {s.name: s.details.get("targets") for s in snapshot.submissions}
+        wanted = [[str(target.absolute()) for target in targets], after]
+        goes_to = {s.name: [s.details.get("targets"), s.details.get("after", False)] for s in snapshot.submissions}
         queued = {task.job_id: goes_to[task.name] for task in snapshot.continuations if task.waits}
-        waiting = [job_id for job_id, to in queued.items() if to == [str(target.absolute()) for target in targets]]
+        waiting = [job_id for job_id, to in queued.items() if to == wanted]
         try:
-            placed = None if waiting else submit_continuation(study, targets, lock)
+            placed = None if waiting else submit_continuation(study, targets, after, lock)
             slurm.cancel([job_id for job_id in queued if job_id not in waiting])  # of a command that this one replaces
         except slurm.Silent:
             raise
         except UserError as error:
-            again = study.command("transfer", *(word for target in targets for word in ("--target", str(target))))
+            to = [word for target in targets for word in ("--target", str(target))]
+            verb = study.verb if isinstance(study, JointStudy) and not after else "transfer"
+            again = study.command(verb, *(["--tune"] if after else []), *to)
             raise UserError(
                 f"{error}. That is the job that goes on after the runs, so none of them was submitted. Once there is "
                 f"place for one job more: {again} --detach; or wait for them: {again}"
@@ -335,9 +340,9 @@ def repeat_while_silent(step: Callable[[], None], console: Console) -> None:
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
 
-def go_on(folder: Path, targets: Sequence[Path], console: Console) -> None:
+def go_on(folder: Path, targets: Sequence[Path], after: bool, console: Console) -> None:
     """`advance` by itself, with what is in the study's folder now."""
-    advance_study(open_planned(folder, read_study(folder)), targets, console, by_itself=True)
+    advance_study(open_planned(folder, read_study(folder)), targets, console, by_itself=True, after=after)
 
 
 def main() -> int:
@@ -345,10 +350,11 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("study", type=Path)
     parser.add_argument("targets", type=Path, nargs="*")
+    parser.add_argument("--after", action="store_true", help="from a search go on to its study")
     arguments = parser.parse_args()
     console = Console(width=120, soft_wrap=True)  # one line each: status shows the last
     try:
-        repeat_while_silent(lambda: go_on(arguments.study, arguments.targets, console), console)
+        repeat_while_silent(lambda: go_on(arguments.study, arguments.targets, arguments.after, console), console)
     except (UserError, ModelError) as error:
         console.print(f"Stopped: {error}", markup=False, highlight=False)
         return 2

@@ -20,6 +20,7 @@ SECTIONS = {
         studies.new,
         studies.transfer,
         tuning.tune,
+        tuning.verify,
         studies.plan,
         studies.launch_command,
         studies.status,

@@ -275,6 +275,40 @@ class TuneConfig:
     rerun_seeds: Annotated[int, Field(ge=2)] = 3
 
 
+Factor = Annotated[Number, Field(gt=1)]  # all values from the file's own over it to the file's own times it
+Around = Annotated[
+    Annotated[Factor, Tag("<factor>")]
+    | Annotated[Range, Tag("<range>")]
+    | Annotated[tuple[Any, ...], Field(min_length=2), Tag("<choice>")],
+    Discriminator(
+        lambda given: (
+            "<range>"
+            if isinstance(given, dict | Range)
+            else "<choice>"
+            if isinstance(given, list | tuple)
+            else "<factor>"
+        )
+    ),
+]
+
+
+@checked_setting
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class VerifyConfig:
+    """A verification of the file's own hyperparameters: `runs` runs with all of `space` perturbed at once, beside the
+    file's own values with `seeds`. Where none of 59 is better, they are among the best 5 % of the space with 95 %
+    confidence."""
+
+    space: Annotated[dict[str, Around], Field(min_length=1)]
+    runs: Positive = 59
+    seeds: Annotated[Seeds, Field(min_length=1)] = (0, 1, 2)  # of the file's own values; perturbed ones have the first
+    width: Positive | None = None  # where it is verified; null: the file's own size
+    depth: Positive | None = None
+    top: Annotated[Number, Field(gt=0, lt=1)] = 0.05  # share of the space
+    budget: Annotated[Number, Field(gt=0)] = 1.0  # FLOPs of all runs at most, in those of one run of the file
+    seed: Annotated[int, Field(ge=0)] = 0  # of the perturbations
+
+
 @checked_setting
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class StudyFile(RunConfig):
@@ -282,10 +316,13 @@ class StudyFile(RunConfig):
 
     study: StudyConfig
     tune: TuneConfig | None = None
+    verify: VerifyConfig | None = None
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.tune and self.verify:
+            raise ValueError("tune and verify are two studies: give each a file of its own")
         chosen = (each.choose(self.model, self.optimizer.name) for each in self.study.parameterizations)
         object.__setattr__(self, "study", replace(self.study, parameterizations=tuple(dict.fromkeys(chosen))))
         if self.parameterization not in (ParameterizationConfig(), *self.study.parameterizations):

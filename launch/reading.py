@@ -126,7 +126,7 @@ def read_study_or_run(path: Path, overrides: tuple[str, ...] = ()) -> StudyFile:
         return study_in(raw, path)
     run = run_in(raw, str(path))
     study = {
-        "name": path.stem,
+        "name": f"{path.stem}_verify" if "verify" in raw else path.stem,
         "parameterizations": [vars(run.parameterization)],
         "sizes": [{"width": run.model.width, "depth": run.model.depth}],
         "values": [run.optimizer.lr],

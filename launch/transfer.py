@@ -27,10 +27,10 @@ from depthmup.launch.progress import display
 from depthmup.launch.runs.cost import count_flops
 from depthmup.launch.runs.fits import check_fits
 from depthmup.launch.runs.grouping import group, make_packs
+from depthmup.launch.runs.joint import JointStudy
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.pool import refuse_mixture
 from depthmup.launch.runs.rounds import AddedRound, AddedRun
-from depthmup.launch.runs.search import Search
 from depthmup.launch.runs.study import Study
 from depthmup.launch.wording import duration
 
@@ -336,7 +336,7 @@ def resubmit(study: Study, snapshot: states.Snapshot, only: Sequence[State]) -> 
 def grow(study: Study) -> tuple[int, str]:
     """(number of new runs, why): of a search its next batch; the next round of an adaptive design; of a grid two values
     for every curve whose optimum is on its edge, and where there is none, a seed where a verdict hangs on the noise."""
-    if isinstance(study, Search):
+    if isinstance(study, JointStudy):
         return study.go_on()
     from depthmup.launch.findings.verdict import seeds_wanted
     from depthmup.launch.report.collect import collect

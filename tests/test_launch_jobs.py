@@ -28,7 +28,7 @@ from depthmup.launch.jobs.status import print_status
 from depthmup.launch.jobs.submission import Submission, ask, cancelled, load_all, places_taken
 from depthmup.launch.jobs.submit import Turns, deal, dry_run_script, submit_continuation, take_turns
 from depthmup.launch.reading import read_study
-from depthmup.launch.runs.opened import targets_of
+from depthmup.launch.runs.opened import path_of
 from depthmup.launch.runs.study import Study
 from depthmup.launch.transfer import IDLE, launch, unfinished, wait, waiting_for
 from test_launch_scale import finish
@@ -406,7 +406,7 @@ def with_target(study: Study) -> Study:
     content["study"] = {"name": "tiny_target", "directory": str(study.file.directory.parent)}
     content["launch"] = {"cluster": "slurm"}
     study.target_file.write_text(yaml.safe_dump(content))
-    (target,) = targets_of(study)
+    _, target = path_of(study)
     return target
 
 

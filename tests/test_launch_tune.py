@@ -18,7 +18,7 @@ from depthmup.launch.report.search import collect_search, sentences
 from depthmup.launch.runs.opened import open_planned
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.search import Search
-from depthmup.train.owner import code_fingerprint, owner
+from planned_runs import finish
 
 SPACE: dict[str, Any] = {
     "optimizer.lr": {"first": "2**-10", "last": "2**-2"},
@@ -51,14 +51,6 @@ def bowl(run: PlannedRun) -> float:
     """A loss whose best learning rate is 2^-6; seeds differ a little, and what is far off does not learn."""
     loss = 0.5 + 0.1 * (math.log2(run.config.optimizer.lr) + 6) ** 2 + 0.01 * run.seed
     return loss if loss < 1.5 else math.inf
-
-
-def finish(run: PlannedRun, loss: float) -> None:
-    """Marks the run done, as it does itself."""
-    run.directory.path.mkdir(parents=True, exist_ok=True)
-    outcome = {"outcome": "completed" if math.isfinite(loss) else "diverged", "step": 12, "seconds": 1.0}
-    metric = {"minival_loss": loss} if math.isfinite(loss) else {}
-    run.directory.write_done(outcome | metric | owner(run.config) | {"code": code_fingerprint()})
 
 
 def walk(file: Path, stop_after: int = 10**6) -> list[str]:

@@ -166,6 +166,35 @@ def test_mixing_stochastic_depth_the_average_and_evaluation_on_the_way_are_in_a_
     assert len({result["minival_ema_loss"] for result in packed}) == 3
 
 
+@pytest.mark.parametrize("network", ["vit", "conv_resnet, BatchNorm"])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_smoothing_stochastic_depth_and_the_averages_decay_may_differ_in_a_pack(
+    network: str, mixed: bool, make: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """None of a run's own values is another's: no smoothing and no drop beside much of both, with classes and with
+    mixed classes as targets."""
+    recipe = RECIPE if mixed else {key: value for key, value in RECIPE.items() if key.startswith("train__")}
+    own = [(0.0, 0.5, 0.5), (0.1, 0.0, 0.9), (0.3, 0.2, 0.7)]
+    names = ("train__label_smoothing", "train__drop_path", "train__ema")
+    configs = [
+        make(network, **recipe | dict(zip(names, values, strict=True)), seed=n // 2) for n, values in enumerate(own)
+    ]
+    packed = run_pack(configs, [tmp_path / f"packed-{number}" for number in range(3)])
+    for number, config in enumerate(configs):
+        single, together = tmp_path / f"alone-{number}", tmp_path / f"packed-{number}"
+        assert_close(packed[number], run(config, single))
+        for mine, theirs in zip(metrics(together), metrics(single), strict=True):
+            assert_close(mine, theirs)
+        average, expected = (load_file(path / "weights_ema.safetensors") for path in (together, single))
+        torch.testing.assert_close(average, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_runs_with_an_average_share_no_pack_with_runs_without(make: Callable[..., RunConfig]) -> None:
+    with_average, without = make("vit", train__ema=0.9), make("vit")
+    assert packable(with_average, without) == ["train.ema"]
+    assert packable(with_average, make("vit", train__ema=0.5)) == []
+
+
 @pytest.mark.parametrize("setting", sorted(RECIPE.keys() - {"train__evaluate_every", "train__ema"}))
 def test_every_setting_of_a_recipe_changes_what_a_pack_learns(
     setting: str, make: Callable[..., RunConfig], tmp_path: Path

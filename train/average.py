@@ -19,9 +19,10 @@ def averaged_tensors(network: nn.Module) -> dict[str, Tensor]:
 
 class WeightAverage:
     """`weights` is the average of `tensors`, by name. It starts as they are and forgets that quickly, since the decay
-    is at most (1 + step) / (10 + step) (as in TensorFlow's ExponentialMovingAverage)."""
+    is at most (1 + step) / (10 + step) (as in TensorFlow's ExponentialMovingAverage). Where `decay` is a tensor (K,),
+    the tensors lie side by side on a leading axis (K, ...), and each has its own."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], decay: float) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], decay: float | Tensor) -> None:
         self.tensors, self.decay = tensors, decay
         self.weights = {name: tensor.detach().clone().float() for name, tensor in tensors.items()}
 
@@ -34,7 +35,13 @@ class WeightAverage:
     def update(self, step: int) -> None:
         """After step number `step` (from 0)."""
         averages, tensors = self.pairs()
-        torch._foreach_lerp_(averages, tensors, 1 - min(self.decay, (1 + step) / (10 + step)))
+        most = (1 + step) / (10 + step)
+        if not isinstance(self.decay, Tensor):
+            torch._foreach_lerp_(averages, tensors, 1 - min(self.decay, most))
+            return
+        weight = (1 - self.decay.clamp(max=most)).float()
+        for average, tensor in zip(averages, tensors, strict=True):
+            average.lerp_(tensor, weight.view(-1, *[1] * (tensor.ndim - 1)))
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:

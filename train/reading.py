@@ -20,7 +20,7 @@ from depthmup.train.yaml_text import dump_yaml, load_yaml
 Config = TypeVar("Config")
 
 
-STUDY_SECTIONS = ("study", "tune", "launch")  # without them a file is the configuration of one run
+STUDY_SECTIONS = ("study", "tune", "verify", "launch")  # without them a file is the configuration of one run
 
 
 def set_dotted(raw: dict[str, Any], override: str) -> None:

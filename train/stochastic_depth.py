@@ -4,6 +4,7 @@ Which images a branch is dropped for depends on the seed, the step, the branch a
 alone: neither on how the batch is spread over processes and micro-batches, nor on the device, nor on a restart.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,27 +22,37 @@ def draw_uniform(seed: int, step: int, num_branches: int, global_batch_size: int
 
 
 class Draws:
-    """The uniform numbers that the hooks of one network look at: `now` (branches, images) has those of the present
-    micro-batch, None outside of a run, where torch's own generator draws."""
+    """What the hooks of one network look at: `now` (branches, images), the uniform numbers of the present micro-batch,
+    None outside of a run, where torch's own generator draws; `keeps` (branches,), the share of the images that each
+    branch is kept for."""
 
     def __init__(self) -> None:
-        self.num_branches = 0
+        self.depths: list[float] = []  # of each branch: 0 is the first block, 1 the last
         self.now: Tensor | None = None
+        self.keeps: Sequence[float] | Tensor = []
+
+    @property
+    def num_branches(self) -> int:
+        return len(self.depths)
+
+    def keeps_at(self, rate: float) -> list[float]:
+        """`keeps` where the last block is dropped for a share `rate`."""
+        return [1 - rate * depth for depth in self.depths]
 
 
 class DropBranch:
-    """Forward hook: in training, zeroes the branch for a share `rate` of the images and scales the rest up."""
+    """Forward hook: in training, zeroes the branch for a share of the images and scales the rest up."""
 
-    def __init__(self, rate: float, draws: Draws) -> None:
-        self.rate, self.draws, self.number = rate, draws, draws.num_branches
-        draws.num_branches += 1
+    def __init__(self, depth: float, draws: Draws) -> None:
+        self.draws, self.number = draws, draws.num_branches
+        draws.depths.append(depth)
 
     def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         if not module.training:
             return output
-        keep, drawn = 1 - self.rate, self.draws.now
+        keep, drawn = self.draws.keeps[self.number], self.draws.now
         uniform = torch.rand(len(output), device=output.device) if drawn is None else drawn[self.number]
-        kept = (uniform < keep).to(output.dtype) / keep  # (images,)
+        kept = ((uniform < keep) / keep).to(output.dtype)  # (images,)
         return output * kept.view(-1, *[1] * (output.ndim - 1))
 
 
@@ -49,8 +60,8 @@ def install_stochastic_depth(network: nn.Module, branches: list[str], blocks: li
     """Rate 0 in the first block, rising linearly to `rate` in the last. `branches`: names of the ends of branches."""
     draws = Draws()
     for number, block in enumerate(blocks):
-        block_rate = rate * number / max(len(blocks) - 1, 1)
         for name in branches:
-            if block_rate and name.startswith(block + "."):
-                network.get_submodule(name).register_forward_hook(DropBranch(block_rate, draws))
+            if rate and number and name.startswith(block + "."):
+                network.get_submodule(name).register_forward_hook(DropBranch(number / (len(blocks) - 1), draws))
+    draws.keeps = draws.keeps_at(rate)
     return draws

@@ -43,31 +43,46 @@ def new(name: str, family: str, source: str) -> None:
 @command("transfer", example="depthmup transfer configs/digits_resnet.yaml study.directory=/scratch/runs")
 @with_config
 @click.option("--target", "targets", type=FilePath(), multiple=True, help="Then scale to this YAML, and train it.")
+@click.option("--tune", is_flag=True, help="First tune the base, by the file's section tune.")
 @click.option("--detach", is_flag=True, help="On Slurm: return at once; a job goes on after the runs, to the end.")
-def transfer(config: Path, overrides: tuple[str, ...], targets: tuple[Path, ...], detach: bool) -> None:
+def transfer(config: Path, overrides: tuple[str, ...], targets: tuple[Path, ...], tune: bool, detach: bool) -> None:
     """Run a whole study: data, all runs, report; or continue it.
 
-    --target may be given several times.
+    --target may be given several times. --tune makes it the whole path: tune at the base, confirm over sizes, forecast,
+    scale, train the target, judge the forecast.
     """
     from depthmup.launch import chain
+    from depthmup.launch.reading import read_study_or_run
+    from depthmup.launch.report.collect import check_swept
+    from depthmup.launch.runs.search import Search
+    from depthmup.launch.runs.tuned import is_over_sizes, keep_study
 
     study, console = open_study(config, overrides), new_console()
-    if study.file.tune:
-        raise UserError(f"{config} has a section tune:, a search: {study.command('tune')}")
+    file = read_study_or_run(config, overrides)
+    if file.tune and is_over_sizes(file) and not tune:
+        raise UserError(f"{config} has a section tune: add --tune, which tunes the base first, or take it out")
+    if not tune:
+        check_swept(study)
+    elif not isinstance(study, Search):
+        raise UserError(f"{config}: no section tune:, which says what --tune is to tune; see docs/tuning.md")
     for target in targets:
         if not target.exists():
             raise UserError(f"{target}: no such file; it holds the target's sections, as model and train")
         if not target.is_file():
             raise UserError(f"{target}: the target's file is read after the runs: give a file that is there then")
     study.target_files(targets)
+    if isinstance(study, Search):
+        keep_study(study, file)
     if not detach:
-        chain.transfer(study, targets, console)
+        tuned = chain.walk(study, console) if isinstance(study, Search) else study
+        assert tuned  # its study was kept
+        chain.transfer(tuned, targets, console)
     elif study.file.launch.cluster != "slurm":
         raise UserError(
             f"--detach leaves a Slurm job, and launch.cluster is {study.file.launch.cluster}: add --cluster"
         )
     else:
-        chain.advance_study(study, targets, console)
+        chain.advance_study(study, targets, console, after=tune)
 
 
 def print_launched(study: "Study", launched: "Launched", console: "Console") -> None:
@@ -194,12 +209,13 @@ def report(config: Path, overrides: tuple[str, ...], publish: Path | None, watch
     Further CONFIGs are reported too, and compared on one more page.
     """
     from depthmup.launch.chain import show_report, watch_report
+    from depthmup.launch.report.collect import check_swept
 
     changes = tuple(word for word in overrides if "=" in word)
     configs = [config, *(Path(expand_path(word)) for word in overrides if "=" not in word)]
     studies, console = [open_study(path, changes) for path in configs], new_console()
-    if searches := [study for study in studies if study.file.tune]:
-        raise UserError(f"{searches[0].path} has a section tune:, a search: {searches[0].command('tune')} prints it")
+    for study in studies:
+        check_swept(study)
     if watch:
         watch_report(studies, console)
         studies = [open_study(path, changes) for path in configs]  # their grids may have grown

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from depthmup.data.errors import UserError
 from depthmup.launch.jobs import slurm, states
 from depthmup.launch.jobs.submission import ask, launching
-from depthmup.launch.runs.opened import targets_of
+from depthmup.launch.runs.opened import path_of
 from depthmup.launch.runs.study import Study
 from depthmup.train.lock import holder
 
@@ -33,16 +33,16 @@ class Stopped:
 
 
 def cancel_path(study: Study) -> Iterator[Stopped]:
-    """Stops the study, and then each target that was scaled from it: nothing submits one any more then. Raises
-    UserError."""
+    """Stops the study, and then what follows it, as each target that was scaled from it: nothing submits one any more
+    then. Raises UserError."""
     if not study.file.directory.exists():
         return
     first = cancel(study)
     yield first
-    for target in targets_of(study):
+    for follower in path_of(study)[1:]:
         # A job that was going on may be about to submit it, and then finds that it was cancelled.
-        if first.going_on or target.file.directory.exists():
-            yield cancel(target)
+        if first.going_on or follower.file.directory.exists():
+            yield cancel(follower)
 
 
 def cancel(study: Study) -> Stopped:

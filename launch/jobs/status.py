@@ -12,8 +12,9 @@ from rich.text import Text
 from depthmup.launch.jobs import states
 from depthmup.launch.jobs.reasons import explain
 from depthmup.launch.jobs.states import RunState, Snapshot, State, last_line
-from depthmup.launch.runs.opened import open_planned, targets_of
+from depthmup.launch.runs.opened import open_planned, path_of
 from depthmup.launch.runs.study import Study
+from depthmup.launch.runs.tuned import is_over_sizes
 from depthmup.launch.wording import duration, power_of_two
 
 WATCH_SECONDS = 10.0
@@ -145,8 +146,8 @@ def parts_of(snapshot: Snapshot, study: Study, everything: bool) -> list[Table |
 
 
 def take_path(study: Study) -> list[tuple[Study, Snapshot]]:
-    """Where the study stands, and then each target that was scaled from it."""
-    return [(one, states.take(one)) for one in (study, *targets_of(study))]
+    """Where the study stands, after a search its study, and then each target that was scaled from it."""
+    return [(one, states.take(one)) for one in path_of(study)]
 
 
 def render(path: Sequence[tuple[Study, Snapshot]], everything: bool) -> Group:
@@ -154,7 +155,8 @@ def render(path: Sequence[tuple[Study, Snapshot]], everything: bool) -> Group:
     (study, snapshot), *targets = path
     parts = parts_of(snapshot, study, everything)
     for target, of_target in targets:
-        parts += [Text(f"\nTarget: {target.file.directory}"), *parts_of(of_target, target, True)]
+        kind = "Study" if is_over_sizes(target.file) else "Target"
+        parts += [Text(f"\n{kind}: {target.file.directory}"), *parts_of(of_target, target, kind == "Target")]
     return Group(*parts)
 
 

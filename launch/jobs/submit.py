@@ -285,10 +285,10 @@ START = "import sys; sys.path[:] = [sys.argv.pop(1), *filter(None, sys.path)]; "
 START += "from depthmup.launch.chain import main; sys.exit(main())"
 
 
-def submit_continuation(study: Study, targets: Sequence[Path], lock: int) -> Submission:
-    """Submits the small job that goes on with the study, in this folder. It is to be told after which jobs (slurm.
-    go_after); if that does not happen it begins by itself. `lock` is that of `launching`. Raises UserError; when Slurm
-    stops answering, the job may be there all the same, and is found later."""
+def submit_continuation(study: Study, targets: Sequence[Path], after: bool, lock: int) -> Submission:
+    """Submits the small job that goes on with the study, in this folder; `after`: from a search to its study. It is to
+    be told after which jobs (slurm.go_after); if that does not happen it begins by itself. `lock` is that of
+    `launching`. Raises UserError; when Slurm stops answering, the job may be there all the same, and is found later."""
     config, root = study.file.launch, study.file.directory.absolute()
     small = replace(
         config,
@@ -304,8 +304,9 @@ def submit_continuation(study: Study, targets: Sequence[Path], lock: int) -> Sub
     )
     code = snapshot.take(root / "code").absolute()
     files = [str(target.absolute()) for target in targets]
-    arguments = [sys.executable, "-c", START, str(code), str(root), *files]
-    submission = Submission.create(root / "jobs", f"depthmup-{study.file.study.name}-then", [[]], {"targets": files})
+    arguments = [sys.executable, "-c", START, str(code), str(root), *files, *(["--after"] if after else [])]
+    details = {"targets": files, "after": after}
+    submission = Submission.create(root / "jobs", f"depthmup-{study.file.study.name}-then", [[]], details)
     submission.script.write_text(sbatch_text(submission, small, Path.cwd(), shlex.join(arguments), []))
     try:
         submit_arrays([submission], Turns([1], []), small, lock)

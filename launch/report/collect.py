@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from depthmup.data.errors import UserError
 from depthmup.data.index import counted
 from depthmup.launch.config import Size
 from depthmup.launch.findings.analysis import Carry, Result, carry_optimum
@@ -178,9 +179,21 @@ def analyse_results(study: Study, results: Sequence[Result]) -> Analysis:
     return analyse(results, settings.sizes[0], limits(study), settings.octaves, chance, carry)
 
 
+def check_swept(study: Study) -> None:
+    """Raises UserError for a search or a verification, whose runs differ in several hyperparameters: no curve follows
+    from them."""
+    for verb in ("tune", "verify"):
+        if getattr(study.file, verb):
+            raise UserError(
+                f"{study.path} has a section {verb}: and no sweep of one hyperparameter; its own command trains and "
+                f"prints it: {study.command(verb)}"
+            )
+
+
 def collect(study: Study) -> Report:
-    """Reads the done markers of all runs and analyses them. Raises UserError where one has no metric, and where they
-    come from different code or images."""
+    """Reads the done markers of all runs and analyses them. Raises UserError where one has no metric, where they come
+    from different code or images, and as `check_swept`."""
+    check_swept(study)
     settings, results = study.file.study, []
     study.refuse_other_study()
     refuse_mixture(study)

@@ -18,6 +18,7 @@ from depthmup.launch.findings.curve_model import CONFIDENCE
 from depthmup.launch.paths import command
 from depthmup.launch.report.record import dump, plain
 from depthmup.launch.runs.search import Search
+from depthmup.launch.runs.space import fraction_at
 from depthmup.launch.wording import show_number
 from depthmup.train.reading import to_yaml
 
@@ -79,13 +80,6 @@ class Found:
         return next((loss for number, tried, loss in self.trials if number == 0 and tried == values), None)
 
 
-def position(dimension: Range, value: float) -> float:
-    """Of `value` in the range, from 0 to 1 on its own scale."""
-    ends = (dimension.first, value, dimension.last)
-    low, at, high = map(math.log, ends) if dimension.scale == "log" else ends
-    return (at - low) / (high - low)
-
-
 def measure_importance(search: Search) -> dict[str, float]:
     """Of each hyperparameter, in sum 1; empty where too little has finished."""
     import optuna
@@ -109,7 +103,7 @@ def describe_dimension(
     if not isinstance(dimension, Range):
         return Dimension(key, best, importance, None, None, len(set(values)) < len(dimension))
     low, high = min(values), max(values)
-    spread = position(dimension, high) - position(dimension, low)
+    spread = fraction_at(dimension, high) - fraction_at(dimension, low)
     return Dimension(key, best, importance, low, high, spread < SPREAD_OUT)
 
 
@@ -200,7 +194,7 @@ def sentences(found: Found) -> list[str]:
 
 def lies_on_edge(search: Search, each: Dimension) -> bool:
     dimension = search.settings.space[each.key]
-    return isinstance(dimension, Range) and not 0.03 < position(dimension, each.best) < 0.97
+    return isinstance(dimension, Range) and not 0.03 < fraction_at(dimension, each.best) < 0.97
 
 
 def search_record(found: Found) -> dict[str, Any]:
@@ -252,6 +246,15 @@ def draw_slices(found: Found) -> "Figure":
 def list_again(value: Any) -> Any:
     """A choice as the file has it: Optuna's tuple was a list."""
     return [list_again(each) for each in value] if isinstance(value, tuple) else value
+
+
+def show_search(search: Search, console: Console) -> Found:
+    """Writes and prints what a search found, and the tuned proxy's file. Raises UserError before its end."""
+    found = collect_search(search)
+    print_search(found, console)
+    best = write_search(found)
+    console.print(f"Written: {best} (also search.json, search.png)", highlight=False)
+    return found
 
 
 def write_search(found: Found) -> Path:

@@ -1,12 +1,14 @@
 """`depthmup plan`: what a study would run and cost."""
 
 import textwrap
+from collections.abc import Mapping
 
 from rich.console import Console
 from rich.table import Table
 
 from depthmup.data.index import counted
-from depthmup.launch.config import Range
+from depthmup.launch.config import Dimension, Range
+from depthmup.launch.findings.share import SURE, Share
 from depthmup.launch.findings.theory import expected_drifts
 from depthmup.launch.runs.cost import count_flops
 from depthmup.launch.runs.design import design_of
@@ -14,7 +16,8 @@ from depthmup.launch.runs.fits import check_fits
 from depthmup.launch.runs.grouping import group, make_packs, slot_gpus
 from depthmup.launch.runs.search import Search
 from depthmup.launch.runs.study import Study
-from depthmup.launch.wording import duration, power_of_two, quantity
+from depthmup.launch.runs.verification import Verification
+from depthmup.launch.wording import duration, power_of_two, quantity, show_share
 
 
 def describe_jobs(study: Study) -> list[str]:
@@ -60,15 +63,7 @@ def describe_design(study: Study, console: Console) -> None:
 def print_search_plan(search: Search, console: Console) -> None:
     """What a search tunes, how many runs it trains, and what they cost."""
     settings, known = search.settings, len(search.trials())
-    table = Table("hyperparameter", "space", box=None, pad_edge=False)
-    for key, dimension in settings.space.items():
-        text = (
-            f"{show_end(dimension.first)} to {show_end(dimension.last)} ({dimension.scale})"
-            if isinstance(dimension, Range)
-            else ", ".join(map(str, dimension))
-        )
-        table.add_row(key, text)
-    console.print(table)
+    print_space(settings.space, console)
     searched, again = settings.trials * len(settings.seeds), settings.rerun * settings.rerun_seeds
     ((parameters, each),) = count_flops(search.examples).values()
     done = sum(bool(run.done()) for run in search.runs)
@@ -82,6 +77,34 @@ def print_search_plan(search: Search, console: Console) -> None:
     console.print("\n".join(describe_jobs(search)), highlight=False)
 
 
+def print_verification_plan(verification: Verification, console: Console) -> None:
+    """What a verification perturbs, how many runs it trains, and what they cost."""
+    settings, (each, _) = verification.settings, verification.flops
+    print_space(verification.space, console)
+    runs = verification.runs
+    done = sum(bool(run.done()) for run in runs)
+    console.print(
+        f"\n{len(runs)} runs at {verification.size} ({done} done), {quantity(len(runs) * each)}FLOPs in all, "
+        f"{verification.cost:.3g} times one\nrun of this file (verify.budget {settings.budget:g}): {settings.runs} "
+        f"perturbed, and the file's own values with {counted(len(settings.seeds), 'seed')}.\nWhere none is better, "
+        f"they are among the best {show_share(Share(0, settings.runs).high)} with {SURE:.0%} confidence",
+        highlight=False,
+    )
+    console.print("\n".join(describe_jobs(verification)), highlight=False)
+
+
+def print_space(space: Mapping[str, Dimension], console: Console) -> None:
+    table = Table("hyperparameter", "space", box=None, pad_edge=False)
+    for key, dimension in space.items():
+        text = (
+            f"{show_end(dimension.first)} to {show_end(dimension.last)} ({dimension.scale})"
+            if isinstance(dimension, Range)
+            else ", ".join(map(str, dimension))
+        )
+        table.add_row(key, text)
+    console.print(table)
+
+
 def show_end(value: float) -> str:
     return power_of_two(value) if 0 < value < 0.1 else f"{value:g}"
 
@@ -92,6 +115,9 @@ def print_plan(study: Study, console: Console) -> None:
     check_fits(study)
     if isinstance(study, Search):
         print_search_plan(study, console)
+        return
+    if isinstance(study, Verification):
+        print_verification_plan(study, console)
         return
     flops = count_flops(study.runs)
     runs = [(run, run.done()) for run in study.runs]

@@ -8,9 +8,8 @@ import fcntl
 import json
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +17,11 @@ from typing import TYPE_CHECKING, Any
 from depthmup.data.errors import UserError
 from depthmup.data.lock import flock
 from depthmup.data.storage import write_atomically
-from depthmup.launch.config import Size, StudyFile, TuneConfig, label
+from depthmup.launch.config import StudyFile, TuneConfig
+from depthmup.launch.runs.joint import JointStudy
 from depthmup.launch.runs.planned import PlannedRun
-from depthmup.launch.runs.space import check_space, default_values, distributions, with_values
-from depthmup.launch.runs.study import Study
-from depthmup.train.config import RunConfig, run_hash
-from depthmup.train.reading import from_plain, to_plain
-from depthmup.train.rundir import RunDirectory
+from depthmup.launch.runs.space import check_space, default_values, distributions
+from depthmup.train.reading import to_plain
 
 if TYPE_CHECKING:
     import optuna
@@ -35,13 +32,15 @@ STARTUP = 10  # random suggestions before TPE's model
 SPACE = "space"  # key of Optuna's study under which the space is kept
 
 
-class Search(Study):
+class Search(JointStudy):
     """A study's file with a section `tune`, and the runs that follow from what was suggested so far."""
+
+    verb = "tune"
 
     def __init__(self, path: Path, file: StudyFile, overrides: Sequence[str] = ()) -> None:
         """Raises UserError for a key of the space that cannot be tuned, and for a value that is none for this run."""
         super().__init__(path, file, overrides)
-        check_space(self._base, self.settings, str(path))
+        check_space(self._base, self.settings.space, f"{path}: tune.space")
 
     @property
     def settings(self) -> TuneConfig:
@@ -56,27 +55,13 @@ class Search(Study):
 
     def own_values(self) -> dict[str, Any] | None:
         """The file's own values where the space holds all of them: the first suggestion."""
-        return default_values(self._base, self.settings)
+        return default_values(self._base, self.settings.space)
 
     @property
     def new_seeds(self) -> tuple[int, ...]:
         """Of the winners' runs."""
         first = max(self.settings.seeds) + 1
         return tuple(range(first, first + self.settings.rerun_seeds))
-
-    def runs_of(self, values: Mapping[str, Any], seeds: tuple[int, ...]) -> list[PlannedRun]:
-        """The suggestion `values` trained with `seeds`; none where its values do not go together."""
-        try:
-            config = from_plain(RunConfig, with_values(self._base, values), f"{self.path} (a suggestion)")
-        except UserError:
-            return []
-        name, size = label(config.parameterization), Size(width=config.model.width, depth=config.model.depth)
-        runs = self.file.directory / "runs"
-        configs = [replace(config, seed=seed) for seed in seeds]
-        return [
-            PlannedRun(name, size, one.optimizer.lr, one.seed, one, RunDirectory(runs / run_hash(one)))
-            for one in configs
-        ]
 
     def runs_tried(self, trial: "FrozenTrial") -> list[PlannedRun]:
         """The runs of one suggestion, read and checked once."""
@@ -193,7 +178,7 @@ class Search(Study):
 
     def _ask(self) -> str | None:
         """Asks for a batch; None when the budget is spent."""
-        search, space = self.open_search(), distributions(self.settings)
+        search, space = self.open_search(), distributions(self.settings.space)
         first = len(search.get_trials(deepcopy=False))
         last = min(first + self.settings.batch, self.settings.trials)
         if first >= self.settings.trials:

@@ -1,11 +1,12 @@
 """A search's space: what may be tuned, and from a suggestion to a run's configuration."""
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from depthmup.data.errors import UserError
-from depthmup.launch.config import Range, TuneConfig
+from depthmup.launch.config import Dimension, Range
 from depthmup.train.config import RunConfig
 from depthmup.train.reading import from_plain
 
@@ -36,16 +37,16 @@ def with_values(plain: dict[str, Any], values: Mapping[str, Any]) -> dict[str, A
     return changed
 
 
-def examples(tune: TuneConfig, key: str) -> list[Any]:
-    """The values of one dimension that are tried before anything runs: the ends of a range, every choice."""
-    dimension = tune.space[key]
+def examples(dimension: Dimension) -> list[Any]:
+    """The values that are tried before anything runs: the ends of a range, every choice."""
     return [dimension.first, dimension.last] if isinstance(dimension, Range) else list(dimension)
 
 
-def check_space(plain: dict[str, Any], tune: TuneConfig, source: str) -> None:
-    """Raises UserError for a key that cannot be tuned, and for a value that is none for this run; names both."""
-    for key in tune.space:
-        where = f"{source}: tune.space.{key}"
+def check_space(plain: dict[str, Any], space: Mapping[str, Dimension], source: str) -> None:
+    """Raises UserError for a key that cannot be tuned, and for a value that is none for this run; names both. `source`:
+    the file and the space's own key in it."""
+    for key, dimension in space.items():
+        where = f"{source}.{key}"
         section, _, name = key.partition(".")
         if section == "model":
             raise UserError(f"{where}: a key of the model changes the network: compare shapes in a study (study.sizes)")
@@ -55,7 +56,7 @@ def check_space(plain: dict[str, Any], tune: TuneConfig, source: str) -> None:
         if key in FIXED:
             raise UserError(f"{where}: cannot be tuned: {FIXED[key]}")
         refused = 0
-        for value in (values := examples(tune, key)):
+        for value in (values := examples(dimension)):
             try:
                 from_plain(RunConfig, with_values(plain, {key: value}), f"{where}: {value!r}")
             except UserError as error:
@@ -65,12 +66,12 @@ def check_space(plain: dict[str, Any], tune: TuneConfig, source: str) -> None:
                     raise
 
 
-def distributions(tune: TuneConfig) -> "dict[str, BaseDistribution]":
+def distributions(space: Mapping[str, Dimension]) -> "dict[str, BaseDistribution]":
     """The space in Optuna's words."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution
 
     found: dict[str, BaseDistribution] = {}
-    for key, dimension in tune.space.items():
+    for key, dimension in space.items():
         if isinstance(dimension, Range):
             found[key] = FloatDistribution(dimension.first, dimension.last, log=dimension.scale == "log")
         else:
@@ -83,12 +84,33 @@ def hashable(value: Any) -> Any:
     return tuple(map(hashable, value)) if isinstance(value, list) else value
 
 
-def default_values(plain: dict[str, Any], tune: TuneConfig) -> dict[str, Any] | None:
+def fraction_at(dimension: Range, value: float) -> float:
+    """Of `value` in the range, from 0 to 1 on its own scale."""
+    ends = (dimension.first, value, dimension.last)
+    low, at, high = map(math.log, ends) if dimension.scale == "log" else ends
+    return (at - low) / (high - low)
+
+
+def value_at(dimension: Dimension, fraction: float) -> Any:
+    """The inverse of `fraction_at`; of a choice, the one that has this part of [0, 1)."""
+    if not isinstance(dimension, Range):
+        return hashable(dimension[int(fraction * len(dimension))])
+    if dimension.scale == "log":
+        return dimension.first * (dimension.last / dimension.first) ** fraction
+    return dimension.first + (dimension.last - dimension.first) * fraction
+
+
+def own_value(plain: dict[str, Any], key: str) -> Any:
+    """What the file itself has for the dotted `key`."""
+    section, _, name = key.partition(".")
+    return hashable(plain.get(section, {}).get(name))
+
+
+def default_values(plain: dict[str, Any], space: Mapping[str, Dimension]) -> dict[str, Any] | None:
     """The file's own values where the space holds all of them: the first suggestion, and what the search is to beat."""
     values = {}
-    for key, dimension in tune.space.items():
-        section, _, name = key.partition(".")
-        value = hashable(plain.get(section, {}).get(name))
+    for key, dimension in space.items():
+        value = own_value(plain, key)
         if isinstance(dimension, Range):
             if not isinstance(value, int | float) or not dimension.first <= value <= dimension.last:
                 return None

@@ -338,15 +338,18 @@ class Study:
                 f"give its folder instead: {self.file.directory}"
             )
 
+    def own_settings(self) -> dict[str, Any]:
+        """The study's file as it can be read in another folder, with where it was written from."""
+        written_from = {CONFIGURATION_FOLDER: str(configuration_folders(self.path)[0].absolute())}
+        return written_from | settings_of(self._with_absolute_paths())
+
     def write(self) -> None:
         """Writes the study's own file and every run's configuration. Raises UserError for an unwritable folder."""
         self.refuse_other_study()
         root = self.file.directory
         try:
             root.mkdir(parents=True, exist_ok=True)
-            written_from = {CONFIGURATION_FOLDER: str(configuration_folders(self.path)[0].absolute())}
-            settings = written_from | settings_of(self._with_absolute_paths())
-            write_atomically(root / "study.yaml", dump_yaml(settings).encode())
+            write_atomically(root / "study.yaml", dump_yaml(self.own_settings()).encode())
             for run in self.pending():
                 content = to_yaml(run.config)
                 run.directory.path.mkdir(parents=True, exist_ok=True)

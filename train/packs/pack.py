@@ -30,7 +30,8 @@ def check_pack(configs: Sequence[RunConfig]) -> None:
             which = f"runs 0 and {number} cannot be packed together" if number else "packs do not know the setting of"
             raise UserError(
                 f"{which}: {', '.join(names)}. Runs of one pack may differ in "
-                "seed, learning rate, weight decay, momentum, schedule and parameterization only"
+                "seed, what the optimizer multiplies with, schedule, parameterization, clipping, label smoothing, "
+                "stochastic depth and the decay of the average only"
             )
 
 

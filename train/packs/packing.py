@@ -22,6 +22,9 @@ PACKABLE_FIELDS = {
     "optimizer.batch_ratio",
     "optimizer.samples_ratio",
     "train.clip_norm",
+    "train.label_smoothing",
+    "train.drop_path",
+    "train.ema",
 }
 # What packs honour with one value for all replicas. A field that is in neither list is one that they know nothing of:
 # it must have its default, or a pack would quietly leave it out. These are train.compile, channels_last and
@@ -32,9 +35,6 @@ HONOURED_FIELDS = {
     "optimizer.nesterov",
     "train.samples",
     "train.global_batch_size",
-    "train.label_smoothing",
-    "train.drop_path",
-    "train.ema",
     "train.precision",
     "train.bf16_residual",
     "train.batch_norm_images",
@@ -86,8 +86,10 @@ def unknown_to_packs(config: RunConfig) -> set[str]:
 
 
 def common(config: RunConfig) -> dict[str, Any]:
-    """What all runs of a pack must have alike, by dotted name."""
-    return {name: value for name, value, _ in walk(config) if not may_differ(name)}
+    """What all runs of a pack must have alike, by dotted name: of train.ema whether there is an average, which takes
+    memory."""
+    alike = {name: value for name, value, _ in walk(config) if not may_differ(name)}
+    return alike | {"train.ema": config.train.ema is not None}
 
 
 def packable(a: RunConfig, b: RunConfig) -> list[str]:

@@ -50,8 +50,14 @@ class Replicas:
         scaled = [build_meta(c.model, c.parameterization) for c in configs]
         self.network = scaled[0].network
         branches, blocks = list(scaled[0].branches), list(scaled[0].blocks)
-        self.draws = install_stochastic_depth(self.network, branches, blocks, train.drop_path)
+        rates = [c.train.drop_path for c in configs]
+        self.draws = install_stochastic_depth(self.network, branches, blocks, max(rates))
         self.num_drop_branches = self.draws.num_branches
+        # (K, branches), or (1, branches) where all runs drop alike
+        keeps = [self.draws.keeps_at(rate) for rate in (rates if len(set(rates)) > 1 else rates[:1])]
+        self.keeps = torch.tensor(keeps, dtype=torch.float64, device=device)
+        smoothings = [c.train.label_smoothing for c in configs]
+        self.smoothing = column(smoothings, device) if len(set(smoothings)) > 1 else smoothings[0]
         if autocast_dtype:
             set_stream_type(self.network, blocks, branches, autocast_dtype if train.bf16_residual else torch.float32)
         self.multipliers = stack_multipliers(scaled, device)
@@ -98,7 +104,9 @@ class Replicas:
         self.check_batches()
         self.grouping = grouping(configs[0], 1, 1) if batch_norms(self.network) else None
         self.install_batch_norm()
-        self.average = WeightAverage(self.averaged(), train.ema) if train.ema else None
+        decays = [c.train.ema or 0.0 for c in configs]  # all of them, or none
+        decay = torch.tensor(decays, dtype=torch.float64, device=device) if len(set(decays)) > 1 else decays[0]
+        self.average = WeightAverage(self.averaged(), decay) if any(decays) else None
 
     # ------------------------------------------------------------ one replica's part
 
@@ -155,9 +163,10 @@ class Replicas:
         parameters = {name: value for group in self.groups for name, value in group.parameters().items()}
         if uniform is None:  # nothing is dropped
             uniform = images.new_zeros(len(images), self.num_drop_branches, images.shape[1])
-        shared = len(images) == 1
+        shared, alike = len(images) == 1, len(self.keeps) == 1
         inputs = [tensor[0] if shared else tensor[self.seed_of] for tensor in (images, uniform)]
-        in_dims = (0, 0, 0, *((None, None) if shared else (0, 0)))
+        inputs.append(self.keeps[0] if alike else self.keeps)
+        in_dims = (0, 0, 0, *((None, None) if shared else (0, 0)), None if alike else 0)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None), self.mode:
             return vmap(self.forward_one, in_dims=in_dims)(parameters, self.buffers, self.multipliers, *inputs)
 
@@ -168,10 +177,11 @@ class Replicas:
         multipliers: dict[str, Tensor],
         images: Tensor,
         uniform: Tensor,
+        keeps: Tensor,
     ) -> Tensor:
         for name, value in multipliers.items():
             self.installed[name].value = value  # type: ignore[assignment]  # a number without shape inside vmap
-        self.draws.now = uniform
+        self.draws.now, self.draws.keeps = uniform, keeps.float()
         return functional_call(self.network, {**parameters, **buffers}, (images,))
 
     def logits(self, images: Tensor) -> Tensor:
@@ -238,17 +248,31 @@ class Replicas:
         self.gradients = []  # the last step's would take memory beside this one's
         logits = self.forward(images, uniform)
         of_all = targets.expand(len(logits), *targets.shape[1:]) if len(targets) == 1 else targets[self.seed_of]
-        smoothing = self.configs[0].train.label_smoothing
-        each = F.cross_entropy(
-            logits.flatten(0, 1).float(), of_all.flatten(0, 1), label_smoothing=smoothing, reduction="none"
-        )
-        losses = each.view(len(logits), -1).mean(1)
+        losses = self.mean_losses(logits.float(), of_all)
         self.gradients = torch.autograd.grad(losses.sum(), [group.values for group in self.groups])
         for momentum, buffers in self.batch_norms:
             move(buffers, momentum)
         self.losses.copy_(losses.detach())
         self.logit_rms.copy_(logits.detach().float().square().mean((1, 2)).sqrt())
         self.update()
+
+    def mean_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """(K, batch, classes) logits, (K, batch) classes or (K, batch, classes) probabilities -> (K,) cross entropies,
+        each with its run's smoothing, in the order of F.cross_entropy's own operations where runs smooth differently,
+        as that takes one number for all."""
+        if not isinstance(self.smoothing, Tensor):
+            each = F.cross_entropy(
+                logits.flatten(0, 1), targets.flatten(0, 1), label_smoothing=self.smoothing, reduction="none"
+            )
+            return each.view(len(logits), -1).mean(1)
+        likelihoods = logits.log_softmax(2)
+        if targets.is_floating_point():
+            of_targets = -(likelihoods * targets).sum(2)
+        else:
+            of_targets = -likelihoods.gather(2, targets[..., None]).squeeze(2)
+        of_all = -likelihoods.sum(2)
+        kept, spread = (1 - self.smoothing).float(), (self.smoothing / logits.shape[2]).float()
+        return (of_targets * kept + of_all * spread).mean(1)
 
     def measurements(self) -> list[dict[str, float]]:
         norms, logits = self.gradient_norms.tolist(), self.logit_rms.tolist()

@@ -1,0 +1,39 @@
+"""A study whose runs differ in several hyperparameters at once, all at one size: a search, or a verification."""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from depthmup.data.errors import UserError
+from depthmup.launch.config import Size, label
+from depthmup.launch.runs.planned import PlannedRun
+from depthmup.launch.runs.space import with_values
+from depthmup.launch.runs.study import Study
+from depthmup.train.config import RunConfig, run_hash
+from depthmup.train.reading import from_plain
+from depthmup.train.rundir import RunDirectory
+
+
+class JointStudy(Study):
+    """No verdict on one hyperparameter over sizes follows from it: it has a report of its own."""
+
+    verb: str  # the command that walks it and prints its report
+
+    @abstractmethod
+    def go_on(self) -> tuple[int, str]:
+        """(number of new runs, why), once none is pending; 0 at the end."""
+
+    def runs_of(self, values: Mapping[str, Any], seeds: Sequence[int]) -> list[PlannedRun]:
+        """The file's run with `values` by dotted key, trained with `seeds`; none where they do not go together."""
+        try:
+            config = from_plain(RunConfig, with_values(self._base, values), f"{self.path} (values of its space)")
+        except UserError:
+            return []
+        name, size = label(config.parameterization), Size(width=config.model.width, depth=config.model.depth)
+        runs = self.file.directory / "runs"
+        configs = [replace(config, seed=seed) for seed in seeds]
+        return [
+            PlannedRun(name, size, one.optimizer.lr, one.seed, one, RunDirectory(runs / run_hash(one)))
+            for one in configs
+        ]
