@@ -98,9 +98,12 @@ def print_plan(study: Study, console: Console) -> None:
     # text rather than a rich table, which takes seconds for thousands of rows
     width = max(len(run.parameterization) for run, _ in runs)
     name = study.file.study.hyperparameter.split(".")[-1]
-    lines = [f"{'run':12}  {'':{width}}  width  depth  {name:>9}  seed   FLOPs"]
+    axes = runs[0][0].size.axes
+    widths = [max(len(axis), *(len(str(getattr(run.size, axis))) for run, _ in runs)) for axis in axes]
+    headings = "  ".join(f"{axis:>{columns}}" for axis, columns in zip(axes, widths, strict=True))
+    lines = [f"{'run':12}  {'':{width}}  {headings}  {name:>9}  seed   FLOPs"]
     for run, done in runs:
-        shape = f"{run.size.width:5}  {run.size.depth:5}"
+        shape = "  ".join(f"{each:>{columns}}" for each, columns in zip(run.size.axes.values(), widths, strict=True))
         cells = (
             f"{power_of_two(run.value):>9}  {run.seed:4}  {quantity(flops[run.size][1]):>6}{'  done' if done else ''}"
         )

@@ -8,6 +8,7 @@ from depthmup.data.errors import UserError
 from depthmup.data.storage import is_remote
 from depthmup.launch.config import Size
 from depthmup.models.config import scale_of
+from depthmup.models.training_scale import training_factors
 from depthmup.train.config import RunConfig
 from depthmup.train.owner import check_owner, data_fingerprint
 from depthmup.train.rundir import RunDirectory
@@ -60,4 +61,7 @@ def with_value(config: Any, key: str, value: Any) -> Any:
 def factors(config: RunConfig) -> tuple[Any, ...]:
     """What the parameterization makes of this run's size: at the base size, for one, all of them make the same."""
     scale = scale_of(config.model.size, config.model.base_size, config.parameterization)
-    return scale.all_factors(config.optimizer.name)
+    optimizer = config.optimizer
+    ratios = optimizer.batch_ratio, optimizer.samples_ratio
+    training = training_factors(scale.parameterization, optimizer.name, *ratios)
+    return *scale.all_factors(optimizer.name), training
