@@ -281,6 +281,8 @@ class OptimizerConfig:
 
     weight_decay_mode: `independent` shrinks a weight by weight_decay * schedule(step) a step, whatever the optimizer,
     its momentum and the learning rate; `coupled` is torch's own rule (lr * weight_decay), with the table's factor.
+    tau_ema: in place of weight_decay, the share of the run that a weight remembers at the peak rate, 1 / (lr * decay *
+    steps) (2405.13698): what is tuned and kept over sizes and horizons. `with_decay` makes a weight decay of it.
     muon: torch's Muon for hidden matrices, with AdamW's update size, so that one `lr` serves it and AdamW, which
     trains the rest; `momentum` is Muon's (0.95 is usual), `betas` and `eps` are AdamW's.
     batch_ratio, samples_ratio: global batch size and sample budget over the proxy's. They move learning rate, decay,
@@ -296,6 +298,7 @@ class OptimizerConfig:
     eps: Annotated[Number, Field(gt=0)] = 1e-8
     weight_decay: Annotated[Number, Field(ge=0)] = 0.0
     weight_decay_mode: Literal["independent", "coupled"] = "independent"
+    tau_ema: Annotated[Number, Field(gt=0)] | None = None
     batch_ratio: Annotated[Number, Field(gt=0)] = 1.0
     samples_ratio: Annotated[Number, Field(gt=0)] = 1.0
     beta_scaling: Literal["both", "second", "none"] = "both"  # which of the betas the two ratios move
@@ -308,11 +311,22 @@ class OptimizerConfig:
                 raise ModelError(
                     f"{each.name} would do nothing: {self.name} has none; leave it out, or use {' or '.join(users)}"
                 )
+        if self.tau_ema and self.weight_decay:
+            raise ModelError("weight_decay and tau_ema say the same thing: leave one of them out")
         if self.nesterov and not self.momentum:
             raise ModelError("nesterov needs a momentum above 0")
         if min(self.scaled_betas) < 0:
             ratios = f"batch_ratio {self.batch_ratio:g} and samples_ratio {self.samples_ratio:g}"
             raise ModelError(f"{ratios} make a beta of {self.betas} negative: use beta_scaling second, or larger betas")
+
+    def with_decay(self, num_steps: int) -> "OptimizerConfig":
+        """With the weight decay that `tau_ema` is in a run of `num_steps`; itself where none is stated."""
+        if self.tau_ema is None:
+            return self
+        a_step = 1 / (self.tau_ema * num_steps)  # the share of a weight that a step takes off, at this batch and length
+        stated = a_step / self.noise_ratio  # the rules multiply by it
+        decay = stated if self.weight_decay_mode == "independent" else stated / self.lr
+        return replace(self, tau_ema=None, weight_decay=decay)
 
     @property
     def noise_ratio(self) -> float:

@@ -53,6 +53,10 @@ def parameter_groups(
     `eps`. Raises ModelError when muon would find no matrix to train, or a setting would do nothing.
     """
     refuse_idle(scale.parameterization, config)
+    if config.tau_ema is not None:
+        raise ModelError(
+            "optimizer.tau_ema needs the number of steps: give the optimizer's config with_decay(num_steps)"
+        )
     roles = {rule.role.value for rule in rules.values()}
     if idle := sorted(role for role, rate in vars(config.role_lr).items() if rate != 1 and role not in roles):
         raise ModelError(

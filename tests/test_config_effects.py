@@ -43,7 +43,7 @@ OTHER: dict[Any, dict[str, tuple[Any, ...]]] = {  # than the default, or than wh
         **{"name": ("sgd", "adamw", "muon"), "lr": (0.02,), "momentum": (0.5,), "nesterov": (True,)},
         **{"betas": ([0.8, 0.999], [0.9, 0.99]), "eps": (1e-3,), "weight_decay": (0.02,)},
         **{"weight_decay_mode": ("independent", "coupled"), "batch_ratio": (4.0,), "samples_ratio": (4.0,)},
-        **{"role_lr": ({"input": 2.0},), "beta_scaling": ("second", "none")},
+        **{"role_lr": ({"input": 2.0},), "beta_scaling": ("second", "none"), "tau_ema": (0.5,)},
     },
     ParameterizationConfig: {
         **{"name": PRESETS, "alpha": (0.75,), "adam_depth_lr": (0.25,), "eps_scaling": ("table", "branch", "none")},
@@ -83,7 +83,11 @@ OF_MODEL: dict[Any, tuple[list[dict[str, Any]], dict[str, tuple[Any, ...]]]] = {
         {"num_stages": (4,), "convs_per_branch": (2,), "norm": ("batch", "layer")},
     ),
 }
-BESIDE: dict[str, dict[str, Any]] = {"head_dim": {"num_heads": None}, "class_token": {"global_pool": "avg"}}
+BESIDE: dict[str, dict[str, Any]] = {
+    "tau_ema": {"weight_decay": 0.0},
+    "head_dim": {"num_heads": None},
+    "class_token": {"global_pool": "avg"},
+}
 
 
 REFUSED = {
@@ -118,7 +122,7 @@ def learned(run: RunConfig) -> tuple[Any, ...]:
     scaled, initial = network_of(run.parameterization)
     scaled.network.load_state_dict(initial)
     multipliers = {name: multiplier.value for name, multiplier in scaled.multipliers.items()}
-    groups = parameter_groups(scaled.network, scaled.rules, scaled.scale, run.optimizer)
+    groups = parameter_groups(scaled.network, scaled.rules, scaled.scale, run.resolved_optimizer)
     optimizer = build_optimizer(groups, run.optimizer)
     weights = [torch.cat([p.detach().flatten() for p in scaled.network.parameters()])]
     generator = torch.Generator().manual_seed(0)
@@ -175,7 +179,7 @@ def test_every_field_of_the_optimizer_acts_or_is_refused() -> None:
 
     acting = set()
     for context in OPTIMIZERS:
-        idle, working, refused = tried(every(OptimizerConfig), context, observe(context), observe)
+        idle, working, refused = tried(every(OptimizerConfig), context, observe(context), observe, beside=BESIDE)
         assert not idle
         assert refused == REFUSED[context["name"]]
         acting |= working

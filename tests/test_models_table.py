@@ -226,7 +226,7 @@ def test_batch_and_duration_move_adamws_settings_by_roots_of_their_ratio() -> No
     ("name", "lr", "one_minus_beta"), [("sgd", 8, None), ("adamw", 8**0.5 * 2**-0.5, 4), ("muon", 8**0.5, 8)]
 )
 def test_every_optimizer_has_a_row_for_batch_and_samples(name: str, lr: float, one_minus_beta: float | None) -> None:
-    """Eight times the batch, twice the samples, by hand. What a step takes off grows with m_B / m_D: steps are fewer."""
+    """Eight times the batch and twice the samples, by hand. What a step takes off grows with m_B / m_D."""
     scaled, ratios = scaled_at(BASE), {"batch_ratio": 8.0, "samples_ratio": 2.0}
     config = sgd if name == "sgd" else partial(adamw, name=name, betas=(0.99, 0.999))
     for mode in ("coupled", "independent"):

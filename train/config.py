@@ -215,10 +215,15 @@ class RunConfig:
             raise ValueError(str(self.decay_warning))
 
     @property
+    def resolved_optimizer(self) -> OptimizerConfig:
+        """What trains: with a weight decay, whichever way it is stated."""
+        return self.optimizer.with_decay(self.train.num_steps)
+
+    @property
     def forgets(self) -> float:
         """What independent weight decay takes off over the run, as an exponent: e to the minus this is what it leaves.
         0 where a step takes little, and in the coupled mode."""
-        taken = self.optimizer.weight_decay * self.optimizer.noise_ratio
+        taken = self.resolved_optimizer.weight_decay * self.optimizer.noise_ratio
         if self.optimizer.weight_decay_mode == "coupled" or taken < TAKES_MUCH:
             return 0.0
         return taken * self.schedule.mean * self.train.num_steps
@@ -228,7 +233,7 @@ class RunConfig:
         """Says that weight decay takes off too much to be meant, and what would be."""
         if self.forgets < LEAVES_LITTLE:
             return None
-        decay, lr = self.optimizer.weight_decay, self.optimizer.lr
+        decay, lr = self.resolved_optimizer.weight_decay, self.optimizer.lr
         return (
             f"optimizer.weight_decay {decay:g} does not depend on the learning rate: a step takes up to "
             f"{decay * self.optimizer.noise_ratio:.3g} of every weight, and {self.train.num_steps} steps leave "

@@ -19,6 +19,7 @@ PACKABLE_FIELDS = {
     "optimizer.eps",
     "optimizer.weight_decay",
     "optimizer.weight_decay_mode",
+    "optimizer.tau_ema",
     "optimizer.batch_ratio",
     "optimizer.samples_ratio",
     "train.clip_norm",
