@@ -35,3 +35,24 @@ def axes_misfit(
                 f"it out, or give a size another {axis}"
             )
     return None
+
+
+def ladder_misfit(
+    horizons: set[int], base: RunConfig, parameterizations: Sequence[ParameterizationConfig], hyperparameter: str
+) -> str | None:
+    """Why runs of these `horizons` (samples) cannot share a trunk, and what to do."""
+    if len(horizons) < 2:
+        return "study.ladder would do nothing: no two of study.sizes differ in samples; give a size another samples"
+    if base.schedule.name != "wsd":
+        return f"study.ladder branches where wsd begins to decay, and schedule.name is {base.schedule.name}: use wsd"
+    depends = {"optimizer.tau_ema", "schedule.warmup"} & {hyperparameter}
+    if base.optimizer.tau_ema is not None:
+        depends.add("optimizer.tau_ema")
+    if any(parameterization.samples_lr is not None for parameterization in parameterizations):
+        depends.add("samples_lr")
+    if depends:
+        return (
+            f"study.ladder: {', '.join(sorted(depends))} would make another run of every horizon before it decays: "
+            "leave it out, or leave out study.ladder"
+        )
+    return None

@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from depthmup.data.config import NOT_IDENTITY, PathText, Positive
 from depthmup.data.paths import expand_all_read, expand_read, protect
-from depthmup.launch.axes import AXES, TRAINING_AXES, axes_misfit
+from depthmup.launch.axes import AXES, TRAINING_AXES, axes_misfit, ladder_misfit
 from depthmup.models.checked import STRICT
 from depthmup.models.config import Number, ParameterizationConfig
 from depthmup.train.config import RunConfig, checked_setting
@@ -157,12 +157,15 @@ class StudyConfig:
     more_seeds: Annotated[int, Field(ge=0)] = (
         2  # grid: rounds in which one seed is added where a verdict hangs on the noise
     )
+    ladder: bool = False  # sizes that differ in samples alone are the longest run and branches that decay from it
     # lets results of different code, or of different shards under one data.name, count side by side; the report says so
     pool_different: tuple[Literal["code", "shards"], ...] = field(default=(), metadata=NOT_IDENTITY)
 
     def __post_init__(self) -> None:
         if self.complement and max(self.grid) >= 1:
             raise ValueError(f"values of {self.hyperparameter} must be below 1, found {max(self.grid):g}")
+        if self.ladder and self.adaptive:
+            raise ValueError("ladder needs every value at every horizon: use design grid")
         if self.cost_limit <= self.regret_limit:
             raise ValueError(f"cost_limit {self.cost_limit:g} must be above regret_limit {self.regret_limit:g}")
 
@@ -319,7 +322,9 @@ class StudyFile(RunConfig):
         sizes = tuple(map(self.complete, self.study.sizes))
         object.__setattr__(self, "study", replace(self.study, sizes=sizes))
         varied = {axis: {getattr(size, axis) for size in sizes} for axis in self.training_axes}
-        if misfit := axes_misfit(varied, self, self.study.parameterizations, self.study.hyperparameter):
+        compared = self.study.parameterizations, self.study.hyperparameter
+        misfit = self.study.ladder and ladder_misfit(varied.get("samples", set()), self, *compared)
+        if misfit := misfit or axes_misfit(varied, self, *compared):
             raise ValueError(misfit)
 
     @property

@@ -222,8 +222,8 @@ def test_a_schedules_mean_is_that_of_its_steps(name: str, warmup: float) -> None
 def test_tau_ema_is_the_share_of_the_run_that_hidden_weights_remember_at_any_rate_batch_and_length(
     name: str, mode: str, run_settings: dict[str, Any]
 ) -> None:
-    """1 / (lr * decay * steps), of the very settings that the optimizer gets. Coupled: at the base, as the table lets lr *
-    decay of deeper branches fall."""
+    """1 / (lr * decay * steps), of the very settings that the optimizer gets. Coupled: at the base, as the table lets
+    lr * decay of deeper branches fall."""
     model = vars(VIT if mode == "independent" else replace(VIT, width=8, depth=1))
     for lr, batch, samples in ((0.01, 32, 12 * 32), (0.002, 64, 40 * 64)):
         ratios = {"batch_ratio": batch / 32, "samples_ratio": samples / (12 * 32)}

@@ -93,6 +93,8 @@ class Report:
         if settings.hyperparameter == "optimizer.lr":
             for each in settings.parameterizations:
                 rules[label(each)] = dict(zip(TRAINING_AXES, lr_exponents(each.resolve(), optimizer), strict=True))
+                if settings.ladder:
+                    rules[label(each)]["samples"] = 0.0  # one trunk has one rate
         name = ("1 - " if settings.complement else "") + settings.hyperparameter
         return exponents(self.analysis, self.base, name, rules)
 
@@ -141,8 +143,8 @@ class Report:
 
     @property
     def total_flops(self) -> float:
-        """Of the finished runs at their full length."""
-        return sum(self.flops[run.size] for run, _ in self.finished)
+        """Of the finished runs at their full length; of branches from where they branch off."""
+        return sum(run.share * self.flops[run.size] for run, _ in self.finished)
 
     @property
     def hours(self) -> float:

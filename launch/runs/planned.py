@@ -12,6 +12,7 @@ from depthmup.models.training_scale import training_factors
 from depthmup.train.config import RunConfig
 from depthmup.train.owner import check_owner, data_fingerprint
 from depthmup.train.rundir import RunDirectory
+from depthmup.train.trunk import Trunk
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,12 @@ class PlannedRun:
     config: RunConfig
     directory: RunDirectory
     any_shards: bool = False  # whether a result counts that was trained on other images
+    trunk: Trunk | None = None  # the run that it branches off, of those that are planned
+
+    @property
+    def share(self) -> float:
+        """Of the run's steps, what it trains itself."""
+        return 1 - (self.trunk.step / self.config.train.num_steps if self.trunk else 0.0)
 
     def done(self) -> dict[str, Any] | None:
         """The done marker, None before the run's end. Raises UserError for one that is damaged, or another run's."""

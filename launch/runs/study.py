@@ -16,6 +16,7 @@ from depthmup.launch.axes import TRAINING_AXES
 from depthmup.launch.config import Size, StudyFile, label
 from depthmup.launch.paths import command
 from depthmup.launch.reading import CONFIGURATION_FOLDER, configuration_folders, settings_of
+from depthmup.launch.runs.ladder import stretched, with_trunks
 from depthmup.launch.runs.planned import PlannedRun, factors, with_value
 from depthmup.launch.runs.rounds import (
     Added,
@@ -33,6 +34,7 @@ from depthmup.train.config import RunConfig, identity, run_hash
 from depthmup.train.config import flat as flat_sections
 from depthmup.train.reading import STUDY_SECTIONS, from_plain, read_yaml, set_dotted, to_plain, to_yaml
 from depthmup.train.rundir import RunDirectory
+from depthmup.train.trunk import write_trunk
 from depthmup.train.yaml_text import dump_yaml
 
 Point = TypeVar("Point")  # a value, or a value and a seed
@@ -57,7 +59,8 @@ class Study:
     @cached_property
     def points(self) -> list[PlannedRun]:
         """The points of all curves. Raises UserError when a size or value is impossible for the model."""
-        return list(self._grid())
+        points = list(self._grid())
+        return with_trunks(points, self.file.study.sizes) if self.file.study.ladder else points
 
     @cached_property
     def runs(self) -> list[PlannedRun]:
@@ -161,7 +164,10 @@ class Study:
         raw["train"] = dict(self._base["train"])
         for axis, key in TRAINING_AXES.items():
             if value_there := getattr(size, axis):
-                raw["optimizer"][f"{axis}_ratio"] *= value_there / raw["train"][key]
+                if axis == "samples" and self.file.study.ladder:  # one trunk: what it trains with, all horizons do
+                    raw["schedule"] = stretched(raw["schedule"], raw["train"], value_there)
+                else:
+                    raw["optimizer"][f"{axis}_ratio"] *= value_there / raw["train"][key]
                 raw["train"][key] = value_there
             if raw["optimizer"][f"{axis}_ratio"] == 1:  # as at the base, which all exponents make the same of
                 raw["parameterization"][f"{axis}_lr"] = None
@@ -364,6 +370,8 @@ class Study:
                 run.directory.path.mkdir(parents=True, exist_ok=True)
                 if run.directory.failed() and not run.failed():
                     (run.directory.path / "failed.json").unlink()  # of another run, which would keep this one back
+                if run.trunk and not (run.directory.path / "trunk.json").exists():
+                    write_trunk(run.directory, run.trunk)
                 if not run.directory.config.exists() or run.directory.config.read_text() != content:
                     run.directory.config.write_text(content)
         except OSError as error:

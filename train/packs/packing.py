@@ -46,6 +46,7 @@ HONOURED_FIELDS = {
     "train.checkpoint_every",
     "train.keep_last",
     "train.keep_every",
+    "train.keep_steps",
     "train.pack",
     "track.project",
     "track.group",
