@@ -149,7 +149,7 @@ def run_check(
             shown.update(started / total, size)
             started += 1
 
-        lines = check(run.model, p, run.optimizer, settings, axes, progress)
+        lines = check(run.model, p, run.resolved_optimizer, settings, axes, progress)
         shown.update(1, f"{total} sizes", final=True)
     alpha = p.resolve().alpha
     title = f"{run.model.family}, {p.name} (alpha {alpha:g}, beta {p.beta:g}), {run.optimizer.name}, "

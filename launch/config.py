@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,6 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from depthmup.data.config import NOT_IDENTITY, PathText, Positive
 from depthmup.data.paths import expand_all_read, expand_read, protect
+from depthmup.launch.axes import AXES, TRAINING_AXES, axes_misfit, ladder_misfit
 from depthmup.models.checked import STRICT
 from depthmup.models.config import Number, ParameterizationConfig
 from depthmup.train.config import RunConfig, checked_setting
@@ -51,11 +53,34 @@ Mounts = Annotated[str, AfterValidator(expand_all_read), PlainSerializer(protect
 @checked_setting
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class Size:
+    """A point on the axes of scale. `batch` (global_batch_size) and `samples` are null in a study without such an axis,
+    and numbers at all sizes of one that has it (StudyFile.complete)."""
+
     width: Positive
     depth: Positive
+    batch: Positive | None = None
+    samples: Positive | None = None
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> "Size":
+        """The size whose axes stand in `record` beside other things."""
+        return cls(**{axis: record[axis] for axis in AXES if record.get(axis) is not None})
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """By name, those that the study has."""
+        return {axis: value for axis in AXES if (value := getattr(self, axis)) is not None}
+
+    def is_beside(self, other: "Size", axis: str) -> bool:
+        """Whether the two differ in `axis` alone, or not at all."""
+        return all(getattr(self, each) == getattr(other, each) for each in AXES if each != axis)
+
+    def is_trained_as(self, other: "Size") -> bool:
+        """Whether batch and samples are the same."""
+        return all(getattr(self, axis) == getattr(other, axis) for axis in TRAINING_AXES)
 
     def __str__(self) -> str:
-        return f"width {self.width}, depth {self.depth}"
+        return ", ".join(f"{axis} {value}" for axis, value in self.axes.items())
 
 
 @checked_setting
@@ -132,12 +157,15 @@ class StudyConfig:
     more_seeds: Annotated[int, Field(ge=0)] = (
         2  # grid: rounds in which one seed is added where a verdict hangs on the noise
     )
+    ladder: bool = False  # sizes that differ in samples alone are the longest run and branches that decay from it
     # lets results of different code, or of different shards under one data.name, count side by side; the report says so
     pool_different: tuple[Literal["code", "shards"], ...] = field(default=(), metadata=NOT_IDENTITY)
 
     def __post_init__(self) -> None:
         if self.complement and max(self.grid) >= 1:
             raise ValueError(f"values of {self.hyperparameter} must be below 1, found {max(self.grid):g}")
+        if self.ladder and self.adaptive:
+            raise ValueError("ladder needs every value at every horizon: use design grid")
         if self.cost_limit <= self.regret_limit:
             raise ValueError(f"cost_limit {self.cost_limit:g} must be above regret_limit {self.regret_limit:g}")
 
@@ -330,6 +358,26 @@ class StudyFile(RunConfig):
                 f"parameterization: {label(self.parameterization)} would do nothing: study.parameterizations says what "
                 "a study compares; state it there, as in study.parameterizations=[{name: depth_mup, beta: 0.5}]"
             )
+        sizes = tuple(map(self.complete, self.study.sizes))
+        object.__setattr__(self, "study", replace(self.study, sizes=sizes))
+        varied = {axis: {getattr(size, axis) for size in sizes} for axis in self.training_axes}
+        compared = self.study.parameterizations, self.study.hyperparameter
+        misfit = self.study.ladder and ladder_misfit(varied.get("samples", set()), self, *compared)
+        if misfit := misfit or axes_misfit(varied, self, *compared):
+            raise ValueError(misfit)
+
+    @property
+    def training_axes(self) -> tuple[str, ...]:
+        """Those of TRAINING_AXES that some size states."""
+        return tuple(axis for axis in TRAINING_AXES if any(getattr(size, axis) for size in self.study.sizes))
+
+    def complete(self, size: Size) -> Size:
+        """`size` with what it leaves out of the study's axes as train has it. One that was noted when the study had
+        another axis is the same size without it, where it was the base's in that."""
+        own = {axis: getattr(self.train, key) for axis, key in TRAINING_AXES.items()}
+        missing = {axis: own[axis] for axis in self.training_axes if getattr(size, axis) is None}
+        idle = [axis for axis in own if axis not in self.training_axes and getattr(size, axis) == own[axis]]
+        return Size.of({axis: value for axis, value in (size.axes | missing).items() if axis not in idle})
 
     @property
     def directory(self) -> Path:

@@ -36,8 +36,7 @@ def describe_run(run: PlannedRun) -> Record:
     return {
         "run": str(run.directory.path),
         "parameterization": run.parameterization,
-        "width": run.size.width,
-        "depth": run.size.depth,
+        **run.size.axes,
         "value": run.value,
         "seed": run.seed,
     }

@@ -5,6 +5,7 @@ from typing import Any
 
 from depthmup.data.errors import UserError
 from depthmup.data.paths import expand_path, protect
+from depthmup.launch.axes import TRAINING_AXES
 from depthmup.launch.config import LaunchConfig, StudyFile
 from depthmup.launch.paths import PACKAGE, command, user_folder
 from depthmup.train.config import RunConfig
@@ -115,6 +116,12 @@ def study_in(raw: dict[str, Any], path: Path) -> StudyFile:
             f"{path}: the first of study.sizes ({base}) must be the base, model.base_width {file.model.base_width} and "
             f"model.base_depth {file.model.base_depth}"
         )
+    for axis in file.training_axes:
+        if getattr(base, axis) != (own := getattr(file.train, key := TRAINING_AXES[axis])):
+            raise UserError(
+                f"{path}: the first of study.sizes ({base}) must be the base: leave its {axis} out, or state {own}, "
+                f"which is train.{key}"
+            )
     return file
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from depthmup.data.errors import UserError
 from depthmup.data.paths import protect
 from depthmup.data.storage import write_atomically
+from depthmup.launch.axes import TRAINING_AXES
 from depthmup.launch.config import Size, StudyFile, label
 from depthmup.launch.findings.analysis import Curve
 from depthmup.launch.findings.forecast import Forecast, foretell
@@ -18,6 +19,8 @@ from depthmup.launch.reading import apply_profile, named_cluster, read_study_or_
 from depthmup.launch.report.collect import Report
 from depthmup.launch.runs.foretold import Foretold, write_foretold
 from depthmup.launch.runs.study import Study
+from depthmup.models.config import ParameterizationConfig
+from depthmup.models.training_scale import lr_exponents
 from depthmup.train.config import RunConfig
 from depthmup.train.reading import from_plain, read_yaml, set_dotted
 from depthmup.train.yaml_text import dump_yaml, load_yaml
@@ -66,6 +69,7 @@ def choose(report: Report, parameterization: str | None, force: bool) -> tuple[C
     path, base_size = report.study.path, report.study.file.study.sizes[0]
     curves = {curve.parameterization: curve for curve in report.analysis.curves if curve.size == base_size}
     judgements = {judgement.parameterization: judgement for judgement in report.analysis.judgements}
+    judgements |= report.along_exponents  # which the target's batch and samples follow
     if not judgements:
         raise UserError(f"{path}: no run of the base size is finished: first {report.study.command('transfer')}")
     if parameterization and parameterization not in judgements:
@@ -185,33 +189,74 @@ def scale(
     for section in ("optimizer", "schedule"):
         for key in changes.get(section, {}):
             facts.append(f"Not transferred: {section}.{key} was given.")
-    batch_ratio = target.train.global_batch_size / proxy.train.global_batch_size
-    samples_ratio = target.train.samples / proxy.train.samples
-    if scale_batch:
-        config["optimizer"]["batch_ratio"] = proxy.optimizer.batch_ratio * batch_ratio
-        config["optimizer"]["samples_ratio"] = proxy.optimizer.samples_ratio * samples_ratio
-        run_of(config, source)  # not every optimizer has a rule, and not every ratio leaves betas
-        facts.append(f"Scaled for {batch_ratio:g} times the batch and {samples_ratio:g} times the samples.")
-    elif (batch_ratio, samples_ratio) != (1, 1):
+    longer = {
+        axis: ratio
+        for axis, key in TRAINING_AXES.items()
+        if (ratio := getattr(target.train, key) / getattr(proxy.train, key)) != 1
+    }
+    for axis, ratio in longer.items():
+        facts.append(scale_training(config, report, curve, axis, ratio, scale_batch))
+    for axis in TRAINING_AXES:
+        if config["optimizer"].get(f"{axis}_ratio", 1) == 1:  # an exponent of a ratio of 1 would do nothing
+            config["parameterization"].pop(f"{axis}_lr", None)
+    run_of(config, source)  # not every ratio leaves betas
+    if "batch" in longer and getattr(target.model, "norm", None) == "batch" and not target.train.batch_norm_images:
         facts.append(
-            f"Batch {batch_ratio:g} and samples {samples_ratio:g} times the proxy's, and nothing was scaled for that "
-            "(--scale-batch does): an optimum moves with both."
+            "Each BatchNorm takes its statistics over the whole batch, which is another here: "
+            f"train.batch_norm_images={proxy.train.global_batch_size} keeps the proxy's."
         )
     model = target.model
     wider, deeper = model.width / model.base_width, model.depth / model.base_depth
     what = f"{model.family} of width {model.width} and depth {model.depth} ({wider:g} and {deeper:g} times the base's)"
     config["study"] = {"name": name, "directory": protect(file.study.directory)}
-    reasons = [changed, other, "batch or samples" if (batch_ratio, samples_ratio) != (1, 1) else ""]
+    reasons = [changed, other, " and ".join(longer)]
     reasons += [f"{section}.{key}" for section in ("optimizer", "schedule") for key in changes.get(section, {})]
     forecast = foretell_target(report, curve, carried, target, ", ".join(filter(None, reasons)))
     facts.append(f"Forecast of its {file.study.metric}: {forecast.said}.")
     return Transferred(config, [f"{name}: {what}, {curve.parameterization}.", *facts], forecast, file.study.metric)
 
 
+def scale_training(config: dict[str, Any], report: Report, curve: Curve, axis: str, ratio: float, by_rule: bool) -> str:
+    """Writes what a target's batch or samples, `ratio` times the proxy's, make of the hyperparameters into `config`:
+    by the exponent that the study measured, else by the rule if the study had that axis or exponent, or `by_rule`.
+    Returns what was done."""
+    study, optimizer, parameterization = report.study.file.study, config["optimizer"], config["parameterization"]
+    ratio_key, lr_key, times = f"{axis}_ratio", f"{axis}_lr", f"{axis.capitalize()} {ratio:g} times the proxy's"
+    exponent = next((each for each in report.known_exponents(curve.parameterization) if each.axis == axis), None)
+    if not (exponent or axis in report.base.axes or lr_key in parameterization or by_rule):
+        return (
+            f"{times}, and nothing was scaled for that (--scale-batch does, by the rule; a study whose sizes differ in "
+            f"{axis} measures it): an optimum moves with it."
+        )
+    optimizer[ratio_key] = optimizer.get(ratio_key, 1.0) * ratio
+    scaled = f"{times}: scaled by the optimizer's rules"
+    if exponent is None:
+        resolved = ParameterizationConfig(**parameterization).resolve()
+        rule = dict(zip(TRAINING_AXES, lr_exponents(resolved, optimizer["name"]), strict=True))[axis]
+        unknown = next((f" ({each})" for each in report.exponents if each.axis == axis and not each.is_known), "")
+        return f"{scaled}, the learning rate as {axis}^{rule:.3g}, which the study did not measure{unknown}."
+    assert exponent.interval is not None
+    assert exponent.measured is not None
+    low, high = exponent.interval
+    known = f"(90% interval {low:.2f} to {high:.2f}, {exponent.span[0]} to {exponent.span[1]})"
+    if exponent.rule is not None:
+        power = parameterization[lr_key] = round(exponent.measured, 3)
+        moved = f"the learning rate times {ratio**power:.4g} by the measured {axis}^{power:g} {known}"
+    else:
+        key, name = study.hyperparameter.split(".", 1)
+        octaves = study.octaves(config[key][name]) + exponent.slope * math.log2(ratio)
+        config[key][name] = study.value_at(octaves)
+        moved = f"{exponent.hyperparameter} times {ratio**exponent.slope:.4g} by the measured {exponent.power} {known}"
+    own = getattr(report.base, axis) * ratio
+    beyond = max(own / exponent.span[1], exponent.span[0] / own)
+    far = f", {beyond:.3g} times beyond what was measured" if beyond > 1 else ""
+    return f"{scaled}, {moved}{far}."
+
+
 def foretell_target(report: Report, curve: Curve, carried: float, target: RunConfig, reasons: str) -> Forecast:
     """Of the target's loss at the carried value; no number where it differs from the study in more than its size."""
     own = [each for each in report.analysis.curves if each.parameterization == curve.parameterization]
-    size = Size(width=target.model.width, depth=target.model.depth)
+    size = report.study.file.complete(Size(width=target.model.width, depth=target.model.depth))
     found = foretell(own, report.study.file.study.octaves(carried), size)
     if reasons:
         remark = f"the target differs from the study in {reasons}"

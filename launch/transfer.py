@@ -348,7 +348,7 @@ def grow(study: Study) -> tuple[int, str]:
             return 0, wanted.reason
         value_of = study.file.study.on_lattice
         runs = [
-            AddedRun(parameterization=p.parameterization, **vars(p.size), value=value_of(p.x), seed=p.seed)
+            AddedRun(parameterization=p.parameterization, **p.size.axes, value=value_of(p.x), seed=p.seed)
             for p in wanted.points
         ]
         return study.add_round(AddedRound(reason=wanted.reason, runs=runs)), wanted.reason

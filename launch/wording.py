@@ -1,6 +1,14 @@
 """Numbers as tables and sentences show them."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
+
+
+def show_size(record: Mapping[str, Any]) -> str:
+    """Of a report's record: '32 x 3', and '32 x 3, batch 256' in a study with that axis."""
+    more = (f", {axis} {record[axis]}" for axis in ("batch", "samples") if record.get(axis))
+    return f"{record['width']} x {record['depth']}{''.join(more)}"
 
 
 def show_drift(octaves: float) -> str:

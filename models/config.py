@@ -10,17 +10,21 @@ from pydantic.dataclasses import dataclass
 from depthmup.models.checked import STRICT, checked_model
 from depthmup.models.errors import ModelError
 from depthmup.models.parameterization import AUTO, PRESETS, Parameterization, Scale
+from depthmup.models.training_scale import TRAINING_TABLE, power
 
 TAG = {"identity": "always"}  # on a field that says which class this is: never left out of a run's identity
 POWER = re.compile(r"\s*([+-]?[\d.]+)\s*(?:\*\*|\^)\s*([+-]?[\d.]+)\s*")
+FRACTION = re.compile(r"\s*([+-]?[\d.]+)\s*/\s*([\d.]+)\s*")
 
 
 def parse_number(value: Any) -> Any:
-    """'2**-9' -> 2^-9 and '1e-3' -> 0.001 (YAML 1.1 reads the latter as text). Anything else is passed on."""
+    """'2**-9' -> 2^-9, '-1/3' -> -1/3 and '1e-3' -> 0.001 (YAML reads them as text). Anything else is passed on."""
     if isinstance(value, str):
         try:
-            if power := POWER.fullmatch(value):
-                return float(power[1]) ** float(power[2])
+            if parts := POWER.fullmatch(value):
+                return float(parts[1]) ** float(parts[2])
+            if parts := FRACTION.fullmatch(value):
+                return float(parts[1]) / float(parts[2])
             return float(value)
         except (ValueError, ArithmeticError):  # text; 10**999
             return value
@@ -231,6 +235,8 @@ class ParameterizationConfig:
     adam_depth_lr: Number | None = None
     eps_scaling: Literal["table", "branch", "none"] | None = None
     weight_decay_scaling: Number | None = None
+    batch_lr: Number | None = None  # lr ~ (batch / base's)^batch_lr * (samples / base's)^samples_lr; null: the table's
+    samples_lr: Number | None = None
     beta: Annotated[Number, Field(gt=0)] = 1.0
     gamma0: Annotated[Number, Field(gt=0)] = 1.0
 
@@ -298,6 +304,7 @@ USERS = {  # of a key that not every optimizer has
     "nesterov": ("sgd",),
     "betas": ("adamw", "muon"),
     "eps": ("adamw", "muon"),
+    "beta_scaling": ("adamw", "muon"),
 }
 
 
@@ -308,10 +315,12 @@ class OptimizerConfig:
 
     weight_decay_mode: `independent` shrinks a weight by weight_decay * schedule(step) a step, whatever the optimizer,
     its momentum and the learning rate; `coupled` is torch's own rule (lr * weight_decay), with the table's factor.
+    tau_ema: in place of weight_decay, the share of the run that a weight remembers at the peak rate, 1 / (lr * decay *
+    steps) (2405.13698): what is tuned and kept over sizes and horizons. `with_decay` makes a weight decay of it.
     muon: torch's Muon for hidden matrices, with AdamW's update size, so that one `lr` serves it and AdamW, which
     trains the rest; `momentum` is Muon's (0.95 is usual), `betas` and `eps` are AdamW's.
-    batch_ratio, samples_ratio: global batch size and sample budget over the proxy's. They move AdamW's learning rate,
-    decay, eps and betas by the rules of Complete(d)P (arXiv 2512.22382); at 1 nothing moves.
+    batch_ratio, samples_ratio: global batch size and sample budget over the proxy's. They move learning rate, decay,
+    eps and betas by the optimizer's row of models.training_scale.TRAINING_TABLE; at 1 nothing moves.
     role_lr: the ratio of the roles' learning rates, which transfers as `lr` does. Independent decay does not see it.
     """
 
@@ -323,8 +332,10 @@ class OptimizerConfig:
     eps: Annotated[Number, Field(gt=0)] = 1e-8
     weight_decay: Annotated[Number, Field(ge=0)] = 0.0
     weight_decay_mode: Literal["independent", "coupled"] = "independent"
+    tau_ema: Annotated[Number, Field(gt=0)] | None = None
     batch_ratio: Annotated[Number, Field(gt=0)] = 1.0
     samples_ratio: Annotated[Number, Field(gt=0)] = 1.0
+    beta_scaling: Literal["both", "second", "none"] = "both"  # which of the betas the two ratios move
     role_lr: RoleRates = field(default_factory=RoleRates)
 
     def __post_init__(self) -> None:
@@ -334,12 +345,22 @@ class OptimizerConfig:
                 raise ModelError(
                     f"{each.name} would do nothing: {self.name} has none; leave it out, or use {' or '.join(users)}"
                 )
+        if self.tau_ema and self.weight_decay:
+            raise ModelError("weight_decay and tau_ema say the same thing: leave one of them out")
         if self.nesterov and not self.momentum:
             raise ModelError("nesterov needs a momentum above 0")
-        if self.noise_ratio != 1 and self.name != "adamw":
-            raise ModelError(f"batch_ratio and samples_ratio have rules for adamw only, not for {self.name}")
         if min(self.scaled_betas) < 0:
-            raise ModelError(f"batch_ratio / samples_ratio {self.noise_ratio:g} makes a beta of {self.betas} negative")
+            ratios = f"batch_ratio {self.batch_ratio:g} and samples_ratio {self.samples_ratio:g}"
+            raise ModelError(f"{ratios} make a beta of {self.betas} negative: use beta_scaling second, or larger betas")
+
+    def with_decay(self, num_steps: int) -> "OptimizerConfig":
+        """With the weight decay that `tau_ema` is in a run of `num_steps`; itself where none is stated."""
+        if self.tau_ema is None:
+            return self
+        a_step = 1 / (self.tau_ema * num_steps)  # the share of a weight that a step takes off, at this batch and length
+        stated = a_step / self.noise_ratio  # the rules multiply by it
+        decay = stated if self.weight_decay_mode == "independent" else stated / self.lr
+        return replace(self, tau_ema=None, weight_decay=decay)
 
     @property
     def noise_ratio(self) -> float:
@@ -348,8 +369,12 @@ class OptimizerConfig:
 
     @property
     def scaled_betas(self) -> tuple[float, float]:
-        """1 - beta grows with m_B / m_D (2512.22382)."""
-        first, second = (1 - (1 - beta) * self.noise_ratio for beta in self.betas)
+        """With 1 - beta as the table has it."""
+        factor = power(TRAINING_TABLE[self.name].averaging, self.batch_ratio, self.samples_ratio)
+        moved = {"both": (True, True), "second": (False, True), "none": (False, False)}[self.beta_scaling]
+        first, second = (
+            1 - (1 - beta) * factor if moves else beta for beta, moves in zip(self.betas, moved, strict=True)
+        )
         return first, second
 
 
@@ -365,6 +390,12 @@ def refuse_idle(parameterization: Parameterization, optimizer: OptimizerConfig) 
             "optimizer.weight_decay_mode coupled and optimizer.name adamw or muon",
         ),
     }
+    for axis in ("batch", "samples"):
+        if getattr(parameterization, f"{axis}_lr") is not None and getattr(optimizer, f"{axis}_ratio") == 1:
+            raise ModelError(
+                f"parameterization.{axis}_lr would do nothing: optimizer.{axis}_ratio is 1; leave it out, or state the "
+                "ratio to the base's"
+            )
     preset = PRESETS[parameterization.name]
     for key, (is_read, needed) in readers.items():
         if not is_read and getattr(parameterization, key) != getattr(preset, key):

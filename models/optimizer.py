@@ -1,6 +1,5 @@
 """Optimizer settings per role: few groups, each with the factors of the table multiplied in."""
 
-import math
 from typing import Any, Literal
 
 import torch
@@ -10,31 +9,33 @@ from depthmup.models.config import OptimizerConfig, refuse_idle
 from depthmup.models.errors import ModelError
 from depthmup.models.family import ParameterRule
 from depthmup.models.parameterization import TABLE, Factors, Role, Scale
+from depthmup.models.training_scale import TrainingFactors, training_factors
 
 Algorithm = Literal["sgd", "adamw", "muon"]
 
 
 def group_settings(
-    factors: Factors, config: OptimizerConfig, algorithm: Algorithm, decays: bool, role_lr: float
+    factors: Factors,
+    training: TrainingFactors,
+    config: OptimizerConfig,
+    algorithm: Algorithm,
+    decays: bool,
+    role_lr: float,
 ) -> dict[str, Any]:
     """lr_mult, peak lr, weight decay (if it `decays`) and AdamW's eps of the parameters that have these factors.
-    role_lr: what the user multiplies the learning rate of their role by.
-
-    With m_B / m_D the batch-and-samples ratio of Complete(d)P (2512.22382): lr and decay times its root, eps over it.
-    """
-    noise_root = math.sqrt(config.noise_ratio)
-    lr_mult = factors.lr * noise_root * role_lr
+    role_lr: what the user multiplies the learning rate of their role by."""
+    lr_mult = factors.lr * training.lr * role_lr
     lr = config.lr * lr_mult
     if factors.weight_decay == 0 or not decays:
         weight_decay = 0.0
     elif config.weight_decay_mode == "independent":
         # the optimizer multiplies by the learning rate, which cancels; a step takes off lr * decay, hence the ratio
-        weight_decay = config.weight_decay * config.noise_ratio / lr
+        weight_decay = config.weight_decay * training.decay / lr
     else:
-        weight_decay = config.weight_decay * factors.weight_decay * noise_root
+        weight_decay = config.weight_decay * factors.weight_decay * training.decay / training.lr
     settings: dict[str, Any] = {"lr": lr, "lr_mult": lr_mult, "weight_decay": weight_decay}
     if algorithm == "adamw":
-        settings["eps"] = config.eps * factors.eps / noise_root
+        settings["eps"] = config.eps * factors.eps * training.eps
     return settings
 
 
@@ -52,12 +53,17 @@ def parameter_groups(
     `eps`. Raises ModelError when muon would find no matrix to train, or a setting would do nothing.
     """
     refuse_idle(scale.parameterization, config)
+    if config.tau_ema is not None:
+        raise ModelError(
+            "optimizer.tau_ema needs the number of steps: give the optimizer's config with_decay(num_steps)"
+        )
     roles = {rule.role.value for rule in rules.values()}
     if idle := sorted(role for role, rate in vars(config.role_lr).items() if rate != 1 and role not in roles):
         raise ModelError(
             f"optimizer.role_lr.{idle[0]} would do nothing: {type(model).__name__} has no parameter of that role; it "
             f"has {', '.join(sorted(roles))}"
         )
+    training = training_factors(scale.parameterization, config.name, config.batch_ratio, config.samples_ratio)
     merged: dict[tuple[tuple[str, Any], ...], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         role, decays = rules[name].role, rules[name].decays
@@ -65,7 +71,7 @@ def parameter_groups(
         if algorithm == "muon" and not trained_by_muon(role, parameter):
             algorithm = "adamw"
         role_lr = getattr(config.role_lr, role.value)
-        settings = group_settings(scale.factors(role, algorithm), config, algorithm, decays, role_lr)
+        settings = group_settings(scale.factors(role, algorithm), training, config, algorithm, decays, role_lr)
         settings["algorithm"] = algorithm
         group = merged.setdefault(tuple(settings.items()), {"roles": [], "params": [], **settings})
         group["params"].append(parameter)

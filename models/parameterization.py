@@ -144,6 +144,8 @@ class Parameterization:
                      CompleteP), 0 is what Bordelon et al. are reported to have used
     eps_scaling      "table" (every parameter's), "branch" (in residual blocks only), or "none"
     weight_decay_scaling   exponent of N in a hidden matrix's coupled weight decay: 1 keeps lr * decay constant
+    batch_lr, samples_lr   exponents of the learning rate in m_B and m_D, the global batch and the samples over the
+                     base's; None is the optimizer's row of models.training_scale.TRAINING_TABLE
     beta, gamma0     tunable constants that transfer: branch scale and feature-learning strength
     """
 
@@ -154,6 +156,8 @@ class Parameterization:
     adam_depth_lr: float | None = None
     eps_scaling: Literal["table", "branch", "none"] = "table"
     weight_decay_scaling: float = 1.0
+    batch_lr: float | None = None
+    samples_lr: float | None = None
     beta: float = 1.0
     gamma0: float = 1.0
 

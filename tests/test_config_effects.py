@@ -32,7 +32,7 @@ MODEL = {
     **{"num_classes": 10, "image_size": 8, "in_channels": 1},
 }
 PRESETS = ("sp", "mup", "depth_mup", "completep")
-DECAY = {"lr": 0.01, "weight_decay": 0.01}
+DECAY = {"lr": 0.01, "weight_decay": 0.01, "batch_ratio": 2.0, "samples_ratio": 3.0}
 OPTIMIZERS: tuple[dict[str, Any], ...] = tuple(
     {"name": name, "weight_decay_mode": mode, **DECAY}
     for name, mode in product(("sgd", "adamw", "muon"), ("independent", "coupled"))
@@ -42,12 +42,13 @@ OTHER: dict[Any, dict[str, tuple[Any, ...]]] = {  # than the default, or than wh
     OptimizerConfig: {
         **{"name": ("sgd", "adamw", "muon"), "lr": (0.02,), "momentum": (0.5,), "nesterov": (True,)},
         **{"betas": ([0.8, 0.999], [0.9, 0.99]), "eps": (1e-3,), "weight_decay": (0.02,)},
-        **{"weight_decay_mode": ("independent", "coupled"), "batch_ratio": (2.0,), "samples_ratio": (2.0,)},
-        "role_lr": ({"input": 2.0},),
+        **{"weight_decay_mode": ("independent", "coupled"), "batch_ratio": (4.0,), "samples_ratio": (4.0,)},
+        **{"role_lr": ({"input": 2.0},), "beta_scaling": ("second", "none"), "tau_ema": (0.5,)},
     },
     ParameterizationConfig: {
         **{"name": PRESETS, "alpha": (0.75,), "adam_depth_lr": (0.25,), "eps_scaling": ("table", "branch", "none")},
         **{"weight_decay_scaling": (0.5,), "beta": (0.5,), "gamma0": (2.0,)},
+        **{"batch_lr": (0.3,), "samples_lr": (-0.3,)},
     },
     ScheduleConfig: {"name": SCHEDULES, "warmup": (0.3,), "decay": (0.4,)},
     TrainConfig: {
@@ -82,13 +83,17 @@ OF_MODEL: dict[Any, tuple[list[dict[str, Any]], dict[str, tuple[Any, ...]]]] = {
         {"num_stages": (4,), "convs_per_branch": (2,), "norm": ("batch", "layer")},
     ),
 }
-BESIDE: dict[str, dict[str, Any]] = {"head_dim": {"num_heads": None}, "class_token": {"global_pool": "avg"}}
+BESIDE: dict[str, dict[str, Any]] = {
+    "tau_ema": {"weight_decay": 0.0},
+    "head_dim": {"num_heads": None},
+    "class_token": {"global_pool": "avg"},
+}
 
 
 REFUSED = {
-    "sgd": {"betas", "eps", "batch_ratio", "samples_ratio"},
+    "sgd": {"betas", "eps", "beta_scaling"},
     "adamw": {"momentum", "nesterov"},
-    "muon": {"nesterov", "batch_ratio", "samples_ratio"},
+    "muon": {"nesterov"},
 }
 
 
@@ -117,7 +122,7 @@ def learned(run: RunConfig) -> tuple[Any, ...]:
     scaled, initial = network_of(run.parameterization)
     scaled.network.load_state_dict(initial)
     multipliers = {name: multiplier.value for name, multiplier in scaled.multipliers.items()}
-    groups = parameter_groups(scaled.network, scaled.rules, scaled.scale, run.optimizer)
+    groups = parameter_groups(scaled.network, scaled.rules, scaled.scale, run.resolved_optimizer)
     optimizer = build_optimizer(groups, run.optimizer)
     weights = [torch.cat([p.detach().flatten() for p in scaled.network.parameters()])]
     generator = torch.Generator().manual_seed(0)
@@ -159,9 +164,6 @@ def tried(
     return idle, working, refused
 
 
-REFUSALS = ("would do nothing", "rules for adamw only")
-
-
 def every(section: Any) -> dict[str, Any]:
     """Other values of all fields of a section. Raises KeyError for a field without any."""
     return {name: OTHER[section][name] for name in (field.name for field in fields(section))}
@@ -177,7 +179,7 @@ def test_every_field_of_the_optimizer_acts_or_is_refused() -> None:
 
     acting = set()
     for context in OPTIMIZERS:
-        idle, working, refused = tried(every(OptimizerConfig), context, observe(context), observe, REFUSALS)
+        idle, working, refused = tried(every(OptimizerConfig), context, observe(context), observe, beside=BESIDE)
         assert not idle
         assert refused == REFUSED[context["name"]]
         acting |= working
@@ -192,7 +194,7 @@ def test_every_field_of_the_parameterization_acts_or_is_refused() -> None:
             return learned(run_of(optimizer, parameterization, {}))
 
         context = {"name": name}
-        idle, working, _ = tried(every(ParameterizationConfig), context, observe(context), observe, REFUSALS)
+        idle, working, _ = tried(every(ParameterizationConfig), context, observe(context), observe)
         own = (
             f"eps_scaling: {ParameterizationConfig(name=name).resolve().eps_scaling} "  # what a preset has may be said
         )
@@ -208,7 +210,7 @@ def test_every_field_of_the_schedule_acts_or_is_refused() -> None:
 
     acting = set()
     for name in SCHEDULES:
-        idle, working, _ = tried(every(ScheduleConfig), {"name": name}, observe({"name": name}), observe, REFUSALS)
+        idle, working, _ = tried(every(ScheduleConfig), {"name": name}, observe({"name": name}), observe)
         assert not idle
         acting |= working
     assert acting == all_of(ScheduleConfig)
@@ -285,8 +287,13 @@ def test_every_field_of_train_that_is_identity_acts_or_is_refused(
             {"schedule": {"name": "wsd", "warmup": 0.5, "decay": 0.75}},
             "warmup 0.5 and decay 0.75 are more than the whole",
         ),
+        (
+            {"parameterization": {"batch_lr": "1/3"}},
+            r"batch_lr would do nothing: optimizer\.batch_ratio is 1; leave it",
+        ),
+        ({"optimizer": {"batch_ratio": 16}}, r"negative: use beta_scaling second, or larger betas"),
     ],
-    ids=range(9),
+    ids=range(11),
 )
 def test_what_would_do_nothing_is_refused_in_one_line_with_what_to_do(sections: dict[str, Any], message: str) -> None:
     raw: dict[str, Any] = {

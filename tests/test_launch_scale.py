@@ -82,11 +82,9 @@ def test_scale_batch_hands_the_ratios_to_the_optimizer_which_knows_the_rule(stud
     invoke("scale", study.file.directory, *larger)
     optimizer = read_run(study.target_file).optimizer
     assert (optimizer.batch_ratio, optimizer.samples_ratio) == (4, 16)
-    finish(Study(study_file, read_study(study_file)), best=-5)
-    with pytest.raises(
-        UserError, match=rf"^{re.escape(str(study_file))}, scaled to tiny_target: .*rules for adamw only"
-    ):
-        invoke("scale", study_file, *larger)
+    assert optimizer.scaled_betas[1] == 1 - 0.001 / 4
+    with pytest.raises(UserError, match=r", scaled to \w+: .*make a beta of \(0.9, 0.999\) negative: use beta_scaling"):
+        invoke("scale", study.file.directory, "train.global_batch_size=384", "--scale-batch")
 
 
 def test_a_study_that_was_run_with_overrides_is_found_by_its_folder(study_file: Path) -> None:

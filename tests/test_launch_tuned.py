@@ -157,7 +157,7 @@ def test_without_waiting_the_job_after_the_search_knows_that_a_study_follows_and
     jobs: list[tuple[Path, bool]] = []
 
     @contextmanager
-    def follower(study: Study, targets: Sequence[Path], after: bool) -> Iterator[Any]:
+    def follower(study: Study, targets: Sequence[Path], after: bool, by_itself: bool) -> Iterator[Any]:
         assert list(targets) == [target]
         yield "2", lambda ids: None
         jobs.append((study.file.directory, after))

@@ -16,7 +16,7 @@ from depthmup.models.build import build
 from depthmup.models.config import ConvResNetConfig, OptimizerConfig, ParameterizationConfig, VisionTransformerConfig
 from depthmup.models.optimizer import build_optimizer, parameter_groups
 from depthmup.models.parameterization import Role
-from depthmup.train.config import RunConfig, ScheduleConfig
+from depthmup.train.config import RunConfig, ScheduleConfig, run_hash
 from depthmup.train.loop import run
 from depthmup.train.packs.pack import run_pack
 from depthmup.train.packs.replicas import Replicas
@@ -215,3 +215,45 @@ def test_a_schedules_mean_is_that_of_its_steps(name: str, warmup: float) -> None
     shape = ScheduleConfig(name=name, warmup=warmup)
     factors = [schedule(shape, step, 4000) for step in range(4000)]
     assert shape.mean == pytest.approx(sum(factors) / 4000, rel=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["independent", "coupled"])
+@pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
+def test_tau_ema_is_the_share_of_the_run_that_hidden_weights_remember_at_any_rate_batch_and_length(
+    name: str, mode: str, run_settings: dict[str, Any]
+) -> None:
+    """1 / (lr * decay * steps), of the very settings that the optimizer gets. Coupled: at the base, as the table lets
+    lr * decay of deeper branches fall."""
+    model = vars(VIT if mode == "independent" else replace(VIT, width=8, depth=1))
+    for lr, batch, samples in ((0.01, 32, 12 * 32), (0.002, 64, 40 * 64)):
+        ratios = {"batch_ratio": batch / 32, "samples_ratio": samples / (12 * 32)}
+        optimizer = {"name": name, "lr": lr, "tau_ema": 0.4, "weight_decay_mode": mode, **ratios}
+        length = {**run_settings["train"], "global_batch_size": batch, "samples": samples}
+        one = from_plain(RunConfig, {**run_settings, "model": model, "optimizer": optimizer, "train": length}, "test")
+        scaled = build(one.model, one.parameterization, seed=0)
+        groups = parameter_groups(scaled.network, scaled.rules, scaled.scale, one.resolved_optimizer)
+        (hidden,) = [group for group in groups if "branch_hidden" in group["name"]]
+        assert 1 / (hidden["lr"] * hidden["weight_decay"] * one.train.num_steps) == pytest.approx(0.4)
+
+
+def test_a_run_that_states_tau_ema_trains_as_one_that_states_the_decay(
+    run_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """12 steps and tau_ema 0.5: a step takes 1/6 off a weight. Alone, and in a pack."""
+    by_tau = from_plain(RunConfig, {**run_settings, "optimizer": {"name": "sgd", "lr": 0.01, "tau_ema": 0.5}}, "test")
+    decay = {"name": "sgd", "lr": 0.01, "weight_decay": 1 / 6}
+    by_decay = from_plain(RunConfig, {**run_settings, "optimizer": decay}, "test")
+    assert run_hash(by_tau) != run_hash(by_decay)
+    losses = [run(config, tmp_path / str(number))["minival_loss"] for number, config in enumerate((by_tau, by_decay))]
+    assert losses[0] == losses[1]
+    packed = run_pack([by_tau, replace(by_tau, seed=1)], [tmp_path / "a", tmp_path / "b"])
+    assert packed[0]["minival_loss"] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_tau_ema_beside_weight_decay_and_one_that_leaves_nothing_are_refused(run_settings: dict[str, Any]) -> None:
+    for optimizer, message in (
+        ({"weight_decay": 0.1, "tau_ema": 0.5}, "weight_decay and tau_ema say the same thing: leave one of them out"),
+        ({"tau_ema": 0.01}, "steps leave e"),
+    ):
+        with pytest.raises(UserError, match=message):
+            from_plain(RunConfig, {**run_settings, "optimizer": {"name": "sgd", "lr": 0.01, **optimizer}}, "test")

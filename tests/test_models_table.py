@@ -4,6 +4,7 @@ One network has one parameter of each role. It is four times as wide and nine ti
 eps and weight decay are 1, so that what the optimizer holds are the factors themselves.
 """
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -219,6 +220,30 @@ def test_batch_and_duration_move_adamws_settings_by_roots_of_their_ratio() -> No
     assert held["betas"] == pytest.approx((0.6, 0.96))
     independent = held_by_the_optimizer(scaled, adamw(**larger, weight_decay_mode="independent"))["hidden"]
     assert independent["lr"] * independent["weight_decay"] == pytest.approx(4)
+
+
+@pytest.mark.parametrize(
+    ("name", "lr", "one_minus_beta"), [("sgd", 8, None), ("adamw", 8**0.5 * 2**-0.5, 4), ("muon", 8**0.5, 8)]
+)
+def test_every_optimizer_has_a_row_for_batch_and_samples(name: str, lr: float, one_minus_beta: float | None) -> None:
+    """Eight times the batch and twice the samples, by hand. What a step takes off grows with m_B / m_D."""
+    scaled, ratios = scaled_at(BASE), {"batch_ratio": 8.0, "samples_ratio": 2.0}
+    config = sgd if name == "sgd" else partial(adamw, name=name, betas=(0.99, 0.999))
+    for mode in ("coupled", "independent"):
+        held = held_by_the_optimizer(scaled, config(**ratios, weight_decay_mode=mode))
+        assert all(group["lr"] == pytest.approx(lr) for group in held.values())
+        assert held["hidden"]["lr"] * held["hidden"]["weight_decay"] == pytest.approx(8 / 2)
+    if one_minus_beta:
+        assert held["input"]["betas"] == pytest.approx((1 - 0.01 * one_minus_beta, 1 - 0.001 * one_minus_beta))
+
+
+def test_a_parameterization_states_other_exponents_of_the_rate_and_decay_keeps_its_share() -> None:
+    scaled = scaled_at(BASE, batch_lr=1 / 3, samples_lr=-0.3)
+    ratios = {"batch_ratio": 8.0, "samples_ratio": 2.0}
+    for config in (sgd(**ratios), adamw(**ratios), adamw(name="muon", **ratios)):
+        held = held_by_the_optimizer(scaled, config)["hidden"]
+        assert held["lr"] == pytest.approx(2 * 2**-0.3)
+        assert held["lr"] * held["weight_decay"] == pytest.approx(4)
 
 
 def test_gamma0_moves_rates_but_no_decay_a_step_and_not_the_readouts_bias() -> None:

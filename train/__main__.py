@@ -78,6 +78,7 @@ def train(config: RunConfig, directory: RunDirectory) -> int:
 
 def train_locked(config: RunConfig, directory: RunDirectory, world: "World") -> int:
     """As `train`, for a caller that holds the run's lock."""
+    from depthmup.train.branch import begin_branch
     from depthmup.train.checkpoint import complete
     from depthmup.train.display import summary, watch_terminal
     from depthmup.train.distributed import LostPeer
@@ -91,6 +92,11 @@ def train_locked(config: RunConfig, directory: RunDirectory, world: "World") -> 
         return EXIT_USER_ERROR
     started = time.time()
     if world.is_main:
+        try:
+            begin_branch(directory, config)  # before the other processes find this one, and look for checkpoints
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return EXIT_USER_ERROR
         for marker in ("failed.json", "lost.json"):
             (directory.path / marker).unlink(missing_ok=True)
         if directory.done():

@@ -132,11 +132,8 @@ class Checkpoints:
         directory: Path,
         config: RunConfig,
         log: Callable[[str], None],
-        keep_last: int,
-        keep_every: int | None,
     ) -> None:
         self.directory, self.config, self.log, self.owner = directory, config, log, owner(config)
-        self.keep_last, self.keep_every = keep_last, keep_every
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self.rank = dist.get_rank() if self.group else 0
         self.world_size = dist.get_world_size() if self.group else 1
@@ -216,8 +213,8 @@ class Checkpoints:
             return os.strerror(error.errno) if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
         steps = [(int(path.name.removeprefix("step-")), path) for path in complete(self.directory)]
         upto = [(step, path) for step, path in steps if step <= progress.step]  # later ones are corrupt, passed over
-        for step, path in upto[self.keep_last :]:
-            if not (self.keep_every and step % self.keep_every == 0):
+        for step, path in upto[self.config.train.keep_last :]:
+            if not self.config.train.keeps(step):
                 self.remove(path)
         if aside.exists():
             self.remove(aside)

@@ -56,6 +56,10 @@ class ScheduleConfig:
         if self.name == "wsd" and self.warmup + self.decay > 1 + 1e-9:  # shares as 0.9 and 0.1 are rounded
             raise ValueError(f"warmup {self.warmup:g} and decay {self.decay:g} are more than the whole run together")
 
+    def decay_step(self, num_steps: int) -> int:
+        """How many steps of a run go by before the rate begins to fall, under wsd."""
+        return num_steps - max(round(self.decay * num_steps), 1)
+
     @property
     def mean(self) -> float:
         """Mean of the factor over a run."""
@@ -89,6 +93,7 @@ class TrainConfig:
     checkpoint_every: Positive = field(default=1000, metadata=NOT_IDENTITY)  # steps
     keep_last: Positive = field(default=2, metadata=NOT_IDENTITY)  # checkpoints
     keep_every: Positive | None = field(default=None, metadata=NOT_IDENTITY)  # steps: these checkpoints stay for good
+    keep_steps: tuple[Positive, ...] = field(default=(), metadata=NOT_IDENTITY)  # and these, as of a ladder's trunk
     # Most runs of a study that train as one process. 0 or 1: one by one; null: packs where they pay (docs/packed.md).
     pack: Annotated[int, Field(ge=0)] | None = field(default=None, metadata=NOT_IDENTITY)
 
@@ -120,8 +125,11 @@ class TrainConfig:
 
     def saves(self, step: int) -> bool:
         """What is to be kept for good is saved, whatever checkpoint_every is."""
-        kept = self.keep_every is not None and step % self.keep_every == 0
-        return (step % self.checkpoint_every == 0 or kept) and step < self.num_steps
+        return (step % self.checkpoint_every == 0 or self.keeps(step)) and step < self.num_steps
+
+    def keeps(self, step: int) -> bool:
+        """Whether its checkpoint stays for good."""
+        return step in self.keep_steps or (self.keep_every is not None and step % self.keep_every == 0)
 
 
 @checked_setting
@@ -241,10 +249,15 @@ class RunConfig:
             raise ValueError(str(self.decay_warning))
 
     @property
+    def resolved_optimizer(self) -> OptimizerConfig:
+        """What trains: with a weight decay, whichever way it is stated."""
+        return self.optimizer.with_decay(self.train.num_steps)
+
+    @property
     def forgets(self) -> float:
         """What independent weight decay takes off over the run, as an exponent: e to the minus this is what it leaves.
         0 where a step takes little, and in the coupled mode."""
-        taken = self.optimizer.weight_decay * self.optimizer.noise_ratio
+        taken = self.resolved_optimizer.weight_decay * self.optimizer.noise_ratio
         if self.optimizer.weight_decay_mode == "coupled" or taken < TAKES_MUCH:
             return 0.0
         return taken * self.schedule.mean * self.train.num_steps
@@ -254,7 +267,7 @@ class RunConfig:
         """Says that weight decay takes off too much to be meant, and what would be."""
         if self.forgets < LEAVES_LITTLE:
             return None
-        decay, lr = self.optimizer.weight_decay, self.optimizer.lr
+        decay, lr = self.resolved_optimizer.weight_decay, self.optimizer.lr
         return (
             f"optimizer.weight_decay {decay:g} does not depend on the learning rate: a step takes up to "
             f"{decay * self.optimizer.noise_ratio:.3g} of every weight, and {self.train.num_steps} steps leave "

@@ -55,10 +55,10 @@ class OneNetwork:
         self.channels_last = prepare(scaled.network, blocks, config.train, engine_name, device)
 
         def make_optimizer(network: nn.Module) -> torch.optim.Optimizer:
-            groups = parameter_groups(network, scaled.rules, scaled.scale, config.optimizer)
+            groups = parameter_groups(network, scaled.rules, scaled.scale, config.resolved_optimizer)
             place = f"{engine_name} on {world.size} x {device.type}, {micro_batches} micro-batch(es), {self.dtype}"
             self.descriptions.append(describe(config, scaled, groups, place))
-            return build_optimizer(groups, config.optimizer)
+            return build_optimizer(groups, config.resolved_optimizer)
 
         self.engine = make_engine(
             engine_name,

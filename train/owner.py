@@ -16,7 +16,7 @@ from depthmup.train.rundir import RunDirectory
 
 PACKAGES = ("models", "data", "train")  # what a result depends on
 PACKAGE = Path(__file__).parent.parent
-OWNER = ("run", "identity", "shards", "code")  # what a done marker holds beside the result
+OWNER = ("run", "identity", "shards", "code", "trunk")  # what a done marker holds beside the result
 DEFINITIONS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 

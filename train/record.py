@@ -20,6 +20,7 @@ from depthmup.train.owner import codes
 from depthmup.train.reading import to_yaml
 from depthmup.train.rundir import RunDirectory
 from depthmup.train.schedule import schedule
+from depthmup.train.trunk import read_trunk
 
 FINAL_SHARE = 0.1  # the reported training loss is the mean over this share of the steps, at the end
 Watch = Callable[[dict[str, Any]], None]
@@ -53,8 +54,7 @@ class RunRecord:
         self.config, self.world, self.watch, self.closing = config, world, watch, closing
         self.directory = RunDirectory(path)
         path.mkdir(parents=True, exist_ok=True)
-        keep = config.train.keep_last, config.train.keep_every
-        self.checkpoints = Checkpoints(self.directory.checkpoints, config, self.log, *keep)
+        self.checkpoints = Checkpoints(self.directory.checkpoints, config, self.log)
         closing.callback(self.checkpoints.close)
         self.metrics: MetricsWriter | None = None
         self.losses: list[float] = []
@@ -138,4 +138,6 @@ class RunRecord:
         self.checkpoints.wait()
         self.result = {**result, "seconds": self.seconds}
         if self.world.is_main:
-            self.directory.write_done({**self.result, **self.checkpoints.owner, "code": self.code})
+            trunk = read_trunk(self.directory)
+            origin = {"trunk": {"run": trunk.run, "step": trunk.step}} if trunk and trunk.taken else {}
+            self.directory.write_done({**self.result, **self.checkpoints.owner, "code": self.code, **origin})

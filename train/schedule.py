@@ -17,8 +17,7 @@ def schedule(config: ScheduleConfig, step: int, num_steps: int) -> float:
     if config.name == "cosine":
         progress = (step - warmup_steps) / (num_steps - warmup_steps)
         return 0.5 * (1 + math.cos(math.pi * progress))
-    decay_steps = max(round(config.decay * num_steps), 1)  # warm-up, stable, decay
-    return min(1.0, (num_steps - step) / decay_steps)
+    return min(1.0, (num_steps - step) / (num_steps - config.decay_step(num_steps)))  # warm-up, stable, decay
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, base_lr: float, factor: float) -> None:

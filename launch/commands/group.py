@@ -68,6 +68,9 @@ def open_study(config: Path, overrides: tuple[str, ...]) -> "Study":
     from depthmup.launch.runs.opened import open_planned
 
     file = read_study_or_run(config, overrides)
-    if file.decay_warning and file.study.hyperparameter != "optimizer.weight_decay":  # which a sweep does not use
+    if file.decay_warning and file.study.hyperparameter not in (
+        "optimizer.weight_decay",
+        "optimizer.tau_ema",
+    ):  # which a sweep does not use
         click.echo(f"warning: {file.decay_warning}", err=True)
     return open_planned(config, file, overrides)

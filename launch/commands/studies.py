@@ -239,7 +239,7 @@ def report(config: Path, overrides: tuple[str, ...], publish: Path | None, watch
 @click.option("--target", type=FilePath(), help="YAML with the target's sections, as model and train.")
 @click.option("--out", type=FilePath(), help="File to write [default: NAME_target.yaml in the study's folder].")
 @click.option("--parameterization", help="Which one to transfer [default: the best one that transfers].")
-@click.option("--scale-batch", is_flag=True, help="Scale AdamW for the target's batch and samples too.")
+@click.option("--scale-batch", is_flag=True, help="Scale for batch and samples too, if no study measured it.")
 @click.option("--force", is_flag=True, help="Use an inconclusive study all the same.")
 def scale_command(
     config: Path,

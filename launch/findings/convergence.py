@@ -167,7 +167,6 @@ class Line:
 
 
 def along(comparisons: list[Comparison], base: Size, axis: str) -> list[Comparison]:
-    """The sizes that differ from the base in `axis` (width or depth) alone, and the base, in order."""
-    other = "depth" if axis == "width" else "width"
-    same = [c for c in comparisons if getattr(c.curve.size, other) == getattr(base, other)]
+    """The sizes that differ from the base in `axis` alone, and the base, in order."""
+    same = [c for c in comparisons if c.curve.size.is_beside(base, axis)]
     return sorted(same, key=lambda c: getattr(c.curve.size, axis))

@@ -138,7 +138,9 @@ def extrapolate(known: dict[Size, np.ndarray], target: Size, axes: Sequence[str]
 
 
 def smaller(known: dict[Size, np.ndarray], target: Size) -> dict[Size, np.ndarray]:
-    return {s: each for s, each in known.items() if s != target and s.width <= target.width and s.depth <= target.depth}
+    """Of sizes that are trained as the target: no law here has batch or samples."""
+    trained_alike = {s: each for s, each in known.items() if s != target and s.is_trained_as(target)}
+    return {s: each for s, each in trained_alike.items() if s.width <= target.width and s.depth <= target.depth}
 
 
 def varied(sizes: Sequence[Size]) -> list[str]:
@@ -201,10 +203,12 @@ def predict(
 
 
 def targets(sizes: Sequence[Size], base: Size) -> list[Size]:
-    """The largest size along each axis from the base, and the largest of all if one is so in both axes."""
+    """The largest size along each axis from the base, and the largest of all if one is so in both axes; all of the
+    base's batch and samples."""
+    sizes = [size for size in sizes if size.is_trained_as(base)]
     found = []
-    for axis, other in (("width", "depth"), ("depth", "width")):
-        along = [size for size in sizes if getattr(size, other) == getattr(base, other)]
+    for axis in AXES:
+        along = [size for size in sizes if size.is_beside(base, axis)]
         found.append(max(along, key=lambda size: getattr(size, axis)))
     width, depth = (max(getattr(size, axis) for size in sizes) for axis in AXES)
     found += [size for size in sizes if size.width == width and size.depth == depth]

@@ -64,11 +64,11 @@ def listed(snapshot: Snapshot, everything: bool) -> Iterable[RunState]:
 def table(snapshot: Snapshot, hyperparameter: str, everything: bool) -> Table:
     """80 columns: a row per run, and what there is to say of it in a row below."""
     shown = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    axes = snapshot.runs[0].run.size.axes if snapshot.runs else ()
     for heading in (
         "run",
         "",
-        "width",
-        "depth",
+        *axes,
         hyperparameter.split(".")[-1],
         "seed",
         "state",
@@ -81,7 +81,7 @@ def table(snapshot: Snapshot, hyperparameter: str, everything: bool) -> Table:
         shown.add_column(heading, justify="right" if right else "left", no_wrap=True)
     for found in listed(snapshot, everything):
         run = found.run
-        cells = (str(run.size.width), str(run.size.depth), power_of_two(run.value), str(run.seed))
+        cells = (*map(str, run.size.axes.values()), power_of_two(run.value), str(run.seed))
         shown.add_row(run.directory.path.name, run.parameterization[:14], *cells, found.state, *progress(found))
     return shown
 

@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,7 @@ from depthmup.train.lock import BEAT, holder, take_lock
 from depthmup.train.packs.packing import go_together, packable
 from depthmup.train.reading import from_plain, read_yaml
 from depthmup.train.rundir import EXIT_REQUEUE, RunDirectory
+from depthmup.train.trunk import waits_for_trunk
 
 if TYPE_CHECKING:
     import torch
@@ -48,15 +50,29 @@ def work(
     or freezes: a requeued job's own former process may live on, on a node that Slurm has lost.
     """
     with Interrupt.on_signals(*stops) as interrupt:
-        for pack in packs:
-            try:
-                while train_some(hold.select_startable(pack) if hold else pack, interrupt) or (
-                    waits and elsewhere(pack)
-                ):
-                    pass
-            except Interrupted:
-                return EXIT_REQUEUE
+        try:
+            while train_all(packs, interrupt, hold, waits) and any(map(pending, chain.from_iterable(packs))):
+                pass  # what was trained may be a trunk that others wait for
+        except Interrupted:
+            return EXIT_REQUEUE
     return 1 if any(directory.failed() for pack in packs for directory in pack) else 0
+
+
+def train_all(packs: Sequence[Sequence[RunDirectory]], interrupt: Interrupt, hold: Hold | None, waits: bool) -> bool:
+    """One time through `packs`; returns whether anything was trained. Raises Interrupted."""
+    trained = False
+    for pack in packs:
+        while True:
+            startable = [each for each in (hold.select_startable(pack) if hold else pack) if may_begin(each)]
+            if train_some(startable, interrupt):
+                trained = True
+            elif not (waits and elsewhere(pack)):
+                break
+    return trained
+
+
+def may_begin(directory: RunDirectory) -> bool:
+    return not pending(directory) or not waits_for_trunk(directory)
 
 
 def elsewhere(directories: Sequence[RunDirectory]) -> bool:

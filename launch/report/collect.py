@@ -9,12 +9,14 @@ from typing import Any
 
 from depthmup.data.errors import UserError
 from depthmup.data.index import counted
-from depthmup.launch.config import Size
+from depthmup.launch.axes import TRAINING_AXES
+from depthmup.launch.config import Size, label
 from depthmup.launch.findings.analysis import Carry, Result, carry_optimum
 from depthmup.launch.findings.design import next_round
 from depthmup.launch.findings.direct import Direct, compare_with_direct
 from depthmup.launch.findings.forecast import Forecast, forecasts
 from depthmup.launch.findings.points import Round, carry_run
+from depthmup.launch.findings.training_exponents import Exponent, exponents, judge_along
 from depthmup.launch.findings.verdict import Analysis, Judgement, Limits, analyse, describe_rule
 from depthmup.launch.reading import read_study_or_run
 from depthmup.launch.runs.cost import count_flops
@@ -24,6 +26,7 @@ from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.pool import mixtures, refuse_mixture
 from depthmup.launch.runs.study import Study
 from depthmup.launch.wording import quantity
+from depthmup.models.training_scale import lr_exponents
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,43 @@ class Report:
         return forecasts(self.analysis, self.study.file.study.sizes)
 
     @cached_property
+    def exponents(self) -> list[Exponent]:
+        """How the optimum moves with batch and samples; empty for a study without these axes."""
+        settings, optimizer = self.study.file.study, self.study.file.optimizer.name
+        rules = {}
+        if settings.hyperparameter == "optimizer.lr":
+            for each in settings.parameterizations:
+                rules[label(each)] = dict(zip(TRAINING_AXES, lr_exponents(each.resolve(), optimizer), strict=True))
+                if settings.ladder:
+                    rules[label(each)]["samples"] = 0.0  # one trunk has one rate
+        name = ("1 - " if settings.complement else "") + settings.hyperparameter
+        return exponents(self.analysis, self.base, name, rules)
+
+    def known_exponents(self, parameterization: str) -> list[Exponent]:
+        """Those that are measured well enough to carry a value along."""
+        return [each for each in self.exponents if each.is_known and each.parameterization == parameterization]
+
+    @cached_property
+    def along_exponents(self) -> dict[str, Judgement]:
+        """By parameterization that has such exponents: the verdict on its value carried along them."""
+        found = {}
+        for base in (each for each in self.analysis.comparisons if each.curve.size == self.base):
+            name = base.curve.parameterization
+            if (known := self.known_exponents(name)) and base.carried is not None:
+                found[name] = judge_along(self.analysis, name, self.base, base.carried, known, limits(self.study))
+        return found
+
+    @property
+    def scaling(self) -> list[str]:
+        """Sentences on the exponents, and on what a value costs that is carried along them."""
+        said = [f"{each}." for each in self.exponents]
+        return said + [
+            f"{name}, carried along {' and '.join(e.power for e in self.known_exponents(name))}: {found.verdict} "
+            f"({found.reason}); the exponent is fitted to these same runs."
+            for name, found in self.along_exponents.items()
+        ]
+
+    @cached_property
     def flops(self) -> dict[Size, float]:
         """Of one run of each size, all samples."""
         return {size: float(each) for size, (_, each) in count_flops(self.study.runs).items()}
@@ -104,8 +144,8 @@ class Report:
 
     @property
     def total_flops(self) -> float:
-        """Of the finished runs at their full length."""
-        return sum(self.flops[run.size] for run, _ in self.finished)
+        """Of the finished runs at their full length; of branches from where they branch off."""
+        return sum(run.share * self.flops[run.size] for run, _ in self.finished)
 
     @property
     def hours(self) -> float:

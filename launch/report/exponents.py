@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -77,7 +77,7 @@ def run_measures(run: PlannedRun) -> dict[tuple[str, str], dict[str, float]]:
     factors, trained = branch_factors(scaled), load_file(weights)
     start = dict(scaled.network.named_parameters())
 
-    def rows(names: list[str], of: dict[str, Tensor]) -> np.ndarray:
+    def rows(names: list[str], of: Mapping[str, Tensor]) -> np.ndarray:
         """(blocks, entries), float64."""
         factor = [factors.get(name.rpartition(".")[0], 1.0) for name in names]
         return np.array([f * of[name].detach().double().numpy().ravel() for f, name in zip(factor, names, strict=True)])

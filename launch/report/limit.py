@@ -146,7 +146,8 @@ def kernel_rows(file: StudyFile) -> list[dict[str, str]]:
     rows = []
     for p in file.study.parameterizations:
         resolved = p.resolve()
-        sizes: list[Size | None] = [Size(width=size.width, depth=size.depth) for size in file.study.sizes]
+        shapes = dict.fromkeys((size.width, size.depth) for size in file.study.sizes)  # some differ in the batch alone
+        sizes: list[Size | None] = [Size(width=width, depth=depth) for width, depth in shapes]
         for size in [*sizes, None] if has_limit(resolved) else sizes:
             if size:
                 kernel = kernel_at(resolved, size, base, base.width)

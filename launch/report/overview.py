@@ -13,7 +13,7 @@ from depthmup.launch.report.collect import Report
 from depthmup.launch.report.page import environment, inline
 from depthmup.launch.report.record import as_record, closed
 from depthmup.launch.report.tables import print_table, say
-from depthmup.launch.wording import show_drift, show_interval, show_share
+from depthmup.launch.wording import show_drift, show_interval, show_share, show_size
 
 
 def cells(record: Mapping[str, Any], verdict: Mapping[str, str]) -> dict[str, str]:
@@ -24,7 +24,7 @@ def cells(record: Mapping[str, Any], verdict: Mapping[str, str]) -> dict[str, st
     largest = max(drifted, key=lambda size: abs(size["drift_octaves"]), default=None)
     drift = interval = ""
     if largest:
-        drift = f"{show_drift(largest['drift_octaves'])} at {largest['width']} x {largest['depth']}"
+        drift = f"{show_drift(largest['drift_octaves'])} at {show_size(largest)}"
         bounds = largest["drift_interval_octaves"]
         interval = show_interval(closed(bounds)) if bounds else "one seed"
     lost = [size["regret"] for size in others if size["regret"] is not None]

@@ -13,7 +13,8 @@ const SYMBOLS = ["circle", "square", "diamond", "triangle-up", "star", "pentagon
 
 const element = (id) => document.getElementById(id);
 const chosen = (name) => document.querySelector(`input[name="${name}"]:checked`)?.value;
-const nameOf = (run) => `${run.width} x ${run.depth}`;
+const nameOf = (run) =>
+  `${run.width} x ${run.depth}` + ["batch", "samples"].map((axis) => (run[axis] ? `, ${axis} ${run[axis]}` : "")).join("");
 const number = (value) => (value === null ? "diverged" : Number(value).toPrecision(4));
 const unique = (values) => [...new Set(values)];
 const sizes = unique(record.runs.map(nameOf));

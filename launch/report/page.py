@@ -12,6 +12,7 @@ import jinja2
 from matplotlib.figure import Figure
 
 from depthmup.data.storage import write_atomically
+from depthmup.launch.config import Size
 from depthmup.launch.findings.curve_model import CONFIDENCE
 from depthmup.launch.findings.forecast import calibration
 from depthmup.launch.findings.theory import expected_drifts, predicted_drifts
@@ -31,8 +32,7 @@ def run_rows(report: Report) -> list[dict[str, str]]:
         {
             "run": run.directory.path.name,
             "parameterization": run.parameterization,
-            "width": str(run.size.width),
-            "depth": str(run.size.depth),
+            **{axis: str(value) for axis, value in run.size.axes.items()},
             study.hyperparameter: f"{run.value:.4g}",
             "seed": str(run.seed),
             study.metric: show_number(done.get(study.metric, float("inf"))),
@@ -57,6 +57,7 @@ def markdown(report: Report) -> str:
         planned = report.planned.get(j.parameterization)
         lines.append(f"- **{j.parameterization}: {j.verdict}.** {j.reason}.")
         lines += [f"  {planned_sentence(seeds, planned.verdict)}"] if planned else []
+    lines += [f"- {sentence}" for sentence in report.scaling]
     lines += [f"- {direct}." for direct in report.direct]
     lines += [f"- {sentence}." for sentence in expected_drifts(report.study.file)]
     if theory := theory_rows(as_record(report)):
@@ -98,7 +99,7 @@ def theory_rows(record: Mapping[str, Any]) -> list[dict[str, str]]:
     seen = {
         (size["parameterization"], size["depth"]): size
         for size in record["sizes"]
-        if size["width"] == record["base"]["width"]
+        if Size.of(size).is_beside(Size.of(record["base"]), "depth")
     }
 
     def row(drift: Mapping[str, Any]) -> dict[str, str]:

@@ -42,7 +42,7 @@ def plain_log_axis(axis: Axes) -> None:
 
 
 def size_axis(axis: Axes, name: str, sizes: list[int]) -> None:
-    """A logarithmic x axis of widths or depths, labelled with the sizes themselves."""
+    """A logarithmic x axis of widths, say, labelled with the sizes themselves."""
     axis.set_xscale("log", base=2)
     axis.set_xticks(sizes, [str(size) for size in sizes])
     axis.xaxis.set_minor_locator(NullLocator())
@@ -86,9 +86,9 @@ def curves(analysis: Analysis, study: StudyConfig) -> Figure:
 
 
 def varied(analysis: Analysis, study: StudyConfig) -> list[str]:
-    """The axes, width or depth, along which some parameterization has a size beside the base."""
+    """The axes along which some parameterization has a size beside the base."""
     base, judged = study.sizes[0], len(analysis.judgements)
-    return [name for name in ("width", "depth") if len(along(analysis.comparisons, base, name)) > judged]
+    return [name for name in base.axes if len(along(analysis.comparisons, base, name)) > judged]
 
 
 def against_size(
@@ -97,7 +97,7 @@ def against_size(
     """`drift` in octaves (a size that does not train is a cross below; dashed over depth: `predicted`), or `loss` at
     the base's optimum (solid) and at the size's own (dotted).
 
-    Against width and depth; None where neither is varied alone."""
+    Against each axis of scale; None where none is varied alone."""
     names = varied(analysis, study)
     if not names:
         return None

@@ -27,15 +27,17 @@ def added(study: Study, points: list[dict[str, Any]]) -> tuple[list[dict[str, An
     values: dict[tuple[Any, ...], set[float]] = defaultdict(set)
     seeds: dict[tuple[Any, ...], set[float]] = defaultdict(set)
     for point in points:
-        curve = point["parameterization"], point["width"], point["depth"]
+        curve = point["parameterization"], Size.of(point)
         if point["seed"] not in planned:
             seeds[(*curve, point["seed"])].add(point["value"])
         elif point["value"] not in grid:
             values[curve].add(point["value"])
-    keys = "parameterization", "width", "depth", "seed"
     return (
-        [dict(zip(keys, curve, strict=False), values=sorted(found)) for curve, found in values.items()],
-        [dict(zip(keys, curve, strict=True), values=sorted(found)) for curve, found in seeds.items()],
+        [{"parameterization": name, **size.axes, "values": sorted(found)} for (name, size), found in values.items()],
+        [
+            {"parameterization": name, **size.axes, "seed": seed, "values": sorted(found)}
+            for (name, size, seed), found in seeds.items()
+        ],
     )
 
 
@@ -45,10 +47,7 @@ def restore(record: dict[str, Any], config: Path, folder: Path) -> Study:
     study.file.directory.mkdir(parents=True)
     for name, entries in zip(("values", "seeds"), added(study, record["points"]), strict=True):
         (study.file.directory / f"added_{name}.json").write_text(json.dumps([entries]))
-    metrics = {
-        (p["parameterization"], Size(width=p["width"], depth=p["depth"]), p["value"], p["seed"]): p["metric"]
-        for p in record["points"]
-    }
+    metrics = {(p["parameterization"], Size.of(p), p["value"], p["seed"]): p["metric"] for p in record["points"]}
     seconds = record["cost"]["hours"] * 3600 / record["num_runs"]  # a record has their sum only
     for run in study.points:
         metric = metrics.get((run.parameterization, run.size, run.value, run.seed))

@@ -16,6 +16,7 @@ from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.pool import origins
 from depthmup.models.config import scale_of
 from depthmup.models.parameterization import Role
+from depthmup.models.training_scale import training_factors
 from depthmup.train.rundir import parse_lines
 
 CURVE_POINTS = 50  # of a training curve: 500 runs stay under 2 MB with the page's scripts
@@ -55,7 +56,7 @@ def size_records(report: Report) -> list[dict[str, Any]]:
     return [
         {
             "parameterization": c.curve.parameterization,
-            **vars(c.curve.size),
+            **c.curve.size.axes,
             "seeds": c.curve.num_seeds,
             "learns": c.curve.learns,
             "failed_runs": int(c.curve.failed.sum()),
@@ -88,7 +89,7 @@ def round_records(report: Report) -> list[dict[str, Any]]:
     ]
     found, known = [], list[Result]()
     for number, added in enumerate(study.rounds(), start=1):
-        asked = {(*run.curve, run.value, run.seed) for run in added.runs}
+        asked = {(run.parameterization, study.file.complete(run.size), run.value, run.seed) for run in added.runs}
         known += [each for run, each in owned if run in asked]
         finished = {run for run, _ in owned} & asked  # points of several parameterizations may share one
         found.append(
@@ -127,7 +128,7 @@ def as_record(report: Report) -> dict[str, Any]:
         "regret_limit": study.regret_limit,
         "cost_limit": study.cost_limit,
         "rule": report.rule,
-        "base": vars(report.base),
+        "base": report.base.axes,
         "num_runs": len(report.finished),
         "num_diverged": report.num_diverged,
         "num_unfinished": len(report.unfinished),
@@ -161,7 +162,7 @@ def as_record(report: Report) -> dict[str, Any]:
         "forecasts": [
             {
                 "parameterization": f.parameterization,
-                "target": vars(f.target),
+                "target": f.target.axes,
                 "fitted_sizes": f.fitted,
                 "law": f.law,
                 "predicted": plain(f.predicted),
@@ -173,10 +174,23 @@ def as_record(report: Report) -> dict[str, Any]:
             }
             for f in report.forecasts
         ],
+        "exponents": [
+            {
+                "parameterization": e.parameterization,
+                "axis": e.axis,
+                "rule": e.rule,
+                "measured": e.measured,
+                "interval": bounds(e.interval),
+                "sizes": e.sizes,
+                "is_known": e.is_known,
+                "said": str(e),
+            }
+            for e in report.exponents
+        ],
         "direct": [
             {
                 "parameterization": d.parameterization,
-                "target": vars(d.target),
+                "target": d.target.axes,
                 "cost_share": d.cost_share,
                 "cost_share_of_targets_sweep": d.share_of_sweep,
                 "transferred": plain(d.transferred),
@@ -189,7 +203,7 @@ def as_record(report: Report) -> dict[str, Any]:
         "points": [
             {
                 "parameterization": r.parameterization,
-                **vars(r.size),
+                **r.size.axes,
                 "value": r.value,
                 "seed": r.seed,
                 "metric": plain(r.metric),
@@ -201,10 +215,13 @@ def as_record(report: Report) -> dict[str, Any]:
 
 
 def effective_rate(run: PlannedRun) -> float:
-    """The learning rate of the weights in residual branches, with the factor of the rules at the run's size."""
-    config = run.config
+    """The learning rate of the weights in residual branches, with the factors of the rules at the run's size, batch and
+    samples."""
+    config, optimizer = run.config, run.config.optimizer
     scale = scale_of(config.model.size, config.model.base_size, config.parameterization)
-    return config.optimizer.lr * scale.factors(Role.BRANCH_HIDDEN, config.optimizer.name).lr
+    ratios = optimizer.batch_ratio, optimizer.samples_ratio
+    training = training_factors(scale.parameterization, optimizer.name, *ratios)
+    return optimizer.lr * scale.factors(Role.BRANCH_HIDDEN, optimizer.name).lr * training.lr
 
 
 def training_curve(run: PlannedRun) -> dict[str, list[float | None]] | None:
@@ -235,7 +252,7 @@ def page_record(report: Report) -> dict[str, Any]:
                 {
                     "folder": point.directory.path.name,
                     "parameterization": point.parameterization,
-                    **vars(point.size),
+                    **point.size.axes,
                     "value": point.value,
                     "effective_value": effective_rate(point) if study.hyperparameter == "optimizer.lr" else None,
                     "seed": point.seed,

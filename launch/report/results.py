@@ -15,7 +15,15 @@ from depthmup.launch.report.overview import overview
 from depthmup.launch.report.page import markdown_table
 from depthmup.launch.report.record import closed, read_record
 from depthmup.launch.report.tables import planned_sentence
-from depthmup.launch.wording import quantity, show_drift, show_interval, show_number, show_share, show_shares
+from depthmup.launch.wording import (
+    quantity,
+    show_drift,
+    show_interval,
+    show_number,
+    show_share,
+    show_shares,
+    show_size,
+)
 
 INTRODUCTION = """# Results: does the optimum stay put?
 
@@ -41,10 +49,6 @@ This page: `depthmup report runs/paper_* --publish docs/results`, then
 `python -m depthmup.launch.report.recompute docs/results` analyses the results in the records there once more and draws
 the figures.
 """
-
-
-def size(found: dict[str, Any]) -> str:
-    return f"{found['width']} x {found['depth']}"
 
 
 def interval(bounds: Sequence[float | None] | None) -> str:
@@ -97,13 +101,13 @@ def size_rows(record: dict[str, Any]) -> list[dict[str, str]]:
     return [
         {
             "parameterization": s["parameterization"],
-            "size": size(s),
+            "size": show_size(s),
             "seeds": str(s["seeds"]),
             "log2 optimum": "none" if s["optimum_log2"] is None else f"{s['optimum_log2']:.1f}",
             "drift": ""
-            if s["drift_octaves"] is None or size(s) == size(record["base"])
+            if s["drift_octaves"] is None or show_size(s) == show_size(record["base"])
             else show_drift(s["drift_octaves"]),
-            "interval": "" if size(s) == size(record["base"]) else interval(s["drift_interval_octaves"]),
+            "interval": "" if show_size(s) == show_size(record["base"]) else interval(s["drift_interval_octaves"]),
             "best": metric(s, "best_metric", s["best_metric"] is None),
             "at base optimum": metric(s, "metric_at_base_optimum", s["fails_at_base_optimum"]),
             "regret": regret(s, s["fails_at_base_optimum"]),
@@ -153,7 +157,7 @@ def forecast_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
         {
             "study": record["study"],
             "parameterization": f["parameterization"],
-            "target": size(f["target"]),
+            "target": show_size(f["target"]),
             "predicted": show_number(f["predicted"]),
             "interval": format_seen_and_interval(f)[1],
             "seen": format_seen_and_interval(f)[0],
@@ -171,8 +175,8 @@ def direct_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
         {
             "study": record["study"],
             "parameterization": d["parameterization"],
-            "base": size(record["base"]),
-            "target": size(d["target"]),
+            "base": show_size(record["base"]),
+            "target": show_size(d["target"]),
             "base's sweep / one run of the target": f"{100 * d['cost_share']:.3g} %",
             "/ the target's sweep": f"{100 * d['cost_share_of_targets_sweep']:.2g} %",
             "transferred": metric(d, "transferred", d["transferred"] is None),
@@ -242,6 +246,7 @@ def study_section(record: dict[str, Any], folder: Path) -> list[str]:
         foretold = markdown_table([dict(list(row.items())[1:]) for row in forecast_rows([record])])
         return [*lines, *foretold, "", *convergence(record, folder)]
     lines += [verdict(found) for found in record["verdicts"]]
+    lines += [f"- {found['said']}." for found in record.get("exponents", ())]
     lines += [
         "",
         *figure(folder, f"{name}-curves"),

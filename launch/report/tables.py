@@ -54,8 +54,7 @@ def rows(report: Report) -> list[dict[str, str]]:
         found.append(
             {
                 "parameterization": curve.parameterization,
-                "width": str(curve.size.width),
-                "depth": str(curve.size.depth),
+                **{axis: str(value) for axis, value in curve.size.axes.items()},
                 "optimum": "none" if curve.optimum.x is None else study.show(curve.optimum.x),
                 "drift": "" if drift is None else show_drift(drift),
                 "interval": "" if interval is None else show_interval(interval),
@@ -126,6 +125,8 @@ def print_report(report: Report, console: Console) -> None:
     if report.rounds:
         say(console, report.rounds)
     say(console, f"Rule: {report.rule}", style="dim")
+    for sentence in report.scaling:
+        say(console, sentence)
     for direct in report.direct:
         say(console, f"{direct}.")
     for sentence in expected_drifts(report.study.file):

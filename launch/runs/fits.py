@@ -70,4 +70,9 @@ def check_fits(study: Study) -> None:
     if found:
         processes = counted(processes_of(config), "process")
         raise UserError(f"{study.path}, {processes} a run: {'; '.join(found)}")
+    if study.file.study.ladder and processes_of(config) > 1:
+        raise UserError(
+            f"{study.path}: a job of {processes_of(config)} processes trains one run, and study.ladder needs a trunk's "
+            "branches after it in one job: use one process a run, or leave study.ladder out"
+        )
     check_packable(study.runs)

@@ -15,6 +15,18 @@ GPU_NAME = re.compile(r"\d+|(GPU|MIG)-\S+")  # a number, or a name that may be c
 
 
 def packs_of(runs: Sequence[PlannedRun], config: LaunchConfig, on_gpu: bool, slots: int) -> list[list[PlannedRun]]:
+    """As `pack_alike`, with the branches of a ladder in the list of their trunk, after which they are trained."""
+    names = {run.directory.path.name for run in runs}
+    branches = [run for run in runs if run.trunk and run.trunk.run in names]
+    packs = pack_alike([run for run in runs if run not in branches], config, on_gpu, slots)
+    of_trunk = {run.directory.path.name: pack for pack in packs for run in pack}
+    for run in branches:
+        assert run.trunk
+        of_trunk[run.trunk.run].append(run)
+    return packs
+
+
+def pack_alike(runs: Sequence[PlannedRun], config: LaunchConfig, on_gpu: bool, slots: int) -> list[list[PlannedRun]]:
     """`runs` in packs, in the order of their first runs: as large as train.pack allows while each of `slots` processes
     still gets one. Raises UserError when train.pack asks for packs that these runs cannot form."""
     if not runs:

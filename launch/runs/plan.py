@@ -27,7 +27,7 @@ def describe_jobs(study: Study) -> list[str]:
     if not pending:
         return []
     packs = make_packs(pending, config)
-    largest = max(map(len, packs))
+    largest = max(sum(run.trunk is None for run in pack) for pack in packs)  # branches come after their trunks
     packed = f", in packs of up to {largest}" if largest > 1 else ""
     if config.cluster != "slurm":
         slots = 1 if config.cluster == "debug" else min(len(slot_gpus(config)), len(packs))
@@ -124,9 +124,12 @@ def print_plan(study: Study, console: Console) -> None:
     # text rather than a rich table, which takes seconds for thousands of rows
     width = max(len(run.parameterization) for run, _ in runs)
     name = study.file.study.hyperparameter.split(".")[-1]
-    lines = [f"{'run':12}  {'':{width}}  width  depth  {name:>9}  seed   FLOPs"]
+    axes = runs[0][0].size.axes
+    widths = [max(len(axis), *(len(str(getattr(run.size, axis))) for run, _ in runs)) for axis in axes]
+    headings = "  ".join(f"{axis:>{columns}}" for axis, columns in zip(axes, widths, strict=True))
+    lines = [f"{'run':12}  {'':{width}}  {headings}  {name:>9}  seed   FLOPs"]
     for run, done in runs:
-        shape = f"{run.size.width:5}  {run.size.depth:5}"
+        shape = "  ".join(f"{each:>{columns}}" for each, columns in zip(run.size.axes.values(), widths, strict=True))
         cells = (
             f"{power_of_two(run.value):>9}  {run.seed:4}  {quantity(flops[run.size][1]):>6}{'  done' if done else ''}"
         )
@@ -136,11 +139,11 @@ def print_plan(study: Study, console: Console) -> None:
     totals = Table(box=None, pad_edge=False)
     for heading in ("size", "parameters", "runs", "FLOPs a run", "FLOPs"):
         totals.add_column(heading, justify="left" if heading == "size" else "right")
-    everything = 0
+    everything = 0.0
     for size, (parameters, each) in flops.items():
-        count = sum(run.size == size for run in study.runs)
-        everything += count * each
-        totals.add_row(str(size), f"{parameters:,}", str(count), quantity(each), quantity(count * each))
+        shares = [run.share for run in study.runs if run.size == size]
+        everything += sum(shares) * each
+        totals.add_row(str(size), f"{parameters:,}", str(len(shares)), quantity(each), quantity(sum(shares) * each))
     console.print("\n", totals, sep="")
     base = study.file.model.base_size
     if smaller := [str(size) for size in flops if size.width < base.width or size.depth < base.depth]:
@@ -155,11 +158,18 @@ def print_plan(study: Study, console: Console) -> None:
         highlight=False,
     )
     console.print("\n".join(describe_jobs(study)), highlight=False)
+    if branches := [run for run in study.runs if run.trunk]:
+        alone = quantity(sum(flops[run.size][1] for run in study.runs))
+        console.print(
+            f"a ladder: {len(branches)} of the runs branch off longer ones and train their decay alone; without it "
+            f"{alone}FLOPs",
+            highlight=False,
+        )
     largest = max(each for _, each in flops.values())
     console.print(f"{everything / largest:.3g} times the cost of one run of the largest size", highlight=False)
     if finished:
         hours = sum(done.get("seconds", 0.0) for done in finished) / 3600
-        estimate = hours * everything / sum(flops[run.size][1] for run, done in runs if done)
+        estimate = hours * everything / sum(run.share * flops[run.size][1] for run, done in runs if done)
         console.print(f"about {estimate:.2g} hours of training in all, as the runs that are done took", highlight=False)
     if shared := len(study.points) - len(runs):
         console.print(f"{shared} more points need no run: there the parameterizations are the same", highlight=False)

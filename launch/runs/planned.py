@@ -8,9 +8,11 @@ from depthmup.data.errors import UserError
 from depthmup.data.storage import is_remote
 from depthmup.launch.config import Size
 from depthmup.models.config import scale_of
+from depthmup.models.training_scale import training_factors
 from depthmup.train.config import RunConfig
 from depthmup.train.owner import check_owner, data_fingerprint
 from depthmup.train.rundir import RunDirectory
+from depthmup.train.trunk import Trunk
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,12 @@ class PlannedRun:
     config: RunConfig
     directory: RunDirectory
     any_shards: bool = False  # whether a result counts that was trained on other images
+    trunk: Trunk | None = None  # the run that it branches off, of those that are planned
+
+    @property
+    def share(self) -> float:
+        """Of the run's steps, what it trains itself."""
+        return 1 - (self.trunk.step / self.config.train.num_steps if self.trunk else 0.0)
 
     def done(self) -> dict[str, Any] | None:
         """The done marker, None before the run's end. Raises UserError for one that is damaged, or another run's."""
@@ -60,4 +68,7 @@ def with_value(config: Any, key: str, value: Any) -> Any:
 def factors(config: RunConfig) -> tuple[Any, ...]:
     """What the parameterization makes of this run's size: at the base size, for one, all of them make the same."""
     scale = scale_of(config.model.size, config.model.base_size, config.parameterization)
-    return scale.all_factors(config.optimizer.name)
+    optimizer = config.optimizer
+    ratios = optimizer.batch_ratio, optimizer.samples_ratio
+    training = training_factors(scale.parameterization, optimizer.name, *ratios)
+    return *scale.all_factors(optimizer.name), training

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -15,18 +15,29 @@ from depthmup.train.rundir import unreadable
 
 
 @dataclass(frozen=True, kw_only=True)
-class AddedRun:
-    """A point that a round asks for."""
+class Added:
+    """What was added to one curve."""
 
     parameterization: str  # its label
     width: int
     depth: int
-    value: float
-    seed: int
+    batch: int | None = None  # in a study with this axis
+    samples: int | None = None
 
     @property
-    def curve(self) -> tuple[str, Size]:
-        return self.parameterization, Size(width=self.width, depth=self.depth)
+    def size(self) -> Size:
+        return Size.of(vars(self))
+
+    def as_record(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddedRun(Added):
+    """A point that a round asks for."""
+
+    value: float
+    seed: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,14 +61,14 @@ def read_added_rounds(file: Path) -> list[AddedRound]:
 
 
 def write_added_rounds(file: Path, rounds: Sequence[AddedRound]) -> None:
-    plain = [{"reason": each.reason, "runs": [vars(run) for run in each.runs]} for each in rounds]
+    plain = [{"reason": each.reason, "runs": [run.as_record() for run in each.runs]} for each in rounds]
     write_atomically(file, json.dumps(plain, indent=1).encode())
 
 
 def coarse_round(parameterizations: Sequence[str], base: Size, values: Sequence[float], seed: int) -> AddedRound:
     """The coarse pass at the base."""
     runs = [
-        AddedRun(parameterization=name, **vars(base), value=value, seed=seed)
+        AddedRun(parameterization=name, **base.axes, value=value, seed=seed)
         for name in parameterizations
         for value in values
     ]
@@ -65,17 +76,10 @@ def coarse_round(parameterizations: Sequence[str], base: Size, values: Sequence[
 
 
 @dataclass(frozen=True, kw_only=True)
-class AddedValues:
+class AddedValues(Added):
     """Values that a curve got beyond study.values."""
 
-    parameterization: str  # its label
-    width: int
-    depth: int
     values: list[float]
-
-    @property
-    def curve(self) -> tuple[str, Size]:
-        return self.parameterization, Size(width=self.width, depth=self.depth)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,4 +104,4 @@ def read_rounds(file: Path, kind: type[Growth]) -> list[list[Growth]]:
 
 
 def write_rounds(file: Path, rounds: Sequence[Sequence[AddedValues]]) -> None:
-    write_atomically(file, json.dumps([[vars(entry) for entry in added] for added in rounds], indent=1).encode())
+    write_atomically(file, json.dumps([[entry.as_record() for entry in added] for added in rounds], indent=1).encode())

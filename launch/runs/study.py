@@ -12,11 +12,14 @@ from typing import Any, TypeVar
 
 from depthmup.data.errors import UserError
 from depthmup.data.storage import is_remote, write_atomically
+from depthmup.launch.axes import TRAINING_AXES
 from depthmup.launch.config import Size, StudyFile, label
 from depthmup.launch.paths import command
 from depthmup.launch.reading import CONFIGURATION_FOLDER, configuration_folders, settings_of
+from depthmup.launch.runs.ladder import stretched, with_trunks
 from depthmup.launch.runs.planned import PlannedRun, factors, with_value
 from depthmup.launch.runs.rounds import (
+    Added,
     AddedRound,
     AddedSeed,
     AddedValues,
@@ -31,9 +34,10 @@ from depthmup.train.config import RunConfig, identity, run_hash
 from depthmup.train.config import flat as flat_sections
 from depthmup.train.reading import STUDY_SECTIONS, from_plain, read_yaml, set_dotted, to_plain, to_yaml
 from depthmup.train.rundir import RunDirectory
+from depthmup.train.trunk import write_trunk
 from depthmup.train.yaml_text import dump_yaml
 
-Added = TypeVar("Added")  # a value, or a value and a seed
+Point = TypeVar("Point")  # a value, or a value and a seed
 
 COMPARED = ("model", "optimizer", "schedule", "data", "train")
 
@@ -55,7 +59,8 @@ class Study:
     @cached_property
     def points(self) -> list[PlannedRun]:
         """The points of all curves. Raises UserError when a size or value is impossible for the model."""
-        return list(self._grid())
+        points = list(self._grid())
+        return with_trunks(points, self.file.study.sizes) if self.file.study.ladder else points
 
     @cached_property
     def runs(self) -> list[PlannedRun]:
@@ -94,13 +99,16 @@ class Study:
                 one = replace(with_value(config, study.hyperparameter, checked[value]), seed=seed)
                 yield PlannedRun(name, size, value, seed, one, RunDirectory(runs / run_hash(one)), any_shards)
 
+    def _curve(self, added: Added) -> tuple[str, Size]:
+        return added.parameterization, self.file.complete(added.size)
+
     def _planned(self) -> dict[tuple[str, Size], set[tuple[float, int]]]:
         """(value, seed) of every point, per (parameterization, size)."""
         study = self.file.study
         found: dict[tuple[str, Size], set[tuple[float, int]]] = {}
         if study.adaptive:
             for run in chain.from_iterable(each.runs for each in self.rounds()):
-                found.setdefault(run.curve, set()).add((run.value, run.seed))
+                found.setdefault(self._curve(run), set()).add((run.value, run.seed))
             return {curve: set(points) for curve, points in self._shared(found).items()}
         added, seeds = self.added_values(), self.added_seeds()
         for parameterization, size in product(study.parameterizations, study.sizes):
@@ -140,19 +148,29 @@ class Study:
                 found[label(parameterization), size] = next(first for first, other in made if other == own)
         return found
 
-    def _shared(self, added: Mapping[tuple[str, Size], Collection[Added]]) -> dict[tuple[str, Size], list[Added]]:
+    def _shared(self, added: Mapping[tuple[str, Size], Collection[Point]]) -> dict[tuple[str, Size], list[Point]]:
         """`added` to a curve, for all curves of the same runs: what one of them knows counts for each."""
-        pooled: dict[tuple[str, Size], list[Added]] = {}
+        pooled: dict[tuple[str, Size], list[Point]] = {}
         for (name, size), first in self._first_alike.items():
             pooled.setdefault((label(first), size), []).extend(added.get((name, size), ()))
         return {(name, size): pooled[label(first), size] for (name, size), first in self._first_alike.items()}
 
     def _checked(self, parameterization: Any, size: Size, value: float) -> RunConfig:
         """The run's configuration, read as if from a file. Raises UserError."""
-        raw = {**self._base, "model": {**self._base["model"], **vars(size)}}
+        raw = {**self._base, "model": {**self._base["model"], "width": size.width, "depth": size.depth}}
         # A study may sweep a field of the parameterization itself (beta, gamma0).
         raw["parameterization"] = dict(vars(parameterization))
         raw["optimizer"] = deepcopy(self._base["optimizer"])
+        raw["train"] = dict(self._base["train"])
+        for axis, key in TRAINING_AXES.items():
+            if value_there := getattr(size, axis):
+                if axis == "samples" and self.file.study.ladder:  # one trunk: what it trains with, all horizons do
+                    raw["schedule"] = stretched(raw["schedule"], raw["train"], value_there)
+                else:
+                    raw["optimizer"][f"{axis}_ratio"] *= value_there / raw["train"][key]
+                raw["train"][key] = value_there
+            if raw["optimizer"][f"{axis}_ratio"] == 1:  # as at the base, which all exponents make the same of
+                raw["parameterization"][f"{axis}_lr"] = None
         hyperparameter = self.file.study.hyperparameter
         if "." not in hyperparameter:
             raise UserError(
@@ -248,7 +266,7 @@ class Study:
         """Values beyond study.values, per (parameterization, size)."""
         found: dict[tuple[str, Size], list[float]] = {}
         for entry in chain.from_iterable(self._added_rounds()):
-            found.setdefault(entry.curve, []).extend(entry.values)
+            found.setdefault(self._curve(entry), []).extend(entry.values)
         return self._shared(found)
 
     def grow(self, edges: Mapping[tuple[str, Size], str]) -> int:
@@ -266,7 +284,7 @@ class Study:
             x = sorted(map(self.file.study.octaves, grid), reverse=side == "high")
             values = [self.file.study.value_at(x[0] + steps * (x[0] - x[1])) for steps in (1, 2)]
             if valid := [value for value in values if self._is_valid(parameterization, size, value)]:
-                growth.append(AddedValues(parameterization=parameterization, **vars(size), values=valid))
+                growth.append(AddedValues(parameterization=parameterization, **size.axes, values=valid))
         if not growth:
             return 0
         write_rounds(self._added_file, [*rounds, growth])
@@ -285,7 +303,7 @@ class Study:
         """(value, seed) beyond study.seeds, per (parameterization, size)."""
         found: dict[tuple[str, Size], list[tuple[float, int]]] = {}
         for entry in chain.from_iterable(self._seed_rounds()):
-            found.setdefault(entry.curve, []).extend((value, entry.seed) for value in entry.values)
+            found.setdefault(self._curve(entry), []).extend((value, entry.seed) for value in entry.values)
         return self._shared(found)
 
     def add_seeds(self, wanted: Mapping[tuple[str, Size], Sequence[float]]) -> int:
@@ -299,7 +317,7 @@ class Study:
         added = []
         for (parameterization, size), values in wanted.items():
             seed = max([*self.file.study.seeds, *(seed for _, seed in known.get((parameterization, size), ()))]) + 1
-            added.append(AddedSeed(parameterization=parameterization, **vars(size), values=list(values), seed=seed))
+            added.append(AddedSeed(parameterization=parameterization, **size.axes, values=list(values), seed=seed))
         write_rounds(self._seeds_file, [*rounds, added])
         self._forget_runs()
         return len(self.runs) - before
@@ -355,6 +373,8 @@ class Study:
                 run.directory.path.mkdir(parents=True, exist_ok=True)
                 if run.directory.failed() and not run.failed():
                     (run.directory.path / "failed.json").unlink()  # of another run, which would keep this one back
+                if run.trunk and not (run.directory.path / "trunk.json").exists():
+                    write_trunk(run.directory, run.trunk)
                 if not run.directory.config.exists() or run.directory.config.read_text() != content:
                     run.directory.config.write_text(content)
         except OSError as error:

@@ -9,6 +9,7 @@ from typing import Any
 from depthmup.data.errors import UserError
 from depthmup.data.workers import explained_deaths
 from depthmup.train.batches import open_data
+from depthmup.train.branch import begin_branch
 from depthmup.train.checkpoint import complete, find_fault
 from depthmup.train.config import RunConfig
 from depthmup.train.distributed import World, pick_device
@@ -60,6 +61,7 @@ def run_pack(
     standing: dict[int, list[tuple[RunConfig, Path]]] = {}
     for config, path in zip(configs, paths, strict=True):
         if not finished(directory := RunDirectory(path), config):
+            begin_branch(directory, config)
             standing.setdefault(newest_step(directory), []).append((config, path))
     for step in sorted(standing, reverse=True):
         if len(standing[step]) == 1:

@@ -85,7 +85,7 @@ class Replicas:
         self.descriptions = []
         for number, (s, c) in enumerate(zip(scaled, configs, strict=True)):
             place = f"replica {number} of a pack of {len(configs)} on {device.type}, {autocast_dtype}"
-            groups = parameter_groups(s.network, s.rules, s.scale, c.optimizer)
+            groups = parameter_groups(s.network, s.rules, s.scale, c.resolved_optimizer)
             self.descriptions.append(describe(c, s, groups, place))
         clips = [c.train.clip_norm for c in configs]
         self.clip = column([clip or float("inf") for clip in clips], device) if any(clips) else None

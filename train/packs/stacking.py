@@ -47,7 +47,7 @@ def parameter_settings(scaled: ScaledModel, config: RunConfig) -> dict[str, tupl
     names = {id(parameter): name for name, parameter in scaled.network.named_parameters()}
     return {
         names[id(parameter)]: tuple((key, group[key]) for key in SETTINGS if key in group)
-        for group in parameter_groups(scaled.network, scaled.rules, scaled.scale, config.optimizer)
+        for group in parameter_groups(scaled.network, scaled.rules, scaled.scale, config.resolved_optimizer)
         for parameter in group["params"]
     }
 
