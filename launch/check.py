@@ -12,8 +12,8 @@ from depthmup.data.paths import expand_path
 from depthmup.launch.findings.theory import drift_sentence, not_covered
 from depthmup.launch.progress import display
 from depthmup.launch.reading import read_raw
-from depthmup.models.config import ParameterizationConfig
-from depthmup.models.coordinate_check import AXES, BAND, Axis, Line, Settings, check
+from depthmup.models.config import MixtureVitConfig, ParameterizationConfig
+from depthmup.models.coordinate_check import AXES, BAND, EXPERT_AXES, Axis, Line, Settings, check
 from depthmup.train.reading import run_in
 
 matplotlib.use("agg")
@@ -140,7 +140,10 @@ def run_check(
     if plot.suffix not in (".png", ".pdf", ".svg"):
         raise UserError(f"--plot {plot}: the name must end in .png, .pdf or .svg")
     settings = Settings(parse_factors(factors), steps=steps, batch_size=batch_size, num_seeds=seeds)
-    axes = (axis,) if axis else AXES
+    mixture = isinstance(run.model, MixtureVitConfig)
+    axes = (axis,) if axis else AXES + (EXPERT_AXES if mixture else ())
+    if not mixture and axis in EXPERT_AXES:
+        raise UserError(f"--axis {axis} is for a mixture of experts: model.family is {run.model.family}, not moe_vit")
     total, started = len(axes) * len(settings.factors), 0
     with display(console, "coordinate check") as shown:
 

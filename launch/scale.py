@@ -19,7 +19,7 @@ from depthmup.launch.reading import apply_profile, named_cluster, read_study_or_
 from depthmup.launch.report.collect import Report
 from depthmup.launch.runs.foretold import Foretold, write_foretold
 from depthmup.launch.runs.study import Study
-from depthmup.models.config import ParameterizationConfig
+from depthmup.models.config import MixtureVitConfig, ParameterizationConfig, VisionTransformerConfig
 from depthmup.models.training_scale import lr_exponents
 from depthmup.train.config import RunConfig
 from depthmup.train.reading import from_plain, read_yaml, set_dotted
@@ -30,6 +30,7 @@ from depthmup.train.yaml_text import dump_yaml, load_yaml
 # grow in number or in their dim.
 KEPT = ("optimizer.name", "schedule.name", "data.name")
 WITH_RULES = ("width", "depth", "blocks", "head_dim", "num_heads")
+WITH_RULES_OF_EXPERTS = ("num_experts", "active_share", "mlp_ratio")
 # What moves an optimum, too, but belongs to the target: it is named.
 NAMED = ("data", "train")
 NOT_NAMED = (*KEPT, "train.samples", "train.global_batch_size", "train.evaluate")  # batch and samples have their lines
@@ -117,9 +118,11 @@ def choose(report: Report, parameterization: str | None, force: bool) -> tuple[C
 
 def kept(run: RunConfig) -> dict[str, Any]:
     """Dotted key -> value of what the optimum of `run` belongs to."""
-    model = {field.name: getattr(run.model, field.name) for field in fields(run.model) if field.name not in WITH_RULES}
+    mixture = isinstance(run.model, MixtureVitConfig)
+    with_rules = WITH_RULES + (WITH_RULES_OF_EXPERTS if mixture else ())
+    model = {field.name: getattr(run.model, field.name) for field in fields(run.model) if field.name not in with_rules}
     found = {f"model.{key}": value for key, value in model.items()}
-    if run.model.family == "vit":
+    if isinstance(run.model, VisionTransformerConfig):
         found["model.head_dim at base_width"] = run.model.heads(run.model.base_width)[1]
     if run.model.family == "timm":  # a fixed size of the network there, as num_classes is
         found["model.head_dim"] = run.model.head_dim

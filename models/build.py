@@ -16,13 +16,14 @@ from depthmup.models.discovery.growth import Builder, build_network
 from depthmup.models.errors import ModelError
 from depthmup.models.family import Family, ParameterRule, Roles, Slot, match_rules, modules_matching, stated_blocks
 from depthmup.models.init import init_std, initialize, keep_whole, materialize
+from depthmup.models.moe_vit import MOE_VIT
 from depthmup.models.multiplier import Multiplier, is_scaled, scale_input, scale_output
 from depthmup.models.parameterization import BRANCH_ROLES, Role, Scale
 from depthmup.models.resnet import RESNET
 from depthmup.models.timm_family import TIMM
 from depthmup.models.vit import VIT
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (VIT, RESNET, CONV_RESNET, TIMM)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (VIT, MOE_VIT, RESNET, CONV_RESNET, TIMM)}
 
 
 @dataclass(frozen=True)
@@ -146,8 +147,10 @@ def growing_sides(parameter: Tensor, rule: ParameterRule, module: nn.Module) -> 
     match rule.role:
         case Role.HIDDEN | Role.BRANCH_HIDDEN:
             return [(side,) for side in sides[:2]]
-        case Role.READOUT:
+        case Role.READOUT | Role.ROUTER:
             return [(sides[1],)] if len(sides) > 1 else []
+        case Role.EXPERT_UP | Role.EXPERT_DOWN:
+            return [(side,) for side in sides[1:]]
         case Role.SCALAR | Role.BRANCH_SCALAR:
             return []
         case _:  # rows of a matrix or conv; an embedding has its width elsewhere

@@ -38,11 +38,16 @@ Positive = Annotated[int, Field(gt=0)]
 @checked_model
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class Size:
-    """What the scaling rules compare between a model and its base. `head_dim` matters only where it grows."""
+    """What the scaling rules compare between a model and its base. `head_dim` matters only where it grows.
+
+    num_experts, mlp_ratio: of a mixture of experts, how many there are and how wide one is over the network's width.
+    """
 
     width: Positive
     depth: Positive
     head_dim: Positive = 1
+    num_experts: Positive = 1
+    mlp_ratio: Annotated[Number, Field(gt=0)] = 1.0
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -184,6 +189,52 @@ class TimmConfig(ModelConfig):
             check_multiple("base_width", self.base_width, self.head_dim, "head_dim")
 
 
+@checked_model
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class MixtureVitConfig(VisionTransformerConfig):
+    """timm's ViT with a mixture of experts in the place of each block's MLP; one expert is a dense ViT, a proxy.
+
+    `active_share` of the `num_experts` serve each token; `mlp_ratio` is one expert's width over the network's, so that
+    4 experts at a share of 1/2 and a ratio of 2 compute as much as a dense MLP of ratio 4. `balance_rate`: how far an
+    expert's bias moves in a step for a load that is off by all tokens.
+    """
+
+    family: Literal["moe_vit"] = field(default="moe_vit", metadata=TAG)  # type: ignore[assignment]  # a tag of its own
+    num_experts: Positive = 1
+    base_num_experts: Positive = 1
+    active_share: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    mlp_ratio: Annotated[Number, Field(gt=0)] = 4.0
+    base_mlp_ratio: Annotated[Number, Field(gt=0)] = 4.0
+    balance_rate: Annotated[Number, Field(ge=0)] = 0.02
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_experts > 1 and self.active_experts != self.num_experts * self.active_share:
+            raise ModelError(
+                f"active_share {self.active_share:g} of num_experts {self.num_experts} is no whole number of experts: "
+                f"use {self.active_experts / self.num_experts:g}"
+            )
+        if self.expert_width != self.width * self.mlp_ratio:
+            raise ModelError(f"width {self.width} times mlp_ratio {self.mlp_ratio:g} is no whole width of an expert")
+
+    @property
+    def active_experts(self) -> int:
+        """How many serve each token."""
+        return max(1, round(self.num_experts * self.active_share))
+
+    @property
+    def expert_width(self) -> int:
+        return round(self.width * self.mlp_ratio)
+
+    @property
+    def size(self) -> Size:
+        return replace(super().size, num_experts=self.num_experts, mlp_ratio=self.mlp_ratio)
+
+    @property
+    def base_size(self) -> Size:
+        return replace(super().base_size, num_experts=self.base_num_experts, mlp_ratio=self.base_mlp_ratio)
+
+
 VIT_16 = {"family": "vit", "head_dim": 64, "patch_size": 16, "image_size": 224}
 RESNET_BOTTLENECK = {"family": "resnet", "block": "bottleneck", "width": 64, "image_size": 224}
 NAMED_SIZES: dict[str, dict[str, Any]] = {
@@ -207,7 +258,7 @@ def expand_named_size(raw: Any) -> Any:
 
 
 AnyModelConfig = Annotated[
-    VisionTransformerConfig | ResNetConfig | ConvResNetConfig | TimmConfig,
+    VisionTransformerConfig | MixtureVitConfig | ResNetConfig | ConvResNetConfig | TimmConfig,
     Field(discriminator="family"),
     BeforeValidator(expand_named_size),
 ]
@@ -277,8 +328,8 @@ class ParameterizationConfig:
 
 
 def scale_of(size: Size, base: Size, parameterization: ParameterizationConfig) -> Scale:
-    ratios = size.width / base.width, size.depth / base.depth, size.head_dim / base.head_dim
-    return Scale(parameterization.resolve(), *ratios)
+    keys = ("width", "depth", "head_dim", "mlp_ratio", "num_experts")  # in the order of Scale's ratios
+    return Scale(parameterization.resolve(), *(getattr(size, key) / getattr(base, key) for key in keys))
 
 
 RoleRate = Annotated[Number, Field(gt=0)]
@@ -297,6 +348,9 @@ class RoleRates:
     branch_scalar: RoleRate = 1.0
     scalar: RoleRate = 1.0
     readout: RoleRate = 1.0
+    router: RoleRate = 1.0
+    expert_up: RoleRate = 1.0
+    expert_down: RoleRate = 1.0
 
 
 USERS = {  # of a key that not every optimizer has

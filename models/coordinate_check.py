@@ -26,18 +26,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from depthmup.models.build import ScaledModel, build, find_slots
-from depthmup.models.config import AnyModelConfig, OptimizerConfig, ParameterizationConfig, Size
+from depthmup.models.config import AnyModelConfig, MixtureVitConfig, OptimizerConfig, ParameterizationConfig, Size
 from depthmup.models.family import modules_matching
 from depthmup.models.optimizer import build_optimizer, parameter_groups
 from depthmup.models.parameterization import Role
 from depthmup.models.stream import stream_modules
 
-Axis = Literal["width", "depth"]
+Axis = Literal["width", "depth", "num_experts", "mlp_ratio"]
 Span = tuple[float, float]  # lowest and highest slope that the limit allows
 Verdict = Literal["ok", "off", "unclear"]
 Allowed = Callable[[float], Span]  # alpha -> span
 BAND = 0.25  # half of the smallest difference between two exponents
 AXES: tuple[Axis, ...] = ("width", "depth")
+EXPERT_AXES: tuple[Axis, ...] = ("num_experts", "mlp_ratio")  # of a mixture of experts
 
 
 def slope(value: float) -> Allowed:
@@ -67,27 +68,38 @@ def attention_update(alpha: float) -> Span:
     return min(alpha - 1, 0.0), max(alpha - 1, 0.0)
 
 
+FLAT = slope(0.0)
+
+
 @dataclass(frozen=True)
 class Target:
     """Slopes of log2 RMS over log2 width and over log2 depth: of the value at step 0, and of its update at later
-    steps. None is not judged. `spectral`: of matrices' spectral norms, not of their entries."""
+    steps. None is not judged. `spectral`: of matrices' spectral norms, not of their entries. Then those over the number
+    of experts, at a fixed active share, and over an expert's width at a fixed width of the network."""
 
     width: Allowed | None
     depth: Allowed | None
     update_width: Allowed
     update_depth: Allowed | None
     spectral: bool = False
+    num_experts: Allowed | None = None
+    update_num_experts: Allowed = FLAT
+    mlp_ratio: Allowed | None = None
+    update_mlp_ratio: Allowed = FLAT
 
 
-FLAT = slope(0.0)
+# At first experts disagree: a mean over more of them, and a wider one's output, is noise that shrinks.
+MIXED: dict[str, Any] = {"num_experts": span(-0.5, 0.0), "mlp_ratio": span(-0.5, 0.0)}
+STEADY: dict[str, Any] = {"num_experts": FLAT, "mlp_ratio": FLAT}
 # fmt: off
 TARGETS: dict[str, Target] = {
     #                                  width         depth          update: width    depth
-    "stream input":             Target(FLAT,         FLAT,          FLAT,            FLAT),
-    "stream":                   Target(FLAT,         FLAT,          FLAT,            FLAT),
-    "branch":                   Target(FLAT,         as_multiplier, FLAT,            branch_update),
+    "stream input":             Target(FLAT,         FLAT,          FLAT,            FLAT,            **STEADY),
+    "stream":                   Target(FLAT,         FLAT,          FLAT,            FLAT,            **STEADY),
+    "branch":                   Target(FLAT,         as_multiplier, FLAT,            branch_update,   **MIXED),
     # logits are a mean over a random readout at first, attention logits a mean over the head dim: noise that shrinks
-    "logits":                   Target(slope(-0.5),  FLAT,          FLAT,            FLAT),
+    "logits":                   Target(slope(-0.5),  FLAT,          FLAT,            FLAT,            **STEADY),
+    "router logits":            Target(slope(-0.5),  FLAT,          FLAT,            attention_update, **STEADY),
     "attention logits":         Target(slope(-0.5),  FLAT,          span(-0.5, 0.0), attention_update),
     Role.INPUT.value:           Target(None,         None,          FLAT,            FLAT),
     Role.BRANCH_HIDDEN.value:   Target(None,         None,          slope(-1.0),     as_update),
@@ -98,9 +110,21 @@ TARGETS: dict[str, Target] = {
     Role.BRANCH_SCALAR.value:   Target(None,         None,          span(-0.5, 0.0), as_update),
     Role.SCALAR.value:          Target(None,         None,          FLAT,            FLAT),
     Role.READOUT.value:         Target(None,         None,          FLAT,            FLAT),
+    Role.ROUTER.value:          Target(None,         None,          slope(-1.0),     as_update),
+    Role.EXPERT_UP.value:       Target(None,         None,          slope(-1.0),     as_update),
+    Role.EXPERT_DOWN.value:     Target(None,         None,          slope(-1.0),     as_update,
+                                       update_mlp_ratio=slope(-1.0)),
 }
 FIXED_HEAD_DIM = {
     "attention logits":         Target(FLAT,         FLAT,          span(-0.5, 0.0), attention_update),
+}
+# A router's gradient is a product of the stream's and an expert's output over the width: noise at first, which SGD,
+# unlike AdamW, follows in size. So its update starts up to a root of the width, or of an expert's width, low.
+SGD = {
+    "router logits":            Target(slope(-0.5),  FLAT,          span(-0.5, 0.0), attention_update, **STEADY,
+                                       update_mlp_ratio=span(-0.5, 0.0)),
+    Role.ROUTER.value:          Target(None,         None,          span(-1.5, -1.0), as_update,
+                                       update_mlp_ratio=span(-0.5, 0.0)),
 }
 # Muon gives each matrix's update a spectral norm, so that is measured of it: RMS mixes it with its rank.
 # It orthogonalises q, k and v as one matrix, in which the share of q and k changes with depth.
@@ -170,6 +194,8 @@ def recording(scaled: ScaledModel, inputs: Tensor) -> Iterator[Values]:
     blocks = stream_modules(scaled, inputs)
     watched = {"stream": blocks, "branch": list(scaled.branches), "logits": [""]}
     watched["queries"] = list(find_slots(scaled.network, scaled.roles.queries))
+    if scaled.roles.routers:
+        watched["router logits"] = modules_matching(scaled.network, scaled.roles.routers)
     if scaled.roles.keys:
         watched["keys"] = modules_matching(scaled.network, scaled.roles.keys)
     handles = [modules[blocks[0]].register_forward_pre_hook(record_input)]
@@ -294,6 +320,8 @@ def judge(
 def targets_for(optimizer: OptimizerConfig, head_dim_grows: bool) -> dict[str, Target]:
     """What each quantity is held to."""
     targets = TARGETS if head_dim_grows else TARGETS | FIXED_HEAD_DIM
+    if optimizer.name == "sgd":
+        return targets | SGD
     if optimizer.name != "muon":
         return targets
     return targets | MUON | {"attention logits": replace(targets["attention logits"], update_depth=None)}
@@ -337,13 +365,15 @@ def check(
 ) -> list[Line]:
     """`check_sizes` of a model of the families here. Raises ModelError when a size does not fit it."""
 
+    keys = AXES + (EXPERT_AXES if isinstance(config, MixtureVitConfig) else ())
+
     def build_at(size: Size, seed: int) -> ScaledModel:
-        return build(replace(config, width=size.width, depth=size.depth), parameterization, seed)
+        return build(replace(config, **{key: getattr(size, key) for key in keys}), parameterization, seed)
 
     return check_sizes(
         build_at,
         lambda seed: fixed_batch(config, settings, seed),
-        Size(width=config.base_width, depth=config.base_depth),
+        config.base_size,
         optimizer,
         settings,
         axes,

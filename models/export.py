@@ -9,12 +9,14 @@ from depthmup.models.family import Slot
 
 # Exactly these, not subclasses: a weight-standardised conv undoes any scale of its weight.
 FOLDABLE = ("Linear", "Conv1d", "Conv2d", "BatchNorm2d", "GroupNorm", "LayerNorm", "RmsNorm", "RMSNorm")
+GROUPED = "depthmup.models.moe_vit", "GroupedLinear"
 
 
 def is_foldable(module: nn.Module) -> bool:
     """Whether the module's output is linear in (weight, bias)."""
-    library = type(module).__module__.startswith(("torch.nn.", "timm.layers."))
-    return library and type(module).__name__ in FOLDABLE and isinstance(module.weight, Tensor)
+    place, kind = type(module).__module__, type(module).__name__
+    known = (place.startswith(("torch.nn.", "timm.layers.")) and kind in FOLDABLE) or (place, kind) == GROUPED
+    return known and isinstance(module.weight, Tensor)
 
 
 def fold_output(state: dict[str, Tensor], network: nn.Module, name: str, slot: Slot, value: float) -> None:

@@ -96,6 +96,7 @@ class Roles:
     # Modules that put out the residual stream, around the ends of their branches. None: the coordinate check, which
     # alone needs them in a network of your own, finds them in a forward pass (models.stream).
     blocks: RegularExpression | None = None
+    routers: RegularExpression | None = None  # modules whose output routes tokens to experts; for the check, too
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,9 @@ def base_shape(shape: torch.Size, role: Role, width_ratio: float) -> tuple[int, 
         Role.SCALAR: (False, False),
         Role.BRANCH_SCALAR: (False, False),
         Role.READOUT: (False, True),
+        Role.ROUTER: (False, True),
+        Role.EXPERT_UP: (False, True, True),
+        Role.EXPERT_DOWN: (False, True, True),
     }[role]
-    head = tuple(round(size / width_ratio) if grow else size for size, grow in zip(shape[:2], grows, strict=False))
-    return head + tuple(shape[2:])
+    head = tuple(round(size / width_ratio) if grow else size for size, grow in zip(shape, grows, strict=False))
+    return head + tuple(shape[len(grows) :])

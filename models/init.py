@@ -65,8 +65,9 @@ def initialize(
         if name in rules:
             parameter.copy_(spread(draw(name, parameter.shape, rules[name], scale, seed), parameter))
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._NormBase):
-            module.reset_running_stats()
+        reset = getattr(module, "reset_running_stats", None)  # of BatchNorm and of a mixture of experts
+        if callable(reset):
+            reset()
     tensors = (*model.named_parameters(), *model.named_buffers())
     if forgotten := [name for name, tensor in tensors if torch.isnan(tensor).any()]:
         raise RuntimeError(f"no initialiser filled {', '.join(forgotten)}")

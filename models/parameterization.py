@@ -20,6 +20,13 @@ Muon's cells are for torch's `match_rms_adamw`, which multiplies a matrix's upda
 so carries N^(1/2): N^(-1/2) here is the factor 1 of the original Muon in width (2603.00541), and L^(alpha - 1) lets L
 branches, each multiplied by L^-alpha, move the stream by a step that does not depend on L.
 
+A mixture of experts (models.moe_vit) has two more ratios, in EXPERTS: R of an expert's width over the network's to the
+base's, and E of the number of experts. A share 1/E of the tokens' gradient reaches an expert, whatever share of the
+experts is active: the mean over active experts divides by as many as the share brings. The second matrix has init std
+N^(1/2) / M and rate 1 / M with M = N R, the expert's width (2601.20205); the router is like a readout, of std 1/N
+(the same); rates of SGD are those times E (2605.14200). eps is again that of the gradients in this form, where the
+down matrix has 1/N and not 2601.20205's N / M^2.
+
 gamma0 divides the readout's product, and so every gradient but that of the readout's bias. Learning rates times
 gamma0^2 (SGD) or gamma0 (AdamW and Muon, whose steps do not see a gradient's size; eps over gamma0) let the features
 move gamma0 times as far while the logits, to first order, move as at gamma0 = 1 (2309.16620, eq. 2). The bias gets no
@@ -27,7 +34,7 @@ factor, and lr * decay none for any parameter.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, Literal
 
@@ -43,6 +50,9 @@ class Role(str, Enum):
     BRANCH_SCALAR = "branch_scalar"  # in a branch, no dimension grows: QK-norm gain of a fixed head dim
     SCALAR = "scalar"  # outside of branches, no dimension grows: the classifier's bias
     READOUT = "readout"  # the classifier's matrix
+    ROUTER = "router"  # in a branch: reads the width, puts out one number an expert
+    EXPERT_UP = "expert_up"  # first matrices of all experts, (experts, expert width, width)
+    EXPERT_DOWN = "expert_down"  # second matrices, (experts, width, expert width)
 
 
 Formula = Callable[[float, float, float], float]  # (N, L, alpha) -> factor on the base value
@@ -129,10 +139,48 @@ TABLE: dict[Role, Row] = {
         eps_adam=lambda N, L, a: 1 / N,
         weight_decay=one,
     ),
+    Role.ROUTER: Row(
+        init_variance_sp=lambda N, L, a: 1 / N, init_variance=lambda N, L, a: N ** -2,
+        lr_sgd=lambda N, L, a: 1 / N * L ** (2 * a - 1),
+        lr_adam=lambda N, L, a: 1 / N * L ** (a - 1),
+        eps_adam=lambda N, L, a: L ** -a,
+        weight_decay=lambda N, L, a: N,
+    ),
+}
+TABLE[Role.EXPERT_UP] = TABLE[Role.EXPERT_DOWN] = replace(TABLE[Role.BRANCH_HIDDEN], lr_muon=None)
+
+
+ExpertFormula = Callable[[float, float], float]  # (R, E) -> factor
+
+
+@dataclass(frozen=True)
+class ExpertRow:
+    """What multiplies a row of TABLE as experts grow in width and number."""
+
+    lr_sgd: ExpertFormula
+    eps_adam: ExpertFormula
+    lr_adam: ExpertFormula = lambda R, E: 1.0
+    init_variance_sp: ExpertFormula = lambda R, E: 1.0
+    init_variance: ExpertFormula = lambda R, E: 1.0
+
+
+EXPERTS: dict[Role, ExpertRow] = {
+    Role.ROUTER: ExpertRow(lr_sgd=lambda R, E: E, eps_adam=lambda R, E: 1 / E),
+    Role.EXPERT_UP: ExpertRow(lr_sgd=lambda R, E: R * E, eps_adam=lambda R, E: 1 / (R * E)),
+    Role.EXPERT_DOWN: ExpertRow(
+        init_variance_sp=lambda R, E: 1 / R, init_variance=lambda R, E: R ** -2,
+        lr_sgd=lambda R, E: E / R,
+        lr_adam=lambda R, E: 1 / R,
+        eps_adam=lambda R, E: 1 / E,
+    ),
 }
 # fmt: on
+NO_EXPERTS = ExpertRow(lr_sgd=lambda R, E: 1.0, eps_adam=lambda R, E: 1.0)
 
-BRANCH_ROLES = (Role.BRANCH_HIDDEN, Role.BRANCH_VECTOR, Role.BRANCH_SCALAR)
+BRANCH_ROLES = (
+    *(Role.BRANCH_HIDDEN, Role.BRANCH_VECTOR, Role.BRANCH_SCALAR),
+    *(Role.ROUTER, Role.EXPERT_UP, Role.EXPERT_DOWN),
+)
 
 
 @dataclass(frozen=True)
@@ -207,12 +255,19 @@ class Factors:
 
 @dataclass(frozen=True)
 class Scale:
-    """A parameterization at one size: ratios of width, depth and attention head dim to the base model's."""
+    """A parameterization at one size: ratios of width, depth and attention head dim to the base model's, and of
+    experts' width (over the network's) and number."""
 
     parameterization: Parameterization
     width_ratio: float
     depth_ratio: float
     head_dim_ratio: float = 1.0
+    mlp_ratio: float = 1.0
+    experts_ratio: float = 1.0
+
+    @property
+    def _experts(self) -> tuple[float, float]:
+        return (self.mlp_ratio, self.experts_ratio) if self.parameterization.width_rules else (1.0, 1.0)
 
     @property
     def _N(self) -> float:
@@ -243,15 +298,17 @@ class Scale:
         """Factor on the base init variance. Init follows the real fan-in also under `sp`, which sees the true N."""
         row, p = TABLE[role], self.parameterization
         formula = row.init_variance if p.width_rules else row.init_variance_sp
-        return formula(self.width_ratio, self._L, p.alpha)
+        experts = EXPERTS.get(role, NO_EXPERTS)
+        of_experts = experts.init_variance if p.width_rules else experts.init_variance_sp
+        return formula(self.width_ratio, self._L, p.alpha) * of_experts(self.mlp_ratio, self.experts_ratio)
 
     def factors(self, role: Role, optimizer: Literal["sgd", "adamw", "muon"]) -> Factors:
         """The factors of `role` under `optimizer`, the disputed exponents resolved."""
         p, row, N, L = self.parameterization, TABLE[role], self._N, self._L
-        decays = row.weight_decay(1, 1, 0) != 0
+        decays, experts, ratios = row.weight_decay(1, 1, 0) != 0, EXPERTS.get(role, NO_EXPERTS), self._experts
         gamma0 = 1.0 if role is Role.SCALAR else p.gamma0  # the readout's bias is not divided by it
         if optimizer == "sgd":
-            lr = row.lr_sgd(N, L, p.alpha) * gamma0**2
+            lr = row.lr_sgd(N, L, p.alpha) * experts.lr_sgd(*ratios) * gamma0**2
             # SGD's decay is coupled to the learning rate as well: lr * decay stays constant.
             return Factors(lr=lr, eps=1.0, weight_decay=1 / lr if decays else 0.0)
         if optimizer == "muon" and row.lr_muon:
@@ -260,10 +317,11 @@ class Scale:
             lr = row.lr_muon(N, L, p.alpha) * gamma0
             return Factors(lr=lr, eps=1.0, weight_decay=weight_decay if decays else 0.0)
         in_branch = role in BRANCH_ROLES
-        lr = row.lr_adam(N, L, p.alpha) * gamma0
+        lr = row.lr_adam(N, L, p.alpha) * experts.lr_adam(*ratios) * gamma0
         if in_branch and p.adam_depth_lr is not None:
             lr *= L ** (p.adam_depth_lr - (p.alpha - 1))
         eps_scales = p.eps_scaling == "table" or (p.eps_scaling == "branch" and in_branch)
-        eps = (row.eps_adam(N, L, p.alpha) if eps_scales else 1.0) / gamma0
-        weight_decay = row.weight_decay(N, L, p.alpha) ** p.weight_decay_scaling / gamma0 if decays else 0.0
+        eps = (row.eps_adam(N, L, p.alpha) * experts.eps_adam(*ratios) if eps_scales else 1.0) / gamma0
+        growth = row.weight_decay(N, L, p.alpha) / experts.lr_adam(*ratios)  # lr * decay stays constant
+        weight_decay = growth**p.weight_decay_scaling / gamma0 if decays else 0.0
         return Factors(lr=lr, eps=eps, weight_decay=weight_decay)

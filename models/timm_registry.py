@@ -7,8 +7,17 @@ from torch import nn
 import depthmup.models.torchvision_ops  # noqa: F401  isort: skip  (must run before timm)
 from timm.models import register_model
 
-from depthmup.models.config import AnyModelConfig, ConvResNetConfig, ResNetConfig, TimmConfig, VisionTransformerConfig
+from depthmup.models.config import (
+    AnyModelConfig,
+    ConvResNetConfig,
+    MixtureVitConfig,
+    ResNetConfig,
+    TimmConfig,
+    VisionTransformerConfig,
+)
 from depthmup.models.conv_resnet import ConvResNet
+from depthmup.models.moe_vit import build as build_moe_vit
+from depthmup.models.moe_vit import mixtures_of
 from depthmup.models.resnet import build as build_resnet
 from depthmup.models.timm_family import plain_call
 from depthmup.models.vit import timm_arguments
@@ -27,6 +36,15 @@ def depthmup_resnet(pretrained: bool = False, **arguments: Any) -> nn.Module:
     return with_preprocessing(build_resnet(ResNetConfig(**arguments_with_base(arguments))), arguments)
 
 
+@register_model
+def depthmup_moe_vit(pretrained: bool = False, **arguments: Any) -> nn.Module:
+    """timm's ViT with mixtures of experts. `arguments` are MixtureVitConfig's, those of the base size left out."""
+    network = build_moe_vit(MixtureVitConfig(**arguments_with_base(arguments)))
+    for module in mixtures_of(network).values():
+        module.reset_running_stats()
+    return with_preprocessing(network, arguments)
+
+
 def arguments_with_base(arguments: dict[str, Any]) -> dict[str, Any]:
     """timm adds arguments of its own, about pretrained weights; a plain network is its own base."""
     own = {key: value for key, value in arguments.items() if not key.startswith(("pretrained", "cache_dir"))}
@@ -41,7 +59,7 @@ def with_preprocessing(network: nn.Module, arguments: dict[str, Any]) -> nn.Modu
 
 def timm_call(config: AnyModelConfig) -> tuple[str, dict[str, Any]]:
     """Name and arguments with which timm.create_model makes the plain network of `config`."""
-    if isinstance(config, VisionTransformerConfig):
+    if type(config) is VisionTransformerConfig:
         return config.timm_name, timm_arguments(config)
     if isinstance(config, TimmConfig):
         return plain_call(config)
@@ -49,5 +67,5 @@ def timm_call(config: AnyModelConfig) -> tuple[str, dict[str, Any]]:
         arguments = {"num_classes": config.num_classes, "in_chans": config.in_channels}
         name = "resnet50" if config.block == "bottleneck" else "resnet18"
         return name, {"layers": list(config.blocks_per_stage), **arguments}
-    stated = {key: value for key, value in vars(config).items() if key not in ("family", "base_width", "base_depth")}
+    stated = {key: v for key, v in vars(config).items() if key != "family" and not key.startswith("base_")}
     return f"depthmup_{config.family}", stated

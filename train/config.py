@@ -226,7 +226,7 @@ class RunConfig:
             )
         if self.optimizer.name == "muon" and self.parallel.engine == "deepspeed":
             raise ValueError("optimizer.name muon needs whole matrices, which deepspeed flattens: use ddp")
-        if self.optimizer.name == "muon" and self.model.family != "vit":
+        if self.optimizer.name == "muon" and self.model.family not in ("vit", "moe_vit"):
             raise ValueError(
                 f"optimizer.name muon has no rule for model.family {self.model.family}, whose hidden weights are "
                 "convolutions: use adamw or sgd"

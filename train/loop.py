@@ -16,6 +16,7 @@ from depthmup.data.index import Index
 from depthmup.data.workers import explained_deaths, too_few_cpus
 from depthmup.models.build import build_meta
 from depthmup.models.flops import training_flops
+from depthmup.models.moe_vit import unbalanced
 from depthmup.train.batches import Batches, open_data, stack_seeds
 from depthmup.train.config import RunConfig
 from depthmup.train.distributed import (
@@ -93,6 +94,7 @@ class Loop:
         for record, description in zip(records, networks.descriptions, strict=True):
             record.log(description)
 
+        self.measured: list[dict[str, float]] = []  # what the last metrics line of each run says of its network
         self.pending: list[Tensor] = []  # losses (K,) of each step that are still on the device
         resumed = [record.resume(partial(networks.state, number)) for number, record in enumerate(records)]
         self.step, states = resumed[0][0].step, {progress.data.seed: progress.data for progress, _ in resumed}
@@ -196,6 +198,7 @@ class Loop:
             except Interrupted as interrupted:
                 self.records[0].log(f"{interrupted}, after step {self.step}")
                 stopped = True
+        self.measured = measured
         for number, record in list(self.active):
             counts = bad[record.config.seed].metrics()
             found = evaluated[number] if diverged_at[number] is None else {}
@@ -230,4 +233,5 @@ class Loop:
                 averages = {number: self.copy_weights(number) for number, _ in active}
         self.count_seconds()
         for number, record in active:
-            record.complete(self.step, found[number], weights[number], averages.get(number))
+            problem = unbalanced(self.measured[number]) if self.measured else None
+            record.complete(self.step, found[number], weights[number], averages.get(number), problem)

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from depthmup.data.errors import UserError
 from depthmup.models.build import build, build_meta, can_start_on_meta, fill
+from depthmup.models.moe_vit import balance_experts, load_metrics, mixtures_of
 from depthmup.models.optimizer import build_optimizer, parameter_groups
 from depthmup.train.average import WeightAverage, averaged_tensors
 from depthmup.train.batch_norm import BatchStatistics, batch_norms, grouping, process_group_of
 from depthmup.train.config import RunConfig
-from depthmup.train.distributed import World
+from depthmup.train.distributed import World, sum_over_ranks
 from depthmup.train.engines.base import TensorState, average_buffers
 from depthmup.train.engines.choice import make_engine, starts_on_meta
 from depthmup.train.networks import describe
@@ -85,6 +86,8 @@ class OneNetwork:
             self.average = WeightAverage(averaged_tensors(scaled.network), config.train.ema)
         roles = {name: rule.role.value for name, rule in scaled.rules.items()}
         self.roles = RoleStatistics(scaled.network, roles) if engine_name != "deepspeed" else None
+        self.mixtures = mixtures_of(scaled.network)
+        self.loads: list[Tensor] = []  # of each step since the last measurement
         self.result: StepResult | None = None  # of the last step
 
     def step(self, images: Tensor, targets: Tensor, uniform: Tensor | None = None, measure: bool = False) -> Tensor:
@@ -105,6 +108,8 @@ class OneNetwork:
             label_smoothing=config.train.label_smoothing,
             clip_norm=config.train.clip_norm,
         )
+        if self.mixtures:
+            self.loads.append(balance_experts(self.mixtures, sum_over_ranks))
         if self.average:
             self.average.update(self.steps)
         self.steps += 1
@@ -114,7 +119,11 @@ class OneNetwork:
         assert self.result is not None
         norm = self.engine.gradient_norm() if self.result.grad_norm is None else self.result.grad_norm
         rms = self.result.logits.float().square().mean().sqrt()
-        return [{"grad_norm": float(norm), "logit_rms": float(rms), **(self.roles.after_step() if self.roles else {})}]
+        line = {"grad_norm": float(norm), "logit_rms": float(rms), **(self.roles.after_step() if self.roles else {})}
+        if self.mixtures:
+            line |= load_metrics(self.mixtures, torch.stack(self.loads).mean(0))
+            self.loads.clear()
+        return [line]
 
     def logits(self, images: Tensor) -> Tensor:
         with autocast(self.device, self.dtype):

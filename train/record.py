@@ -114,10 +114,19 @@ class RunRecord:
             self.watch(line)
 
     def complete(
-        self, step: int, found: dict[str, float], weights: dict[str, Tensor], averages: dict[str, Tensor] | None
+        self,
+        step: int,
+        found: dict[str, float],
+        weights: dict[str, Tensor],
+        averages: dict[str, Tensor] | None,
+        unbalanced: str | None = None,
     ) -> None:
-        """Writes the weights and, where there is one, their average, and what the evaluation found. Raises OSError."""
+        """Writes the weights and, where there is one, their average, and what the evaluation found. `unbalanced`: what
+        is wrong with the load of experts. Raises OSError."""
         result: dict[str, Any] = {"outcome": "completed", "step": step, "samples": self.samples(step), **found}
+        if unbalanced:
+            self.log(f"warning: {unbalanced}")
+            result["unbalanced"] = unbalanced
         if self.metrics:
             if problem := self.metrics.flush():
                 raise problem

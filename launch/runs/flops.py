@@ -11,7 +11,7 @@ def by_formula(model: AnyModelConfig) -> tuple[int, int] | None:
     """(parameters, FLOPs of one image forward, a multiply-add being 2), or None where there is no formula."""
     if isinstance(model, ConvResNetConfig):
         return conv_resnet(model)
-    if isinstance(model, VisionTransformerConfig) and (name := PLAIN_VIT.fullmatch(model.timm_name)):
+    if type(model) is VisionTransformerConfig and (name := PLAIN_VIT.fullmatch(model.timm_name)):
         return vision_transformer(model, model.patch_size or int(name["patch_size"]))
     return None
 

@@ -84,6 +84,8 @@ def unknown_to_packs(config: RunConfig) -> set[str]:
         and name not in HONOURED_FIELDS
         and name.partition(".")[0] not in HONOURED_SECTIONS
     }
+    if getattr(config.model, "num_experts", 1) > 1:  # where a token goes is the data's, and differs between replicas
+        unknown.add("model.num_experts")
     return unknown | ({"optimizer.name"} if config.optimizer.name not in OPTIMIZERS else set())
 
 
