@@ -98,6 +98,8 @@ def watch_report(studies: list[Study], console: Console) -> None:
 
 def finish(study: Study, console: Console) -> None:
     """Everything up to the last run: data, runs, and rounds of more values or seeds where a verdict needs them."""
+    if study.file.study.adaptive and study.pending():
+        console.print(describe_round(study), highlight=False, markup=False)
     while study.pending() or grow_and_print(study, console):
         prepare_data(study, console)
         launched = Launched([], [], [])
@@ -113,11 +115,18 @@ def finish(study: Study, console: Console) -> None:
             sys.exit(130)
 
 
+def describe_round(study: Study) -> str:
+    """What the present round of an adaptive design settles, and by how many runs."""
+    rounds = study.rounds()
+    return f"Round {len(rounds)}: {counted(len(study.pending()), 'run')} for: {rounds[-1].reason}"
+
+
 def grow_and_print(study: Study, console: Console) -> int:
     """`grow`, and says so; returns the number of runs added."""
     added, why = grow(study)
     if added:
-        console.print(f"{counted(added, 'run')} more: {why}", highlight=False, markup=False)
+        line = describe_round(study) if study.file.study.adaptive else f"{counted(added, 'run')} more: {why}"
+        console.print(line, highlight=False, markup=False)
     return added
 
 
