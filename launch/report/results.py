@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from depthmup.launch.report.overview import closed, overview
+from depthmup.launch.report.overview import overview
 from depthmup.launch.report.page import markdown_table
 from depthmup.launch.report.record import read_record
-from depthmup.launch.report.tables import planned_sentence
+from depthmup.launch.report.tables import closed, planned_sentence
 from depthmup.launch.wording import quantity, show_drift, show_interval, show_number, show_share, show_shares
 
 INTRODUCTION = """# Results: does the optimum stay put?
