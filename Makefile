@@ -1,4 +1,5 @@
 # make demo: the demo study, end to end.   make test: the test suite.   make check: lint, format, types.
+# make docs: the documentation as a site, docs/_build/index.html; a broken link is an error.
 # make test-long: what is rare and slow, and not in `make test`: many random kills, long fuzzing.
 # TEST_PROCESSES=8 make test: where there are more cores than two.
 # make test-versions: the core tests with the lowest versions that pyproject.toml allows, then with the newest and the
@@ -30,6 +31,9 @@ check: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
+docs: $(VENV)/.installed-dev
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet docs docs/_build
+
 $(VENV)/.installed-%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet uv
@@ -47,6 +51,6 @@ test-versions-short: $(VENV)/.installed-dev
 	tests/versions.sh newest test-core tests/test_versions.py $(RESUME_TESTS)
 
 clean:
-	rm -rf runs shards
+	rm -rf runs shards docs/_build
 
-.PHONY: demo test test-long check test-versions test-versions-short clean
+.PHONY: demo test test-long check docs test-versions test-versions-short clean

@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,13 +48,15 @@ def show_report(study: Study, console: Console) -> "Report":
     """Writes the report and prints it. Raises UserError when no run is finished."""
     from depthmup.launch.report.collect import collect
     from depthmup.launch.report.page import write_report
+    from depthmup.launch.report.record import page_record
     from depthmup.launch.report.tables import print_report
 
     report = collect(study)
     if not report.results:
         raise UserError(f"no run of {study.path} is finished: start them with {study.command('transfer')}")
-    print_report(report, console)  # first: the folder may be another user's
-    write_report(report)
+    record = page_record(report)
+    print_report(record, console)  # first: the folder may be another user's
+    write_report(report, record)
     console.print(f"Report: {study.file.directory / 'report.html'} (also .csv and .json)", highlight=False)
     return report
 
@@ -69,29 +71,34 @@ def walk(study: JointStudy, console: Console) -> Study | None:
 
 def watch_report(studies: list[Study], console: Console) -> None:
     """Writes the reports again and again until nothing of the studies waits or runs, or Ctrl-C."""
-    from depthmup.launch.jobs.status import WATCH_SECONDS, goes_on, take_path
+    from depthmup.launch.jobs.status import watch
+
+    def show(paths: Sequence[Sequence[tuple[Study, states.Snapshot]]]) -> None:
+        for (study, snapshot), *_ in paths:
+            write_what_is_there(study)
+            done = len(snapshot.of("done", "diverged"))
+            console.print(f"{study.file.study.name}: {done} of {len(study.runs)} runs are done", highlight=False)
+
+    watch(studies, show)
+
+
+def write_what_is_there(study: Study) -> bool:
+    """Writes the report of the runs that are done; returns whether there are any."""
     from depthmup.launch.report.collect import collect
     from depthmup.launch.report.page import write_report
+    from depthmup.launch.report.record import page_record
 
-    with suppress(KeyboardInterrupt):
-        while True:
-            studies = [
-                open_planned(each.path, each.file, each.overrides) for each in studies
-            ]  # their grids may have grown
-            if not any(goes_on(snapshot) for study in studies for _, snapshot in take_path(study)):
-                return
-            for study in studies:
-                found = collect(study)
-                if found.results:
-                    write_report(found)
-                done, count = len(found.finished), len(study.runs)
-                console.print(f"{study.file.study.name}: {done} of {count} runs are done", highlight=False)
-            time.sleep(WATCH_SECONDS)
+    report = collect(study)
+    if report.results:
+        write_report(report, page_record(report))
+    return bool(report.results)
 
 
 def finish(study: Study, console: Console) -> None:
     """Everything up to the last run: data, runs, and rounds of more values or seeds where a verdict needs them. After
     the first of them, and so after a cancel meanwhile, none begins that no user asked for."""
+    if study.file.study.adaptive and study.pending():
+        console.print(describe_round(study), highlight=False, markup=False)
     later = False
     while study.pending() or grow_and_print(study, console):
         prepare_data(study, console)
@@ -109,11 +116,18 @@ def finish(study: Study, console: Console) -> None:
             sys.exit(130)
 
 
+def describe_round(study: Study) -> str:
+    """What the present round of an adaptive design settles, and by how many runs."""
+    rounds = study.rounds()
+    return f"Round {len(rounds)}: {counted(len(study.pending()), 'run')} for: {rounds[-1].reason}"
+
+
 def grow_and_print(study: Study, console: Console) -> int:
     """`grow`, and says so; returns the number of runs added."""
     added, why = grow(study)
     if added:
-        console.print(f"{counted(added, 'run')} more: {why}", highlight=False, markup=False)
+        line = describe_round(study) if study.file.study.adaptive else f"{counted(added, 'run')} more: {why}"
+        console.print(line, highlight=False, markup=False)
     return added
 
 
@@ -187,20 +201,15 @@ def transfer(study: Study, targets: Sequence[Path], console: Console) -> None:
 
 
 def report_what_is_there(study: Study, console: Console) -> None:
-    from depthmup.launch.report.collect import collect
-    from depthmup.launch.report.page import write_report
-
-    if (report := collect(study)).results:
-        write_report(report)
+    if write_what_is_there(study):
         console.print(f"Report of what is done: {study.file.directory / 'report.html'}", highlight=False)
 
 
 def report_target(study: Study, console: Console) -> None:
     """Writes the report again, now with the target's line, and prints that."""
-    from depthmup.launch.report.collect import collect, target_line
-    from depthmup.launch.report.page import write_report
+    from depthmup.launch.report.collect import target_line
 
-    write_report(collect(study))
+    write_what_is_there(study)
     console.print(f"{target_line(study)} Report: {study.file.directory / 'report.html'}", highlight=False)
 
 

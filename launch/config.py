@@ -56,10 +56,10 @@ class Size:
     """A point on the axes of scale. `batch` (global_batch_size) and `samples` are null in a study without such an axis,
     and numbers at all sizes of one that has it (StudyFile.complete)."""
 
-    width: Positive
-    depth: Positive
-    batch: Positive | None = None
-    samples: Positive | None = None
+    width: Positive  # as model.width
+    depth: Positive  # as model.depth
+    batch: Positive | None = None  # as train.global_batch_size
+    samples: Positive | None = None  # as train.samples
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> "Size":
@@ -88,9 +88,9 @@ class Size:
 class Octaves:
     """first, first * 2^(1/per_octave), ... up to last."""
 
-    first: Annotated[Number, Field(gt=0)]
-    last: Annotated[Number, Field(gt=0)]
-    per_octave: Positive = 1
+    first: Annotated[Number, Field(gt=0)]  # the smallest value
+    last: Annotated[Number, Field(gt=0)]  # the largest
+    per_octave: Positive = 1  # values for each factor of two
 
     def __post_init__(self) -> None:
         if self.last < self.first:
@@ -138,14 +138,15 @@ class StudyConfig:
     """Every parameterization x size x value x seed is a point, of which an adaptive design runs those that tell most.
     The first size is the base that others compare with."""
 
-    name: Annotated[str, AfterValidator(folder_name)]
-    directory: PathText = field(default="runs", metadata=NOT_IDENTITY)
+    name: Annotated[str, AfterValidator(folder_name)]  # of its folder and its jobs
+    directory: PathText = field(default="runs", metadata=NOT_IDENTITY)  # folder of the study's folder
+    # names, or names with changed keys, as {name: depth_mup, beta: 0.5}
     parameterizations: Annotated[tuple[Preset, ...], BeforeValidator(listed), Field(min_length=1)]
-    sizes: Annotated[tuple[Size, ...], Field(min_length=1)]
-    hyperparameter: str = "optimizer.lr"
-    values: Values
-    seeds: Annotated[Seeds, Field(min_length=1)] = (0,)
-    metric: Literal["minival_loss", "train_loss"] = "minival_loss"
+    sizes: Annotated[tuple[Size, ...], Field(min_length=1)]  # the base first
+    hyperparameter: str = "optimizer.lr"  # the key that is swept
+    values: Values  # of it: a range, or a list
+    seeds: Annotated[Seeds, Field(min_length=1)] = (0,)  # a list, or how many
+    metric: Literal["minival_loss", "train_loss"] = "minival_loss"  # what is lowest at the optimum
     regret_limit: Annotated[Number, Field(gt=0)] = 0.005  # share of the loss that a value may cost and still transfer
     cost_limit: Annotated[Number, Field(gt=0)] = 0.05  # share of the loss beyond which it does not transfer at all
     # adaptive: rounds of runs where they tell most, over a range of values; grid, and every list: all values
@@ -224,29 +225,30 @@ class LaunchConfig:
     several tasks (nodes, tasks_per_node) trains one run over all of them.
     """
 
+    # local: processes of this machine; debug: this process, one run after another; slurm: jobs
     cluster: Literal["local", "debug", "slurm"] = "local"
     slots: Annotated[int, Field(ge=0)] = 0  # local: runs side by side; 0 is one per GPU, or one per core
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
+    partition: str | None = None  # sbatch --partition
+    account: str | None = None  # sbatch --account
+    qos: str | None = None  # sbatch --qos
+    constraint: str | None = None  # sbatch --constraint: features that nodes must have
     nodes: Positive = 1  # of one job
-    gpus_per_node: Annotated[int, Field(ge=0)] = 0
+    gpus_per_node: Annotated[int, Field(ge=0)] = 0  # 0: a job on CPUs
     tasks_per_node: Positive | None = None  # null: one per GPU
-    cpus_per_task: Positive = 1
+    cpus_per_task: Positive = 1  # cores of one process, its data.num_workers included
     memory_gb: Positive | None = None  # per node; null: the cluster's default
-    timeout_min: Positive = 240
+    timeout_min: Positive = 240  # time limit of a job, in minutes; a run goes on in the next one
     signal_delay_s: Positive = 120  # Slurm's warning before the time limit: a step and a checkpoint must fit in
     max_running: Positive = 64  # jobs at once
     max_attempts: Positive = 5  # of a run whose job ended without a word
     hold_after: Annotated[int, Field(ge=0)] = 3  # runs that fail for one reason hold the rest; 0 holds nothing
-    runs_per_job: Positive = 1
-    runs_per_gpu: Positive = 1
+    runs_per_job: Positive = 1  # one after another in a job
+    runs_per_gpu: Positive = 1  # processes side by side on a GPU
     price_per_gpu_hour: Annotated[Number, Field(ge=0)] | None = None  # for the report: in your currency
     setup: tuple[str, ...] = ()  # shell lines before the job: module load, source, export
     python: str | None = None  # null: the interpreter that launches; in a container usually `python`
     container_image: PathText | None = None  # srun --container-image (pyxis, enroot)
-    container_mounts: Mounts | None = None
+    container_mounts: Mounts | None = None  # srun --container-mounts: HOST:CONTAINER, with commas between them
     sbatch: dict[str, Option] = field(default_factory=dict)  # further #SBATCH options by their names
     # those of the small job on a CPU that goes on after the runs (transfer --detach), as a partition without GPUs
     continuation: dict[str, Option] = field(default_factory=dict)
@@ -269,9 +271,9 @@ class LaunchConfig:
 class Range:
     """All values from first to last, on a logarithmic or a linear scale."""
 
-    first: Number
-    last: Number
-    scale: Literal["log", "linear"] = "log"
+    first: Number  # the smallest value
+    last: Number  # the largest
+    scale: Literal["log", "linear"] = "log"  # on which suggestions are spread
 
     def __post_init__(self) -> None:
         if self.last <= self.first:
@@ -293,14 +295,14 @@ class TuneConfig:
     """A joint search of the proxy's hyperparameters: `trials` suggestions in batches, each trained with `seeds`; then
     the best `rerun` of them with `rerun_seeds` new seeds, which alone say which is best."""
 
-    space: Annotated[dict[str, Dimension], Field(min_length=1)]
-    trials: Positive = 32
+    space: Annotated[dict[str, Dimension], Field(min_length=1)]  # the keys that are searched, each a range or a list
+    trials: Positive = 32  # suggestions
     batch: Positive = 8  # suggestions that are trained side by side: one pack, or one array of jobs
-    sampler: Literal["tpe", "random"] = "tpe"
-    seeds: Annotated[Seeds, Field(min_length=1)] = (0,)
+    sampler: Literal["tpe", "random"] = "tpe"  # of Optuna
+    seeds: Annotated[Seeds, Field(min_length=1)] = (0,)  # of each suggestion
     seed: Annotated[int, Field(ge=0)] = 0  # of the sampler
-    rerun: Positive = 3
-    rerun_seeds: Annotated[int, Field(ge=2)] = 3
+    rerun: Positive = 3  # the best suggestions, which train again
+    rerun_seeds: Annotated[int, Field(ge=2)] = 3  # new ones, of each of them
 
 
 Factor = Annotated[Number, Field(gt=1)]  # all values from the file's own over it to the file's own times it

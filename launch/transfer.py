@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,11 +15,11 @@ from depthmup.data.config import DataConfig
 from depthmup.data.errors import UserError
 from depthmup.data.index import INDEX_NAME, Index, counted
 from depthmup.data.storage import write_atomically
-from depthmup.launch.config import Size
 from depthmup.launch.jobs import code as code_snapshot
 from depthmup.launch.jobs import slurm, states
 from depthmup.launch.jobs.attempts import newest_step
 from depthmup.launch.jobs.reasons import explain
+from depthmup.launch.jobs.share import Share
 from depthmup.launch.jobs.states import State
 from depthmup.launch.jobs.status import how_to_go_on
 from depthmup.launch.jobs.submission import ask, asked, launching, places_taken
@@ -243,7 +243,8 @@ def wait(study: Study, launched: Launched, console: Console) -> None:
     """
     on_slurm = study.file.launch.cluster == "slurm"
     places: int | None = None  # that the study has, where Slurm has no place for more of its runs
-    flops = count_flops(study.runs)
+    flops = {size: float(each) for size, (_, each) in count_flops(study.runs).items()}
+    shares = Share(flops, study.file.train.num_steps, study.file.launch.tasks)
     started, at_start = time.monotonic(), None
     with display(console, "runs") as shown:
         while True:
@@ -252,9 +253,9 @@ def wait(study: Study, launched: Launched, console: Console) -> None:
             ended = ended and not snapshot.slurm_error and not snapshot.of(*states.ACTIVE)
             counts = snapshot.counts()
             left = [found.run for found in snapshot.runs if found.state not in ("done", "diverged")]
-            share = finished_share(snapshot, flops)
-            at_start = share if at_start is None else at_start
-            gained, elapsed = share - at_start, time.monotonic() - started
+            at_start = shares.look(snapshot) if at_start is None else at_start
+            share, before = shares.of(snapshot, at_start)
+            gained, elapsed = share - before, time.monotonic() - started
             eta = f"ETA {duration(elapsed * (1 - share) / gained)}" if gained > 0.01 else "ETA ..."
             text = f"{len(study.runs) - len(left)} of {len(study.runs)} done, {counts.get('running', 0)} running, {eta}"
             text += "".join(
@@ -314,16 +315,6 @@ def waiting_for(snapshot: states.Snapshot) -> str:
     reason = waiting.most_common(1)[0][0]
     meaning = explain(reason)
     return f", {waiting.total()} waiting ({reason}{f': {meaning}' if meaning else ''})"
-
-
-def finished_share(snapshot: states.Snapshot, flops: Mapping[Size, tuple[int, int]]) -> float:
-    """The share of all runs' FLOPs that is done, steps of running ones included."""
-    done = 0.0
-    for found in snapshot.runs:
-        last = found.run.directory.last_metrics() if found.state in states.TRAINS else None
-        steps = last["step"] / found.run.config.train.num_steps if last else 0.0
-        done += flops[found.run.size][1] * (1.0 if found.state in ("done", "diverged") else steps)
-    return done / sum(flops[found.run.size][1] for found in snapshot.runs)
 
 
 def resubmit(study: Study, snapshot: states.Snapshot, only: Sequence[State]) -> Launched:

@@ -54,13 +54,13 @@ class Size:
 class ModelConfig:
     """Size and shape of a model. At the base size every scaling factor is 1."""
 
-    width: Positive
-    depth: Positive
-    base_width: Positive
-    base_depth: Positive
-    num_classes: Positive = 1000
-    image_size: Positive = 224
-    in_channels: Literal[1, 3] = 3
+    width: Positive  # channels of the residual stream (resnet, timm: of the first stage)
+    depth: Positive  # residual blocks: a ViT's have two branches each (timm: see its section)
+    base_width: Positive  # of the base, from which every factor of the rules counts
+    base_depth: Positive  # likewise
+    num_classes: Positive = 1000  # as many as the data has
+    image_size: Positive = 224  # pixels of a side, as the network sees it
+    in_channels: Literal[1, 3] = 3  # 1: grey images
 
     @property
     def size(self) -> Size:
@@ -89,14 +89,14 @@ class VisionTransformerConfig(ModelConfig):
     """
 
     family: Literal["vit"] = field(default="vit", metadata=TAG)
-    timm_name: str = "vit_base_patch16_224"
-    head_dim: Positive | None = None
-    num_heads: Positive | None = None
-    patch_size: Positive | None = None
-    mlp_ratio: Annotated[Number, Field(gt=0)] | None = None
-    qk_norm: bool | None = None
-    class_token: bool | None = None
-    global_pool: Literal["token", "avg"] | None = None
+    timm_name: str = "vit_base_patch16_224"  # the ViT or DeiT to start from
+    head_dim: Positive | None = None  # of attention: the number of heads grows with width
+    num_heads: Positive | None = None  # instead of head_dim: the head dim grows with width
+    patch_size: Positive | None = None  # pixels of a side; image_size is a multiple
+    mlp_ratio: Annotated[Number, Field(gt=0)] | None = None  # hidden width of a block's MLP over width
+    qk_norm: bool | None = None  # norms of queries and keys in attention
+    class_token: bool | None = None  # beside the patches
+    global_pool: Literal["token", "avg"] | None = None  # what the readout sees: the class token, or the mean
     layer_scale: Annotated[Number, Field(ge=0)] | None = None  # initial value; 0 leaves LayerScale out
 
     def __post_init__(self) -> None:
@@ -132,11 +132,11 @@ class ResNetConfig(ModelConfig):
     3x3 convs, 64 in ResNet-50; `depth` counts residual blocks and is a multiple of the pattern `blocks`."""
 
     family: Literal["resnet"] = field(default="resnet", metadata=TAG)
-    block: Literal["basic", "bottleneck"] = "basic"
-    blocks: tuple[Positive, Positive, Positive, Positive] = (1, 1, 1, 1)  # per stage
-    preactivation: bool = False
-    norm: Literal["batch", "group", "none"] = "batch"
-    num_groups: Positive = 32
+    block: Literal["basic", "bottleneck"] = "basic"  # as in ResNet-18, or as in ResNet-50
+    blocks: tuple[Positive, Positive, Positive, Positive] = (1, 1, 1, 1)  # of each stage; their sum divides depth
+    preactivation: bool = False  # norm and ReLU before each conv: timm's ResNetV2
+    norm: Literal["batch", "group", "none"] = "batch"  # after each conv, or before it (preactivation)
+    num_groups: Positive = 32  # of norm group
 
     def __post_init__(self) -> None:
         check_multiple("depth", self.depth, sum(self.blocks), f"the blocks in {list(self.blocks)},")
@@ -157,9 +157,9 @@ class ConvResNetConfig(ModelConfig):
     """The paper's net: `depth` residual blocks in `num_stages` stages of equal length and width."""
 
     family: Literal["conv_resnet"] = field(default="conv_resnet", metadata=TAG)
-    num_stages: Positive = 3
-    convs_per_branch: Positive = 1
-    norm: Literal["none", "batch", "layer"] = "none"
+    num_stages: Positive = 3  # of depth / num_stages blocks each; images are halved between them
+    convs_per_branch: Positive = 1  # one after another in a block
+    norm: Literal["none", "batch", "layer"] = "none"  # before the activation that is before each conv
     activation: Literal["relu", "tanh"] = "relu"
 
     def __post_init__(self) -> None:
@@ -179,9 +179,9 @@ class TimmConfig(ModelConfig):
     """
 
     family: Literal["timm"] = field(default="timm", metadata=TAG)
-    timm_name: str
-    head_dim: Positive | None = None
-    arguments: dict[str, bool | int | float | str | list[int]] = field(default_factory=dict)
+    timm_name: str  # of a module of timm in models/timm_sizes.py
+    head_dim: Positive | None = None  # where it has attention: the number of heads grows with width
+    arguments: dict[str, bool | int | float | str | list[int]] = field(default_factory=dict)  # as {patch_size: 2}
 
     def __post_init__(self) -> None:
         if self.head_dim:
@@ -281,15 +281,17 @@ class ParameterizationConfig:
     both. A run's configuration replaces it by these, so that they are its identity.
     """
 
+    # sp: the standard one, no rules; mup: rules of width; depth_mup and completep: of width and depth; auto: see above
     name: Literal["sp", "mup", "depth_mup", "completep", "auto"] = "depth_mup"
-    alpha: Annotated[Number, Field(ge=0)] | None = None
-    adam_depth_lr: Number | None = None
+    alpha: Annotated[Number, Field(ge=0)] | None = None  # residual branches are multiplied by beta * L^-alpha
+    adam_depth_lr: Number | None = None  # exponent of L in AdamW's learning rate inside branches
+    # which of AdamW's eps scale: every parameter's as its gradient does, those in residual branches, or none
     eps_scaling: Literal["table", "branch", "none"] | None = None
-    weight_decay_scaling: Number | None = None
+    weight_decay_scaling: Number | None = None  # exponent of N in a hidden matrix's coupled weight decay
     batch_lr: Number | None = None  # lr ~ (batch / base's)^batch_lr * (samples / base's)^samples_lr; null: the table's
-    samples_lr: Number | None = None
-    beta: Annotated[Number, Field(gt=0)] = 1.0
-    gamma0: Annotated[Number, Field(gt=0)] = 1.0
+    samples_lr: Number | None = None  # see batch_lr
+    beta: Annotated[Number, Field(gt=0)] = 1.0  # scale of the residual branches; base_depth^-1/2 is the paper's form
+    gamma0: Annotated[Number, Field(gt=0)] = 1.0  # richness of feature learning: features move gamma0 times as far
 
     def __post_init__(self) -> None:
         if self.name == "auto":
@@ -378,13 +380,14 @@ class OptimizerConfig:
     role_lr: the ratio of the roles' learning rates, which transfers as `lr` does. Independent decay does not see it.
     """
 
-    name: Literal["sgd", "adamw", "muon"] = "adamw"
-    lr: Annotated[Number, Field(gt=0)]
-    momentum: Annotated[Number, Field(ge=0, lt=1)] = 0.9
-    nesterov: bool = False
+    name: Literal["sgd", "adamw", "muon"] = "adamw"  # muon: AdamW trains what is no hidden matrix
+    lr: Annotated[Number, Field(gt=0)]  # the peak
+    momentum: Annotated[Number, Field(ge=0, lt=1)] = 0.9  # of sgd and muon
+    nesterov: bool = False  # of sgd
+    # of adamw, and of what AdamW trains beside muon
     betas: tuple[Annotated[Number, Field(ge=0, lt=1)], Annotated[Number, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    eps: Annotated[Number, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[Number, Field(ge=0)] = 0.0
+    eps: Annotated[Number, Field(gt=0)] = 1e-8  # as betas
+    weight_decay: Annotated[Number, Field(ge=0)] = 0.0  # of matrices and convs; norms and biases are not decayed
     weight_decay_mode: Literal["independent", "coupled"] = "independent"
     tau_ema: Annotated[Number, Field(gt=0)] | None = None
     batch_ratio: Annotated[Number, Field(gt=0)] = 1.0

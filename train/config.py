@@ -46,8 +46,9 @@ def refuse_auto(value: Any) -> Any:
 class ScheduleConfig:
     """Shape of the learning rate over the run; `warmup` and `decay` are shares of its steps."""
 
+    # after the warm-up: half a cosine to 0; constant; or constant, then linear to 0 (warm-up, stable, decay)
     name: Literal["cosine", "constant", "wsd"] = "cosine"
-    warmup: Annotated[Number, Field(ge=0, lt=1)] = 0.1
+    warmup: Annotated[Number, Field(ge=0, lt=1)] = 0.1  # the share at the start that rises linearly from 0
     decay: Annotated[Number, Field(gt=0, le=1)] = 0.2  # wsd: the share at the end that falls linearly to zero
 
     def __post_init__(self) -> None:
@@ -72,10 +73,10 @@ class ScheduleConfig:
 class TrainConfig:
     """Users state samples; steps are derived: samples // global_batch_size."""
 
-    samples: Positive
-    global_batch_size: Positive
-    label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = 0.0
-    clip_norm: Annotated[Number, Field(gt=0)] | None = None
+    samples: Positive  # images of the whole run, those that come again in a later epoch counted again
+    global_batch_size: Positive  # images of a step, over all processes
+    label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = 0.0  # of the training loss
+    clip_norm: Annotated[Number, Field(gt=0)] | None = None  # the gradient's largest norm; null: no limit
     drop_path: Annotated[Number, Field(ge=0, lt=1)] = 0.0  # stochastic depth of the last block; linear from 0
     ema: Annotated[Number, Field(gt=0, lt=1)] | None = None  # decay a step of the average of the weights, in fp32
     # Products and convolutions in it; weights, optimizer and the residual stream are fp32 always. tf32: GPUs only.
@@ -85,7 +86,8 @@ class TrainConfig:
     batch_norm_images: Annotated[int, Field(ge=2)] | None = None
     evaluate: tuple[Literal["minival", "val"], ...] = ("minival",)  # at the end of the run
     evaluate_every: Positive | None = field(default=None, metadata=NOT_IDENTITY)  # steps; null: at the end only
-    device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata=NOT_IDENTITY)
+    device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata=NOT_IDENTITY)  # auto: a GPU if there is one
+    # what torch.compile makes one piece: each block (ViT), or the whole network
     compile: Annotated[Literal["off", "block", "model"], Switch] = field(default="off", metadata=NOT_IDENTITY)
     channels_last: bool | None = field(default=None, metadata=NOT_IDENTITY)  # null: for networks of convs
     activation_checkpointing: bool = field(default=False, metadata=NOT_IDENTITY)  # recompute blocks: less memory
@@ -146,9 +148,9 @@ class ParallelConfig:
     """
 
     engine: Literal["auto", "none", "ddp", "fsdp", "deepspeed"] = "auto"
-    zero_stage: Literal[0, 1, 2, 3] = 2
-    shard_size: Positive | None = None
-    gather: Literal["fp32", "bf16"] = "fp32"
+    zero_stage: Literal[0, 1, 2, 3] = 2  # of deepspeed
+    shard_size: Positive | None = None  # of fsdp: processes to a copy; null: all
+    gather: Literal["fp32", "bf16"] = "fp32"  # of fsdp
     micro_batch_size: Positive | None = None  # images a process takes at once; null: its whole share of the batch
     init_timeout: Positive = 120  # seconds for the processes to find each other
     step_timeout: Positive = 300  # seconds that a step waits for the others, once the first step is done
@@ -194,10 +196,12 @@ class ParallelConfig:
 @checked_setting
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class TrackConfig:
-    wandb: Annotated[Literal["off", "offline", "online"], Switch] = "off"
-    tensorboard: bool = False
-    project: str = "depthmup"
-    group: str | None = None
+    """Where metrics go beside metrics.jsonl: no part of a run's identity."""
+
+    wandb: Annotated[Literal["off", "offline", "online"], Switch] = "off"  # offline: into the run's folder
+    tensorboard: bool = False  # event files in the run's folder
+    project: str = "depthmup"  # on W&B
+    group: str | None = None  # on W&B
 
 
 @checked_setting
@@ -213,7 +217,7 @@ class RunConfig:
     train: TrainConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig, metadata=NOT_IDENTITY)
     track: TrackConfig = field(default_factory=TrackConfig, metadata=NOT_IDENTITY)
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0)] = 0  # of the weights, the order of images and all chance; a study sets it
 
     def __post_init__(self) -> None:
         chosen = self.parameterization.choose(self.model, self.optimizer.name)

@@ -222,10 +222,12 @@ def report(config: Path, overrides: tuple[str, ...], publish: Path | None, watch
     reports = [show_report(study, console) for study in studies]
     if len(reports) > 1:
         from depthmup.launch.report.overview import print_overview, write_overview
+        from depthmup.launch.report.record import told_record
 
-        print_overview(reports, console)
+        records = [told_record(report) for report in reports]
+        print_overview(records, console)
         page = studies[0].file.directory.parent / "overview.html"
-        write_overview(reports, page)
+        write_overview(records, [study.file.directory / "report.html" for study in studies], page)
         console.print(f"Overview: {page}")
     if publish:
         from depthmup.launch.report.page import publish as copy

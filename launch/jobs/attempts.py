@@ -50,6 +50,13 @@ def since_failure(directory: RunDirectory) -> list[dict[str, Any]]:
     return lines[max((i for i, line in enumerate(lines) if line["event"] == "failed"), default=-1) + 1 :]
 
 
+def process_age() -> float:
+    """Seconds since this process began."""
+    with open("/proc/self/stat") as file:
+        began = int(file.read().rpartition(")")[2].split()[19])  # field 22, in ticks since boot; a name may hold spaces
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - began / os.sysconf("SC_CLK_TCK")
+
+
 def begin_attempt(directory: RunDirectory) -> None:
     """Notes where and from which step the attempt begins. Raises RuntimeError when the last ones got no further."""
     step = newest_step(directory)
@@ -61,7 +68,7 @@ def begin_attempt(directory: RunDirectory) -> None:
             f"{MAX_ATTEMPTS} attempts ended at step {step}: raise launch.timeout_min or memory_gb{''.join(why)}"
         )
     place = {"job": job_name(), "restart": restart_count(), "host": socket.gethostname(), "pid": os.getpid()}
-    note(directory, "started", step=step, **place)
+    note(directory, "started", step=step, age=process_age(), **place)
     code = PACKAGE.parent / "code.json"
     content = code.read_text() if code.exists() else json.dumps(snapshot.describe(), indent=1)
     write_atomically(directory.path / "code.json", content.encode())

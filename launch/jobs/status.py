@@ -1,7 +1,7 @@
 """`depthmup status`: one table, from the run directories and one call to squeue."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 
 from rich.console import Console, Group
@@ -170,16 +170,22 @@ def print_status(study: Study, console: Console, everything: bool = False) -> No
     console.print(render(take_path(study), everything))
 
 
-def watch_status(study: Study, console: Console, everything: bool = False) -> None:
-    """Shows the status again and again until nothing of the path waits or runs, or Ctrl-C."""
-    with suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
+def watch(studies: Sequence[Study], show: Callable[[Sequence[Sequence[tuple[Study, Snapshot]]]], None]) -> None:
+    """Shows where the studies stand, each as `take_path` says it, again and again: a last time when nothing of them
+    waits or runs, and until Ctrl-C."""
+    with suppress(KeyboardInterrupt):
         while True:
-            study = open_planned(study.path, study.file, study.overrides)  # its grid may have grown
-            path = take_path(study)
-            live.update(render(path, everything), refresh=True)
-            if not any(goes_on(snapshot) for _, snapshot in path):
+            now = [open_planned(each.path, each.file, each.overrides) for each in studies]  # they may have grown
+            paths = [take_path(study) for study in now]
+            show(paths)
+            if not any(goes_on(snapshot) for path in paths for _, snapshot in path):
                 return
             time.sleep(WATCH_SECONDS)
+
+
+def watch_status(study: Study, console: Console, everything: bool = False) -> None:
+    with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
+        watch([study], lambda paths: live.update(render(paths[0], everything), refresh=True))
 
 
 def print_troubles(snapshot: Snapshot, console: Console) -> None:

@@ -22,6 +22,7 @@ from depthmup.launch.reading import read_study_or_run
 from depthmup.launch.runs.cost import count_flops
 from depthmup.launch.runs.design import design_of
 from depthmup.launch.runs.foretold import read_foretold
+from depthmup.launch.runs.grouping import processes_per_gpu
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.pool import mixtures, refuse_mixture
 from depthmup.launch.runs.study import Study
@@ -149,8 +150,14 @@ class Report:
 
     @property
     def hours(self) -> float:
-        """Of all processes that trained, as the done markers say: GPU-hours where each had a GPU to itself."""
+        """Of all processes that trained, as the done markers say; the runs of a pack share its seconds."""
         return sum(done.get("seconds", 0.0) for _, done in self.finished) / 3600
+
+    @property
+    def gpu_hours(self) -> float:
+        """The same, divided by the processes that share a GPU as the study is launched now. Without a GPU each process
+        counts as one that has one to itself."""
+        return self.hours / processes_per_gpu(self.study.file.launch)
 
     @property
     def facts(self) -> str:

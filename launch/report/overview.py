@@ -9,9 +9,8 @@ from urllib.parse import quote
 from rich.console import Console
 
 from depthmup.data.storage import write_atomically
-from depthmup.launch.report.collect import Report
 from depthmup.launch.report.page import environment, inline
-from depthmup.launch.report.record import as_record, closed
+from depthmup.launch.report.record import closed
 from depthmup.launch.report.tables import print_table, say
 from depthmup.launch.wording import show_drift, show_interval, show_share, show_size
 
@@ -47,24 +46,24 @@ def overview(records: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     return [cells(record, verdict) for record in records for verdict in record["verdicts"]]
 
 
-def print_overview(reports: Sequence[Report], console: Console) -> None:
+def print_overview(records: Sequence[Mapping[str, Any]], console: Console) -> None:
     """The rows that a terminal has room for; the page has all."""
-    table = overview([as_record(report) for report in reports])
+    table = overview(records)
     shown = ("study", "parameterization", "largest drift", "interval", "verdict")
     say(console, "\nAll studies, with the size (width x depth) that drifted most:")
     print_table([{column: row[column] for column in shown} for row in table], ("study", "parameterization"), console)
 
 
-def write_overview(reports: Sequence[Report], path: Path) -> None:
-    """One page with a row per study and parameterization, and links to the studies' own pages."""
-    links = [(report.study.file.study.name, report.study.file.directory / "report.html") for report in reports]
+def write_overview(records: Sequence[Mapping[str, Any]], pages: Sequence[Path], path: Path) -> None:
+    """One page with a row per study and parameterization, and links to the studies' own `pages`. `records`: of
+    `told_record`."""
     page = (
         environment()
         .get_template("overview.html.j2")
         .render(
-            rows=overview([as_record(report) for report in reports]),
-            links=[(name, quote(os.path.relpath(file, path.parent))) for name, file in links],
-            reports=reports,
+            rows=overview(records),
+            links=[quote(os.path.relpath(page, path.parent)) for page in pages],
+            records=records,
             scripts={"tables": inline("tables.js")},
         )
     )

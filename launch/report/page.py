@@ -14,30 +14,29 @@ from matplotlib.figure import Figure
 from depthmup.data.storage import write_atomically
 from depthmup.launch.config import Size
 from depthmup.launch.findings.curve_model import CONFIDENCE
-from depthmup.launch.findings.forecast import calibration
-from depthmup.launch.findings.theory import expected_drifts, predicted_drifts
+from depthmup.launch.findings.theory import predicted_drifts
 from depthmup.launch.report import plots
 from depthmup.launch.report.collect import Report
-from depthmup.launch.report.record import as_record, closed, dump, page_record
+from depthmup.launch.report.record import as_record, closed, dump
 from depthmup.launch.report.tables import forecast_row, planned_sentence, rows
 from depthmup.launch.wording import show_drift, show_interval, show_number
 
 CONVERGENCE_FILES = ("convergence.json", "convergence.png", "convergence-loss.png")  # of `depthmup converge`
 
 
-def run_rows(report: Report) -> list[dict[str, str]]:
+def run_rows(record: Mapping[str, Any]) -> list[dict[str, str]]:
     """Every finished run, by the name of its folder."""
-    study = report.study.file.study
+    by_folder = {run["folder"]: run for run in reversed(record["runs"])}  # the first of the points that share a run
     return [
         {
-            "run": run.directory.path.name,
-            "parameterization": run.parameterization,
-            **{axis: str(value) for axis, value in run.size.axes.items()},
-            study.hyperparameter: f"{run.value:.4g}",
-            "seed": str(run.seed),
-            study.metric: show_number(done.get(study.metric, float("inf"))),
+            "run": run["folder"],
+            "parameterization": run["parameterization"],
+            **{axis: str(run[axis]) for axis in record["base"]},
+            record["hyperparameter"]: f"{run['value']:.4g}",
+            "seed": str(run["seed"]),
+            record["metric"]: "fails" if run["metric"] is None else show_number(run["metric"]),
         }
-        for run, done in report.finished
+        for run in reversed(by_folder.values())
     ]
 
 
@@ -49,24 +48,21 @@ def markdown_table(table: list[dict[str, str]]) -> list[str]:
     return [*lines, *(f"| {' | '.join(row.values())} |" for row in table)]
 
 
-def markdown(report: Report) -> str:
+def markdown(record: Mapping[str, Any]) -> str:
     """The report for a paper's appendix."""
-    seeds = report.study.file.study.seeds
-    lines = [f"# {report.study.file.study.name}", "", report.facts, ""]
-    for j in report.analysis.judgements:
-        planned = report.planned.get(j.parameterization)
-        lines.append(f"- **{j.parameterization}: {j.verdict}.** {j.reason}.")
-        lines += [f"  {planned_sentence(seeds, planned.verdict)}"] if planned else []
-    lines += [f"- {sentence}" for sentence in report.scaling]
-    lines += [f"- {direct}." for direct in report.direct]
-    lines += [f"- {sentence}." for sentence in expected_drifts(report.study.file)]
-    if theory := theory_rows(as_record(report)):
+    said = record["said"]
+    lines = [f"# {record['study']}", "", said["facts"], ""]
+    for found in record["verdicts"]:
+        lines.append(f"- **{found['parameterization']}: {found['verdict']}.** {found['reason']}.")
+        lines += [f"  {planned_sentence(**found['at_planned_seeds'])}"] if found["at_planned_seeds"] else []
+    lines += [f"- {sentence}" for sentence in (*said["scaling"], *said["direct"], *said["expected_drifts"])]
+    if theory := theory_rows(record):
         lines += ["", "Drift with depth, in theory and seen:", "", *markdown_table(theory)]
-    lines += ["", report.rounds] if report.rounds else []
-    lines += ["", f"Rule: {report.rule}", "", "![curves](curves.png)", "", *markdown_table(rows(report))]
-    if report.forecasts:
-        lines += ["", *markdown_table([forecast_row(f) for f in report.forecasts]), "", calibration(report.forecasts)]
-    lines += ["", *(f"- not in this report: {line}" for line in report.unfinished)]
+    lines += ["", said["rounds"]] if said["rounds"] else []
+    lines += ["", f"Rule: {record['rule']}", "", "![curves](curves.png)", "", *markdown_table(rows(record))]
+    if record["forecasts"]:
+        lines += ["", *markdown_table([forecast_row(f) for f in record["forecasts"]]), "", said["calibration"]]
+    lines += ["", *(f"- not in this report: {line}" for line in record["unfinished"])]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -141,49 +137,49 @@ def environment() -> jinja2.Environment:
     return jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
 
-def write_report(report: Report) -> None:
-    """Writes report.html, .md, .csv and .json and the figures into the study's folder."""
-    root, table, text = report.study.file.directory, rows(report), io.StringIO()
-    seeds, record = report.study.file.study.seeds, page_record(report)
-    svg = {
-        name: jinja2.utils.markupsafe.Markup(plots.save(figure, root / f"{name}.png"))
-        for name, figure in figures(report).items()
-    }
+def as_csv(table: list[dict[str, str]]) -> str:
+    text = io.StringIO()
     if table:
         writer = csv.DictWriter(text, list(table[0]))
         writer.writeheader()
         writer.writerows(table)
-    page = (
+    return text.getvalue()
+
+
+def render(record: Mapping[str, Any], svg: Mapping[str, str]) -> str:
+    """The page. All that it says is of `record` (record.page_record); `svg`: the figures of a page without scripts."""
+    scripts = {"tables": "tables.js", "plotly": "plotly-basic.min.js", "page": "page.js", "sizes": "sizes.js"}
+    return (
         environment()
         .get_template("report.html.j2")
         .render(
-            report=report,
-            study=report.study.file.study,
-            rows=table,
-            rounds=record["rounds"],
+            record=record,
+            said=record["said"],
+            rows=rows(record),
             theory=theory_rows(record),
             costs=cost_rows(record),
             origins=origin_rows(record),
-            has_price=record["cost"]["money"] is not None,
             has_effective=record["hyperparameter"] == "optimizer.lr",
-            scripts={
-                "record": inline_json(record),
-                "tables": inline("tables.js"),
-                "plotly": inline("plotly-basic.min.js"),
-                "page": inline("page.js"),
-            },
-            forecasts=[forecast_row(forecast) for forecast in report.forecasts],
-            calibration=calibration(report.forecasts),
-            runs=run_rows(report),
+            has_others=len(record["sizes"]) > len(record["verdicts"]),
+            scripts={"record": inline_json(record)} | {name: inline(file) for name, file in scripts.items()},
+            forecasts=[forecast_row(forecast) for forecast in record["forecasts"]],
+            runs=run_rows(record),
             confidence=f"{CONFIDENCE:.0%}",
-            planned={name: planned_sentence(seeds, found.verdict) for name, found in report.planned.items()},
-            svg=svg,
+            planned_sentence=planned_sentence,
+            svg={name: jinja2.utils.markupsafe.Markup(text) for name, text in svg.items()},
         )
     )
-    write_atomically(root / "report.csv", text.getvalue().encode())
+
+
+def write_report(report: Report, record: Mapping[str, Any]) -> None:
+    """Writes report.html, .md, .csv and .json and the figures into the study's folder. `record`: that of the report, of
+    `page_record`."""
+    root = report.study.file.directory
+    svg = {name: plots.save(figure, root / f"{name}.png") for name, figure in figures(report).items()}
+    write_atomically(root / "report.csv", as_csv(rows(record)).encode())
     write_atomically(root / "report.json", dump(record).encode())
-    write_atomically(root / "report.md", markdown(report).encode())
-    write_atomically(root / "report.html", page.encode())
+    write_atomically(root / "report.md", markdown(record).encode())
+    write_atomically(root / "report.html", render(record, svg).encode())
 
 
 def publish(report: Report, folder: Path) -> list[Path]:

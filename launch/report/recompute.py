@@ -15,7 +15,7 @@ from depthmup.launch.config import Size
 from depthmup.launch.reading import read_study
 from depthmup.launch.report.collect import collect
 from depthmup.launch.report.page import publish, write_report
-from depthmup.launch.report.record import read_record
+from depthmup.launch.report.record import page_record, read_record
 from depthmup.launch.runs.study import Study
 
 CONFIGS = Path("configs/paper")
@@ -69,7 +69,7 @@ def main() -> None:
             report = collect(restore(record, configs[record["study"]], Path(scratch)))
             assert (len(report.finished), report.num_diverged) == (record["num_runs"], record["num_diverged"])
             assert len(report.unfinished) == record["num_unfinished"]
-            write_report(report)
+            write_report(report, page_record(report))
             publish(report, folder)
         print(record["study"])
 

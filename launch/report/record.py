@@ -10,10 +10,12 @@ import numpy as np
 
 from depthmup.launch.findings.analysis import Result
 from depthmup.launch.findings.convergence import Rate
-from depthmup.launch.findings.theory import predicted_drifts
-from depthmup.launch.report.collect import Report, analyse_results
+from depthmup.launch.findings.forecast import Forecast, calibration
+from depthmup.launch.findings.theory import expected_drifts, predicted_drifts
+from depthmup.launch.report.collect import Report, analyse_results, target_line
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.pool import origins
+from depthmup.launch.wording import show_number
 from depthmup.models.config import scale_of
 from depthmup.models.parameterization import Role
 from depthmup.models.training_scale import training_factors
@@ -59,13 +61,16 @@ def size_records(report: Report) -> list[dict[str, Any]]:
             **c.curve.size.axes,
             "seeds": c.curve.num_seeds,
             "learns": c.curve.learns,
+            "runs": int((~np.isnan(c.curve.metric)).sum()),
             "failed_runs": int(c.curve.failed.sum()),
+            "diverged_runs": int(np.isinf(c.curve.metric).sum()),
             "optimum_log2": plain(c.curve.optimum.x),
             "optimum_interval_log2": bounds(c.curve.optimum.interval),
             "censored": c.curve.optimum.censored,
             "drift_octaves": plain(c.drift),
             "drift_interval_octaves": bounds(c.interval),
             "best_metric": plain(c.curve.optimum.metric),
+            "best_fails": math.isinf(c.curve.optimum.metric),
             "metric_at_base_optimum": plain(c.at_base_optimum),
             "fails_at_base_optimum": math.isinf(c.at_base_optimum),
             "runs_at_base_optimum": vars(c.failures),
@@ -137,8 +142,8 @@ def as_record(report: Report) -> dict[str, Any]:
             "flops": report.total_flops,
             "hours": report.hours,
             "flops_of_the_costliest_run": max(report.flops.values()),
-            "gpu_hours": report.hours * file.launch.tasks,
-            "money": plain(None if price is None else price * report.hours * file.launch.tasks),
+            "gpu_hours": report.gpu_hours,
+            "money": plain(None if price is None else price * report.gpu_hours),
         },
         "predicted_drifts": [
             {"parameterization": name, "depth": depth, "octaves": drift}
@@ -239,8 +244,38 @@ def training_curve(run: PlannedRun) -> dict[str, list[float | None]] | None:
     }
 
 
+def sentences(report: Report) -> dict[str, Any]:
+    """What a report says in words. `missing` and `go_on` hold as long as the study stands as it does."""
+    return {
+        "facts": report.facts,
+        "missing": report.missing,
+        "go_on": report.go_on,
+        "rounds": report.rounds,
+        "scaling": report.scaling,
+        "direct": [f"{each}." for each in report.direct],
+        "expected_drifts": [f"{each}." for each in expected_drifts(report.study.file)],
+        "forecasts": list(dict.fromkeys(map(forecast_sentence, report.forecasts))),
+        "calibration": calibration(report.forecasts),
+        "target": target_line(report.study),
+    }
+
+
+def forecast_sentence(forecast: Forecast) -> str:
+    """The same for all parameterizations where there is none because of the study's sizes."""
+    if forecast.predicted is None:
+        return f"No forecast for {forecast.target}: {forecast.remark}."
+    seen = "" if forecast.seen is None else f", seen {show_number(forecast.seen)}"
+    remark = f" ({forecast.remark})" if forecast.remark else ""
+    return f"{forecast.parameterization}: forecast for {forecast.target}: {forecast.said}{seen}{remark}."
+
+
+def told_record(report: Report) -> dict[str, Any]:
+    """The record with `said`, for tables and pages of a study whose runs are here."""
+    return as_record(report) | {"said": sentences(report)}
+
+
 def page_record(report: Report) -> dict[str, Any]:
-    """The record with every run, for the page: its folder, its training curve and its address on W&B if it has one.
+    """`told_record` with every run, for the page: its folder, its training curve and its address on W&B if it has one.
     One entry of `runs` per point; points may share a folder."""
     study = report.study.file.study
     runs = []
@@ -263,7 +298,7 @@ def page_record(report: Report) -> dict[str, Any]:
                 }
             )
     curves = {run.directory.path.name: training_curve(run) for run, _ in report.finished}
-    return as_record(report) | {"runs": runs, "training_curves": {name: c for name, c in curves.items() if c}}
+    return told_record(report) | {"runs": runs, "training_curves": {name: c for name, c in curves.items() if c}}
 
 
 def dump(record: Mapping[str, Any]) -> str:

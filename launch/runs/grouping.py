@@ -102,6 +102,14 @@ def slot_gpus(config: LaunchConfig) -> list[str | None]:
     return [gpus[slot % len(gpus)] if gpus else None for slot in range(count)]
 
 
+def processes_per_gpu(config: LaunchConfig) -> float:
+    """How many processes train side by side on a GPU; 1 where there is none."""
+    if config.cluster == "slurm":
+        return config.runs_per_gpu
+    gpus = slot_gpus(config)
+    return 1 if config.cluster == "debug" or gpus[0] is None else len(gpus) / len(set(gpus))
+
+
 def make_packs(runs: Sequence[PlannedRun], config: LaunchConfig) -> list[list[PlannedRun]]:
     """What each process trains at once: a pack, or a single run. Raises UserError."""
     if config.cluster == "slurm":

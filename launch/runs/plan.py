@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from depthmup.data.index import counted
-from depthmup.launch.config import Dimension, Range
+from depthmup.launch.config import Dimension, Range, Size
 from depthmup.launch.findings.share import SURE, Share
 from depthmup.launch.findings.theory import expected_drifts
 from depthmup.launch.runs.cost import count_flops
@@ -15,6 +15,7 @@ from depthmup.launch.runs.design import design_of
 from depthmup.launch.runs.fits import check_fits
 from depthmup.launch.runs.grouping import group, make_packs, slot_gpus
 from depthmup.launch.runs.search import Search
+from depthmup.launch.runs.seconds import expected_seconds
 from depthmup.launch.runs.study import Study
 from depthmup.launch.runs.verification import Verification
 from depthmup.launch.wording import duration, power_of_two, quantity, show_share
@@ -152,9 +153,10 @@ def print_plan(study: Study, console: Console) -> None:
         console.print(f"\n{larger}", highlight=False)
     for sentence in expected_drifts(study.file):
         console.print(f"\n{textwrap.fill(sentence, 80)}", highlight=False)
-    finished = [done for _, done in runs if done]
+    finished = [(run, done) for run, done in runs if done and done["outcome"] == "completed"]
+    num_done = sum(bool(done) for _, done in runs)
     console.print(
-        f"\n{len(runs)} run{'s' if len(runs) > 1 else ''} ({len(finished)} done), {quantity(everything)}FLOPs in all",
+        f"\n{len(runs)} run{'s' if len(runs) > 1 else ''} ({num_done} done), {quantity(everything)}FLOPs in all",
         highlight=False,
     )
     console.print("\n".join(describe_jobs(study)), highlight=False)
@@ -168,9 +170,13 @@ def print_plan(study: Study, console: Console) -> None:
     largest = max(each for _, each in flops.values())
     console.print(f"{everything / largest:.3g} times the cost of one run of the largest size", highlight=False)
     if finished:
-        hours = sum(done.get("seconds", 0.0) for done in finished) / 3600
-        estimate = hours * everything / sum(run.share * flops[run.size][1] for run, done in runs if done)
-        console.print(f"about {estimate:.2g} hours of training in all, as the runs that are done took", highlight=False)
+        known: dict[Size, list[float]] = {}
+        for run, done in finished:
+            known.setdefault(run.size, []).append(done.get("seconds", 0.0))
+        of_size = {size: each for size, (_, each) in flops.items()}
+        each_takes = expected_seconds(of_size, known, study.file.train.num_steps)
+        hours = sum(each_takes[run.size] for run, _ in runs) / 3600
+        console.print(f"about {hours:.2g} hours of training in all, as the runs that are done took", highlight=False)
     if shared := len(study.points) - len(runs):
         console.print(f"{shared} more points need no run: there the parameterizations are the same", highlight=False)
     if study.file.study.adaptive:
