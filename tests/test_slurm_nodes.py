@@ -89,7 +89,7 @@ class Chain:
         self.outcomes: dict[str, Outcome] = {}
 
     def starts(self) -> list[dict[str, Any]]:
-        return events(self.run).get("started", []) if (self.run / "attempts.jsonl").exists() else []
+        return events(self.run).get("started", [])
 
     def saved(self) -> int:
         found = (int(path.name.removeprefix("step-")) for path in self.run.glob("checkpoints/step-*"))
