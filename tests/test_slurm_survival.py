@@ -90,8 +90,9 @@ def steps(run_directory: Path) -> list[int]:
 
 def events(run_directory: Path) -> dict[str, list[dict[str, Any]]]:
     """The lines of attempts.jsonl by event."""
+    file = run_directory / "attempts.jsonl"
     found: dict[str, list[dict[str, Any]]] = {}
-    for line in map(json.loads, (run_directory / "attempts.jsonl").read_text().splitlines()):
+    for line in map(json.loads, file.read_text().splitlines() if file.exists() else ()):
         found.setdefault(line["event"], []).append(line)
     return found
 
@@ -181,16 +182,16 @@ def begun(cluster: Cluster, digits: Path, tmp_path_factory: pytest.TempPathFacto
 
     wait_for(lambda: (study.runs[KILLED] / "failed.json").exists())
     after_kill = [study.depthmup("status"), study.depthmup("retry")]
+    for job in (limited, two_tasks):
+        wait_for(lambda job=job: "interrupted" in events(job.runs[0]), 600)
+        lift_time_limit(cluster, job.element(0))  # once is enough
     for path in study.runs:
         wait_for(lambda path=path: done(path), 900)  # with them beside it, a busy machine leaves a start no time
-    wait_for(lambda: done(cancelled.runs[0]) or not cluster.queued("cancelled"), 300)
+    wait_for(lambda: len(events(cancelled.runs[0])["started"]) > 1 or not cluster.queued("cancelled"))
     cancelled.depthmup("launch")  # submits nothing where the job had itself requeued
     of_hung = wait_for(lambda: "stalled" in (shown := hung.depthmup("status").stdout) and shown)
     (requeue,) = re.findall(r"scontrol requeue \S+", of_hung)
     cluster.call(*requeue.split())
-    for job in (limited, two_tasks):
-        wait_for(lambda job=job: "interrupted" in events(job.runs[0]), 600)
-        lift_time_limit(cluster, job.element(0))  # once is enough
     return Wave(study, cancelled, limited, two_tasks, hung, of_hung, after_kill, folder / "sacct-was-called")
 
 

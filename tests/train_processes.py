@@ -57,6 +57,8 @@ def become(arguments: list[str], environment: dict[str, str], output: str, error
     warnings.simplefilter("ignore")
     for category in (DeprecationWarning, FutureWarning):  # as pyproject.toml has it for the tests' own process
         warnings.filterwarnings("error", category=category, module=r"depthmup\b")
+    called_by_deepspeed = r"`torch\.distributed\.\w+` is deprecated"  # a job's log would have them in every step
+    warnings.filterwarnings("error", category=FutureWarning, message=called_by_deepspeed)
     option, what, *sys.argv[1:] = arguments
     if option == "-m":
         runpy.run_module(what, run_name="__main__", alter_sys=True)
