@@ -62,9 +62,9 @@ def test_intervals_hold_the_planted_exponent_as_often_as_they_say(law: Law, name
     [(OVER_WIDTH, "width_exponent", 0.5), (SCATTER, "scatter_exponent", 0.25), (OVER_DEPTH, "depth_exponent", 0.5)],
 )
 def test_another_exponent_is_found_and_is_not_the_theorys(law: Law, name: str, exponent: float) -> None:
-    found = rate(law, **{name: exponent})
-    assert holds(found, exponent)
-    assert not holds(found, law.exponent)
+    found = [rate(law, seed=seed, **{name: exponent}) for seed in range(5)]
+    assert sum(holds(each, exponent) for each in found) >= 3
+    assert not any(holds(each, law.exponent) for each in found)
 
 
 def test_the_next_order_is_told_from_the_exponent() -> None:
