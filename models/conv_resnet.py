@@ -7,6 +7,7 @@ Bordelon et al. (arXiv 2309.16620), section 2 and appendix on the experiments. W
 depth on the learning rate is in plain sight, which is why this net is the first evidence for or against a transfer.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -27,7 +28,7 @@ class ChannelLayerNorm(nn.LayerNorm):
 
 
 NORMS = {"none": nn.Identity, "batch": nn.BatchNorm2d, "layer": ChannelLayerNorm}
-ACTIVATIONS = {"relu": F.relu, "tanh": torch.tanh}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "tanh": torch.tanh}
 
 
 class Block(nn.Module):

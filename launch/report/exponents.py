@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -74,10 +74,11 @@ def run_measures(run: PlannedRun) -> dict[tuple[str, str], dict[str, float]]:
     if not weights.exists():
         raise UserError(f"{run.directory.path}: no {weights.name} there: delete the folder to train it again")
     scaled = build(run.config.model, run.config.parameterization, run.config.seed)
-    factors, trained = branch_factors(scaled), load_file(weights)
-    start = dict(scaled.network.named_parameters())
+    factors = branch_factors(scaled)
+    start: Mapping[str, Tensor] = dict(scaled.network.named_parameters())
+    trained: Mapping[str, Tensor] = load_file(weights)
 
-    def rows(names: list[str], of: dict[str, Tensor]) -> np.ndarray:
+    def rows(names: list[str], of: Mapping[str, Tensor]) -> np.ndarray:
         """(blocks, entries), float64."""
         factor = [factors.get(name.rpartition(".")[0], 1.0) for name in names]
         return np.array([f * of[name].detach().double().numpy().ravel() for f, name in zip(factor, names, strict=True)])
