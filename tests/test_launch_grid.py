@@ -8,7 +8,7 @@ import pytest
 from depthmup.launch.findings.convergence import Law
 from depthmup.launch.findings.grid import GridRate, fit_grid, points_of, to_infinite_width
 
-WIDTHS, DEPTHS = (32, 64, 128, 256), (3, 4, 6, 12, 24)
+WIDTHS, DEPTHS = (32, 64, 128, 256, 512), (3, 4, 6, 8, 12, 24)
 OVER_WIDTH, SCATTER, OVER_DEPTH = Law("width", "mean", 1.0), Law("width", "scatter", 0.5), Law("depth", "mean", 1.0)
 
 
@@ -21,13 +21,13 @@ def planted(
     seed: int = 0,
     seeds: int = 48,
 ) -> tuple[dict[tuple[int, int], np.ndarray], dict[float, np.ndarray]]:
-    """(values, limits) of networks whose means are off by 10 width^-p (1 + c / width) and 0.6 depth^-q, and which
+    """(values, limits) of networks whose means are off by 10 width^-p (1 + c / width) and 2 depth^-q, and which
     scatter by 2 width^-r."""
     rng = np.random.default_rng(seed)
     limit, along_width, along_depth = (rng.standard_normal(30) for _ in range(3))
 
     def infinite_width(depth: float) -> np.ndarray:
-        return limit + 0.6 * along_depth * (0.0 if math.isinf(depth) else depth**-depth_exponent)
+        return limit + 2 * along_depth * (0.0 if math.isinf(depth) else depth**-depth_exponent)
 
     def networks(width: int, depth: int) -> np.ndarray:
         bias = 10 * width**-width_exponent * math.exp(next_order / width)
@@ -62,9 +62,9 @@ def test_intervals_hold_the_planted_exponent_as_often_as_they_say(law: Law, name
     [(OVER_WIDTH, "width_exponent", 0.5), (SCATTER, "scatter_exponent", 0.25), (OVER_DEPTH, "depth_exponent", 0.5)],
 )
 def test_another_exponent_is_found_and_is_not_the_theorys(law: Law, name: str, exponent: float) -> None:
-    found = rate(law, **{name: exponent})
-    assert holds(found, exponent)
-    assert not holds(found, law.exponent)
+    found = [rate(law, seed=seed, **{name: exponent}) for seed in range(5)]
+    assert sum(holds(each, exponent) for each in found) >= 3
+    assert not any(holds(each, law.exponent) for each in found)
 
 
 def test_the_next_order_is_told_from_the_exponent() -> None:
@@ -80,7 +80,7 @@ def test_the_error_of_the_limit_widens_the_interval() -> None:
         low, high = rate(OVER_DEPTH, limit_noise=noise).interval or (0.0, 0.0)
         return high - low
 
-    assert width(0.02) > 1.2 * width(0.0) > 0
+    assert width(0.02) > 1.1 * width(0.0) > 0
 
 
 def test_what_is_lost_in_the_noise_is_said() -> None:

@@ -39,7 +39,7 @@ def test_plan_says_what_is_predicted_and_nothing_where_nothing_is(study_file: Pa
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["model.norm=batch"], "does not cover model.norm batch; it is for a conv_resnet with norm none"),
+        (["model.norm=batch"], "does not cover model.norm batch; it is for a conv_resnet of ReLU with norm none"),
         (["model.convs_per_branch=2"], "does not cover model.convs_per_branch 2"),
         (["optimizer.name=adamw"], "does not cover optimizer.name adamw"),
         (["optimizer.nesterov=true"], "does not cover optimizer.nesterov"),
@@ -91,8 +91,9 @@ def test_the_command_shows_networks_nearing_the_limit(study_file: Path, monkeypa
     assert {rate["task"] for rate in rates} == {"Gaussian inputs", "images"}
 
     def scatter(name: str) -> list[float]:
+        """At every size, from the smallest on, where it is resolved."""
         return next(
-            rate["distance"]
+            [distance for distance in rate["distance"] if distance is not None]
             for rate in rates
             if (rate["parameterization"], rate["quantity"], rate["measure"]) == (name, "outputs", "scatter")
         )
@@ -102,4 +103,4 @@ def test_the_command_shows_networks_nearing_the_limit(study_file: Path, monkeypa
         assert f"depth_mup, {task}: " in said
         assert f"sp, {task}: has no limit: outputs scatter by" in said
     assert scatter("depth_mup")[-1] < 0.8 * scatter("depth_mup")[0]
-    assert scatter("sp")[-1] > scatter("depth_mup")[-1]
+    assert max(scatter("sp")) > scatter("depth_mup")[-1]

@@ -7,7 +7,7 @@ Xu (arXiv 2105.12245) tell regimes of deep residual networks by how these grow:
     max norm              max_k |A_k|
     increments            max_k |A_k+1 - A_k| / max_k |A_k|: theirs is L^b max_k |A_k+1 - A_k|, b the norm's exponent
     root sum of squares   (sum_k |A_k|^2)^(1/2)
-    quadratic variation   sum_k |A_k+1 - A_k|^2
+    quadratic variation   sum_k |A_k+1 - A_k|^2, times L over the number of increments
 
 Increments that vanish: weights are smooth in k / L, and layers become an ODE. If they do not, and the quadratic
 variation stays finite: layers become an SDE, as with independent weights and branches 1 / sqrt(L) (2206.06929). Else
@@ -25,6 +25,7 @@ from depthmup.launch.findings.curve_model import CONFIDENCE
 MEASURES = ("max norm", "increments", "root sum of squares", "quadratic variation")
 MIN_DEPTHS = 3
 WIDE = 0.5  # half width of an interval that says nothing of whether an exponent is 0
+SMALL = 0.1  # an exponent that counts as 0: logarithms and the first few blocks make as much
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,12 @@ class Slope:
 
 
 def measures_of(stages: Sequence[np.ndarray]) -> dict[str, float]:
-    """Of the weights (blocks, entries) of every stage. Without two blocks in one stage nothing has increments: NaN."""
+    """Of the weights (blocks, entries) of every stage. Without two blocks in one stage there are no increments: NaN."""
     norms = np.concatenate([np.linalg.norm(stage, axis=1) for stage in stages])
     steps = np.concatenate([np.linalg.norm(np.diff(stage, axis=0), axis=1) for stage in stages])
-    largest = float(steps.max()) if len(steps) else np.nan
-    found = (norms.max(), largest / norms.max(), np.linalg.norm(norms), (steps**2).sum() if len(steps) else np.nan)
+    largest, variation = (steps.max(), len(norms) * (steps**2).mean()) if len(steps) else (np.nan, np.nan)
+    relative = largest / norms.max() if norms.max() > 0 else np.nan
+    found = (norms.max(), relative, np.linalg.norm(norms), variation)
     return dict(zip(MEASURES, map(float, found), strict=True))
 
 
@@ -78,10 +80,10 @@ def regime(slopes: Mapping[str, Slope | None]) -> str:
     increments, variation = slopes["increments"], slopes["quadratic variation"]
     if increments is None or variation is None:
         return "not resolved: too few depths"
-    if increments.high < 0:
+    if increments.high < -SMALL:
         return "smooth: increments vanish (ODE)"
     if (variation.high - variation.low) / 2 > WIDE:
         return "not resolved: the intervals are wide"
-    if variation.holds(0):
+    if variation.low < SMALL and variation.high > -SMALL:
         return "noise of finite quadratic variation (SDE)"
     return f"neither: the quadratic variation {'grows' if variation.low > 0 else 'vanishes'}"

@@ -18,6 +18,7 @@ from scipy.special import ndtri
 from depthmup.launch.findings.convergence import MIN_SEEDS, Law, squared_distance, student_half_width
 from depthmup.launch.findings.curve_model import CONFIDENCE
 
+EXTRAPOLATED = 2  # orders of 1 / width: a first order alone leaves an error that does not fall with depth
 CLEAR = 2.0  # standard errors by which a squared distance has to exceed 0
 
 
@@ -57,10 +58,10 @@ class GridRate:
 def to_infinite_width(values: Mapping[int, np.ndarray]) -> np.ndarray:
     """What networks of one depth would be at infinite width, by seed: width -> (seeds, entries) to (seeds, entries).
 
-    A line in 1 / width, of least squares with weights that are the widths, as variances fall with these.
+    A parabola in 1 / width, of least squares with weights that are the widths, as variances fall with these.
     """
     widths = np.array(sorted(values), dtype=float)
-    design = np.stack([np.ones_like(widths), 1 / widths])
+    design = widths ** -np.arange(EXTRAPOLATED + 1)[:, None]
     intercept = np.linalg.solve(design * widths @ design.T, design * widths)[0]  # (widths,): sums to 1
     found: np.ndarray = np.tensordot(intercept, np.stack([values[int(width)] for width in widths]), axes=1)
     return found
@@ -80,7 +81,7 @@ def points_of(
     by_depth: dict[int, dict[int, np.ndarray]] = {}
     for (width, depth), found in sorted(values.items()):
         by_depth.setdefault(depth, {})[width] = found
-    several = {depth: of for depth, of in by_depth.items() if len(of) > 1}
+    several = {depth: of for depth, of in by_depth.items() if len(of) > EXTRAPOLATED}
     return [Point(math.inf, depth, to_infinite_width(of), limits[math.inf]) for depth, of in sorted(several.items())]
 
 

@@ -74,8 +74,9 @@ def run_measures(run: PlannedRun) -> dict[tuple[str, str], dict[str, float]]:
     if not weights.exists():
         raise UserError(f"{run.directory.path}: no {weights.name} there: delete the folder to train it again")
     scaled = build(run.config.model, run.config.parameterization, run.config.seed)
-    factors, trained = branch_factors(scaled), load_file(weights)
-    start = dict(scaled.network.named_parameters())
+    factors = branch_factors(scaled)
+    start: Mapping[str, Tensor] = dict(scaled.network.named_parameters())
+    trained: Mapping[str, Tensor] = load_file(weights)
 
     def rows(names: list[str], of: Mapping[str, Tensor]) -> np.ndarray:
         """(blocks, entries), float64."""

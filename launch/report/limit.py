@@ -167,8 +167,8 @@ def kernel_rows(file: StudyFile) -> list[dict[str, str]]:
 
 
 def distance_rows(found: list[Found]) -> list[dict[str, str]]:
-    """Of the outputs: a row for every parameterization, measure and depth, a column for every width; of means, the
-    last column is that of networks extrapolated to infinite width, to the limit of both."""
+    """Of the outputs: a row for every parameterization, measure and depth, a column for every width ("-" where networks
+    diverge); of means, the last column is that of networks extrapolated to infinite width, to the limit of both."""
     shown = {
         (each.grid.parameterization, each.rate.law.measure, size[0], size[1]): "noise" if math.isnan(d) else f"{d:.2g}"
         for each in found
@@ -181,7 +181,7 @@ def distance_rows(found: list[Found]) -> list[dict[str, str]]:
             "rules": name,
             "of": measure,
             "depth": str(depth),
-            **{str(width): shown.get((name, measure, depth, width), "diverges") for width in WIDTHS},
+            **{str(width): shown.get((name, measure, depth, width), "-") for width in WIDTHS},
             "inf": shown.get((name, measure, math.inf, depth), ""),
         }
         for (name, measure), depth in product(names, DEPTHS)
@@ -284,7 +284,7 @@ def limit_command(study: Study, lr: float | None, console: Console) -> list[Path
     for task in (gaussian_task(file.model.base_width), image_task(file)):
         own, limits[task.name] = run_task(file, limited, task, lr, console)
         found += own
-        say(console, f"\n{task.name}: distances of outputs to the limit at each width, relative")
+        say(console, f"\n{task.name}: distances of outputs to the limit, by width, relative (-: diverges)")
         print_table(distance_rows(own), ("rules", "of"), console)
         say(console, f"\n{task.name}: fitted exponents, with the next order")
         print_table([each.row for each in own], ("rules", "of", "axis"), console)

@@ -70,8 +70,8 @@ def gaussian_task(inputs: int) -> Task:
 
 
 def image_task(file: StudyFile) -> Task:
-    """The first SAMPLES different images of the study's held-out split, without those that are 0 everywhere, which have
-    no direction; one half of the classes against the other. Raises UserError where there are too few."""
+    """The first SAMPLES different images of the study's held-out split; one half of the classes against the other. An
+    image that is 0 everywhere has no direction and does not count. Raises UserError where there are too few."""
     data, split = file.data, "minival" if file.data.minival else "val"
     batches = evaluation_batches(data, open_data(file), split, 4 * SAMPLES, PIXELS, file.model.in_channels)
     images, labels = to_float(next(iter(batches)), data, "cpu")
