@@ -192,6 +192,18 @@ def test_an_optimum_whose_neighbours_fail_is_known_to_a_grid_step_however_well_t
     assert (found.x, found.interval, found.censored) == (-4.0, (-5.0, -3.0), None)
 
 
+def test_a_value_that_trains_beyond_those_of_the_fit_bounds_the_optimum() -> None:
+    """Eighth octaves about the best, where seeds differ by a fifth, and values that are far worse: the optimum does not
+    lie beyond these, however little the fit knows."""
+    fine = tuple(-4.0 + step / 8 for step in range(-3, 4))
+    grid = (-9.0, -7.0, *fine, -1.0)
+    for number in range(10):
+        loss = valley(-4.0, noise=0.2, number=number, curvature=0.3, lowest=0.08)
+        found = compare(runs(BASE, loss, grid=grid))[0].curve.optimum
+        assert found.interval
+        assert -9.0 <= found.interval[0] <= -4.0 <= found.interval[1] <= -1.0
+
+
 def test_octaves_of_momentum_are_those_of_one_minus_it() -> None:
     values = 1 - 2.0 ** np.arange(-7.0, 0.0)
     found = [

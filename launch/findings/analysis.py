@@ -232,10 +232,10 @@ def find_optimum(x: np.ndarray, usable: np.ndarray, learns: bool, posterior: Pos
     optima, (low, high) = posterior.optima, quantiles(posterior.optima)
     trained = x[finite]
     beyond = (1 - CONFIDENCE) / 2  # share of draws whose lowest point is the last value that was fitted, and trained
-    if posterior.grid[0] in trained and (optima <= posterior.grid[0]).mean() > beyond:
-        low = -math.inf
+    if posterior.grid[0] in trained and (optima <= posterior.grid[0]).mean() > beyond:  # up to the next one that trains
+        low = float(max(trained[trained < posterior.grid[0]], default=-math.inf))
     if posterior.grid[-1] in trained and (optima >= posterior.grid[-1]).mean() > beyond:
-        high = math.inf
+        high = float(min(trained[trained > posterior.grid[-1]], default=math.inf))
     return Optimum(float(np.median(optima)), float(mean[best]), side, (low, high))
 
 

@@ -160,7 +160,7 @@ def judge(base: Curve, comparisons: Sequence[Comparison], limits: Limits) -> Jud
     if base.optimum.x is None:
         return Judgement(name, "inconclusive", f"the base: {without_optimum(base)}")
     if not comparisons:
-        return Judgement(name, "inconclusive", "the study has one size only")
+        return Judgement(name, "inconclusive", "no other size than the base has runs")
     if len(base.values) == 1:
         return Judgement(name, "inconclusive", "the study has one value only")
     findings = [(comparison, judge_size(comparison, limits)) for comparison in comparisons]
