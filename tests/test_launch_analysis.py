@@ -75,7 +75,7 @@ def test_runs_that_learned_nothing_and_runs_that_diverged_fail_alike() -> None:
     assert np.isfinite(dead.metric).all()  # what was measured stays to be shown
 
 
-def test_a_run_whose_units_died_is_left_out_and_does_not_move_the_optimum() -> None:
+def test_a_run_whose_units_died_fails_its_value_and_does_not_move_the_optimum() -> None:
     """At 2^-3 three seeds ended at 0.104, 1.846 and 0.061; the others are best at 2^-4."""
     broken = {-3.0: (0.104, 1.846, 0.061)}
     good = valley(-4.0, noise=0.1, curvature=0.3, lowest=0.08)
@@ -83,10 +83,18 @@ def test_a_run_whose_units_died_is_left_out_and_does_not_move_the_optimum() -> N
     at = found.at(-3.0)
     assert list(found.failed[:, at]) == [False, True, False]
     assert found.failed.sum() == 1
+    assert np.isinf(found.mean[at])
+    assert found.optimum.x == pytest.approx(-4.0, abs=0.8)
+    assert found.optimum.metric == found.mean[found.at(-4.0)]
+
+
+def test_a_single_dead_run_between_values_that_train_is_left_out() -> None:
+    found = curve(lambda x, seed: GUESS if (x, seed) == (-4.0, 1) else valley(-4.2)(x, seed))
+    at = found.at(-4.0)
     assert not found.fails[at]
     assert found.failures(at) == Failures(1, 3)
-    assert found.mean[at] == pytest.approx(math.sqrt(0.104 * 0.061), rel=0.3)  # of those that live
-    assert found.optimum.x == pytest.approx(-4.0, abs=0.8)
+    assert found.mean[at] == pytest.approx(0.3, rel=0.03)  # of those that live
+    assert found.optimum.x == pytest.approx(-4.2, abs=0.2)
 
 
 def test_a_failed_run_fails_its_value_beside_values_that_fail_or_where_too_many_do() -> None:
@@ -190,6 +198,18 @@ def test_an_optimum_whose_neighbours_fail_is_known_to_a_grid_step_however_well_t
     narrow = valley(-4.0, noise=1e-6)
     found = curve(lambda x, seed: narrow(x, seed) if x in (-5.0, -4.0) else math.inf).optimum
     assert (found.x, found.interval, found.censored) == (-4.0, (-5.0, -3.0), None)
+
+
+def test_a_value_that_trains_beyond_those_of_the_fit_bounds_the_optimum() -> None:
+    """Eighth octaves about the best, where seeds differ by a fifth, and values that are far worse: the optimum does not
+    lie beyond these, however little the fit knows."""
+    fine = tuple(-4.0 + step / 8 for step in range(-3, 4))
+    grid = (-9.0, -7.0, *fine, -1.0)
+    for number in range(10):
+        loss = valley(-4.0, noise=0.2, number=number, curvature=0.3, lowest=0.08)
+        found = compare(runs(BASE, loss, grid=grid))[0].curve.optimum
+        assert found.interval
+        assert -9.0 <= found.interval[0] <= -4.0 <= found.interval[1] <= -1.0
 
 
 def test_octaves_of_momentum_are_those_of_one_minus_it() -> None:

@@ -18,6 +18,7 @@ from depthmup.launch.report.record import as_record, read_record
 from depthmup.launch.report.results import results
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.study import Study
+from depthmup.launch.transfer import grow
 
 Loss = Callable[[PlannedRun], float]
 
@@ -202,4 +203,18 @@ def test_a_published_record_gives_the_same_report_again_without_its_runs(study_f
         )
         run.directory.write_done(done | {"seconds": 1.0})
     record = as_record(collect(study))
+    assert as_record(collect(restore(record, path, tmp_path / "again"))) == record
+
+
+def test_the_rounds_of_an_adaptive_study_can_be_made_anew_from_its_record(study_file: Path, tmp_path: Path) -> None:
+    """Two parameterizations, which share the base's runs."""
+    path = make_study(study_file, STEADY, "rounds", design="adaptive", parameterizations=["sp", "depth_mup"])
+    study = Study(path, read_study(path))
+    while grow(study)[0]:
+        study.write()
+        for run in study.pending():
+            run.directory.write_done({"outcome": "completed", "minival_loss": STEADY(run), "seconds": 1.0})
+    record = as_record(collect(study))
+    assert len(record["rounds"]) > 2
+    assert {point["round"] for point in record["points"]} == {each["round"] for each in record["rounds"]}
     assert as_record(collect(restore(record, path, tmp_path / "again"))) == record

@@ -104,10 +104,14 @@ class Curve:
         """Of the runs at one value."""
         return Failures(int(self.failed[:, index].sum()), int((~np.isnan(self.metric[:, index])).sum()))
 
-    def fails_alone(self, index: int) -> bool:
-        """Whether a value has one run, which failed, between values that train: bad luck, or a bad value."""
-        beside = self.mean[max(index - 1, 0) : index + 2 : 2]
-        return self.failures(index) == Failures(1, 1) and len(beside) == 2 and bool(np.isfinite(beside).all())
+    def surely_fails(self, index: int) -> bool:
+        """Whether a value that fails does so by more than bad luck: all of several runs fail, or many do, there or at a
+        neighbour; or its only run, unless those to both sides train."""
+        own = self.failures(index)
+        beside = [each for each in (index - 1, index + 1) if 0 <= each < len(self.x)]
+        if own.runs == 1:
+            return len(beside) < 2 or not np.isfinite(self.mean[beside]).all()
+        return own.are_many or any(self.failures(each).are_many for each in beside)
 
     @property
     def num_seeds(self) -> int:
@@ -157,39 +161,51 @@ def seed_noise(logs: np.ndarray) -> float:
     return max(float(np.median(found)), LEAST_SEED_NOISE) if len(found) else ASSUMED_NOISE
 
 
-def failed_runs(metric: np.ndarray, chance: float) -> np.ndarray:
-    """Which runs count as failed: those that diverged; those that end at the loss of a guess; and those that end with
-    less than half of the progress from there, in log loss, of another seed at the same value, and by more than the
-    curve's noise, as where units die. (seeds, values)
+def dead_runs(metric: np.ndarray, chance: float) -> np.ndarray:
+    """Which runs diverged, or end at the loss of a guess. (seeds, values)
 
-    Averaged with the others, one of them would move the optimum. The losses of networks that learn nothing scatter
-    less than any others, so that the smallest deviation between seeds is the measure of "at the loss of a guess".
+    The losses of networks that learn nothing scatter less than any others, so that the smallest deviation between seeds
+    is the measure of "at the loss of a guess".
     """
     diverged = np.isinf(metric)
     if not math.isfinite(chance):
         return diverged
-    logs, guess = np.log(np.where(diverged, math.nan, metric)), math.log(chance)
+    logs = np.log(np.where(diverged, math.nan, metric))
     noise = float(np.clip(min(deviations(logs), default=LEAST_SEED_NOISE), LEAST_SEED_NOISE, MOST_GUESS_NOISE))
-    nothing = logs > guess - ERRORS * noise
+    return diverged | (logs > math.log(chance) - ERRORS * noise)
+
+
+def lost_runs(metric: np.ndarray, chance: float) -> np.ndarray:
+    """Which runs end with less than half of the progress from the loss of a guess, in log loss, of another seed at the
+    same value, and by more than the curve's noise, as where units die. (seeds, values)"""
+    if not math.isfinite(chance):
+        return np.zeros(metric.shape, dtype=bool)
+    logs = np.log(np.where(np.isinf(metric), math.nan, metric))
     best = np.min(np.where(np.isnan(logs), math.inf, logs), axis=0)
-    lost = logs - best > np.maximum(LOST * (guess - best), 2 * ERRORS * seed_noise(logs))
-    return diverged | nothing | lost
+    return logs - best > np.maximum(LOST * (math.log(chance) - best), 2 * ERRORS * seed_noise(logs))
 
 
-def failing_values(metric: np.ndarray, failed: np.ndarray) -> np.ndarray:
+def failed_runs(metric: np.ndarray, chance: float) -> np.ndarray:
+    """Which runs count as failed: dead and lost ones. Averaged with the others, one of them would move the optimum.
+    (seeds, values)"""
+    return dead_runs(metric, chance) | lost_runs(metric, chance)
+
+
+def failing_values(metric: np.ndarray, dead: np.ndarray, lost: np.ndarray) -> np.ndarray:
     """Which values fail: those at which no run trains or surely more than TOLERATED fail; and, unless most are known to
-    train, those at which a run fails beside these, or at which half of them do on the edge of the grid: there an edge
-    of stability may begin. Elsewhere a failed run is a single one: values to both sides train, and it says nothing of
-    the loss of those that train. Both arguments: (seeds, values). (values,)
+    train, those with a lost run, and those at which a run fails beside a value that fails or on the edge of the grid:
+    there an edge of stability may begin, and the runs that train are the lucky ones. Elsewhere a dead run is a single
+    one, which says nothing of the loss of those that train. Arguments: (seeds, values). (values,)
     """
-    counts = [Failures(int(bad), int(ran)) for bad, ran in zip(failed.sum(0), (~np.isnan(metric)).sum(0), strict=True)]
+    failed, ran = (dead | lost).sum(axis=0), (~np.isnan(metric)).sum(axis=0)
+    counts = [Failures(int(bad), int(runs)) for bad, runs in zip(failed, ran, strict=True)]
     fails = np.array([each.are_many or each.failed == each.runs for each in counts])
-    for end in (0, -1):
-        fails[end] |= 2 * counts[end].failed >= counts[end].runs
-    for order in (range(1, len(counts)), range(len(counts) - 2, -1, -1)):
-        step = -1 if order.step == 1 else 1
+    open_ones = np.array([each.leave_open for each in counts])
+    fails |= lost.any(axis=0) & open_ones
+    fails[[0, -1]] |= open_ones[[0, -1]]
+    for step, order in ((-1, range(1, len(counts))), (1, range(len(counts) - 2, -1, -1))):
         for index in order:
-            fails[index] |= counts[index].leave_open and fails[index + step]
+            fails[index] |= open_ones[index] and fails[index + step]
     return fails
 
 
@@ -232,10 +248,10 @@ def find_optimum(x: np.ndarray, usable: np.ndarray, learns: bool, posterior: Pos
     optima, (low, high) = posterior.optima, quantiles(posterior.optima)
     trained = x[finite]
     beyond = (1 - CONFIDENCE) / 2  # share of draws whose lowest point is the last value that was fitted, and trained
-    if posterior.grid[0] in trained and (optima <= posterior.grid[0]).mean() > beyond:
-        low = -math.inf
+    if posterior.grid[0] in trained and (optima <= posterior.grid[0]).mean() > beyond:  # up to the next one that trains
+        low = float(max(trained[trained < posterior.grid[0]], default=-math.inf))
     if posterior.grid[-1] in trained and (optima >= posterior.grid[-1]).mean() > beyond:
-        high = math.inf
+        high = float(min(trained[trained > posterior.grid[-1]], default=math.inf))
     return Optimum(float(np.median(optima)), float(mean[best]), side, (low, high))
 
 
@@ -252,8 +268,9 @@ def make_curves(results: Sequence[Result], octaves: Callable[[float], float], ch
         values = np.array(sorted({value for _, value in metrics}, key=octaves))
         x = np.array([octaves(value) for value in values])
         metric = np.array([[metrics.get((seed, value), math.nan) for value in values] for seed in seeds])
-        failed = failed_runs(metric, chance)
-        fails = failing_values(metric, failed)
+        dead = dead_runs(metric, chance)
+        lost = lost_runs(metric, chance) & ~dead
+        failed, fails = dead | lost, failing_values(metric, dead, lost)
         usable = usable_runs(metric, failed, fails)
         made.append((name, values, x, tuple(seeds), metric, failed, fails, usable, beats_chance(usable, chance)))
     distinct = {

@@ -26,7 +26,8 @@ DRAWS = 2000  # of every curve; among them a bound's place is known to one per c
 STEPS_PER_OCTAVE = 8  # of the grid on which curves are drawn; between its points the lowest is found by a parabola
 REACH_OCTAVES = 3.0  # a value is left out further than this from the best, or above REACH_LOSS, unless it is ...
 REACH_LOSS = 0.25  # (log of its loss over the lowest)
-MIN_REACH = 2  # ... one of so many to either side
+MIN_REACH = 2  # ... one of so many to either side, ...
+LEAST_REACH_OCTAVES = 1.0  # ... no further than this, as on a fine lattice, ...
 AS_GOOD = 0.02  # ... or on a plateau: log of its loss over the lowest
 
 MEAN_SKEW = np.linspace(-1.2, 1.2, 13)  # m: change of the curvature within an octave, in curvatures
@@ -267,7 +268,8 @@ def fitted_values(x: np.ndarray, mean: np.ndarray) -> np.ndarray:
         while 0 <= index < len(x) and np.isfinite(mean[index]):
             excess = mean[index] - mean[best]
             near = excess <= (REACH_LOSS if abs(x[index] - x[best]) <= REACH_OCTAVES else AS_GOOD)
-            if not near and abs(index - best) > MIN_REACH:
+            beside = abs(index - best) <= MIN_REACH or abs(x[index] - x[best]) <= LEAST_REACH_OCTAVES
+            if not near and not beside:
                 break
             kept.append(index)
             index += step

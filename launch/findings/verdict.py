@@ -114,10 +114,7 @@ def judge_regret(comparison: Comparison, limits: Limits) -> Finding:
     if curve.optimum.x is None:
         return Finding("does not transfer", without_optimum(curve))
     if math.isinf(comparison.at_base_optimum):
-        if curve.fails_alone(curve.at(comparison.carried or 0.0)):
-            alone = f"the only run at the base's optimum at {size} fails, and runs to both sides of it train"
-            return Finding("inconclusive", alone, seeds_help=True, runs_fail=True)
-        if failures.failed < failures.runs and not failures.are_many:
+        if not curve.surely_fails(curve.at(comparison.carried or 0.0)):
             return leave_open(comparison)
         counted = f"{failures.failed} of {failures.runs} runs fail at the base's optimum at {size}"
         return Finding("does not transfer", counted)
@@ -160,7 +157,7 @@ def judge(base: Curve, comparisons: Sequence[Comparison], limits: Limits) -> Jud
     if base.optimum.x is None:
         return Judgement(name, "inconclusive", f"the base: {without_optimum(base)}")
     if not comparisons:
-        return Judgement(name, "inconclusive", "the study has one size only")
+        return Judgement(name, "inconclusive", "no other size than the base has runs")
     if len(base.values) == 1:
         return Judgement(name, "inconclusive", "the study has one value only")
     findings = [(comparison, judge_size(comparison, limits)) for comparison in comparisons]
@@ -225,13 +222,11 @@ def seeds_wanted(analysis: Analysis) -> dict[tuple[str, Size], list[float]]:
     The value that is carried is fixed, so that only the sizes in doubt need runs. Curves on the edge of their grid are
     left out: these need values first.
     """
-    unsure = {(judgement.parameterization, size) for judgement in analysis.judgements for size in judgement.unsure}
-    wanted = {}
-    for comparison in analysis.comparisons:
-        curve = comparison.curve
-        if (curve.parameterization, curve.size) in unsure and not curve.optimum.censored:
-            values = set(curve.near_optimum())
-            if comparison.failures.failed:  # whether it was bad luck, the value itself must tell
-                values.add(float(curve.values[curve.at(comparison.carried or 0.0)]))
-            wanted[curve.parameterization, curve.size] = [float(v) for v in curve.values if float(v) in values]
-    return wanted
+    return {
+        (curve.parameterization, curve.size): curve.near_optimum()
+        for judgement in analysis.judgements
+        for curve in analysis.curves
+        if curve.parameterization == judgement.parameterization
+        and curve.size in judgement.unsure
+        and not curve.optimum.censored
+    }

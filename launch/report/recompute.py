@@ -16,6 +16,7 @@ from depthmup.launch.reading import read_study
 from depthmup.launch.report.collect import collect
 from depthmup.launch.report.page import publish, write_report
 from depthmup.launch.report.record import page_record, read_record
+from depthmup.launch.runs.rounds import AddedRound, AddedRun, write_added_rounds
 from depthmup.launch.runs.study import Study
 
 CONFIGS = Path("configs/paper")
@@ -41,12 +42,26 @@ def added(study: Study, points: list[dict[str, Any]]) -> tuple[list[dict[str, An
     )
 
 
+def rounds(study: Study, record: dict[str, Any]) -> list[AddedRound]:
+    """Of an adaptive design, from the round that each point names."""
+    found = [AddedRound(reason=each["reason"], runs=[]) for each in record["rounds"]]
+    for point in record["points"]:
+        axes = Size.of(point).axes
+        run = AddedRun(**axes, **{key: point[key] for key in ("parameterization", "value", "seed")})
+        if study.owners[run.parameterization, study.file.complete(run.size)] == run.parameterization:
+            found[point["round"] - 1].runs.append(run)
+    return found
+
+
 def restore(record: dict[str, Any], config: Path, folder: Path) -> Study:
     """A study in `folder` whose runs are marked done with the record's metrics."""
     study = Study(config, read_study(config, (f"study.directory={folder}",)))
     study.file.directory.mkdir(parents=True)
-    for name, entries in zip(("values", "seeds"), added(study, record["points"]), strict=True):
-        (study.file.directory / f"added_{name}.json").write_text(json.dumps([entries]))
+    if study.file.study.adaptive:
+        write_added_rounds(study.file.directory / "rounds.json", rounds(study, record))
+    else:
+        for name, entries in zip(("values", "seeds"), added(study, record["points"]), strict=True):
+            (study.file.directory / f"added_{name}.json").write_text(json.dumps([entries]))
     metrics = {(p["parameterization"], Size.of(p), p["value"], p["seed"]): p["metric"] for p in record["points"]}
     seconds = record["cost"]["hours"] * 3600 / record["num_runs"]  # a record has their sum only
     for run in study.points:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from depthmup.launch.config import Size
 from depthmup.launch.findings.analysis import Result
 from depthmup.launch.findings.convergence import Rate
 from depthmup.launch.findings.forecast import Forecast, calibration
@@ -15,6 +16,8 @@ from depthmup.launch.findings.theory import expected_drifts, predicted_drifts
 from depthmup.launch.report.collect import Report, analyse_results, target_line
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.pool import origins
+from depthmup.launch.runs.rounds import AddedRun
+from depthmup.launch.runs.study import Study
 from depthmup.launch.wording import show_number
 from depthmup.models.config import scale_of
 from depthmup.models.parameterization import Role
@@ -82,25 +85,57 @@ def size_records(report: Report) -> list[dict[str, Any]]:
     ]
 
 
+Run = tuple[str, Size, float, int]  # whose it is, size, value, seed
+
+
+def owned_run(study: Study, point: Result) -> Run:
+    return study.owners[point.parameterization, point.size], point.size, point.value, point.seed
+
+
+def asked_runs(study: Study) -> list[set[Run]]:
+    """Per round of an adaptive design, its runs, those of several parameterizations once; [] for a grid."""
+    if not study.file.study.adaptive:
+        return []
+
+    def owned(run: AddedRun) -> Run:
+        size = study.file.complete(run.size)
+        return study.owners[run.parameterization, size], size, run.value, run.seed
+
+    return [set(map(owned, each.runs)) for each in study.rounds()]
+
+
+def point_records(report: Report) -> list[dict[str, Any]]:
+    """Every finished point, and of an adaptive design the first round that asked for it."""
+    study = report.study
+    rounds = {run: number for number, asked in reversed([*enumerate(asked_runs(study), start=1)]) for run in asked}
+    return [
+        {
+            "parameterization": each.parameterization,
+            **each.size.axes,
+            "value": each.value,
+            "seed": each.seed,
+            "metric": plain(each.metric),
+        }
+        | ({"round": rounds[owned_run(study, each)]} if rounds else {})
+        for each in report.results
+    ]
+
+
 def round_records(report: Report) -> list[dict[str, Any]]:
     """Of an adaptive design: what each round asked for and why, how many of its runs are done, their FLOPs, and the
     verdicts on all runs up to it. Empty for a grid."""
     study = report.study
     if not study.file.study.adaptive:
         return []
-    owned = [
-        ((study.owners[each.parameterization, each.size], each.size, each.value, each.seed), each)
-        for each in report.results
-    ]
+    owned = [(owned_run(study, each), each) for each in report.results]
     found, known = [], list[Result]()
-    for number, added in enumerate(study.rounds(), start=1):
-        asked = {(run.parameterization, study.file.complete(run.size), run.value, run.seed) for run in added.runs}
+    for number, (added, asked) in enumerate(zip(study.rounds(), asked_runs(study), strict=True), start=1):
         known += [each for run, each in owned if run in asked]
         finished = {run for run, _ in owned} & asked  # points of several parameterizations may share one
         found.append(
             {
                 "round": number,
-                "runs": len(added.runs),
+                "runs": len(asked),
                 "finished": len(finished),
                 "reason": added.reason,
                 "flops": sum(report.flops[size] for _, size, _, _ in finished),
@@ -205,16 +240,7 @@ def as_record(report: Report) -> dict[str, Any]:
             }
             for d in report.direct
         ],
-        "points": [
-            {
-                "parameterization": r.parameterization,
-                **r.size.axes,
-                "value": r.value,
-                "seed": r.seed,
-                "metric": plain(r.metric),
-            }
-            for r in report.results
-        ],
+        "points": point_records(report),
         "unfinished": report.unfinished,
     }
 

@@ -31,8 +31,9 @@ Every study stays in, whatever its verdict. Widths and depths are written width 
 (log2); losses are means over seeds of the study's metric; regrets are shares of a size's lowest loss. Intervals are
 90 %, from one model of all curves of a study ([verdict.md](verdict.md)). Nothing is learned at a size whose best loss
 is within noise of that of a guess. Parameterizations that make the same of a size (at the base all do) share its runs,
-and the seeds that were added there. Seeds are added while a verdict is open (`study.more_seeds`), which flatters one
-that is then settled just so: the verdict at the planned seeds stands beside it.
+and the seeds that were added there. To a grid, seeds are added while a verdict is open (`study.more_seeds`), which
+flatters one that is then settled just so: the verdict at the planned seeds stands beside it. An adaptive design runs
+in rounds until its verdicts are settled or its budget is spent; its error rates are known with its rounds.
 
 **To make a figure anew**: CIFAR-10 as an archive of class folders, `cifar10/{train,test}/CLASS/*.jpg` (here JPEGs of
 quality 90, 4:4:4), is packed once. Then the command at the head of a study's section trains it, and writes its figures
@@ -93,8 +94,16 @@ def settings(record: dict[str, Any]) -> list[str]:
         f"{100 * record['minival']:g} % of the training set held out as minival, seeds {listed(seeds)}, "
         f"{question(record)}. {record['num_runs']} runs, "
         f"{record['num_diverged']} of them diverged; "
-        f"{quantity(cost['flops'])}FLOPs, {cost['hours']:.1f} hours of training processes.{unfinished}"
+        f"{quantity(cost['flops'])}FLOPs, {cost['hours']:.1f} hours of training processes.{unfinished}{rounds(record)}"
     ]
+
+
+def rounds(record: dict[str, Any]) -> str:
+    """' In 5 rounds, which ended: ...', of an adaptive design."""
+    if not record["rounds"]:
+        return ""
+    ended = f", which ended: {record['rounds_ended']}" if record["rounds_ended"] else ""
+    return f" In {len(record['rounds'])} rounds{ended}."
 
 
 def size_rows(record: dict[str, Any]) -> list[dict[str, str]]:

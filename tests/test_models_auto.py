@@ -1,0 +1,101 @@
+"""`parameterization.name: auto`: what published studies say of a kind of network, and nothing where none does."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from depthmup.data.errors import UserError
+from depthmup.launch.config import label
+from depthmup.launch.reading import read_study
+from depthmup.launch.report.record import read_record
+from depthmup.models.build import build_meta
+from depthmup.models.config import AnyModelConfig, ConvResNetConfig, ParameterizationConfig, VisionTransformerConfig
+from depthmup.models.errors import ModelError
+from depthmup.models.parameterization import AUTO, PRESETS
+from depthmup.train.config import RunConfig, identity
+from depthmup.train.reading import from_plain, to_yaml
+
+RESULTS = Path(__file__).parents[1] / "docs/results"
+AUTOMATIC = ParameterizationConfig(name="auto")
+SHAPE: dict[str, Any] = {"width": 32, "depth": 12, "base_width": 16, "base_depth": 3, "image_size": 32}
+NETWORKS: list[tuple[AnyModelConfig, str]] = [
+    (ConvResNetConfig(**SHAPE), "sgd"),
+    (ConvResNetConfig(**SHAPE, convs_per_branch=2), "sgd"),
+    (VisionTransformerConfig(**SHAPE, head_dim=16, patch_size=4), "adamw"),
+]
+
+
+def named(choice: ParameterizationConfig) -> list[str]:
+    """Its labels in the published studies, where beta has five digits."""
+    beta = float(f"{choice.beta:.5f}")
+    return [label(ParameterizationConfig(name=choice.name, beta=beta, eps_scaling=eps)) for eps in (None, "table")]
+
+
+@pytest.mark.parametrize(("model", "optimizer"), NETWORKS)
+def test_every_choice_lost_least_of_what_its_studies_compared(model: AnyModelConfig, optimizer: str) -> None:
+    """At the carried value of the deepest size, of all that have its base depth, to half a per cent."""
+    choice = AUTOMATIC.choose(model, optimizer)
+    assert (choice.beta == model.base_depth ** -PRESETS[choice.name].alpha) or choice.beta == 1.0
+    row = next(row for (_, name), row in AUTO.items() if row.preset == choice.name and name == optimizer)
+    for study in row.studies:
+        record = read_record(RESULTS / f"{study}.json")
+        assert record["base"]["depth"] == model.base_depth
+        deepest = max(size["depth"] for size in record["sizes"])
+        lost = {
+            each["parameterization"]: each["metric_at_base_optimum"]
+            for each in record["sizes"]
+            if each["depth"] == deepest and each["metric_at_base_optimum"] is not None
+        }
+        own = next(lost[each] for each in named(choice) if each in lost)
+        assert own <= 1.005 * min(lost.values())
+
+
+def test_there_is_a_network_here_for_every_choice() -> None:
+    assert len({(choice.name, choice.beta) for choice in (AUTOMATIC.choose(*each) for each in NETWORKS)}) >= 1
+    assert len(NETWORKS) == len(AUTO)
+
+
+def test_a_run_is_what_auto_meant_and_not_its_name(run_settings: dict[str, Any]) -> None:
+    automatic = from_plain(RunConfig, run_settings | {"parameterization": {"name": "auto"}}, "auto")
+    chosen = AUTOMATIC.choose(automatic.model, automatic.optimizer.name)
+    stated = from_plain(RunConfig, run_settings | {"parameterization": {**vars(chosen)}}, "stated")
+    assert chosen.name != "auto"
+    assert identity(automatic) == identity(stated)
+    assert "name: auto" not in to_yaml(automatic)
+
+
+def test_a_study_compares_what_auto_meant_and_counts_it_once(study_file: Path) -> None:
+    """A report names it so too: its parameterizations are the study's."""
+    chosen = read_study(study_file, ("study.parameterizations=[auto]",)).study.parameterizations
+    assert [each.name for each in chosen] != ["auto"]
+    twice = f"study.parameterizations=[sp, auto, {{name: {chosen[0].name}, beta: {chosen[0].beta!r}}}]"
+    assert [each.name for each in read_study(study_file, (twice,)).study.parameterizations] == ["sp", chosen[0].name]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"optimizer": {"name": "adamw", "lr": 0.01}}, "1 layer a branch under adamw"),
+        ({"model": {"norm": "batch"}}, "conv_resnet with batch norm"),
+        ({"model": {"convs_per_branch": 3}}, "3 layers a branch under sgd"),
+    ],
+)
+def test_without_a_study_of_such_networks_auto_is_refused(
+    run_settings: dict[str, Any], changes: dict[str, Any], words: str
+) -> None:
+    raw = run_settings | {"parameterization": {"name": "auto"}}
+    raw |= {name: (run_settings[name] if name == "model" else {}) | section for name, section in changes.items()}
+    with pytest.raises(UserError) as error:
+        from_plain(RunConfig, raw, "my.yaml")
+    assert "parameterization auto has no evidence for" in str(error.value)
+    assert words in str(error.value)
+    assert "name a preset" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_auto_takes_no_exponent_beside_it_and_no_place_without_an_optimizer(run_settings: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="auto chooses alpha and beta itself"):
+        from_plain(RunConfig, run_settings | {"parameterization": {"name": "auto", "alpha": 1, "beta": 0.5}}, "x")
+    with pytest.raises(ModelError, match="depends on the model and the optimizer"):
+        build_meta(NETWORKS[0][0], AUTOMATIC)
