@@ -266,13 +266,25 @@ class TuneConfig:
     the best `rerun` of them with `rerun_seeds` new seeds, which alone say which is best."""
 
     space: Annotated[dict[str, Dimension], Field(min_length=1)]
-    trials: Positive = 32
+    trials: Positive | None = None  # null: as many as `flops` pays for, and 32 without that
+    flops: Annotated[Number, Field(gt=0)] | None = None  # of all runs, the winners' too
     batch: Positive = 8  # suggestions that are trained side by side: one pack, or one array of jobs
     sampler: Literal["tpe", "random"] = "tpe"
     seeds: Annotated[Seeds, Field(min_length=1)] = (0,)
     seed: Annotated[int, Field(ge=0)] = 0  # of the sampler
     rerun: Positive = 3
     rerun_seeds: Annotated[int, Field(ge=2)] = 3
+    # shares of the steps at which a run whose loss is above the median of the suggestions before its batch is ended
+    prune: Annotated[tuple[Annotated[Number, Field(gt=0, lt=1)], ...], BeforeValidator(listed)] = ()
+
+    def __post_init__(self) -> None:
+        if self.trials and self.flops:
+            raise ValueError("trials and flops are two budgets: state one of them")
+
+    @property
+    def most_trials(self) -> int:
+        """Where the budget is one of suggestions."""
+        return self.trials or 32
 
 
 Factor = Annotated[Number, Field(gt=1)]  # all values from the file's own over it to the file's own times it

@@ -242,7 +242,7 @@ def wait(study: Study, launched: Launched, console: Console) -> None:
             snapshot = states.take(study)
             ended = ended and not snapshot.slurm_error and not snapshot.of(*states.ACTIVE)
             counts = snapshot.counts()
-            left = [found.run for found in snapshot.runs if found.state not in ("done", "diverged")]
+            left = [found.run for found in snapshot.runs if found.state not in states.ENDED]
             share = finished_share(snapshot, flops)
             at_start = share if at_start is None else at_start
             gained, elapsed = share - at_start, time.monotonic() - started
@@ -278,7 +278,7 @@ class Unfinished(UserError):
 
 def unfinished(study: Study) -> Unfinished:
     """How many runs are left over, what the first of them says, and what to type."""
-    left = [found for found in states.take(study).runs if found.state not in ("done", "diverged")]
+    left = [found for found in states.take(study).runs if found.state not in states.ENDED]
     number = f"{len(left)} of {len(study.runs)} runs"
     if asked(study.file.directory)[0] == "cancel":
         return Unfinished(f"cancelled: {number} are left. Run the same command to resume them")
@@ -306,7 +306,7 @@ def finished_share(snapshot: states.Snapshot, flops: Mapping[Size, tuple[int, in
     for found in snapshot.runs:
         last = found.run.directory.last_metrics() if found.state in states.TRAINS else None
         steps = last["step"] / found.run.config.train.num_steps if last else 0.0
-        done += flops[found.run.size][1] * (1.0 if found.state in ("done", "diverged") else steps)
+        done += flops[found.run.size][1] * (1.0 if found.state in states.ENDED else steps)
     return done / sum(flops[found.run.size][1] for found in snapshot.runs)
 
 
