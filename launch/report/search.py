@@ -3,6 +3,7 @@
 import math
 import statistics
 import textwrap
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,15 +85,19 @@ class Found:
 
 def measure_importance(search: Search) -> tuple[dict[str, float], str]:
     """(of each hyperparameter, in sum 1; why there is none, in Optuna's words, as where too little has finished)."""
+    from optuna.exceptions import ExperimentalWarning
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
     journal = search.journal.read()
     assert journal is not None  # it has winners
-    try:
-        found = get_param_importances(journal, evaluator=PedAnovaImportanceEvaluator(target_quantile=BEST_SHARE))
-    except (ValueError, RuntimeError) as error:  # of too few trials, or all of one value
-        return {}, " ".join(str(error).split())
-    return found, ""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        warnings.simplefilter("error", UserWarning)  # of too few trials it gives all the same importance
+        try:
+            evaluator = PedAnovaImportanceEvaluator(target_quantile=BEST_SHARE)
+            return get_param_importances(journal, evaluator=evaluator), ""
+        except (ValueError, RuntimeError, UserWarning) as error:
+            return {}, " ".join(str(error).split())
 
 
 def describe_dimension(

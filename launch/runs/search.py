@@ -200,29 +200,33 @@ class Search(JointStudy):
             yield
 
     def go_on(self) -> tuple[int, str]:
-        """(number of new runs, why): tells Optuna what has ended, and asks for the next batch; after the last one
-        chooses the winners. Durable: every later command sees them. To be called when no run is pending.
+        """(number of runs to train now, why): tells Optuna what has ended, and asks for the next batch; after the last
+        one chooses the winners. Durable: every later command sees them. To be called when no run is pending.
 
         What is suggested follows from the runs of earlier batches alone: where the journal lost its end, the same is
         suggested again, and its runs are found. So a batch that is not whole is first completed, with nothing told of
         its own runs. One that the budget cuts short is the last.
         """
         with self._alone():
-            before, journal, batch = len(self.runs), self.journal.open(), self.settings.batch
-            asked = len(journal.get_trials(deepcopy=False))
-            begin, left = asked - asked % batch, batch - asked % batch
-            if asked == begin or not self.affordable(begin):
-                begin, left = asked, batch if asked == begin else 0
-            self._tell(journal, begin)
-            why = "the search has ended"
-            if count := min(left, self.affordable(begin)):
-                self.journal.suggest(journal, count, self.own_values())
-                of_all = "" if self.settings.flops else f" of {self.settings.most_trials}"
-                why = f"suggestions {asked + 1} to {asked + count}{of_all}"
-            elif not self.winners():
-                why = self._choose_winners(journal)
-            self._forget_runs()
-            return len(self.runs) - before, why
+            journal = self.journal.open()
+            while why := self._advance(journal):
+                self._forget_runs()
+                if pending := self.pending():
+                    return len(pending), why
+            return 0, "the search has ended"
+
+    def _advance(self, journal: "optuna.Study") -> str | None:
+        """Asks for one batch, whose runs may all be done, or chooses the winners; None when it has."""
+        batch, asked = self.settings.batch, len(journal.get_trials(deepcopy=False))
+        begin, left = asked - asked % batch, batch - asked % batch
+        if asked == begin or not self.affordable(begin):
+            begin, left = asked, batch if asked == begin else 0
+        self._tell(journal, begin)
+        if count := min(left, self.affordable(begin)):
+            self.journal.suggest(journal, count, self.own_values())
+            of_all = "" if self.settings.flops else f" of {self.settings.most_trials}"
+            return f"suggestions {asked + 1} to {asked + count}{of_all}"
+        return None if self.winners() else self._choose_winners(journal)
 
     def _tell(self, journal: "optuna.Study", begin: int) -> None:
         """What became of the suggestions before number `begin`."""
