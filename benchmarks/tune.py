@@ -2,6 +2,11 @@
 suggestions reach, on a made-up loss of five hyperparameters with the noise of real runs. No run is trained.
 
     python benchmarks/tune.py [--trials 400] [--seeds 3]
+
+With --train real runs on the handwritten digits: the search, in packs and with early ends, beside Optuna's own random
+search run one by one at equal FLOPs, in turns in this one process: seconds of its CPU time until each loss was reached.
+
+    python benchmarks/tune.py --train [--trials 32] [--seeds 3]
 """
 
 import argparse
@@ -10,14 +15,20 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import optuna
+import torch
 import yaml
 
 from depthmup.data.pack import pack
 from depthmup.launch.reading import read_study_or_run
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.search import Search
+from depthmup.launch.runs.space import distributions
+from depthmup.launch.transfer import launch
+from depthmup.train import loop
 from depthmup.train.owner import code_fingerprint, owner
 
 NOISE = 0.02  # of a run's loss
@@ -55,43 +66,112 @@ def finish(run: PlannedRun, noise: np.random.Generator) -> None:
     run.directory.write_done(done | owner(run.config))
 
 
-def walk(folder: Path, sampler: str, trials: int, seed: int) -> tuple[float, list[float]]:
-    """(seconds a run that the search took, the true loss of the best suggestion so far after each)."""
+def walk(folder: Path, sampler: str, trials: int, seed: int) -> tuple[float, float, list[float]]:
+    """(seconds a run that the search took, of them the CPU's, the true loss of the best suggestion so far after each).
+    The others are waits for the disk, and for a core."""
     file = folder / f"{sampler}-{seed}.yaml"
     tune = CONFIG["tune"] | {"trials": trials, "sampler": sampler, "seed": seed}
     data = CONFIG["data"] | {"root": str(folder / "shards")}
     study = {"name": file.stem, "directory": str(folder)}
     file.write_text(yaml.safe_dump({**CONFIG, "data": data, "tune": tune, "study": study}))
-    noise, seconds, seen, best = np.random.default_rng(seed), 0.0, math.inf, list[float]()
+    noise, seen, best = np.random.default_rng(seed), math.inf, list[float]()
+    seconds = cpu = 0.0
     search = Search(file, read_study_or_run(file))
     while len(best) < trials:
-        started = time.perf_counter()
+        started, started_cpu = time.perf_counter(), time.process_time()
         search.go_on()
         pending = search.pending()
-        seconds += time.perf_counter() - started
+        seconds, cpu = seconds + time.perf_counter() - started, cpu + time.process_time() - started_cpu
         for run in pending:
             finish(run, noise)
             loss = run.done()["minival_loss"]  # type: ignore[index]  # it was written a moment ago
             if loss < seen:
                 seen, truth = loss, loss_without_noise(run)
             best.append(truth)
-    return seconds / trials, best
+    return seconds / trials, cpu / trials, best
+
+
+# ---------------------------------------------------------------- real runs
+
+Reached = list[tuple[float, float]]  # (CPU seconds so far, the lowest loss so far) after each run, or batch
+
+
+def open_search(folder: Path, name: str, **tune: Any) -> Search:
+    file = folder / f"{name}.yaml"
+    content = yaml.safe_load((Path(__file__).parents[1] / "configs" / "digits_tune.yaml").read_text())
+    del content["tune"]["trials"]
+    content["tune"] |= tune
+    content["data"]["root"] = str(folder / "shards")
+    content |= {"study": {"name": name, "directory": str(folder)}, "launch": {"cluster": "debug"}}
+    file.write_text(yaml.safe_dump(content))
+    return Search(file, read_study_or_run(file))
+
+
+def train_one_by_one(folder: Path, trials: int, seed: int) -> Reached:
+    """Optuna's random search as its users write it."""
+    search = open_search(folder, f"alone-{seed}")
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+    started, reached = time.process_time(), Reached()
+    for number in range(trials):
+        trial = study.ask(distributions(search.settings.space))
+        (planned,) = search.runs_of(trial.params, (0,))
+        result = loop.run(planned.config, folder / f"alone-{seed}" / str(number))
+        study.tell(trial, result.get("minival_loss", math.inf))
+        reached.append((time.process_time() - started, study.best_value))
+    return reached
+
+
+def train_search(folder: Path, trials: int, seed: int) -> Reached:
+    """The search, with as many FLOPs for its suggestions."""
+    probe = open_search(folder, f"probe-{seed}")
+    budget = trials * probe.flops + probe.rerun_flops
+    search = open_search(folder, f"search-{seed}", flops=budget, seed=seed, prune=[0.5])
+    started, reached = time.process_time(), Reached()
+    while search.go_on()[0] and not search.winners():
+        launch(search)
+        losses = [loss for trial in search.trials() if (loss := search.loss(search.runs_tried(trial))) is not None]
+        reached.append((time.process_time() - started, min(losses)))
+    return reached
+
+
+def compare(trials: int, seeds: int) -> None:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    torch.set_num_threads(1)
+    print("seed  one by one: CPU s, lowest loss   search: CPU s, lowest loss   CPU s to the former's loss   ratio")
+    with tempfile.TemporaryDirectory() as folder:
+        pack("sklearn:digits", Path(folder) / "shards", validation_share=0.2)
+        for seed in range(seeds):
+            alone, searched = train_one_by_one(Path(folder), trials, seed), train_search(Path(folder), trials, seed)
+            lowest = alone[-1][1]
+            first = next(at for at, loss in alone if loss <= lowest)
+            then = next((at for at, loss in searched if loss <= lowest), math.inf)
+            print(
+                f"{seed:4}  {alone[-1][0]:.0f}, {lowest:.3f}   {searched[-1][0]:.0f}, {searched[-1][1]:.3f}   "
+                f"{first:.0f} and {then:.0f}   {then / first:.2f}",
+                flush=True,
+            )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--train", action="store_true")
     arguments = parser.parse_args()
+    if arguments.train:
+        compare(min(arguments.trials, 32), arguments.seeds)
+        return
     marks = [count for count in (16, 32, 64, 128, 256, 512, 1024, 2048) if count <= arguments.trials]
-    print("sampler  seconds a run  true loss above the best possible, after " + ", ".join(map(str, marks)))
+    print("sampler  seconds a run  of the CPU  true loss above the best possible, after " + ", ".join(map(str, marks)))
     with tempfile.TemporaryDirectory() as folder:
         pack("sklearn:digits", Path(folder) / "shards", validation_share=0.2)
         for sampler in ("random", "tpe"):
             walks = [walk(Path(folder), sampler, arguments.trials, seed) for seed in range(arguments.seeds)]
-            seconds = statistics.median(seconds for seconds, _ in walks)
-            reached = [statistics.median(best[mark - 1] for _, best in walks) - 0.5 for mark in marks]
-            print(f"{sampler:7}  {seconds:13.3f}  {'  '.join(f'{each:.4f}' for each in reached)}", flush=True)
+            seconds, cpu = (statistics.median(each[i] for each in walks) for i in (0, 1))
+            reached = [f"{statistics.median(each[2][mark - 1] for each in walks) - 0.5:.4f}" for mark in marks]
+            print(
+                f"{sampler:7}  {seconds:13.3f}  {cpu:10.3f}  {'  '.join(f'{each:.4f}' for each in reached)}", flush=True
+            )
 
 
 if __name__ == "__main__":

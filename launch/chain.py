@@ -76,7 +76,7 @@ def watch_report(studies: list[Study], console: Console) -> None:
     def show(paths: Sequence[Sequence[tuple[Study, states.Snapshot]]]) -> None:
         for (study, snapshot), *_ in paths:
             write_what_is_there(study)
-            done = len(snapshot.of("done", "diverged"))
+            done = len(snapshot.of(*states.ENDED))
             console.print(f"{study.file.study.name}: {done} of {len(study.runs)} runs are done", highlight=False)
 
     watch(studies, show)

@@ -296,13 +296,25 @@ class TuneConfig:
     the best `rerun` of them with `rerun_seeds` new seeds, which alone say which is best."""
 
     space: Annotated[dict[str, Dimension], Field(min_length=1)]  # the keys that are searched, each a range or a list
-    trials: Positive = 32  # suggestions
+    trials: Positive | None = None  # null: as many as `flops` pays for, and 32 without that
+    flops: Annotated[Number, Field(gt=0)] | None = None  # of all runs, the winners' too
     batch: Positive = 8  # suggestions that are trained side by side: one pack, or one array of jobs
     sampler: Literal["tpe", "random"] = "tpe"  # of Optuna
     seeds: Annotated[Seeds, Field(min_length=1)] = (0,)  # of each suggestion
     seed: Annotated[int, Field(ge=0)] = 0  # of the sampler
     rerun: Positive = 3  # the best suggestions, which train again
     rerun_seeds: Annotated[int, Field(ge=2)] = 3  # new ones, of each of them
+    # shares of the steps at which a run whose loss is above the median of the suggestions before its batch is ended
+    prune: Annotated[tuple[Annotated[Number, Field(gt=0, lt=1)], ...], BeforeValidator(listed)] = ()
+
+    def __post_init__(self) -> None:
+        if self.trials and self.flops:
+            raise ValueError("trials and flops are two budgets: state one of them")
+
+    @property
+    def most_trials(self) -> int:
+        """Where the budget is one of suggestions."""
+        return self.trials or 32
 
 
 Factor = Annotated[Number, Field(gt=1)]  # all values from the file's own over it to the file's own times it

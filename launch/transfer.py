@@ -252,7 +252,7 @@ def wait(study: Study, launched: Launched, console: Console) -> None:
             snapshot = states.take(study)
             ended = ended and not snapshot.slurm_error and not snapshot.of(*states.ACTIVE)
             counts = snapshot.counts()
-            left = [found.run for found in snapshot.runs if found.state not in ("done", "diverged")]
+            left = [found.run for found in snapshot.runs if found.state not in states.ENDED]
             at_start = shares.look(snapshot) if at_start is None else at_start
             share, before = shares.of(snapshot, at_start)
             gained, elapsed = share - before, time.monotonic() - started
@@ -295,7 +295,7 @@ class Unfinished(UserError):
 
 def unfinished(study: Study) -> Unfinished:
     """How many runs are left over, what the first of them says, and what to type."""
-    left = [found for found in states.take(study).runs if found.state not in ("done", "diverged")]
+    left = [found for found in states.take(study).runs if found.state not in states.ENDED]
     number = f"{len(left)} of {len(study.runs)} runs"
     if asked(study.file.directory)[0] == "cancel":
         return Unfinished(f"cancelled: {number} are left. Run the same command to resume them")

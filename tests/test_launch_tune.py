@@ -2,8 +2,10 @@
 
 import json
 import math
+import shutil
 import statistics
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,14 @@ from click.testing import CliRunner, Result
 
 from depthmup.data.errors import UserError
 from depthmup.launch.cli import cli
+from depthmup.launch.jobs import states
 from depthmup.launch.reading import read_run, read_study_or_run
 from depthmup.launch.report.search import collect_search, sentences
 from depthmup.launch.runs.opened import open_planned
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.search import Search
+from depthmup.train.owner import code_fingerprint, owner
+from depthmup.train.rundir import PRUNED
 from planned_runs import finish
 
 SPACE: dict[str, Any] = {
@@ -95,6 +100,175 @@ def test_suggestions_of_a_launcher_that_was_killed_before_it_trained_them_are_tr
     assert len(open_search(file).pending()) == 4
 
 
+@pytest.mark.parametrize("trained", [9, 20])
+def test_a_journal_that_was_cut_anywhere_is_written_again_as_it_was_and_nothing_is_trained_twice(
+    tune_file: Callable[..., Path], trained: int
+) -> None:
+    """A full disk or a dying node may leave any part of it. 20 runs are all, 9 are in the middle of a batch."""
+    whole = walk(tune_file("whole"))
+    suggested = [trial.params for trial in open_search(tune_file("whole")).trials()]
+    file = tune_file("cut")
+    first = walk(file, trained)
+    journal = open_search(file).journal.path
+    content = journal.read_bytes()
+    ends = [at + 1 for at, byte in enumerate(content) if byte == 10]
+    middle = [(one + other) // 2 for one, other in pairwise(ends)]
+    shutil.copytree(journal.parent, kept := journal.parent.with_name("kept"))
+    for cut in [0, *middle[1 :: len(middle) // 4], ends[-6], len(content) - 1, -1]:
+        shutil.rmtree(journal.parent)
+        shutil.copytree(kept, journal.parent)
+        journal.write_bytes(content[:cut]) if cut >= 0 else journal.unlink()
+        assert sorted([*first, *walk(file)]) == sorted(whole), cut
+        assert [trial.params for trial in open_search(file).trials()] == suggested, cut
+        assert collect_search(open_search(file)).winners[0].trial in open_search(file).winners()
+
+
+def test_a_search_that_is_made_longer_goes_on_and_chooses_its_winners_anew(tune_file: Callable[..., Path]) -> None:
+    walk(tune_file(trials=8))
+    first = open_search(tune_file(trials=8)).winners()
+    assert len(walk(tune_file(trials=16))) >= 8
+    search = open_search(tune_file(trials=16))
+    losses = {trial.number: trial.value for trial in search.trials()}
+    assert search.winners() == sorted(losses, key=lambda number: losses[number] or math.inf)[:2]
+    assert len(first) == 2
+
+
+# ---------------------------------------------------------------- budgets and early ends
+
+
+def flops_of_a_run(file: Path) -> int:
+    return open_search(file).flops
+
+
+def test_a_budget_in_flops_pays_for_the_suggestions_and_for_the_winners_new_seeds(
+    tune_file: Callable[..., Path],
+) -> None:
+    each = flops_of_a_run(tune_file("any"))
+    file = tune_file(trials=None, flops=(13 + 4) * each + each / 2, seeds=[0])
+    assert "13 suggestions (0 made" in invoke("plan", file).output
+    assert len(walk(file)) == 13 + 2 * 2  # the winners, two of them with two seeds
+    assert open_search(file).expected == 13
+
+
+def test_a_budget_that_pays_for_nothing_and_two_budgets_are_refused(tune_file: Callable[..., Path]) -> None:
+    each = flops_of_a_run(tune_file("any"))
+    with pytest.raises(UserError, match=r"tune.flops .* pays for no suggestion: .*raise it, or lower tune.rerun"):
+        open_search(tune_file(trials=None, flops=4.5 * each))
+    with pytest.raises(UserError, match="trials and flops are two budgets: state one of them"):
+        open_search(tune_file(trials=8, flops=1e12))
+
+
+def train_with_limits(run: PlannedRun) -> bool:
+    """What a run with limits leaves behind, without training it; tells whether it was ended early. On the way its loss
+    is a little above its last one, the earlier the more."""
+    directory, last = run.directory, run.config.train.num_steps
+    for step, limit in sorted(directory.limits().items()):
+        loss = min(bowl(run), 2.0) + 0.1 * (1 - step / last)
+        with open(directory.metrics, "a") as file:
+            file.write(json.dumps({"step": step, "minival_loss": loss}) + "\n")
+        if limit is not None and loss > limit:
+            result = {"outcome": PRUNED, "step": step, "seconds": 1.0, "code": code_fingerprint()}
+            directory.write_done(result | owner(run.config))
+            return True
+    finish(run, bowl(run))
+    return False
+
+
+def walk_with_limits(file: Path, stop_after: int = 10**6) -> tuple[list[str], list[str]]:
+    """(names of the runs, names of those that were ended early)."""
+    trained: list[str] = []
+    pruned: list[str] = []
+    while True:
+        search = open_search(file)
+        if not search.pending() and not search.go_on()[0]:
+            return trained, pruned
+        search.write()  # as every launch does
+        for run in search.pending():
+            if len(trained) == stop_after:
+                return trained, pruned
+            trained.append(run.directory.path.name)
+            if train_with_limits(run):
+                pruned.append(trained[-1])
+
+
+def test_runs_that_are_ended_early_are_neither_winners_nor_averaged_nor_failures(
+    tune_file: Callable[..., Path],
+) -> None:
+    file = tune_file(trials=32, prune=[0.25, 0.5])
+    _, pruned = walk_with_limits(file)
+    search = open_search(file)
+    found = collect_search(search)
+    assert 0 < len(pruned) < 20
+    assert found.pruned == len(pruned)
+    assert len(found.trials) == 32 - len(pruned)
+    of_pruned = {t.number for t in search.trials() if any(run.is_pruned() for run in search.runs_tried(t))}
+    assert not of_pruned & {trial for trial, _, _ in found.trials}
+    assert not of_pruned & set(search.winners())
+    assert all(number >= 12 for number in of_pruned)  # the first batches have nothing to be worse than
+    assert any(f"{len(pruned)} suggestions were ended early" in said for said in sentences(found))
+    counts = states.take(search).counts()
+    assert (counts["pruned"], counts["done"]) == (
+        len(pruned),
+        len(search.runs) - len(pruned) - counts.get("diverged", 0),
+    )
+    shown = invoke("status", search.file.directory)
+    assert f"{len(pruned)} pruned" in shown.output
+    assert "failed" not in shown.output
+    run = next(run for run in search.runs if run.is_pruned())
+    with pytest.raises(UserError, match="a search ended this run early"):
+        run.loss("minival_loss")
+
+
+@pytest.mark.parametrize("stop_after", [13, 18, 30])
+def test_a_search_with_early_ends_that_was_stopped_ends_the_same_runs(
+    tune_file: Callable[..., Path], stop_after: int
+) -> None:
+    whole = walk_with_limits(tune_file("whole", trials=24, prune=[0.5]))
+    file = tune_file("stopped", trials=24, prune=[0.5])
+    first, second = walk_with_limits(file, stop_after), walk_with_limits(file)
+    assert ([*first[0], *second[0]], [*first[1], *second[1]]) == whole
+    assert whole[1]
+
+
+def test_what_early_ends_save_pays_for_more_suggestions(tune_file: Callable[..., Path]) -> None:
+    each = flops_of_a_run(tune_file("any"))
+    budget: dict[str, Any] = {"trials": None, "flops": (32 + 4) * each}
+    walk_with_limits(tune_file("plain", **budget))
+    walk_with_limits(tune_file("early", prune=[0.25], sampler="random", **budget))
+    plain, early = (
+        open_search(tune_file(name, **budget, **more))
+        for name, more in (("plain", {}), ("early", {"prune": [0.25], "sampler": "random"}))
+    )
+    assert len(plain.trials()) == 32
+    assert len(early.trials()) > 34
+    spent = sum(run.share_trained() for run in early.runs)
+    assert spent <= 36
+
+
+def test_early_ends_are_refused_where_no_loss_is_looked_at(tune_file: Callable[..., Path]) -> None:
+    file = tune_file(prune=[0.5])
+    refused = invoke("tune", file, "train.evaluate=[]")
+    assert "tune.prune looks at minival_loss" in str(refused.exception)
+
+
+def test_what_optuna_cannot_say_of_importance_is_said_in_the_report(tune_file: Callable[..., Path]) -> None:
+    """Of one finished suggestion alone."""
+    file = tune_file(trials=1, batch=1)
+    walk(file)
+    found = collect_search(open_search(file))
+    assert found.no_importance
+    assert any(said == f"No importance: {found.no_importance}" for said in sentences(found))
+
+
+def test_a_plan_names_what_keeps_suggestions_out_of_one_pack(tune_file: Callable[..., Path]) -> None:
+    space = {"optimizer.nesterov": [False, True], "optimizer.lr": SPACE["optimizer.lr"], "train.drop_path": [0, 0.1]}
+    file = tune_file(space=space)
+    assert "runs that differ in optimizer.nesterov share no pack" in invoke("plan", file, "train.pack=4").output
+    assert "share no pack" not in invoke("plan", tune_file("alike"), "train.pack=4").output
+    said = invoke("plan", tune_file("alike"), "train.pack=4", "train.compile=block").output
+    assert "no packs: packs do not know train.compile" in said
+
+
 def test_the_sampler_learns_and_the_winners_are_judged_by_new_seeds_alone(tune_file: Callable[..., Path]) -> None:
     file = tune_file(trials=32, seeds=[0, 1])
     walk(file)
@@ -148,6 +322,8 @@ def test_two_launchers_do_not_suggest_at_the_same_time(tune_file: Callable[..., 
     [
         ({"model.width": [8, 16]}, "a key of the model changes the network"),
         ({"train.samples": [320, 640]}, "cannot be tuned: the horizon is the proxy's"),
+        ({"train.log_every": [1, 2]}, "changes how a run is trained, not what it learns"),
+        ({"train.ema": [0.9, 0.99]}, "the metric is that of the weights, not of their average"),
         ({"optimizer.lr": {"first": 0.1, "last": 0.01}}, "last 0.01 must be above first 0.1"),
         ({"optimizer.lr": {"first": 0, "last": 0.01}}, "use scale: linear"),
         ({"optimizer.betas": [[0.9, 0.99], [0.8, 0.99]]}, "would do nothing: sgd has none"),

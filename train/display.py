@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from depthmup.train.config import RunConfig
 from depthmup.train.distributed import World
+from depthmup.train.rundir import PRUNED
 
 
 @contextmanager
@@ -36,6 +37,8 @@ def summary(config: RunConfig, result: dict[str, Any], directory: Path) -> str:
     """The content of done.json for a person: what came out, where it lies, and whether anything was learnt."""
     if result["outcome"] == "diverged":
         return f"diverged: the loss of step {result['step']} is not finite ({directory}); lower optimizer.lr"
+    if result["outcome"] == PRUNED:
+        return f"ended early by a search, after step {result['step']} ({directory})"
     losses = {key: value for key, value in result.items() if key.endswith("_loss")}
     numbers = [f"{key.replace('_', ' ')} {value:.4g}" for key, value in losses.items()]
     numbers += [

@@ -35,7 +35,7 @@ from depthmup.train.networks import Networks
 from depthmup.train.one_network import OneNetwork
 from depthmup.train.owner import finished, result_of
 from depthmup.train.record import RunRecord, Watch
-from depthmup.train.rundir import RunDirectory
+from depthmup.train.rundir import PRUNED, RunDirectory
 from depthmup.train.telemetry import Clock, memory_gb, peak_flops
 
 
@@ -73,6 +73,10 @@ def run(
             raise
     assert record.result is not None
     return record.result
+
+
+class Shrunk(Exception):
+    """So few runs of a pack are left that they go on faster in a pack of their own."""
 
 
 class Loop:
@@ -114,6 +118,7 @@ class Loop:
                 if problem:
                     record.log(f"warning: {problem}")
             record.open_metrics(self.step)
+        self.rungs = {step for record in records for step in record.limits if step < config.train.num_steps}
         self.vote, self.clock = StopVote(interrupt), Clock(self.step)
         self.counted = time.monotonic()  # until when the records' seconds are
 
@@ -123,12 +128,13 @@ class Loop:
         return ((number, record) for number, record in enumerate(self.records) if record.result is None)
 
     def train(self) -> None:
-        """The steps, then evaluation and the done markers. Raises Interrupted after a stop that was asked for."""
+        """The steps, then evaluation and the done markers. Raises Interrupted after a stop that was asked for, and
+        Shrunk, with all saved, once half of several runs or fewer are left because the others were ended early."""
         config, num_steps, first_step = self.config, self.config.train.num_steps, self.step
         streams = [iter(self.batches[seed]) for seed in self.networks.seeds]
         while self.step < num_steps and any(self.active):
             images, targets, uniform = self.clock.wait(lambda: stack_seeds([next(stream) for stream in streams]))
-            logs = config.train.logs(self.step + 1)
+            logs = config.train.logs(self.step + 1) or self.step + 1 in self.rungs
             self.pending.append(self.networks.step(images, targets, uniform, measure=logs))
             self.step += 1
             if self.step == first_step + 1:
@@ -140,7 +146,19 @@ class Loop:
                 self.save()
             if self.vote.stop() and self.step < num_steps and any(self.active):
                 self.stop()
+            if self.step in self.rungs:
+                self.shrink()
         self.finish()
+
+    def shrink(self) -> None:
+        """Saves and raises Shrunk where it pays to go on without the runs that were ended early."""
+        left = sum(1 for _ in self.active)
+        pruned = any(record.result and record.result["outcome"] == PRUNED for record in self.records)
+        if pruned and 0 < left <= len(self.records) / 2:
+            self.save()
+            for _, record in self.active:
+                record.checkpoints.wait()
+            raise Shrunk
 
     def read_losses(self) -> None:
         """Hands the losses to the records: the mean over the processes."""
@@ -191,7 +209,8 @@ class Loop:
         diverged_at = {number: record.first_bad_step(self.step) for number, record in self.active}
         stopped = False
         evaluated: list[dict[str, float]] = [{} for _ in self.records]
-        if config.train.evaluates(self.step) and None in diverged_at.values():
+        evaluates = config.train.evaluates(self.step) or self.step in self.rungs
+        if evaluates and None in diverged_at.values():
             try:
                 with self.clock.stopped():
                     evaluated = evaluate_splits(networks, config, self.index, self.world, self.vote.stop)
@@ -208,6 +227,8 @@ class Loop:
         for number, step in diverged_at.items():
             if step is not None:
                 self.records[number].diverge(step, self.step)
+            elif not stopped:
+                self.records[number].prune(self.step, evaluated[number].get("minival_loss"))
         if stopped:
             self.stop()
 

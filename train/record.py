@@ -18,7 +18,7 @@ from depthmup.train.distributed import World
 from depthmup.train.metrics import MetricsWriter, mean_loss, open_trackers
 from depthmup.train.owner import codes
 from depthmup.train.reading import to_yaml
-from depthmup.train.rundir import RunDirectory
+from depthmup.train.rundir import PRUNED, RunDirectory
 from depthmup.train.schedule import schedule
 from depthmup.train.trunk import read_trunk
 
@@ -60,6 +60,7 @@ class RunRecord:
         self.losses: list[float] = []
         self.seconds, self.code = 0.0, ""  # of all processes together, earlier starts included
         self.result: dict[str, Any] | None = None
+        self.limits = self.directory.limits()  # of a search, which may end the run early
 
     def log(self, text: str) -> None:
         """To this process's log; warnings also to whoever watches the first process."""
@@ -139,6 +140,16 @@ class RunRecord:
     def diverge(self, bad_step: int, step: int) -> None:
         """Marks the run done after `step` steps as one whose loss of `bad_step` is not finite."""
         self.close({"outcome": "diverged", "step": bad_step, "samples": self.samples(step)})
+
+    def prune(self, step: int, loss: float | None) -> bool:
+        """Ends the run early where a search set a limit for the minival loss after `step` steps, and `loss` is above
+        it; tells whether it did."""
+        limit = self.limits.get(step)
+        if limit is None or loss is None or loss <= limit:
+            return False
+        self.log(f"ended early after step {step}: its minival loss {loss:.4g} is above {limit:.4g}")
+        self.close({"outcome": PRUNED, "step": step, "samples": self.samples(step), "loss": loss, "limit": limit})
+        return True
 
     def samples(self, step: int) -> int:
         return step * self.config.train.global_batch_size

@@ -8,6 +8,7 @@ import json
 import os
 import socket
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,9 @@ def parse_lines(path: Path, *keys: str) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     return [parse(line, path, *keys) for line in lines]
+
+
+PRUNED = "pruned"  # outcome of a run that a search ended early
 
 
 @dataclass(frozen=True)
@@ -105,9 +109,20 @@ class RunDirectory:
         return self.path / "lock"
 
     def write_done(self, result: dict[str, Any]) -> None:
-        """Marks the run done: the last thing that a run writes. `result["outcome"]` is completed or diverged."""
+        """Marks the run done: the last thing that a run writes. `result["outcome"]` is completed, diverged,
+        PRUNED."""
         write_atomically(self.path / "done.json", json.dumps(result, indent=1).encode())
         (self.path / "failed.json").unlink(missing_ok=True)
+
+    def limits(self) -> dict[int, float | None]:
+        """Step -> the minival loss above which the run ends early there; None: it is evaluated, and goes on. Empty
+        where no search has said so."""
+        limits = self.read_marker("limits.json", "steps")
+        return {int(step): limit for step, limit in limits["steps"].items()} if limits else {}
+
+    def write_limits(self, limits: Mapping[int, float | None]) -> None:
+        if limits != self.limits():
+            write_atomically(self.path / "limits.json", json.dumps({"steps": limits}).encode())
 
     def write_failed(self, reason: dict[str, Any]) -> None:
         write_atomically(self.path / "failed.json", json.dumps(reason, indent=1).encode())

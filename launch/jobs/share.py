@@ -10,8 +10,6 @@ from depthmup.launch.jobs.attempts import attempts
 from depthmup.launch.jobs.states import RunState, Snapshot
 from depthmup.launch.runs.seconds import expected_seconds
 
-FINISHED: tuple[states.State, ...] = ("done", "diverged")
-
 
 @dataclass(frozen=True, order=True)
 class Start:
@@ -62,7 +60,7 @@ class Share:
         progress = {}
         for found in snapshot.runs:
             name, share = found.run.directory.path.name, 0.0
-            if found.state in FINISHED:
+            if found.state in states.ENDED:
                 share = 1.0
                 if name not in self.ended:
                     self.ended[name] = (found.run.done() or {}).get("seconds", 0.0) / self.tasks

@@ -17,11 +17,13 @@ from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.study import Study
 from depthmup.launch.wording import duration
 from depthmup.train.lock import Holder, holder
+from depthmup.train.rundir import PRUNED
 
 Activity = Literal["running", "stalled", "starting", "waiting", "preempted"]
-State = Literal["done", "diverged", "failed", Activity, "held", "interrupted", "cancelled", "lost", "new"]
+State = Literal["done", "diverged", "pruned", "failed", Activity, "held", "interrupted", "cancelled", "lost", "new"]
 STATES: tuple[State, ...] = get_args(State)
 ACTIVE: tuple[State, ...] = get_args(Activity)
+ENDED: tuple[State, ...] = ("done", "diverged", "pruned")  # each a result, of a kind
 TRAINS: tuple[State, ...] = ("running", "stalled")
 FREE_SLOT = "for a free slot"
 Causes = Mapping[tuple[str, int], str]  # as stop_causes gives them
@@ -78,6 +80,8 @@ def state_of(
     if done := run.done():
         if done["outcome"] == "completed":
             return RunState(run, "done")
+        if done["outcome"] == PRUNED:
+            return RunState(run, "pruned", f"a search ended it at step {done.get('step')}")
         return RunState(run, "diverged", f"at step {done.get('step')}")
     if failed := run.failed():
         return RunState(run, "failed", failed["error"].splitlines()[0], task)

@@ -20,8 +20,9 @@ from depthmup.launch.wording import duration, power_of_two
 WATCH_SECONDS = 10.0
 MAX_ROWS = 40  # more of one state are counted, not listed
 ORDER: tuple[State, ...] = ("failed", "stalled", "lost", "interrupted", "preempted", "running", "starting", "diverged")
-ORDER += ("cancelled", "held", "waiting", "new", "done")
-FEW: dict[State, int] = {"starting": 1, "waiting": 1, "held": 0, "cancelled": 1, "diverged": 0, "new": 0, "done": 0}
+ORDER += ("cancelled", "held", "waiting", "new", "pruned", "done")
+FEW: dict[State, int] = {"starting": 1, "waiting": 1, "held": 0, "cancelled": 1, "diverged": 0, "new": 0}
+FEW |= {"pruned": 0, "done": 0}
 PLAIN = ("Priority", "Resources", "None")  # reasons that need no word
 HINTS = (  # what an error says -> what may help
     ("out of memory", "launch.memory_gb (host), launch.runs_per_gpu=1 or a smaller micro batch (GPU)"),
@@ -89,7 +90,7 @@ def table(snapshot: Snapshot, hyperparameter: str, everything: bool) -> Table:
 def remarks(snapshot: Snapshot) -> list[str]:
     """Every different thing that is said of runs that are not done, with their number."""
     grouped: dict[tuple[str, str], list[RunState]] = {}
-    told = (state for state in ORDER if state not in ("diverged", "new", "done"))
+    told = (state for state in ORDER if state not in ("new", *states.ENDED))
     for found in snapshot.of(*told):
         if found.remark:
             grouped.setdefault((found.state, found.remark), []).append(found)

@@ -46,8 +46,8 @@ def rounds(study: Study, record: dict[str, Any]) -> list[AddedRound]:
     """Of an adaptive design, from the round that each point names."""
     found = [AddedRound(reason=each["reason"], runs=[]) for each in record["rounds"]]
     for point in record["points"]:
-        axes = Size.of(point).axes
-        run = AddedRun(**axes, **{key: point[key] for key in ("parameterization", "value", "seed")})
+        keys = ("parameterization", *Size.of(point).axes, "value", "seed")
+        run = AddedRun(**{key: point[key] for key in keys})
         if study.owners[run.parameterization, study.file.complete(run.size)] == run.parameterization:
             found[point["round"] - 1].runs.append(run)
     return found

@@ -3,6 +3,7 @@
 import math
 import statistics
 import textwrap
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,6 +71,8 @@ class Found:
     search: Search
     trials: list[tuple[int, dict[str, Any], float]]  # (number, values, loss) of each finished suggestion
     failed: int  # suggestions whose values do not go together
+    pruned: int  # suggestions that were ended early
+    no_importance: str  # why nothing is said of it; '' where it is
     winners: list[Winner]  # the best first, by the new seeds
     dimensions: list[Dimension]
 
@@ -80,18 +83,21 @@ class Found:
         return next((loss for number, tried, loss in self.trials if number == 0 and tried == values), None)
 
 
-def measure_importance(search: Search) -> dict[str, float]:
-    """Of each hyperparameter, in sum 1; empty where too little has finished."""
-    import optuna
+def measure_importance(search: Search) -> tuple[dict[str, float], str]:
+    """(of each hyperparameter, in sum 1; why there is none, in Optuna's words, as where too little has finished)."""
+    from optuna.exceptions import ExperimentalWarning
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
-    try:
-        return get_param_importances(
-            search.open_search(), evaluator=PedAnovaImportanceEvaluator(target_quantile=BEST_SHARE)
-        )
-    except (ValueError, RuntimeError) as error:  # of too few trials, or all of one value
-        optuna.logging.get_logger(__name__).debug(str(error))
-        return {}
+    journal = search.journal.read()
+    assert journal is not None  # it has winners
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        warnings.simplefilter("error", UserWarning)  # of too few trials it gives all the same importance
+        try:
+            evaluator = PedAnovaImportanceEvaluator(target_quantile=BEST_SHARE)
+            return get_param_importances(journal, evaluator=evaluator), ""
+        except (ValueError, RuntimeError, UserWarning) as error:
+            return {}, " ".join(str(error).split())
 
 
 def describe_dimension(
@@ -109,11 +115,12 @@ def describe_dimension(
 
 def collect_search(search: Search) -> Found:
     """Reads what has finished. Raises UserError before the winners' runs are done."""
-    trials, failed = [], 0
+    trials, failed, pruned = [], 0, 0
     for trial in search.trials():
         runs = search.runs_tried(trial)
         loss = search.loss(runs)
         failed += not runs
+        pruned += any(run.is_pruned() for run in runs)
         if loss is not None:
             trials.append((trial.number, trial.params, loss))
     losses, winners = {number: loss for number, _, loss in trials}, []
@@ -125,16 +132,16 @@ def collect_search(search: Search) -> Found:
         winners.append(Winner(number, search.trials()[number].params, losses[number], again))
     if not winners or len(winners) < len(search.winners()):
         raise UserError(
-            f"the search {search.path} has not ended ({len(trials)} of {search.settings.trials} suggestions are "
-            f"trained): {search.command('tune')}"
+            f"the search {search.path} has not ended ({len(trials) + pruned} of {search.expected} suggestions "
+            f"are trained): {search.command('tune')}"
         )
     winners.sort(key=lambda winner: winner.mean)
-    importance = measure_importance(search)
+    importance, no_importance = measure_importance(search)
     dimensions = [
         describe_dimension(search, key, trials, winners[0].values[key], importance.get(key))
         for key in search.settings.space
     ]
-    return Found(search, trials, failed, winners, dimensions)
+    return Found(search, trials, failed, pruned, no_importance, winners, dimensions)
 
 
 def show_value(value: Any) -> str:
@@ -187,6 +194,10 @@ def sentences(found: Found) -> list[str]:
     edges = [each.key for each in found.dimensions if lies_on_edge(found.search, each)]
     if edges:
         said.append(f"On the edge of the space: {', '.join(edges)}; widen tune.space there, under another study.name.")
+    if found.no_importance:
+        said.append(f"No importance: {found.no_importance}")
+    if found.pruned:
+        said.append(f"{found.pruned} suggestions were ended early (tune.prune): nothing above counts them.")
     if found.failed:
         said.append(f"{found.failed} suggestions were refused: their values do not go together.")
     return said
@@ -205,6 +216,7 @@ def search_record(found: Found) -> dict[str, Any]:
         "sampler": found.search.settings.sampler,
         "seeds": list(found.search.settings.seeds),
         "baseline": plain(found.baseline),
+        "pruned": found.pruned,
         "winners": [
             {"trial": w.trial, "values": w.values, "search": w.searched, "mean": w.mean,
              "half_width": plain(w.half_width), "losses": w.losses}

@@ -112,10 +112,13 @@ def processes_per_gpu(config: LaunchConfig) -> float:
 
 def make_packs(runs: Sequence[PlannedRun], config: LaunchConfig) -> list[list[PlannedRun]]:
     """What each process trains at once: a pack, or a single run. Raises UserError."""
-    if config.cluster == "slurm":
-        return packs_of(runs, config, on_gpu=config.gpus_per_node > 0, slots=1)
-    gpus = slot_gpus(config)
-    return packs_of(runs, config, on_gpu=gpus[0] is not None, slots=1 if config.cluster == "debug" else len(gpus))
+    slots = len(slot_gpus(config)) if config.cluster == "local" else 1
+    return packs_of(runs, config, in_gpu(config), slots)
+
+
+def in_gpu(config: LaunchConfig) -> bool:
+    """Whether runs train on a GPU."""
+    return config.gpus_per_node > 0 if config.cluster == "slurm" else slot_gpus(config)[0] is not None
 
 
 def group(packs: Sequence[Sequence[PlannedRun]], size: int) -> list[list[str]]:

@@ -1,7 +1,7 @@
 """`depthmup plan`: what a study would run and cost."""
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from rich.console import Console
 from rich.table import Table
@@ -13,12 +13,13 @@ from depthmup.launch.findings.theory import expected_drifts
 from depthmup.launch.runs.cost import count_flops
 from depthmup.launch.runs.design import design_of
 from depthmup.launch.runs.fits import check_fits
-from depthmup.launch.runs.grouping import group, make_packs, slot_gpus
-from depthmup.launch.runs.search import Search
+from depthmup.launch.runs.grouping import group, in_gpu, make_packs, slot_gpus, why_not
+from depthmup.launch.runs.search import Search, prune_steps
 from depthmup.launch.runs.seconds import expected_seconds
 from depthmup.launch.runs.study import Study
 from depthmup.launch.runs.verification import Verification
 from depthmup.launch.wording import duration, power_of_two, quantity, show_share
+from depthmup.train.packs.packing import may_differ, pack_limit
 
 
 def describe_jobs(study: Study) -> list[str]:
@@ -48,6 +49,17 @@ def describe_jobs(study: Study) -> list[str]:
     return lines
 
 
+def describe_packs(study: Study, varied: Iterable[str]) -> list[str]:
+    """What keeps the study's runs from being trained together where packs would pay: `varied` are the keys in which
+    they differ."""
+    run, config = study.examples[0], study.file.launch
+    if pack_limit(run.config, in_gpu(config)) == 1:
+        return []
+    if obstacle := why_not(run, config):
+        return [f"no packs: {obstacle}"]
+    return [f"runs that differ in {key} share no pack" for key in varied if not may_differ(key)]
+
+
 def describe_design(study: Study, console: Console) -> None:
     """What the rounds of an adaptive design are expected to cost, and what they cost at most."""
     from depthmup.launch.findings.design import expected_cost
@@ -65,17 +77,21 @@ def print_search_plan(search: Search, console: Console) -> None:
     """What a search tunes, how many runs it trains, and what they cost."""
     settings, known = search.settings, len(search.trials())
     print_space(settings.space, console)
-    searched, again = settings.trials * len(settings.seeds), settings.rerun * settings.rerun_seeds
+    searched, again = search.expected * len(settings.seeds), settings.rerun * settings.rerun_seeds
     ((parameters, each),) = count_flops(search.examples).values()
     done = sum(bool(run.done()) for run in search.runs)
     console.print(
         f"\n{searched + again} runs of {parameters:,} parameters ({done} done), "
         f"{quantity((searched + again) * each)}FLOPs in all:\n"
-        f"{settings.trials} suggestions ({known} made, {settings.sampler}) x {counted(len(settings.seeds), 'seed')}, "
+        f"{search.expected} suggestions ({known} made, {settings.sampler}) x {counted(len(settings.seeds), 'seed')}, "
         f"{settings.batch} suggestions at once;\nthe best {settings.rerun} again with {settings.rerun_seeds} new seeds",
         highlight=False,
     )
-    console.print("\n".join(describe_jobs(search)), highlight=False)
+    if settings.prune:
+        steps = ", ".join(map(str, prune_steps(settings.prune, search.file.train.num_steps)))
+        more = ", and the budget then pays for more suggestions" if settings.flops else ""
+        console.print(f"runs above the median after step {steps} are ended early{more}", highlight=False)
+    console.print("\n".join([*describe_packs(search, settings.space), *describe_jobs(search)]), highlight=False)
 
 
 def print_verification_plan(verification: Verification, console: Console) -> None:
@@ -91,7 +107,8 @@ def print_verification_plan(verification: Verification, console: Console) -> Non
         f"they are among the best {show_share(Share(0, settings.runs).high)} with {SURE:.0%} confidence",
         highlight=False,
     )
-    console.print("\n".join(describe_jobs(verification)), highlight=False)
+    jobs = [*describe_packs(verification, verification.space), *describe_jobs(verification)]
+    console.print("\n".join(jobs), highlight=False)
 
 
 def print_space(space: Mapping[str, Dimension], console: Console) -> None:
@@ -159,7 +176,8 @@ def print_plan(study: Study, console: Console) -> None:
         f"\n{len(runs)} run{'s' if len(runs) > 1 else ''} ({num_done} done), {quantity(everything)}FLOPs in all",
         highlight=False,
     )
-    console.print("\n".join(describe_jobs(study)), highlight=False)
+    jobs = [*describe_packs(study, [study.file.study.hyperparameter]), *describe_jobs(study)]
+    console.print("\n".join(jobs), highlight=False)
     if branches := [run for run in study.runs if run.trunk]:
         alone = quantity(sum(flops[run.size][1] for run in study.runs))
         console.print(

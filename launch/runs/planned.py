@@ -11,7 +11,7 @@ from depthmup.models.config import scale_of
 from depthmup.models.training_scale import training_factors
 from depthmup.train.config import RunConfig
 from depthmup.train.owner import check_owner, data_fingerprint
-from depthmup.train.rundir import RunDirectory
+from depthmup.train.rundir import PRUNED, RunDirectory
 from depthmup.train.trunk import Trunk
 
 
@@ -45,6 +45,11 @@ class PlannedRun:
         marker without that metric, and as `done`."""
         if (done := self.done()) is None:
             return None
+        if done["outcome"] == PRUNED:
+            raise UserError(
+                f"{self.directory.path}: a search ended this run early, after step {done.get('step')}: choose another "
+                "study.name, or delete the folder to train it to its end"
+            )
         loss: float | None = done.get(metric) if done["outcome"] == "completed" else math.inf
         if loss is None:
             raise UserError(
@@ -52,6 +57,16 @@ class PlannedRun:
                 "if another version wrote it, delete the folder to train it again"
             )
         return loss
+
+    def is_pruned(self) -> bool:
+        """Whether a search ended it early: then it has no result."""
+        done = self.done()
+        return done is not None and done["outcome"] == PRUNED
+
+    def share_trained(self) -> float:
+        """The share of its steps that it takes: 1 but for one that has diverged or was ended early."""
+        done = self.done() or {}
+        return float(done.get("step", self.config.train.num_steps) / self.config.train.num_steps)
 
     def failed(self) -> dict[str, Any] | None:
         """As `done`, of the failed marker; None where another run failed in this directory."""

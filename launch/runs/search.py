@@ -1,13 +1,14 @@
 """A search: a study whose runs are suggestions of Optuna's samplers, in batches, and then its winners with new seeds.
 
-Optuna's journal in the search's folder is the only memory of what was suggested: a launcher that is killed, and the
-next one on any machine, go on from there. The runs are ordinary runs, found again by their hash.
+Optuna's journal in the search's folder remembers what was suggested: a launcher that is killed, and the next one on
+any machine, go on from there. The runs are ordinary runs, found again by their hash; what is suggested follows from
+them and from the seed alone, so that even a journal that was cut is written again as it was.
 """
 
 import fcntl
 import json
 import math
-import warnings
+import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -18,18 +19,17 @@ from depthmup.data.errors import UserError
 from depthmup.data.lock import flock
 from depthmup.data.storage import write_atomically
 from depthmup.launch.config import StudyFile, TuneConfig
+from depthmup.launch.runs.cost import count_flops
 from depthmup.launch.runs.joint import JointStudy
+from depthmup.launch.runs.journal import STARTUP, Journal
 from depthmup.launch.runs.planned import PlannedRun
-from depthmup.launch.runs.space import check_space, default_values, distributions
+from depthmup.launch.runs.space import check_space, default_values
 from depthmup.train.reading import to_plain
+from depthmup.train.rundir import parse, parse_lines
 
 if TYPE_CHECKING:
     import optuna
-    from optuna.samplers import BaseSampler
     from optuna.trial import FrozenTrial
-
-STARTUP = 10  # random suggestions before TPE's model
-SPACE = "space"  # key of Optuna's study under which the space is kept
 
 
 class Search(JointStudy):
@@ -41,6 +41,13 @@ class Search(JointStudy):
         """Raises UserError for a key of the space that cannot be tuned, and for a value that is none for this run."""
         super().__init__(path, file, overrides)
         check_space(self._base, self.settings.space, f"{path}: tune.space")
+        if self.settings.prune and file.study.metric != "minival_loss":
+            raise UserError(f"{path}: tune.prune looks at minival_loss, and study.metric is {file.study.metric}")
+        if self.settings.flops and not self.expected:
+            raise UserError(
+                f"{path}: tune.flops {self.settings.flops:.3g} pays for no suggestion: a run is {self.flops:.3g}, and "
+                f"the winners' new seeds are {self.rerun_flops:.3g}; raise it, or lower tune.rerun"
+            )
 
     @property
     def settings(self) -> TuneConfig:
@@ -65,8 +72,6 @@ class Search(JointStudy):
 
     def runs_tried(self, trial: "FrozenTrial") -> list[PlannedRun]:
         """The runs of one suggestion, read and checked once."""
-        if not self.is_whole(trial):
-            return []
         if trial.number not in self._runs_tried:
             self._runs_tried[trial.number] = self.runs_of(trial.params, self.settings.seeds)
         return self._runs_tried[trial.number]
@@ -83,66 +88,105 @@ class Search(JointStudy):
 
     @cached_property
     def _space(self) -> dict[str, Any]:
-        return {"space": to_plain(self.settings)["space"], "metric": self.file.study.metric}
-
-    def _sampler(self, asked: int) -> "BaseSampler":
-        """The same for every launcher after `asked` suggestions: a search that was stopped goes on as if it had not."""
-        from optuna.samplers import RandomSampler, TPESampler
-
-        seed = self.settings.seed * 1_000_003 + asked
-        if self.settings.sampler == "random":
-            return RandomSampler(seed=seed)
-        return TPESampler(seed=seed, n_startup_trials=STARTUP, multivariate=True, constant_liar=True)
-
-    def open_search(self) -> "optuna.Study":
-        """Optuna's study in this folder, with the sampler for its next suggestion; it is made where there is none.
-        Raises UserError for one of another space."""
-        self._opened.sampler = self._sampler(len(self._opened.get_trials(deepcopy=False)))
-        return self._opened
+        """What a journal belongs to."""
+        plain = to_plain(self.settings)
+        found = {"space": plain["space"], "metric": self.file.study.metric}
+        return {**found, "prune": plain["prune"]} if self.settings.prune else found
 
     @cached_property
-    def _opened(self) -> "optuna.Study":
-        try:
-            import optuna
-            from optuna.storages import JournalStorage
-            from optuna.storages.journal import JournalFileBackend
-        except ImportError:
-            raise UserError("a search needs Optuna: pip install 'depthmup[tune]'") from None
-
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        # what is used of these has been stable for years
-        warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-        self.file.directory.mkdir(parents=True, exist_ok=True)
-        storage = JournalStorage(JournalFileBackend(str(self._journal)))
-        found = optuna.create_study(study_name="search", storage=storage, direction="minimize", load_if_exists=True)
-        if SPACE not in found.user_attrs:
-            found.set_user_attr(SPACE, self._space)
-        elif found.user_attrs[SPACE] != self._space:
-            raise UserError(
-                f"{self._journal} is the journal of a search over another space: choose another study.name, or delete "
-                "the file to begin anew (runs that fit stay valid)"
-            )
-        return found
-
-    @property
-    def _journal(self) -> Path:
-        return self.file.directory / "search.journal"
+    def journal(self) -> Journal:
+        return Journal(self.file.directory / "search.journal", self._space, self.settings)
 
     def trials(self) -> "list[FrozenTrial]":
-        """All suggestions so far, by number. One whose launcher was killed while it asked lacks values."""
-        return self._opened.get_trials(deepcopy=False) if self._journal.exists() else []
+        """All suggestions so far, by number."""
+        journal = self.journal.read()
+        return journal.get_trials(deepcopy=False) if journal else []
 
-    def is_whole(self, trial: "FrozenTrial") -> bool:
-        return trial.params.keys() == self.settings.space.keys()
+    # ------------------------------------------------------------ results
 
     def loss(self, runs: list[PlannedRun]) -> float | None:
-        """Mean over `runs` of the metric, where none is worse than a guess; None while one is not done."""
+        """Mean over `runs` of the metric, where none is worse than a guess; None while one is not done, and where one
+        was ended early."""
         chance, losses = math.log(self.file.model.num_classes), []
         for run in runs:
-            if (loss := run.loss(self.file.study.metric)) is None:
+            if run.is_pruned() or (loss := run.loss(self.file.study.metric)) is None:
                 return None
             losses.append(min(loss, chance) if math.isfinite(loss) else chance)
         return sum(losses) / len(losses) if losses else None
+
+    # ------------------------------------------------------------ cost
+
+    @cached_property
+    def flops(self) -> int:
+        """Of one run to its end."""
+        return count_flops(self.examples)[self.examples[0].size][1]
+
+    @property
+    def rerun_flops(self) -> int:
+        return self.settings.rerun * self.settings.rerun_seeds * self.flops
+
+    def affordable(self, begun: int) -> int:
+        """How many more suggestions the budget pays for. Those from number `begun` on count as trained to their end,
+        those before it as far as they were trained."""
+        trials = self.trials()
+        if self.settings.flops is None:
+            return max(self.settings.most_trials - len(trials), 0)
+        shares = [run.share_trained() for trial in trials[:begun] for run in self.runs_tried(trial)]
+        seeds = len(self.settings.seeds)
+        spent = (sum(shares) + seeds * (len(trials) - min(begun, len(trials)))) * self.flops + self.rerun_flops
+        return max(math.floor((self.settings.flops - spent) / (seeds * self.flops) + 1e-9), 0)
+
+    @property
+    def expected(self) -> int:
+        """Suggestions in all; more where some are ended early and the budget is one of FLOPs."""
+        trials = len(self.trials())
+        return trials + self.affordable(trials)
+
+    # ------------------------------------------------------------ early ends
+
+    def limits_of(self, number: int) -> dict[int, float | None]:
+        """Step -> the loss above which the runs of suggestion `number` end there, None where none do: the median of the
+        runs to their end of the batches before its own, as of Optuna's MedianPruner. It hangs on nothing else: a
+        search that was stopped ends the same runs."""
+        begin = number - number % self.settings.batch
+        if begin not in self._limits:
+            steps = prune_steps(self.settings.prune, self.file.train.num_steps)
+            ended = [self.runs_tried(trial) for trial in self.trials()[:begin]]
+            whole = [runs for runs in ended if self.loss(runs) is not None]
+            losses = [self._losses_on_the_way(run) for runs in whole for run in runs]
+            self._limits[begin] = {
+                step: statistics.median(found)
+                if len(whole) >= STARTUP and (found := [at[step] for at in losses if step in at])
+                else None
+                for step in steps
+            }
+        return self._limits[begin]
+
+    @cached_property
+    def _limits(self) -> dict[int, dict[int, float | None]]:
+        return {}
+
+    def _losses_on_the_way(self, run: PlannedRun) -> dict[int, float]:
+        """Step -> the run's metric there."""
+        metric, name = self.file.study.metric, run.directory.path.name
+        if name not in self._on_the_way:
+            lines = parse_lines(run.directory.metrics, "step")
+            self._on_the_way[name] = {line["step"]: line[metric] for line in lines if metric in line}
+        return self._on_the_way[name]
+
+    @cached_property
+    def _on_the_way(self) -> dict[str, dict[int, float]]:
+        return {}
+
+    def write(self) -> None:
+        """As of any study, and where its runs end early."""
+        super().write()
+        if not self.settings.prune:
+            return
+        for trial in self.trials():
+            for run in self.runs_tried(trial):
+                if not run.done():
+                    run.directory.write_limits(self.limits_of(trial.number))
 
     # ------------------------------------------------------------ going on
 
@@ -156,57 +200,78 @@ class Search(JointStudy):
             yield
 
     def go_on(self) -> tuple[int, str]:
-        """(number of new runs, why): tells Optuna what has ended, and asks for the next batch; after the last one
-        chooses the winners. Durable: every later command sees them. To be called when no run is pending."""
-        with self._alone():
-            before = len(self.runs)
-            self._tell()
-            added = self._ask() or self._choose_winners()
-            self._forget_runs()
-            return len(self.runs) - before, added or "the search has ended"
+        """(number of runs to train now, why): tells Optuna what has ended, and asks for the next batch; after the last
+        one chooses the winners. Durable: every later command sees them. To be called when no run is pending.
 
-    def _tell(self) -> None:
+        What is suggested follows from the runs of earlier batches alone: where the journal lost its end, the same is
+        suggested again, and its runs are found. So a batch that is not whole is first completed, with nothing told of
+        its own runs. One that the budget cuts short is the last.
+        """
+        with self._alone():
+            journal = self.journal.open()
+            while why := self._advance(journal):
+                self._forget_runs()
+                if pending := self.pending():
+                    return len(pending), why
+            return 0, "the search has ended"
+
+    def _advance(self, journal: "optuna.Study") -> str | None:
+        """Asks for one batch, whose runs may all be done, or chooses the winners; None when it has."""
+        batch, asked = self.settings.batch, len(journal.get_trials(deepcopy=False))
+        begin, left = asked - asked % batch, batch - asked % batch
+        if asked == begin or not self.affordable(begin):
+            begin, left = asked, batch if asked == begin else 0
+        self._tell(journal, begin)
+        if count := min(left, self.affordable(begin)):
+            self.journal.suggest(journal, count, self.own_values())
+            of_all = "" if self.settings.flops else f" of {self.settings.most_trials}"
+            return f"suggestions {asked + 1} to {asked + count}{of_all}"
+        return None if self.winners() else self._choose_winners(journal)
+
+    def _tell(self, journal: "optuna.Study", begin: int) -> None:
+        """What became of the suggestions before number `begin`."""
         from optuna.trial import TrialState
 
-        search = self.open_search()
-        for trial in search.get_trials(states=(TrialState.RUNNING,)):
-            loss = self.loss(self.runs_tried(trial))
-            if loss is None:  # its values do not go together, or its launcher was killed while it asked
-                search.tell(trial.number, state=TrialState.FAIL)
+        for trial in journal.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            runs = self.runs_tried(trial)
+            if trial.number >= begin:
+                continue
+            if not runs:  # its values do not go together
+                journal.tell(trial.number, state=TrialState.FAIL)
+            elif any(run.is_pruned() for run in runs):
+                journal.tell(trial.number, state=TrialState.PRUNED)
             else:
-                search.tell(trial.number, loss)
+                journal.tell(trial.number, self.loss(runs))
 
-    def _ask(self) -> str | None:
-        """Asks for a batch; None when the budget is spent."""
-        search, space = self.open_search(), distributions(self.settings.space)
-        first = len(search.get_trials(deepcopy=False))
-        last = min(first + self.settings.batch, self.settings.trials)
-        if first >= self.settings.trials:
-            return None
-        if first == 0 and (values := self.own_values()):
-            search.enqueue_trial(values)
-        for _ in range(first, last):
-            search.ask(space)
-        return f"suggestions {first + 1} to {last} of {self.settings.trials}"
+    @property
+    def _winners_file(self) -> Path:
+        return self.file.directory / "winners.json"
 
     def winners(self) -> list[int]:
         """Numbers of the trials that are run anew; none before the search's end."""
-        file = self.file.directory / "winners.json"
-        return json.loads(file.read_text()) if file.exists() else []
+        if not self._winners_file.exists():
+            return []
+        content = parse(self._winners_file.read_text(), self._winners_file, "of", "trials")
+        found: list[int] = content["trials"]
+        return found if content["of"] == len(self.trials()) else []  # others: the search was made longer since
 
-    def _choose_winners(self) -> str | None:
+    def _choose_winners(self, journal: "optuna.Study") -> str:
         from optuna.trial import TrialState
 
-        if self.winners():
-            return None
-        finished = self.open_search().get_trials(states=(TrialState.COMPLETE,))
-        chance = math.log(self.file.model.num_classes)
+        finished = journal.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        chance, count = math.log(self.file.model.num_classes), len(self.trials())
         learned = [trial for trial in finished if trial.value is not None and trial.value < chance]
         if not learned:
             raise UserError(
-                f"{self.path}: none of {self.settings.trials} suggestions learned anything ({len(finished)} finished): "
+                f"{self.path}: none of {count} suggestions learned anything ({len(finished)} finished): "
                 "move tune.space, or give the runs more train.samples, under another study.name"
             )
         best = sorted(learned, key=lambda trial: (trial.value, trial.number))[: self.settings.rerun]
-        write_atomically(self.file.directory / "winners.json", json.dumps([trial.number for trial in best]).encode())
+        chosen = {"of": count, "trials": [trial.number for trial in best]}
+        write_atomically(self._winners_file, json.dumps(chosen).encode())
         return f"the best {len(best)} with {self.settings.rerun_seeds} new seeds"
+
+
+def prune_steps(shares: Sequence[float], num_steps: int) -> list[int]:
+    """The steps at which runs may end early."""
+    return sorted({min(max(round(share * num_steps), 1), num_steps - 1) for share in shares})

@@ -14,8 +14,8 @@ def expected_seconds(
 ) -> dict[Size, float]:
     """Seconds of one run of each size of `flops`: the mean of its own runs in `known`, or else
     a + b * FLOPs, with both fitted to the sizes that ran: a small network's time is mostly the steps' own. Empty where
-    none ran."""
-    ran = {size: fmean(seconds) for size, seconds in known.items() if seconds}
+    none ran, or none for a time that was measured."""
+    ran = {size: mean for size, seconds in known.items() if seconds and (mean := fmean(seconds)) > 0}
     if not ran:
         return {}
     import numpy as np  # here: `plan` and `status` of thousands of runs are quick

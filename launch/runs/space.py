@@ -3,11 +3,13 @@
 import copy
 import math
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from depthmup.data.config import DataConfig
 from depthmup.data.errors import UserError
 from depthmup.launch.config import Dimension, Range
-from depthmup.train.config import RunConfig
+from depthmup.train.config import RunConfig, TrainConfig
 from depthmup.train.reading import from_plain
 
 if TYPE_CHECKING:
@@ -23,8 +25,18 @@ FIXED = {
     "data.minival": "losses on other images are not comparable",
     "data.root": "it is a path",
     "data.source": "it is a path",
+    "train.ema": "the metric is that of the weights, not of their average",
+    "train.evaluate": "it says what is measured",
     "optimizer.name": "another optimizer has other hyperparameters: tune each in a search of its own",
     "parameterization.name": "parameterizations make the same of the base: compare them in a study",
+}
+
+# What changes no result: all suggestions would be one run.
+NO_RESULT = {
+    f"{section}.{field.name}"
+    for section, settings in (("data", DataConfig), ("train", TrainConfig))
+    for field in fields(settings)
+    if not field.metadata.get("identity", True)
 }
 
 
@@ -55,6 +67,8 @@ def check_space(plain: dict[str, Any], space: Mapping[str, Dimension], source: s
             raise UserError(f"{where}: not a hyperparameter of the run; a space has {known}")
         if key in FIXED:
             raise UserError(f"{where}: cannot be tuned: {FIXED[key]}")
+        if key in NO_RESULT:
+            raise UserError(f"{where}: cannot be tuned: it changes how a run is trained, not what it learns")
         refused = 0
         for value in (values := examples(dimension)):
             try:

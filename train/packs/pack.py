@@ -1,7 +1,7 @@
 """K runs as one process, each with the run directory that it would have alone."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from depthmup.train.checkpoint import complete, find_fault
 from depthmup.train.config import RunConfig
 from depthmup.train.distributed import World, pick_device
 from depthmup.train.interrupt import Interrupt
-from depthmup.train.loop import Loop, run
+from depthmup.train.loop import Loop, Shrunk, run
 from depthmup.train.owner import finished, result_of
 from depthmup.train.packs.memory import largest_pack
 from depthmup.train.packs.packing import packable
@@ -49,7 +49,8 @@ def run_pack(
 
     Resumes what is there: runs that are done are left alone. Runs that stand at different steps, as after a kill
     between two replicas' saves, go on in a pack for each step, one after the other, as none gives up its checkpoint for
-    the others. `interrupt` is looked at after every step: when set, all save and Interrupted is raised.
+    the others; what is left of a pack of which half was ended early goes on in a smaller one. `interrupt` is looked at
+    after every step: when set, all save and Interrupted is raised.
     Raises UserError when the runs cannot be packed together, do not fit into memory, or the network has an operation
     that does not batch.
     """
@@ -58,18 +59,25 @@ def run_pack(
     if len(configs) > 1:
         check_pack(configs)
     interrupt = interrupt or Interrupt()
+    while standing := standing_alike(configs, paths):
+        runs = standing[max(standing)]
+        with suppress(Shrunk):  # what is left of them comes next
+            if len(runs) == 1:
+                [(config, path)] = runs
+                run(config, path, interrupt=interrupt)
+            else:
+                train_together(runs, interrupt)
+    return [result_of(RunDirectory(path).done() or {}) for path in paths]
+
+
+def standing_alike(configs: Sequence[RunConfig], paths: Sequence[Path]) -> dict[int, list[tuple[RunConfig, Path]]]:
+    """The runs that are not done, by the step that they stand at."""
     standing: dict[int, list[tuple[RunConfig, Path]]] = {}
     for config, path in zip(configs, paths, strict=True):
         if not finished(directory := RunDirectory(path), config):
             begin_branch(directory, config)
             standing.setdefault(newest_step(directory), []).append((config, path))
-    for step in sorted(standing, reverse=True):
-        if len(standing[step]) == 1:
-            [(config, path)] = standing[step]
-            run(config, path, interrupt=interrupt)
-        else:
-            train_together(standing[step], interrupt)
-    return [result_of(RunDirectory(path).done() or {}) for path in paths]
+    return standing
 
 
 def train_together(runs: Sequence[tuple[RunConfig, Path]], interrupt: Interrupt) -> None:

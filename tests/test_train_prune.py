@@ -1,0 +1,96 @@
+"""A run with limits of a search ends early where its loss is above them; the others learn what they would have."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from depthmup.train.config import RunConfig
+from depthmup.train.interrupt import Interrupted
+from depthmup.train.loop import run
+from depthmup.train.packs.pack import run_pack
+from depthmup.train.reading import from_plain
+from depthmup.train.rundir import RunDirectory
+from train_configs import After, metrics
+
+RATES = (0.004, 1e-6, 0.003, 2e-6)  # of four runs
+
+
+@pytest.fixture
+def make(run_settings: dict[str, Any]) -> Callable[..., RunConfig]:
+    """A ViT on the digits for 12 steps."""
+
+    def make(rate: float, **train: Any) -> RunConfig:
+        raw = {
+            **run_settings,
+            "model": {"family": "vit", "width": 16, "depth": 2, "base_width": 16, "base_depth": 2, "head_dim": 8,
+                      "patch_size": 4, "num_classes": 10, "image_size": 8, "in_channels": 1},
+            "optimizer": {"name": "adamw", "lr": rate, "weight_decay": 1e-4},
+            "train": {**run_settings["train"], "samples": 12 * 16, "global_batch_size": 16, **train},
+        }  # fmt: skip
+        return from_plain(RunConfig, raw, "test")
+
+    return make
+
+
+def with_limits(folder: Path, limits: dict[int, float | None]) -> Path:
+    folder.mkdir(parents=True)
+    RunDirectory(folder).write_limits(limits)
+    return folder
+
+
+def test_a_run_ends_after_the_step_at_which_its_loss_is_above_the_limit_and_says_so(
+    make: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    path = with_limits(tmp_path / "run", {3: None, 6: 0.5, 9: None})
+    result = run(make(RATES[0]), path)
+    assert (result["outcome"], result["step"], result["samples"]) == ("pruned", 6, 96)
+    assert result["loss"] > result["limit"] == 0.5
+    assert not any(key.endswith("_loss") for key in result)  # nothing that could be taken for a result
+    assert [line["step"] for line in metrics(path) if "minival_loss" in line] == [3, 6]
+    assert not RunDirectory(path).weights.exists()
+    assert run(make(RATES[0]), path) == result  # it is done
+
+
+def test_a_run_below_its_limits_is_bit_for_bit_what_it_is_without(
+    make: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    path = with_limits(tmp_path / "limits", {5: 100.0, 9: None})
+    results = [run(make(RATES[0]), folder) for folder in (path, tmp_path / "plain")]
+    assert results[0]["minival_loss"] == results[1]["minival_loss"]
+    weights = [load_file(RunDirectory(folder).weights) for folder in (path, tmp_path / "plain")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+
+
+@pytest.mark.parametrize("stop", [None, 2, 6])
+def test_of_a_pack_those_above_their_limits_end_and_the_others_go_on_to_what_they_would_have_learnt(
+    make: Callable[..., RunConfig], tmp_path: Path, stop: int | None
+) -> None:
+    """Half of the pack goes, so the others go on in a smaller one; also where it was stopped in between."""
+    configs = [make(rate, evaluate_every=8) for rate in RATES]
+    plain = run_pack(configs, [tmp_path / f"plain-{number}" for number in range(4)])
+    then = [next(m for m in metrics(tmp_path / f"plain-{n}") if m["step"] == 8)["minival_loss"] for n in range(4)]
+    limit = (sorted(then)[1] + sorted(then)[2]) / 2
+    paths = [with_limits(tmp_path / f"limits-{number}", {8: limit}) for number in range(4)]
+    if stop:
+        with pytest.raises(Interrupted):
+            run_pack(configs, paths, After(stop))
+    results = run_pack(configs, paths)
+    assert [result["outcome"] for result in results] == ["pruned" if t > limit else "completed" for t in then]
+    ended = [number for number, loss in enumerate(then) if loss > limit]
+    assert len(ended) == 2
+    for number in {0, 1, 2, 3} - {*ended}:
+        assert results[number]["minival_loss"] == pytest.approx(plain[number]["minival_loss"], rel=1e-4)
+        lines = [line["step"] for line in metrics(paths[number])]
+        assert lines == sorted(set(lines))
+        assert 8 in lines
+    for number in ended:
+        assert max(line["step"] for line in metrics(paths[number])) == 8
+
+
+def test_a_pack_all_of_which_is_above_its_limits_ends_there(make: Callable[..., RunConfig], tmp_path: Path) -> None:
+    paths = [with_limits(tmp_path / str(number), {4: 1e-3}) for number in range(2)]
+    assert [result["step"] for result in run_pack([make(rate) for rate in RATES[:2]], paths)] == [4, 4]
