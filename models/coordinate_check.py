@@ -2,9 +2,10 @@
 
 The model is trained for a few steps on one fixed batch at several widths, then at several depths, and the RMS of what
 flows through it is measured: every position of the residual stream, every branch's output, attention logits, logits,
-and the weights of each role. Per quantity the log2-log2 slope of its RMS over size is compared with the slope that the
-feature-learning limit demands (`TARGETS`), which does not depend on the optimizer. The idea is that of Tensor Programs
-V (2203.03466, appendix D.1), taken over depth as in CompleteP (2505.01618, figure 5).
+and the weights of each role; on demand what every layer inside a branch puts out, split into the part of its own
+weights and the part that is passed on. Per quantity the log2-log2 slope of its RMS over size is compared with the slope
+that the feature-learning limit demands (models.check_targets), which does not depend on the optimizer. The idea is that
+of Tensor Programs V (2203.03466, appendix D.1), taken over depth as in CompleteP (2505.01618, figure 5).
 
 A parameterization without a rule (`sp` over width, `mup` over depth) is held to the same limit, so that it fails.
 
@@ -15,100 +16,26 @@ of them are narrower than the band, and unclear otherwise, so that noise neither
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from depthmup.models.build import ScaledModel, build, find_slots
+from depthmup.models.build import ScaledModel, build
+from depthmup.models.check_record import Inside, Values, branch_layers, observe, recording
+from depthmup.models.check_targets import INSIDE, Span, Target, target_of, targets_for
 from depthmup.models.config import AnyModelConfig, OptimizerConfig, ParameterizationConfig, Size
-from depthmup.models.family import modules_matching
 from depthmup.models.optimizer import build_optimizer, parameter_groups
-from depthmup.models.parameterization import Role
-from depthmup.models.stream import stream_modules
 
 Axis = Literal["width", "depth"]
-Span = tuple[float, float]  # lowest and highest slope that the limit allows
 Verdict = Literal["ok", "off", "unclear"]
-Allowed = Callable[[float], Span]  # alpha -> span
 BAND = 0.25  # half of the smallest difference between two exponents
 AXES: tuple[Axis, ...] = ("width", "depth")
-
-
-def slope(value: float) -> Allowed:
-    return lambda alpha: (value, value)
-
-
-def span(low: float, high: float) -> Allowed:
-    return lambda alpha: (low, high)
-
-
-def as_multiplier(alpha: float) -> Span:
-    return -alpha, -alpha
-
-
-def as_update(alpha: float) -> Span:
-    """L branches, each L^-alpha strong, move the stream together by a step of constant size."""
-    return alpha - 1, alpha - 1
-
-
-def branch_update(alpha: float) -> Span:
-    """Of order 1/L through the branch's own weights, of order L^-alpha through the stream that moves below it."""
-    return min(-1.0, -alpha), max(-1.0, -alpha)
-
-
-def attention_update(alpha: float) -> Span:
-    """The same two sources, before the branch multiplier."""
-    return min(alpha - 1, 0.0), max(alpha - 1, 0.0)
-
-
-@dataclass(frozen=True)
-class Target:
-    """Slopes of log2 RMS over log2 width and over log2 depth: of the value at step 0, and of its update at later
-    steps. None is not judged. `spectral`: of matrices' spectral norms, not of their entries."""
-
-    width: Allowed | None
-    depth: Allowed | None
-    update_width: Allowed
-    update_depth: Allowed | None
-    spectral: bool = False
-
-
-FLAT = slope(0.0)
-# fmt: off
-TARGETS: dict[str, Target] = {
-    #                                  width         depth          update: width    depth
-    "stream input":             Target(FLAT,         FLAT,          FLAT,            FLAT),
-    "stream":                   Target(FLAT,         FLAT,          FLAT,            FLAT),
-    "branch":                   Target(FLAT,         as_multiplier, FLAT,            branch_update),
-    # logits are a mean over a random readout at first, attention logits a mean over the head dim: noise that shrinks
-    "logits":                   Target(slope(-0.5),  FLAT,          FLAT,            FLAT),
-    "attention logits":         Target(slope(-0.5),  FLAT,          span(-0.5, 0.0), attention_update),
-    Role.INPUT.value:           Target(None,         None,          FLAT,            FLAT),
-    Role.BRANCH_HIDDEN.value:   Target(None,         None,          slope(-1.0),     as_update),
-    Role.HIDDEN.value:          Target(None,         None,          slope(-1.0),     FLAT),
-    Role.BRANCH_VECTOR.value:   Target(None,         None,          FLAT,            as_update),
-    Role.VECTOR.value:          Target(None,         None,          FLAT,            FLAT),
-    # a QK-norm gain is shared by heads that disagree at first: its SGD update starts N^-1/2 low
-    Role.BRANCH_SCALAR.value:   Target(None,         None,          span(-0.5, 0.0), as_update),
-    Role.SCALAR.value:          Target(None,         None,          FLAT,            FLAT),
-    Role.READOUT.value:         Target(None,         None,          FLAT,            FLAT),
-}
-FIXED_HEAD_DIM = {
-    "attention logits":         Target(FLAT,         FLAT,          span(-0.5, 0.0), attention_update),
-}
-# Muon gives each matrix's update a spectral norm, so that is measured of it: RMS mixes it with its rank.
-# It orthogonalises q, k and v as one matrix, in which the share of q and k changes with depth.
-MUON = {
-    f"muon {Role.BRANCH_HIDDEN.value}": Target(None, None,      FLAT,            as_update, spectral=True),
-    f"muon {Role.HIDDEN.value}": Target(None,        None,          FLAT,            FLAT,      spectral=True),
-}
-# fmt: on
 
 
 @dataclass(frozen=True)
@@ -119,6 +46,7 @@ class Settings:
     steps: int = 8
     batch_size: int = 16
     num_seeds: int = 4
+    inside: bool = False  # judge each layer inside branches, too
 
 
 @dataclass(frozen=True)
@@ -148,58 +76,6 @@ class Line:
 
 
 Batch = tuple[Tensor, Tensor]  # inputs (batch, ...), labels (batch,)
-Values = dict[str, dict[int, Tensor]]  # quantity -> position -> what flows there
-
-
-@contextmanager
-def recording(scaled: ScaledModel, inputs: Tensor) -> Iterator[Values]:
-    """Fills the yielded dict, anew in each forward pass, with what the network's positions put out. `inputs`: a batch,
-    by which residual blocks are found where nobody stated them."""
-    modules, values = dict(scaled.network.named_modules()), Values()
-
-    def record(quantity: str, position: int) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            first = output[0] if isinstance(output, tuple) else output
-            values.setdefault(quantity, {})[position] = first.detach().clone()
-
-        return hook
-
-    def record_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        values["stream input"] = {0: inputs[0].detach().clone()}
-
-    blocks = stream_modules(scaled, inputs)
-    watched = {"stream": blocks, "branch": list(scaled.branches), "logits": [""]}
-    watched["queries"] = list(find_slots(scaled.network, scaled.roles.queries))
-    if scaled.roles.keys:
-        watched["keys"] = modules_matching(scaled.network, scaled.roles.keys)
-    handles = [modules[blocks[0]].register_forward_pre_hook(record_input)]
-    for quantity, names in watched.items():
-        handles += [modules[name].register_forward_hook(record(quantity, i)) for i, name in enumerate(names)]
-    try:
-        yield values
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def observe(scaled: ScaledModel, values: Values, by_muon: set[str]) -> Values:
-    """A copy of `values` with attention logits in place of queries and keys, and the weights of each role; matrices
-    that muon trains, `by_muon`, one by one."""
-    observed = {quantity: dict(at) for quantity, at in values.items() if quantity not in ("queries", "keys")}
-    if "queries" in values and "keys" in values:
-        observed["attention logits"] = {
-            i: q @ values["keys"][i].transpose(-2, -1) / math.sqrt(q.shape[-1])  # (batch, heads, tokens, tokens)
-            for i, q in values["queries"].items()
-        }
-    weights: dict[str, list[Tensor]] = {}
-    for name, parameter in scaled.network.named_parameters():
-        role = scaled.rules[name].role.value
-        if name in by_muon:
-            matrices = observed.setdefault(f"muon {role}", {})
-            matrices[len(matrices)] = parameter.detach().clone()
-        else:
-            weights.setdefault(role, []).append(parameter.detach().flatten())
-    return observed | {role: {0: torch.cat(tensors)} for role, tensors in weights.items()}
 
 
 def rms(tensor: Tensor) -> float:
@@ -227,7 +103,11 @@ Measured = dict[tuple[str, int], list[float]]  # (quantity, step) -> RMS at each
 
 
 def measure(
-    scaled: ScaledModel, batch: Batch, optimizer_config: OptimizerConfig, steps: int, targets: dict[str, Target]
+    scaled: ScaledModel,
+    batch: Batch,
+    optimizer_config: OptimizerConfig,
+    steps: int,
+    targets: dict[str, Target],
 ) -> Measured:
     """Trains `scaled`: RMS of every quantity at step 0, and of its change after 1 and after `steps` steps.
 
@@ -241,7 +121,8 @@ def measure(
     names = {name for name, parameter in scaled.network.named_parameters() if id(parameter) in by_muon}
     measured: Measured = {}
     initial: Values = {}
-    with recording(scaled, inputs) as values:
+    layers = Inside(scaled, branch_layers(scaled, inputs) if targets.keys() >= INSIDE.keys() else [])
+    with recording(scaled, inputs) as values, closing(layers):
         for step in range(steps + 1):
             logits = scaled.network(inputs)
             if step == 0:
@@ -249,8 +130,8 @@ def measure(
                 measured |= {(q, 0): sizes(targets[q], at) for q, at in initial.items()}
             elif step in (1, steps):
                 now = observe(scaled, values, names)
-                changes = {q: {i: at[i] - initial[q][i] for i in at} for q, at in now.items()}
-                measured |= {(q, step): sizes(targets[q], at) for q, at in changes.items()}
+                changes = {q: {i: at[i] - initial[q][i] for i in at} for q, at in now.items()} | layers.changes()
+                measured |= {(q, step): sizes(target_of(q, targets), at) for q, at in changes.items()}
             optimizer.zero_grad()
             F.cross_entropy(logits - initial["logits"][0], labels).backward()
             optimizer.step()
@@ -273,7 +154,7 @@ def judge(
     log_factors = np.log2(settings.factors)
     centred = log_factors - log_factors.mean()
     for (quantity, step), base_values in runs[0][0].items():
-        target = targets[quantity]
+        target = target_of(quantity, targets)
         formula = getattr(target, f"update_{axis}" if step else axis)
         positions = len(base_values)
         values = np.array([[at_positions(run[quantity, step], positions, quantity) for run in size] for size in runs])
@@ -291,14 +172,6 @@ def judge(
     return lines
 
 
-def targets_for(optimizer: OptimizerConfig, head_dim_grows: bool) -> dict[str, Target]:
-    """What each quantity is held to."""
-    targets = TARGETS if head_dim_grows else TARGETS | FIXED_HEAD_DIM
-    if optimizer.name != "muon":
-        return targets
-    return targets | MUON | {"attention logits": replace(targets["attention logits"], update_depth=None)}
-
-
 def check_sizes(
     build_at: Callable[[Size, int], ScaledModel],
     batch: Callable[[int], Batch],
@@ -314,7 +187,7 @@ def check_sizes(
     build_at: (size, seed) -> a network of that width and depth, scaled from `base` by `models.apply` or built here.
     batch: seed -> the one batch that it is trained on. `progress` is told each size before it runs.
     """
-    targets = targets_for(optimizer, head_dim_grows)
+    targets = targets_for(optimizer, head_dim_grows) | (INSIDE if settings.inside else {})
     alpha = build_at(base, 0).scale.parameterization.alpha
     lines: list[Line] = []
     for axis in axes:
