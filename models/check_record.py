@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from depthmup.models.build import ScaledModel, find_slots
 from depthmup.models.errors import ModelError
 from depthmup.models.family import modules_matching
-from depthmup.models.parameterization import Role
+from depthmup.models.parameterization import BRANCH_ROLES
 from depthmup.models.stream import stream_modules
 
 Values = dict[str, dict[int, Tensor]]  # quantity -> position -> what flows there
@@ -101,7 +101,7 @@ def branch_layers(scaled: ScaledModel, inputs: Tensor) -> list[Layer]:
     inside = {
         name.rpartition(".")[0]
         for name, parameter in scaled.network.named_parameters()
-        if parameter.ndim > 1 and scaled.rules[name].role in (Role.BRANCH_HIDDEN, Role.BRANCH_VECTOR)
+        if parameter.ndim > 1 and scaled.rules[name].role in BRANCH_ROLES
     }
     modules = dict(scaled.network.named_modules())
     if others := sorted(name for name in inside if not isinstance(modules[name], LAYERS)):
