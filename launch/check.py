@@ -58,7 +58,9 @@ def table(axis: Axis, lines: list[Line]) -> list[str]:
         rows.append(
             (quantity, slope(at.get(first)), demanded(at.get(first)), *map(slope, updates), demanded(updates[-1]))
         )
-    return [f"{row[0]:<19}" + "".join(f"{cell:>12}" for cell in row[1:]) for row in rows]
+    width = max(19, *(len(row[0]) + 1 for row in rows))
+    columns = (80 - width) // 5
+    return [f"{row[0]:<{width}}" + "".join(f"{cell:>{columns}}" for cell in row[1:]) for row in rows]
 
 
 def write_plot(lines: list[Line], title: str, path: Path) -> None:
@@ -119,6 +121,17 @@ def hint(lines: list[Line], base_depth: int, parameterization: ParameterizationC
     )
 
 
+def freezing(lines: list[Line], alpha: float) -> str | None:
+    """What it means when the inner layers of branches are off over depth, and alpha says why."""
+    off = [each for each in lines if each.axis == "depth" and each.quantity.startswith("inner layer, own")]
+    if alpha == 1 or not any(each.verdict == "off" for each in off):
+        return None
+    return (
+        f"hint: features inside branches of several layers move by their own weights as depth^{alpha - 1:g} and freeze "
+        "in the limit; alpha 1 keeps them moving (parameterization.name=completep)"
+    )
+
+
 def run_check(
     config: Path,
     overrides: tuple[str, ...],
@@ -127,6 +140,7 @@ def run_check(
     seeds: int,
     batch_size: int,
     axis: Axis | None,
+    inside: bool,
     plot: Path | None,
     console: Console,
 ) -> bool:
@@ -139,7 +153,7 @@ def run_check(
     plot = plot or default_plot(config, raw, p.name)
     if plot.suffix not in (".png", ".pdf", ".svg"):
         raise UserError(f"--plot {plot}: the name must end in .png, .pdf or .svg")
-    settings = Settings(parse_factors(factors), steps=steps, batch_size=batch_size, num_seeds=seeds)
+    settings = Settings(parse_factors(factors), steps=steps, batch_size=batch_size, num_seeds=seeds, inside=inside)
     mixture = isinstance(run.model, MixtureVitConfig)
     axes = (axis,) if axis else AXES + (EXPERT_AXES if mixture else ())
     if not mixture and axis in EXPERT_AXES:
@@ -170,6 +184,8 @@ def run_check(
         if sentence := drift_sentence(p, run.model.base_size, depths):
             console.print(sentence, highlight=False)
     if advice := hint(lines, run.model.base_depth, p):
+        console.print(advice, highlight=False)
+    if advice := freezing(lines, alpha):
         console.print(advice, highlight=False)
     console.print(f"plot: {plot}", highlight=False)
     return all(line.verdict == "ok" for line in lines)

@@ -2,9 +2,10 @@
 
 The model is trained for a few steps on one fixed batch at several widths, then at several depths, and the RMS of what
 flows through it is measured: every position of the residual stream, every branch's output, attention logits, logits,
-and the weights of each role. Per quantity the log2-log2 slope of its RMS over size is compared with the slope that the
-feature-learning limit demands (`TARGETS`), which does not depend on the optimizer. The idea is that of Tensor Programs
-V (2203.03466, appendix D.1), taken over depth as in CompleteP (2505.01618, figure 5).
+and the weights of each role; on demand what every layer inside a branch puts out, split into the part of its own
+weights and the part that is passed on. Per quantity the log2-log2 slope of its RMS over size is compared with the slope
+that the feature-learning limit demands (models.check_targets), which does not depend on the optimizer. The idea is that
+of Tensor Programs V (2203.03466, appendix D.1), taken over depth as in CompleteP (2505.01618, figure 5).
 
 A parameterization without a rule (`sp` over width, `mup` over depth) is held to the same limit, so that it fails.
 
@@ -15,124 +16,28 @@ of them are narrower than the band, and unclear otherwise, so that noise neither
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from depthmup.models.build import ScaledModel, build, find_slots
+from depthmup.models.build import ScaledModel, build
+from depthmup.models.check_record import ONLY, Inside, Position, Values, branch_layers, observe, recording
+from depthmup.models.check_targets import INSIDE, Span, Target, target_of, targets_for
 from depthmup.models.config import AnyModelConfig, MixtureVitConfig, OptimizerConfig, ParameterizationConfig, Size
-from depthmup.models.family import modules_matching
 from depthmup.models.optimizer import build_optimizer, parameter_groups
-from depthmup.models.parameterization import Role
-from depthmup.models.stream import stream_modules
 
 Axis = Literal["width", "depth", "num_experts", "mlp_ratio"]
-Span = tuple[float, float]  # lowest and highest slope that the limit allows
 Verdict = Literal["ok", "off", "unclear"]
-Allowed = Callable[[float], Span]  # alpha -> span
 BAND = 0.25  # half of the smallest difference between two exponents
 AXES: tuple[Axis, ...] = ("width", "depth")
 EXPERT_AXES: tuple[Axis, ...] = ("num_experts", "mlp_ratio")  # of a mixture of experts
-
-
-def slope(value: float) -> Allowed:
-    return lambda alpha: (value, value)
-
-
-def span(low: float, high: float) -> Allowed:
-    return lambda alpha: (low, high)
-
-
-def as_multiplier(alpha: float) -> Span:
-    return -alpha, -alpha
-
-
-def as_update(alpha: float) -> Span:
-    """L branches, each L^-alpha strong, move the stream together by a step of constant size."""
-    return alpha - 1, alpha - 1
-
-
-def branch_update(alpha: float) -> Span:
-    """Of order 1/L through the branch's own weights, of order L^-alpha through the stream that moves below it."""
-    return min(-1.0, -alpha), max(-1.0, -alpha)
-
-
-def attention_update(alpha: float) -> Span:
-    """The same two sources, before the branch multiplier."""
-    return min(alpha - 1, 0.0), max(alpha - 1, 0.0)
-
-
-FLAT = slope(0.0)
-
-
-@dataclass(frozen=True)
-class Target:
-    """Slopes of log2 RMS over log2 width and over log2 depth: of the value at step 0, and of its update at later
-    steps. None is not judged. `spectral`: of matrices' spectral norms, not of their entries. Then those over the number
-    of experts, at a fixed active share, and over an expert's width at a fixed width of the network."""
-
-    width: Allowed | None
-    depth: Allowed | None
-    update_width: Allowed
-    update_depth: Allowed | None
-    spectral: bool = False
-    num_experts: Allowed | None = None
-    update_num_experts: Allowed = FLAT
-    mlp_ratio: Allowed | None = None
-    update_mlp_ratio: Allowed = FLAT
-
-
-# At first experts disagree: a mean over more of them, and a wider one's output, is noise that shrinks.
-MIXED: dict[str, Any] = {"num_experts": span(-0.5, 0.0), "mlp_ratio": span(-0.5, 0.0)}
-STEADY: dict[str, Any] = {"num_experts": FLAT, "mlp_ratio": FLAT}
-# fmt: off
-TARGETS: dict[str, Target] = {
-    #                                  width         depth          update: width    depth
-    "stream input":             Target(FLAT,         FLAT,          FLAT,            FLAT,            **STEADY),
-    "stream":                   Target(FLAT,         FLAT,          FLAT,            FLAT,            **STEADY),
-    "branch":                   Target(FLAT,         as_multiplier, FLAT,            branch_update,   **MIXED),
-    # logits are a mean over a random readout at first, attention logits a mean over the head dim: noise that shrinks
-    "logits":                   Target(slope(-0.5),  FLAT,          FLAT,            FLAT,            **STEADY),
-    "router logits":            Target(slope(-0.5),  FLAT,          FLAT,            attention_update, **STEADY),
-    "attention logits":         Target(slope(-0.5),  FLAT,          span(-0.5, 0.0), attention_update),
-    Role.INPUT.value:           Target(None,         None,          FLAT,            FLAT),
-    Role.BRANCH_HIDDEN.value:   Target(None,         None,          slope(-1.0),     as_update),
-    Role.HIDDEN.value:          Target(None,         None,          slope(-1.0),     FLAT),
-    Role.BRANCH_VECTOR.value:   Target(None,         None,          FLAT,            as_update),
-    Role.VECTOR.value:          Target(None,         None,          FLAT,            FLAT),
-    # a QK-norm gain is shared by heads that disagree at first: its SGD update starts N^-1/2 low
-    Role.BRANCH_SCALAR.value:   Target(None,         None,          span(-0.5, 0.0), as_update),
-    Role.SCALAR.value:          Target(None,         None,          FLAT,            FLAT),
-    Role.READOUT.value:         Target(None,         None,          FLAT,            FLAT),
-    Role.ROUTER.value:          Target(None,         None,          slope(-1.0),     as_update),
-    Role.EXPERT_UP.value:       Target(None,         None,          slope(-1.0),     as_update),
-    Role.EXPERT_DOWN.value:     Target(None,         None,          slope(-1.0),     as_update,
-                                       update_mlp_ratio=slope(-1.0)),
-}
-FIXED_HEAD_DIM = {
-    "attention logits":         Target(FLAT,         FLAT,          span(-0.5, 0.0), attention_update),
-}
-# A router's gradient is a product of the stream's and an expert's output over the width: noise at first, which SGD,
-# unlike AdamW, follows in size. So its update starts up to a root of the width, or of an expert's width, low.
-SGD = {
-    "router logits":            Target(slope(-0.5),  FLAT,          span(-0.5, 0.0), attention_update, **STEADY,
-                                       update_mlp_ratio=span(-0.5, 0.0)),
-    Role.ROUTER.value:          Target(None,         None,          span(-1.5, -1.0), as_update,
-                                       update_mlp_ratio=span(-0.5, 0.0)),
-}
-# Muon gives each matrix's update a spectral norm, so that is measured of it: RMS mixes it with its rank.
-# It orthogonalises q, k and v as one matrix, in which the share of q and k changes with depth.
-MUON = {
-    f"muon {Role.BRANCH_HIDDEN.value}": Target(None, None,      FLAT,            as_update, spectral=True),
-    f"muon {Role.HIDDEN.value}": Target(None,        None,          FLAT,            FLAT,      spectral=True),
-}
-# fmt: on
 
 
 @dataclass(frozen=True)
@@ -143,6 +48,7 @@ class Settings:
     steps: int = 8
     batch_size: int = 16
     num_seeds: int = 4
+    inside: bool = False  # judge each layer inside branches, too
 
 
 @dataclass(frozen=True)
@@ -172,71 +78,23 @@ class Line:
 
 
 Batch = tuple[Tensor, Tensor]  # inputs (batch, ...), labels (batch,)
-Values = dict[str, dict[int, Tensor]]  # quantity -> position -> what flows there
-
-
-@contextmanager
-def recording(scaled: ScaledModel, inputs: Tensor) -> Iterator[Values]:
-    """Fills the yielded dict, anew in each forward pass, with what the network's positions put out. `inputs`: a batch,
-    by which residual blocks are found where nobody stated them."""
-    modules, values = dict(scaled.network.named_modules()), Values()
-
-    def record(quantity: str, position: int) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            first = output[0] if isinstance(output, tuple) else output
-            values.setdefault(quantity, {})[position] = first.detach().clone()
-
-        return hook
-
-    def record_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        values["stream input"] = {0: inputs[0].detach().clone()}
-
-    blocks = stream_modules(scaled, inputs)
-    watched = {"stream": blocks, "branch": list(scaled.branches), "logits": [""]}
-    watched["queries"] = list(find_slots(scaled.network, scaled.roles.queries))
-    if scaled.roles.routers:
-        watched["router logits"] = modules_matching(scaled.network, scaled.roles.routers)
-    if scaled.roles.keys:
-        watched["keys"] = modules_matching(scaled.network, scaled.roles.keys)
-    handles = [modules[blocks[0]].register_forward_pre_hook(record_input)]
-    for quantity, names in watched.items():
-        handles += [modules[name].register_forward_hook(record(quantity, i)) for i, name in enumerate(names)]
-    try:
-        yield values
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def observe(scaled: ScaledModel, values: Values, by_muon: set[str]) -> Values:
-    """A copy of `values` with attention logits in place of queries and keys, and the weights of each role; matrices
-    that muon trains, `by_muon`, one by one."""
-    observed = {quantity: dict(at) for quantity, at in values.items() if quantity not in ("queries", "keys")}
-    if "queries" in values and "keys" in values:
-        observed["attention logits"] = {
-            i: q @ values["keys"][i].transpose(-2, -1) / math.sqrt(q.shape[-1])  # (batch, heads, tokens, tokens)
-            for i, q in values["queries"].items()
-        }
-    weights: dict[str, list[Tensor]] = {}
-    for name, parameter in scaled.network.named_parameters():
-        role = scaled.rules[name].role.value
-        if name in by_muon:
-            matrices = observed.setdefault(f"muon {role}", {})
-            matrices[len(matrices)] = parameter.detach().clone()
-        else:
-            weights.setdefault(role, []).append(parameter.detach().flatten())
-    return observed | {role: {0: torch.cat(tensors)} for role, tensors in weights.items()}
 
 
 def rms(tensor: Tensor) -> float:
     return float(tensor.float().square().mean().sqrt())
 
 
-def sizes(target: Target, at: dict[int, Tensor]) -> list[float]:
+def sizes(target: Target, at: dict[Position, Tensor]) -> dict[Position, float]:
     """RMS at each position, or the one RMS of matrices' spectral norms."""
     if target.spectral:
-        return [rms(torch.stack([torch.linalg.matrix_norm(matrix, ord=2) for matrix in at.values()]))]
-    return [rms(at[i]) for i in sorted(at)]
+        return {ONLY: rms(torch.stack([torch.linalg.matrix_norm(matrix, ord=2) for matrix in at.values()]))}
+    return {position: rms(tensor) for position, tensor in at.items()}
+
+
+def without_bias(logits: Tensor, scaled: ScaledModel) -> Tensor:
+    """Logits at step 0 less the readout's bias, which some networks draw: a constant, whatever the width."""
+    bias = getattr(scaled.network.get_submodule(scaled.roles.readout), "bias", None)
+    return logits - bias.detach() if isinstance(bias, Tensor) and bias.shape == logits.shape[-1:] else logits
 
 
 def fixed_batch(config: AnyModelConfig, settings: Settings, seed: int) -> Batch:
@@ -249,11 +107,15 @@ def fixed_batch(config: AnyModelConfig, settings: Settings, seed: int) -> Batch:
     return F.interpolate(patterns[labels], size=(size, size)) + 0.5 * noise, labels
 
 
-Measured = dict[tuple[str, int], list[float]]  # (quantity, step) -> RMS at each position
+Measured = dict[tuple[str, int], dict[Position, float]]  # (quantity, step) -> RMS at each position
 
 
 def measure(
-    scaled: ScaledModel, batch: Batch, optimizer_config: OptimizerConfig, steps: int, targets: dict[str, Target]
+    scaled: ScaledModel,
+    batch: Batch,
+    optimizer_config: OptimizerConfig,
+    steps: int,
+    targets: dict[str, Target],
 ) -> Measured:
     """Trains `scaled`: RMS of every quantity at step 0, and of its change after 1 and after `steps` steps.
 
@@ -267,18 +129,20 @@ def measure(
     names = {name for name, parameter in scaled.network.named_parameters() if id(parameter) in by_muon}
     measured: Measured = {}
     initial: Values = {}
-    with recording(scaled, inputs) as values:
+    layers = Inside(scaled, branch_layers(scaled, inputs) if targets.keys() >= INSIDE.keys() else [])
+    with recording(scaled, inputs) as values, closing(layers):
         for step in range(steps + 1):
             logits = scaled.network(inputs)
             if step == 0:
                 initial = observe(scaled, values, names)
-                measured |= {(q, 0): sizes(targets[q], at) for q, at in initial.items()}
+                logits_at = {ONLY: without_bias(initial["logits"][ONLY], scaled)}
+                measured |= {(q, 0): sizes(targets[q], at) for q, at in {**initial, "logits": logits_at}.items()}
             elif step in (1, steps):
                 now = observe(scaled, values, names)
-                changes = {q: {i: at[i] - initial[q][i] for i in at} for q, at in now.items()}
-                measured |= {(q, step): sizes(targets[q], at) for q, at in changes.items()}
+                changes = {q: {i: at[i] - initial[q][i] for i in at} for q, at in now.items()} | layers.changes()
+                measured |= {(q, step): sizes(target_of(q, targets), at) for q, at in changes.items()}
             optimizer.zero_grad()
-            F.cross_entropy(logits - initial["logits"][0], labels).backward()
+            F.cross_entropy(logits - initial["logits"][ONLY], labels).backward()
             optimizer.step()
     return measured
 
@@ -291,6 +155,14 @@ def at_positions(values: list[float], count: int, quantity: str) -> list[float]:
     return [values[end - 1] for end in ends[1:]] if quantity == "stream" else [values[start] for start in ends[:-1]]
 
 
+def align(values: dict[Position, float], base: dict[Position, float], quantity: str) -> list[float]:
+    """Of a larger network's `values` those that stand where the base's do: container by container."""
+    groups, counts = dict[str, list[float]](), Counter(group for group, _ in base)
+    for (group, _), value in values.items():
+        groups.setdefault(group, []).append(value)
+    return [value for group, count in counts.items() for value in at_positions(groups[group], count, quantity)]
+
+
 def judge(
     axis: Axis, runs: Sequence[Sequence[Measured]], settings: Settings, targets: dict[str, Target], alpha: float
 ) -> list[Line]:
@@ -299,11 +171,11 @@ def judge(
     log_factors = np.log2(settings.factors)
     centred = log_factors - log_factors.mean()
     for (quantity, step), base_values in runs[0][0].items():
-        target = targets[quantity]
+        target = target_of(quantity, targets)
         formula = getattr(target, f"update_{axis}" if step else axis)
-        positions = len(base_values)
-        values = np.array([[at_positions(run[quantity, step], positions, quantity) for run in size] for size in runs])
-        if formula is None or not values.any():  # nothing flows: a branch that starts at zero
+        values = np.array([[align(run[quantity, step], base_values, quantity) for run in size] for size in runs])
+        values = values[:, :, values.any(axis=(0, 1))]  # without positions where nothing flows: a branch of zero
+        if formula is None or not values.size:
             continue
         with np.errstate(divide="ignore", invalid="ignore"):
             log_rms = np.log2(values)  # (sizes, seeds, positions)
@@ -315,16 +187,6 @@ def judge(
         ]
         lines.append(max(at_each_position, key=lambda line: line.deviation))
     return lines
-
-
-def targets_for(optimizer: OptimizerConfig, head_dim_grows: bool) -> dict[str, Target]:
-    """What each quantity is held to."""
-    targets = TARGETS if head_dim_grows else TARGETS | FIXED_HEAD_DIM
-    if optimizer.name == "sgd":
-        return targets | SGD
-    if optimizer.name != "muon":
-        return targets
-    return targets | MUON | {"attention logits": replace(targets["attention logits"], update_depth=None)}
 
 
 def check_sizes(
@@ -342,7 +204,7 @@ def check_sizes(
     build_at: (size, seed) -> a network of that width and depth, scaled from `base` by `models.apply` or built here.
     batch: seed -> the one batch that it is trained on. `progress` is told each size before it runs.
     """
-    targets = targets_for(optimizer, head_dim_grows)
+    targets = targets_for(optimizer, head_dim_grows) | (INSIDE if settings.inside else {})
     alpha = build_at(base, 0).scale.parameterization.alpha
     lines: list[Line] = []
     for axis in axes:

@@ -163,7 +163,7 @@ def test_a_run_directory_of_a_branch_holds_an_ordinary_configuration(study_file:
     ("settings", "message"),
     [
         (
-            {"schedule": {"name": "cosine"}},
+            {"schedule": {"name": "cosine", "decay": 0.2}},
             r"branches where wsd begins to decay, and schedule\.name is cosine: use wsd",
         ),
         ({"study": {"sizes": [BASE]}}, "study.ladder would do nothing: no two of study.sizes differ in samples"),

@@ -14,6 +14,7 @@ from depthmup.launch.cli import cli
 from depthmup.models import coordinate_check
 from depthmup.models import parameterization as rules
 from depthmup.models.build import ScaledModel
+from depthmup.models.check_targets import Target
 from depthmup.models.config import (
     AnyModelConfig,
     ConvResNetConfig,
@@ -22,7 +23,7 @@ from depthmup.models.config import (
     ResNetConfig,
     VisionTransformerConfig,
 )
-from depthmup.models.coordinate_check import AXES, Axis, Batch, Line, Measured, Settings, Target, at_positions, check
+from depthmup.models.coordinate_check import AXES, Axis, Batch, Line, Measured, Settings, at_positions, check
 from depthmup.models.parameterization import Role, Scale
 
 CONV_RESNET = ConvResNetConfig(

@@ -8,10 +8,8 @@ trunk has none, as when it was trained before anyone asked for a branch, the bra
 
 import json
 import shutil
-from pathlib import Path
 
 from depthmup.data.errors import UserError
-from depthmup.data.storage import write_atomically
 from depthmup.train.checkpoint import find_fault, fsync
 from depthmup.train.config import RunConfig
 from depthmup.train.owner import differences, owner
@@ -40,7 +38,7 @@ def begin_branch(directory: RunDirectory, config: RunConfig) -> None:
     if different or state.get("shards") != mine["shards"]:
         reason = "; ".join(different) or "it was trained on other images"
         raise UserError(f"{directory.path}: {source} is not of the same run at another length ({reason})")
-    copy_metrics(trunk.directory(directory).metrics, directory.metrics, trunk.step)
+    shutil.copyfile(trunk.directory(directory).metrics, directory.metrics)  # lines after the step go as a run resumes
     temporary = directory.checkpoints / f"tmp-step-{trunk.step}"
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(source, temporary)
@@ -52,10 +50,3 @@ def begin_branch(directory: RunDirectory, config: RunConfig) -> None:
     temporary.rename(directory.checkpoints / source.name)
     fsync(directory.checkpoints)
     directory.add_to_log(f"branches off {trunk.run} after step {trunk.step}")
-
-
-def copy_metrics(source: Path, to: Path, step: int) -> None:
-    """The trunk's lines up to `step`."""
-    lines = source.read_text().splitlines()
-    kept = [line for line in lines if json.loads(line)["step"] <= step]
-    write_atomically(to, "".join(f"{line}\n" for line in kept).encode())

@@ -38,6 +38,7 @@ def train(config: Path, overrides: tuple[str, ...], directory: Path | None) -> N
 @click.option("--seeds", default=4, show_default=True, help="Seeds; a slope's standard error comes from them.")
 @click.option("--batch-size", default=16, show_default=True, help="Images in the one fixed batch.")
 @click.option("--axis", type=click.Choice(["width", "depth", "num_experts", "mlp_ratio"]), help="Check this one only.")
+@click.option("--inside", is_flag=True, help="Judge each layer inside residual branches, too.")
 @click.option("--plot", type=FilePath(), help="The plot's file [default: check_*.png with the study].")
 def check(**options: Any) -> None:
     """Coordinate check: do updates keep their size as the net grows?
