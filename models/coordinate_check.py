@@ -15,6 +15,8 @@ of them are narrower than the band, and unclear otherwise, so that noise neither
 """
 
 import math
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -172,7 +174,21 @@ class Line:
 
 
 Batch = tuple[Tensor, Tensor]  # inputs (batch, ...), labels (batch,)
-Values = dict[str, dict[int, Tensor]]  # quantity -> position -> what flows there
+Position = tuple[str, int]  # what blocks that follow each other have in common, and which of them it is
+Values = dict[str, dict[Position, Tensor]]  # quantity -> position -> what flows there
+ONLY = ("", 0)  # the position of what there is one of
+
+
+def positions_of(names: Sequence[str], blocks: Sequence[str]) -> list[Position]:
+    """Each module's place among those that stand alike in the blocks of one container, as `stages.2`, in order."""
+    positions: list[Position] = []
+    counts = Counter[str]()
+    for name in names:
+        block = next((each for each in blocks if f"{name}.".startswith(f"{each}.")), name)
+        group = re.sub(r"\d+(?=\D*$)", "#", block) + name[len(block) :]
+        positions.append((group, counts[group]))
+        counts[group] += 1
+    return positions
 
 
 @contextmanager
@@ -181,7 +197,7 @@ def recording(scaled: ScaledModel, inputs: Tensor) -> Iterator[Values]:
     by which residual blocks are found where nobody stated them."""
     modules, values = dict(scaled.network.named_modules()), Values()
 
-    def record(quantity: str, position: int) -> Callable[[nn.Module, Any, Tensor], None]:
+    def record(quantity: str, position: Position) -> Callable[[nn.Module, Any, Tensor], None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             first = output[0] if isinstance(output, tuple) else output
             values.setdefault(quantity, {})[position] = first.detach().clone()
@@ -189,7 +205,7 @@ def recording(scaled: ScaledModel, inputs: Tensor) -> Iterator[Values]:
         return hook
 
     def record_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        values["stream input"] = {0: inputs[0].detach().clone()}
+        values["stream input"] = {ONLY: inputs[0].detach().clone()}
 
     blocks = stream_modules(scaled, inputs)
     watched = {"stream": blocks, "branch": list(scaled.branches), "logits": [""]}
@@ -200,7 +216,10 @@ def recording(scaled: ScaledModel, inputs: Tensor) -> Iterator[Values]:
         watched["keys"] = modules_matching(scaled.network, scaled.roles.keys)
     handles = [modules[blocks[0]].register_forward_pre_hook(record_input)]
     for quantity, names in watched.items():
-        handles += [modules[name].register_forward_hook(record(quantity, i)) for i, name in enumerate(names)]
+        places = positions_of(names, blocks)
+        handles += [
+            modules[name].register_forward_hook(record(quantity, at)) for name, at in zip(names, places, strict=True)
+        ]
     try:
         yield values
     finally:
@@ -222,21 +241,27 @@ def observe(scaled: ScaledModel, values: Values, by_muon: set[str]) -> Values:
         role = scaled.rules[name].role.value
         if name in by_muon:
             matrices = observed.setdefault(f"muon {role}", {})
-            matrices[len(matrices)] = parameter.detach().clone()
+            matrices["", len(matrices)] = parameter.detach().clone()
         else:
             weights.setdefault(role, []).append(parameter.detach().flatten())
-    return observed | {role: {0: torch.cat(tensors)} for role, tensors in weights.items()}
+    return observed | {role: {ONLY: torch.cat(tensors)} for role, tensors in weights.items()}
 
 
 def rms(tensor: Tensor) -> float:
     return float(tensor.float().square().mean().sqrt())
 
 
-def sizes(target: Target, at: dict[int, Tensor]) -> list[float]:
+def sizes(target: Target, at: dict[Position, Tensor]) -> dict[Position, float]:
     """RMS at each position, or the one RMS of matrices' spectral norms."""
     if target.spectral:
-        return [rms(torch.stack([torch.linalg.matrix_norm(matrix, ord=2) for matrix in at.values()]))]
-    return [rms(at[i]) for i in sorted(at)]
+        return {ONLY: rms(torch.stack([torch.linalg.matrix_norm(matrix, ord=2) for matrix in at.values()]))}
+    return {position: rms(tensor) for position, tensor in at.items()}
+
+
+def without_bias(logits: Tensor, scaled: ScaledModel) -> Tensor:
+    """Logits at step 0 less the readout's bias, which some networks draw: a constant, whatever the width."""
+    bias = getattr(scaled.network.get_submodule(scaled.roles.readout), "bias", None)
+    return logits - bias.detach() if isinstance(bias, Tensor) and bias.shape == logits.shape[-1:] else logits
 
 
 def fixed_batch(config: AnyModelConfig, settings: Settings, seed: int) -> Batch:
@@ -249,7 +274,7 @@ def fixed_batch(config: AnyModelConfig, settings: Settings, seed: int) -> Batch:
     return F.interpolate(patterns[labels], size=(size, size)) + 0.5 * noise, labels
 
 
-Measured = dict[tuple[str, int], list[float]]  # (quantity, step) -> RMS at each position
+Measured = dict[tuple[str, int], dict[Position, float]]  # (quantity, step) -> RMS at each position
 
 
 def measure(
@@ -272,13 +297,14 @@ def measure(
             logits = scaled.network(inputs)
             if step == 0:
                 initial = observe(scaled, values, names)
-                measured |= {(q, 0): sizes(targets[q], at) for q, at in initial.items()}
+                logits_at = {ONLY: without_bias(initial["logits"][ONLY], scaled)}
+                measured |= {(q, 0): sizes(targets[q], at) for q, at in {**initial, "logits": logits_at}.items()}
             elif step in (1, steps):
                 now = observe(scaled, values, names)
                 changes = {q: {i: at[i] - initial[q][i] for i in at} for q, at in now.items()}
                 measured |= {(q, step): sizes(targets[q], at) for q, at in changes.items()}
             optimizer.zero_grad()
-            F.cross_entropy(logits - initial["logits"][0], labels).backward()
+            F.cross_entropy(logits - initial["logits"][ONLY], labels).backward()
             optimizer.step()
     return measured
 
@@ -291,6 +317,14 @@ def at_positions(values: list[float], count: int, quantity: str) -> list[float]:
     return [values[end - 1] for end in ends[1:]] if quantity == "stream" else [values[start] for start in ends[:-1]]
 
 
+def align(values: dict[Position, float], base: dict[Position, float], quantity: str) -> list[float]:
+    """Of a larger network's `values` those that stand where the base's do: container by container."""
+    groups, counts = dict[str, list[float]](), Counter(group for group, _ in base)
+    for (group, _), value in values.items():
+        groups.setdefault(group, []).append(value)
+    return [value for group, count in counts.items() for value in at_positions(groups[group], count, quantity)]
+
+
 def judge(
     axis: Axis, runs: Sequence[Sequence[Measured]], settings: Settings, targets: dict[str, Target], alpha: float
 ) -> list[Line]:
@@ -301,9 +335,9 @@ def judge(
     for (quantity, step), base_values in runs[0][0].items():
         target = targets[quantity]
         formula = getattr(target, f"update_{axis}" if step else axis)
-        positions = len(base_values)
-        values = np.array([[at_positions(run[quantity, step], positions, quantity) for run in size] for size in runs])
-        if formula is None or not values.any():  # nothing flows: a branch that starts at zero
+        values = np.array([[align(run[quantity, step], base_values, quantity) for run in size] for size in runs])
+        values = values[:, :, values.any(axis=(0, 1))]  # without positions where nothing flows: a branch of zero
+        if formula is None or not values.size:
             continue
         with np.errstate(divide="ignore", invalid="ignore"):
             log_rms = np.log2(values)  # (sizes, seeds, positions)
