@@ -16,7 +16,7 @@ PARTS = {"__getitem__", "narrow", "select"}  # of what a module puts out
 SCALINGS = {"mul", "mul_", "__mul__", "__rmul__", "__imul__", "div", "div_", "__truediv__", "__itruediv__"}
 PRODUCTS = {"linear", "conv1d", "conv2d", "conv3d"}  # with a weight (out, in, *kernel)
 NORMS = {"layer_norm", "batch_norm", "group_norm", "rms_norm", "instance_norm"}
-POOLS = {"avg_pool1d", "avg_pool2d", "adaptive_avg_pool2d", "max_pool2d", "mean", "interpolate"}
+POOLS = {"avg_pool1d", "avg_pool2d", "adaptive_avg_pool2d", "max_pool2d", "max", "amax", "mean", "interpolate"}
 LINEAR = SUMS | MOVES | SCALINGS | PRODUCTS | NORMS | POOLS  # what a projection of the stream is made of
 ATTENTION = "multi_head_attention_forward"  # torch's, which takes its own weights
 

@@ -63,9 +63,9 @@ def find_roles(build: Builder, inputs: Any, width: int, depth: int) -> Discovery
     queries, head_dim = find_queries(base, wide)
     found = Roles(
         parameters=tuple(parameter_rules(growth, roles, used, drawn, exempt)),
-        branches=merge_slots(growth, [branch_slot(branch, growth.deep) for branch in branches]),
+        branches=merge_slots(growth, growth.deep, [branch_slot(branch, growth.deep) for branch in branches]),
         readout=find_readout(roles, used),
-        queries=merge_slots(growth, queries),
+        queries=merge_slots(growth, growth.base, queries),
         blocks=find_blocks(growth, branches),
     )
     return Discovery(found, readout_features(growth.base, found), head_dim)
@@ -206,10 +206,10 @@ def branch_slot(branch: Branch, network: nn.Module) -> tuple[str, str]:
     return last, last
 
 
-def which_blocks(growth: Growth, name: str, among: Collection[str]) -> bool | None:
-    """What `growth.pattern` is to be told, so that it matches no module of the deeper network but those in `among`: all
-    blocks, the first one alone, or all others. Raises ModelError where none of these does."""
-    modules = dict(growth.deep.named_modules())
+def which_blocks(growth: Growth, network: nn.Module, name: str, among: Collection[str]) -> bool | None:
+    """What `growth.pattern` is to be told, so that it matches no module of `network` but those in `among`: all blocks,
+    the first one alone, or all others. Raises ModelError where none of these does."""
+    modules = dict(network.named_modules())
     for first in (None, growth.is_first(name)):
         pattern = re.compile(growth.pattern(name, first))
         if all(each in among for each in modules if pattern.fullmatch(each)):
@@ -217,12 +217,12 @@ def which_blocks(growth: Growth, name: str, among: Collection[str]) -> bool | No
     raise ModelError(f"a branch ends in {name}, and in other blocks none ends there: {BY_HAND}")
 
 
-def merge_slots(growth: Growth, found: list[tuple[str, str]]) -> tuple[Slot, ...]:
-    """One slot for all blocks that have it in the same place."""
+def merge_slots(growth: Growth, network: nn.Module, found: list[tuple[str, str]]) -> tuple[Slot, ...]:
+    """One slot for all blocks that have it in the same place; `found` in `network`."""
     slots: dict[str, Slot] = {}
     outputs = {output for output, _ in found}
     for output, last in found:
-        first = which_blocks(growth, output, outputs)
+        first = which_blocks(growth, network, output, outputs)
         pattern = growth.pattern(output, first)
         start = next((c for c in growth.containers if output.startswith(c) and last.startswith(c)), None)
         if start is None:
@@ -239,7 +239,7 @@ def find_blocks(growth: Growth, branches: list[Branch]) -> str | None:
     modules = [branch.total.module for branch in branches]
     if not all(modules):
         return None
-    patterns = (growth.pattern(module, which_blocks(growth, module, modules)) for module in modules)
+    patterns = (growth.pattern(module, which_blocks(growth, growth.deep, module, modules)) for module in modules)
     return "|".join(dict.fromkeys(patterns))
 
 
