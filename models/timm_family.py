@@ -3,7 +3,7 @@
 import difflib
 import importlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import lru_cache
@@ -16,7 +16,7 @@ from depthmup.models.config import TimmConfig
 from depthmup.models.discovery.find import find_roles
 from depthmup.models.errors import ModelError
 from depthmup.models.family import Family, Roles
-from depthmup.models.timm_sizes import SIZES, SizeArguments
+from depthmup.models.timm_sizes import SIZES, SizeArguments, times
 
 
 def architecture_module(name: str) -> str:
@@ -38,10 +38,6 @@ def architecture_module(name: str) -> str:
     return module
 
 
-def times(units: Any, factor: int) -> Any:
-    return tuple(times(unit, factor) for unit in units) if isinstance(units, tuple) else units * factor
-
-
 def size_arguments(config: TimmConfig, row: SizeArguments) -> dict[str, Any]:
     """What timm is told of the network's size, classes and images. Raises ModelError for keys that do not fit."""
     if bool(row.heads) != bool(config.head_dim):
@@ -51,9 +47,9 @@ def size_arguments(config: TimmConfig, row: SizeArguments) -> dict[str, Any]:
             if row.heads
             else f"model.head_dim would do nothing: no argument of {name} is a number of heads; leave it out"
         )
-    heads = config.width // (config.head_dim or config.width)
+    heads = heads_of(config)
     sizes = (row.width, config.width), (row.depth, config.depth), (row.heads, heads), (row.head_dims, config.head_dim)
-    arguments = {key: times(units, size or 1) for part, size in sizes for key, units in part.items()}
+    arguments = {key: times(units, size or 1) for part, size in sizes for key, units in part.items() if key}
     arguments |= {"num_classes": config.num_classes, "in_chans": config.in_channels}
     if row.takes_image_size:
         arguments["img_size"] = config.image_size
@@ -62,13 +58,18 @@ def size_arguments(config: TimmConfig, row: SizeArguments) -> dict[str, Any]:
     return arguments | config.arguments
 
 
+def heads_of(config: TimmConfig) -> int:
+    return config.width // (config.head_dim or config.width)
+
+
 @contextmanager
-def laid_over(module: Any, arguments: dict[str, Any]) -> Iterator[None]:
-    """Lets `arguments` win over those that the module's entry points state, which many refuse to be told twice."""
+def laid_over(module: Any, arguments: dict[str, Any], change: Callable[[Any], dict[str, Any]]) -> Iterator[None]:
+    """Lets `arguments`, and what `change` makes of those that the module's entry points state, win over them, which
+    many refuse to be told twice."""
     original = module.build_model_with_cfg
 
     def build_model(kind: Any, variant: str, pretrained: bool, **stated: Any) -> nn.Module:
-        network: nn.Module = original(kind, variant, pretrained, **stated | arguments)
+        network: nn.Module = original(kind, variant, pretrained, **stated | change(stated) | arguments)
         return network
 
     module.build_model_with_cfg = build_model
@@ -81,11 +82,15 @@ def laid_over(module: Any, arguments: dict[str, Any]) -> Iterator[None]:
 def build(config: TimmConfig) -> nn.Module:
     """timm's network at this size. Raises ModelError for a name without a row, or arguments that do not fit it."""
     module = architecture_module(config.timm_name)
-    arguments = size_arguments(config, SIZES[module])
+    row = SIZES[module]
+    arguments = size_arguments(config, row)
     import timm
 
+    def change(stated: dict[str, Any]) -> dict[str, Any]:
+        return row.change(stated, config.width, config.depth, heads_of(config)) if row.change else {}
+
     try:
-        with laid_over(importlib.import_module(f"timm.models.{module}"), arguments):
+        with laid_over(importlib.import_module(f"timm.models.{module}"), arguments, change):
             network: nn.Module = timm.create_model(config.timm_name)
     except (TypeError, AssertionError, ValueError, IndexError, KeyError) as error:
         raise ModelError(f"model: timm cannot build {config.timm_name} with {arguments}: {error}") from error

@@ -290,3 +290,105 @@ def test_finding_the_roles_leaves_nothing_on_a_network_that_the_builder_gave() -
     find_roles(build_at, torch.zeros(2, 12), 16, 2)
     assert len(given) == 3
     assert not any(module._forward_hooks or module._forward_pre_hooks for net in given for module in net.modules())
+
+
+class Ends(nn.Module):
+    """Its last block has a gain that the others lack; blocks of two kinds stand in one list."""
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(12, width), nn.Linear(width, 10)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
+        self.blocks[-1].gain = nn.LayerNorm(width)
+        middle = depth // 2
+        self.blocks[middle].up, self.blocks[middle].down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.blocks[-1].gain(x))
+
+
+def test_blocks_of_another_shape_may_move_with_depth() -> None:
+    rules = match_rules(
+        ["blocks.7.up.weight", "blocks.9.gain.weight"], find_roles(Ends, torch.zeros(2, 12), 16, 4).roles.parameters
+    )
+    assert rules["blocks.7.up.weight"].role is Role.BRANCH_HIDDEN
+    assert rules["blocks.9.gain.weight"].role is Role.VECTOR
+
+
+class Mobile(nn.Module):
+    """As in MobileNets: the first block has no shortcut; blocks are named by a letter and a number."""
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(12, width), nn.Linear(width, 10)
+        for number in range(depth + 1):
+            self.add_module(f"b{number}", Block(width, "" if number else "no stream"))
+        self.depth = depth
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for number in range(self.depth + 1):
+            x = self.get_submodule(f"b{number}")(x)
+        return self.head(x)
+
+
+def test_a_first_block_without_shortcut_is_outside_of_branches() -> None:
+    roles = find_roles(Mobile, torch.zeros(2, 12), 16, 2).roles
+    rules = match_rules([name for name, _ in Mobile(32, 12).named_parameters()], roles.parameters)
+    assert rules["b0.up.weight"].role is Role.HIDDEN
+    assert {rules[f"b{number}.up.weight"].role for number in range(1, 13)} == {Role.BRANCH_HIDDEN}
+    assert blocks(roles, Mobile(32, 12)) == [f"b{number}" for number in range(1, 13)]
+    assert count(roles.branches, Mobile(32, 12)) == 12
+
+
+class ClassAttention(Net):
+    """A fixed number of blocks after those that grow with depth."""
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__(width, depth)
+        self.last = nn.ModuleList(Block(width) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in (*self.blocks, *self.last):
+            x = block(x)
+        return self.head(x)
+
+
+def test_a_fixed_number_of_branches_has_no_factor_of_depth() -> None:
+    roles = find_roles(ClassAttention, torch.zeros(2, 12), 16, 2).roles
+    rules = match_rules(["blocks.5.up.weight", "last.1.up.weight"], roles.parameters)
+    assert rules["blocks.5.up.weight"].role is Role.BRANCH_HIDDEN
+    assert rules["last.1.up.weight"].role is Role.HIDDEN
+    assert count(roles.branches, ClassAttention(16, 5)) == 5
+
+
+class Parallel(Block):
+    """Two linear maps side by side, as of a layer that is merged after training, and a branch whose end is a part."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(x) + self.up(2 * x)
+        padded = F.pad(torch.relu(y), (0, 0, 0, 1))
+        return x + self.down(padded)[:, : x.shape[1]]
+
+
+def test_parallel_linear_maps_are_no_branch_and_a_part_of_a_modules_output_ends_one() -> None:
+    roles = find_roles(lambda width, depth: Stranger(width, depth, Parallel), TOKENS, 16, 2).roles
+    assert [slot.last for slot in roles.branches] == [r"\1.down"]
+
+
+def test_an_init_by_fans_with_a_gain_of_its_own_is_found() -> None:
+    def build(width: int, depth: int) -> nn.Module:
+        net = Ends(width, depth)
+        for block in net.blocks:
+            for layer in (block.up, block.down):
+                nn.init.normal_(layer.weight, std=0.37 * layer.in_features**-0.5)
+        return net
+
+    rules = match_rules(["blocks.0.down.weight"], find_roles(build, torch.zeros(2, 12), 32, 4).roles.parameters)
+    init = rules["blocks.0.down.weight"].init
+    assert init.kind == "normal_fan_in"
+    assert init.scale == pytest.approx(0.37, rel=0.05)

@@ -24,10 +24,11 @@ from depthmup.models.errors import ModelError
 from depthmup.models.optimizer import build_optimizer, parameter_groups
 from depthmup.models.parameterization import Role
 from depthmup.train.config import run_hash
+from depthmup.train.loop import run
 from depthmup.train.packs.packing import group_alike, packable
 from depthmup.train.packs.stacking import parameter_settings
 from depthmup.train.reading import from_plain, to_plain
-from train_configs import run_config
+from train_configs import metrics, pack_digits, run_config
 
 DIGITS: dict[str, Any] = {"num_classes": 10, "image_size": 8, "in_channels": 1}
 VIT = VisionTransformerConfig(width=16, depth=2, base_width=8, base_depth=1, num_heads=2, patch_size=4, **DIGITS)
@@ -120,3 +121,15 @@ def test_the_rate_of_a_role_is_swept() -> None:
     runs = list(Study(Path("study.yaml"), from_plain(StudyFile, raw, "study")).runs)
     assert [run.config.optimizer.role_lr.input for run in runs] == [1, 2, 4]
     assert len({run.directory.path for run in runs}) == 3
+
+
+def test_metrics_have_the_weights_and_the_effective_rate_of_each_role(tmp_path: Path) -> None:
+    model: dict[str, Any] = {"family": "conv_resnet", "width": 4, "depth": 3, "base_width": 4, "base_depth": 3}
+    config = run_config(pack_digits(tmp_path / "digits"), "train.samples=64", model=model)
+    run(config, tmp_path / "run")
+    first, second = metrics(tmp_path / "run")
+    weights = build(config.model, config.parameterization, config.seed).network
+    assert first["weight_rms/readout"] == pytest.approx(float(weights.fc.weight.detach().square().mean().sqrt()))
+    assert first["effective_lr/readout"] == pytest.approx(first["update_rms/readout"] / first["weight_rms/readout"])
+    assert "effective_lr/scalar" not in first  # its bias starts at zero
+    assert second["effective_lr/scalar"] == pytest.approx(second["update_rms/scalar"] / second["weight_rms/scalar"])

@@ -15,7 +15,7 @@ from depthmup.models import ParameterizationConfig, Size
 from depthmup.models import parameterization as rules
 from depthmup.models.build import build, build_meta
 from depthmup.models.config import OptimizerConfig, TimmConfig
-from depthmup.models.coordinate_check import Line, Settings, at_positions, check
+from depthmup.models.coordinate_check import Line, Settings, align, at_positions, check, positions_of, without_bias
 from depthmup.models.errors import ModelError
 from depthmup.models.export import folded_state
 from depthmup.models.parameterization import Role, Scale
@@ -146,3 +146,42 @@ def test_as_many_positions_are_compared_where_blocks_are_no_multiple_of_the_base
     assert at_positions(values, 4, "stream") == [2, 5, 8, 12]
     assert at_positions(values, 4, "branch") == [0, 3, 6, 9]
     assert at_positions(values[:12], 4, "stream") == [2, 5, 8, 11]
+
+
+def test_positions_are_compared_container_by_container() -> None:
+    """As in networks whose class attention has as many blocks at every depth."""
+    names = [f"blocks.{number}.ls1" for number in range(6)] + ["token.0.ls1", "token.1.ls1"]
+    deep = positions_of(names, [name.removesuffix(".ls1") for name in names])
+    base = [deep[0], deep[1], *deep[6:]]
+    assert [position[0] for position in base] == ["blocks.#.ls1"] * 2 + ["token.#.ls1"] * 2
+    values = {position: float(number) for number, position in enumerate(deep)}
+    assert align(values, dict.fromkeys(base, 0.0), "branch") == [0, 3, 6, 7]
+    assert align(values, dict.fromkeys(base, 0.0), "stream") == [2, 5, 6, 7]
+
+
+def test_a_readouts_bias_that_is_drawn_is_no_mean_over_the_width() -> None:
+    drawn = replace(CONVNEXT, arguments={**CONVNEXT.arguments, "head_init_scale": 1.0})
+    scaled = build(drawn, COMPLETEP, seed=0)
+    torch.nn.init.ones_(scaled.network.head.fc.bias)
+    logits = torch.randn(2, 10)
+    torch.testing.assert_close(without_bias(logits, scaled), logits - 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "head_dim", "width"),
+    [("efficientnet_b0", None, 32), ("gernet_s", None, 48), ("mvitv2_tiny", 16, 32), ("regnetx_002", None, 32)],
+)
+def test_sizes_that_lie_in_a_configuration_of_timms_are_changed_there(
+    name: str, head_dim: int | None, width: int
+) -> None:
+    shape: dict[str, Any] = {"num_classes": 10, "image_size": 64, "head_dim": head_dim, "base_depth": 1}
+    config = TimmConfig(timm_name=name, width=2 * width, depth=2, base_width=width, **shape)
+    scaled = build_meta(config, COMPLETEP)
+    assert scaled.branches
+    widest = max(parameter.shape[0] for parameter in build_at_base(config).parameters())
+    assert max(parameter.shape[0] for parameter in scaled.network.parameters()) == 2 * widest
+    assert len(scaled.blocks) > len(build_meta(replace(config, depth=1), COMPLETEP).blocks)
+
+
+def build_at_base(config: TimmConfig) -> torch.nn.Module:
+    return build_meta(replace(config, width=config.base_width, depth=config.base_depth), COMPLETEP).network

@@ -101,8 +101,9 @@ class Clock:
 
 
 class RoleStatistics:
-    """RMS of gradients and of updates for each role of parameters. An update costs a copy of the weights, so it is
-    measured on log steps only."""
+    """RMS of weights, of gradients and of updates for each role of parameters, and the effective learning rate: the
+    update's RMS over the weights' before it. An update costs a copy of the weights, so it is measured on log steps
+    only."""
 
     def __init__(self, network: nn.Module, role_of: dict[str, str]) -> None:
         """`role_of`: parameter name -> its role."""
@@ -118,13 +119,15 @@ class RoleStatistics:
 
     @torch.no_grad()
     def after_step(self) -> dict[str, float]:
-        """{"grad_rms/ROLE": ..., "update_rms/ROLE": ...}; waits for the device."""
+        """{"grad_rms/ROLE": ..., "update_rms/ROLE": ..., "weight_rms/ROLE": ..., "effective_lr/ROLE": ...}; the last
+        is left out where the weights were all zero. Waits for the device."""
         squares: list[Tensor] = []
         for role, parameters in self.by_role.items():
             updates = torch._foreach_sub([local_tensor(p) for p in parameters], self.before[role])
             squares += [
                 square_sum([local_tensor(p.grad) for p in parameters if p.grad is not None]),
                 square_sum(updates),
+                square_sum(self.before[role]),
             ]
         self.before = {}
         totals = torch.stack(squares)
@@ -132,8 +135,10 @@ class RoleStatistics:
         line = {}
         for index, (role, parameters) in enumerate(self.by_role.items()):
             count = sum(p.numel() for p in parameters)
-            line[f"grad_rms/{role}"] = math.sqrt(values[2 * index] / count)
-            line[f"update_rms/{role}"] = math.sqrt(values[2 * index + 1] / count)
+            gradient, update, weight = (math.sqrt(value / count) for value in values[3 * index : 3 * index + 3])
+            line |= {f"grad_rms/{role}": gradient, f"update_rms/{role}": update, f"weight_rms/{role}": weight}
+            if weight:
+                line[f"effective_lr/{role}"] = update / weight
         return line
 
 

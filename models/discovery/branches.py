@@ -12,10 +12,11 @@ MOVES = {  # put the same numbers elsewhere, or leave some of them out
     *("squeeze", "unsqueeze", "expand", "roll", "to", "type", "type_as", "float", "bfloat16", "half", "__get__", "cat"),
     *("dropout", "dropout1d", "dropout2d", "pad", "identity", "t", "rearrange"),
 }
+PARTS = {"__getitem__", "narrow", "select"}  # of what a module puts out
 SCALINGS = {"mul", "mul_", "__mul__", "__rmul__", "__imul__", "div", "div_", "__truediv__", "__itruediv__"}
 PRODUCTS = {"linear", "conv1d", "conv2d", "conv3d"}  # with a weight (out, in, *kernel)
 NORMS = {"layer_norm", "batch_norm", "group_norm", "rms_norm", "instance_norm"}
-POOLS = {"avg_pool1d", "avg_pool2d", "adaptive_avg_pool2d", "max_pool2d", "mean", "interpolate"}
+POOLS = {"avg_pool1d", "avg_pool2d", "adaptive_avg_pool2d", "max_pool2d", "max", "amax", "mean", "interpolate"}
 LINEAR = SUMS | MOVES | SCALINGS | PRODUCTS | NORMS | POOLS  # what a projection of the stream is made of
 ATTENTION = "multi_head_attention_forward"  # torch's, which takes its own weights
 
@@ -70,6 +71,10 @@ def branch_at(total: Node) -> Branch | None:
             return Branch(left, total, frozenset(fork.left))
         if all(streams):
             break
+    else:
+        streams = (False, False)
+    if streams == (True, True) and all(is_projection(nodes) for nodes in (fork.left, fork.right)):
+        return None  # two linear maps of one tensor, and so one
     raise ModelError(
         f"two tensors are added in {total.module or 'the network itself'} (shape {tuple(total.shape)}), and neither "
         "addend alone is the residual stream: write the network's Roles by hand, see docs/your-model.md"

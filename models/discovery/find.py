@@ -1,7 +1,8 @@
 """The Roles of a network, found by looking: which dimensions grow, where branches end, which module is the readout."""
 
-from collections import defaultdict
-from collections.abc import Iterator
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from depthmup.models.discovery.branches import (
     ATTENTION,
     MOVES,
     NORMS,
+    PARTS,
     PRODUCTS,
     SCALINGS,
     Branch,
@@ -49,7 +51,7 @@ def find_roles(build: Builder, inputs: Any, width: int, depth: int) -> Discovery
     given = inputs if isinstance(inputs, tuple) else (inputs,)
     drawn = weights_of(growth.base), weights_of(growth.deep)  # before they go to meta
     base, wide, nodes = (trace(network, given) for network in (growth.base, growth.wide, growth.deep))
-    branches = find_branches(nodes)
+    branches = [branch for branch in find_branches(nodes) if repeats(branch, growth)]
     if not branches:
         raise ModelError(f"{type(growth.base).__name__} has no residual stream: nothing adds a branch to what it reads")
     used = users_of(nodes)
@@ -61,12 +63,19 @@ def find_roles(build: Builder, inputs: Any, width: int, depth: int) -> Discovery
     queries, head_dim = find_queries(base, wide)
     found = Roles(
         parameters=tuple(parameter_rules(growth, roles, used, drawn, exempt)),
-        branches=merge_slots(growth, [branch_slot(branch, growth.deep) for branch in branches]),
+        branches=merge_slots(growth, growth.deep, [branch_slot(branch, growth.deep) for branch in branches]),
         readout=find_readout(roles, used),
-        queries=merge_slots(growth, queries),
+        queries=merge_slots(growth, growth.base, queries),
         blocks=find_blocks(growth, branches),
     )
     return Discovery(found, readout_features(growth.base, found), head_dim)
+
+
+def repeats(branch: Branch, growth: Growth) -> bool:
+    """Whether a deeper network has more of the branch. One of a fixed number, as in class attention, has no factor of
+    depth: to the rules it lies outside of branches."""
+    modules = (branch.total.module, branch.end.module, *branch.end.emitted_by)
+    return any(growth.pattern(module) != re.escape(module) for module in modules)
 
 
 def weights_of(network: nn.Module) -> Weights:
@@ -121,15 +130,19 @@ def role_of(name: str, growth: Growth, users: list[Node], branches: list[Branch]
 
 def settle(growth: Growth, roles: dict[str, Role]) -> dict[str, Role]:
     """One role for a parameter in every block. What some blocks have in a branch, and others before both branch and
-    shortcut, is the branch's. Raises ModelError for blocks that differ otherwise."""
-    by_pattern = defaultdict(set)
+    shortcut, is the branch's. The first block of a container may have no shortcut, and roles of its own. Raises
+    ModelError for blocks that differ otherwise."""
+    by_pattern: dict[Any, set[Role]] = defaultdict(set)
     for name, role in roles.items():
         by_pattern[growth.pattern(name)].add(role)
+        if not growth.is_first(name):
+            by_pattern[growth.pattern(name), "later"].add(role)
     vectors = {Role.VECTOR, Role.BRANCH_VECTOR}
     settled = {}
     for name, role in roles.items():
         same = by_pattern[growth.pattern(name)]
-        if len(same) > 1 and same != vectors:
+        later = by_pattern[growth.pattern(name), "later"]
+        if len(same) > 1 and same != vectors and len(later) > 1:
             raise ModelError(
                 f"{name} is {role.value}, and the same parameter of other blocks "
                 f"{', '.join(sorted(each.value for each in same - {role}))}: {BY_HAND}"
@@ -148,8 +161,11 @@ def parameter_rules(
     """A rule for each parameter of a block and each outside of blocks, in the network's order."""
     alike = defaultdict(list)
     for name in drawn[1]:
-        alike[growth.pattern(name)].append(name)
-    for pattern, names in alike.items():
+        alike[growth.pattern(name), roles[name]].append(name)
+    patterns = Counter(pattern for pattern, _ in alike)
+    for (pattern, _), names in alike.items():
+        if patterns[pattern] > 1:
+            pattern = growth.pattern(names[0], first=growth.is_first(names[0]))
         first = names[0]
         fans = used[first][0].operation in PRODUCTS and drawn[1][first].ndim > 1
         base, deeper = ([weights[name] for name in names if name in weights] for weights in drawn)
@@ -169,7 +185,7 @@ def last_weight(node: Node) -> str | None:
         if node.operation == ATTENTION:
             return f"{node.module}.out_proj"
         before = [each for each in node.inputs if each.data]
-        if node.operation not in MOVES | SCALINGS or len(before) != 1:
+        if node.operation not in MOVES | SCALINGS | PARTS or len(before) != 1:
             return None
         node = before[0]
 
@@ -190,26 +206,41 @@ def branch_slot(branch: Branch, network: nn.Module) -> tuple[str, str]:
     return last, last
 
 
-def merge_slots(growth: Growth, found: list[tuple[str, str]]) -> tuple[Slot, ...]:
-    """One slot for all blocks that have it in the same place."""
+def which_blocks(growth: Growth, network: nn.Module, name: str, among: Collection[str]) -> bool | None:
+    """What `growth.pattern` is to be told, so that it matches no module of `network` but those in `among`: all blocks,
+    the first one alone, or all others. Raises ModelError where none of these does."""
+    modules = dict(network.named_modules())
+    for first in (None, growth.is_first(name)):
+        pattern = re.compile(growth.pattern(name, first))
+        if all(each in among for each in modules if pattern.fullmatch(each)):
+            return first
+    raise ModelError(f"a branch ends in {name}, and in other blocks none ends there: {BY_HAND}")
+
+
+def merge_slots(growth: Growth, network: nn.Module, found: list[tuple[str, str]]) -> tuple[Slot, ...]:
+    """One slot for all blocks that have it in the same place; `found` in `network`."""
     slots: dict[str, Slot] = {}
+    outputs = {output for output, _ in found}
     for output, last in found:
-        pattern = growth.pattern(output)
-        start = next((c for c in growth.containers if output.startswith(f"{c}.") and last.startswith(f"{c}.")), None)
+        first = which_blocks(growth, network, output, outputs)
+        pattern = growth.pattern(output, first)
+        start = next((c for c in growth.containers if output.startswith(c) and last.startswith(c)), None)
         if start is None:
             slots[pattern] = Slot(pattern, last.replace("\\", "\\\\"))
             continue
-        number = output[len(start) + 1 :].partition(".")[0]
-        head = f"{start}.{number}"
-        rest = pattern.removeprefix(growth.pattern(head))
-        slots[pattern] = Slot(f"({growth.pattern(head)}){rest}", rf"\1{last.removeprefix(head)}")
+        head = start + output[len(start) :].partition(".")[0]
+        rest = pattern.removeprefix(growth.pattern(head, first))
+        slots[pattern] = Slot(f"({growth.pattern(head, first)}){rest}", rf"\1{last.removeprefix(head)}")
     return tuple(slots.values())
 
 
 def find_blocks(growth: Growth, branches: list[Branch]) -> str | None:
     """The modules in which branches are added; None where the network itself adds one."""
     modules = [branch.total.module for branch in branches]
-    return "|".join(dict.fromkeys(map(growth.pattern, modules))) if all(modules) else None
+    if not all(modules):
+        return None
+    patterns = (growth.pattern(module, which_blocks(growth, growth.deep, module, modules)) for module in modules)
+    return "|".join(dict.fromkeys(patterns))
 
 
 def find_readout(roles: dict[str, Role], used: dict[str, list[Node]]) -> str:

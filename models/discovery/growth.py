@@ -1,6 +1,7 @@
 """What grows: parameters at a base size, at twice its width, and at twice its depth."""
 
 import re
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,19 +22,31 @@ class Growth:
     wide: nn.Module  # at twice the base's width
     deep: nn.Module  # at twice its depth
     grows: dict[str, tuple[bool, ...]]  # base's parameter -> for each dimension, whether it grows with width
-    containers: tuple[str, ...]  # modules that have more children in a deeper network, as "blocks"
+    containers: tuple[str, ...]  # up to the number of what a deeper network has more of: "blocks.", "stage1.b"
 
     @cached_property
     def grows_by_pattern(self) -> dict[str, tuple[bool, ...]]:
         return {self.pattern(name): grows for name, grows in self.grows.items()}
 
-    def pattern(self, name: str) -> str:
-        """A regular expression for a parameter or module in every block: its number stands for all numbers."""
+    def place(self, name: str) -> tuple[str, str, str] | None:
+        """(container, number, rest) of a parameter or module in a block; None outside of blocks."""
         for container in sorted(self.containers, key=len, reverse=True):
-            if match := re.match(rf"{re.escape(container)}\.\d+(?=\.|$)", name):
-                rest = name[match.end() :]
-                return rf"{re.escape(container)}\.\d+{re.escape(rest)}"
-        return re.escape(name)
+            if match := re.match(rf"{re.escape(container)}(\d+)(?=\.|$)", name):
+                return container, match[1], name[match.end() :]
+        return None
+
+    def is_first(self, name: str) -> bool:
+        """Whether it is in the block of number 0."""
+        place = self.place(name)
+        return place is not None and int(place[1]) == 0
+
+    def pattern(self, name: str, first: bool | None = None) -> str:
+        """A regular expression for a parameter or module in every block: its number stands for all numbers. `first`:
+        for that of the first block alone, or of all others."""
+        if not (place := self.place(name)):
+            return re.escape(name)
+        numbers = {None: r"\d+", True: "0", False: r"[1-9]\d*"}[first]
+        return rf"{re.escape(place[0])}{numbers}{re.escape(place[2])}"
 
 
 def build_network(build: Builder, width: int, depth: int, device: str) -> nn.Module:
@@ -66,12 +79,12 @@ def shapes_of(network: nn.Module) -> dict[str, torch.Size]:
 
 
 def repeating_modules(shallow: nn.Module, deep: nn.Module) -> tuple[str, ...]:
-    """Modules whose numbered children are more in the deeper network."""
+    """Names, up to the number, of modules that are more in the deeper network."""
     counts = [
-        {name: sum(child.isdigit() for child, _ in module.named_children()) for name, module in network.named_modules()}
+        Counter(re.sub(r"\d+$", "", name) for name, _ in network.named_modules() if re.search(r"\d$", name))
         for network in (shallow, deep)
     ]
-    return tuple(name for name, count in counts[1].items() if 0 < counts[0].get(name, 0) < count)
+    return tuple(name for name, count in counts[1].items() if 0 < counts[0][name] < count)
 
 
 def compare_sizes(build: Builder, width: int, depth: int) -> Growth:
@@ -87,7 +100,12 @@ def compare_sizes(build: Builder, width: int, depth: int) -> Growth:
     kind = type(base).__name__
     if odd := sorted(set(shapes) ^ set(wider)):
         raise ModelError(f"{kind} has other parameters at width {2 * width} than at {width}: {', '.join(odd[:3])}")
-    grows = {}
+    grows: dict[str, tuple[bool, ...]] = {}
+    growth = Growth(base, wide, deep, grows, repeating_modules(base, deep))
+    # A block of a deeper network may be what another one was in the base: the last, or the first of a stage.
+    by_pattern = defaultdict(set)
+    for name, shape in shapes.items():
+        by_pattern[growth.pattern(name)].add(shape)
     for name, shape in shapes.items():
         ratios = [new / old if old else 1.0 for old, new in zip(shape, wider[name], strict=True)]
         if any(ratio not in (1.0, 2.0) for ratio in ratios):
@@ -96,7 +114,7 @@ def compare_sizes(build: Builder, width: int, depth: int) -> Growth:
                 "dimension grows as the width does, or stays"
             )
         grows[name] = tuple(ratio == 2.0 for ratio in ratios)
-        if deeper.get(name, shape) != shape:
+        if deeper.get(name, shape) not in by_pattern[growth.pattern(name)]:
             raise ModelError(
                 f"{name} is of shape {tuple(shape)} at depth {depth} and {tuple(deeper[name])} at {2 * depth}: a "
                 "parameter that grows with depth has no rule. Give each block its own parameters"
@@ -108,6 +126,7 @@ def compare_sizes(build: Builder, width: int, depth: int) -> Growth:
             f"the builder ignores its depth, or shares weights over it: {kind} has the same parameters at depth "
             f"{depth} and {2 * depth}"
         )
-    if lost := sorted(set(shapes) - set(deeper)):
+    patterns = {growth.pattern(name) for name in deeper}
+    if lost := sorted(name for name in shapes if growth.pattern(name) not in patterns):
         raise ModelError(f"{kind} of depth {2 * depth} lacks {', '.join(lost[:3])}, which it has at depth {depth}")
-    return Growth(base, wide, deep, grows, repeating_modules(base, deep))
+    return growth

@@ -32,6 +32,12 @@ def known_inits(uniform: bool, fans: bool) -> Iterator[Init]:
         yield from (Init("normal_fan_out", gain) for gain in GAINS if not uniform)
 
 
+def fit(law: Init, tensors: Sequence[Tensor]) -> float:
+    """The gain with which `law` explains the tensors' deviations, in the geometric mean."""
+    logs = [math.log(deviation(tensor) / law.base_std(tuple(tensor.shape))) for tensor in tensors]
+    return law.scale * math.exp(sum(logs) / len(logs))
+
+
 def measure_init(name: str, base: Sequence[Tensor], deeper: Sequence[Tensor], fans: bool) -> Init:
     """The init of parameters that are drawn alike, one tensor a block of the base and of a deeper network: constant,
     uniform or normal.
@@ -60,6 +66,10 @@ def measure_init(name: str, base: Sequence[Tensor], deeper: Sequence[Tensor], fa
     if misfit(best) <= STANDARD_ERRORS:
         return best
     if len({tensor.shape for tensor in base}) > 1 and fans:
+        laws = [Init(law.kind, fit(law, tensors)) for law in known_inits(uniform, fans)]  # with a gain of their own
+        best = min(laws, key=misfit)
+        if misfit(best) <= STANDARD_ERRORS:
+            return best
         raise ModelError(
             f"{name}: the weights of its blocks differ in shape, and their init is none in common use: write its "
             "ParameterRule by hand, see docs/your-model.md"

@@ -292,8 +292,14 @@ class Replicas:
         updates = [group.values - values for group, values in zip(self.groups, before, strict=True)]
         means = {f"grad_rms/{role}": value for role, value in self.mean_squares(self.gradients).items()}
         means |= {f"update_rms/{role}": value for role, value in self.mean_squares(updates).items()}
+        means |= {f"weight_rms/{role}": value for role, value in self.mean_squares(before).items()}
         rows = torch.stack(list(means.values()), dim=1).sqrt().masked_fill(~self.alive, float("nan"))
-        return [dict(zip(means, row, strict=True)) for row in rows.tolist()]
+        lines = [dict(zip(means, row, strict=True)) for row in rows.tolist()]
+        for line in lines:
+            for role in set(self.roles.values()):
+                if weight := line[f"weight_rms/{role}"]:
+                    line[f"effective_lr/{role}"] = line[f"update_rms/{role}"] / weight
+        return lines
 
     def mean_squares(self, matrices: Sequence[Tensor]) -> dict[str, Tensor]:
         """Role -> (K,), the mean square over the role's columns of `matrices`, which are laid out as the weights."""

@@ -1,0 +1,84 @@
+"""The page on scripts of one's own: its examples run as they stand, and train what the tables say."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from train_processes import start
+
+PAGE = Path(__file__).parents[1] / "docs" / "your-model.md"
+NEEDED = "is not installed; depthmup does not need it, and its example is run where it is"
+
+
+def example(kind: str) -> str:
+    (block,) = re.findall(rf"```python {kind}\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    return str(block)
+
+
+def plain_examples() -> str:
+    """Up to the section on roles by hand."""
+    text = PAGE.read_text().partition("## Roles by hand")[0]
+    return "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+
+
+@pytest.fixture
+def names() -> dict[str, Any]:
+    found: dict[str, Any] = {"__name__": "example"}
+    exec(compile(plain_examples(), str(PAGE), "exec"), found)
+    return found
+
+
+def weights(network: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+
+
+def test_the_plain_loop_trains_and_its_schedule_keeps_the_ratios(names: dict[str, Any]) -> None:
+    loss = torch.nn.functional.cross_entropy(names["scaled"].network(names["x"]), names["y"])
+    assert loss < 2.2
+    groups = names["optimizer"].param_groups
+    assert len({group["lr_mult"] for group in groups}) > 1
+    for group in groups:
+        assert group["lr"] == pytest.approx(names["tuned"].lr * group["lr_mult"])
+
+
+def test_timms_factory_keeps_what_the_table_says_of_each_group(names: dict[str, Any]) -> None:
+    groups = names["timms_optimizer"].param_groups
+    for found, stated in zip(groups, names["groups"], strict=True):
+        assert found["initial_lr"] == pytest.approx(stated["lr_mult"] * names["tuned"].lr)
+        assert (found["eps"], found["weight_decay"]) == (stated["eps"], stated["weight_decay"])
+    names["timms_schedule"].step(50)
+    factors = {round(group["lr"] / group["initial_lr"], 6) for group in groups}
+    assert len(factors) == 1
+
+
+def test_a_compiled_network_is_scaled_as_the_plain_one(names: dict[str, Any]) -> None:
+    compiled = torch.compile(names["scaled"].network, backend="eager")
+    torch.testing.assert_close(compiled(names["x"]), names["scaled"].network(names["x"]))
+    assert names["scaled"].multipliers
+
+
+def test_ddp_and_fsdp_train_alike_in_two_processes(tmp_path: Path) -> None:
+    script = "\n".join((plain_examples().partition("x, y = ")[0], example("torchrun"), "print('losses', losses)"))
+    processes = start(["-c", script], 2)
+    for process in processes:
+        output = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, output
+        ddp, fsdp = map(float, re.findall(r"'(?:ddp|fsdp)': ([\d.]+)", output))
+        assert ddp == pytest.approx(fsdp, rel=1e-4)
+        assert ddp < 2.2
+
+
+@pytest.mark.parametrize("library", ["transformers", "lightning"])
+def test_a_trainer_of_another_library_takes_the_optimizer(
+    library: str, names: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip(library, reason=f"{library} {NEEDED}")
+    monkeypatch.chdir(tmp_path)
+    before = weights(names["scaled"].network)
+    exec(compile(example(library), str(PAGE), "exec"), names)
+    after = weights(names["scaled"].network)
+    assert all(not torch.equal(before[name], after[name]) for name in before)
