@@ -58,6 +58,14 @@ def show_report(study: Study, console: Console) -> "Report":
     print_report(record, console)  # first: the folder may be another user's
     write_report(report, record)
     console.print(f"Report: {study.file.directory / 'report.html'} (also .csv and .json)", highlight=False)
+    track = study.file.track
+    if track.wandb != "off" or track.tensorboard:
+        from depthmup.launch.report.tracked import track_study  # torch, for TensorBoard, which takes seconds
+
+        def warn(text: str) -> None:
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+        track_study(track, record, study.file.directory, warn)
     return report
 
 

@@ -32,7 +32,7 @@ SECTIONS = {
     "One network": [single.train, single.check, single.export],
     "Images": [shards.pack, shards.index, shards.inspect],
     "Theory": [theory.converge_command, theory.exponents_command, theory.limit],
-    "This machine": [single.doctor, single.cluster],
+    "This machine": [single.doctor, single.cluster, single.completion],
 }
 
 

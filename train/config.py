@@ -201,7 +201,7 @@ class TrackConfig:
     wandb: Annotated[Literal["off", "offline", "online"], Switch] = "off"  # offline: into the run's folder
     tensorboard: bool = False  # event files in the run's folder
     project: str = "depthmup"  # on W&B
-    group: str | None = None  # on W&B
+    group: str | None = None  # on W&B; null: of a study's runs its name
 
 
 @checked_setting

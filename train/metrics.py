@@ -52,11 +52,12 @@ class Tracker(Protocol):
 
 
 class Recorder:
-    """The tracker called `name`, which only records: once anything in it fails, the run goes on without it, warned."""
+    """The tracker called `name`, which only records: once anything in it fails, `of`, what it is to record, goes on
+    without it, warned."""
 
-    def __init__(self, name: str, start: Callable[[], Tracker], warn: Log) -> None:
+    def __init__(self, name: str, start: Callable[[], Tracker], warn: Log, of: str = "the run") -> None:
         """Raises UserError, of `start`, when it is not installed."""
-        self.name, self.warn = name, warn
+        self.name, self.warn, self.of = name, warn, of
         self.tracker: Tracker | None = None
         self.tracker = self.attempt(start)
 
@@ -68,7 +69,7 @@ class Recorder:
         except Exception as error:  # whatever wandb, its server, the network or a disk may raise
             self.tracker = None
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            self.warn(f"warning: {self.name} failed, and the run goes on without it: {reason}")
+            self.warn(f"warning: {self.name} failed, and {self.of} goes on without it: {reason}")
             return None
 
     def log(self, line: dict[str, Any]) -> None:
@@ -122,38 +123,40 @@ class MetricsWriter:
             tracker.finish()
 
 
+def start_wandb(track: TrackConfig, directory: Path, warn: Log, **settings: Any) -> Any:
+    """A wandb run with `settings` of wandb.init. Without a key, or where the server does not answer, it is kept in
+    `directory`, for `wandb sync`. Raises UserError where wandb is not installed."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("track.wandb needs wandb: pip install 'depthmup[wandb]', or set track.wandb=off") from None
+    start = partial(
+        wandb.init,
+        project=track.project,
+        dir=directory,
+        resume="allow",
+        settings=wandb.Settings(silent=True, init_timeout=WANDB_SECONDS, login_timeout=WANDB_SECONDS),
+        **settings,
+    )
+    later = f"wandb sync {directory}/wandb/offline-run-*"
+    if track.wandb == "online":
+        try:
+            if wandb.login(prompt=False):
+                return start(mode="online")
+            warn(f"warning: no wandb key, so track.wandb is offline: run `wandb login`, and later `{later}`")
+        except Exception as error:  # of the network, the server, a wrong key
+            reason = " ".join(str(error).split())
+            warn(f"warning: wandb did not start online, so track.wandb is offline: later run `{later}` ({reason})")
+    return start(mode="offline")
+
+
 class WandbTracker:
-    """A wandb run whose id is the run's hash: a run that is requeued goes on as the same wandb run. Without a key, or
-    where the server does not answer, it is kept in the run's directory, for `wandb sync`."""
+    """A wandb run whose id is the run's hash: a run that is requeued goes on as the same wandb run."""
 
     def __init__(self, track: TrackConfig, config: RunConfig, run_id: str, directory: Path, warn: Log) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise UserError("track.wandb needs wandb: pip install 'depthmup[wandb]', or set track.wandb=off") from None
-        start = partial(
-            wandb.init,
-            project=track.project,
-            group=track.group,
-            id=run_id,
-            name=run_id,
-            config=to_plain(config),
-            dir=directory,
-            resume="allow",
-            settings=wandb.Settings(silent=True, init_timeout=WANDB_SECONDS, login_timeout=WANDB_SECONDS),
-        )
-        later = f"wandb sync {directory}/wandb/offline-run-*"
-        if track.wandb == "online":
-            try:
-                if wandb.login(prompt=False):
-                    self.run = start(mode="online")
-                    self._keep_address(directory)
-                    return
-                warn(f"warning: no wandb key, so track.wandb is offline: run `wandb login`, and later `{later}`")
-            except Exception as error:  # of the network, the server, a wrong key
-                reason = " ".join(str(error).split())
-                warn(f"warning: wandb did not start online, so track.wandb is offline: later run `{later}` ({reason})")
-        self.run = start(mode="offline")
+        settings = {"group": track.group, "id": run_id, "name": run_id, "config": to_plain(config)}
+        self.run = start_wandb(track, directory, warn, **settings)
+        self._keep_address(directory)
 
     def _keep_address(self, directory: Path) -> None:
         """For the report, which links to it."""
@@ -169,17 +172,22 @@ class WandbTracker:
         self.run.finish()
 
 
+def open_board(directory: Path, purge_step: int) -> Any:
+    """A SummaryWriter; what earlier ones wrote from `purge_step` on is hidden. Raises UserError where there is none."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError(
+            "track.tensorboard needs tensorboard: pip install 'depthmup[tensorboard]', or set it to false"
+        ) from None
+    return SummaryWriter(str(directory), purge_step=purge_step)
+
+
 class TensorBoardTracker:
     """Event files in the run's directory; on a resume, what lies after the resumed step is hidden."""
 
     def __init__(self, directory: Path, resumed_step: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError(
-                "track.tensorboard needs tensorboard: pip install 'depthmup[tensorboard]', or set it to false"
-            ) from None
-        self.writer = SummaryWriter(str(directory / "tensorboard"), purge_step=resumed_step + 1)
+        self.writer = open_board(directory / "tensorboard", purge_step=resumed_step + 1)
 
     def log(self, line: dict[str, Any]) -> None:
         for key, value in line.items():

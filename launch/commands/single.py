@@ -81,6 +81,22 @@ def probe() -> None:
     click.echo(propose(), nl=False)
 
 
+@command("completion", example='eval "$(depthmup completion bash)"')
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print what lets a shell complete commands, options and files.
+
+    The example's line in ~/.bashrc (of zsh in ~/.zshrc) does it for every session; in fish: depthmup completion fish |
+    source.
+    """
+    from click.shell_completion import get_completion_class
+
+    made = get_completion_class(shell)
+    assert made
+    program = click.get_current_context().find_root().command
+    click.echo(made(program, {}, "depthmup", "_DEPTHMUP_COMPLETE").source())
+
+
 @command("doctor", example="depthmup doctor --directory /scratch/runs")
 @click.option(
     "--directory", type=FilePath(), default="runs", show_default=True, help="Where studies are kept (study.directory)."
