@@ -14,13 +14,15 @@ installed() { # version and path of each Python of two digits, the oldest first
   IFS=: read -ra folders <<< "$PATH"
   for folder in "${folders[@]}" "${PYENV_ROOT:-$HOME/.pyenv}"/versions/*/bin; do
     for file in "$folder"/python3.[0-9][0-9]; do
-      version=$("$file" -c 'import platform; print(platform.python_version())' 2>/dev/null) && echo "$version $file"
+      if version=$("$file" -c 'import platform; print(platform.python_version())' 2>/dev/null); then
+        echo "$version $file"
+      fi
     done
   done | sort -V
 }
 if [ "$end" = patch ]; then
   ours=$(.venv/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-  python=${PYTHON:-$(installed | awk -v ours="$ours." 'index($1, ours) == 1 {print $2; exit}')}
+  python=${PYTHON:-$(installed | awk -v ours="$ours." 'index($1, ours) == 1 && !found++ {print $2}')}
   packages=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
   export PYTHONPATH=$packages:$PWD/src
 else
