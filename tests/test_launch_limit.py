@@ -36,6 +36,15 @@ def test_plan_says_what_is_predicted_and_nothing_where_nothing_is(study_file: Pa
     assert "in theory" not in other
 
 
+def test_check_says_what_is_predicted_of_the_depths_that_it_looks_at(study_file: Path, tmp_path: Path) -> None:
+    size = ["--axis", "depth", "--factors", "1,2", "--steps", "1", "--seeds", "2", "--batch-size", "4"]
+    arguments = ["check", str(study_file), *size, "--plot", str(tmp_path / "check.png")]
+    said = CliRunner().invoke(cli, arguments).output.replace("\n", " ")
+    assert "the largest stable rate at the start drifts by -0.27 octaves at depth 6" in said
+    other = CliRunner().invoke(cli, [*arguments, "model.activation=tanh"]).output
+    assert "in theory" not in other
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
