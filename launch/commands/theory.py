@@ -25,7 +25,7 @@ def converge_command(config: Path, overrides: tuple[str, ...]) -> None:
         console.print(f"Written: {path}", highlight=False)
 
 
-@command("exponents", example="depthmup exponents configs/paper/exponents.yaml")
+@command("exponents", example="depthmup exponents configs/paper/exponents.yaml --own")
 @with_config
 @click.option("--own", is_flag=True, help="At each size's own best value that ran [default: at the base's].")
 def exponents_command(config: Path, overrides: tuple[str, ...], own: bool) -> None:

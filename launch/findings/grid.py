@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import ndtri
 
-from depthmup.launch.findings.convergence import MIN_SEEDS, Law, squared_distance, student_half_width
+from depthmup.launch.findings.convergence import MIN_SEEDS, MIN_SIZES, Law, squared_distance, student_half_width
 from depthmup.launch.findings.curve_model import CONFIDENCE
 
 EXTRAPOLATED = 2  # orders of 1 / width: a first order alone leaves an error that does not fall with depth
@@ -86,7 +86,8 @@ def points_of(
 
 
 def fit_grid(law: Law, points: Sequence[Point]) -> GridRate:
-    """By least squares in log(distance), every point weighted by its error; points count that are CLEAR of 0.
+    """By least squares in log(distance), every point weighted by its error. Points count that are CLEAR of 0, at sizes
+    at which most are.
 
     The interval is Student's from a jackknife over seeds, and holds the error of the limit's Monte Carlo.
     """
@@ -118,11 +119,13 @@ def fit_grid(law: Law, points: Sequence[Point]) -> GridRate:
     deviation = np.sqrt(variance)
     halves = np.array([squared(every, half) for half in (0, 1)])
     clear = (found > CLEAR * deviation) & (again > 0).all(axis=0) & (halves > 0).all(axis=0)
+    # of a size at which most are lost, those that noise made large are left: it does not count at all
+    clear &= np.array([clear[sizes == size].mean() > 0.5 for size in sizes])
     distance = np.sqrt(np.where(clear, found, np.nan))
     error = deviation / 2 / np.sqrt(np.where(clear, found, deviation))
     own = sorted(set(lines[clear]))
     design = np.stack([*(lines[clear] == line for line in own), -np.log(sizes[clear]), 1 / sizes[clear]], axis=1)
-    if len(design) <= design.shape[1]:
+    if len(design) <= design.shape[1] or len(set(sizes[clear])) < MIN_SIZES:
         return rate(f"not resolved: {int((~clear).sum())} of {len(points)} distances are lost in the noise")
     weights = (2 * found / deviation)[clear]
 

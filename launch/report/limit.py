@@ -200,7 +200,7 @@ def verdicts(found: list[Found]) -> list[str]:
             scatter = outputs["scatter"].distance
             resolved = scatter[np.isfinite(scatter)]
             least = f"by {resolved.min():.2g} or more, relative" if len(resolved) else "beyond measure"
-            said.append(f"{name}: has no limit: outputs scatter {least}, at every size{diverged}")
+            said.append(f"{name}: has no limit: outputs scatter {least}{diverged}")
             continue
         resolved_rates = [each for each in own if each.rate.interval]
         holds = sum(each.agreement.startswith("as in theory") for each in resolved_rates)
