@@ -169,9 +169,7 @@ def main() -> None:
             walks = [walk(Path(folder), sampler, arguments.trials, seed) for seed in range(arguments.seeds)]
             seconds, cpu = (statistics.median(each[i] for each in walks) for i in (0, 1))
             reached = [f"{statistics.median(each[2][mark - 1] for each in walks) - 0.5:.4f}" for mark in marks]
-            print(
-                f"{sampler:7}  {seconds:13.3f}  {cpu:10.3f}  {'  '.join(f'{each:.4f}' for each in reached)}", flush=True
-            )
+            print(f"{sampler:7}  {seconds:13.3f}  {cpu:10.3f}  {'  '.join(reached)}", flush=True)
 
 
 if __name__ == "__main__":

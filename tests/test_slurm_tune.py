@@ -67,7 +67,7 @@ def test_no_suggestion_is_lost_or_trained_twice_whatever_dies(
     wait_for(lambda: not cluster.queued("-search-"))
     left = cluster.depthmup("tune", file, "--detach")  # the killed worker's run goes again
     assert left.returncode == 0, left.stderr
-    wait_for((folder / "best.yaml").exists, 600)
+    wait_for(lambda: (folder / "best.yaml").exists() and not cluster.queued("-search-"), 600)
 
     search = search_in(folder)
     assert [trial.params for trial in search.trials()][:3] == first

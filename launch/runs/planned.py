@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from depthmup.data.errors import UserError
@@ -34,11 +35,27 @@ class PlannedRun:
         return 1 - (self.trunk.step / self.config.train.num_steps if self.trunk else 0.0)
 
     def done(self) -> dict[str, Any] | None:
-        """The done marker, None before the run's end. Raises UserError for one that is damaged, or another run's."""
-        if done := self.directory.done():
-            shards = None if self.any_shards or is_remote(self.config.data.root) else data_fingerprint(self.config)
-            check_owner(self.directory.path / "done.json", done, self.config, shards)
-        return done
+        """The done marker, None before the run's end. Raises UserError for one that is damaged, or another run's.
+
+        A marker that has not changed since it was read is not read again: whoever waits asks thousands of runs, often.
+        """
+        try:
+            status = (self.directory.path / "done.json").stat()
+        except FileNotFoundError:
+            return None
+        shards = None if self.any_shards or is_remote(self.config.data.root) else data_fingerprint(self.config)
+        version = (status.st_ino, status.st_mtime_ns, status.st_size, shards)
+        if version not in self._read:
+            if done := self.directory.done():
+                check_owner(self.directory.path / "done.json", done, self.config, shards)
+            self._read.clear()
+            self._read[version] = done
+        return self._read[version]
+
+    @cached_property
+    def _read(self) -> dict[Any, dict[str, Any] | None]:
+        """The marker, by its version on disk and that of the images."""
+        return {}
 
     def loss(self, metric: str) -> float | None:
         """The metric of a run that is done, infinite where it diverged; None before its end. Raises UserError for a
