@@ -253,7 +253,12 @@ def scale_training(config: dict[str, Any], report: Report, curve: Curve, axis: s
     own = getattr(report.base, axis) * ratio
     beyond = max(own / exponent.span[1], exponent.span[0] / own)
     far = f", {beyond:.3g} times beyond what was measured" if beyond > 1 else ""
-    return f"{scaled}, {moved}{far}."
+    alike = (
+        "; the ladder's runs had one weight decay a step and the same betas at every length; the target's follow rules"
+        if axis == "samples" and study.ladder
+        else ""
+    )
+    return f"{scaled}, {moved}{far}{alike}."
 
 
 def foretell_target(report: Report, curve: Curve, carried: float, target: RunConfig, reasons: str) -> Forecast:

@@ -186,6 +186,22 @@ def test_scale_follows_the_measured_exponent_and_says_so_in_the_file(study_file:
     assert "# Samples 8 times the proxy's, and nothing was scaled for that (--scale-batch does, by the rule" in text
 
 
+def test_a_ladder_measures_the_whole_exponent_of_samples_and_scale_says_what_its_runs_had_alike(
+    study_file: Path,
+) -> None:
+    sizes = [BASE, {**BASE, "samples": 768}, {**BASE, "samples": 1536}]
+    run = {"schedule": {"name": "wsd", "warmup": 0.25, "decay": 0.25}}
+    study = Study(study_file, read_study(with_study(study_file, run, sizes=sizes, ladder=True)))
+    finish(study, samples=-0.3)
+    (exponent,) = collect(study).exponents
+    assert (exponent.axis, exponent.rule) == ("samples", 0)
+    assert exponent.measured == pytest.approx(-0.3, abs=0.05)
+    said = invoke("scale", study_file, "train.samples=3072")
+    target = read_run(study.target_file)
+    assert (target.optimizer.samples_ratio, target.parameterization.samples_lr) == (8, round(exponent.measured, 3))
+    assert "the ladder's runs had one weight decay a step" in said
+
+
 def test_without_a_measured_exponent_scale_uses_the_rules_own_and_says_so(study_file: Path) -> None:
     study = Study(study_file, read_study(with_study(study_file, sizes=[BASE, {"width": 8, "depth": 6}])))
     finish(study)
