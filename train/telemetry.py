@@ -132,7 +132,7 @@ class RoleStatistics:
         self.before = {}
         totals = torch.stack(squares)
         values = (sum_over_ranks(totals) if self.sharded else totals).tolist()
-        line = {}
+        line: dict[str, float] = {}
         for index, (role, parameters) in enumerate(self.by_role.items()):
             count = sum(p.numel() for p in parameters)
             gradient, update, weight = (math.sqrt(value / count) for value in values[3 * index : 3 * index + 3])
