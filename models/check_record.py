@@ -77,15 +77,15 @@ def observe(scaled: ScaledModel, values: Values, by_muon: set[str]) -> Values:
     observed = {quantity: dict(at) for quantity, at in values.items() if quantity not in ("queries", "keys")}
     if "queries" in values and "keys" in values:
         observed["attention logits"] = {
-            i: q @ values["keys"][i].transpose(-2, -1) / math.sqrt(q.shape[-1])  # (batch, heads, tokens, tokens)
-            for i, q in values["queries"].items()
+            at: q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (batch, heads, tokens, tokens)
+            for (at, q), k in zip(values["queries"].items(), values["keys"].values(), strict=True)
         }
     weights: dict[str, list[Tensor]] = {}
     for name, parameter in scaled.network.named_parameters():
         role = scaled.rules[name].role.value
         if name in by_muon:
             matrices = observed.setdefault(f"muon {role}", {})
-            matrices["", len(matrices)] = parameter.detach().clone()
+            matrices["", len(matrices)] = parameter.detach().flatten(1).clone()
         else:
             weights.setdefault(role, []).append(parameter.detach().flatten())
     return observed | {role: {ONLY: torch.cat(tensors)} for role, tensors in weights.items()}

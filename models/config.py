@@ -258,7 +258,7 @@ def expand_named_size(raw: Any) -> Any:
 
 
 AnyModelConfig = Annotated[
-    VisionTransformerConfig | MixtureVitConfig | ResNetConfig | ConvResNetConfig | TimmConfig,
+    VisionTransformerConfig | ResNetConfig | ConvResNetConfig | TimmConfig | MixtureVitConfig,
     Field(discriminator="family"),
     BeforeValidator(expand_named_size),
 ]

@@ -1,5 +1,7 @@
 """Optimizer settings per role: few groups, each with the factors of the table multiplied in."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -40,8 +42,8 @@ def group_settings(
 
 
 def trained_by_muon(role: Role, parameter: Tensor) -> bool:
-    """Muon orthogonalises matrices: those whose rows and columns both grow. Convolutions stay with AdamW."""
-    return TABLE[role].lr_muon is not None and parameter.ndim == 2
+    """Muon orthogonalises matrices whose rows and columns both grow, a convolution's weight as (out, in * kernel)."""
+    return TABLE[role].lr_muon is not None
 
 
 def parameter_groups(
@@ -108,16 +110,19 @@ class DecoupledSGD(torch.optim.SGD):
 
 class MuonWithAdamW(torch.optim.Optimizer):
     """torch's Muon for the groups whose `algorithm` is muon, torch's AdamW for the others, as one optimizer: one list
-    of groups, one state, one checkpoint."""
+    of groups, one state, one checkpoint. Convolutions are flattened to matrices, as in Scion (2502.07529)."""
 
     def __init__(self, groups: list[dict[str, Any]], config: OptimizerConfig, fused: bool | None) -> None:
         super().__init__(groups, {"lr": config.lr})
         muon = [group for group in self.param_groups if group["algorithm"] == "muon"]
         adamw = [group for group in self.param_groups if group["algorithm"] == "adamw"]
+        as_matrices = [group | {"params": [matrix_of(p) for p in group["params"]]} for group in muon]
         self.parts: list[torch.optim.Optimizer] = [
-            torch.optim.Muon(muon, lr=config.lr, momentum=config.momentum, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.Muon(as_matrices, lr=config.lr, momentum=config.momentum, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(adamw, lr=config.lr, betas=config.scaled_betas, fused=fused),
         ]
+        for group, filled in zip(muon, as_matrices, strict=True):  # torch adds its settings to what it is given
+            group |= {key: value for key, value in filled.items() if key != "params"}
         self.share()
 
     def share(self) -> None:
@@ -132,9 +137,41 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     def step(self, closure: Any = None) -> Any:
         loss = closure() if closure else None
-        for part in self.parts:
-            part.step()
+        with self.convolutions_as_matrices():
+            for part in self.parts:
+                part.step()
         return loss
+
+    @contextmanager
+    @torch.no_grad()
+    def convolutions_as_matrices(self) -> Iterator[None]:
+        """torch's Muon takes matrices alone. Here as there, a convolution's state has the weight's own shape."""
+        swapped = []
+        for group in self.parts[0].param_groups:
+            swapped.append((group, group["params"]))
+            group["params"] = [matrix_of(parameter) for parameter in group["params"]]
+            for matrix, parameter in zip(group["params"], swapped[-1][1], strict=True):
+                if matrix is not parameter and parameter in self.state:
+                    state = self.state.pop(parameter)
+                    self.state[matrix] = {key: tensor.flatten(1) for key, tensor in state.items()}
+        yield
+        for group, parameters in swapped:
+            for matrix, parameter in zip(group["params"], parameters, strict=True):
+                if matrix is not parameter and matrix in self.state:
+                    parameter.copy_(matrix.view(parameter.shape))
+                    state = self.state.pop(matrix)
+                    self.state[parameter] = {key: tensor.view(parameter.shape) for key, tensor in state.items()}
+            group["params"] = parameters
+
+
+def matrix_of(parameter: Tensor) -> Tensor:
+    """The parameter itself, or a convolution's weight with its gradient as (out, in * kernel)."""
+    if parameter.ndim == 2:
+        return parameter
+    matrix = parameter.detach().flatten(1)
+    if parameter.grad is not None:
+        matrix.grad = parameter.grad.flatten(1)
+    return matrix
 
 
 def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:

@@ -27,7 +27,6 @@ from depthmup.train.reading import from_plain, set_dotted, to_yaml
         ("model.head_dim=4", "model.head_dim: unknown key"),
         ("model.family=resnot", "model.family: unknown 'resnot'; did you mean 'resnet'?"),
         ("model={width: 8}", "model.family: missing; use 'vit' or 'resnet' or 'conv_resnet'"),
-        ("optimizer.name=muon", "optimizer.name muon has no rule for model.family conv_resnet"),
         ("model.width=broad", "model.width: Input should be a valid integer"),
         ("optimizer.lr=0", "optimizer.lr: Input should be greater than 0"),
         ("optimizer.lr=.nan", "optimizer.lr: Input should be a finite number"),

@@ -33,6 +33,7 @@ VIT = VisionTransformerConfig(
     **{"width": 32, "depth": 3, "base_width": 32, "base_depth": 3, "num_heads": 4, "patch_size": 4},
     **{"num_classes": 10, "image_size": 8, "in_channels": 1},
 )
+NARROW_CONV = replace(CONV_RESNET, width=8, base_width=8)
 NARROW_VIT = replace(VIT, width=16, base_width=16, num_heads=2)  # Muon takes long over wide matrices
 QK_VIT = replace(VIT, num_heads=None, head_dim=8, qk_norm=True)
 TIMM_RESNET = ResNetConfig(
@@ -93,6 +94,7 @@ def test_depth_mup_passes_and_sp_and_mup_fail(config: AnyModelConfig, optimizer:
 def test_completep_and_muon_pass_too() -> None:
     assert not failures(CONV_RESNET, ADAMW, "completep")
     assert not failures(NARROW_VIT, MUON)
+    assert not failures(NARROW_CONV, MUON)
 
 
 @pytest.mark.parametrize("optimizer", [SGD, ADAMW], ids=lambda o: o.name)
@@ -113,6 +115,8 @@ FAULTS = [
     (Role.BRANCH_HIDDEN, "lr_adam", "without L", CONV_RESNET, ADAMW),
     (Role.BRANCH_HIDDEN, "lr_muon", "without N", NARROW_VIT, MUON),
     (Role.BRANCH_HIDDEN, "lr_muon", "without L", NARROW_VIT, MUON),
+    (Role.BRANCH_HIDDEN, "lr_muon", "without N", NARROW_CONV, MUON),
+    (Role.BRANCH_HIDDEN, "lr_muon", "without L", NARROW_CONV, MUON),
     (Role.HIDDEN, "init_variance", "without N", TIMM_RESNET, ADAMW),
     (Role.HIDDEN, "lr_sgd", "times N", TIMM_RESNET, SGD),
     (Role.HIDDEN, "lr_adam", "without N", TIMM_RESNET, ADAMW),

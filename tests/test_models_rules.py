@@ -340,8 +340,40 @@ def test_muon_trains_matrices_and_adamw_the_rest_through_a_checkpoint() -> None:
     straight, resumed = train(4)[0], train(2, train(2))[0]
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
     conv = build_meta(CONV_RESNET, ParameterizationConfig())
-    with pytest.raises(ValueError, match="muon has no rule for ConvResNet"):
-        parameter_groups(conv.network, conv.rules, conv.scale, config)
+    with pytest.raises(ValueError, match="muon has no rule for Linear"):
+        parameter_groups(conv.network.fc, {n: conv.rules[f"fc.{n}"] for n in ("weight", "bias")}, conv.scale, config)
+
+
+def test_muon_trains_convolutions_as_matrices_through_a_checkpoint() -> None:
+    config = OptimizerConfig(name="muon", lr=0.01, momentum=0.95)
+
+    def train(steps: int, saved: tuple[Any, Any] | None = None) -> tuple[Any, Any]:
+        scaled = build(CONV_RESNET, ParameterizationConfig(), seed=0)
+        scaled.network.to(memory_format=torch.channels_last)  # in which flattening a weight copies it
+        optimizer = build_optimizer(parameter_groups(scaled.network, scaled.rules, scaled.scale, config), config)
+        (group,) = (group for group in optimizer.param_groups if group["algorithm"] == "muon")
+        assert {tuple(p.shape[2:]) for p in group["params"]} == {(3, 3)}
+        if saved:
+            scaled.network.load_state_dict(saved[0])
+            optimizer.load_state_dict(saved[1])
+        for _ in range(steps):
+            before = group["params"][0].detach().clone()
+            optimizer.zero_grad()
+            scaled.network(images(CONV_RESNET)).square().sum().backward()
+            optimizer.step()
+        weight = group["params"][0]
+        assert optimizer.state[weight]["momentum_buffer"].shape == weight.shape
+        if steps == 1:  # as torch's own, of the flattened weight
+            flat = torch.nn.Parameter(before.flatten(1))
+            flat.grad = weight.grad.flatten(1)
+            settings = {"weight_decay": group["weight_decay"], "momentum": 0.95, "adjust_lr_fn": "match_rms_adamw"}
+            torch.optim.Muon([flat], lr=group["lr"], **settings).step()
+            torch.testing.assert_close(weight.detach().flatten(1), flat.detach())
+        return scaled.network.state_dict(), optimizer.state_dict()
+
+    train(1)
+    straight, resumed = train(4)[0], train(2, train(2))[0]
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
 
 
 def test_initial_weights_depend_on_seed_and_name_alone() -> None:

@@ -12,12 +12,14 @@ from torch import nn
 
 from depthmup import models
 from depthmup.models import Init, OptimizerConfig, ParameterizationConfig, ParameterRule, Role, Roles, Size, Slot
+from depthmup.models.parameterization import EXPERTS
 
 BASE, SIZE = Size(width=16, depth=1, head_dim=4), Size(width=64, depth=9, head_dim=16)
+HELD = tuple(role for role in Role if role not in EXPERTS)  # those of experts: tests/test_models_moe.py
 MATRICES = (Role.INPUT, Role.BRANCH_HIDDEN, Role.HIDDEN, Role.READOUT)
 DECAYING = {role.value for role in MATRICES}
 ROLES = Roles(
-    parameters=tuple(ParameterRule(rf"{role.value}\..*", role, Init("normal", 1.0)) for role in Role),
+    parameters=tuple(ParameterRule(rf"{role.value}\..*", role, Init("normal", 1.0)) for role in HELD),
     branches=(Slot("branch_hidden", "branch_hidden"),),
     readout="readout",
     queries=(Slot("hidden", "hidden"),),
@@ -29,7 +31,7 @@ class OneOfEachRole(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        for role in Role:
+        for role in HELD:
             one = nn.Linear(width, width, bias=False) if role in MATRICES else nn.RMSNorm(64 * width)
             self.add_module(role.value, one)
 

@@ -230,11 +230,6 @@ class RunConfig:
             )
         if self.optimizer.name == "muon" and self.parallel.engine == "deepspeed":
             raise ValueError("optimizer.name muon needs whole matrices, which deepspeed flattens: use ddp")
-        if self.optimizer.name == "muon" and self.model.family not in ("vit", "moe_vit"):
-            raise ValueError(
-                f"optimizer.name muon has no rule for model.family {self.model.family}, whose hidden weights are "
-                "convolutions: use adamw or sgd"
-            )
         if self.train.batch_norm_images and getattr(self.model, "norm", None) != "batch":
             raise ValueError(
                 f"train.batch_norm_images would do nothing: model.family {self.model.family} has no BatchNorm as "

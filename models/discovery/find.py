@@ -169,7 +169,7 @@ def parameter_rules(
         first = names[0]
         fans = used[first][0].operation in PRODUCTS and drawn[1][first].ndim > 1
         base, deeper = ([weights[name] for name in names if name in weights] for weights in drawn)
-        init = measure_init(first, base, deeper, fans)
+        init = measure_init(first, base or deeper, deeper, fans)  # the base may have no second block of a kind
         yield ParameterRule(pattern, roles[first], init, decays=not exempt & set(names))
 
 
