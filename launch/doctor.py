@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from depthmup.data.errors import UserError
 from depthmup.data.lock import NoLocks, flock
@@ -163,7 +164,7 @@ def examine(folder: Path, console: Console) -> bool:
         table.add_column(heading, overflow="fold")
     for each in findings:
         mark = "[red]no[/]" if each.is_wrong else "[yellow]![/]" if each.advice else "[green]ok[/]"
-        table.add_row(mark, each.what, each.found, each.advice)
+        table.add_row(mark, *map(Text, (each.what, each.found, each.advice)))  # no markup: 'depthmup[wandb]'
     console.print(table)
     wrong = [each.what for each in findings if each.is_wrong]
     console.print(f"To be mended first: {', '.join(wrong)}." if wrong else "Runs can start here.")

@@ -31,6 +31,17 @@ class FilePath(click.Path):
         return super().convert(expand_path(os.fspath(value)), param, context)
 
 
+class ConfigPath(FilePath):
+    """A configuration's file or a study's folder. What is not there is looked for among the recipes that come with the
+    package: digits_resnet, configs/digits_resnet.yaml, paper/vit."""
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
+        path = super().convert(value, param, context)
+        name = Path(*path.parts[1:]) if path.parts[:1] == ("configs",) else path
+        recipe = PACKAGE / "configs" / name.with_suffix(".yaml")
+        return recipe if not path.exists() and not path.is_absolute() and recipe.is_file() else path
+
+
 def command(verb: str, *words: str | Path) -> str:
     """A command that a shell takes as it stands: `depthmup VERB WORD ...`, quoted where it must be."""
     return shlex.join(["depthmup", verb, *map(str, words)])

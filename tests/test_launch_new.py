@@ -6,12 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from click.testing import CliRunner, Result
 from PIL import Image
 
 from depthmup.data import lock
 from depthmup.launch import doctor
 from depthmup.launch.cli import cli
+from depthmup.launch.paths import PACKAGE
 from depthmup.launch.reading import read_study
 
 
@@ -95,6 +97,10 @@ def test_the_doctor_names_what_keeps_runs_from_starting(tmp_path: Path, monkeypa
     assert well.exit_code == 0, well.output
     assert "Runs can start here." in well.output
     assert "no sbatch on PATH" in well.output
+
+    with monkeypatch.context() as patched:
+        patched.setitem(doctor.EXTRAS, "no-such-package", "wandb")
+        assert "pip install 'depthmup[wandb]'" in invoke("doctor", "--directory", tmp_path).output
     assert list(tmp_path.iterdir()) == []
 
     def without_locks(*_: object) -> None:
@@ -124,3 +130,18 @@ def test_the_doctor_finds_a_key_of_wandb_where_wandb_does(tmp_path: Path, monkey
     netrc.write_text(f"machine {doctor.WANDB_HOST} login user password {'x' * 40}\n")
     netrc.chmod(0o600)
     assert doctor.has_wandb_key()
+
+
+def test_recipes_that_come_with_the_package_are_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("digits_resnet", "digits_resnet.yaml", "configs/digits_resnet.yaml"):
+        assert "runs (0 done)" in invoke("plan", name).output
+    own = yaml.safe_load((PACKAGE / "configs" / "digits_resnet.yaml").read_text())
+    own["study"] |= {"values": [0.1, 0.2, 0.4], "seeds": [0], "parameterizations": ["sp"]}
+    own["study"]["sizes"] = own["study"]["sizes"][:1]
+    Path("digits_resnet.yaml").write_text(yaml.safe_dump(own))
+    assert "\n3 runs (0 done)" in invoke("plan", "digits_resnet.yaml").output  # what is there comes first
+    missing = CliRunner().invoke(cli, ["plan", "digits_resnets"])
+    assert "digits_resnets: No such file" in str(missing.exception)

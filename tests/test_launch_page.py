@@ -73,6 +73,9 @@ def test_a_screen_reader_finds_headings_labels_and_names(study_file: Path) -> No
     labelled = {each.get("for") for each in page.of("label")}
     assert {each["id"] for each in page.of("select")} <= labelled
     assert all(each.get("tabindex") in (None, "0") for _, each in page.found)
+    scrolling = [each for each in (*page.of("figure"), *page.of("div")) if each.get("class") in ("plain", "scroll")]
+    assert len(scrolling) > 3
+    assert all(each.get("tabindex") == "0" and each.get("aria-label") for each in (*page.of("figure"), *scrolling))
     identities = Counter(each["id"] for _, each in page.found if "id" in each)
     assert {identities[name] for name in ("record", "run", "said", "training", "interactive")} == {1}
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from depthmup.launch.paths import FilePath
+from depthmup.launch.paths import ConfigPath
 
 if TYPE_CHECKING:
     from depthmup.launch.runs.study import Study
@@ -51,7 +51,7 @@ def command(name: str, example: str) -> Callable[[Callable[..., None]], click.Co
 def with_config(function: Callable[..., None]) -> Callable[..., None]:
     """The arguments CONFIG [KEY=VALUE]... and the option --cluster, which is a short form of launch.cluster=..."""
 
-    @click.argument("config", type=FilePath())
+    @click.argument("config", type=ConfigPath())
     @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
     @click.option("--cluster", help="local, debug, slurm, or a profile: its name, or its file.")
     @functools.wraps(function)
