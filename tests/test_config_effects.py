@@ -80,7 +80,7 @@ OF_MODEL: dict[Any, tuple[list[dict[str, Any]], dict[str, tuple[Any, ...]]]] = {
     ),
     ConvResNetConfig: (
         [{"family": "conv_resnet", "num_stages": 2}],
-        {"num_stages": (4,), "convs_per_branch": (2,), "norm": ("batch", "layer")},
+        {"num_stages": (4,), "convs_per_branch": (2,), "norm": ("batch", "layer"), "activation": ("tanh",)},
     ),
 }
 BESIDE: dict[str, dict[str, Any]] = {

@@ -580,7 +580,7 @@ def test_slurms_refusal_of_a_later_array_takes_back_the_earlier_ones(
 def test_the_job_after_the_runs_is_no_part_of_the_limit(fake: Path, study_of: Callable[..., Study]) -> None:
     study = study_of("launch.runs_per_job=12", "launch.max_running=1")
     launch(study)
-    submit_continuation(study, [], lock=0)
+    submit_continuation(study, [], after=False, lock=0)
     snapshot = states.take(study)
     assert len(snapshot.continuations) == 1
     assert places_taken(snapshot.submissions, snapshot.queue) == (1, ["1"])

@@ -148,6 +148,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # the proxy, and
         {"family": "conv_resnet"},
         {
             "num_classes": 20,
+            "activation": "tanh",
             "image_size": 16,
             "in_channels": 3,
             "num_stages": 1,
@@ -277,7 +278,7 @@ def test_the_report_has_figures_a_cost_and_a_link_to_every_run(study_file: Path)
     invoke("report", study_file)
     root = study.file.directory
     page = (root / "report.html").read_text()
-    assert page.count("<figure>") == 3
+    assert page.count("<figure") == 3
     assert all(f'href="runs/{run.directory.path.name}/"' in page for run in study.runs)
     assert {"curves.png", "drift.png", "loss.png", "report.md"} <= {path.name for path in root.iterdir()}
     assert json.loads((root / "report.json").read_text())["cost"]["flops"] > 0

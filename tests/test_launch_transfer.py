@@ -310,7 +310,7 @@ def test_in_a_container_the_workers_run_and_the_job_after_the_runs_does_not(
     monkeypatch.setattr(
         "depthmup.launch.jobs.submit.submit_arrays", lambda submissions, *rest: submissions[0].write_job_id("7")
     )
-    assert submit_continuation(study, [], lock=0).job_id == "7"
+    assert submit_continuation(study, [], after=False, lock=0).job_id == "7"
     (script,) = study.file.directory.glob("jobs/*-then-*/job.sh")
     assert sys.executable in script.read_text()
     assert "image.sqsh" not in script.read_text()

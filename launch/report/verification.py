@@ -194,7 +194,7 @@ def write_verification(found: Verified) -> Path:
     record = {
         "study": found.verification.file.study.name,
         "metric": found.verification.file.study.metric,
-        **vars(found.verification.size),
+        **found.verification.size.axes,
         "cost": found.verification.cost,  # in runs of the file
         "top": settings.top,
         "margin": found.margin,

@@ -42,7 +42,9 @@ def search_of(file: StudyFile) -> StudyFile:
         extend=0,
         more_seeds=0,
     )
-    return replace(file, model=replace(file.model, **vars(base)), parameterization=first, study=study)
+    return replace(
+        file, model=replace(file.model, width=base.width, depth=base.depth), parameterization=first, study=study
+    )
 
 
 def with_tuned(file: StudyFile, values: Mapping[str, Any], source: str) -> StudyFile:

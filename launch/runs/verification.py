@@ -59,7 +59,7 @@ class Verification(JointStudy):
         return Size(width=settings.width or model.width, depth=settings.depth or model.depth)
 
     def _at_size(self, values: dict[str, Any]) -> dict[str, Any]:
-        return {**{f"model.{key}": value for key, value in vars(self.size).items()}, **values}
+        return {**{f"model.{key}": value for key, value in self.size.axes.items()}, **values}
 
     @cached_property
     def transferred(self) -> list[PlannedRun]:
