@@ -41,6 +41,8 @@ def encode(kind: str, mode: str = "RGB", **options: object) -> bytes:
     pixels = Image.fromarray(random.integers(0, 256, (16, 24, 3), dtype=np.uint8))
     exif = pixels.getexif()
     exif[0x0112] = 6
+    if mode == "I;16":
+        pixels = pixels.convert("L")  # from RGB only newer versions of Pillow convert to it
     pixels.convert(mode).save(content, kind, **({"exif": exif} if mode == "RGB" else {}), **options)
     return content.getvalue()
 

@@ -71,7 +71,7 @@ def file_system(url: str) -> Any:
     import fsspec
 
     try:
-        return fsspec.url_to_fs(url)
+        return fsspec.core.url_to_fs(url)
     except ImportError:
         package = PACKAGES.get(url.partition("://")[0], "'depthmup[remote]'")
         raise UserError(f"{url}: a package for this kind of URL is missing: pip install {package}") from None

@@ -114,7 +114,11 @@ def find_fault(path: Path, rank: int, world_size: int) -> Fault | None:
 
 def reasons(error: CheckpointException) -> list[str]:
     """What went wrong in each process that failed, in one line each; torch's own text begins with ranks."""
-    return [" ".join(f"{type(inner).__name__}: {inner}".split()) for inner, _ in error.failures.values()]
+    return [describe(inner) for inner, _ in error.failures.values()]
+
+
+def describe(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def copy_to_cpu(state: Any) -> Any:
@@ -240,17 +244,18 @@ class Checkpoints:
             if not problems:
                 content = json.loads((path / "state.json").read_text())
                 check_owner(path, content, self.config, self.owner["shards"])
-                tensors = template()
+                tensors, reader = template(), Reader(path)
                 try:
                     dcp.load(
                         tensors,
-                        storage_reader=Reader(path),
+                        storage_reader=reader,
                         planner=TensorPlanner(),
                         process_group=self.group,
                         no_dist=self.group is None,
                     )
                 except CheckpointException as error:  # the same for every process
-                    problems = [Fault(reason, damaged=False) for reason in reasons(error)]
+                    said = [describe(reader.fault)] if reader.fault else reasons(error)
+                    problems = [Fault(reason, damaged=False) for reason in said]
                 else:
                     self.log(f"resumed from {path.name}")
                     return progress_of(content), tensors

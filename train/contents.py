@@ -79,9 +79,19 @@ class Writer(dcp.FileSystemWriter):
 
 
 class Reader(dcp.FileSystemReader):
-    """torch's reader of either table of contents; neither can run code."""
+    """torch's reader of either table of contents; neither can run code. `fault`: why it could not be read, which torch
+    2.9 drops, to end with an assertion that names nothing."""
+
+    fault: Exception | None = None
 
     def read_metadata(self, *arguments: Any, **settings: Any) -> Metadata:
+        try:
+            return self.read_contents()
+        except Exception as error:
+            self.fault = error
+            raise
+
+    def read_contents(self) -> Metadata:
         contents, pickled = Path(self.path) / CONTENTS, Path(self.path) / ".metadata"
         if contents.exists():
             metadata = restore(json.loads(contents.read_text()))
