@@ -341,11 +341,12 @@ class VerifyConfig:
     file's own values with `seeds`. Where none of 59 is better, they are among the best 5 % of the space with 95 %
     confidence."""
 
+    # the keys that are perturbed: a factor around the file's own value, a range, or a list
     space: Annotated[dict[str, Around], Field(min_length=1)]
-    runs: Positive = 59
+    runs: Positive = 59  # perturbed ones; of 59, none better: among the best 5 % with 95 % confidence
     seeds: Annotated[Seeds, Field(min_length=1)] = (0, 1, 2)  # of the file's own values; perturbed ones have the first
     width: Positive | None = None  # where it is verified; null: the file's own size
-    depth: Positive | None = None
+    depth: Positive | None = None  # as width
     top: Annotated[Number, Field(gt=0, lt=1)] = 0.05  # share of the space
     budget: Annotated[Number, Field(gt=0)] = 1.0  # FLOPs of all runs at most, in those of one run of the file
     seed: Annotated[int, Field(ge=0)] = 0  # of the perturbations

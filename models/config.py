@@ -160,7 +160,7 @@ class ConvResNetConfig(ModelConfig):
     num_stages: Positive = 3  # of depth / num_stages blocks each; images are halved between them
     convs_per_branch: Positive = 1  # one after another in a block
     norm: Literal["none", "batch", "layer"] = "none"  # before the activation that is before each conv
-    activation: Literal["relu", "tanh"] = "relu"
+    activation: Literal["relu", "tanh"] = "relu"  # before each conv, and before the readout
 
     def __post_init__(self) -> None:
         check_multiple("depth", self.depth, self.num_stages, "num_stages")
@@ -200,12 +200,12 @@ class MixtureVitConfig(VisionTransformerConfig):
     """
 
     family: Literal["moe_vit"] = field(default="moe_vit", metadata=TAG)  # type: ignore[assignment]  # a tag of its own
-    num_experts: Positive = 1
-    base_num_experts: Positive = 1
-    active_share: Annotated[Number, Field(gt=0, le=1)] = 1.0
-    mlp_ratio: Annotated[Number, Field(gt=0)] = 4.0
-    base_mlp_ratio: Annotated[Number, Field(gt=0)] = 4.0
-    balance_rate: Annotated[Number, Field(ge=0)] = 0.02
+    num_experts: Positive = 1  # in each block; 1 is a dense MLP
+    base_num_experts: Positive = 1  # the proxy's
+    active_share: Annotated[Number, Field(gt=0, le=1)] = 1.0  # of the experts, that serve each token
+    mlp_ratio: Annotated[Number, Field(gt=0)] = 4.0  # hidden width of one expert over width
+    base_mlp_ratio: Annotated[Number, Field(gt=0)] = 4.0  # the proxy's
+    balance_rate: Annotated[Number, Field(ge=0)] = 0.02  # how far an expert's balance moves in a step
 
     def __post_init__(self) -> None:
         super().__post_init__()

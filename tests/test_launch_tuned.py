@@ -108,10 +108,10 @@ def test_one_command_goes_from_the_search_to_the_judged_target_and_goes_on_where
     command = ("transfer", file, "--tune", "--target", target, "launch.cluster=debug")
     train = chain.launch
 
-    def stops_in_its_second_batch(study: Study) -> Launched:
+    def stops_in_its_second_batch(study: Study, **options: Any) -> Launched:
         if launches:
             raise KeyboardInterrupt
-        return train(study)
+        return train(study, **options)
 
     monkeypatch.setattr(chain, "launch", stops_in_its_second_batch)
     assert invoke(*command).exit_code == 130

@@ -408,7 +408,7 @@ def test_a_name_with_no_role_or_with_two_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ParameterizationConfig(name="depthmup"), "ParameterizationConfig.name: .* 'depth_mup' .*'depthmup'"),
+        (lambda: ParameterizationConfig(name="depthmup"), "ParameterizationConfig.name: .* 'depth_mup'.*'depthmup'"),
         (lambda: ParameterizationConfig(bta=1.0), "ParameterizationConfig.bta: unknown; known: name, .*, beta, gamma0"),
         (
             lambda: ParameterizationConfig(name="mup", alpha=1.0),

@@ -14,8 +14,9 @@ import timm
 from depthmup.models import ParameterizationConfig, Size
 from depthmup.models import parameterization as rules
 from depthmup.models.build import build, build_meta
+from depthmup.models.check_record import positions_of
 from depthmup.models.config import OptimizerConfig, TimmConfig
-from depthmup.models.coordinate_check import Line, Settings, align, at_positions, check, positions_of, without_bias
+from depthmup.models.coordinate_check import Line, Settings, align, at_positions, check, without_bias
 from depthmup.models.errors import ModelError
 from depthmup.models.export import folded_state
 from depthmup.models.parameterization import Role, Scale

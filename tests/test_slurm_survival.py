@@ -301,7 +301,7 @@ def test_a_killed_run_is_failed_with_the_reason_and_retry_says_what_to_change(wa
     assert "1 failed" in status.stdout
     assert "out of memory" in status.stdout
     assert "launch.memory_gb" in retried.stdout
-    assert "1 runs submitted" in retried.stdout
+    assert "1 run submitted" in retried.stdout
     assert all(len(line) <= 80 for line in status.stdout.splitlines() if line.startswith(("run ", "0", "1")))
 
 
