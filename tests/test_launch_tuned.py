@@ -86,7 +86,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """A launcher that trains nothing: its runs have the losses of `valley`. (study, number of runs) of each launch."""
     launched: list[tuple[str, int]] = []
 
-    def train(study: Study, *given: Any) -> Launched:
+    def train(study: Study, *given: Any, **options: Any) -> Launched:
         study.write()
         launched.append((study.file.study.name, len(study.pending())))
         for run in study.pending():
@@ -108,10 +108,10 @@ def test_one_command_goes_from_the_search_to_the_judged_target_and_goes_on_where
     command = ("transfer", file, "--tune", "--target", target, "launch.cluster=debug")
     train = chain.launch
 
-    def stops_in_its_second_batch(study: Study, **options: Any) -> Launched:
+    def stops_in_its_second_batch(study: Study, *given: Any, **options: Any) -> Launched:
         if launches:
             raise KeyboardInterrupt
-        return train(study, **options)
+        return train(study, *given, **options)
 
     monkeypatch.setattr(chain, "launch", stops_in_its_second_batch)
     assert invoke(*command).exit_code == 130
