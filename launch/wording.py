@@ -27,8 +27,11 @@ def show_interval(found: tuple[float, float]) -> str:
 
 
 def show_share(share: float) -> str:
-    """A share of the loss: '0.3 %', '12 %', '0 %' for less than a twentieth of a per cent."""
+    """A share of the loss: '0.3 %', '12 %', '0 %' for less than a twentieth of a per cent; beyond ten times the loss no
+    number says more than another: 'over 1000 %'."""
     percent = 100 * share
+    if percent > 1000:
+        return "over 1000 %"
     return f"{percent:.0f} %" if percent >= 9.95 or percent < 0.05 else f"{percent:.1f} %"
 
 
