@@ -169,11 +169,12 @@ def launch_wave(study: Study, packs: Sequence[Sequence[PlannedRun]], snapshot: s
         try:
             return Launched(runs, launch_arrays(study, arrays, runs, code, snapshot, lock), [], left)
         except slurm.Full:
-            if taken == 1 and snapshot.of(*states.ACTIVE):
+            if taken > 1:
+                taken //= 2
+            elif snapshot.of(*states.ACTIVE):
                 return Launched([], [], [], len(by_name))
-            if taken == 1:
+            else:
                 raise
-            taken //= 2
 
 
 def launch_arrays(

@@ -16,7 +16,7 @@ from depthmup.models.build import ScaledModel, find_slots
 from depthmup.models.errors import ModelError
 from depthmup.models.family import modules_matching
 from depthmup.models.parameterization import BRANCH_ROLES
-from depthmup.models.stream import stream_modules
+from depthmup.models.stream import look_once, stream_modules
 
 Position = tuple[str, int]  # what blocks that follow each other have in common, and which of them it is
 Values = dict[str, dict[Position, Tensor]]  # quantity -> position -> what flows there
@@ -151,14 +151,7 @@ def branch_layers(scaled: ScaledModel, inputs: Tensor) -> list[Layer]:
     handles = [modules[name].register_forward_pre_hook(begin_block) for name in blocks]
     handles += [modules[name].register_forward_hook(add(name)) for name in sorted(inside)]
     handles += [modules[name].register_forward_hook(end_branch) for name in scaled.branches]  # after `add`'s
-    training = scaled.network.training
-    try:
-        with torch.no_grad():
-            scaled.network.eval()(inputs)  # running statistics stay as they are
-    finally:
-        scaled.network.train(training)
-        for handle in handles:
-            handle.remove()
+    look_once(scaled.network, inputs, handles)
     return found
 
 

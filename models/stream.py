@@ -1,14 +1,27 @@
 """Where a network puts out its residual stream."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from depthmup.models.build import ScaledModel
 from depthmup.models.errors import ModelError
 from depthmup.models.multiplier import change_output
+
+
+def look_once(network: nn.Module, inputs: Tensor, handles: Sequence[RemovableHandle]) -> None:
+    """One forward pass that changes nothing, for the hooks of `handles`, which are removed after it."""
+    training = network.training
+    try:
+        with torch.no_grad():
+            network.eval()(inputs)  # running statistics stay as they are
+    finally:
+        network.train(training)
+        for handle in handles:
+            handle.remove()
 
 
 def stream_modules(scaled: ScaledModel, inputs: Tensor) -> list[str]:
@@ -36,14 +49,7 @@ def stream_modules(scaled: ScaledModel, inputs: Tensor) -> list[str]:
     handles += [
         modules[name].register_forward_hook(look(name)) for name in {n for names in around.values() for n in names}
     ]
-    training = scaled.network.training
-    try:
-        with torch.no_grad():
-            scaled.network.eval()(inputs)  # running statistics stay as they are
-    finally:
-        scaled.network.train(training)
-        for handle in handles:
-            handle.remove()
+    look_once(scaled.network, inputs, handles)
     blocks = {end: next((name for name in names if name in carries), None) for end, names in around.items()}
     if outside := [end for end, block in blocks.items() if block is None]:
         raise ModelError(
