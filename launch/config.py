@@ -14,7 +14,8 @@ from depthmup.data.config import NOT_IDENTITY, PathText, Positive
 from depthmup.data.paths import expand_all_read, expand_read, protect
 from depthmup.launch.axes import AXES, TRAINING_AXES, axes_misfit, ladder_misfit
 from depthmup.models.checked import STRICT
-from depthmup.models.config import Number, ParameterizationConfig
+from depthmup.models.config import ParameterizationConfig
+from depthmup.models.numbers import Number
 from depthmup.train.config import RunConfig, checked_setting
 
 Preset = Annotated[
