@@ -14,12 +14,12 @@ from scipy import stats
 
 from depthmup.data.errors import UserError
 from depthmup.data.storage import write_atomically
-from depthmup.launch.config import Range
 from depthmup.launch.findings.curve_model import CONFIDENCE
 from depthmup.launch.paths import command
 from depthmup.launch.report.record import dump, plain
 from depthmup.launch.runs.search import Search
 from depthmup.launch.runs.space import fraction_at
+from depthmup.launch.values import Range
 from depthmup.launch.wording import show_number
 from depthmup.train.reading import to_yaml
 

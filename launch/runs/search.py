@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from depthmup.data.errors import UserError
 from depthmup.data.lock import flock
 from depthmup.data.storage import write_atomically
-from depthmup.launch.config import StudyFile, TuneConfig
+from depthmup.launch.config import StudyFile
+from depthmup.launch.joint_config import TuneConfig
 from depthmup.launch.runs.cost import count_flops
 from depthmup.launch.runs.joint import JointStudy
 from depthmup.launch.runs.journal import STARTUP, Journal
