@@ -32,6 +32,7 @@ from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.pool import refuse_mixture
 from depthmup.launch.runs.rounds import AddedRound, AddedRun
 from depthmup.launch.runs.study import Study
+from depthmup.launch.runs.written import refuse_other_study
 from depthmup.launch.wording import duration
 
 POLL_SECONDS = 0.5
@@ -117,7 +118,7 @@ def launch(study: Study, only: Sequence[State] = UNFINISHED, by_itself: bool = F
     KeyboardInterrupt with the line to say when what trains in this process was stopped.
     """
     config = study.file.launch
-    study.refuse_other_study()
+    refuse_other_study(study.file)
     check_fits(study)
     with launching(study.file.directory) as lock:
         snapshot = states.take(study)

@@ -260,10 +260,11 @@ def scale_command(
     from depthmup.launch.chain import write_scaled
     from depthmup.launch.reading import read_study
     from depthmup.launch.runs.study import Study
+    from depthmup.launch.runs.written import refuse_overridden
 
     of_study = tuple(override for override in overrides if override.startswith("study."))
     changes = tuple(override for override in overrides if override not in of_study)
     study = Study(config, read_study(config, of_study), of_study)
-    study.refuse_overridden()
+    refuse_overridden(study.path, study.file)
     path = out or study.target_file
     write_scaled(study, path, target, changes, new_console(), parameterization, scale_batch, force)

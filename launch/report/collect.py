@@ -26,6 +26,7 @@ from depthmup.launch.runs.grouping import processes_per_gpu
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.pool import mixtures, refuse_mixture
 from depthmup.launch.runs.study import Study
+from depthmup.launch.runs.written import refuse_other_study
 from depthmup.launch.wording import quantity
 from depthmup.models.training_scale import lr_exponents
 
@@ -242,7 +243,7 @@ def collect(study: Study) -> Report:
     from different code or images, and as `check_swept`."""
     check_swept(study)
     settings, results = study.file.study, []
-    study.refuse_other_study()
+    refuse_other_study(study.file)
     refuse_mixture(study)
     for point in study.points:
         if (metric := point.loss(settings.metric)) is not None:
