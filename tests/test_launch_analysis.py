@@ -9,15 +9,8 @@ import pytest
 from scipy.stats import binom
 
 from depthmup.launch.config import Size
-from depthmup.launch.findings.analysis import (
-    Comparison,
-    Curve,
-    Failures,
-    Result,
-    analyse_sizes,
-    carry_optimum,
-    failed_runs,
-)
+from depthmup.launch.findings.analysis import Comparison, Curve, Result, analyse_sizes, carry_optimum
+from depthmup.launch.findings.failures import Failures, failed_runs
 
 BASE, DEEP, WIDE, LARGE = (Size(width=width, depth=depth) for width, depth in ((16, 3), (16, 27), (64, 3), (64, 27)))
 GRID = tuple(float(x) for x in range(-10, 1))
