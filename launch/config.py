@@ -17,7 +17,7 @@ from depthmup.launch.joint_config import TuneConfig, VerifyConfig
 from depthmup.launch.values import Octaves, Seeds, Values, ascending, listed
 from depthmup.models.checked import STRICT
 from depthmup.models.config import ParameterizationConfig
-from depthmup.models.numbers import Number
+from depthmup.models.number import Number
 from depthmup.train.config import RunConfig, checked_setting
 
 Preset = Annotated[

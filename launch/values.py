@@ -8,7 +8,7 @@ from pydantic.dataclasses import dataclass
 
 from depthmup.data.config import Positive
 from depthmup.models.checked import STRICT
-from depthmup.models.numbers import Number
+from depthmup.models.number import Number
 from depthmup.train.config import checked_setting
 
 

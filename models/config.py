@@ -9,7 +9,7 @@ from pydantic.dataclasses import dataclass
 
 from depthmup.models.checked import STRICT, checked_model
 from depthmup.models.errors import ModelError
-from depthmup.models.numbers import Number, Positive
+from depthmup.models.number import Number, Positive
 from depthmup.models.parameterization import AUTO, PRESETS, Parameterization, Scale
 
 TAG = {"identity": "always"}  # on a field that says which class this is: never left out of a run's identity

@@ -8,7 +8,7 @@ from pydantic.dataclasses import dataclass
 
 from depthmup.models.checked import STRICT, checked_model
 from depthmup.models.errors import ModelError
-from depthmup.models.numbers import Number
+from depthmup.models.number import Number
 from depthmup.models.parameterization import PRESETS, Parameterization
 from depthmup.models.training_scale import TRAINING_TABLE, power
 

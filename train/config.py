@@ -17,7 +17,7 @@ from depthmup.data.config import NOT_IDENTITY, DataConfig, Positive, channels_mi
 from depthmup.data.errors import UserError
 from depthmup.models.checked import STRICT, checked
 from depthmup.models.config import AnyModelConfig, ParameterizationConfig, ResNetConfig
-from depthmup.models.numbers import Number
+from depthmup.models.number import Number
 from depthmup.models.optimizer_config import OptimizerConfig, refuse_idle
 
 # Independent weight decay is a mistake where weights remember fewer than 100 steps and the run is many times as long:
