@@ -20,6 +20,7 @@ from depthmup.launch.jobs import slurm, states
 from depthmup.launch.jobs.follower import follower
 from depthmup.launch.jobs.submission import asked
 from depthmup.launch.paths import command
+from depthmup.launch.prepare import prepare_data
 from depthmup.launch.reading import read_study, read_study_or_run
 from depthmup.launch.runs.joint import JointStudy
 from depthmup.launch.runs.opened import open_planned
@@ -32,7 +33,6 @@ from depthmup.launch.transfer import (
     grow,
     interrupted,
     launch,
-    prepare_data,
     unfinished,
     wait,
 )

@@ -116,7 +116,8 @@ def launch_command(config: Path, overrides: tuple[str, ...], dry_run: bool) -> N
 
     CONFIG is a study, or one run.
     """
-    from depthmup.launch.transfer import grow, launch, prepare_data
+    from depthmup.launch.prepare import prepare_data
+    from depthmup.launch.transfer import grow, launch
 
     study, console = open_study(config, overrides), new_console()
     if dry_run:
