@@ -171,15 +171,14 @@ def target_studies(study: Study, targets: Sequence[Path], console: Console) -> l
     return [Study(path, read_study_or_run(path)) for path in paths]
 
 
-def say_next_step(study: Study, console: Console) -> None:
+def say_next_step(report: "Report", console: Console) -> None:
     """How to go on from a study that says which value to use."""
     from depthmup.launch.findings.verdict import CARRIED
-    from depthmup.launch.report.collect import collect
 
-    if any(judgement.verdict in CARRIED for judgement in collect(study).analysis.judgements):
-        model = study.file.model
-        size = (f"model.width={4 * model.base_width}", f"model.depth={4 * model.base_depth}")
-        words = (study.file.directory, *size, f"train.samples={10 * study.file.train.samples}")
+    if any(judgement.verdict in CARRIED for judgement in report.analysis.judgements):
+        file = report.study.file
+        size = (f"model.width={4 * file.model.base_width}", f"model.depth={4 * file.model.base_depth}")
+        words = (file.directory, *size, f"train.samples={10 * file.train.samples}")
         console.print(f"Next, for a target of your size: {command('scale', *words)}", markup=False)
 
 
@@ -194,9 +193,9 @@ def transfer(study: Study, targets: Sequence[Path], console: Console) -> None:
     except Unfinished:
         report_what_is_there(study, console)
         raise
-    show_report(study, console)
+    report = show_report(study, console)
     if not targets:
-        say_next_step(study, console)
+        say_next_step(report, console)
         return
     now = asked(study.file.directory)
     if now != before and now[0] == "cancel":
@@ -241,9 +240,9 @@ def advance_study(
             if after and tuned:
                 advance_study(tuned, targets, console, by_itself)
             return
-        show_report(study, console)
+        report = show_report(study, console)
         if not targets:
-            say_next_step(study, console)
+            say_next_step(report, console)
             return
         current = [large for large in target_studies(study, targets, console) if large.pending()]
         if not current:
