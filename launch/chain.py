@@ -1,6 +1,6 @@
 """The product's main path: a study's runs -> its report -> the target's file -> the target's run -> its line there.
 
-`transfer` walks it and waits. `advance` does what can be done now and, where runs are left, leaves a Slurm job that
+`transfer` walks it and waits. `advance_study` does what can be done now and, where runs are left, leaves a Slurm job that
 does so again once their jobs have ended, so that the user may log out. That job runs `main`.
 """
 
@@ -295,7 +295,7 @@ def repeat_while_silent(step: Callable[[], None], console: Console) -> None:
 
 
 def go_on(folder: Path, targets: Sequence[Path], after: bool, console: Console) -> None:
-    """`advance` by itself, with what is in the study's folder now."""
+    """`advance_study` by itself, with what is in the study's folder now."""
     advance_study(open_planned(folder, read_study(folder)), targets, console, by_itself=True, after=after)
 
 
