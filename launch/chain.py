@@ -1,7 +1,7 @@
 """The product's main path: a study's runs -> its report -> the target's file -> the target's run -> its line there.
 
-`transfer` walks it and waits. `advance_study` does what can be done now and, where runs are left, leaves a Slurm job that
-does so again once their jobs have ended, so that the user may log out. That job runs `main`.
+`transfer` walks it and waits. `advance_study` does what can be done now and, where runs are left, leaves a Slurm job
+that does so again once their jobs have ended, so that the user may log out. That job runs `main`.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """A study's runs: the grid written out, each run with its identity and its directory."""
 
 import glob
+import math
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -45,6 +46,11 @@ class Study:
     def __init__(self, path: Path, file: StudyFile, overrides: Sequence[str] = ()) -> None:
         self.path, self.file, self.overrides = path, file, overrides
 
+    @property
+    def chance(self) -> float:
+        """The loss of a guess."""
+        return math.log(self.file.model.num_classes)
+
     def command(self, verb: str, *words: str) -> str:
         """A command on this study that a shell takes as it stands: by its folder, which knows the overrides that it was
         run with, once there is one."""
@@ -74,12 +80,7 @@ class Study:
 
     def _grid(self) -> Iterator[PlannedRun]:
         """Every size and every value is checked once, not every pair of them: a plan of thousands is quick."""
-        study, runs, any_shards = (
-            self.file.study,
-            self.file.directory / "runs",
-            "shards" in self.file.study.pool_different,
-        )
-        planned = self._planned()
+        study, planned = self.file.study, self._planned()
         checked: dict[float, Any] = {}
         for parameterization, size in product(study.parameterizations, study.sizes):
             name = label(parameterization)
@@ -94,7 +95,13 @@ class Study:
                     checked[value] = valid
             for value, seed in points:
                 one = replace(with_value(config, study.hyperparameter, checked[value]), seed=seed)
-                yield PlannedRun(name, size, value, seed, one, RunDirectory(runs / run_hash(one)), any_shards)
+                yield self.plan_run(name, size, value, one)
+
+    def plan_run(self, parameterization: str, size: Size, value: float, config: RunConfig) -> PlannedRun:
+        """The run of `config` as one of the study's, in the folder that its hash names."""
+        directory = RunDirectory(self.file.directory / "runs" / run_hash(config))
+        any_shards = "shards" in self.file.study.pool_different
+        return PlannedRun(parameterization, size, value, config.seed, config, directory, any_shards)
 
     def _curve(self, added: Added) -> tuple[str, Size]:
         return added.parameterization, self.file.complete(added.size)
@@ -126,8 +133,7 @@ class Study:
         for size in study.sizes:
             name, value, seed = label(study.parameterizations[0]), study.grid[0], study.seeds[0]
             config = replace(self._checked(self._first_alike[name, size], size, value), seed=seed)
-            directory = RunDirectory(self.file.directory / "runs" / run_hash(config))
-            found.append(PlannedRun(name, size, value, seed, config, directory))
+            found.append(self.plan_run(name, size, value, config))
         return found
 
     def may_have(self, size: Size, octaves: float) -> bool:
