@@ -296,6 +296,6 @@ def limit_command(study: Study, lr: float | None, console: Console) -> list[Path
     paths = [file.directory / name for name in FILES]
     record = {"study": file.study.name, "kernels": kernels, "rates": [each.record for each in found], "verdict": said}
     write_atomically(paths[0], dump(record).encode())
-    plots.save(draw_distances([(each.grid, each.quantity, each.rate) for each in found]), paths[1])
-    plots.save(draw_loss_curves(list({id(each.grid): each.grid for each in found}.values()), limits), paths[2])
+    plots.save_figure(draw_distances([(each.grid, each.quantity, each.rate) for each in found]), paths[1])
+    plots.save_figure(draw_loss_curves(list({id(each.grid): each.grid for each in found}.values()), limits), paths[2])
     return paths
