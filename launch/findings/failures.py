@@ -1,5 +1,7 @@
 """Which runs and which values fail, and the noise between seeds against which that is told.
 
+A run fails that is dead or lost: averaged with the others, one of them would move the optimum.
+
 Arrays are (seeds, values): a metric is infinite where a run diverged, NaN where there is none.
 """
 
@@ -83,12 +85,6 @@ def lost_runs(metric: np.ndarray, chance: float) -> np.ndarray:
     logs = np.log(np.where(np.isinf(metric), math.nan, metric))
     best = np.min(np.where(np.isnan(logs), math.inf, logs), axis=0)
     return logs - best > np.maximum(LOST * (math.log(chance) - best), 2 * ERRORS * seed_noise(logs))
-
-
-def failed_runs(metric: np.ndarray, chance: float) -> np.ndarray:
-    """Which runs count as failed: dead and lost ones. Averaged with the others, one of them would move the optimum.
-    (seeds, values)"""
-    return dead_runs(metric, chance) | lost_runs(metric, chance)
 
 
 def failing_values(metric: np.ndarray, dead: np.ndarray, lost: np.ndarray) -> np.ndarray:
