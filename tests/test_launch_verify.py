@@ -180,6 +180,32 @@ def test_what_costs_more_than_its_budget_is_refused_with_its_cost(verify_file: C
     assert not (file.parent / "runs").exists()
 
 
+def test_a_size_or_space_that_is_no_run_is_refused_with_the_reason(verify_file: Callable[..., Path]) -> None:
+    with pytest.raises(UserError, match=r"multiple of num_stages 3: use 3 or 6; .* say width 8, depth 4"):
+        open_verification(verify_file(depth=4))
+    space = {
+        "schedule.warmup": {"first": 0.6, "last": 0.75, "scale": "linear"},
+        "schedule.decay": {"first": 0.5, "last": 0.85, "scale": "linear"},
+    }
+    with pytest.raises(UserError, match=r"more than the whole run together; so it is with 50 draws of verify\.space"):
+        _ = open_verification(verify_file({"schedule": {"name": "wsd"}}, space=space)).perturbed
+
+
+def test_results_on_other_shards_count_where_the_study_pools_them(
+    verify_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    study = {"name": "checked", "directory": str(tmp_path / "runs")}
+    refused, pooled = (
+        open_verification(verify_file({"study": {**study, "pool_different": pool}}, runs=1)).points[0]
+        for pool in ([], ["shards"])
+    )
+    finish(refused, 1.0)
+    refused.directory.write_done({**(refused.directory.done() or {}), "shards": "of another set"})
+    assert pooled.loss("minival_loss") == 1.0
+    with pytest.raises(UserError, match="shards"):
+        refused.loss("minival_loss")
+
+
 @pytest.mark.parametrize(
     ("space", "said"),
     [

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from depthmup.data.errors import UserError
 from depthmup.launch.config import Size, label
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.space import with_values
@@ -24,10 +23,8 @@ class JointStudy(Study):
         """(number of new runs, why), once none is pending; 0 at the end."""
 
     def runs_of(self, values: Mapping[str, Any], seeds: Sequence[int]) -> list[PlannedRun]:
-        """The file's run with `values` by dotted key, trained with `seeds`; none where they do not go together."""
-        try:
-            config = from_plain(RunConfig, with_values(self._base, values), f"{self.path} (values of its space)")
-        except UserError:
-            return []
+        """The file's run with `values` by dotted key, trained with `seeds`. Raises UserError where they do not go
+        together."""
+        config = from_plain(RunConfig, with_values(self._base, values), f"{self.path} (values of its space)")
         name, size = label(config.parameterization), Size(width=config.model.width, depth=config.model.depth)
         return [self.plan_run(name, size, config.optimizer.lr, replace(config, seed=seed)) for seed in seeds]

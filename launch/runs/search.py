@@ -10,7 +10,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,9 +72,12 @@ class Search(JointStudy):
         return tuple(range(first, first + self.settings.rerun_seeds))
 
     def runs_tried(self, trial: "FrozenTrial") -> list[PlannedRun]:
-        """The runs of one suggestion, read and checked once."""
+        """The runs of one suggestion, read and checked once; none where its values do not go together."""
         if trial.number not in self._runs_tried:
-            self._runs_tried[trial.number] = self.runs_of(trial.params, self.settings.seeds)
+            runs: list[PlannedRun] = []
+            with suppress(UserError):
+                runs = self.runs_of(trial.params, self.settings.seeds)
+            self._runs_tried[trial.number] = runs
         return self._runs_tried[trial.number]
 
     @cached_property

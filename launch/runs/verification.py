@@ -67,9 +67,10 @@ class Verification(JointStudy):
     def transferred(self) -> list[PlannedRun]:
         """The file's own values, a run for each of verify.seeds. Raises UserError where the network has no such
         size."""
-        if runs := self.runs_of(self._at_size({}), self.settings.seeds):
-            return runs
-        raise UserError(f"{self.path}: verify.width, verify.depth: the network has no {self.size}")
+        try:
+            return self.runs_of(self._at_size({}), self.settings.seeds)
+        except UserError as error:
+            raise UserError(f"{error}; verify.width and verify.depth say {self.size}") from None
 
     @cached_property
     def perturbed(self) -> list[tuple[dict[str, Any], PlannedRun]]:
@@ -77,13 +78,16 @@ class Verification(JointStudy):
         found: list[tuple[dict[str, Any], PlannedRun]] = []
         misses = 0
         for values in self._draw():
-            if runs := self.runs_of(self._at_size(values), self.settings.seeds[:1]):
-                found.append((values, runs[0]))
+            try:
+                (run,) = self.runs_of(self._at_size(values), self.settings.seeds[:1])
+                found.append((values, run))
                 misses = 0
-            else:
+            except UserError as error:
                 misses += 1
-            if misses == MISSES:
-                raise UserError(f"{self.path}: verify.space: its values do not go together: narrow their ranges")
+                if misses == MISSES:
+                    raise UserError(
+                        f"{error}; so it is with {MISSES} draws of verify.space in a row: narrow its ranges"
+                    ) from None
             if len(found) == self.settings.runs:
                 break
         return found
