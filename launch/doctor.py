@@ -121,7 +121,7 @@ def look_at_slurm(folder: Path) -> list[Finding]:
     if shutil.which("sbatch") is None:
         return [Finding("Slurm", "no sbatch on PATH: runs start on this machine")]
     try:
-        partitions = probe.partitions()
+        partitions = probe.list_partitions()
     except UserError as error:  # runs on this machine need none
         return [Finding("Slurm", "does not answer", f"no job can be submitted from here: {error}")]
     if not partitions:

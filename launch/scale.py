@@ -60,7 +60,7 @@ def carried_value(report: Report, base: Curve) -> float | None:
     return report.study.file.study.value_at(found.carried)
 
 
-def choose(report: Report, parameterization: str | None, force: bool) -> tuple[Curve, float, list[str]]:
+def choose_curve(report: Report, parameterization: str | None, force: bool) -> tuple[Curve, float, list[str]]:
     """The base's curve of the parameterization to use, the value to carry over, and how sure it is.
 
     Without a name: the one with the best verdict of CARRIED, of several the one whose value has the lowest loss at the
@@ -116,7 +116,7 @@ def choose(report: Report, parameterization: str | None, force: bool) -> tuple[C
     return curve, carried, facts
 
 
-def kept(run: RunConfig) -> dict[str, Any]:
+def task_values(run: RunConfig) -> dict[str, Any]:
     """Dotted key -> value of what the optimum of `run` belongs to."""
     mixture = isinstance(run.model, MixtureVitConfig)
     with_rules = WITH_RULES + (WITH_RULES_OF_EXPERTS if mixture else ())
@@ -129,13 +129,13 @@ def kept(run: RunConfig) -> dict[str, Any]:
     return found | {key: attrgetter(key)(run) for key in KEPT}
 
 
-def different(a: dict[str, Any], b: dict[str, Any]) -> str:
+def describe_differences(a: dict[str, Any], b: dict[str, Any]) -> str:
     """'key VALUE -> VALUE, ...' of all that is not the same."""
     keys = [key for key in {**a, **b} if a.get(key) != b.get(key)]
     return ", ".join(f"{key} {a.get(key)} -> {b.get(key)}" for key in keys)
 
 
-def named(run: RunConfig) -> dict[str, Any]:
+def movable_values(run: RunConfig) -> dict[str, Any]:
     """Dotted key -> value of what a target may change, and what has no rule."""
     return {
         f"{section}.{field.name}": getattr(getattr(run, section), field.name)
@@ -168,7 +168,7 @@ def scale(
     unless `force`, or the target is no valid run.
     """
     file: StudyFile = report.study.file
-    curve, carried, facts = choose(report, parameterization, force)
+    curve, carried, facts = choose_curve(report, parameterization, force)
     chosen = next(p for p in file.study.parameterizations if label(p) == curve.parameterization)
     plain = settings_of(file)
     config = {key: plain[key] for key in SECTIONS if key in plain}
@@ -179,7 +179,7 @@ def scale(
     proxy = run_of(config, str(report.study.path))
     config, source = merge(config, changes), f"{report.study.path}, scaled to {name}"
     target = run_of(config, source)
-    if (changed := different(kept(proxy), kept(target))) and not force:
+    if (changed := describe_differences(task_values(proxy), task_values(target))) and not force:
         raise UserError(
             f"{report.study.path}: the proxy's optimum does not hold for a target with {changed}: the rules cover "
             "width and depth alone. Leave it as the proxy has it, run the study anew with the target's, or use the "
@@ -187,7 +187,7 @@ def scale(
         )
     if changed:
         facts.append(f"Forced: no rule covers {changed}.")
-    if other := different(named(proxy), named(target)):
+    if other := describe_differences(movable_values(proxy), movable_values(target)):
         facts.append(f"No rule covers {other}: an optimum may move with it.")
     for section in ("optimizer", "schedule"):
         for key in changes.get(section, {}):

@@ -15,7 +15,7 @@ from torch import Tensor
 import depthmup.models.torchvision_ops  # noqa: F401  isort: skip  (must run before timm)
 import timm
 
-from depthmup.launch.scale import different, kept
+from depthmup.launch.scale import describe_differences, task_values
 from depthmup.models import ParameterizationConfig, moe_vit
 from depthmup.models import parameterization as rules
 from depthmup.models.build import build, build_meta
@@ -266,9 +266,9 @@ def test_a_dense_proxys_optimum_may_be_carried_to_experts() -> None:
     experts = {"num_experts": 1, "active_share": 1.0, "mlp_ratio": 4, "base_num_experts": 1, "base_mlp_ratio": 4}
     dense = run_config(Path("nowhere"), model=MODEL | experts)
     target = run_config(Path("nowhere"), model=MODEL | experts | {"num_experts": 8, "active_share": 0.25, "width": 32})
-    assert different(kept(dense), kept(target)) == ""
+    assert describe_differences(task_values(dense), task_values(target)) == ""
     other = run_config(Path("nowhere"), model=MODEL | experts | {"balance_rate": 0.5})
-    assert "balance_rate" in different(kept(dense), kept(other))
+    assert "balance_rate" in describe_differences(task_values(dense), task_values(other))
 
 
 def test_exported_weights_give_the_plain_network_the_same_outputs() -> None:

@@ -76,9 +76,9 @@ def cluster() -> None:
 @cluster.command("probe", epilog="Example: depthmup cluster probe > configs/cluster/mine.yaml")
 def probe() -> None:
     """Propose a profile for configs/cluster from what sinfo says."""
-    from depthmup.launch.jobs.probe import propose
+    from depthmup.launch.jobs.probe import propose_profile
 
-    click.echo(propose(), nl=False)
+    click.echo(propose_profile(), nl=False)
 
 
 @command("completion", example='eval "$(depthmup completion bash)"')

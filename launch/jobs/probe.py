@@ -33,7 +33,7 @@ class Partition:
         return profile | {"timeout_min": min(self.minutes or MAX_MINUTES, MAX_MINUTES)}
 
 
-def minutes(text: str) -> int | None:
+def read_minutes(text: str) -> int | None:
     """Slurm's time, '1-12:00:00' or '30:00' -> minutes; 'infinite' -> None."""
     if text == "infinite":
         return None
@@ -42,7 +42,7 @@ def minutes(text: str) -> int | None:
     return int(days or 0) * 1440 + hours * 60 + mins
 
 
-def partitions() -> list[Partition]:
+def list_partitions() -> list[Partition]:
     """Every partition that is up. Raises UserError where Slurm does not answer."""
     try:
         lines = slurm.call("sinfo", "--noheader", "--format=%P|%a|%l|%D|%c|%m|%G").splitlines()
@@ -53,17 +53,17 @@ def partitions() -> list[Partition]:
         name, up, limit, nodes, cpus, memory, gres = line.split("|")
         gpus = sum(int(count) for count in re.findall(r"gpu:(?:[^:,()]+:)?(\d+)", gres))
         size = int(cpus.rstrip("+")), int(memory.rstrip("+")) // 1000
-        one = Partition(name.rstrip("*"), name.endswith("*"), minutes(limit), int(nodes), *size, gpus)
+        one = Partition(name.rstrip("*"), name.endswith("*"), read_minutes(limit), int(nodes), *size, gpus)
         if up == "up" and (one.name not in found or found[one.name].nodes < one.nodes):
             found[one.name] = one
     return list(found.values())
 
 
-def propose() -> str:
+def propose_profile() -> str:
     """A profile as YAML: the default partition, or the one with the most GPUs; the others as comments."""
-    found = partitions()
+    found = list_partitions()
     if not found:
-        raise UserError("sinfo shows no partition that is up")
+        raise UserError("sinfo shows no partition that is up: try again once one is")
     best = max(found, key=lambda p: (p.gpus > 0, p.default, p.gpus * p.nodes))
     lines = [
         "# Save as configs/cluster/NAME.yaml, or ~/.config/depthmup/cluster/NAME.yaml for all your work, and launch"

@@ -24,7 +24,7 @@ from depthmup.launch.runs.design import design_of, limits_of
 from depthmup.launch.runs.foretold import read_foretold
 from depthmup.launch.runs.grouping import processes_per_gpu
 from depthmup.launch.runs.planned import PlannedRun
-from depthmup.launch.runs.pool import mixtures, refuse_mixture
+from depthmup.launch.runs.pool import describe_mixtures, refuse_mixture
 from depthmup.launch.runs.study import Study
 from depthmup.launch.runs.written import refuse_other_study
 from depthmup.launch.wording import quantity
@@ -173,7 +173,7 @@ class Report:
             f"{self.num_diverged} of them diverged; {quantity(self.total_flops)}FLOPs "
             f"({self.total_flops / max(self.flops.values()):.3g} times one run of the costliest size), "
             f"{self.hours:.2f} hours of training processes."
-            f"{''.join(f' Results of {mixture}.' for mixture in mixtures(self.study))}"
+            f"{''.join(f' Results of {mixture}.' for mixture in describe_mixtures(self.study))}"
             f"{' ' + target if (target := target_line(self.study)) else ''}"
         )
 

@@ -14,14 +14,12 @@ from depthmup.launch.findings.convergence import Rate
 from depthmup.launch.findings.forecast import Forecast, calibration
 from depthmup.launch.findings.theory import expected_drifts, predicted_drifts
 from depthmup.launch.report.collect import Report, analyse_results, target_line
-from depthmup.launch.runs.planned import PlannedRun
-from depthmup.launch.runs.pool import origins
+from depthmup.launch.runs.planned import PlannedRun, scaling_of
+from depthmup.launch.runs.pool import count_origins
 from depthmup.launch.runs.rounds import AddedRun
 from depthmup.launch.runs.study import Study
 from depthmup.launch.wording import show_number
-from depthmup.models.config import scale_of
 from depthmup.models.parameterization import Role
-from depthmup.models.training_scale import training_factors
 from depthmup.train.rundir import parse_lines
 
 CURVE_POINTS = 50  # of a training curve: 500 runs stay under 2 MB with the page's scripts
@@ -172,7 +170,7 @@ def as_record(report: Report) -> dict[str, Any]:
         "num_runs": len(report.finished),
         "num_diverged": report.num_diverged,
         "num_unfinished": len(report.unfinished),
-        "origins": origins(report.study),  # code and shards: fingerprint -> number of runs
+        "origins": count_origins(report.study),  # code and shards: fingerprint -> number of runs
         "cost": {
             "flops": report.total_flops,
             "hours": report.hours,
@@ -248,10 +246,7 @@ def as_record(report: Report) -> dict[str, Any]:
 def effective_rate(run: PlannedRun) -> float:
     """The learning rate of the weights in residual branches, with the factors of the rules at the run's size, batch and
     samples."""
-    config, optimizer = run.config, run.config.optimizer
-    scale = scale_of(config.model.size, config.model.base_size, config.parameterization)
-    ratios = optimizer.batch_ratio, optimizer.samples_ratio
-    training = training_factors(scale.parameterization, optimizer.name, *ratios)
+    optimizer, (scale, training) = run.config.optimizer, scaling_of(run.config)
     return optimizer.lr * scale.factors(Role.BRANCH_HIDDEN, optimizer.name).lr * training.lr
 
 

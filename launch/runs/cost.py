@@ -36,7 +36,7 @@ def read_cache(file: Path | None) -> dict[str, list[int]]:
     return found if isinstance(found, dict) else {}
 
 
-def count(run: PlannedRun) -> list[int]:
+def count_run(run: PlannedRun) -> list[int]:
     """[parameters, FLOPs of one image in training]."""
     model = run.config.model
     if counted := by_formula(model):
@@ -50,7 +50,7 @@ def count(run: PlannedRun) -> list[int]:
     return [num_parameters(network), training_flops(network, shape)]
 
 
-def key(model: Any) -> str:
+def cache_key(model: Any) -> str:
     return json.dumps(identity(model), sort_keys=True)
 
 
@@ -59,16 +59,16 @@ def count_flops(runs: Sequence[PlannedRun]) -> dict[Size, tuple[int, int]]:
     first = {run.size: run for run in reversed(runs)}
     file = cache_file()
     cache = read_cache(file)
-    missing = {key(run.config.model): run for run in first.values() if key(run.config.model) not in cache}
+    missing = {cache_key(run.config.model): run for run in first.values() if cache_key(run.config.model) not in cache}
     if missing:
-        cache |= {name: count(run) for name, run in missing.items()}
+        cache |= {name: count_run(run) for name, run in missing.items()}
         with suppress(OSError):  # a home that cannot be written to costs time, not correctness
             if file:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(file, json.dumps(cache).encode())
     counted = {}
     for size, run in first.items():
-        parameters, each = cache[key(run.config.model)]
+        parameters, each = cache[cache_key(run.config.model)]
         train = run.config.train
         counted[size] = (parameters, each * train.num_steps * train.global_batch_size)
     return {run.size: counted[run.size] for run in runs}

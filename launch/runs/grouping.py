@@ -32,7 +32,7 @@ def pack_alike(runs: Sequence[PlannedRun], config: LaunchConfig, on_gpu: bool, s
     if not runs:
         return []
     train = runs[0].config.train
-    if obstacle := why_not(runs[0], config):
+    if obstacle := find_obstacle(runs[0], config):
         if (train.pack or 0) > 1:
             raise UserError(f"train.pack is {train.pack}, but {obstacle}: set train.pack=1, or change that")
         return [[run] for run in runs]
@@ -43,7 +43,9 @@ def pack_alike(runs: Sequence[PlannedRun], config: LaunchConfig, on_gpu: bool, s
         largest -= 1
     if largest == 1:
         return [[run] for run in runs]
-    return [pack for group, limit in zip(groups, limits, strict=True) for pack in split(group, min(limit, largest))]
+    return [
+        pack for group, limit in zip(groups, limits, strict=True) for pack in split_evenly(group, min(limit, largest))
+    ]
 
 
 def check_packable(runs: Sequence[PlannedRun]) -> None:
@@ -60,11 +62,11 @@ def check_packable(runs: Sequence[PlannedRun]) -> None:
 
 
 def count_packs(groups: Sequence[Sequence[PlannedRun]], limits: Sequence[int], largest: int) -> int:
-    """How many packs `split` makes of `groups` when none is larger than its group's limit and `largest`."""
+    """How many packs `split_evenly` makes of `groups` when none is larger than its group's limit and `largest`."""
     return sum(-(-len(group) // min(limit, largest)) for group, limit in zip(groups, limits, strict=True))
 
 
-def why_not(run: PlannedRun, config: LaunchConfig) -> str | None:
+def find_obstacle(run: PlannedRun, config: LaunchConfig) -> str | None:
     """What keeps the runs of a study out of packs, in words."""
     if config.tasks > 1:
         return f"a job of {config.tasks} tasks trains one run"
@@ -75,7 +77,7 @@ def why_not(run: PlannedRun, config: LaunchConfig) -> str | None:
     return None
 
 
-def split(runs: Sequence[PlannedRun], limit: int) -> list[list[PlannedRun]]:
+def split_evenly(runs: Sequence[PlannedRun], limit: int) -> list[list[PlannedRun]]:
     """Packs of nearly equal size, at most `limit`, those of one seed side by side: they share their images."""
     ordered = sorted(runs, key=lambda run: run.seed)
     total, number = len(runs), -(-len(runs) // limit)
@@ -113,10 +115,10 @@ def processes_per_gpu(config: LaunchConfig) -> float:
 def make_packs(runs: Sequence[PlannedRun], config: LaunchConfig) -> list[list[PlannedRun]]:
     """What each process trains at once: a pack, or a single run. Raises UserError."""
     slots = len(slot_gpus(config)) if config.cluster == "local" else 1
-    return packs_of(runs, config, in_gpu(config), slots)
+    return packs_of(runs, config, trains_on_gpu(config), slots)
 
 
-def in_gpu(config: LaunchConfig) -> bool:
+def trains_on_gpu(config: LaunchConfig) -> bool:
     """Whether runs train on a GPU."""
     return config.gpus_per_node > 0 if config.cluster == "slurm" else slot_gpus(config)[0] is not None
 

@@ -13,7 +13,7 @@ from depthmup.launch.findings.theory import expected_drifts
 from depthmup.launch.runs.cost import count_flops
 from depthmup.launch.runs.design import design_of
 from depthmup.launch.runs.fits import check_fits
-from depthmup.launch.runs.grouping import group, in_gpu, make_packs, slot_gpus, why_not
+from depthmup.launch.runs.grouping import find_obstacle, group, make_packs, slot_gpus, trains_on_gpu
 from depthmup.launch.runs.search import Search, prune_steps
 from depthmup.launch.runs.seconds import expected_seconds
 from depthmup.launch.runs.study import Study
@@ -54,9 +54,9 @@ def describe_packs(study: Study, varied: Iterable[str]) -> list[str]:
     """What keeps the study's runs from being trained together where packs would pay: `varied` are the keys in which
     they differ."""
     run, config = study.examples[0], study.file.launch
-    if pack_limit(run.config, in_gpu(config)) == 1:
+    if pack_limit(run.config, trains_on_gpu(config)) == 1:
         return []
-    if obstacle := why_not(run, config):
+    if obstacle := find_obstacle(run, config):
         return [f"no packs: {obstacle}"]
     return [f"runs that differ in {key} share no pack" for key in varied if not may_differ(key)]
 

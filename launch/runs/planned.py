@@ -9,7 +9,8 @@ from depthmup.data.errors import UserError
 from depthmup.data.storage import is_remote
 from depthmup.launch.config import Size
 from depthmup.models.config import scale_of
-from depthmup.models.training_scale import training_factors
+from depthmup.models.parameterization import Scale
+from depthmup.models.training_scale import TrainingFactors, training_factors
 from depthmup.train.config import RunConfig
 from depthmup.train.owner import check_owner, data_fingerprint
 from depthmup.train.rundir import PRUNED, RunDirectory
@@ -97,10 +98,15 @@ def with_value(config: Any, key: str, value: Any) -> Any:
     return replace(config, **{name: with_value(getattr(config, name), rest, value) if dot else value})
 
 
-def factors(config: RunConfig) -> tuple[Any, ...]:
-    """What the parameterization makes of this run's size: at the base size, for one, all of them make the same."""
+def scaling_of(config: RunConfig) -> tuple[Scale, TrainingFactors]:
+    """The run's size over the base's, and the factors of its batch and samples over the base's."""
     scale = scale_of(config.model.size, config.model.base_size, config.parameterization)
     optimizer = config.optimizer
     ratios = optimizer.batch_ratio, optimizer.samples_ratio
-    training = training_factors(scale.parameterization, optimizer.name, *ratios)
-    return *scale.all_factors(optimizer.name), training
+    return scale, training_factors(scale.parameterization, optimizer.name, *ratios)
+
+
+def factors(config: RunConfig) -> tuple[Any, ...]:
+    """What the parameterization makes of this run's size: at the base size, for one, all of them make the same."""
+    scale, training = scaling_of(config)
+    return *scale.all_factors(config.optimizer.name), training

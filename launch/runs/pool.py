@@ -13,29 +13,29 @@ from depthmup.train.owner import code_fingerprint, data_fingerprint
 WHAT = {"code": "versions of the code", "shards": "sets of shards"}
 
 
-def origins(study: Study) -> dict[str, Counter[str]]:
+def count_origins(study: Study) -> dict[str, Counter[str]]:
     """For code and for shards: fingerprint -> number of finished runs whose markers say it. Raises UserError for a
     marker of another run."""
     done = [marker for run in study.runs if (marker := run.done())]
     return {key: Counter(marker[key] for marker in done if marker.get(key)) for key in WHAT}
 
 
-def describe(key: str, counts: Mapping[str, int]) -> str:
+def describe_mixture(key: str, counts: Mapping[str, int]) -> str:
     """'2 versions of the code: 12 runs of 0123..., 3 of 4567...'"""
     ordered = sorted(counts.items(), key=lambda item: -item[1])
     shown = ", ".join(f"{count} run{'s' if count != 1 else ''} of {value}" for value, count in ordered)
     return f"{len(counts)} {WHAT[key]}: {shown}"
 
 
-def mixtures(study: Study) -> list[str]:
+def describe_mixtures(study: Study) -> list[str]:
     """What the finished runs have several of, in words."""
-    return [describe(key, counts) for key, counts in origins(study).items() if len(counts) > 1]
+    return [describe_mixture(key, counts) for key, counts in count_origins(study).items() if len(counts) > 1]
 
 
 def refuse_mixture(study: Study, starting: bool = False) -> None:
     """Raises UserError where finished runs come from different code or images and study.pool_different does not allow
     it. `starting`: also where runs that begin now would be different ones."""
-    for key, counts in origins(study).items():
+    for key, counts in count_origins(study).items():
         if key in study.file.study.pool_different or not counts:
             continue
         if starting:
@@ -44,7 +44,7 @@ def refuse_mixture(study: Study, starting: bool = False) -> None:
         if len(counts) > 1:
             allowed = ", ".join([*study.file.study.pool_different, key])
             raise UserError(
-                f"{study.file.directory}: {describe(key, counts)}. Their results may differ for that alone: choose "
-                f"another study.name to train all anew, delete the folders of the fewer ones, or compare them all the "
-                f"same with study.pool_different=[{allowed}]"
+                f"{study.file.directory}: {describe_mixture(key, counts)}. Their results may differ for that alone: "
+                f"choose another study.name to train all anew, delete the folders of the fewer ones, or compare "
+                f"them all the same with study.pool_different=[{allowed}]"
             )
