@@ -15,7 +15,6 @@ from depthmup.data.errors import UserError
 from depthmup.data.index import counted
 from depthmup.data.storage import write_atomically
 from depthmup.launch.jobs import slurm, states
-from depthmup.launch.jobs.attempts import newest_step
 from depthmup.launch.jobs.code_copy import copy_code
 from depthmup.launch.jobs.reasons import explain
 from depthmup.launch.jobs.share import Share
@@ -248,7 +247,7 @@ def wait(study: Study, launched: Launched, console: Console) -> None:
 def interrupted(study: Study) -> str:
     """What to say after Ctrl-C: where the runs stand, and how to go on."""
     left = study.pending()
-    saved = [f"{run.directory.path.name} saved at step {step}" for run in left if (step := newest_step(run.directory))]
+    saved = [f"{run.directory.path.name} saved at step {step}" for run in left if (step := run.directory.newest_step())]
     shown = saved if len(saved) <= 2 else [f"{len(saved)} others saved"]
     stand = ", ".join([f"{len(study.runs) - len(left)} of {len(study.runs)} runs are done", *shown])
     return f"Interrupted: {stand}; the same command continues."

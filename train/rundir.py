@@ -81,6 +81,10 @@ class RunDirectory:
         """Steps of the complete checkpoints, in no order."""
         return [int(path.name.removeprefix("step-")) for path in self.checkpoints.glob("step-*")]
 
+    def newest_step(self) -> int:
+        """Of the complete checkpoints, 0 without one."""
+        return max(self.checkpoint_steps(), default=0)
+
     @property
     def weights(self) -> Path:
         return self.path / "weights.safetensors"

@@ -39,11 +39,6 @@ def fail(directory: RunDirectory, error: str, **details: Any) -> None:
     directory.write_failed({"error": error, **details})
 
 
-def newest_step(directory: RunDirectory) -> int:
-    """Step of the newest checkpoint, 0 without one."""
-    return max(directory.checkpoint_steps(), default=0)
-
-
 def since_failure(directory: RunDirectory) -> list[dict[str, Any]]:
     """The attempts after the last one that failed: those were asked for by a person."""
     lines = attempts(directory)
@@ -59,7 +54,7 @@ def process_age() -> float:
 
 def begin_attempt(directory: RunDirectory) -> None:
     """Notes where and from which step the attempt begins. Raises RuntimeError when the last ones got no further."""
-    step = newest_step(directory)
+    step = directory.newest_step()
     lines = since_failure(directory)
     begun = [line["step"] for line in lines if line["event"] == "started"]
     if begun[-MAX_ATTEMPTS:] == [step] * MAX_ATTEMPTS:

@@ -13,7 +13,6 @@ from depthmup.launch.jobs.attempts import (
     attempts,
     fail,
     job_name,
-    newest_step,
     note,
     pending,
     restart_count,
@@ -105,11 +104,11 @@ def why_lost(directory: RunDirectory, code: int, said: str, more_memory: str) ->
         return reason
     began = float(os.environ.get("DEPTHMUP_BEGAN", "inf"))
     if nodes := slurm.failed_nodes(os.environ.get("SLURM_JOB_NODELIST", ""), began):
-        note(directory, LOST, step=newest_step(directory), error=f"node {', '.join(nodes)} failed")
+        note(directory, LOST, step=directory.newest_step(), error=f"node {', '.join(nodes)} failed")
         return None
     if died and died[2].startswith("Exited"):  # of itself: it could not start
         return f"{reason}; see the job's log"
-    step = newest_step(directory)
+    step = directory.newest_step()
     before = [line for line in since_failure(directory) if line["event"] == LOST and line["step"] == step]
     note(directory, LOST, step=step, error=reason)
     print(f"lost at step {step}: {reason}", flush=True)

@@ -17,7 +17,7 @@ def kind(error: str) -> str:
 
 def steps_made(directory: RunDirectory) -> int:
     last = directory.last_metrics()
-    return max([last["step"] if last else 0, *directory.checkpoint_steps()])
+    return max(last["step"] if last else 0, directory.newest_step())
 
 
 @dataclass(frozen=True)

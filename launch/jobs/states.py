@@ -106,7 +106,7 @@ def state_of(
             run, "waiting", f"perhaps in job {submitted[0].job_id or submitted[0].name}: Slurm does not say"
         )
     if cancelled:
-        saved = max(directory.checkpoint_steps(), default=0)
+        saved = directory.newest_step()
         return RunState(run, "cancelled", f"saved at step {saved}" if saved else "")
     if submitted and (reason := submitted[0].held()):
         return RunState(run, "held", reason)

@@ -36,7 +36,7 @@ def check_pack(configs: Sequence[RunConfig]) -> None:
             )
 
 
-def newest_step(directory: RunDirectory) -> int:
+def newest_whole_step(directory: RunDirectory) -> int:
     """The step of the newest checkpoint that is whole, else 0."""
     whole = (path for path in complete(directory.checkpoints) if not find_fault(path, 0, 1))
     return max((int(path.name.removeprefix("step-")) for path in islice(whole, 1)), default=0)
@@ -76,7 +76,7 @@ def standing_alike(configs: Sequence[RunConfig], paths: Sequence[Path]) -> dict[
     for config, path in zip(configs, paths, strict=True):
         if not finished(directory := RunDirectory(path), config):
             begin_branch(directory, config)
-            standing.setdefault(newest_step(directory), []).append((config, path))
+            standing.setdefault(newest_whole_step(directory), []).append((config, path))
     return standing
 
 

@@ -129,4 +129,4 @@ def pack_limit(config: RunConfig, on_gpu: bool) -> int:
 
 def go_together(directories: Sequence[RunDirectory]) -> bool:
     """Whether the runs stand at one step: a pack goes on from there, and none gives up a checkpoint for the others."""
-    return len({max(directory.checkpoint_steps(), default=0) for directory in directories}) == 1
+    return len({directory.newest_step() for directory in directories}) == 1
