@@ -9,12 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from command_line import output_of
+from command_line import invoke, output_of
 from conftest import settings_on
-from depthmup.launch.cli import cli
 from depthmup.launch.findings.convergence import LAWS, Law, Rate, fit_rate, squared_distance
 from depthmup.launch.reading import read_study
 from depthmup.launch.report.converge import feature_kernel, loss_curve, probe_images
@@ -182,9 +180,9 @@ def test_lost_files_and_unfit_studies_are_refused_with_the_remedy(grown: Path, s
     assert list(steps) == list(range(1, 101))
     assert np.isfinite(losses).all()
     Study(grown, read_study(grown)).runs[0].directory.weights.unlink()
-    refused = CliRunner().output_of(cli, ["converge", str(grown)])
+    refused = invoke("converge", grown)
     assert "no weights.safetensors there: delete the folder to train it again" in str(refused.exception)
-    refused = CliRunner().output_of(cli, ["converge", str(study_file)])
+    refused = invoke("converge", study_file)
     assert "3 finished sizes along width or depth" in str(refused.exception)
 
 

@@ -7,12 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from command_line import output_of
+from command_line import invoke, output_of
 from conftest import settings_on
-from depthmup.launch.cli import cli
 from depthmup.launch.findings.exponents import Slope, fit_slope, measures_of, regime
 from depthmup.launch.reading import read_study
 from depthmup.launch.report.exponents import FILES, block_tensors, branch_factors, run_measures
@@ -178,12 +176,12 @@ def test_the_change_is_from_the_weights_that_training_began_with(trained: Path) 
 
 
 def test_lost_files_and_unfit_studies_are_refused_with_the_remedy(trained: Path, study_file: Path) -> None:
-    refused = CliRunner().output_of(cli, ["exponents", str(study_file)])
+    refused = invoke("exponents", study_file)
     assert "exponents need 3 finished depths at the base's width that train" in str(refused.exception)
     study = Study(trained, read_study(trained))
     study.runs[0].directory.write_done({"outcome": "diverged", "step": 3, "seconds": 1.0})
-    refused = CliRunner().output_of(cli, ["exponents", str(trained)])
+    refused = invoke("exponents", trained)
     assert "left out: depth_mup:" in str(refused.exception)
     study.runs[-1].directory.weights.unlink()
-    refused = CliRunner().output_of(cli, ["exponents", str(trained)])
+    refused = invoke("exponents", trained)
     assert "no weights.safetensors there: delete the folder to train it again" in str(refused.exception)
