@@ -29,7 +29,7 @@ from depthmup.train.__main__ import leave, train_locked
 from depthmup.train.config import RunConfig
 from depthmup.train.interrupt import Interrupt, Interrupted
 from depthmup.train.lock import BEAT, holder, take_lock
-from depthmup.train.packs.packing import go_together, packable
+from depthmup.train.packs.packing import packable, stand_at_one_step
 from depthmup.train.reading import from_plain, read_yaml
 from depthmup.train.rundir import EXIT_REQUEUE, RunDirectory
 from depthmup.train.trunk import waits_for_trunk
@@ -66,17 +66,18 @@ def train_all(packs: Sequence[Sequence[RunDirectory]], interrupt: Interrupt, hol
             startable = [each for each in (hold.select_startable(pack) if hold else pack) if may_begin(each)]
             if train_some(startable, interrupt):
                 trained = True
-            elif not (waits and elsewhere(pack)):
+            elif not (waits and wait_for_other_host(pack)):
                 break
     return trained
 
 
 def may_begin(directory: RunDirectory) -> bool:
+    """Whether nothing that it needs is missing, as the checkpoint of its trunk is for a branch of a ladder."""
     return not pending(directory) or not waits_for_trunk(directory)
 
 
-def elsewhere(directories: Sequence[RunDirectory]) -> bool:
-    """Whether a process on another host has one of the runs; says so, and takes a moment."""
+def wait_for_other_host(directories: Sequence[RunDirectory]) -> bool:
+    """Waits a moment where a process on another host has one of the runs, and says so. Returns whether one has."""
     for directory in filter(pending, directories):
         if (found := holder(directory.lock)) and not found.is_here:
             print(f"{directory.path.name}: {found} trains it: waiting until that ends", flush=True)
@@ -153,7 +154,7 @@ def claim(directories: Sequence[RunDirectory], held: ExitStack) -> dict[RunDirec
                     continue
                 if not claimed and len(directories) > 1 and not failed_in_a_pack(directory):
                     size = size_that_fits(config, device, len(directories))
-                if claimed and not joins(directory, config, claimed):
+                if claimed and not can_join(directory, config, claimed):
                     continue
                 held.enter_context(candidate.pop_all())
                 claimed[directory] = config
@@ -175,12 +176,12 @@ def size_that_fits(config: RunConfig, device: "torch.device", most: int) -> int:
     return size
 
 
-def joins(directory: RunDirectory, config: RunConfig, pack: dict[RunDirectory, RunConfig]) -> bool:
+def can_join(directory: RunDirectory, config: RunConfig, pack: dict[RunDirectory, RunConfig]) -> bool:
     """Whether the run can be trained together with those of `pack`, which are not empty."""
     first = next(iter(pack.values()))
     if packable(first, config) or failed_in_a_pack(directory):
         return False
-    return go_together([*pack, directory])
+    return stand_at_one_step([*pack, directory])
 
 
 def failed_in_a_pack(directory: RunDirectory) -> bool:

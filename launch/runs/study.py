@@ -74,7 +74,7 @@ class Study:
         return list(by_directory.values())
 
     def _forget_runs(self) -> None:
-        """Once what they follow from has grown."""
+        """To be called once what they follow from has grown: they are then made anew."""
         for name in ("points", "runs"):
             self.__dict__.pop(name, None)
 
@@ -123,7 +123,7 @@ class Study:
 
     @property
     def owners(self) -> dict[tuple[str, Size], str]:
-        """Per (label, size) the label of the parameterization whose runs its runs are."""
+        """Per (label, size) the label of the parameterization under which its runs are planned."""
         return {curve: label(first) for curve, first in self._first_alike.items()}
 
     @cached_property
@@ -152,7 +152,7 @@ class Study:
         return found
 
     def _shared(self, added: Mapping[tuple[str, Size], Collection[Point]]) -> dict[tuple[str, Size], list[Point]]:
-        """`added` to a curve, for all curves of the same runs: what one of them knows counts for each."""
+        """For each curve, what was `added` to any curve that has the same runs."""
         pooled: dict[tuple[str, Size], list[Point]] = {}
         for (name, size), first in self._first_alike.items():
             pooled.setdefault((label(first), size), []).extend(added.get((name, size), ()))
@@ -254,14 +254,10 @@ class Study:
     def _added_file(self) -> Path:
         return self.file.directory / "added_values.json"
 
-    def _added_rounds(self) -> list[list[AddedValues]]:
-        """Per round of growth: which values were added to which curve."""
-        return read_rounds(self._added_file, AddedValues)
-
     def added_values(self) -> dict[tuple[str, Size], list[float]]:
         """Values beyond study.values, per (parameterization, size)."""
         found: dict[tuple[str, Size], list[float]] = {}
-        for entry in chain.from_iterable(self._added_rounds()):
+        for entry in chain.from_iterable(read_rounds(self._added_file, AddedValues)):
             found.setdefault(self._curve(entry), []).extend(entry.values)
         return self._shared(found)
 
@@ -271,7 +267,7 @@ class Study:
         0 when there is nothing to add, as where no run may have the values, or study.extend rounds were made. Durable:
         every later command sees the values.
         """
-        rounds, before = self._added_rounds(), len(self.runs)
+        rounds = read_rounds(self._added_file, AddedValues)
         if not edges or len(rounds) >= self.file.study.extend:
             return 0
         growth, known = [], self.added_values()
@@ -281,9 +277,12 @@ class Study:
             values = [self.file.study.value_at(x[0] + steps * (x[0] - x[1])) for steps in (1, 2)]
             if valid := [value for value in values if self._is_valid(parameterization, size, value)]:
                 growth.append(AddedValues(parameterization=parameterization, **size.axes, values=valid))
-        if not growth:
-            return 0
-        write_rounds(self._added_file, [*rounds, growth])
+        return self._keep_rounds(self._added_file, [*rounds, growth]) if growth else 0
+
+    def _keep_rounds(self, file: Path, rounds: Sequence[Sequence[AddedValues]]) -> int:
+        """Writes the rounds of growth; returns how many runs the last one makes."""
+        before = len(self.runs)
+        write_rounds(file, rounds)
         self._forget_runs()
         return len(self.runs) - before
 
@@ -291,14 +290,10 @@ class Study:
     def _seeds_file(self) -> Path:
         return self.file.directory / "added_seeds.json"
 
-    def _seed_rounds(self) -> list[list[AddedSeed]]:
-        """Per round: which curve got which seed more, at which values."""
-        return read_rounds(self._seeds_file, AddedSeed)
-
     def added_seeds(self) -> dict[tuple[str, Size], list[tuple[float, int]]]:
         """(value, seed) beyond study.seeds, per (parameterization, size)."""
         found: dict[tuple[str, Size], list[tuple[float, int]]] = {}
-        for entry in chain.from_iterable(self._seed_rounds()):
+        for entry in chain.from_iterable(read_rounds(self._seeds_file, AddedSeed)):
             found.setdefault(self._curve(entry), []).extend((value, entry.seed) for value in entry.values)
         return self._shared(found)
 
@@ -307,16 +302,14 @@ class Study:
 
         0 when nothing is wanted or study.more_seeds rounds were made. Durable: every later command sees the seeds.
         """
-        rounds, before, known = self._seed_rounds(), len(self.runs), self.added_seeds()
+        rounds, known = read_rounds(self._seeds_file, AddedSeed), self.added_seeds()
         if not wanted or len(rounds) >= self.file.study.more_seeds:
             return 0
         added = []
         for (parameterization, size), values in wanted.items():
             seed = max([*self.file.study.seeds, *(seed for _, seed in known.get((parameterization, size), ()))]) + 1
             added.append(AddedSeed(parameterization=parameterization, **size.axes, values=list(values), seed=seed))
-        write_rounds(self._seeds_file, [*rounds, added])
-        self._forget_runs()
-        return len(self.runs) - before
+        return self._keep_rounds(self._seeds_file, [*rounds, added])
 
     # ------------------------------------------------------------ writing
 

@@ -127,6 +127,6 @@ def pack_limit(config: RunConfig, on_gpu: bool) -> int:
     return CPU_PACK if small else 1
 
 
-def go_together(directories: Sequence[RunDirectory]) -> bool:
+def stand_at_one_step(directories: Sequence[RunDirectory]) -> bool:
     """Whether the runs stand at one step: a pack goes on from there, and none gives up a checkpoint for the others."""
     return len({directory.newest_step() for directory in directories}) == 1
