@@ -194,7 +194,8 @@ def test_a_size_or_space_that_is_no_run_is_refused_with_the_reason(verify_file: 
 def test_results_on_other_shards_count_where_the_study_pools_them(
     verify_file: Callable[..., Path], tmp_path: Path
 ) -> None:
-    study = {"name": "checked", "directory": str(tmp_path / "runs")}
+    study = {"name": "checked", "directory": str(tmp_path / "runs"), "parameterizations": ["depth_mup"]}
+    study |= {"sizes": [{"width": 8, "depth": 3}], "values": [2**-6]}
     refused, pooled = (
         open_verification(verify_file({"study": {**study, "pool_different": pool}}, runs=1)).points[0]
         for pool in ([], ["shards"])
