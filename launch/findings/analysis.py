@@ -1,7 +1,7 @@
 """From a study's runs to curves, and from curves to what carrying the base's optimum over costs at every size.
 
 All of it is a pure function of the runs' results. x is the swept hyperparameter in octaves. Every interval comes from
-the one model of launch.curve_model.
+the one model of launch.findings.curve_model.
 """
 
 import math
