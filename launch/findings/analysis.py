@@ -12,7 +12,15 @@ from typing import Literal
 import numpy as np
 
 from depthmup.launch.config import Size
-from depthmup.launch.findings.curve_model import CONFIDENCE, Posterior, fit, level, quantiles, regret_interval
+from depthmup.launch.findings.curve_model import (
+    CONFIDENCE,
+    Posterior,
+    fit,
+    level,
+    quantile,
+    quantiles,
+    regret_interval,
+)
 from depthmup.launch.findings.failures import (
     ERRORS,
     NO_RUNS,
@@ -259,7 +267,7 @@ def compare(base: Curve, curve: Curve, carried: float | None) -> Comparison:
         measured,
         regret,
         (math.expm1(low), math.expm1(high)),
-        math.expm1(float(np.quantile(regrets, (1 + CONFIDENCE) / 2))),
+        math.expm1(quantile(regrets, (1 + CONFIDENCE) / 2)),
         carried,
         failures,
     )
