@@ -4,7 +4,6 @@ python -m depthmup.launch.report.recompute docs/results
 python -m depthmup.launch.report.results docs/results/*.json > docs/RESULTS.md
 """
 
-import json
 import sys
 import tempfile
 from collections import defaultdict
@@ -16,14 +15,21 @@ from depthmup.launch.reading import read_study
 from depthmup.launch.report.collect import collect
 from depthmup.launch.report.page import publish, write_report
 from depthmup.launch.report.record import page_record, read_record
-from depthmup.launch.runs.rounds import AddedRound, AddedRun, write_added_rounds
+from depthmup.launch.runs.rounds import (
+    AddedRound,
+    AddedRun,
+    AddedSeed,
+    AddedValues,
+    write_added_rounds,
+    write_rounds,
+)
 from depthmup.launch.runs.study import Study
 
 CONFIGS = Path("configs/paper")
 
 
-def added(study: Study, points: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(values, seeds) beyond the file's grid, as a study keeps one round of them (launch.runs.rounds)."""
+def points_beyond(study: Study, points: list[dict[str, Any]]) -> tuple[list[AddedValues], list[AddedSeed]]:
+    """(values, seeds) beyond the file's grid, all as of one round of growth: a record does not tell them apart."""
     grid, planned = study.file.study.grid, study.file.study.seeds
     values: dict[tuple[Any, ...], set[float]] = defaultdict(set)
     seeds: dict[tuple[Any, ...], set[float]] = defaultdict(set)
@@ -34,15 +40,18 @@ def added(study: Study, points: list[dict[str, Any]]) -> tuple[list[dict[str, An
         elif point["value"] not in grid:
             values[curve].add(point["value"])
     return (
-        [{"parameterization": name, **size.axes, "values": sorted(found)} for (name, size), found in values.items()],
         [
-            {"parameterization": name, **size.axes, "seed": seed, "values": sorted(found)}
+            AddedValues(parameterization=name, **size.axes, values=sorted(found))
+            for (name, size), found in values.items()
+        ],
+        [
+            AddedSeed(parameterization=name, **size.axes, seed=seed, values=sorted(found))
             for (name, size, seed), found in seeds.items()
         ],
     )
 
 
-def rounds(study: Study, record: dict[str, Any]) -> list[AddedRound]:
+def rounds_of(study: Study, record: dict[str, Any]) -> list[AddedRound]:
     """Of an adaptive design, from the round that each point names."""
     found = [AddedRound(reason=each["reason"], runs=[]) for each in record["rounds"]]
     for point in record["points"]:
@@ -58,10 +67,11 @@ def restore(record: dict[str, Any], config: Path, folder: Path) -> Study:
     study = Study(config, read_study(config, (f"study.directory={folder}",)))
     study.file.directory.mkdir(parents=True)
     if study.file.study.adaptive:
-        write_added_rounds(study.file.directory / "rounds.json", rounds(study, record))
+        write_added_rounds(study.rounds_file, rounds_of(study, record))
     else:
-        for name, entries in zip(("values", "seeds"), added(study, record["points"]), strict=True):
-            (study.file.directory / f"added_{name}.json").write_text(json.dumps([entries]))
+        values, seeds = points_beyond(study, record["points"])
+        write_rounds(study.added_values_file, [values])
+        write_rounds(study.added_seeds_file, [seeds])
     metrics = {(p["parameterization"], Size.of(p), p["value"], p["seed"]): p["metric"] for p in record["points"]}
     seconds = record["cost"]["hours"] * 3600 / record["num_runs"]  # a record has their sum only
     for run in study.points:

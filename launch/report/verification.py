@@ -18,7 +18,7 @@ from depthmup.launch.report.record import dump, plain
 from depthmup.launch.report.search import show_value
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.pool import refuse_mixture
-from depthmup.launch.runs.space import own_value, value_at
+from depthmup.launch.runs.space import value_at
 from depthmup.launch.runs.verification import Verification
 from depthmup.launch.values import Range
 from depthmup.launch.wording import show_number, show_share
@@ -102,7 +102,7 @@ def collect_verification(verification: Verification) -> Verified:
 
 
 def measure_shift(verification: Verification, key: str, best: list[dict[str, Any]]) -> Shift:
-    own = own_value(verification._base, key)
+    own = verification.own_value(key)
     offsets = [offset for values in best if (offset := verification.offset(key, values[key])) is not None]
     if len(offsets) < 3:
         return Shift(key, own, None, None, None)

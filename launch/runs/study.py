@@ -231,7 +231,7 @@ class Study:
     # ------------------------------------------------------------ rounds of an adaptive design
 
     @property
-    def _rounds_file(self) -> Path:
+    def rounds_file(self) -> Path:
         return self.file.directory / "rounds.json"
 
     def rounds(self) -> list[AddedRound]:
@@ -239,25 +239,25 @@ class Study:
         study = self.file.study
         names = [label(each) for each in study.parameterizations]
         coarse = coarse_round(names, study.sizes[0], study.coarse, study.seeds[0])
-        return read_added_rounds(self._rounds_file) or [coarse]
+        return read_added_rounds(self.rounds_file) or [coarse]
 
     def add_round(self, added: AddedRound) -> int:
         """Returns how many runs it makes. Durable: every later command sees them."""
         before = len(self.runs)
-        write_added_rounds(self._rounds_file, [*self.rounds(), added])
+        write_added_rounds(self.rounds_file, [*self.rounds(), added])
         self._forget_runs()
         return len(self.runs) - before
 
     # ------------------------------------------------------------ growing the grid
 
     @property
-    def _added_file(self) -> Path:
+    def added_values_file(self) -> Path:
         return self.file.directory / "added_values.json"
 
     def added_values(self) -> dict[tuple[str, Size], list[float]]:
         """Values beyond study.values, per (parameterization, size)."""
         found: dict[tuple[str, Size], list[float]] = {}
-        for entry in chain.from_iterable(read_rounds(self._added_file, AddedValues)):
+        for entry in chain.from_iterable(read_rounds(self.added_values_file, AddedValues)):
             found.setdefault(self._curve(entry), []).extend(entry.values)
         return self._shared(found)
 
@@ -267,7 +267,7 @@ class Study:
         0 when there is nothing to add, as where no run may have the values, or study.extend rounds were made. Durable:
         every later command sees the values.
         """
-        rounds = read_rounds(self._added_file, AddedValues)
+        rounds = read_rounds(self.added_values_file, AddedValues)
         if not edges or len(rounds) >= self.file.study.extend:
             return 0
         growth, known = [], self.added_values()
@@ -277,7 +277,7 @@ class Study:
             values = [self.file.study.value_at(x[0] + steps * (x[0] - x[1])) for steps in (1, 2)]
             if valid := [value for value in values if self._is_valid(parameterization, size, value)]:
                 growth.append(AddedValues(parameterization=parameterization, **size.axes, values=valid))
-        return self._keep_rounds(self._added_file, [*rounds, growth]) if growth else 0
+        return self._keep_rounds(self.added_values_file, [*rounds, growth]) if growth else 0
 
     def _keep_rounds(self, file: Path, rounds: Sequence[Sequence[AddedValues]]) -> int:
         """Writes the rounds of growth; returns how many runs the last one makes."""
@@ -287,13 +287,13 @@ class Study:
         return len(self.runs) - before
 
     @property
-    def _seeds_file(self) -> Path:
+    def added_seeds_file(self) -> Path:
         return self.file.directory / "added_seeds.json"
 
     def added_seeds(self) -> dict[tuple[str, Size], list[tuple[float, int]]]:
         """(value, seed) beyond study.seeds, per (parameterization, size)."""
         found: dict[tuple[str, Size], list[tuple[float, int]]] = {}
-        for entry in chain.from_iterable(read_rounds(self._seeds_file, AddedSeed)):
+        for entry in chain.from_iterable(read_rounds(self.added_seeds_file, AddedSeed)):
             found.setdefault(self._curve(entry), []).extend((value, entry.seed) for value in entry.values)
         return self._shared(found)
 
@@ -302,14 +302,14 @@ class Study:
 
         0 when nothing is wanted or study.more_seeds rounds were made. Durable: every later command sees the seeds.
         """
-        rounds, known = read_rounds(self._seeds_file, AddedSeed), self.added_seeds()
+        rounds, known = read_rounds(self.added_seeds_file, AddedSeed), self.added_seeds()
         if not wanted or len(rounds) >= self.file.study.more_seeds:
             return 0
         added = []
         for (parameterization, size), values in wanted.items():
             seed = max([*self.file.study.seeds, *(seed for _, seed in known.get((parameterization, size), ()))]) + 1
             added.append(AddedSeed(parameterization=parameterization, **size.axes, values=list(values), seed=seed))
-        return self._keep_rounds(self._seeds_file, [*rounds, added])
+        return self._keep_rounds(self.added_seeds_file, [*rounds, added])
 
     # ------------------------------------------------------------ writing
 

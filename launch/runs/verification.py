@@ -45,7 +45,7 @@ class Verification(JointStudy):
             if isinstance(around, Range | tuple):
                 found[key] = around
                 continue
-            own = own_value(self._base, key)
+            own = self.own_value(key)
             if isinstance(own, bool) or not isinstance(own, int | float) or own <= 0:
                 raise UserError(
                     f"{self.path}: verify.space.{key}: {own} has no values a factor away: state a range "
@@ -100,13 +100,17 @@ class Verification(JointStudy):
             drawn = zip(self.space.items(), fractions.tolist(), strict=True)
             yield {key: value_at(dimension, fraction) for (key, dimension), fraction in drawn}
 
+    def own_value(self, key: str) -> Any:
+        """What the file itself has for the dotted `key`."""
+        return own_value(self._base, key)
+
     def offset(self, key: str, value: Any) -> float | None:
         """How far `value` is from the file's own: in octaves, or on a linear scale in the range's width; None for a
         choice."""
         dimension = self.space[key]
         if not isinstance(dimension, Range):
             return None
-        own = own_value(self._base, key)
+        own = self.own_value(key)
         if isinstance(own, bool) or not isinstance(own, int | float):
             return None
         width = np.log2(dimension.last / dimension.first) if dimension.scale == "log" else 1.0
