@@ -191,7 +191,8 @@ def transfer(study: Study, targets: Sequence[Path], console: Console) -> None:
     try:
         finish(study, console)
     except Unfinished:
-        report_what_is_there(study, console)
+        if write_what_is_there(study):
+            console.print(f"Report of what is done: {study.file.directory / 'report.html'}", highlight=False)
         raise
     report = show_report(study, console)
     if not targets:
@@ -204,11 +205,6 @@ def transfer(study: Study, targets: Sequence[Path], console: Console) -> None:
         if large.pending():
             finish(large, console)
     report_target(study, console)
-
-
-def report_what_is_there(study: Study, console: Console) -> None:
-    if write_what_is_there(study):
-        console.print(f"Report of what is done: {study.file.directory / 'report.html'}", highlight=False)
 
 
 def report_target(study: Study, console: Console) -> None:

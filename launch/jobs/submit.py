@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import submitit
@@ -72,7 +73,7 @@ def run_here(packs: Sequence[Sequence[PlannedRun]], config: LaunchConfig, folder
     then the runs have saved, unless it was told twice."""
     directories = [[RunDirectory(run.directory.path.absolute()) for run in pack] for pack in packs]
     submission = Submission.create(folder.absolute(), "debug", group(packs, 1), {"hold_after": config.hold_after})
-    hold = Hold(submission, [directory for pack in directories for directory in pack], config.hold_after)
+    hold = Hold(submission, list(chain.from_iterable(directories)), config.hold_after)
     if work(directories, signal.SIGINT, hold=hold) == EXIT_REQUEUE:
         raise KeyboardInterrupt
 

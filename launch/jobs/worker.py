@@ -253,12 +253,6 @@ def run_side_by_side(file: Path, count: int) -> int:
     return EXIT_REQUEUE if EXIT_REQUEUE in codes else max(128 - code if code < 0 else code for code in codes)
 
 
-def hold_of(submission: Submission, packs: Sequence[Sequence[RunDirectory]]) -> Hold:
-    return Hold(
-        submission, [directory for pack in packs for directory in pack], submission.details.get("hold_after", 0)
-    )
-
-
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("submission", type=Path)
@@ -271,7 +265,7 @@ def main() -> int:
     details = submission.details
     root = arguments.submission.parent.parent.parent / "runs"
     packs = [[RunDirectory(root / name) for name in names] for names in submission.tasks]
-    hold = hold_of(submission, packs)
+    hold = Hold(submission, list(chain.from_iterable(packs)), details.get("hold_after", 0))
     if arguments.local:
         return work(packs, hold=hold)
     index = int(os.environ["SLURM_ARRAY_TASK_ID"])
