@@ -76,8 +76,7 @@ def test_repeated_and_empty_images_are_no_inputs(study_file: Path, monkeypatch: 
     first = limit_task.image_task(file).inputs
     images = torch.cat([torch.zeros_like(first[:1]), first[:1], 2 * first[:1], first]).reshape(-1, 1, 8, 8)
     batch = images, torch.arange(len(images))
-    monkeypatch.setattr(limit_task, "evaluation_batches", lambda *arguments: iter([batch]))
-    monkeypatch.setattr(limit_task, "to_float", lambda given, *arguments: given)
+    monkeypatch.setattr(limit_task, "held_out_images", lambda *arguments: batch)
     assert torch.allclose(limit_task.image_task(file).inputs, first)
     batch = images[:5], torch.arange(5)
     with pytest.raises(UserError, match="fewer than 6 different images among its first 5, and repeated inputs make"):
