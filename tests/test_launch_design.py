@@ -171,6 +171,33 @@ def test_parameterizations_with_the_same_runs_share_them() -> None:
     assert [each.verdict for each in design.analyse(results).judgements] == ["transfers", "transfers"]
 
 
+def test_every_parameterization_has_runs_at_every_size_before_the_budget_is_spent_on_seeds_of_one() -> None:
+    """Five of them, so noisy that the first ones would spend all on seeds; the later ones are slower to find the base's
+    optimum. Their shares of what is left are alike."""
+    names = tuple("abcde")
+    design = replace(DESIGN, parameterizations=names, budget=1.8 * GRID_COST)
+
+    def loss(point: Point) -> float:
+        number = names.index(point.parameterization)
+        base = -4.0 if number < 2 else -0.2 + 0.1 * number  # beyond the edge of the range: more rounds at the base
+        optima = (base, base - 0.3, base - 0.3)
+        return valley(*optima, noise=0.03)(point.size, point.x, 100 * number + point.seed)
+
+    results: list[Result] = []
+    while (wanted := next_round(design, results)).points:
+        results += [Result(p.parameterization, p.size, 2.0**p.x, p.seed, loss(p)) for p in wanted.points]
+        assert cost(results) <= design.budget
+    runs = {
+        (name, size): sum((r.parameterization, r.size) == (name, size) for r in results)
+        for name in names
+        for size in SIZES
+    }
+    assert min(runs.values()) >= 6
+    spent = [cost([r for r in results if r.parameterization == name]) for name in names]
+    assert max(spent) < 2 * min(spent)
+    assert cost(results) > 0.9 * design.budget
+
+
 def test_what_the_budget_cannot_settle_ends_with_the_reason() -> None:
     rounds, results = walk(valley(-4.0, -4.3, -4.3, noise=0.06))
     assert verdict(results) == "inconclusive"

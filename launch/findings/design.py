@@ -8,6 +8,9 @@
    most per run: the regret there is slope^2 / (2 curvature). A round adds at most half as many runs to a
    curve as it has.
 
+Of several parameterizations each has its first runs at every size before the budget is spent on seeds of another, and
+an equal share of what is left.
+
 It ends where the verdicts are settled, where the budget is spent, and where what is left of it would hardly settle
 them. A pure function of the finished runs: resumed at any round, a study asks for the same runs. docs/verdict.md has
 what simulation says of it.
@@ -21,33 +24,91 @@ import numpy as np
 
 from depthmup.launch.findings.analysis import Result
 from depthmup.launch.findings.points import Design, Point, Round, place
-from depthmup.launch.findings.proposal import Proposal
+from depthmup.launch.findings.proposal import FIRST_RUNS, Proposal, Want
+from depthmup.launch.findings.verdict import Analysis
+
+
+class Basket:
+    """The points of a round, each once and none that is there, as far as the budget goes."""
+
+    def __init__(self, design: Design, results: Sequence[Result]) -> None:
+        self.design = design
+        self.found = {
+            Point(
+                design.owner(each.parameterization, each.size), each.size, place(design.octaves(each.value)), each.seed
+            )
+            for each in results
+        }
+        self.left = design.budget - design.cost(list(self.found))
+        self.points: dict[Point, None] = {}
+        self.reasons: dict[str, dict[str, None]] = {}  # by parameterization
+
+    def new(self, want: Want) -> list[Point]:
+        return [point for point in want.points if point not in self.points and point not in self.found]
+
+    def add(self, name: str, want: Want, points: Sequence[Point]) -> None:
+        self.left -= self.design.cost(points)
+        self.points |= dict.fromkeys(points)
+        self.reasons.setdefault(name, {})[want.reason] = None
+
+    def begin(self, proposals: Sequence[Proposal]) -> None:
+        """Whole first windows, one size of all parameterizations after the other."""
+        for size in self.design.sizes:
+            for proposal in proposals:
+                for want in proposal.wants:
+                    if want.begins and want.size == size and self.design.cost(new := self.new(want)) <= self.left:
+                        self.add(proposal.name, want, new)
+
+    def refine(self, proposals: Sequence[Proposal], budget: float) -> None:
+        """Other runs for at most `budget` FLOPs: an equal share for each parameterization, and what one does not need
+        for those that need more."""
+        wanted = {each.name: [want for want in each.wants if not want.begins] for each in proposals}
+        costs = {
+            name: sum(self.design.cost(self.new(want)) for want in wants) for name, wants in wanted.items() if wants
+        }
+        for index, name in enumerate(sorted(costs, key=lambda name: costs[name])):  # sorted keeps the order of equals
+            share = budget / (len(costs) - index)
+            for want in wanted[name]:
+                new = self.new(want)
+                count = min(len(new), int(share / self.design.flops[want.size]))
+                if count or not new:
+                    spent = self.design.cost(new[:count])
+                    share, budget = share - spent, budget - spent
+                    self.add(name, want, new[:count])
+
+
+def reserve(design: Design, analysis: Analysis) -> float:
+    """FLOPs of the first runs at sizes that have none, of parameterizations that may still begin there."""
+    curves = {(curve.parameterization, curve.size): curve for curve in analysis.curves}
+    waiting = set()
+    for name in design.parameterizations:
+        base = curves.get((name, design.sizes[0]))
+        if base is None or base.optimum.x is not None:
+            waiting |= {(design.owner(name, size), size) for size in design.sizes if (name, size) not in curves}
+    return FIRST_RUNS * sum(design.flops[size] for _, size in waiting)
 
 
 def next_round(design: Design, results: Sequence[Result]) -> Round:
-    """The next runs of all parameterizations, each once and none that is there, within the budget."""
-    found = {
-        Point(design.owner(each.parameterization, each.size), each.size, place(design.octaves(each.value)), each.seed)
-        for each in results
-    }
-    left = design.budget - design.cost(list(found))
-    analysis = design.analyse(results)
-    points: dict[Point, None] = {}
-    wanted, ended = [], []
-    for name in design.parameterizations:
-        proposal = Proposal(design, analysis, name, left)
-        if end := proposal.propose():
-            ended.append(f"{name}: {end}")
-        new = [point for point in proposal.points if point not in points and point not in found]
-        for point in new:
-            if design.flops[point.size] <= left:
-                left -= design.flops[point.size]
-                points[point] = None
-        if proposal.points:
-            wanted.append(f"{name}: {', '.join(dict.fromkeys(proposal.reasons))}")
-    if points:
-        return Round(tuple(points), "; ".join(wanted))
-    return Round((), "; ".join([*ended, *(f"{each}, but the budget is spent" for each in wanted)]))
+    """The next runs of all parameterizations, each once and none that is there, within the budget. Before seeds are
+    added to one, the others have their first runs at every size: these are reserved."""
+    basket, analysis = Basket(design, results), design.analyse(results)
+    left, reserved = basket.left, reserve(design, analysis)
+    proposals = [Proposal(design, analysis, name, left, reserved) for name in design.parameterizations]
+    basket.begin(proposals)
+    # what has begun in this round was reserved for
+    basket.refine(proposals, max(min(left - reserved, basket.left), 0.0))
+    if not basket.points:  # nobody can begin anything with what is reserved
+        basket.refine(proposals, basket.left)
+    if basket.points:
+        return Round(
+            tuple(basket.points), "; ".join(f"{name}: {', '.join(why)}" for name, why in basket.reasons.items())
+        )
+    ended = [f"{each.name}: {each.ended}" for each in proposals if each.ended]
+    for each in proposals:
+        if each.wants:
+            reasons = ", ".join(dict.fromkeys(want.reason for want in each.wants))
+            ended.append(f"{each.name}: {reasons}, but the budget is spent")
+    return Round((), "; ".join(ended))
 
 
 def expected_cost(design: Design) -> tuple[float, int]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import count, islice, product
 
 import numpy as np
@@ -52,6 +53,7 @@ MOST_AHEAD = 60  # runs of one size that are looked ahead
 
 
 FIRST_SEEDS = 2
+FIRST_RUNS = 3 * FIRST_SEEDS  # of a size, at least
 
 
 def bracket(curve: Curve, design: Design) -> list[float]:
@@ -91,19 +93,29 @@ def is_known(aim: Aim, deviation: float) -> bool:
     return SURENESS * deviation <= 0.9 * KNOWN
 
 
+@dataclass(frozen=True)
+class Want:
+    """Runs of one curve that are wanted together. `begins`: without them the curve says nothing of the verdict."""
+
+    size: Size
+    points: tuple[Point, ...]
+    reason: str
+    begins: bool
+
+
 class Proposal:
     """What the next round wants of one parameterization, and why."""
 
-    def __init__(self, design: Design, analysis: Analysis, name: str, left: float) -> None:
-        self.design, self.analysis, self.name, self.left = design, analysis, name, left
-        self.points: list[Point] = []
-        self.reasons: list[str] = []
+    def __init__(self, design: Design, analysis: Analysis, name: str, left: float, reserved: float) -> None:
+        """left: FLOPs of the budget. reserved: those of them that first runs will take, which no seeds may."""
+        self.design, self.analysis, self.name, self.left, self.reserved = design, analysis, name, left, reserved
+        self.wants: list[Want] = []
+        self.ended = self.propose()
 
-    def want(self, size: Size, runs: Sequence[Run], reason: str) -> None:
+    def want(self, size: Size, runs: Sequence[Run], reason: str, begins: bool = False) -> None:
         owner = self.design.owner(self.name, size)
-        self.points += [Point(owner, size, place(x), seed) for x, seed in runs]
         if runs:
-            self.reasons.append(reason)
+            self.wants.append(Want(size, tuple(Point(owner, size, place(x), seed) for x, seed in runs), reason, begins))
 
     def grid(self, curve: Curve | None, values: Sequence[float], seeds: int = FIRST_SEEDS) -> list[Run]:
         """Runs of `values` with the first `seeds` seeds that are not there, but where runs fail."""
@@ -165,13 +177,13 @@ class Proposal:
     # ------------------------------------------------------------ the stages
 
     def propose(self) -> str | None:
-        """Fills `points`; where that leaves none, why the parameterization has ended."""
+        """Fills `wants`; where that leaves none, why the parameterization has ended."""
         base_size = self.design.sizes[0]
         base = self.curve(base_size)
         if base is None:
             count = math.floor((self.design.high - self.design.low) / COARSE + 1e-9) + 1
             values = [x for i in range(count) if self.design.is_valid(x := self.design.low + i * COARSE)]
-            self.want(base_size, self.grid(None, values, seeds=1), "a coarse pass at the base")
+            self.want(base_size, self.grid(None, values, seeds=1), "a coarse pass at the base", begins=True)
             return None
         if self.search_base(base):
             return None
@@ -190,13 +202,13 @@ class Proposal:
         found = {each.curve.size: each for each in comparisons}
         for size in self.design.sizes[1:]:
             if size not in found:
-                self.want(size, self.grid(None, window, seeds), "each size about the carried value")
+                self.want(size, self.grid(None, window, seeds), "each size about the carried value", begins=True)
             elif not self.search(found[size], carried):
                 finding = judge_size(found[size], self.design.limits)
                 if finding.verdict == "inconclusive" and found[size].curve.posterior is not None:
                     chances.append(self.chance(found[size], carried))
                     wanted.append(found[size])
-        if self.points:
+        if self.wants:
             return None
         if not wanted:
             return "no run that the design knows would settle it"
@@ -207,7 +219,7 @@ class Proposal:
             most = min(max(len(runs_of(curve)) // 2, LEAST), self.affordable(curve.size))
             self.want(curve.size, self.sharpen(curve, carried, most, self.settles), "the cost is known too roughly")
             self.want(curve.size, self.grid(curve, self.beyond(curve)), "the optimum may lie beyond the values")
-        return None if self.points else "the budget is spent"
+        return None if self.wants else "the budget is spent"
 
     def beyond(self, curve: Curve) -> list[float]:
         """A value an octave beyond those of the curve, on each side on which nothing bounds its optimum."""
@@ -225,11 +237,15 @@ class Proposal:
 
     def first_window(self, base: Curve, x: float) -> tuple[list[float], int]:
         """(octaves, number of seeds) that a size begins with: as few as would do if its curve were the base's, and the
-        fewest where none would: a curve that has moved far shows it at once."""
+        fewest where none would, or where others need the budget: a curve that has moved far shows it at once."""
         noise, curvature = noise_of([base]), curvature_of(base, x)
         half = math.log1p(self.design.limits.transfer) / 2
+        sizes = sum(self.design.flops[size] for size in self.design.sizes[1:])
+        share = (self.left - self.reserved) / len(self.design.parameterizations)
         for seeds, spread in product((2, 3, 4), (1.0, 1.5)):
             window = self.valid(x - spread, x, x + spread)
+            if (len(window) * seeds - FIRST_RUNS) * sizes > share:
+                break
             variance = slope_variance(list(product(window, range(seeds))), x, noise, curvature)
             if SURENESS**2 * variance / (2 * curvature) <= half:
                 return window, seeds
@@ -243,26 +259,27 @@ class Proposal:
         size = self.design.sizes[0]
         if values := bracket(base, self.design):
             seeds = FIRST_SEEDS if np.isfinite(base.mean).any() else 1
-            self.want(size, self.grid(base, values, seeds), "where the base's optimum lies")
+            self.want(size, self.grid(base, values, seeds), "where the base's optimum lies", begins=True)
         if base.learns:
-            self.want(size, self.grid(base, about(base)), "where the base's optimum lies")
-        if self.points or base.posterior is None or base.optimum.x is None or base.optimum.censored:
-            return bool(self.points)
+            self.want(size, self.grid(base, about(base)), "where the base's optimum lies", begins=True)
+        if self.wants or base.posterior is None or base.optimum.x is None or base.optimum.censored:
+            return bool(self.wants)
         x = self.design.on_lattice(base.optimum.x)
         low, high = base.optimum.interval or (-math.inf, math.inf)
         bound = quantile(base.posterior.regrets(x), SURE)
         begun = any(self.curve(other) for other in self.design.sizes[1:])  # then the search does not begin anew
         if (high - low) / 2 <= (2 * KNOWN if begun else KNOWN) or bound <= self.design.limits.transfer / 2:
             return False
-        most = min(len(runs_of(base)), self.affordable(size), MOST_AT_BASE - len(runs_of(base)))
+        affordable = int((self.left - self.reserved) / self.design.flops[size])
+        most = min(len(runs_of(base)), affordable, MOST_AT_BASE - len(runs_of(base)))
         if most < 2:
             return False
         self.want(size, self.sharpen(base, x, most, is_known), "the base's optimum to a quarter octave")
-        return bool(self.points)
+        return bool(self.wants)
 
     def search(self, comparison: Comparison, carried: float) -> bool:
         """Whether a size still has to be searched: for the carried value itself, or for its best."""
-        before, curve = len(self.points), comparison.curve
+        before, curve = len(self.wants), comparison.curve
         if not comparison.measured:
             self.want(curve.size, self.grid(curve, [carried]), "each size at the carried value")
         finding = judge_size(comparison, self.design.limits)
@@ -272,7 +289,7 @@ class Proposal:
         if finding.runs_fail:
             runs = self.again(curve, carried, comparison.failures)
             self.want(curve.size, runs, f"whether runs at {curve.size} fail by bad luck")
-        return len(self.points) > before
+        return len(self.wants) > before
 
     def again(self, curve: Curve, x: float, failures: Failures) -> list[Run]:
         """Up to LEAST runs more at x, and no more than rule out that most runs fail there if no other one fails."""
