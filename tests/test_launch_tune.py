@@ -98,7 +98,10 @@ def test_one_launcher_suggests_what_launchers_of_one_batch_each_do(
 
     def end(run: PlannedRun) -> None:
         if run.config.schedule.warmup > 0.4:
-            run.directory.write_done({"outcome": PRUNED, "step": 1, "code": code_fingerprint(), **owner(run.config)})
+            run.directory.path.mkdir(parents=True, exist_ok=True)
+            run.directory.write_done(
+                {"outcome": PRUNED, "step": 1, "seconds": 1.0, "code": code_fingerprint(), **owner(run.config)}
+            )
         else:
             finish(run, bowl(run))
 
