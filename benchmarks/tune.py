@@ -4,7 +4,8 @@ suggestions reach, on a made-up loss of five hyperparameters with the noise of r
     python benchmarks/tune.py [--trials 400] [--seeds 3]
 
 With --train real runs on the handwritten digits: the search, in packs and with early ends, beside Optuna's own random
-search run one by one at equal FLOPs, in turns in this one process: seconds of its CPU time until each loss was reached.
+search run one by one at equal FLOPs, in turns in this one process: CPU seconds, and runs' worth of FLOPs, until the
+search has a loss as low as the other's lowest; over the same of the other.
 
     python benchmarks/tune.py --train [--trials 32] [--seeds 3]
 """
@@ -14,6 +15,7 @@ import math
 import statistics
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +95,14 @@ def walk(folder: Path, sampler: str, trials: int, seed: int) -> tuple[float, flo
 
 # ---------------------------------------------------------------- real runs
 
-Reached = list[tuple[float, float]]  # (CPU seconds so far, the lowest loss so far) after each run, or batch
+
+@dataclass(frozen=True)
+class Reached:
+    """Where one search stood after a run, or a batch."""
+
+    seconds: float  # of the CPU
+    runs: float  # FLOPs, in those of one run to its end
+    lowest: float  # loss so far
 
 
 def open_search(folder: Path, name: str, **tune: Any) -> Search:
@@ -107,49 +116,61 @@ def open_search(folder: Path, name: str, **tune: Any) -> Search:
     return Search(file, read_study_or_run(file))
 
 
-def train_one_by_one(folder: Path, trials: int, seed: int) -> Reached:
+def train_one_by_one(folder: Path, trials: int, seed: int) -> list[Reached]:
     """Optuna's random search as its users write it."""
     search = open_search(folder, f"alone-{seed}")
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
-    started, reached = time.process_time(), Reached()
+    started, reached, runs = time.process_time(), list[Reached](), 0.0
     for number in range(trials):
         trial = study.ask(distributions(search.settings.space))
         (planned,) = search.runs_of(trial.params, (0,))
         result = loop.run(planned.config, folder / f"alone-{seed}" / str(number))
         study.tell(trial, result.get("minival_loss", math.inf))
-        reached.append((time.process_time() - started, study.best_value))
+        runs += result["step"] / planned.config.train.num_steps
+        reached.append(Reached(time.process_time() - started, runs, study.best_value))
     return reached
 
 
-def train_search(folder: Path, trials: int, seed: int) -> Reached:
+def train_search(folder: Path, trials: int, seed: int) -> list[Reached]:
     """The search, with as many FLOPs for its suggestions."""
     probe = open_search(folder, f"probe-{seed}")
     budget = trials * probe.flops + probe.rerun_flops
     search = open_search(folder, f"search-{seed}", flops=budget, seed=seed, prune=[0.5])
-    started, reached = time.process_time(), Reached()
+    started, reached = time.process_time(), list[Reached]()
     while search.go_on()[0] and not search.winners():
         launch(search)
-        losses = [loss for trial in search.trials() if (loss := search.loss(search.runs_tried(trial))) is not None]
-        reached.append((time.process_time() - started, min(losses)))
+        tried = [search.runs_tried(trial) for trial in search.trials()]
+        lowest = min(loss for runs in tried if (loss := search.loss(runs)) is not None)
+        spent = sum(run.share_trained() for runs in tried for run in runs)
+        reached.append(Reached(time.process_time() - started, spent, lowest))
     return reached
 
 
 def compare(trials: int, seeds: int) -> None:
+    """Prints a line a seed, and the medians."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     torch.set_num_threads(1)
-    print("seed  one by one: CPU s, lowest loss   search: CPU s, lowest loss   CPU s to the former's loss   ratio")
+    print("      one by one                  search                      to the former's lowest, search / one by one")
+    print("seed  CPU s   runs  lowest loss   CPU s   runs  lowest loss   CPU s         runs")
+    ratios: list[tuple[float, float]] = []
     with tempfile.TemporaryDirectory() as folder:
         pack("sklearn:digits", Path(folder) / "shards", validation_share=0.2)
         for seed in range(seeds):
             alone, searched = train_one_by_one(Path(folder), trials, seed), train_search(Path(folder), trials, seed)
-            lowest = alone[-1][1]
-            first = next(at for at, loss in alone if loss <= lowest)
-            then = next((at for at, loss in searched if loss <= lowest), math.inf)
+            ends = "   ".join(
+                f"{end.seconds:5.0f}  {end.runs:5.1f}  {end.lowest:11.3f}" for end in (alone[-1], searched[-1])
+            )
+            first = next(each for each in alone if each.lowest <= alone[-1].lowest)
+            never = Reached(math.inf, math.inf, math.inf)
+            then = next((each for each in searched if each.lowest <= first.lowest), never)
+            ratios.append((then.seconds / first.seconds, then.runs / first.runs))
             print(
-                f"{seed:4}  {alone[-1][0]:.0f}, {lowest:.3f}   {searched[-1][0]:.0f}, {searched[-1][1]:.3f}   "
-                f"{first:.0f} and {then:.0f}   {then / first:.2f}",
+                f"{seed:4}  {ends}   {then.seconds:.0f}/{first.seconds:.0f} = {ratios[-1][0]:.2f}   "
+                f"{then.runs:.1f}/{first.runs:.1f} = {ratios[-1][1]:.2f}",
                 flush=True,
             )
+    for name, found in zip(("CPU s", "runs"), zip(*ratios, strict=True), strict=True):
+        print(f"{name}: median {statistics.median(found):.2f}, {min(found):.2f} to {max(found):.2f} ({seeds} seeds)")
 
 
 def main() -> None:

@@ -82,6 +82,34 @@ def test_a_search_that_was_stopped_anywhere_goes_on_as_if_it_had_not(
     assert walk(file) == []
 
 
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_one_launcher_suggests_what_launchers_of_one_batch_each_do(
+    tune_file: Callable[..., Path], sampler: str
+) -> None:
+    """It keeps what the sampler works on, which the others make anew; runs that are pruned, and that fail, included."""
+
+    def end(run: PlannedRun) -> None:
+        if run.config.schedule.warmup > 0.4:
+            run.directory.path.mkdir(parents=True, exist_ok=True)
+            run.directory.write_done(
+                {"outcome": PRUNED, "step": 1, "seconds": 1.0, "code": code_fingerprint(), **owner(run.config)}
+            )
+        else:
+            finish(run, bowl(run))
+
+    settings = {"sampler": sampler, "prune": [0.5], "trials": 24}
+    one = open_search(tune_file("one", **settings))
+    while one.go_on()[0]:
+        for run in one.pending():
+            end(run)
+    while (other := open_search(tune_file("other", **settings))).go_on()[0]:
+        for run in other.pending():
+            end(run)
+    suggested = [[(trial.params, trial.state) for trial in each.trials()] for each in (one, other)]
+    assert suggested[0] == suggested[1]
+    assert len({state for _, state in suggested[0]}) > 1  # some were pruned
+
+
 def test_suggestions_of_a_launcher_that_was_killed_before_it_trained_them_are_trained(
     tune_file: Callable[..., Path],
 ) -> None:

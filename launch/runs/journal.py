@@ -12,8 +12,10 @@ from depthmup.launch.runs.space import distributions, hashable
 
 if TYPE_CHECKING:
     import optuna
+    from optuna.distributions import BaseDistribution
     from optuna.samplers import BaseSampler
     from optuna.storages import JournalStorage
+    from optuna.trial import FrozenTrial
 
 STARTUP = 10  # random suggestions before TPE's model
 NAME, SPACE = "search", "space"  # of Optuna's study, and the key under which it keeps what it belongs to
@@ -81,30 +83,59 @@ class Journal:
             )
         return found
 
+    @cached_property
+    def _distributions(self) -> "dict[str, BaseDistribution]":
+        return distributions(self.settings.space)
+
     def _sampler(self, number: int) -> "BaseSampler":
         """The same for suggestion `number` in every launcher: one that was lost is suggested again."""
         from optuna.samplers import RandomSampler, TPESampler
 
-        seed = self.settings.seed * 1_000_003 + number
+        seed, space = self.settings.seed * 1_000_003 + number, self._distributions
         if self.settings.sampler == "random":
             return RandomSampler(seed=seed)
-        return TPESampler(seed=seed, n_startup_trials=STARTUP, multivariate=True, constant_liar=True)
+
+        class Sampler(TPESampler):
+            """All suggestions are of one space, which TPE would look for in every one of them, for each new one."""
+
+            def infer_relative_search_space(
+                self, study: "optuna.Study", trial: "FrozenTrial"
+            ) -> "dict[str, BaseDistribution]":
+                return dict(sorted(space.items()))
+
+        return Sampler(seed=seed, n_startup_trials=STARTUP, multivariate=True, constant_liar=True)
+
+    @cached_property
+    def _copy(self) -> "optuna.Study":
+        """What the sampler works on, in memory: its own many lines of a suggestion might be cut in between."""
+        import optuna
+
+        return optuna.create_study()
+
+    def _update_copy(self, opened: "optuna.Study") -> int:
+        """Takes over what was told and suggested since the last batch; returns the number of suggestions."""
+        from optuna.trial import create_trial
+
+        copied = self._copy.get_trials(deepcopy=False)
+        trials = opened.get_trials(deepcopy=False)
+        for trial, known in zip(trials, copied, strict=False):
+            if trial.state != known.state:
+                self._copy.tell(trial.number, trial.value, state=trial.state)
+        for trial in trials[len(copied) :]:
+            params = {key: hashable(value) for key, value in trial.params.items()}
+            one = create_trial(state=trial.state, value=trial.value, params=params, distributions=self._distributions)
+            self._copy.add_trial(one)
+        return len(trials)
 
     def suggest(self, opened: "optuna.Study", count: int, first: dict[str, Any] | None) -> None:
-        """Writes `count` more suggestions, each in one line, as the sampler's own many might be cut in between: it
-        works on a copy in memory. `first`: the values of the very first one."""
-        import optuna
+        """Writes `count` more suggestions, each in one line. `first`: the values of the very first one."""
         from optuna.trial import TrialState, create_trial
 
-        space = distributions(self.settings.space)
-        copy = optuna.create_study()
-        for trial in opened.get_trials(deepcopy=False):
-            params = {key: hashable(value) for key, value in trial.params.items()}
-            copy.add_trial(create_trial(state=trial.state, value=trial.value, params=params, distributions=space))
-        known = len(copy.get_trials(deepcopy=False))
+        known = self._update_copy(opened)
         if known == 0 and first:
-            copy.enqueue_trial(first)
+            self._copy.enqueue_trial(first)
         for number in range(known, known + count):
-            copy.sampler = self._sampler(number)
-            params = copy.ask(space).params
-            opened.add_trial(create_trial(state=TrialState.RUNNING, params=params, distributions=space))
+            self._copy.sampler = self._sampler(number)
+            params = self._copy.ask(self._distributions).params
+            one = create_trial(state=TrialState.RUNNING, params=params, distributions=self._distributions)
+            opened.add_trial(one)
