@@ -9,15 +9,8 @@ import pytest
 from scipy.stats import binom
 
 from depthmup.launch.config import Size
-from depthmup.launch.findings.analysis import (
-    Comparison,
-    Curve,
-    Failures,
-    Result,
-    analyse_sizes,
-    carry_optimum,
-    failed_runs,
-)
+from depthmup.launch.findings.analysis import Comparison, Curve, Result, analyse_sizes, carry_optimum
+from depthmup.launch.findings.failures import Failures, dead_runs, lost_runs
 
 BASE, DEEP, WIDE, LARGE = (Size(width=width, depth=depth) for width, depth in ((16, 3), (16, 27), (64, 3), (64, 27)))
 GRID = tuple(float(x) for x in range(-10, 1))
@@ -133,8 +126,9 @@ def test_the_share_of_failing_runs_is_known_as_their_number_allows() -> None:
 def test_a_value_at_which_seeds_differ_as_noise_lets_them_has_not_failed() -> None:
     generator = np.random.default_rng(0)
     noisy = 0.3 * np.exp(0.3 * generator.standard_normal((3, 9)))
-    assert not failed_runs(noisy, GUESS).any()
-    assert not failed_runs(np.array([[1.0], [1.3], [1.6]]), GUESS).any()  # nor where there is one value only
+    for losses in (noisy, np.array([[1.0], [1.3], [1.6]])):  # also where there is one value only
+        assert not dead_runs(losses, GUESS).any()
+        assert not lost_runs(losses, GUESS).any()
 
 
 def test_many_classes_and_a_small_gain_over_a_guess_are_learning_if_seeds_agree() -> None:

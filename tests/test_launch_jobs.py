@@ -17,11 +17,12 @@ from rich.console import Console
 
 from depthmup.data.errors import UserError
 from depthmup.launch import chain, transfer
-from depthmup.launch.chain import advance_study, follower
+from depthmup.launch.chain import advance_study
 from depthmup.launch.cli import cli
 from depthmup.launch.config import LaunchConfig
 from depthmup.launch.jobs import code, slurm, states
 from depthmup.launch.jobs.attempts import note
+from depthmup.launch.jobs.follower import follower
 from depthmup.launch.jobs.reasons import explain
 from depthmup.launch.jobs.slurm import QueuedTask, SlurmError
 from depthmup.launch.jobs.status import print_status

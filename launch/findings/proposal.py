@@ -7,7 +7,8 @@ from itertools import count, islice, product
 import numpy as np
 
 from depthmup.launch.config import COARSE, Size
-from depthmup.launch.findings.analysis import Comparison, Curve, Failures
+from depthmup.launch.findings.analysis import Comparison, Curve
+from depthmup.launch.findings.failures import Failures
 from depthmup.launch.findings.points import Design, Point, failing, has, place, runs_of
 from depthmup.launch.findings.precision import (
     SURENESS,

@@ -191,8 +191,8 @@ def converge(study: Study, console: Console) -> list[Path]:
     paths = [study.file.directory / name for name in CONVERGENCE_FILES]
     record = {"study": study.file.study.name, "images": IMAGES, "rates": [as_record(*each) for each in all_rates]}
     write_atomically(paths[0], dump(record).encode())
-    plots.save(plots.distances(all_rates), paths[1])
-    plots.save(plots.loss_curves(found), paths[2])
+    plots.save_figure(plots.draw_distances(all_rates), paths[1])
+    plots.save_figure(plots.draw_loss_curves(found), paths[2])
     for each in all_rates:
         console.print("\n".join(sentences(*each)), highlight=False, markup=False)
     console.print(NO_LIMIT, highlight=False)

@@ -12,10 +12,11 @@ from depthmup.data.batch import to_float
 from depthmup.data.errors import UserError
 from depthmup.data.loader import evaluation_batches
 from depthmup.launch.config import StudyFile
-from depthmup.models.config import OptimizerConfig, ParameterizationConfig, Size
+from depthmup.models.config import ParameterizationConfig, Size
 from depthmup.models.limit.drift import network_under_rules
 from depthmup.models.limit.network import Training, to_infinite_depth
 from depthmup.models.limit.rich import train_rich
+from depthmup.models.optimizer_config import OptimizerConfig
 from depthmup.train.loop import open_data
 
 SAMPLES, STEPS, PIXELS = 6, 8, 8  # inputs; steps; images are shrunk to PIXELS x PIXELS
