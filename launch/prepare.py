@@ -6,7 +6,6 @@ from pathlib import Path
 from rich.console import Console
 
 from depthmup.data.config import DataConfig
-from depthmup.data.errors import UserError
 from depthmup.data.index import INDEX_NAME, Index
 from depthmup.launch.jobs import slurm
 from depthmup.launch.progress import display
@@ -43,8 +42,5 @@ def prepare_data(study: Study, console: Console) -> None:
     data = study.file.data
     pack_source(data, console)
     index = Index.load(data.root, data.trust)
-    if len(index.classes) != study.file.model.num_classes:
-        raise UserError(
-            f"{data.root} has {len(index.classes)} classes, but model.num_classes is {study.file.model.num_classes}"
-        )
+    index.check_classes(study.file.model.num_classes)
     index.check_files()

@@ -14,9 +14,9 @@ from rich.console import Console
 from depthmup.data.errors import UserError
 from depthmup.data.index import counted
 from depthmup.data.storage import write_atomically
-from depthmup.launch.jobs import code as code_snapshot
 from depthmup.launch.jobs import slurm, states
 from depthmup.launch.jobs.attempts import newest_step
+from depthmup.launch.jobs.code_copy import copy_code
 from depthmup.launch.jobs.reasons import explain
 from depthmup.launch.jobs.share import Share
 from depthmup.launch.jobs.states import State
@@ -121,7 +121,7 @@ def launch_wave(study: Study, packs: Sequence[Sequence[PlannedRun]], snapshot: s
     from depthmup.launch.jobs.submit import deal
 
     study.write()
-    code = code_snapshot.take(study.file.directory / "code")
+    code = copy_code(study.file.directory / "code")
     by_name = {run.directory.path.name: run for pack in packs for run in pack}
     tasks = group(packs, study.file.launch.runs_per_job)
     taken = len(tasks)

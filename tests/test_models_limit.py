@@ -175,7 +175,7 @@ def test_monte_carlo_solver_of_the_linear_network_is_the_exact_one() -> None:
 
 
 def lazy_outputs(kernel: np.ndarray, training: Training) -> np.ndarray:
-    """Of a network whose kernel stays as it is. (T + 1, P): f_t = -rate NTK sum_s memory[t, s] (f_s - y) / P, from f_0 = 0."""
+    """(T + 1, P): f_t = -rate NTK sum_s memory[t, s] (f_s - y) / P, from f_0 = 0, where the kernel stays as it is."""
     memory, outputs = training.memory(), np.zeros((training.steps + 1, training.samples))
     for step in range(1, training.steps + 1):
         errors = (training.targets - outputs[:step]) / training.samples

@@ -1,7 +1,7 @@
 """From a study's runs to curves, and from curves to what carrying the base's optimum over costs at every size.
 
 All of it is a pure function of the runs' results. x is the swept hyperparameter in octaves. Every interval comes from
-the one model of launch.curve_model.
+the one model of launch.findings.curve_model.
 """
 
 import math
@@ -12,7 +12,15 @@ from typing import Literal
 import numpy as np
 
 from depthmup.launch.config import Size
-from depthmup.launch.findings.curve_model import CONFIDENCE, Posterior, fit, level, quantiles, regret_interval
+from depthmup.launch.findings.curve_model import (
+    CONFIDENCE,
+    Posterior,
+    fit,
+    level,
+    quantile,
+    quantiles,
+    regret_interval,
+)
 from depthmup.launch.findings.failures import (
     ERRORS,
     NO_RUNS,
@@ -259,7 +267,7 @@ def compare(base: Curve, curve: Curve, carried: float | None) -> Comparison:
         measured,
         regret,
         (math.expm1(low), math.expm1(high)),
-        math.expm1(float(np.quantile(regrets, (1 + CONFIDENCE) / 2))),
+        math.expm1(quantile(regrets, (1 + CONFIDENCE) / 2)),
         carried,
         failures,
     )
