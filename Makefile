@@ -1,6 +1,6 @@
 # make demo: the demo study, end to end.   make test: the test suite.   make check: lint, format, types.
 # make docs: the documentation as a site, docs/_build/index.html; a broken link is an error.
-# make test-long: what is rare and slow, and not in `make test`: many random kills, long fuzzing.
+# make test-long: what is rare and slow, and not in `make test`: random kills, long fuzzing, every case on every engine.
 # TEST_PROCESSES=9 make test: where there are more cores than two; one process has the Slurm tests, and mostly waits.
 # make test-versions: the core tests with the lowest versions that pyproject.toml allows, then with the newest and the
 # newest Python that is installed, each in a new environment of 6 GB (about 3 GB to download), and those of checkpoints on
