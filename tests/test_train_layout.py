@@ -47,7 +47,7 @@ def train_layouts(shards: str, out: str, world_size: int) -> None:
         for name, (model, overrides, one, two) in LAYOUTS.items():
             for size in two if world_size == 2 else one:
                 stated = (*overrides, *([f"parallel.micro_batch_size={size}"] if size else []))
-                config = run_config(shards, "train.samples=320", *stated, model=model)
+                config = run_config(shards, "train.samples=192", *stated, model=model)
                 run(config, Path(out) / name / f"{world_size} x {size}", world)
 
 

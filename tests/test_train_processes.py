@@ -37,13 +37,13 @@ from train_configs import metric, pack_digits, run_config, timeless_metrics
 from train_processes import Process, environment, start
 
 Python = subprocess.Popen[str]
-STEPS = 120
-OVERRIDES = ("optimizer.name=adamw", "optimizer.lr=0.002", "train.clip_norm=1", "train.checkpoint_every=10")
+STEPS = 60
+OVERRIDES = ("optimizer.name=adamw", "optimizer.lr=0.002", "train.clip_norm=1", "train.checkpoint_every=5")
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 120 steps as a YAML file."""
+    """A run of 60 steps as a YAML file."""
     directory = tmp_path_factory.mktemp("processes")
     path = directory / "run.yaml"
     shards = pack_digits(directory / "shards")
@@ -82,7 +82,7 @@ def losses(directory: Path) -> list[float]:
 def test_stopped_and_killed_runs_go_on_with_other_engines_and_world_sizes(config: Path, tmp_path: Path) -> None:
     """fsdp x 4 in two copies, SIGUSR2 to one process -> ZeRO 2 x 2, one process killed -> ddp x 2, SIGTERM -> one."""
     processes = train(config, tmp_path, "parallel.engine=fsdp", "parallel.shard_size=2", world_size=4)
-    wait_for_step(tmp_path, 15)
+    wait_for_step(tmp_path, 7)
     processes[1].send_signal(signal.SIGUSR2)
     codes, output = finish(processes)
     assert codes == [EXIT_REQUEUE] * 4, output
@@ -92,7 +92,7 @@ def test_stopped_and_killed_runs_go_on_with_other_engines_and_world_sizes(config
     assert json.loads((saved / "state.json").read_text())["seconds"] > 1.5 * passed  # of four processes
 
     processes = train(config, tmp_path, "parallel.engine=deepspeed", world_size=2)
-    wait_for_step(tmp_path, 40)
+    wait_for_step(tmp_path, 17)
     processes[1].kill()
     codes, output = finish(processes)
     assert codes == [EXIT_LOST_PEER, -signal.SIGKILL], output
@@ -104,7 +104,7 @@ def test_stopped_and_killed_runs_go_on_with_other_engines_and_world_sizes(config
     assert RunDirectory(tmp_path).failed() is None
 
     processes = train(config, tmp_path, "parallel.engine=ddp", world_size=2)
-    wait_for_step(tmp_path, 65)
+    wait_for_step(tmp_path, 27)
     processes[0].send_signal(signal.SIGTERM)
     codes, output = finish(processes)
     assert codes == [EXIT_REQUEUE, EXIT_REQUEUE], output
@@ -117,17 +117,17 @@ def test_stopped_and_killed_runs_go_on_with_other_engines_and_world_sizes(config
 
     whole = tmp_path / "whole"
     assert finish(train(config, whole))[0] == [EXIT_DONE]
-    assert losses(tmp_path) == pytest.approx(losses(whole), rel=1e-3)  # 120 steps of Adam widen 1e-7 of rounding
+    assert losses(tmp_path) == pytest.approx(losses(whole), rel=1e-3)  # 60 steps of Adam widen 1e-7 of rounding
 
 
 @pytest.mark.parametrize(("engine", "rank"), [("ddp", 1), ("fsdp", 0), ("deepspeed", 1)])
 def test_a_run_of_two_processes_of_which_one_is_killed_ends_bit_for_bit_as_one_that_was_not(
     engine: str, rank: int, config: Path, tmp_path: Path
 ) -> None:
-    overrides = (f"parallel.engine={engine}", "train.samples=1280", "train.checkpoint_every=7", "model.norm=batch")
+    overrides = (f"parallel.engine={engine}", "train.samples=768", "train.checkpoint_every=4", "model.norm=batch")
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     processes = train(config, killed, *overrides, world_size=2)
-    wait_for_step(killed, 10 + int(time.time()) % 15)
+    wait_for_step(killed, 5 + int(time.time()) % 8)  # of 24
     processes[rank].kill()
     codes, output = finish(processes)
     assert sorted(codes) == [-signal.SIGKILL, EXIT_LOST_PEER], output

@@ -3,6 +3,7 @@
 They are forked from one process that has imported torch and the loop before, which takes seconds of a core each time.
 """
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -22,6 +23,7 @@ FORK_SERVER.set_forkserver_preload(
         *("depthmup.models.torchvision_ops", "timm"),
         *(f"depthmup.train.{name}" for name in ("checkpoint", "loop", "display", "packs.pack")),
         *(f"depthmup.launch.{name}" for name in ("chain", "jobs.submit", "jobs.status", "report.page")),
+        "preloaded",
     ]
 )
 
@@ -49,6 +51,7 @@ def environment(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 def become(arguments: list[str], environment: dict[str, str], output: str, errors: str, folder: Path = ROOT) -> None:
     """In a process just forked: what `cd folder; python ARGUMENTS > output 2> errors` does."""
+    gc.freeze()  # a collection would walk through all that was imported before the fork, and copy its pages
     for descriptor, file in ((1, output), (2, errors)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), descriptor)
     os.environ.clear()
