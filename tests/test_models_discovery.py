@@ -413,7 +413,7 @@ class Standardised(Block):
     def forward(self, x: Tensor) -> Tensor:
         weight = (self.weight - self.weight.mean(1, keepdim=True)) * self.gain
         y = F.linear(x * self.scales[0], weight) * torch.sigmoid(x @ self.gate)
-        x = x + self.left(y) + self.right(torch.relu(y))
+        x = x + (self.left(y) + self.right(torch.relu(y)))
         return x + self.down(torch.relu(self.up(x * self.scales[1])))
 
 
