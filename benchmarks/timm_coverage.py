@@ -9,11 +9,14 @@ A run that was ended goes on where it was: rows are kept in runs/timm_coverage.j
 
 import argparse
 import json
+import math
+import signal
 import sys
 import time
 import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import depthmup.models.torchvision_ops  # noqa: F401  isort: skip  (must run before timm)
 import timm
@@ -24,19 +27,24 @@ from depthmup.models.config import ParameterizationConfig, TimmConfig
 from depthmup.models.coordinate_check import Settings, check
 from depthmup.models.errors import ModelError
 from depthmup.models.optimizer_config import OptimizerConfig
-from depthmup.models.timm_sizes import SIZES
+from depthmup.models.timm_family import stated_arguments
+from depthmup.models.timm_sizes import has_heads, least_width
 
 # Their blocks concatenate, or add cells of which none is the stream.
 NOT_RESIDUAL = {"densenet", "inception_v3", "inception_v4", "nasnet", "pnasnet", "rdnet", "selecsls", "vgg"}
-REPRESENTATIVES = {  # where the first name of a module is a special case of it
+REPRESENTATIVES = {  # where the first name of a module is a special case of it, or needs a larger width
     "beit": "beit_base_patch16_224",
     "byobnet": "gernet_s",
     "nfnet": "nf_resnet26",
-    "levit": "levit_conv_128s",
+    "mobilenetv3": "mobilenetv3_large_075",
+    "sknet": "skresnet50",
+    "levit": "levit_512",
     "cait": "cait_xxs24_224",
     "convnext": "convnext_atto",
     "deit": "deit3_small_patch16_224",
+    "edgenext": "edgenext_small_rw",
     "eva": "eva02_tiny_patch14_224",
+    "lowformer": "lowformer_e2",
     "mlp_mixer": "resmlp_12_224",
     "resnet": "resnet50",
     "swin_transformer": "swin_tiny_patch4_window7_224",
@@ -45,10 +53,20 @@ REPRESENTATIVES = {  # where the first name of a module is a special case of it
     "vision_transformer": "vit_tiny_patch16_224",
     "xcit": "xcit_nano_12_p16_224",
 }
-# MLPs 8/3 as wide
-WIDTHS = {"eva": 48, "mambaout": 48, "sknet": 64, "resnest": 128, "tresnet": 64}
-# SE layers whose channels are rounded to multiples of 8
-WIDTHS |= {"mobilenetv3": 32, "efficientnet": 32, "hardcorenas": 32, "byobnet": 48, "byoanet": 64, "cspnet": 64}
+# MLPs 8/3 as wide; squeeze-excitation with a least width
+WIDTHS = {"eva": 48, "mambaout": 48, "resnest": 128, "tresnet": 64}
+# squeeze-excitation whose channels are rounded to multiples of 8
+WIDTHS |= {
+    "mobilenetv3": 32,
+    "efficientnet": 16,
+    "hardcorenas": 32,
+    "byobnet": 48,
+    "byoanet": 64,
+    "cspnet": 64,
+    "repghost": 64,
+}
+# whose first stage is 4 times their rule's width; of five; a MLP that is rounded
+WIDTHS |= {"mobilenetv5": 4, "hgnet": 80, "tnt": 160}
 ARGUMENTS = {
     "cait": {"init_values": 1.0},  # LayerScale: of a branch that is nearly zero a check sees nothing
     "convit": {"local_up_to_layer": 0},
@@ -57,18 +75,31 @@ ARGUMENTS = {
     "repvit": {"distillation": False},
     "swin_transformer": {"window_size": 4},
     "swin_transformer_v2": {"window_size": 4},
+    "volo": {"use_aux_head": False},
 }
 # a second block has what the first has not
-DEPTHS = {"twins": 2, "maxxvit": 2, "efficientvit_mit": 2, "hiera": 2, "swiftformer": 2, "edgenext": 2, "nfnet": 2}
-IMAGE_SIZES = {"deepseek_vit": 56, "eva": 56}
-SETTINGS = Settings(factors=(1, 4), steps=1, num_seeds=4)
+DEPTHS = {
+    "twins": 2,
+    "maxxvit": 2,
+    "efficientvit_mit": 2,
+    "hiera": 2,
+    "swiftformer": 2,
+    "edgenext": 2,
+    "nfnet": 2,
+    "hieradet_sam2": 2,
+    "lcnetv2": 2,
+}
+IMAGE_SIZES = {"deepseek_vit": 56, "eva": 56, "efficientformer": 224, "crossvit": 240}
+WIDTH, STEP, HEAD_DIM = 32, 16, 16  # of the first stage: at least, and a multiple of; of attention
+SETTINGS = Settings(factors=(1, 4), steps=1, num_seeds=4, batch_size=8)
+LIMIT = 120  # seconds of CPU for one module
 
 
 @dataclass(frozen=True)
 class Row:
     module: str
     name: str
-    result: str  # passes, off, refused, no row, not residual
+    result: str  # passes, off, refused, fails, not run, not residual
     reason: str = ""
 
 
@@ -78,10 +109,13 @@ def representative(module: str) -> str:
 
 
 def small(module: str, name: str) -> TimmConfig:
-    depth, width = DEPTHS.get(module, 1), WIDTHS.get(module, 32)
+    stated = stated_arguments(name)
+    head_dim = HEAD_DIM if has_heads(stated) else None
+    step = math.lcm(least_width(stated), STEP)
+    depth, width = DEPTHS.get(module, 1), WIDTHS.get(module, step * math.ceil(WIDTH / step))
     return TimmConfig(
         timm_name=name,
-        head_dim=16 if SIZES[module].heads else None,
+        head_dim=head_dim,
         arguments=dict(ARGUMENTS.get(module, {})),
         image_size=IMAGE_SIZES.get(module, 64),
         num_classes=10,
@@ -89,14 +123,23 @@ def small(module: str, name: str) -> TimmConfig:
     )
 
 
+class TooSlow(Exception):
+    """A module took longer than LIMIT."""
+
+
+def stop(number: int, frame: Any) -> None:
+    raise TooSlow
+
+
 def examine(module: str) -> Row:
     name = representative(module)
     if module in NOT_RESIDUAL:
         return Row(module, name, "not residual")
-    if module not in SIZES:
-        return Row(module, name, "no row", "its entry points have no row in models/timm_sizes.py")
-    config, base = small(module, name), ParameterizationConfig(name="completep")
+    base = ParameterizationConfig(name="completep")
+    signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, LIMIT)
     try:
+        config = small(module, name)
         # The paper's absolute form, so that one block a stage is near the limit of many; eps small beside gradients
         # that a LayerScale or a class token makes small (docs/models.md).
         beta = 1 / len(build(config, base, seed=0).blocks)
@@ -107,8 +150,12 @@ def examine(module: str) -> Row:
             lines = check(config, completep, optimizer, replace(SETTINGS, num_seeds=8))
     except ModelError as error:
         return Row(module, name, "refused", str(error))
+    except TooSlow:
+        return Row(module, name, "not run", f"took more than {LIMIT} s of CPU")
     except Exception as error:  # what timm's own forward pass raises: a row of the table as well
         return Row(module, name, "fails", f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
     wrong = [
         f"{line.axis} {line.quantity} step {line.step}: {line.slope:+.2f}" for line in lines if line.verdict != "ok"
     ]
@@ -125,8 +172,9 @@ def page(rows: list[Row]) -> str:
     return (
         "# timm's architectures as `family: timm`\n\n"
         "Written by `python benchmarks/timm_coverage.py docs/timm.md`: one small network of each of timm's modules,\n"
-        "its roles found by looking, then a coordinate check of completep with AdamW (sizes 1 and 4, one step, four\n"
-        "seeds, and eight where a slope is not clear), beta = 1 / blocks of the base, eps scaled by the table.\n\n"
+        "its sizes and roles found by looking, then a coordinate check of completep with AdamW (sizes 1 and 4, one\n"
+        "step, four seeds, and eight where a slope is not clear), beta = 1 / blocks of the base, eps scaled by the\n"
+        "table.\n\n"
         f"timm {timm.__version__}: of {len(residual)} modules with residual blocks {found} scale, and {passing} "
         f"of them pass every slope of the check.\n\n"
         f"| module | network | result | why |\n|---|---|---|---|\n{table}\n"

@@ -153,13 +153,13 @@ class ConvResNetConfig(ModelConfig):
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class TimmConfig(ModelConfig):
     """timm's network called `timm_name`, its roles found by looking. `width` is that of its first stage, `depth` the
-    blocks of each stage, or as many times the pattern of its architecture's row in models/timm_sizes.py.
+    blocks of each stage, or as many times the pattern of its architecture in models/timm_sizes.py.
 
     `head_dim` where it has attention: the number of heads grows with width. `arguments` are given to timm as they are.
     """
 
     family: Literal["timm"] = field(default="timm", metadata=TAG)
-    timm_name: str  # of a module of timm in models/timm_sizes.py
+    timm_name: str  # of a network whose width and depth are arguments (models/timm_sizes.py)
     head_dim: Positive | None = None  # where it has attention: the number of heads grows with width
     arguments: dict[str, bool | int | float | str | list[int]] = field(default_factory=dict)  # as {patch_size: 2}
 

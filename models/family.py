@@ -21,7 +21,10 @@ from depthmup.models.parameterization import Role
 class Init:
     """A base model's init. `scale` is a standard deviation, a constant, or a gain on 1 / sqrt(fan)."""
 
-    kind: Literal["constant", "normal", "uniform", "normal_fan_in", "normal_fan_out", "uniform_fan_in"]
+    kind: Literal[
+        "constant", "normal", "uniform", "normal_fan_in", "normal_fan_out", "normal_fan_avg",
+        "uniform_fan_in", "uniform_fan_avg",
+    ]  # fmt: skip
     scale: float
 
     def base_std(self, base_shape: tuple[int, ...]) -> float:
@@ -36,6 +39,8 @@ class Init:
                 return self.scale / math.sqrt(base_shape[1] * kernel)
             case "normal_fan_out":
                 return self.scale / math.sqrt(base_shape[0] * kernel)
+            case "normal_fan_avg" | "uniform_fan_avg":  # Glorot's
+                return self.scale / math.sqrt((base_shape[0] + base_shape[1]) / 2 * kernel)
 
 
 def compiles(pattern: str) -> str:

@@ -36,7 +36,7 @@ def draw(name: str, shape: torch.Size, rule: ParameterRule, scale: Scale, seed: 
         return torch.full(shape, rule.init.scale)
     std = init_std(shape, rule, scale)
     generator = generator_for(seed, name)
-    if rule.init.kind in ("uniform", "uniform_fan_in"):
+    if rule.init.kind.startswith("uniform"):
         noise = torch.rand(shape, generator=generator)
         return (
             noise.mul_(2).sub_(1).mul_(math.sqrt(3) * std)

@@ -50,7 +50,7 @@ class Role(str, Enum):
     BRANCH_SCALAR = "branch_scalar"  # in a branch, no dimension grows: QK-norm gain of a fixed head dim
     SCALAR = "scalar"  # outside of branches, no dimension grows: the classifier's bias
     READOUT = "readout"  # the classifier's matrix
-    ROUTER = "router"  # in a branch: reads the width, puts out one number an expert
+    ROUTER = "router"  # in a branch: reads the width, puts out what does not grow, as one number an expert, or a gate
     EXPERT_UP = "expert_up"  # first matrices of all experts, (experts, expert width, width)
     EXPERT_DOWN = "expert_down"  # second matrices, (experts, width, expert width)
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -16,84 +16,102 @@ from depthmup.models.config import TimmConfig
 from depthmup.models.discovery.find import find_roles
 from depthmup.models.errors import ModelError
 from depthmup.models.family import Family, Roles
-from depthmup.models.timm_sizes import SIZES, SizeArguments, times
+from depthmup.models.timm_sizes import Wanted, has_heads, signature, sizes_of
 
 
 def architecture_module(name: str) -> str:
-    """timm's module of the network called `name`. Raises ModelError for a name that timm, or the table, lacks."""
+    """timm's module of the network called `name`. Raises ModelError for a name that timm lacks."""
     import depthmup.models.torchvision_ops  # noqa: F401  isort: skip  (must run before timm)
     import timm
-    from timm.models import is_model_in_modules, model_entrypoint
+    from timm.models import model_entrypoint
 
     if "." in name or not timm.is_model(name):
         nearest = ", ".join(difflib.get_close_matches(name.partition(".")[0], timm.list_models(), 3, cutoff=0))
         what = "has a tag of weights, which are not loaded" if "." in name else "is unknown to timm"
         raise ModelError(f"model.timm_name: {name!r} {what}; nearest: {nearest}")
-    module = model_entrypoint(name).__module__.rpartition(".")[2]
-    if module not in SIZES or not is_model_in_modules(name, [module]):
-        raise ModelError(
-            f"model.timm_name: {name} is of timm's module {module}, whose size arguments are not in "
-            f"models/timm_sizes.py; known modules: {', '.join(sorted(SIZES))}"
-        )
-    return module
+    return model_entrypoint(name).__module__.rpartition(".")[2]
 
 
-def size_arguments(config: TimmConfig, row: SizeArguments) -> dict[str, Any]:
-    """What timm is told of the network's size, classes and images. Raises ModelError for keys that do not fit."""
-    if bool(row.heads) != bool(config.head_dim):
-        name = config.timm_name
+def size_arguments(config: TimmConfig, stated: dict[str, Any]) -> dict[str, Any]:
+    """What timm is told of the network's size, classes and images, beside what its class and entry point state.
+
+    Raises ModelError for keys that do not fit.
+    """
+    name = config.timm_name
+    if has_heads(stated) != bool(config.head_dim):
         raise ModelError(
             f"model.head_dim: {name} has attention heads, whose number grows with width: state head_dim"
-            if row.heads
+            if has_heads(stated)
             else f"model.head_dim would do nothing: no argument of {name} is a number of heads; leave it out"
         )
-    heads = heads_of(config)
-    sizes = (row.width, config.width), (row.depth, config.depth), (row.heads, heads), (row.head_dims, config.head_dim)
-    arguments = {key: times(units, size or 1) for part, size in sizes for key, units in part.items() if key}
+    wanted = Wanted(config.width, config.depth, config.head_dim)
+    try:
+        arguments = sizes_of(architecture_module(name), stated, wanted)
+    except ModelError as error:
+        raise ModelError(f"model.timm_name: {name} at width {config.width} and depth {config.depth}: {error}") from None
     arguments |= {"num_classes": config.num_classes, "in_chans": config.in_channels}
-    if row.takes_image_size:
+    if "img_size" in stated:
         arguments["img_size"] = config.image_size
     if taken := sorted(arguments.keys() & config.arguments.keys()):
         raise ModelError(f"model.arguments: {', '.join(taken)} follows from the model's other keys; leave it out")
     return arguments | config.arguments
 
 
-def heads_of(config: TimmConfig) -> int:
-    return config.width // (config.head_dim or config.width)
-
-
 @contextmanager
-def laid_over(module: Any, arguments: dict[str, Any], change: Callable[[Any], dict[str, Any]]) -> Iterator[None]:
-    """Lets `arguments`, and what `change` makes of those that the module's entry points state, win over them, which
-    many refuse to be told twice."""
+def building(name: str, build_model: Callable[..., nn.Module]) -> Iterator[None]:
+    """Lets timm's entry point of `name` call build_model(original, kind, variant, pretrained, **stated) in the place of
+    timm's build_model_with_cfg, `original`, which many entry points tell sizes that no caller can change."""
+    module: Any = importlib.import_module(f"timm.models.{architecture_module(name)}")
     original = module.build_model_with_cfg
-
-    def build_model(kind: Any, variant: str, pretrained: bool, **stated: Any) -> nn.Module:
-        network: nn.Module = original(kind, variant, pretrained, **stated | change(stated) | arguments)
-        return network
-
-    module.build_model_with_cfg = build_model
+    module.build_model_with_cfg = partial(build_model, original)
     try:
         yield
     finally:
         module.build_model_with_cfg = original
 
 
-def build(config: TimmConfig) -> nn.Module:
-    """timm's network at this size. Raises ModelError for a name without a row, or arguments that do not fit it."""
-    module = architecture_module(config.timm_name)
-    row = SIZES[module]
-    arguments = size_arguments(config, row)
+class Stated(Exception):
+    """What the class and the entry point of a network state."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        super().__init__()
+        self.arguments = arguments
+
+
+def stated_arguments(name: str) -> dict[str, Any]:
+    """Of the network called `name`: the arguments of its class with their defaults, and those of its entry point."""
     import timm
 
-    def change(stated: dict[str, Any]) -> dict[str, Any]:
-        return row.change(stated, config.width, config.depth, heads_of(config)) if row.change else {}
+    def stop(original: Any, kind: Any, variant: str, pretrained: bool, **stated: Any) -> nn.Module:
+        raise Stated(signature(kind) | stated)
 
     try:
-        with laid_over(importlib.import_module(f"timm.models.{module}"), arguments, change):
-            network: nn.Module = timm.create_model(config.timm_name)
-    except (TypeError, AssertionError, ValueError, IndexError, KeyError) as error:
-        raise ModelError(f"model: timm cannot build {config.timm_name} with {arguments}: {error}") from error
+        with building(name, stop):
+            timm.create_model(name)
+    except Stated as found:
+        return found.arguments
+    raise ModelError(f"model.timm_name: timm does not build {name} as it builds its other networks")
+
+
+def build(config: TimmConfig) -> nn.Module:
+    """timm's network at this size. Raises ModelError for one without arguments for it, or that has no such size."""
+    arguments: dict[str, Any] = {}
+
+    def build_model(original: Any, kind: Any, variant: str, pretrained: bool, **stated: Any) -> nn.Module:
+        arguments.update(size_arguments(config, signature(kind) | stated))
+        network: nn.Module = original(kind, variant, pretrained, **stated | arguments)
+        return network
+
+    name = config.timm_name
+    with building(name, build_model):
+        import timm
+
+        try:
+            network: nn.Module = timm.create_model(name)
+        except ModelError:
+            raise
+        except (TypeError, AssertionError, ValueError, IndexError, KeyError, ArithmeticError) as error:
+            raise ModelError(f"model: timm cannot build {name} with {arguments}: {error}") from error
     return network
 
 
@@ -102,7 +120,7 @@ def plain_call(config: TimmConfig) -> tuple[str, dict[str, Any]]:
     point states a size itself, so that no call does."""
     import timm
 
-    arguments = size_arguments(config, SIZES[architecture_module(config.timm_name)])
+    arguments = size_arguments(config, stated_arguments(config.timm_name))
     with torch.device("meta"):
         wanted = {key: tensor.shape for key, tensor in build(config).state_dict().items()}
         try:

@@ -1,190 +1,314 @@
-"""Which arguments of timm's networks are their width and depth: a row for each architecture module of timm."""
+"""Which arguments of timm's networks are their width and depth.
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+They are found by name: in the signature of the network's class, in what timm's entry point states, and in the
+configuration objects among that. RULES has what names do not tell. At the width that timm's entry point states, all
+channels are timm's; every stage gets `depth` blocks.
+"""
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
+from depthmup.models.errors import ModelError
+
 Arguments = dict[str, Any]
-Units = dict[str, Any]  # argument -> number, or one for each stage, that is multiplied by the width, depth or heads
+
+# The first of these that a network has gives its width: the channels of its first stage.
+WIDTHS = (
+    *("embed_dim", "embed_dims", "dims", "dim", "base_dim", "channels", "widths", "width_list", "num_channels"),
+    *("out_chs", "stage_out_chs"),
+)
+# They grow with it.
+WITH_WIDTH = (
+    *("stem_width", "stem_chs", "stem_hidden_dim", "init_channels", "stage_conv_chs", "partial_dim", "inner_dim"),
+    *("hidden_sizes", "intermediate_size", "head_widths", "head_hidden_size", "num_features"),
+)
+DEPTHS = (
+    *("depth", "depths", "layers", "num_blocks", "stages", "serial_depths", "transformer_depths", "depth_list"),
+    "block_per_stage",
+)
+HEADS = ("num_heads", "heads", "num_heads_outer")
+HEAD_DIMS = ("head_dim", "key_dim")  # beside a number of heads
+CONFIGURATIONS = ("model_cfg", "cfg")  # arguments that hold others
 
 
 @dataclass(frozen=True)
-class SizeArguments:
-    """What timm is told at width w, depth d and head dim h: `width` times w, `depth` times d, `heads` times w / h,
-    `head_dims` times h."""
+class Wanted:
+    """Sizes as the configuration has them. head_dim: None where it states none."""
 
-    width: Units
-    depth: Units
-    heads: Units = field(default_factory=dict)
-    head_dims: Units = field(default_factory=dict)  # where timm multiplies by the number of heads itself
-    takes_image_size: bool = False
-    # (what timm's entry point states, width, depth, heads) -> what takes its place: where sizes lie in a configuration
-    change: Callable[[Arguments, int, int, int], Arguments] | None = None
+    width: int
+    depth: int
+    head_dim: int | None
+
+    @property
+    def heads(self) -> int:
+        return self.width // (self.head_dim or self.width)
 
 
-def mobile(stated: Arguments, width: int, depth: int, heads: int) -> Arguments:
+# ---------------------------------------------------------------- by name
+
+
+def signature(kind: type) -> Arguments:
+    """The arguments of a network's class with their defaults; its parents' as well, where it passes them on."""
+    found: Arguments = {}
+    for each in inspect.getmro(kind):
+        if "__init__" in vars(each):
+            parameters = inspect.signature(each.__init__).parameters.values()  # type: ignore[misc]
+            found = {each.name: each.default for each in parameters} | found
+            if not any(each.kind is each.VAR_KEYWORD for each in parameters):
+                break
+    return found
+
+
+def is_size(value: Any) -> bool:
+    """A whole number, or a sequence of these, one a stage, which may be nested."""
+    if isinstance(value, tuple | list):
+        return bool(value) and all(map(is_size, value))
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_configuration(name: str, value: Any, inside: bool) -> bool:
+    return (inside or name in CONFIGURATIONS) and (dataclasses.is_dataclass(value) or isinstance(value, dict))
+
+
+def items_of(arguments: Any) -> Iterator[tuple[str, Any]]:
+    yield from arguments.items() if isinstance(arguments, dict) else vars(arguments).items()
+
+
+def walk(arguments: Any, inside: bool = False) -> Iterator[tuple[str, Any]]:
+    """(name, value) of the sizes among the arguments, and among those in configurations."""
+    for name, value in items_of(arguments):
+        if is_size(value):
+            yield name, value
+        elif is_configuration(name, value, inside):
+            yield from walk(value, inside=True)
+
+
+def first(value: Any) -> int:
+    """Of a size, or of the first stage's."""
+    number: int = first(value[0]) if isinstance(value, tuple | list) else value
+    return number
+
+
+def find(arguments: Arguments, names: tuple[str, ...]) -> int | None:
+    """The size that has the first of `names` which is there."""
+    sizes = dict(reversed(list(walk(arguments))))  # of one name, the first
+    return next((first(sizes[name]) for name in names if name in sizes), None)
+
+
+def numbers(value: Any) -> list[int]:
+    """All that are in a size."""
+    return [number for each in value for number in numbers(each)] if isinstance(value, tuple | list) else [value]
+
+
+def over(value: Any, change: Callable[[int], int]) -> Any:
+    """`change` of every number of a size, in sequences of the same type."""
+    return type(value)(over(each, change) for each in value) if isinstance(value, tuple | list) else change(value)
+
+
+def constant(value: int, number: int) -> int:
+    return value
+
+
+def scaled(ratio: Fraction, name: str, value: Any) -> Any:
+    """`value` times `ratio`. Raises ModelError where that is no whole number."""
+
+    def number(each: int) -> int:
+        if (each * ratio).denominator > 1:
+            raise ModelError(
+                f"{name} {each} times {ratio} is no whole number: take a width that is a larger multiple of 2"
+            )
+        return int(each * ratio)
+
+    return over(value, number)
+
+
+def by_name(arguments: Any, wanted: Wanted, ratios: dict[str, Fraction], inside: bool = False) -> Arguments:
+    """Those of the arguments that change with size, changed. ratios: of each name, what its sizes are multiplied by."""
+    changed: Arguments = {}
+    for name, value in items_of(arguments):
+        if is_configuration(name, value, inside):
+            new = by_name(value, wanted, ratios, inside=True)
+            changed[name] = value | new if isinstance(value, dict) else replace(value, **new)
+        elif not is_size(value):
+            continue
+        elif name in ratios:
+            changed[name] = scaled(ratios[name], name, value)
+        elif name in DEPTHS:
+            changed[name] = over(value, lambda blocks: wanted.depth if blocks else 0)
+        elif name in HEAD_DIMS and wanted.head_dim:
+            changed[name] = over(value, partial(constant, wanted.head_dim))
+    return changed
+
+
+def named_sizes(stated: Arguments, wanted: Wanted) -> Arguments:
+    """Width, depth and number of heads go into the arguments that have their names. Raises ModelError."""
+    width, heads = find(stated, WIDTHS), find(stated, HEADS)
+    if width is None or find(stated, DEPTHS) is None:
+        what = "width" if width is None else "depth"
+        raise ModelError(f"no argument of its class is a {what}, by any name in models/timm_sizes.py")
+    ratios = dict.fromkeys((*WIDTHS, *WITH_WIDTH), Fraction(wanted.width, width))
+    if heads:
+        ratios |= dict.fromkeys(HEADS, Fraction(wanted.heads, heads))
+    return by_name(stated, wanted, ratios)
+
+
+# ---------------------------------------------------------------- what names do not tell
+
+
+def mobile(stated: Arguments, wanted: Wanted) -> Arguments:
     """EfficientNets and MobileNets. At width 16 channels are timm's; each stage has `depth` blocks after its first."""
 
-    def scaled(channels: int) -> int:
-        return channels * width // 16
+    def channels(number: int) -> int:
+        return number * wanted.width // 16
 
     stages = [
-        [dict(block) for block in stage[:1] + [{**stage[-1], "stride": 1}] * (depth * (stage[0]["block_type"] != "cn"))]
+        [
+            dict(block)
+            for block in stage[:1] + [{**stage[-1], "stride": 1}] * (wanted.depth * (stage[0]["block_type"] != "cn"))
+        ]
         for stage in stated["block_args"]
     ]
-    changed = {"block_args": stages, "round_chs_fn": scaled, "num_features": scaled(stated.get("num_features", 1280))}
+    changed = {"block_args": stages, "round_chs_fn": channels, "num_features": channels(stated["num_features"])}
     if isinstance(squeeze := stated.get("se_layer"), partial) and "rd_round_fn" in squeeze.keywords:
         changed["se_layer"] = partial(squeeze, rd_round_fn=round)  # timm's rounds to multiples of 8
     return changed
 
 
-def own_blocks(stated: Arguments, width: int, depth: int, heads: int) -> Arguments:
+def own_blocks(stated: Arguments, wanted: Wanted) -> Arguments:
     """byobnet's: the blocks of each stage, taken `depth` times, as wide as to give the first stage `width`."""
     config = stated["model_cfg"]
 
     def as_list(stage: Any) -> tuple[Any, ...]:
         return tuple(stage) if isinstance(stage, tuple | list) else (stage,)
 
-    first = as_list(config.blocks[0])[0].c
+    start = as_list(config.blocks[0])[0].c
 
-    def scaled(channels: Any) -> Any:
-        return [scaled(each) for each in channels] if isinstance(channels, tuple | list) else channels * width // first
+    def channels(of: Any) -> Any:
+        return over(of, lambda number: number * wanted.width // start) if is_size(of) else of
 
-    blocks = tuple(
-        tuple(replace(block, d=1, c=scaled(block.c)) for block in as_list(stage)) * depth for stage in config.blocks
-    )
-    return {
-        "model_cfg": replace(
-            config,
-            **{"blocks": blocks, "width_factor": 1.0, "stem_chs": scaled(config.stem_chs)},
-            num_features=scaled(config.num_features),
-        )
-    }
+    def block_of(block: Any) -> Any:
+        inner = {
+            key: channels(of) if key == "transformer_dim" else of for key, of in (block.block_kwargs or {}).items()
+        }
+        return replace(block, d=1, c=channels(block.c), block_kwargs=inner or None)
 
-
-def norm_free(stated: Arguments, width: int, depth: int, heads: int) -> Arguments:
-    config = stated["model_cfg"]
-
-    def scaled(channels: int | None) -> int | None:
-        return channels and channels * width // config.channels[0]
-
-    sizes = {"depths": (depth,) * 4, "channels": tuple(map(scaled, config.channels)), "width_factor": 1.0}
-    ends = {"stem_chs": scaled(config.stem_chs), "num_features": scaled(config.num_features)}
-    return {"model_cfg": replace(config, **sizes, **ends)}
+    blocks = tuple(tuple(map(block_of, as_list(stage))) * wanted.depth for stage in config.blocks)
+    sizes = {"blocks": blocks, "width_factor": 1.0, "stem_chs": channels(config.stem_chs)}
+    return {"model_cfg": replace(config, **sizes, num_features=channels(config.num_features))}
 
 
-def multiscale(stated: Arguments, width: int, depth: int, heads: int) -> Arguments:
-    sizes = {"embed_dim": times(DOUBLING, width), "num_heads": times(DOUBLING, heads)}
-    return {"model_cfg": replace(stated["model_cfg"], depths=(depth,) * 4, **sizes)}
-
-
-def regular(stated: Arguments, width: int, depth: int, heads: int) -> Arguments:
-    """RegNet with stages that double: 8 `depth` blocks, of which about 1/14, 3/14, 5/14 and 5/14 are in each."""
-    blocks = 14 * depth
+def regular(stated: Arguments, wanted: Wanted) -> Arguments:
+    """RegNet with stages that double: 14 `depth` blocks, of which about 1/14, 3/14, 5/14 and 5/14 are in each."""
+    blocks, width = 14 * wanted.depth, wanted.width
     sizes = {"w0": width, "wm": 2.0, "wa": width * 8 / blocks, "depth": blocks, "stem_width": width}
     return {"model_cfg": replace(stated["model_cfg"], **sizes)}
 
 
-def cross_stage(stated: Arguments, width: int, depth: int, heads: int) -> Arguments:
+def ghost(stated: Arguments, wanted: Wanted) -> Arguments:
+    """At width 16 channels are timm's; each stage has `depth` blocks after its first."""
+    stages = [stage[:1] + [[*stage[-1][:-1], 1]] * wanted.depth for stage in stated["cfgs"]]
+    return {"width": wanted.width / 16, "cfgs": stages}
+
+
+def gpu_net(stated: Arguments, wanted: Wanted) -> Arguments:
+    """A stage is [channels in, within, out, blocks, ...]."""
     config = stated["model_cfg"]
-    first = config.stages.out_chs[0]
-
-    def scaled(channels: Any) -> Any:
-        return tuple(map(scaled, channels)) if isinstance(channels, tuple | list) else channels * width // first
-
-    stages = replace(config.stages, out_chs=scaled(config.stages.out_chs), depth=(depth,) * len(config.stages.depth))
-    return {"model_cfg": replace(config, stem=replace(config.stem, out_chs=scaled(config.stem.out_chs)), stages=stages)}
-
-
-def times(units: Any, factor: int) -> Any:
-    return tuple(times(unit, factor) for unit in units) if isinstance(units, tuple) else units * factor
+    ratio = Fraction(wanted.width, config["stage1"][0])
+    stages = {
+        name: [*scaled(ratio, name, stage[:3]), wanted.depth, *stage[4:]]
+        for name, stage in config.items()
+        if name.startswith("stage")
+    }
+    return {"model_cfg": config | stages | {"stem_chs": scaled(ratio, "stem_chs", config["stem_chs"])}}
 
 
-DOUBLING, ONE_EACH = (1, 2, 4, 8), (1, 1, 1, 1)
-PLAIN_VIT = SizeArguments({"embed_dim": 1}, {"depth": 1}, {"num_heads": 1}, takes_image_size=True)
-MIXER = SizeArguments({"embed_dim": 1}, {"num_blocks": 1}, takes_image_size=True)
-SWIN = SizeArguments({"embed_dim": 1}, {"depths": ONE_EACH}, {"num_heads": DOUBLING}, takes_image_size=True)
-DIMS = SizeArguments({"dims": DOUBLING}, {"depths": ONE_EACH})
-RESNET = SizeArguments({"channels": DOUBLING}, {"layers": ONE_EACH})
-PYRAMID = SizeArguments({"embed_dims": DOUBLING}, {"depths": ONE_EACH}, {"num_heads": DOUBLING})
+def xception(stated: Arguments, wanted: Wanted) -> Arguments:
+    """The width is what the first block puts out; its stem has 64 channels at any. `depth` blocks follow each of the
+    blocks that shrink the image, but the last."""
+    blocks, ratio = stated["block_cfg"], Fraction(wanted.width, first(stated["block_cfg"][0]["out_chs"]))
+    made: list[Arguments] = []
+    for block in (each for each in blocks if each["stride"] > 1 or each.get("no_skip")):
+        before = first(made[-1]["out_chs"][-1]) if made else block["in_chs"]
+        outs = scaled(ratio, "out_chs", block["out_chs"])
+        made.append(block | {"in_chs": before, "out_chs": (outs,) * 3 if isinstance(outs, int) else outs})
+        if not block.get("no_skip"):
+            made += [
+                {"in_chs": made[-1]["out_chs"][-1], "out_chs": (made[-1]["out_chs"][-1],) * 3, "stride": 1}
+                for _ in range(wanted.depth)
+            ]
+    return {"block_cfg": made}
 
-SIZES: dict[str, SizeArguments] = {
-    "beit": PLAIN_VIT,
-    "cait": PLAIN_VIT,
-    "convit": SizeArguments({}, {"depth": 1}, {"num_heads": 1}, {"embed_dim": 1}, takes_image_size=True),
-    "convmixer": SizeArguments({"dim": 1}, {"depth": 1}),
-    "convnext": DIMS,
-    "davit": PYRAMID,
-    "deit": PLAIN_VIT,
-    "efficientvit_mit": SizeArguments({"widths": (1, 2, 4, 8, 16)}, {"depths": (1, 1, 1, 1, 1)}),
-    "eva": PLAIN_VIT,
-    "focalnet": SizeArguments({"embed_dim": 1}, {"depths": ONE_EACH}),
-    "inception_next": DIMS,
-    "mambaout": DIMS,
-    "metaformer": DIMS,
-    "mlp_mixer": MIXER,
-    "nest": SizeArguments(
-        {"embed_dims": (1, 2, 4)}, {"depths": (1, 1, 1)}, {"num_heads": (1, 2, 4)}, takes_image_size=True
-    ),
-    "pvt_v2": PYRAMID,
-    "resnet": RESNET,
-    "resnetv2": SizeArguments({"channels": (4, 8, 16, 32), "stem_chs": 1}, {"layers": ONE_EACH}),
-    "sequencer": SizeArguments({"embed_dims": (4, 8, 8, 8), "hidden_sizes": (1, 2, 2, 2)}, {"layers": ONE_EACH}),
-    "starnet": SizeArguments({"base_dim": 1}, {"depths": ONE_EACH}),
-    "swin_transformer": SWIN,
-    "swin_transformer_v2": SWIN,
-    "swin_transformer_v2_cr": SWIN,
-    "twins": SizeArguments(
-        {"embed_dims": DOUBLING}, {"depths": ONE_EACH}, {"num_heads": DOUBLING}, takes_image_size=True
-    ),
-    "vision_transformer": PLAIN_VIT,
-    "vision_transformer_relpos": PLAIN_VIT,
-    "vision_transformer_sam": PLAIN_VIT,
-    "volo": SizeArguments(
-        {"embed_dims": (1, 2, 2, 2)}, {"layers": ONE_EACH}, {"num_heads": (1, 2, 2, 2)}, takes_image_size=True
-    ),
-    "xcit": PLAIN_VIT,
-    "fastvit": SizeArguments({"embed_dims": DOUBLING}, {"layers": ONE_EACH}),
-    "repvit": SizeArguments({"embed_dim": DOUBLING}, {"depth": ONE_EACH}),
-    "swiftformer": SizeArguments({"embed_dims": DOUBLING}, {"layers": ONE_EACH}),
-    "edgenext": SizeArguments({"dims": DOUBLING}, {"depths": ONE_EACH}),
-    "efficientformer": SizeArguments({"embed_dims": DOUBLING}, {"depths": ONE_EACH}),
-    "efficientformer_v2": SizeArguments({"embed_dims": DOUBLING}, {"depths": ONE_EACH}),
-    "fasternet": SizeArguments({"embed_dim": 1}, {"depths": ONE_EACH}),
-    "res2net": RESNET,
-    "sknet": RESNET,
-    "resnest": RESNET,
-    "coat": SizeArguments({"embed_dims": DOUBLING}, {"serial_depths": ONE_EACH}),
-    "gcvit": SizeArguments({"embed_dim": 1}, {"depths": ONE_EACH}, {"num_heads": DOUBLING}, takes_image_size=True),
-    "hiera": SizeArguments({"embed_dim": 1}, {"stages": ONE_EACH}, {"num_heads": 1}, takes_image_size=True),
-    "maxxvit": SizeArguments({"embed_dim": DOUBLING, "stem_width": 1}, {"depths": ONE_EACH}, takes_image_size=True),
-    "visformer": SizeArguments({"embed_dim": 1, "init_channels": 1}, {"depth": (1, 1, 1)}, takes_image_size=True),
-    "pit": SizeArguments(
-        {}, {"depth": (1, 1, 1)}, {"heads": (1, 2, 4)}, {"base_dims": (1, 1, 1)}, takes_image_size=True
-    ),
-    "levit": SizeArguments(
-        {"embed_dim": (1, 2, 4)}, {"depth": (1, 1, 1)}, {"num_heads": (1, 2, 4)}, takes_image_size=True
-    ),
-    "deepseek_vit": PLAIN_VIT,
-    "naflexvit": PLAIN_VIT,
-    "tresnet": SizeArguments({"width_factor": 1 / 64}, {"layers": ONE_EACH}),
-    "gemma4_vit": PLAIN_VIT,
-    "qwen3_vit": PLAIN_VIT,
-    "tnt": SizeArguments({"embed_dim": 1}, {"depth": 1}, {"num_heads_outer": 1}, takes_image_size=True),
-    "tiny_vit": SizeArguments({"embed_dims": DOUBLING}, {"depths": ONE_EACH}, {"num_heads": DOUBLING}),
-    "shvit": SizeArguments({"embed_dim": (1, 2, 4)}, {"depth": (1, 1, 1)}),
-    "iformer": DIMS,
-    "efficientnet": SizeArguments({}, {}, change=mobile),
-    "mobilenetv3": SizeArguments({}, {}, change=mobile),
-    "hardcorenas": SizeArguments({}, {}, change=mobile),
-    "byobnet": SizeArguments({}, {}, change=own_blocks),
-    "byoanet": SizeArguments({}, {}, change=own_blocks),
-    "mobilevit": SizeArguments({}, {}, change=own_blocks),
-    "nfnet": SizeArguments({}, {}, change=norm_free),
-    "mvitv2": SizeArguments({}, {}, {"": 1}, takes_image_size=True, change=multiscale),
-    "regnet": SizeArguments({}, {}, change=regular),
-    "cspnet": SizeArguments({}, {}, change=cross_stage),
-    "cspnext": SizeArguments({"channels": DOUBLING}, {"depths": ONE_EACH}),
-    "rexnet": SizeArguments({"width_mult": 1 / 16}, {"depth_mult": 1}),
+
+def of_heads(width: str, heads: str) -> Callable[[Arguments, Wanted], Arguments]:
+    """For networks whose argument `width` is one head's, which timm multiplies by their number."""
+
+    def sizes(stated: Arguments, wanted: Wanted) -> Arguments:
+        assert wanted.head_dim
+        ratios = {
+            width: Fraction(wanted.head_dim, first(stated[width])),
+            heads: Fraction(wanted.heads, first(stated[heads])),
+        }
+        return by_name(stated, wanted, ratios)
+
+    return sizes
+
+
+def attention_groups(stated: Arguments, wanted: Wanted) -> Arguments:
+    """iFormer's groups of three blocks, of which stages with attention consist."""
+    groups = over(stated["attn_groups"], lambda count: wanted.depth if count else 0)
+    depths = tuple(3 * wanted.depth if count else wanted.depth for count in groups)
+    return named_sizes(stated, wanted) | {"attn_groups": groups, "depths": depths}
+
+
+def floating(width: str, at: int) -> Callable[[Arguments, Wanted], Arguments]:
+    """For networks whose width is a factor, 1 at `at` channels."""
+
+    def sizes(stated: Arguments, wanted: Wanted) -> Arguments:
+        return {width: wanted.width / at} | by_name(stated, wanted, {})
+
+    return sizes
+
+
+# Module of timm -> (what the class and the entry point state, wanted sizes) -> arguments that change
+RULES: dict[str, Callable[[Arguments, Wanted], Arguments]] = {
+    **dict.fromkeys(("efficientnet", "mobilenetv3", "mobilenetv5", "hardcorenas"), mobile),
+    **dict.fromkeys(("byobnet", "byoanet", "mobilevit"), own_blocks),
+    **dict.fromkeys(("ghostnet", "repghost"), ghost),
+    "convit": of_heads("embed_dim", "num_heads"),
+    "hgnet": gpu_net,
+    "iformer": attention_groups,
+    "lcnetv2": floating("scale", 64),
+    "pit": of_heads("base_dims", "heads"),
+    "regnet": regular,
+    "tresnet": floating("width_factor", 64),
+    "xception_aligned": xception,
 }
+
+
+def has_heads(stated: Arguments) -> bool:
+    """Whether a number of attention heads, which grows with the width, is among the arguments."""
+    return find(stated, HEADS) is not None
+
+
+def sizes_of(module: str, stated: Arguments, wanted: Wanted) -> Arguments:
+    """Which arguments of timm's network change with its size, and to what.
+
+    stated: those of its class with their defaults, and of its entry point. Raises ModelError for a network without
+    arguments that state its size, and for one that has no such width.
+    """
+    return RULES.get(module, named_sizes)(stated, wanted)
+
+
+def least_width(stated: Arguments) -> int:
+    """The smallest width at which every size that is found by name is a whole number."""
+    width = find(stated, WIDTHS)
+    if width is None:
+        return 1
+    sizes = [value for name, value in walk(stated) if name in (*WIDTHS, *WITH_WIDTH)]
+    return math.lcm(*(Fraction(number, width).denominator for size in sizes for number in numbers(size)))

@@ -258,7 +258,6 @@ BAD: dict[str, tuple[Builder, str]] = {
     "neither addend": (lambda width, depth: Net(width, depth, "two nonlinear"), "neither addend alone"),
     "depends on data": (lambda width, depth: Net(width, depth, "data"), "control flow depends on"),
     "no module at the end": (lambda width, depth: Net(width, depth, "sine"), "end it in a torch.nn.Identity"),
-    "fixed in a branch": (lambda width, depth: Net(width, depth, "narrow"), r"up\.weight reads what grows"),
     "queries in a slice": (lambda width, depth: Net(width, depth, "heads"), "no module puts out the queries"),
     "a product that is not clear": (lambda width, depth: Net(width, depth, "einsum"), r"mix .* einsum does not tell"),
     "two readouts": (TwoHeads, "2 readouts: head.weight, other.weight"),
@@ -392,3 +391,54 @@ def test_an_init_by_fans_with_a_gain_of_its_own_is_found() -> None:
     init = rules["blocks.0.down.weight"].init
     assert init.kind == "normal_fan_in"
     assert init.scale == pytest.approx(0.37, rel=0.05)
+
+
+def test_a_matrix_in_a_branch_that_reads_the_width_and_puts_out_what_stays_is_an_output() -> None:
+    roles = find_roles(lambda width, depth: Net(width, depth, "narrow"), torch.zeros(2, 12), 16, 2).roles
+    rules = match_rules(["blocks.5.up.weight", "blocks.5.down.weight"], roles.parameters)
+    assert rules["blocks.5.up.weight"].role is Role.ROUTER
+    assert rules["blocks.5.down.weight"].role is Role.BRANCH_VECTOR
+
+
+class Standardised(Block):
+    """Its weight is standardised before it is used, with a gain for each row; a gate is a matrix product with a
+    parameter; the branch is a sum of what two modules put out, scaled by parts of one parameter."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.weight, self.gain = nn.Parameter(torch.randn(width, width)), nn.Parameter(torch.ones(width, 1))
+        self.gate, self.scales = nn.Parameter(torch.randn(width, 1)), nn.Parameter(torch.ones(2, width))
+        self.left, self.right = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = (self.weight - self.weight.mean(1, keepdim=True)) * self.gain
+        y = F.linear(x * self.scales[0], weight) * torch.sigmoid(x @ self.gate)
+        x = x + (self.left(y) + self.right(torch.relu(y)))
+        return x + self.down(torch.relu(self.up(x * self.scales[1])))
+
+
+def test_what_is_made_of_parameters_alone_has_the_role_of_the_operation_that_takes_it() -> None:
+    def build(width: int, depth: int) -> nn.Module:
+        return Stranger(width, depth, Standardised)
+
+    roles = find_roles(build, TOKENS, 16, 2).roles
+    network = build(32, 5)
+    rules = match_rules([name for name, _ in network.named_parameters()], roles.parameters)
+    block = "body.layers.4"
+    assert rules[f"{block}.weight"].role is Role.BRANCH_HIDDEN
+    assert rules[f"{block}.gain"].role is Role.BRANCH_VECTOR
+    assert rules[f"{block}.gate"].role is Role.ROUTER
+    assert rules[f"{block}.scales"].role is Role.BRANCH_VECTOR
+    assert count(roles.branches, network) == 5 * 3
+
+
+def test_glorots_init_of_blocks_of_several_shapes_is_found() -> None:
+    def build(width: int, depth: int) -> nn.Module:
+        net = Ends(width, depth)
+        for block in net.blocks:
+            for layer in (block.up, block.down):
+                nn.init.xavier_normal_(layer.weight)
+        return net
+
+    rules = match_rules(["blocks.0.down.weight"], find_roles(build, torch.zeros(2, 12), 32, 4).roles.parameters)
+    assert rules["blocks.0.down.weight"].init == models.Init("normal_fan_avg", 1.0)

@@ -118,7 +118,8 @@ def test_an_export_that_timm_has_no_call_for_is_refused() -> None:
     ("changes", "message"),
     [
         ({"timm_name": "convnext_ato"}, "unknown to timm; nearest: convnext_atto"),
-        ({"timm_name": "vgg11"}, "of timm's module vgg, whose size arguments are not in"),
+        ({"timm_name": "vgg11"}, "vgg11 at width 16 and depth 1: no argument of its class is a width"),
+        ({"width": 12, "base_width": 12, "timm_name": "tiny_vit_5m_224", "head_dim": 4}, "5 times 3/2 is no whole"),
         ({"timm_name": "convnext_atto.d2_in1k"}, "has a tag of weights"),
         ({"head_dim": 16}, "head_dim would do nothing"),
         ({"arguments": {"dims": [1, 2, 3, 4]}}, "dims follows from the model's other keys"),
@@ -171,7 +172,10 @@ def test_a_readouts_bias_that_is_drawn_is_no_mean_over_the_width() -> None:
 
 @pytest.mark.parametrize(
     ("name", "head_dim", "width"),
-    [("efficientnet_b0", None, 32), ("gernet_s", None, 48), ("mvitv2_tiny", 16, 32), ("regnetx_002", None, 32)],
+    [
+        *[("efficientnet_b0", None, 32), ("gernet_s", None, 48), ("mvitv2_tiny", 16, 32), ("regnetx_002", None, 32)],
+        *[("nf_resnet26", None, 32), ("cspresnet50", None, 64), ("xcit_nano_12_p16_224", 16, 32)],
+    ],
 )
 def test_sizes_that_lie_in_a_configuration_of_timms_are_changed_there(
     name: str, head_dim: int | None, width: int

@@ -31,13 +31,13 @@ class Branch:
 
 
 def carries_on(tensor: Node, common: set[Node]) -> bool:
-    """Whether sums and moves alone lead back from `tensor` to what it has in common with the other addend."""
+    """Whether sums, moves and parts alone lead back from `tensor` to what it has in common with the other addend."""
     waiting, seen = [tensor], {tensor}
     while waiting:
         node = waiting.pop()
         if node in common:
             return True
-        if node.operation in SUMS | MOVES:
+        if node.operation in SUMS | MOVES | PARTS:
             new = [each for each in node.inputs if each.data and each not in seen]
             seen.update(new)
             waiting += new

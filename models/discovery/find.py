@@ -15,6 +15,7 @@ from depthmup.models.discovery.branches import (
     PARTS,
     PRODUCTS,
     SCALINGS,
+    SUMS,
     Branch,
     find_branches,
 )  # fmt: skip
@@ -61,9 +62,10 @@ def find_roles(build: Builder, inputs: Any, width: int, depth: int) -> Discovery
     roles = settle(growth, {name: role_of(name, growth, used[name], branches) for name in names})
     exempt = set(getattr(growth.base, "no_weight_decay", set)())  # timm's networks say which they mean
     queries, head_dim = find_queries(base, wide)
+    slots = [slot for branch in branches for slot in branch_slots(branch, growth.deep)]
     found = Roles(
         parameters=tuple(parameter_rules(growth, roles, used, drawn, exempt)),
-        branches=merge_slots(growth, growth.deep, [branch_slot(branch, growth.deep) for branch in branches]),
+        branches=merge_slots(growth, growth.deep, slots),
         readout=find_readout(roles, used),
         queries=merge_slots(growth, growth.base, queries),
         blocks=find_blocks(growth, branches),
@@ -83,11 +85,18 @@ def weights_of(network: nn.Module) -> Weights:
 
 
 def users_of(nodes: list[Node]) -> dict[str, list[Node]]:
-    """Parameter name -> the operations that take it."""
+    """Parameter name -> the operations that take it. What is first made of parameters alone, as in a convolution whose
+    weight is standardised, is taken by the operation that gets it. Results that nothing reads do not count."""
     found = defaultdict(list)
+    carried: dict[Node, set[str]] = {}
+    last = nodes[-1]
     for node in nodes:
-        for name in node.parameters:
-            found[name].append(node)
+        names = set(node.parameters).union(*(carried.get(each, ()) for each in node.inputs))
+        if not node.data and node.operation not in PRODUCTS | CONTRACTIONS:
+            carried[node] = names
+        elif node.readers or node is last or node.emitted_by:
+            for name in names:
+                found[name].append(node)
     return found
 
 
@@ -97,7 +106,8 @@ def users_of(nodes: list[Node]) -> dict[str, list[Node]]:
 def role_of(name: str, growth: Growth, users: list[Node], branches: list[Branch]) -> Role:
     """Raises ModelError for a parameter that no rule covers."""
     places = {next((i for i, branch in enumerate(branches) if user in branch.nodes), None) for user in users}
-    if len(places) > 1:
+    shared_in_block = growth.place(name) is not None and None not in places  # a block has as many uses at every depth
+    if len(places) > 1 and not shared_in_block:
         raise ModelError(
             f"{name} is used in several places, branches among them: shared weights have no rule. {BY_HAND}"
         )
@@ -114,18 +124,26 @@ def role_of(name: str, growth: Growth, users: list[Node], branches: list[Branch]
         raise ModelError(f"{name}: {growing} of its {len(grows)} dimensions grow, in {user.operation}: {BY_HAND}")
     if growing == 2:
         return Role.BRANCH_HIDDEN if in_branch else Role.HIDDEN
-    if user.operation in PRODUCTS and len(grows) >= 2 and grows[1]:
-        if in_branch:
-            raise ModelError(
-                f"{name} reads what grows with width and puts out what does not, inside a branch: there is no rule. "
-                f"Let its rows grow with width, or {BY_HAND}"
-            )
-        return Role.READOUT
-    if user.operation in CONTRACTIONS and len(grows) > 1:
-        raise ModelError(f"{name} grows in one dimension, and {user.operation} does not tell which: {BY_HAND}")
+    if reads_width(name, user, grows):
+        return Role.ROUTER if in_branch else Role.READOUT
     if in_branch:
         return Role.BRANCH_VECTOR
-    return Role.VECTOR if len(grows) == 1 or user.grouped else Role.INPUT
+    is_gain = user.operation in PRODUCTS and name not in user.parameters  # of a weight's rows
+    return Role.VECTOR if len(grows) == 1 or user.grouped or is_gain else Role.INPUT
+
+
+def reads_width(name: str, user: Node, grows: tuple[bool, ...]) -> bool:
+    """Whether the one dimension of a parameter that grows is what its operation sums over. Raises ModelError where the
+    operation does not tell."""
+    if len(grows) == 1:
+        return False
+    if user.operation in PRODUCTS:
+        return grows[1]
+    if user.operation in MATRIX_PRODUCTS:
+        return grows[-2] if user.parameter_last else grows[-1]
+    if user.operation in CONTRACTIONS:
+        raise ModelError(f"{name} grows in one dimension, and {user.operation} does not tell which: {BY_HAND}")
+    return False
 
 
 def settle(growth: Growth, roles: dict[str, Role]) -> dict[str, Role]:
@@ -190,15 +208,23 @@ def last_weight(node: Node) -> str | None:
         node = before[0]
 
 
-def branch_slot(branch: Branch, network: nn.Module) -> tuple[str, str]:
-    """(module whose output is the branch, the last module with weights before that). Raises ModelError for none."""
-    last = last_weight(branch.end)
-    if branch.end.readers > 1:
-        raise ModelError(f"the branch that ends in {branch.end.module} is read in two places: {BY_HAND}")
-    if branch.end.emitted_by:
-        output = branch.end.emitted_by[-1]
+def branch_slots(branch: Branch, network: nn.Module) -> list[tuple[str, str]]:
+    """(module whose output is the branch, the last module with weights before that). Of a branch that is a sum of what
+    several modules put out, one for each. Raises ModelError for none."""
+    ends = [branch.end]
+    while sums := [end for end in ends if not end.emitted_by and end.operation in SUMS and end.readers == 1]:
+        ends = [end for end in ends if end not in sums] + [node for end in sums for node in end.inputs if node.data]
+    return [slot_at(end, branch, network) for end in ends]
+
+
+def slot_at(end: Node, branch: Branch, network: nn.Module) -> tuple[str, str]:
+    last = last_weight(end)
+    if end.readers > 1:
+        raise ModelError(f"the branch that ends in {end.module} is read in two places: {BY_HAND}")
+    if end.emitted_by:
+        output = end.emitted_by[-1]
         return output, last or output
-    if last is None or last not in dict(network.named_modules()) or last == branch.end.module:
+    if last is None or last not in dict(network.named_modules()) or last == end.module:
         raise ModelError(
             f"no module puts out the branch that is added in {branch.total.module or 'the network itself'}: wrap it in "
             "a module, or end it in a torch.nn.Identity"

@@ -32,6 +32,11 @@ def known_inits(uniform: bool, fans: bool) -> Iterator[Init]:
         yield from (Init("normal_fan_out", gain) for gain in GAINS if not uniform)
 
 
+def glorots_inits(uniform: bool) -> Iterator[Init]:
+    """They go by the mean of both fans, and lie near others where the two are alike: they count where no other fits."""
+    yield from (Init("uniform_fan_avg" if uniform else "normal_fan_avg", gain) for gain in GAINS)
+
+
 def fit(law: Init, tensors: Sequence[Tensor]) -> float:
     """The gain with which `law` explains the tensors' deviations, in the geometric mean."""
     logs = [math.log(deviation(tensor) / law.base_std(tuple(tensor.shape))) for tensor in tensors]
@@ -62,9 +67,10 @@ def measure_init(name: str, base: Sequence[Tensor], deeper: Sequence[Tensor], fa
         found = zip(map(deviation, tensors), expected, error, strict=True)
         return max(abs(measured / std - 1) / each for measured, std, each in found)
 
-    best = min(known_inits(uniform, fans), key=misfit)
-    if misfit(best) <= STANDARD_ERRORS:
-        return best
+    for known in (known_inits(uniform, fans), glorots_inits(uniform) if fans else ()):
+        best = min(known, key=misfit, default=None)
+        if best and misfit(best) <= STANDARD_ERRORS:
+            return best
     if len({tensor.shape for tensor in base}) > 1 and fans:
         laws = [Init(law.kind, fit(law, tensors)) for law in known_inits(uniform, fans)]  # with a gain of their own
         best = min(laws, key=misfit)

@@ -25,6 +25,7 @@ class Node:
     parameters: tuple[str, ...]  # that the operation itself takes
     module: str  # the innermost one that was running
     grouped: bool = False  # a convolution in groups
+    parameter_last: bool = False  # it is the last operand: of a matrix product, the one whose rows are summed over
     data: bool = False  # depends on the network's input
     emitted_by: list[str] = field(default_factory=list)  # modules whose (first) output it is, inner ones first
     readers: int = 0  # operations that take it
@@ -44,11 +45,18 @@ class Recorder(TorchFunctionMode):
         found = self.of.get(id(tensor))
         return found[1] if found else None
 
-    def add(self, tensor: Tensor, operation: str, inputs: list[Node], parameters: list[str], grouped: bool) -> Node:
+    def add(
+        self,
+        tensor: Tensor,
+        operation: str,
+        inputs: list[Node],
+        parameters: list[str],
+        grouped: bool = False,
+        parameter_last: bool = False,
+    ) -> Node:
         data = operation == "input" or any(node.data for node in inputs)
-        node = Node(
-            len(self.nodes), operation, tensor.shape, tuple(inputs), tuple(parameters), self.running[-1], grouped, data
-        )
+        sources, place = (tuple(inputs), tuple(parameters)), self.running[-1]
+        node = Node(len(self.nodes), operation, tensor.shape, *sources, place, grouped, parameter_last, data)
         for each in inputs:
             each.readers += 1
         self.nodes.append(node)
@@ -65,9 +73,10 @@ class Recorder(TorchFunctionMode):
             name = getattr(func, "__name__", str(func))
             groups = kwargs.get("groups", args[6] if name.startswith("conv") and len(args) > 6 else 1)
             changed = [args[0]] if name == "__setitem__" else tree_leaves(result)
+            is_last = id(given[-1]) in self.names
             for leaf in changed:
                 if isinstance(leaf, Tensor) and id(leaf) not in self.names:
-                    self.add(leaf, name, inputs, parameters, grouped=groups != 1)
+                    self.add(leaf, name, inputs, parameters, grouped=groups != 1, parameter_last=is_last)
         return result
 
     @contextmanager
@@ -108,7 +117,7 @@ def trace(network: nn.Module, inputs: tuple[Any, ...]) -> list[Node]:
     given = tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, inputs)
     for leaf in tree_leaves(given):
         if isinstance(leaf, Tensor):
-            recorder.add(leaf, "input", [], [], grouped=False)
+            recorder.add(leaf, "input", [], [])
     try:
         with torch.device("meta"), torch.no_grad(), recorder.watching(network):
             network(*given)
