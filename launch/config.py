@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, PlainSerializer, Tag
 from pydantic.dataclasses import dataclass
 
-from depthmup.data.config import NOT_IDENTITY, PathText, Positive
+from depthmup.data.config import NOT_IDENTITY, PathText, Positive, Whole
 from depthmup.data.paths import expand_all_read, expand_read, protect
 from depthmup.launch.axes import AXES, TRAINING_AXES, axes_misfit, ladder_misfit
 from depthmup.models.checked import STRICT
@@ -29,9 +29,27 @@ def listed(given: Any) -> Any:
     return [given] if isinstance(given, int | float) else given
 
 
-# A number means that many: 16 is 0 to 15.
+def count_up(given: Any) -> Any:
+    """A number means that many seeds: 16 is 0 to 15."""
+    if isinstance(given, float) and given.is_integer():  # 1e1
+        given = int(given)
+    if isinstance(given, bool) or (isinstance(given, int) and given < 1):
+        raise ValueError("state how many seeds, at least 1, or a list of them")
+    return tuple(range(given)) if isinstance(given, int) else listed(given)
+
+
+def refuse_twice(given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Two runs of one seed are one run: they would pass for an agreement that nobody measured."""
+    if twice := sorted({each for each in given if given.count(each) > 1}):
+        raise ValueError(f"{', '.join(map(str, twice))} is there twice: leave one out")
+    return given
+
+
 Seeds = Annotated[
-    tuple[int, ...], BeforeValidator(lambda given: tuple(range(given)) if isinstance(given, int) else listed(given))
+    tuple[Annotated[Whole, Field(ge=0)], ...],
+    BeforeValidator(count_up),
+    AfterValidator(refuse_twice),
+    Field(min_length=1),
 ]
 
 
@@ -145,17 +163,17 @@ class StudyConfig:
     sizes: Annotated[tuple[Size, ...], Field(min_length=1)]  # the base first
     hyperparameter: str = "optimizer.lr"  # the key that is swept
     values: Values  # of it: a range, or a list
-    seeds: Annotated[Seeds, Field(min_length=1)] = (0,)  # a list, or how many
+    seeds: Seeds = (0,)  # a list, or how many
     metric: Literal["minival_loss", "train_loss"] = "minival_loss"  # what is lowest at the optimum
     regret_limit: Annotated[Number, Field(gt=0)] = 0.005  # share of the loss that a value may cost and still transfer
     cost_limit: Annotated[Number, Field(gt=0)] = 0.05  # share of the loss beyond which it does not transfer at all
     # adaptive: rounds of runs where they tell most, over a range of values; grid, and every list: all values
     design: Literal["adaptive", "grid"] = "adaptive"
     budget: Annotated[Number, Field(gt=0)] = 1.0  # adaptive: FLOPs of all rounds at most, in those of the grid
-    extend: Annotated[int, Field(ge=0)] = (
+    extend: Annotated[Whole, Field(ge=0)] = (
         2  # grid: rounds in which it grows by two values where its best is on the edge
     )
-    more_seeds: Annotated[int, Field(ge=0)] = (
+    more_seeds: Annotated[Whole, Field(ge=0)] = (
         2  # grid: rounds in which one seed is added where a verdict hangs on the noise
     )
     ladder: bool = False  # sizes that differ in samples alone are the longest run and branches that decay from it
@@ -165,6 +183,11 @@ class StudyConfig:
     def __post_init__(self) -> None:
         if self.complement and max(self.grid) >= 1:
             raise ValueError(f"values of {self.hyperparameter} must be below 1, found {max(self.grid):g}")
+        idle = ("extend", "more_seeds") if self.adaptive else ("budget",)
+        needed = "design grid" if self.adaptive else "design adaptive and a range of values, {first: ..., last: ...}"
+        for key in idle:
+            if getattr(self, key) not in (getattr(StudyConfig, key), 0):  # 0 switches off what is not there
+                raise ValueError(f"{key} would do nothing: leave it out, or use {needed}")
         if self.ladder and self.adaptive:
             raise ValueError("ladder needs every value at every horizon: use design grid")
         if self.cost_limit <= self.regret_limit:
@@ -227,13 +250,13 @@ class LaunchConfig:
 
     # local: processes of this machine; debug: this process, one run after another; slurm: jobs
     cluster: Literal["local", "debug", "slurm"] = "local"
-    slots: Annotated[int, Field(ge=0)] = 0  # local: runs side by side; 0 is one per GPU, or one per core
+    slots: Annotated[Whole, Field(ge=0)] = 0  # local: runs side by side; 0 is one per GPU, or one per core
     partition: str | None = None  # sbatch --partition
     account: str | None = None  # sbatch --account
     qos: str | None = None  # sbatch --qos
     constraint: str | None = None  # sbatch --constraint: features that nodes must have
     nodes: Positive = 1  # of one job
-    gpus_per_node: Annotated[int, Field(ge=0)] = 0  # 0: a job on CPUs
+    gpus_per_node: Annotated[Whole, Field(ge=0)] = 0  # 0: a job on CPUs
     tasks_per_node: Positive | None = None  # null: one per GPU
     cpus_per_task: Positive = 1  # cores of one process, its data.num_workers included
     memory_gb: Positive | None = None  # per node; null: the cluster's default
@@ -241,7 +264,7 @@ class LaunchConfig:
     signal_delay_s: Positive = 120  # Slurm's warning before the time limit: a step and a checkpoint must fit in
     max_running: Positive = 64  # jobs at once
     max_attempts: Positive = 5  # of a run whose job ended without a word
-    hold_after: Annotated[int, Field(ge=0)] = 3  # runs that fail for one reason hold the rest; 0 holds nothing
+    hold_after: Annotated[Whole, Field(ge=0)] = 3  # runs that fail for one reason hold the rest; 0 holds nothing
     runs_per_job: Positive = 1  # one after another in a job
     runs_per_gpu: Positive = 1  # processes side by side on a GPU
     price_per_gpu_hour: Annotated[Number, Field(ge=0)] | None = None  # for the report: in your currency
@@ -300,10 +323,10 @@ class TuneConfig:
     flops: Annotated[Number, Field(gt=0)] | None = None  # of all runs, the winners' too
     batch: Positive = 8  # suggestions that are trained side by side: one pack, or one array of jobs
     sampler: Literal["tpe", "random"] = "tpe"  # of Optuna
-    seeds: Annotated[Seeds, Field(min_length=1)] = (0,)  # of each suggestion
-    seed: Annotated[int, Field(ge=0)] = 0  # of the sampler
+    seeds: Seeds = (0,)  # of each suggestion
+    seed: Annotated[Whole, Field(ge=0)] = 0  # of the sampler
     rerun: Positive = 3  # the best suggestions, which train again
-    rerun_seeds: Annotated[int, Field(ge=2)] = 3  # new ones, of each of them
+    rerun_seeds: Annotated[Whole, Field(ge=2)] = 3  # new ones, of each of them
     # shares of the steps at which a run whose loss is above the median of the suggestions before its batch is ended
     prune: Annotated[tuple[Annotated[Number, Field(gt=0, lt=1)], ...], BeforeValidator(listed)] = ()
 
@@ -315,6 +338,11 @@ class TuneConfig:
     def most_trials(self) -> int:
         """Where the budget is one of suggestions."""
         return self.trials or 32
+
+    @property
+    def most_winners(self) -> int:
+        """How many suggestions train again: all where there are fewer than `rerun`."""
+        return self.rerun if self.flops else min(self.rerun, self.most_trials)
 
 
 Factor = Annotated[Number, Field(gt=1)]  # all values from the file's own over it to the file's own times it
@@ -344,12 +372,12 @@ class VerifyConfig:
     # the keys that are perturbed: a factor around the file's own value, a range, or a list
     space: Annotated[dict[str, Around], Field(min_length=1)]
     runs: Positive = 59  # perturbed ones; of 59, none better: among the best 5 % with 95 % confidence
-    seeds: Annotated[Seeds, Field(min_length=1)] = (0, 1, 2)  # of the file's own values; perturbed ones have the first
+    seeds: Seeds = (0, 1, 2)  # of the file's own values; perturbed ones have the first
     width: Positive | None = None  # where it is verified; null: the file's own size
     depth: Positive | None = None  # as width
     top: Annotated[Number, Field(gt=0, lt=1)] = 0.05  # share of the space
     budget: Annotated[Number, Field(gt=0)] = 1.0  # FLOPs of all runs at most, in those of one run of the file
-    seed: Annotated[int, Field(ge=0)] = 0  # of the perturbations
+    seed: Annotated[Whole, Field(ge=0)] = 0  # of the perturbations
 
 
 @checked_setting
@@ -374,6 +402,8 @@ class StudyFile(RunConfig):
                 "a study compares; state it there, as in study.parameterizations=[{name: depth_mup, beta: 0.5}]"
             )
         sizes = tuple(map(self.complete, self.study.sizes))
+        if twice := [size for size in sizes if sizes.count(size) > 1]:
+            raise ValueError(f"study.sizes: {twice[0]} is there twice: leave one out")
         object.__setattr__(self, "study", replace(self.study, sizes=sizes))
         varied = {axis: {getattr(size, axis) for size in sizes} for axis in self.training_axes}
         compared = self.study.parameterizations, self.study.hyperparameter
