@@ -105,6 +105,39 @@ def test_whole_numbers_are_read_as_people_write_them(study_file: Path, text: str
     assert read_study(study_file, (f"train.samples={text}",)).train.samples == samples
 
 
+def test_a_file_is_utf_8_whatever_wrote_it_and_an_empty_one_is_said_to_be(study_file: Path) -> None:
+    text = study_file.read_text()
+    study_file.write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    assert read_study(study_file).study.name == "tiny"
+    study_file.write_text("# nothing yet\n")
+    with pytest.raises(UserError, match=r"expected sections .*, found nothing"):
+        read_study(study_file)
+    study_file.write_bytes(text.encode("utf-16"))
+    with pytest.raises(UserError, match="no text in UTF-8"):
+        read_study(study_file)
+
+
+def test_a_memory_too_short_is_refused_in_its_own_words_with_one_that_is_not(run_settings: dict[str, Any]) -> None:
+    set_dotted(run_settings, "optimizer.tau_ema=1e-6")
+    with pytest.raises(
+        UserError, match=r"optimizer.tau_ema 1e-06 lets a weight remember .* use optimizer.tau_ema="
+    ) as error:
+        from_plain(RunConfig, run_settings, "my.yaml")
+    set_dotted(run_settings, "optimizer.tau_ema=" + str(error.value).rpartition("tau_ema=")[2].split()[0])
+    from_plain(RunConfig, run_settings, "my.yaml")
+
+
+@pytest.mark.parametrize("key", ["active_share=0.5", "balance_rate=0.5"])
+def test_what_only_several_experts_read_is_refused_for_one(run_settings: dict[str, Any], key: str) -> None:
+    model = {"family": "moe_vit", "width": 16, "depth": 3, "base_width": 16, "base_depth": 3, "head_dim": 8}
+    shape = {"patch_size": 2, "num_classes": 10, "image_size": 8, "in_channels": 1}
+    run_settings["model"] = model | shape
+    from_plain(RunConfig, run_settings, "my.yaml")
+    set_dotted(run_settings, f"model.{key}")
+    with pytest.raises(UserError, match=r"would do nothing: model\.num_experts is 1"):
+        from_plain(RunConfig, run_settings, "my.yaml")
+
+
 def test_a_number_of_seeds_counts_however_it_is_written(study_file: Path) -> None:
     assert read_study(study_file, ("study.seeds=1e1",)).study.seeds == tuple(range(10))
 

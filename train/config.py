@@ -18,6 +18,7 @@ from depthmup.data.errors import UserError
 from depthmup.models.checked import STRICT, checked
 from depthmup.models.config import (
     AnyModelConfig,
+    MixtureVitConfig,
     Number,
     OptimizerConfig,
     ParameterizationConfig,
@@ -240,6 +241,12 @@ class RunConfig:
             raise ValueError(
                 f"model.num_groups would do nothing: model.norm is {norm}; leave it out, or use model.norm group"
             )
+        if getattr(self.model, "num_experts", None) == 1:
+            for key in ("active_share", "balance_rate"):
+                if getattr(self.model, key) != getattr(MixtureVitConfig, key):
+                    raise ValueError(
+                        f"model.{key} would do nothing: model.num_experts is 1; leave it out, or use more experts"
+                    )
         if misfit := channels_misfit(self.data, self.model.in_channels):
             raise ValueError(misfit)
         if misfit := streams_misfit(self.data.num_streams, self.train.global_batch_size):
@@ -267,6 +274,13 @@ class RunConfig:
         if self.forgets < LEAVES_LITTLE:
             return None
         decay, lr = self.resolved_optimizer.weight_decay, self.optimizer.lr
+        if tau := self.optimizer.tau_ema:
+            mend = tau * self.forgets / LEAVES_LITTLE
+            return (
+                f"optimizer.tau_ema {tau:g} lets a weight remember {tau * self.train.num_steps:.3g} of the run's "
+                f"{self.train.num_steps} steps, which leave e^-{self.forgets:.3g} of it: use "
+                f"optimizer.tau_ema={mend:.3g} or more"
+            )
         return (
             f"optimizer.weight_decay {decay:g} does not depend on the learning rate: a step takes up to "
             f"{decay * self.optimizer.noise_ratio:.3g} of every weight, and {self.train.num_steps} steps leave "

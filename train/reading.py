@@ -41,13 +41,14 @@ def set_dotted(raw: dict[str, Any], override: str) -> None:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The sections of a file, without top-level keys x-..., which hold anchors. Raises UserError."""
     try:
-        raw = load_yaml(path.read_text(), str(path))
+        raw = load_yaml(path.read_text(encoding="utf-8-sig"), str(path))  # whatever the locale; editors mark files so
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise UserError(f"{path}: not YAML: no text") from None
+        raise UserError(f"{path}: not YAML: no text in UTF-8") from None
     if not isinstance(raw, dict):
-        raise UserError(f"{path}: expected sections (model:, optimizer:, ...), found {type(raw).__name__}")
+        found = "nothing" if raw is None else type(raw).__name__
+        raise UserError(f"{path}: expected sections (model:, optimizer:, ...), found {found}")
     return {key: value for key, value in raw.items() if not str(key).startswith("x-")}
 
 
