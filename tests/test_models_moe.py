@@ -19,7 +19,7 @@ from depthmup.launch.scale import different, kept
 from depthmup.models import ParameterizationConfig, moe_vit
 from depthmup.models import parameterization as rules
 from depthmup.models.build import build, build_meta
-from depthmup.models.config import MixtureVitConfig, OptimizerConfig, VisionTransformerConfig
+from depthmup.models.config import MixtureVitConfig, VisionTransformerConfig
 from depthmup.models.coordinate_check import (
     AXES,
     BAND,
@@ -33,6 +33,7 @@ from depthmup.models.errors import ModelError
 from depthmup.models.export import folded_state
 from depthmup.models.flops import forward_flops
 from depthmup.models.moe_vit import GroupedLinear, MixtureOfExperts, balance_experts, load_metrics, unbalanced
+from depthmup.models.optimizer_config import OptimizerConfig
 from depthmup.models.parameterization import Role
 from depthmup.models.timm_registry import timm_call
 from depthmup.train.loop import run
@@ -266,7 +267,9 @@ def test_a_dense_proxys_optimum_may_be_carried_to_experts() -> None:
     dense = run_config(Path("nowhere"), model=MODEL | experts)
     target = run_config(Path("nowhere"), model=MODEL | experts | {"num_experts": 8, "active_share": 0.25, "width": 32})
     assert different(kept(dense), kept(target)) == ""
-    other = run_config(Path("nowhere"), model=MODEL | experts | {"balance_rate": 0.5})
+    other = run_config(
+        Path("nowhere"), model=MODEL | experts | {"num_experts": 8, "active_share": 0.25, "balance_rate": 0.5}
+    )
     assert "balance_rate" in different(kept(dense), kept(other))
 
 

@@ -12,8 +12,8 @@ from depthmup.launch.runs.design import design_of
 from depthmup.launch.runs.grouping import check_packable
 from depthmup.launch.runs.joint import JointStudy
 from depthmup.launch.runs.study import Study
-from depthmup.models.config import RoleRates
 from depthmup.models.errors import ModelError
+from depthmup.models.optimizer_config import RoleRates
 from depthmup.train.config import RunConfig
 
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from depthmup.data.config import DataConfig
 from depthmup.data.errors import UserError
-from depthmup.launch.config import Dimension, Range
 from depthmup.launch.runs.planned import factors
+from depthmup.launch.values import Dimension, Range
 from depthmup.train.config import RunConfig, TrainConfig, run_hash
 from depthmup.train.reading import from_plain
 
