@@ -2,18 +2,29 @@
 
 import re
 from dataclasses import field
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, ConfigDict, Discriminator, Field, PlainSerializer, Tag
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Discriminator, Field, PlainSerializer, Tag
 from pydantic.dataclasses import dataclass
 
 from depthmup.data.paths import expand_read, protect
 from depthmup.data.storage import BLOCK, is_remote
 
 NOT_IDENTITY = {"identity": False}  # on a field that does not change a result: no part of a run's hash
-Positive = Annotated[int, Field(gt=0)]
-Mean = Annotated[float, Field(ge=0, le=1)]
-Std = Annotated[float, Field(gt=0)]
+
+
+def refuse_switch(value: Any) -> Any:
+    """YAML reads on, yes and true as True, which Python takes for the number 1."""
+    if isinstance(value, bool):
+        raise ValueError("Input should be a number")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(refuse_switch)]
+Positive = Annotated[Whole, Field(gt=0)]
+Real = Annotated[float, BeforeValidator(refuse_switch), Field(allow_inf_nan=False)]
+Mean = Annotated[Real, Field(ge=0, le=1)]
+Std = Annotated[Real, Field(gt=0)]
 Value = TypeVar("Value")
 PerChannel = Annotated[  # one number for all channels, or one each; messages leave out tags in angle brackets
     Annotated[Value, Tag("<number>")] | Annotated[tuple[Value, ...], Field(min_length=1), Tag("<list>")],
@@ -63,24 +74,24 @@ class DataConfig:
     name: str  # the same name is taken for the same images, wherever they lie
     root: PathText = field(metadata=NOT_IDENTITY)  # folder of shards with index.json
     source: PathText | None = field(default=None, metadata=NOT_IDENTITY)  # packed into root when root has no index
-    validation_share: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the source, when it has no split of its own
-    minival: Annotated[float, Field(ge=0, lt=1)] = 0.01  # share of each class of train, held out for tuning
+    validation_share: Annotated[Real, Field(ge=0, lt=1)] = 0.0  # of the source, when it has no split of its own
+    minival: Annotated[Real, Field(ge=0, lt=1)] = 0.01  # share of each class of train, held out for tuning
     # crop_flip: shifted by up to an eighth; resized_crop_flip: a part of random size and shape, as for ImageNet
     augment: Literal["none", "crop_flip", "resized_crop_flip"] = "none"
     rand_augment: str | None = None  # timm's description, such as rand-m9-mstd0.5
-    color_jitter: Annotated[float, Field(gt=0, le=1)] | None = None  # brightness, contrast, saturation: 1 - x to 1 + x
-    mixup: Annotated[float, Field(gt=0)] | None = None  # alpha of the shares' beta distribution
-    cutmix: Annotated[float, Field(gt=0)] | None = None  # likewise; with both, each step takes one of them
+    color_jitter: Annotated[Real, Field(gt=0, le=1)] | None = None  # brightness, contrast, saturation: 1 - x to 1 + x
+    mixup: Annotated[Real, Field(gt=0)] | None = None  # alpha of the shares' beta distribution
+    cutmix: Annotated[Real, Field(gt=0)] | None = None  # likewise; with both, each step takes one of them
     mean: PerChannel[Mean] = 0.5  # pixel values scaled to [0, 1], then (x - mean) / std; one number or one each
     std: PerChannel[Std] = 0.5  # as mean
     num_streams: Positive = 64  # parts of the data that are read side by side; divides the global batch size
     # Samples shuffled together inside a stream, or the whole epoch, which reads each sample by itself.
     window: Window = 64
     backend: Literal["fast", "pil"] = "fast"  # pil is the reference that fast is compared with
-    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = field(default=0.001, metadata=NOT_IDENTITY)  # of an epoch
+    max_bad_fraction: Annotated[Real, Field(ge=0, le=1)] = field(default=0.001, metadata=NOT_IDENTITY)  # of an epoch
     trust: bool = field(default=False, metadata=NOT_IDENTITY)  # lets an index name files outside its own folder
     in_memory: bool = field(default=False, metadata=NOT_IDENTITY)  # decode once, keep the pixels: for small data sets
-    num_workers: Annotated[int, Field(ge=0)] = field(default=0, metadata=NOT_IDENTITY)  # 0: the trainer decodes
+    num_workers: Annotated[Whole, Field(ge=0)] = field(default=0, metadata=NOT_IDENTITY)  # 0: the trainer decodes
 
     def __post_init__(self) -> None:
         if self.rand_augment is not None and not RAND_AUGMENT.fullmatch(self.rand_augment):

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
 from pydantic.dataclasses import dataclass
 
-from depthmup.data.config import NOT_IDENTITY, PathText, Positive
+from depthmup.data.config import NOT_IDENTITY, PathText, Positive, Whole
 from depthmup.data.paths import expand_all_read, expand_read, protect
 from depthmup.launch.axes import AXES, TRAINING_AXES, axes_misfit, ladder_misfit
 from depthmup.launch.joint_config import TuneConfig, VerifyConfig
@@ -97,17 +97,17 @@ class StudyConfig:
     sizes: Annotated[tuple[Size, ...], Field(min_length=1)]  # the base first
     hyperparameter: str = "optimizer.lr"  # the key that is swept
     values: Values  # of it: a range, or a list
-    seeds: Annotated[Seeds, Field(min_length=1)] = (0,)  # a list, or how many
+    seeds: Seeds = (0,)  # a list, or how many
     metric: Literal["minival_loss", "train_loss"] = "minival_loss"  # what is lowest at the optimum
     regret_limit: Annotated[Number, Field(gt=0)] = 0.005  # share of the loss that a value may cost and still transfer
     cost_limit: Annotated[Number, Field(gt=0)] = 0.05  # share of the loss beyond which it does not transfer at all
     # adaptive: rounds of runs where they tell most, over a range of values; grid, and every list: all values
     design: Literal["adaptive", "grid"] = "adaptive"
     budget: Annotated[Number, Field(gt=0)] = 1.0  # adaptive: FLOPs of all rounds at most, in those of the grid
-    extend: Annotated[int, Field(ge=0)] = (
+    extend: Annotated[Whole, Field(ge=0)] = (
         2  # grid: rounds in which it grows by two values where its best is on the edge
     )
-    more_seeds: Annotated[int, Field(ge=0)] = (
+    more_seeds: Annotated[Whole, Field(ge=0)] = (
         2  # grid: rounds in which one seed is added where a verdict hangs on the noise
     )
     ladder: bool = False  # sizes that differ in samples alone are the longest run and branches that decay from it
@@ -117,6 +117,11 @@ class StudyConfig:
     def __post_init__(self) -> None:
         if self.complement and max(self.grid) >= 1:
             raise ValueError(f"values of {self.hyperparameter} must be below 1, found {max(self.grid):g}")
+        idle = ("extend", "more_seeds") if self.adaptive else ("budget",)
+        needed = "design grid" if self.adaptive else "design adaptive and a range of values, {first: ..., last: ...}"
+        for key in idle:
+            if getattr(self, key) not in (getattr(StudyConfig, key), 0):  # 0 switches off what is not there
+                raise ValueError(f"{key} would do nothing: leave it out, or use {needed}")
         if self.ladder and self.adaptive:
             raise ValueError("ladder needs every value at every horizon: use design grid")
         if self.cost_limit <= self.regret_limit:
@@ -179,13 +184,13 @@ class LaunchConfig:
 
     # local: processes of this machine; debug: this process, one run after another; slurm: jobs
     cluster: Literal["local", "debug", "slurm"] = "local"
-    slots: Annotated[int, Field(ge=0)] = 0  # local: runs side by side; 0 is one per GPU, or one per core
+    slots: Annotated[Whole, Field(ge=0)] = 0  # local: runs side by side; 0 is one per GPU, or one per core
     partition: str | None = None  # sbatch --partition
     account: str | None = None  # sbatch --account
     qos: str | None = None  # sbatch --qos
     constraint: str | None = None  # sbatch --constraint: features that nodes must have
     nodes: Positive = 1  # of one job
-    gpus_per_node: Annotated[int, Field(ge=0)] = 0  # 0: a job on CPUs
+    gpus_per_node: Annotated[Whole, Field(ge=0)] = 0  # 0: a job on CPUs
     tasks_per_node: Positive | None = None  # null: one per GPU
     cpus_per_task: Positive = 1  # cores of one process, its data.num_workers included
     memory_gb: Positive | None = None  # per node; null: the cluster's default
@@ -193,7 +198,7 @@ class LaunchConfig:
     signal_delay_s: Positive = 120  # Slurm's warning before the time limit: a step and a checkpoint must fit in
     max_running: Positive = 64  # jobs at once
     max_attempts: Positive = 5  # of a run whose job ended without a word
-    hold_after: Annotated[int, Field(ge=0)] = 3  # runs that fail for one reason hold the rest; 0 holds nothing
+    hold_after: Annotated[Whole, Field(ge=0)] = 3  # runs that fail for one reason hold the rest; 0 holds nothing
     runs_per_job: Positive = 1  # one after another in a job
     runs_per_gpu: Positive = 1  # processes side by side on a GPU
     price_per_gpu_hour: Annotated[Number, Field(ge=0)] | None = None  # for the report: in your currency
@@ -240,6 +245,8 @@ class StudyFile(RunConfig):
                 "a study compares; state it there, as in study.parameterizations=[{name: depth_mup, beta: 0.5}]"
             )
         sizes = tuple(map(self.complete, self.study.sizes))
+        if twice := [size for size in sizes if sizes.count(size) > 1]:
+            raise ValueError(f"study.sizes: {twice[0]} is there twice: leave one out")
         object.__setattr__(self, "study", replace(self.study, sizes=sizes))
         varied = {axis: {getattr(size, axis) for size in sizes} for axis in self.training_axes}
         compared = self.study.parameterizations, self.study.hyperparameter

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 from pydantic.dataclasses import dataclass
 
-from depthmup.data.config import Positive
+from depthmup.data.config import Positive, Whole
 from depthmup.launch.values import Dimension, Range, Seeds, listed
 from depthmup.models.checked import STRICT
 from depthmup.models.number import Number
@@ -23,10 +23,10 @@ class TuneConfig:
     flops: Annotated[Number, Field(gt=0)] | None = None  # of all runs, the winners' too
     batch: Positive = 8  # suggestions that are trained side by side: one pack, or one array of jobs
     sampler: Literal["tpe", "random"] = "tpe"  # of Optuna
-    seeds: Annotated[Seeds, Field(min_length=1)] = (0,)  # of each suggestion
-    seed: Annotated[int, Field(ge=0)] = 0  # of the sampler
+    seeds: Seeds = (0,)  # of each suggestion
+    seed: Annotated[Whole, Field(ge=0)] = 0  # of the sampler
     rerun: Positive = 3  # the best suggestions, which train again
-    rerun_seeds: Annotated[int, Field(ge=2)] = 3  # new ones, of each of them
+    rerun_seeds: Annotated[Whole, Field(ge=2)] = 3  # new ones, of each of them
     # shares of the steps at which a run whose loss is above the median of the suggestions before its batch is ended
     prune: Annotated[tuple[Annotated[Number, Field(gt=0, lt=1)], ...], BeforeValidator(listed)] = ()
 
@@ -38,6 +38,11 @@ class TuneConfig:
     def most_trials(self) -> int:
         """Where the budget is one of suggestions."""
         return self.trials or 32
+
+    @property
+    def most_winners(self) -> int:
+        """How many suggestions train again: all where there are fewer than `rerun`."""
+        return self.rerun if self.flops else min(self.rerun, self.most_trials)
 
 
 Factor = Annotated[Number, Field(gt=1)]  # all values from the file's own over it to the file's own times it
@@ -67,9 +72,9 @@ class VerifyConfig:
     # the keys that are perturbed: a factor around the file's own value, a range, or a list
     space: Annotated[dict[str, Around], Field(min_length=1)]
     runs: Positive = 59  # perturbed ones; of 59, none better: among the best 5 % with 95 % confidence
-    seeds: Annotated[Seeds, Field(min_length=1)] = (0, 1, 2)  # of the file's own values; perturbed ones have the first
+    seeds: Seeds = (0, 1, 2)  # of the file's own values; perturbed ones have the first
     width: Positive | None = None  # where it is verified; null: the file's own size
     depth: Positive | None = None  # as width
     top: Annotated[Number, Field(gt=0, lt=1)] = 0.05  # share of the space
     budget: Annotated[Number, Field(gt=0)] = 1.0  # FLOPs of all runs at most, in those of one run of the file
-    seed: Annotated[int, Field(ge=0)] = 0  # of the perturbations
+    seed: Annotated[Whole, Field(ge=0)] = 0  # of the perturbations

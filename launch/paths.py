@@ -38,8 +38,10 @@ class ConfigPath(FilePath):
     def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
         path = super().convert(value, param, context)
         name = Path(*path.parts[1:]) if path.parts[:1] == ("configs",) else path
+        if path.exists() or path.is_absolute() or not name.name:
+            return path
         recipe = PACKAGE / "configs" / name.with_suffix(".yaml")
-        return recipe if not path.exists() and not path.is_absolute() and recipe.is_file() else path
+        return recipe if recipe.is_file() else path
 
 
 def command(verb: str, *words: str | Path) -> str:

@@ -21,7 +21,7 @@ def configuration_folders(path: Path) -> list[Path]:
     from, that folder, and the one above it."""
     folder = path if path.is_dir() else path.parent
     file = folder / "study.yaml"
-    written = load_yaml(file.read_text(), str(file)) if file.exists() else None
+    written = load_yaml(file.read_text(encoding="utf-8-sig"), str(file)) if file.exists() else None
     if not isinstance(written, dict):
         return [folder]
     return [Path(written.get(CONFIGURATION_FOLDER, folder)), folder, folder.resolve().parent]

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 from pydantic.dataclasses import dataclass
 
-from depthmup.data.config import Positive
+from depthmup.data.config import Positive, Whole
 from depthmup.models.checked import STRICT
 from depthmup.models.number import Number
 from depthmup.train.config import checked_setting
@@ -19,9 +19,27 @@ def listed(given: Any) -> Any:
     return [given] if isinstance(given, int | float) else given
 
 
-# A number means that many: 16 is 0 to 15.
+def count_up(given: Any) -> Any:
+    """A number means that many seeds: 16 is 0 to 15."""
+    if isinstance(given, float) and given.is_integer():  # 1e1
+        given = int(given)
+    if isinstance(given, bool) or (isinstance(given, int) and given < 1):
+        raise ValueError("state how many seeds, at least 1, or a list of them")
+    return tuple(range(given)) if isinstance(given, int) else listed(given)
+
+
+def refuse_twice(given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Two runs of one seed are one run: they would pass for an agreement that nobody measured."""
+    if twice := sorted({each for each in given if given.count(each) > 1}):
+        raise ValueError(f"{', '.join(map(str, twice))} is there twice: leave one out")
+    return given
+
+
 Seeds = Annotated[
-    tuple[int, ...], BeforeValidator(lambda given: tuple(range(given)) if isinstance(given, int) else listed(given))
+    tuple[Annotated[Whole, Field(ge=0)], ...],
+    BeforeValidator(count_up),
+    AfterValidator(refuse_twice),
+    Field(min_length=1),
 ]
 
 

@@ -16,9 +16,31 @@ Class = TypeVar("Class", bound=type)
 
 def describe_error(error: ErrorDetails) -> str:
     """What one of pydantic's errors says, with the value that it found."""
-    message = error["msg"].removeprefix("Value error, ")
     found = error.get("input")
+    context = error.get("ctx", {})
+    if error["type"] in ("tuple_type", "list_type"):
+        message = "Input should be a list, as [a, b]"
+    elif error["type"] in ("dict_type", "dataclass_type", "model_attributes_type"):
+        message = "Input should be keys with values, as {key: value}"
+    elif error["type"] == "string_type":
+        message = "Input should be text" + (f": put it in quotes, as '{found}'" if found is not None else "")
+    elif error["type"] == "too_short":
+        counted = "item" if context["min_length"] == 1 else "items"
+        message = f"needs at least {context['min_length']} {counted}, found {context['actual_length']}"
+    else:
+        message = error["msg"].removeprefix("Value error, ")
     return message + (f" (got {found!r})" if isinstance(found, str | int | float | bool) else "")
+
+
+def without_echoes(errors: list[ErrorDetails]) -> list[ErrorDetails]:
+    """`errors` but for those that say of a list with a bad item that it is too short."""
+    places = [error["loc"] for error in errors]
+    return [
+        error
+        for error in errors
+        if error["type"] != "too_short"
+        or not any(place != error["loc"] and place[: len(error["loc"])] == error["loc"] for place in places)
+    ]
 
 
 def checked(error_type: type[Exception]) -> Callable[[Class], Class]:
@@ -43,7 +65,8 @@ def checked(error_type: type[Exception]) -> Callable[[Class], Class]:
             try:
                 construct(self, *args, **values)
             except ValidationError as error:
-                raise error_type("; ".join(describe(item) for item in error.errors(include_url=False))) from None
+                mistakes = without_echoes(error.errors(include_url=False))
+                raise error_type("; ".join(map(describe, mistakes))) from None
 
         cls.__init__ = init  # type: ignore[misc]  # mypy knows no class decorator that replaces a method
         return cls

@@ -10,7 +10,10 @@ FRACTION = re.compile(r"\s*([+-]?[\d.]+)\s*/\s*([\d.]+)\s*")
 
 
 def parse_number(value: Any) -> Any:
-    """'2**-9' -> 2^-9, '-1/3' -> -1/3 and '1e-3' -> 0.001 (YAML reads them as text). Anything else is passed on."""
+    """'2**-9' -> 2^-9, '-1/3' -> -1/3 and '1e-3' -> 0.001 (YAML reads them as text). Anything else is passed on, but
+    for a switch (on, yes, true), which Python would take for a number."""
+    if isinstance(value, bool):
+        raise ValueError("Input should be a number")
     if isinstance(value, str):
         try:
             if parts := POWER.fullmatch(value):
@@ -24,4 +27,4 @@ def parse_number(value: Any) -> Any:
 
 
 Number = Annotated[float, BeforeValidator(parse_number), Field(allow_inf_nan=False)]
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, BeforeValidator(parse_number), Field(gt=0)]

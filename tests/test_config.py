@@ -11,6 +11,7 @@ import yaml
 from depthmup.data.errors import UserError
 from depthmup.launch.config import LaunchConfig
 from depthmup.launch.reading import read_run, read_study
+from depthmup.launch.runs.study import Study
 from depthmup.launch.scale import read_changes
 from depthmup.train.__main__ import read_config
 from depthmup.train.config import ParallelConfig, RunConfig, run_hash
@@ -40,6 +41,18 @@ from depthmup.train.reading import from_plain, set_dotted, to_yaml
             "num_streams 5 must divide train.global_batch_size 32: use train.global_batch_size=30 or",
         ),
         ("train.samples=5", "samples 5 is less than one global batch of 32"),
+        (
+            "model.blocks=[1, 1, 1, 1]",
+            "model.blocks: unknown key; another family has it; known in this one: activation",
+        ),
+        ("model=", "model: Input should be keys with values, as {key: value}"),
+        ("train.evaluate=minival", "train.evaluate: Input should be a list, as [a, b] (got 'minival')"),
+        ("data.name=123", "data.name: Input should be text: put it in quotes, as '123'"),
+        ("optimizer.lr=on", "optimizer.lr: Input should be a number (got True)"),
+        ("train.samples=yes", "train.samples: Input should be a number (got True)"),
+        ("data.mixup=on", "data.mixup: Input should be a number (got True)"),
+        ("data.std=.inf", "data.std: Input should be a finite number"),
+        ("optimizer.lr=1:30", "optimizer.lr: Input should be a valid number"),
     ],
 )
 def test_a_bad_key_or_value_is_refused_with_its_name_and_the_mend(
@@ -51,6 +64,100 @@ def test_a_bad_key_or_value_is_refused_with_its_name_and_the_mend(
     assert "my.yaml: " in str(error.value)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("study.seeds=[0, 0]", "study.seeds: 0 is there twice: leave one out"),
+        ("study.seeds=[-1]", "study.seeds.0: Input should be greater than or equal to 0"),
+        ("study.seeds=0", "study.seeds: state how many seeds, at least 1, or a list of them"),
+        ("study.seeds=on", "study.seeds: state how many seeds"),
+        ("study.sizes=[{width: 8, depth: 3}, {width: 8, depth: 3}]", "study.sizes: width 8, depth 3 is there twice"),
+        (
+            "study.sizes=[{width: 8, depth: 3}, {width: 8, depth: 3, batch: 32}]",
+            "study.sizes: width 8, depth 3, batch 32 is there twice",
+        ),
+        ("study.sizes=[{width: 8, dept: 3}]", "unknown key; did you mean 'study.sizes.0.depth'?"),
+        ("study.parameterizations=[{nam: sp}]", "did you mean 'study.parameterizations.0.name'?"),
+        ("study.values={frist: 1, last: 8}", "study.values.frist: unknown key; did you mean 'study.values.first'?"),
+        ("study.values=on", "study.values.0: Input should be a number (got True)"),
+        ("study.budget=0.5", "budget would do nothing: leave it out, or use design adaptive and a range of values"),
+        ("study={name: x, values: {first: 1, last: 8}, extend: 3}", "extend would do nothing: leave it out, or use de"),
+        ("study.sizes={width:8, depth: 3}", "a space is missing after the colon in 'width:8': write 'width: 8'"),
+        ("study..name=x", "a name is missing beside a point; write it like model.depth=48"),
+    ],
+)
+def test_a_bad_study_is_refused_with_the_mend_and_nothing_else(study_file: Path, override: str, message: str) -> None:
+    if override.startswith("study={"):
+        override = override.replace("name: x", "name: x, parameterizations: [sp], sizes: [{width: 8, depth: 3}]")
+    with pytest.raises(UserError) as error:
+        read_study(study_file, (override,))
+    assert message in str(error.value)
+    assert "found 0" not in str(error.value)  # a list of which one item is wrong is not too short
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "samples"), [("0640", 640), ("6.4e2", 640), ("1_280", 1280), ("0x400", 1024), ("2**10", 1024)]
+)
+def test_whole_numbers_are_read_as_people_write_them(study_file: Path, text: str, samples: int) -> None:
+    assert read_study(study_file, (f"train.samples={text}",)).train.samples == samples
+
+
+def test_a_file_is_utf_8_whatever_wrote_it_and_an_empty_one_is_said_to_be(study_file: Path) -> None:
+    text = study_file.read_text()
+    study_file.write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    assert read_study(study_file).study.name == "tiny"
+    study_file.write_text("# nothing yet\n")
+    with pytest.raises(UserError, match=r"expected sections .*, found nothing"):
+        read_study(study_file)
+    study_file.write_bytes(text.encode("utf-16"))
+    with pytest.raises(UserError, match="no text in UTF-8"):
+        read_study(study_file)
+
+
+def test_a_memory_too_short_is_refused_in_its_own_words_with_one_that_is_not(run_settings: dict[str, Any]) -> None:
+    set_dotted(run_settings, "optimizer.tau_ema=1e-6")
+    with pytest.raises(
+        UserError, match=r"optimizer.tau_ema 1e-06 lets a weight remember .* use optimizer.tau_ema="
+    ) as error:
+        from_plain(RunConfig, run_settings, "my.yaml")
+    set_dotted(run_settings, "optimizer.tau_ema=" + str(error.value).rpartition("tau_ema=")[2].split()[0])
+    from_plain(RunConfig, run_settings, "my.yaml")
+
+
+@pytest.mark.parametrize("key", ["active_share=0.5", "balance_rate=0.5"])
+def test_what_only_several_experts_read_is_refused_for_one(run_settings: dict[str, Any], key: str) -> None:
+    model = {"family": "moe_vit", "width": 16, "depth": 3, "base_width": 16, "base_depth": 3, "head_dim": 8}
+    shape = {"patch_size": 2, "num_classes": 10, "image_size": 8, "in_channels": 1}
+    run_settings["model"] = model | shape
+    from_plain(RunConfig, run_settings, "my.yaml")
+    set_dotted(run_settings, f"model.{key}")
+    with pytest.raises(UserError, match=r"would do nothing: model\.num_experts is 1"):
+        from_plain(RunConfig, run_settings, "my.yaml")
+
+
+def test_a_number_of_seeds_counts_however_it_is_written(study_file: Path) -> None:
+    assert read_study(study_file, ("study.seeds=1e1",)).study.seeds == tuple(range(10))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("train.log_every", "[1, 2, 3]"), "train.log_every changes how a run is trained, not what it learns"),
+        (("parallel.micro_batch_size", "[8, 16, 32]"), "changes how a run is trained"),
+        (("model.width", "[8, 16, 32]"), "model.width: study.sizes says the sizes: sweep another key"),
+        (("train.samples", "[64, 128, 256]"), "losses after another number of samples are not comparable"),
+        (("parameterization.alpha", "[0.5, 0.75, 1]"), r"do nothing at the base .*parameterizations=.{alpha: 0.5}, {"),
+    ],
+)
+def test_a_sweep_of_what_settles_nothing_is_refused(study_file: Path, settings: tuple[str, str], message: str) -> None:
+    key, values = settings
+    preset = "study.parameterizations=[depth_mup]"
+    file = read_study(study_file, (f"study.hyperparameter={key}", f"study.values={values}", preset))
+    with pytest.raises(UserError, match=message):
+        _ = Study(study_file, file).runs
 
 
 def test_a_vit_width_that_the_head_dim_does_not_divide_is_refused_with_the_nearest_widths(

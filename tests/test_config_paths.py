@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from depthmup.data.errors import UserError
 from depthmup.data.paths import expand, expand_all, home, protect
 from depthmup.launch.cli import cli
+from depthmup.launch.paths import ConfigPath
 from depthmup.launch.reading import find_profile, read_run, read_study, read_study_or_run
 from depthmup.launch.runs.cost import cache_file
 from depthmup.launch.runs.study import Study
@@ -286,3 +287,12 @@ def test_a_saved_run_reads_back_from_a_folder_with_a_dollar_sign(run_settings: d
     config = from_plain(RunConfig, run_settings, "test")
     assert config.data.root == f"{tmp_path}/a$b"
     assert from_plain(RunConfig, load_yaml(to_yaml(config), "-"), "test") == config
+
+
+@pytest.mark.parametrize("given", [".", "", "configs", "/", ".."])
+def test_what_names_no_file_is_refused_as_a_configuration(
+    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"no study.yaml in this folder|No such file"):
+        read_study(ConfigPath().convert(given, None, None))

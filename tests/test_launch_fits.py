@@ -128,3 +128,16 @@ def test_plan_and_dry_run_say_how_many_jobs_come_out_on_what_and_for_how_long(st
     assert said == ["12 jobs of up to 1 run, at most 12 at once", "each job: 2 nodes, 12 CPUs, up to 4 h 00 min"]
     here = describe_jobs(Study(study_file, read_study(study_file, ("launch.slots=3",))))
     assert here == ["12 runs here, 3 processes at once"]
+
+
+def test_a_rate_of_a_role_that_the_network_has_not_is_refused_before_anything_runs(study_file: Path) -> None:
+    assert "optimizer.role_lr.router would do nothing" in refusal(study_file, "optimizer.role_lr.router=4")
+    check_fits(Study(study_file, read_study(study_file, ("optimizer.role_lr.input=4",))))
+
+
+def test_a_budget_that_does_not_pay_for_the_first_round_is_refused_with_one_that_does(study_file: Path) -> None:
+    values = "study.values={first: 2**-7, last: 2**-2}"
+    said = refusal(study_file, values, "study.budget=0.01")
+    assert "study.budget 0.01 does not pay for the first round, 3 values at the base" in said
+    enough = said.rpartition("study.budget=")[2].split()[0]
+    check_fits(Study(study_file, read_study(study_file, (values, f"study.budget={enough}"))))

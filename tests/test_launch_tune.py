@@ -409,3 +409,55 @@ def test_a_search_is_trained_by_the_real_launcher_and_its_best_file_is_a_run(
     assert again.exit_code == 0, again.exception
     assert again.output.splitlines()[:3] == tuned.output[tuned.output.index("trial") :].splitlines()[:3]
     assert f"{count} done" in invoke("status", root).output
+
+
+# ---------------------------------------------------------------- spaces and journals that cannot be
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ({"optimizer.lr": [0.125, "2**-3"]}, "a value is there twice"),
+        ({"optimizer.eps": [1e-8, 1e-6]}, "eps would do nothing: sgd has none"),  # the first is the default
+        ({"parameterization.alpha": {"first": 0.5, "last": 1}}, "would do nothing at width 8, depth 3, the base's"),
+        ({"optimizer.batch_ratio": [1, 2]}, "batch_ratio: cannot be tuned: it says how the batch differs"),
+        (
+            {"optimizer.tau_ema": {"first": 0.5, "last": 2}, "optimizer.weight_decay": {"first": 1e-4, "last": 1e-2}},
+            "weight_decay and tau_ema say the same thing.*the same for each of 50 draws",
+        ),
+    ],
+)
+def test_a_space_in_which_nothing_is_to_be_found_is_refused_before_anything_is_written(
+    tune_file: Callable[..., Path], space: dict[str, Any], message: str
+) -> None:
+    file = tune_file(space=space)
+    with pytest.raises(UserError, match=message):
+        open_search(file)
+    assert not (file.parent / "runs").exists()
+
+
+def test_early_ends_that_could_not_come_are_refused(tune_file: Callable[..., Path]) -> None:
+    with pytest.raises(
+        UserError, match=r"tune.prune would do nothing: it begins after 12 suggestions, and there are 12"
+    ):
+        open_search(tune_file(trials=12, prune=[0.5]))
+    open_search(tune_file(trials=13, prune=[0.5]))
+
+
+def test_no_more_winners_are_planned_than_there_are_suggestions(tune_file: Callable[..., Path]) -> None:
+    assert "the best 2 again" in invoke("plan", tune_file(trials=2, rerun=9)).output
+
+
+@pytest.mark.parametrize("line", [b"{", b"[1]", b'{"op_code": 99, "worker_id": "x"}', b"\xff\x00"])
+def test_a_journal_that_is_damaged_before_its_end_is_named_with_the_mend(
+    tune_file: Callable[..., Path], line: bytes
+) -> None:
+    file = tune_file(trials=4)
+    first = walk(file)
+    journal = open_search(file).journal.path
+    journal.write_bytes(line + b"\n" + journal.read_bytes())
+    with pytest.raises(UserError, match=r"search.journal: damaged .*move this file away") as error:
+        walk(file)
+    assert "\n" not in str(error.value)
+    journal.unlink()
+    assert sorted([*first, *walk(file)]) == sorted(first)  # as the line says

@@ -254,3 +254,14 @@ def test_a_verification_is_trained_by_the_real_launcher_and_given_again_trains_n
     assert "5 done" in invoke("status", root).output
     for verb in ("report", "transfer", "scale"):
         assert "section verify: and no sweep" in str(invoke(verb, root).exception), verb
+
+
+def test_a_study_is_not_verified_in_its_own_folder_but_its_target_is_named(
+    verify_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    content = yaml.safe_load(verify_file().read_text())
+    content["study"] |= {"parameterizations": ["depth_mup"], "values": [0.1, 0.2, 0.4]}
+    content["study"] |= {"sizes": [{"width": content["model"]["width"], "depth": content["model"]["depth"]}]}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match=r"verify is of one run, and this is a study: give it the target's file"):
+        open_verification(tmp_path / "study.yaml")

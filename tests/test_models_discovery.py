@@ -251,6 +251,15 @@ def odd(net: Net) -> None:
     net.embed.extra = nn.Parameter(torch.zeros(net.embed.out_features + 4))
 
 
+def imaginary(net: Net) -> None:
+    net.turn = nn.Parameter(torch.zeros(net.embed.out_features, dtype=torch.complex64))
+
+
+def normed(net: Net) -> None:
+    for block in net.blocks:
+        nn.utils.parametrizations.weight_norm(block.up)
+
+
 BAD: dict[str, tuple[Builder, str]] = {
     "ignores its width": (lambda width, depth: Net(16, depth), "ignores its width"),
     "ignores its depth": (lambda width, depth: Net(width, 3), "ignores its depth"),
@@ -268,6 +277,26 @@ BAD: dict[str, tuple[Builder, str]] = {
         lambda width, depth: Net(width, depth, change=lambda net: setattr(net, "idle", nn.Linear(3, 3))),
         "does not use idle.weight",
     ),
+    "frozen": (
+        lambda width, depth: Net(width, depth, change=lambda net: net.embed.requires_grad_(False) and None),
+        r"embed\.weight is frozen, and all initial weights are drawn anew: make it a buffer",
+    ),
+    "complex": (lambda width, depth: Net(width, depth, change=imaginary), "turn is torch.complex64, for which"),
+    "weight norm": (
+        lambda width, depth: Net(width, depth, change=normed),
+        r"a weight of blocks\.0\.up is computed from",
+    ),
+    "spectral norm": (
+        lambda width, depth: Net(
+            width, depth, change=lambda net: setattr(net, "head", nn.utils.spectral_norm(nn.Linear(width, 10)))
+        ),
+        "a weight of head is computed from others",
+    ),
+    "lazy": (
+        lambda width, depth: Net(width, depth, change=lambda net: setattr(net, "head", nn.LazyLinear(10))),
+        "head.weight has no shape before the first forward pass: give its module its sizes",
+    ),
+    "no arguments": (lambda: Net(16, 2), r"the builder must take \(width, depth\), two numbers"),  # type: ignore[dict-item,misc]
     "no module": (lambda width, depth: None, "a NoneType and no torch.nn.Module"),  # type: ignore[arg-type,return-value]
 }
 

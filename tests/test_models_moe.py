@@ -267,7 +267,9 @@ def test_a_dense_proxys_optimum_may_be_carried_to_experts() -> None:
     dense = run_config(Path("nowhere"), model=MODEL | experts)
     target = run_config(Path("nowhere"), model=MODEL | experts | {"num_experts": 8, "active_share": 0.25, "width": 32})
     assert describe_differences(task_values(dense), task_values(target)) == ""
-    other = run_config(Path("nowhere"), model=MODEL | experts | {"balance_rate": 0.5})
+    other = run_config(
+        Path("nowhere"), model=MODEL | experts | {"num_experts": 8, "active_share": 0.25, "balance_rate": 0.5}
+    )
     assert "balance_rate" in describe_differences(task_values(dense), task_values(other))
 
 

@@ -13,10 +13,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
-from depthmup.data.config import NOT_IDENTITY, DataConfig, Positive, channels_misfit, streams_misfit
+from depthmup.data.config import NOT_IDENTITY, DataConfig, Positive, Whole, channels_misfit, streams_misfit
 from depthmup.data.errors import UserError
 from depthmup.models.checked import STRICT, checked
-from depthmup.models.config import AnyModelConfig, ParameterizationConfig, ResNetConfig
+from depthmup.models.config import AnyModelConfig, MixtureVitConfig, ParameterizationConfig, ResNetConfig
 from depthmup.models.number import Number
 from depthmup.models.optimizer_config import OptimizerConfig, refuse_idle
 
@@ -78,7 +78,7 @@ class TrainConfig:
     precision: Annotated[Literal["fp32", "tf32", "bf16"], BeforeValidator(refuse_auto)] = "fp32"
     bf16_residual: bool = False  # with bf16, the residual stream too: faster, but small branch outputs are rounded away
     # images that each BatchNorm statistic is taken over, however they are spread; null: the whole global batch
-    batch_norm_images: Annotated[int, Field(ge=2)] | None = None
+    batch_norm_images: Annotated[Whole, Field(ge=2)] | None = None
     evaluate: tuple[Literal["minival", "val"], ...] = ("minival",)  # at the end of the run
     evaluate_every: Positive | None = field(default=None, metadata=NOT_IDENTITY)  # steps; null: at the end only
     device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata=NOT_IDENTITY)  # auto: a GPU if there is one
@@ -92,7 +92,7 @@ class TrainConfig:
     keep_every: Positive | None = field(default=None, metadata=NOT_IDENTITY)  # steps: these checkpoints stay for good
     keep_steps: tuple[Positive, ...] = field(default=(), metadata=NOT_IDENTITY)  # and these, as of a ladder's trunk
     # Most runs of a study that train as one process. 0 or 1: one by one; null: packs where they pay (docs/packed.md).
-    pack: Annotated[int, Field(ge=0)] | None = field(default=None, metadata=NOT_IDENTITY)
+    pack: Annotated[Whole, Field(ge=0)] | None = field(default=None, metadata=NOT_IDENTITY)
 
     def __post_init__(self) -> None:
         if self.bf16_residual and self.precision != "bf16":
@@ -212,7 +212,7 @@ class RunConfig:
     train: TrainConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig, metadata=NOT_IDENTITY)
     track: TrackConfig = field(default_factory=TrackConfig, metadata=NOT_IDENTITY)
-    seed: Annotated[int, Field(ge=0)] = 0  # of the weights, the order of images and all chance; a study sets it
+    seed: Annotated[Whole, Field(ge=0)] = 0  # of the weights, the order of images and all chance; a study sets it
 
     def __post_init__(self) -> None:
         chosen = self.parameterization.choose(self.model, self.optimizer.name)
@@ -235,6 +235,12 @@ class RunConfig:
             raise ValueError(
                 f"model.num_groups would do nothing: model.norm is {norm}; leave it out, or use model.norm group"
             )
+        if getattr(self.model, "num_experts", None) == 1:
+            for key in ("active_share", "balance_rate"):
+                if getattr(self.model, key) != getattr(MixtureVitConfig, key):
+                    raise ValueError(
+                        f"model.{key} would do nothing: model.num_experts is 1; leave it out, or use more experts"
+                    )
         if misfit := channels_misfit(self.data, self.model.in_channels):
             raise ValueError(misfit)
         if misfit := streams_misfit(self.data.num_streams, self.train.global_batch_size):
@@ -262,6 +268,13 @@ class RunConfig:
         if self.forgets < LEAVES_LITTLE:
             return None
         decay, lr = self.resolved_optimizer.weight_decay, self.optimizer.lr
+        if tau := self.optimizer.tau_ema:
+            mend = tau * self.forgets / LEAVES_LITTLE
+            return (
+                f"optimizer.tau_ema {tau:g} lets a weight remember {tau * self.train.num_steps:.3g} of the run's "
+                f"{self.train.num_steps} steps, which leave e^-{self.forgets:.3g} of it: use "
+                f"optimizer.tau_ema={mend:.3g} or more"
+            )
         return (
             f"optimizer.weight_decay {decay:g} does not depend on the learning rate: a step takes up to "
             f"{decay * self.optimizer.noise_ratio:.3g} of every weight, and {self.train.num_steps} steps leave "

@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_typ
 from pydantic import TypeAdapter, ValidationError
 
 from depthmup.data.errors import UserError
-from depthmup.models.checked import describe_error
+from depthmup.models.checked import describe_error, without_echoes
 from depthmup.models.config import AnyModelConfig
 from depthmup.train.config import RunConfig
 from depthmup.train.yaml_text import dump_yaml, load_yaml
@@ -27,6 +27,8 @@ def set_dotted(raw: dict[str, Any], override: str) -> None:
     if not equals or not path:
         raise UserError(f"{override!r}: overrides look like model.depth=48 or optimizer.lr=2**-9")
     *sections, key = path.strip().split(".")
+    if not all((*sections, key)):
+        raise UserError(f"{override!r}: a name is missing beside a point; write it like model.depth=48")
     for section in sections:
         raw = raw.setdefault(section, {})
         if not isinstance(raw, dict):
@@ -37,13 +39,14 @@ def set_dotted(raw: dict[str, Any], override: str) -> None:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The sections of a file, without top-level keys x-..., which hold anchors. Raises UserError."""
     try:
-        raw = load_yaml(path.read_text(), str(path))
+        raw = load_yaml(path.read_text(encoding="utf-8-sig"), str(path))  # whatever the locale; editors mark files so
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise UserError(f"{path}: not YAML: no text") from None
+        raise UserError(f"{path}: not YAML: no text in UTF-8") from None
     if not isinstance(raw, dict):
-        raise UserError(f"{path}: expected sections (model:, optimizer:, ...), found {type(raw).__name__}")
+        found = "nothing" if raw is None else type(raw).__name__
+        raise UserError(f"{path}: expected sections (model:, optimizer:, ...), found {found}")
     return {key: value for key, value in raw.items() if not str(key).startswith("x-")}
 
 
@@ -66,19 +69,36 @@ def suggestion(cls: Any, location: tuple[Any, ...]) -> str:
     *sections, key = (str(part) for part in location if part not in FAMILIES)
     here = field_names(cls, location)
     elsewhere = [name for name in dotted_names(cls) if name.endswith(f".{key}")]
+    if ".".join((*sections, key)) in elsewhere:
+        return f"another family has it; known in this one: {', '.join(here)}"
     nearest = elsewhere[:3] or [".".join((*sections, n)) for n in difflib.get_close_matches(key, here, 1, cutoff=0.5)]
     return f"did you mean {' or '.join(map(repr, nearest))}?" if nearest else f"known: {', '.join(here)}"
 
 
 def field_names(cls: Any, location: tuple[Any, ...]) -> list[str]:
     """Names of the fields that are allowed beside `location` in the dataclass `cls`, for a suggestion."""
-    candidates = [cls]
+    hints = [cls]
     for key in location[:-1]:
-        if key in FAMILIES:  # a discriminated union adds its tag to the location
-            candidates = [candidate for candidate in candidates if candidate.family == key]
-        else:
-            candidates = [found for c in candidates for found in dataclasses_in(get_type_hints(c).get(key))]
+        hints = [found for hint in hints for found in hints_below(hint, key)]
+    candidates = [found for hint in hints for found in dataclasses_in(hint)]
     return sorted({f.name for candidate in candidates for f in dataclasses.fields(candidate)})
+
+
+def hints_below(hint: Any, key: Any) -> list[Any]:
+    """What may stand under `key`, of a section, or an index, of a list, in a value of the type `hint`."""
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType, Annotated):
+        return [found for argument in get_args(hint) for found in hints_below(argument, key)]
+    if origin is tuple and isinstance(key, int):
+        return list(get_args(hint))
+    if origin is dict:
+        return [get_args(hint)[1]]
+    if not (isinstance(hint, type) and dataclasses.is_dataclass(hint)):
+        return []
+    if key in FAMILIES:  # a discriminated union adds its tag to the location
+        return [hint] if getattr(hint, "family", None) == key else []
+    known = get_type_hints(hint, include_extras=True)
+    return [known[key]] if key in known else []
 
 
 FAMILIES = tuple(family.family for family in get_args(get_args(AnyModelConfig)[0]))
@@ -126,7 +146,7 @@ def from_plain(cls: type[Config], raw: dict[str, Any], source: str) -> Config:
     try:
         return adapter(cls).validate_python(raw, context={"reading": source})
     except ValidationError as error:
-        problems = [describe(item, cls) for item in error.errors(include_url=False)]
+        problems = [describe(item, cls) for item in without_echoes(error.errors(include_url=False))]
         raise UserError(f"{source}: " + "; ".join(problems)) from None
 
 

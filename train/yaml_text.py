@@ -38,11 +38,27 @@ def construct_power(loader: Loader, node: yaml.ScalarNode) -> int | float | str:
     return int(power) if "." not in node.value and power.is_integer() else power
 
 
+def construct_whole(loader: Loader, node: yaml.ScalarNode) -> int | str:
+    """As people write whole numbers. YAML 1.1 reads 010 as 8, and 1:30 as 90 (sixtieths)."""
+    text = node.value.replace("_", "")
+    if ":" in text:
+        return str(node.value)
+    return int(text) if re.fullmatch(r"[-+]?\d+", text) else loader.construct_yaml_int(node)
+
+
+def construct_real(loader: Loader, node: yaml.ScalarNode) -> float | str:
+    """As `construct_whole`."""
+    return str(node.value) if ":" in node.value else loader.construct_yaml_float(node)
+
+
 Loader.add_constructor("!power", construct_power)
+Loader.add_constructor("tag:yaml.org,2002:int", construct_whole)
+Loader.add_constructor("tag:yaml.org,2002:float", construct_real)
 
 
-def refuse_duplicates(node: yaml.Node, source: str) -> None:
-    """Raises UserError, with both lines, for a mapping that has a key twice: YAML would drop the first."""
+def refuse_slips(node: yaml.Node, source: str) -> None:
+    """Raises UserError, with the line, for a mapping that has a key twice, of which YAML would drop the first; and for
+    a colon without a space in {KEY:VALUE}, which to YAML is a key without a value."""
     seen: set[int] = set()
 
     def visit(node: yaml.Node) -> None:
@@ -58,6 +74,12 @@ def refuse_duplicates(node: yaml.Node, source: str) -> None:
         for key, value in node.value:
             line = key.start_mark.line + 1
             if isinstance(key, yaml.ScalarNode) and key.tag != MERGE:
+                name, colon, rest = key.value.partition(":")
+                if colon and node.flow_style and key.style is None and value.start_mark.index == value.end_mark.index:
+                    raise UserError(
+                        f"{source}:{line}: a space is missing after the colon in {key.value!r}: write "
+                        f"'{name}: {rest.strip()}'"
+                    )
                 if key.value in lines:
                     raise UserError(
                         f"{source}:{line}: the key {key.value!r} is there already, in line {lines[key.value]}: "
@@ -76,7 +98,7 @@ def load_yaml(text: str, source: str) -> Any:
         node = loader.get_single_node()
         if node is None:
             return None
-        refuse_duplicates(node, source)
+        refuse_slips(node, source)
         return loader.construct_document(node)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that no calendar has
         raise UserError(f"{source}: not YAML: {' '.join(str(error).split())}") from None

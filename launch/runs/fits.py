@@ -1,5 +1,6 @@
 """Whether a study's runs can run where they are to run: told before anything waits."""
 
+import math
 from collections.abc import Iterator
 
 from depthmup.data.config import DataConfig, window_misfit
@@ -7,8 +8,12 @@ from depthmup.data.errors import UserError
 from depthmup.data.index import counted
 from depthmup.data.order import streams_of
 from depthmup.launch.config import LaunchConfig
+from depthmup.launch.runs.design import design_of
 from depthmup.launch.runs.grouping import check_packable
+from depthmup.launch.runs.joint import JointStudy
 from depthmup.launch.runs.study import Study
+from depthmup.models.errors import ModelError
+from depthmup.models.optimizer_config import RoleRates
 from depthmup.train.config import RunConfig
 
 
@@ -51,6 +56,20 @@ def misfits(run: RunConfig, config: LaunchConfig) -> Iterator[str]:
         )
 
 
+def idle_roles(run: RunConfig) -> Iterator[str]:
+    """What is wrong with rates of roles, where the network has no parameter of one."""
+    if run.optimizer.role_lr == RoleRates():
+        return
+    from depthmup.models.build import build_meta  # with torch, which other plans do without
+    from depthmup.models.optimizer import parameter_groups
+
+    scaled = build_meta(run.model, run.parameterization)
+    try:
+        parameter_groups(scaled.network, scaled.rules, scaled.scale, run.resolved_optimizer)
+    except ModelError as error:
+        yield str(error)
+
+
 def mend_streams(data: DataConfig, global_batch_size: int, processes: int) -> str:
     """What to use where the processes of a run do not divide its streams."""
     streams = range(processes, global_batch_size + 1, processes)
@@ -61,11 +80,31 @@ def mend_streams(data: DataConfig, global_batch_size: int, processes: int) -> st
     return f"data.num_streams={nearest} (another order of the samples: another run), or another number of processes"
 
 
+def check_first_round(study: Study) -> None:
+    """Raises UserError for a budget that an adaptive design's first round, which always runs, is beyond."""
+    settings = study.file.study
+    if not settings.adaptive or isinstance(study, JointStudy):
+        return
+    design = design_of(study)
+    first = len(settings.coarse) * design.flops[settings.sizes[0]]
+    if first > design.budget * (1 + 1e-9):
+        enough = math.ceil(100 * settings.budget * first / design.budget) / 100
+        raise UserError(
+            f"{study.path}: study.budget {settings.budget:g} does not pay for the first round, "
+            f"{len(settings.coarse)} values at the base: set study.budget={enough:g} at least"
+        )
+
+
 def check_fits(study: Study) -> None:
     """Raises UserError, with every mend, when runs cannot run where they are to run."""
     config = study.file.launch
     found = list(
-        dict.fromkeys(words for run in (*study.runs, *study.examples) for words in misfits(run.config, config))
+        dict.fromkeys(
+            [
+                *(words for run in (*study.runs, *study.examples) for words in misfits(run.config, config)),
+                *(words for run in study.examples for words in idle_roles(run.config)),
+            ]
+        )
     )
     if found:
         processes = counted(processes_of(config), "process")
@@ -76,3 +115,4 @@ def check_fits(study: Study) -> None:
             "branches after it in one job: use one process a run, or leave study.ladder out"
         )
     check_packable(study.runs)
+    check_first_round(study)

@@ -55,19 +55,29 @@ class Journal:
         """None where there is none. Raises UserError for one of another space."""
         if not self.path.exists():
             return None
-        storage = self._storage
+        storage = self._read_storage()
         import optuna
 
         if NAME not in optuna.get_all_study_names(storage):
             return None
         return self._refuse_other(optuna.load_study(study_name=NAME, storage=storage))
 
+    def _read_storage(self) -> "JournalStorage":
+        """Raises UserError for a file with a damaged line before its last one, which no cut leaves behind."""
+        try:
+            return self._storage
+        except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:  # no JSON, or another's
+            raise UserError(
+                f"{self.path}: damaged ({type(error).__name__}: {error}): move this file away; the same command "
+                "suggests the same again, and finds the runs that are done"
+            ) from None
+
     def open(self) -> "optuna.Study":
         """As `read`, for who writes: it is made where there is none, and a line that a killed process, or a full disk,
         cut short is taken off."""
         if self.path.exists() and not (content := self.path.read_bytes()).endswith(b"\n"):
             write_atomically(self.path, content[: content.rfind(b"\n") + 1])
-        storage = self._storage
+        storage = self._read_storage()
         import optuna
 
         found = optuna.create_study(study_name=NAME, storage=storage, direction="minimize", load_if_exists=True)

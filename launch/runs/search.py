@@ -43,11 +43,20 @@ class Search(JointStudy):
         super().__init__(path, file, overrides)
         check_space(self._base, self.settings.space, f"{path}: tune.space")
         if self.settings.prune and file.study.metric != "minival_loss":
-            raise UserError(f"{path}: tune.prune looks at minival_loss, and study.metric is {file.study.metric}")
+            raise UserError(
+                f"{path}: tune.prune looks at minival_loss, and study.metric is {file.study.metric}: add minival to "
+                "train.evaluate, or leave tune.prune out"
+            )
         if self.settings.flops and not self.expected:
             raise UserError(
                 f"{path}: tune.flops {self.settings.flops:.3g} pays for no suggestion: a run is {self.flops:.3g}, and "
                 f"the winners' new seeds are {self.rerun_flops:.3g}; raise it, or lower tune.rerun"
+            )
+        unlimited = math.ceil(STARTUP / self.settings.batch) * self.settings.batch
+        if self.settings.prune and self.expected <= unlimited:
+            raise UserError(
+                f"{path}: tune.prune would do nothing: it begins after {unlimited} suggestions, and there are "
+                f"{self.expected}: leave it out, or make more of them"
             )
 
     @property
@@ -127,7 +136,7 @@ class Search(JointStudy):
 
     @property
     def rerun_flops(self) -> int:
-        return self.settings.rerun * self.settings.rerun_seeds * self.flops
+        return self.settings.most_winners * self.settings.rerun_seeds * self.flops
 
     def affordable(self, begun: int) -> int:
         """How many more suggestions the budget pays for. Those from number `begun` on count as trained to their end,

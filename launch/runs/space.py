@@ -6,15 +6,19 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from depthmup.data.config import DataConfig
 from depthmup.data.errors import UserError
+from depthmup.launch.runs.planned import factors
 from depthmup.launch.values import Dimension, Range
-from depthmup.train.config import RunConfig, TrainConfig
+from depthmup.train.config import RunConfig, TrainConfig, run_hash
 from depthmup.train.reading import from_plain
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
+DRAWS = 50  # from a space: where the values of none go together, the space is a mistake
 TUNABLE = ("optimizer", "schedule", "parameterization", "data", "train")  # sections
 # What does not stay the proxy's task: losses of other horizons and other images are not comparable.
 FIXED = {
@@ -27,6 +31,8 @@ FIXED = {
     "data.source": "it is a path",
     "train.ema": "the metric is that of the weights, not of their average",
     "train.evaluate": "it says what is measured",
+    "optimizer.batch_ratio": "it says how the batch differs from the base's",
+    "optimizer.samples_ratio": "it says how the samples differ from the base's",
     "optimizer.name": "another optimizer has other hyperparameters: tune each in a search of its own",
     "parameterization.name": "parameterizations make the same of the base: compare them in a study",
 }
@@ -69,15 +75,44 @@ def check_space(plain: dict[str, Any], space: Mapping[str, Dimension], source: s
             raise UserError(f"{where}: cannot be tuned: {FIXED[key]}")
         if key in NO_RESULT:
             raise UserError(f"{where}: cannot be tuned: it changes how a run is trained, not what it learns")
-        refused = 0
+        runs, idle = [], None
         for value in (values := examples(dimension)):
             try:
-                from_plain(RunConfig, with_values(plain, {key: value}), f"{where}: {value!r}")
+                runs.append(from_plain(RunConfig, with_values(plain, {key: value}), f"{where}: {value!r}"))
             except UserError as error:
-                refused += 1
-                # a value at which the key does nothing is its default: only where every value is idle is it a mistake
-                if "would do nothing" not in str(error) or refused == len(values):
+                if "would do nothing" not in str(error):
                     raise
+                idle = error
+        names = [run_hash(run) for run in runs]
+        if idle and len(set(names)) < 2:  # the one value that is not refused is the key's default
+            raise idle
+        if len(set(names)) < len(names):
+            raise UserError(f"{where}: a value is there twice in {values}: leave one out")
+        if section == "parameterization" and len({acting(run) for run in runs}) < 2:
+            raise UserError(
+                f"{where}: would do nothing at width {runs[0].model.width}, depth {runs[0].model.depth}, the base's: "
+                "leave it out, or compare its values in a study (study.parameterizations)"
+            )
+    check_together(plain, space, source)
+
+
+def acting(run: RunConfig) -> tuple[Any, ...]:
+    """All that the run's parameterization changes in its training."""
+    return factors(run), run.parameterization.beta, run.parameterization.gamma0
+
+
+def check_together(plain: dict[str, Any], space: Mapping[str, Dimension], source: str) -> None:
+    """Raises UserError where no values of the space go together, as two keys that say the same thing."""
+    random = np.random.default_rng(0)
+    for _ in range(DRAWS):
+        drawn = {key: value_at(dimension, random.random()) for key, dimension in space.items()}
+        try:
+            from_plain(RunConfig, with_values(plain, drawn), source)
+        except UserError as error:
+            refused = error
+        else:
+            return
+    raise UserError(f"{refused} (the same for each of {DRAWS} draws from the space)")
 
 
 def distributions(space: Mapping[str, Dimension]) -> "dict[str, BaseDistribution]":

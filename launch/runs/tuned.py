@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from depthmup.data.errors import UserError
 from depthmup.data.storage import write_atomically
-from depthmup.launch.config import StudyFile
+from depthmup.launch.config import StudyConfig, StudyFile
 from depthmup.launch.reading import read_study
 from depthmup.launch.runs.space import examples, with_values
 from depthmup.launch.runs.study import Study
@@ -40,6 +40,7 @@ def search_of(file: StudyFile) -> StudyFile:
         hyperparameter="optimizer.lr",
         values=(file.optimizer.lr,),
         seeds=(file.seed,),
+        budget=StudyConfig.budget,
         extend=0,
         more_seeds=0,
     )

@@ -29,6 +29,11 @@ class Verification(JointStudy):
     def __init__(self, path: Path, file: StudyFile, overrides: Sequence[str] = ()) -> None:
         """Raises UserError for a space that cannot be perturbed, and for runs that cost more than verify.budget."""
         super().__init__(path, file, overrides)
+        if len(file.study.sizes) > 1 or len(file.study.grid) > 1:
+            raise UserError(
+                f"{path}: verify is of one run, and this is a study: give it the target's file (of the study, "
+                f"{self.target_file}), or leave study.sizes and study.values out"
+            )
         check_space(self._base, self.space, f"{path}: verify.space")
         self.check_budget()
 

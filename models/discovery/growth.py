@@ -1,5 +1,6 @@
 """What grows: parameters at a base size, at twice its width, and at twice its depth."""
 
+import inspect
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -8,6 +9,10 @@ from functools import cached_property
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from depthmup.models.errors import ModelError
 
@@ -52,6 +57,12 @@ class Growth:
 def build_network(build: Builder, width: int, depth: int, device: str) -> nn.Module:
     """The builder's network, with the same weights each time. What cannot be built on meta is built on the CPU and
     moved. Raises ModelError."""
+    try:
+        inspect.signature(build).bind(width, depth)
+    except TypeError as error:
+        raise ModelError(f"the builder must take (width, depth), two numbers: {error}") from None
+    except ValueError:  # written in C, which says nothing of its arguments
+        pass
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
@@ -78,6 +89,27 @@ def shapes_of(network: nn.Module) -> dict[str, torch.Size]:
     return {name: parameter.shape for name, parameter in network.named_parameters()}
 
 
+def refuse_without_rule(network: nn.Module) -> None:
+    """Raises ModelError, with its name, for a parameter whose init or rate no rule of the table is about."""
+    for name, parameter in network.named_parameters():
+        if is_lazy(parameter):
+            raise ModelError(f"{name} has no shape before the first forward pass: give its module its sizes")
+        if not parameter.requires_grad:
+            raise ModelError(
+                f"{name} is frozen, and all initial weights are drawn anew: make it a buffer (register_buffer), which "
+                "stays as it is, or let it train"
+            )
+        if not parameter.is_floating_point():
+            raise ModelError(f"{name} is {parameter.dtype}, for which there is no rule: use two real parameters")
+    for name, module in network.named_modules():
+        hooks = module._forward_pre_hooks.values()
+        if parametrize.is_parametrized(module) or any(isinstance(hook, SpectralNorm | WeightNorm) for hook in hooks):
+            raise ModelError(
+                f"a weight of {name} is computed from others (weight_norm, spectral_norm or the like): there is no "
+                "rule for its size. Use the plain module, with a norm beside it"
+            )
+
+
 def repeating_modules(shallow: nn.Module, deep: nn.Module) -> tuple[str, ...]:
     """Names, up to the number, of modules that are more in the deeper network."""
     counts = [
@@ -94,6 +126,7 @@ def compare_sizes(build: Builder, width: int, depth: int) -> Growth:
     does, and for a parameter whose shape depends on the depth.
     """
     base = build_network(build, width, depth, "cpu")
+    refuse_without_rule(base)
     wide = build_network(build, 2 * width, depth, "meta")
     deep = build_network(build, width, 2 * depth, "cpu")
     shapes, wider, deeper = shapes_of(base), shapes_of(wide), shapes_of(deep)
