@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console
 
@@ -102,9 +102,13 @@ def write_what_is_there(study: Study) -> bool:
     return bool(report.results)
 
 
-def finish(study: Study, console: Console) -> None:
+def finish(study: Study, console: Console, begun: bool = False) -> None:
     """Everything up to the last run: data, runs, and rounds of more values or seeds where a verdict needs them. After
-    the first of them, and so after a cancel meanwhile, none begins that no user asked for."""
+    the first of them, and so after a cancel meanwhile, none begins that no user asked for.
+
+    `begun`: the path has, before this study. Then, as after the first launch, nobody looks any more: where Slurm has no
+    place, or does not answer, it says so and waits.
+    """
     if study.file.study.adaptive and study.pending():
         console.print(describe_round(study), highlight=False, markup=False)
     later = False
@@ -112,7 +116,12 @@ def finish(study: Study, console: Console) -> None:
         prepare_data(study, console)
         launched = Launched([], [], [])
         try:
-            launched = launch(study, IDLE, by_itself=True) if later else launch(study)
+            if later:
+                launched = repeat_while_silent(lambda: launch(study, IDLE, by_itself=True), console)
+            elif begun:
+                launched = repeat_while_silent(lambda: launch(study), console)
+            else:
+                launched = launch(study)
             later = True
             wait(study, launched, console)
         except KeyboardInterrupt:
@@ -204,7 +213,7 @@ def transfer(study: Study, targets: Sequence[Path], console: Console) -> None:
         raise UserError("cancelled before the target began: the same command goes on")
     for large in target_studies(study, targets, console):
         if large.pending():
-            finish(large, console)
+            finish(large, console, begun=True)
     report_target(study, console)
 
 
@@ -275,6 +284,10 @@ def take(study: Study, job_ids: Sequence[str]) -> states.Snapshot:
     return snapshot
 
 
+class Postponed(UserError):
+    """Slurm has place for no run now; the job that goes on after the runs tries again."""
+
+
 @contextmanager
 def follower(
     study: Study, targets: Sequence[Path], after: bool = False, by_itself: bool = False
@@ -282,12 +295,13 @@ def follower(
     """A job that goes on with the study, for a block that submits what it goes on after: (its id, a function that gives
     it the ids of those jobs). It has its place in the queue before they have theirs: where Slurm takes no more jobs,
     nothing is submitted. Where the block fails it is taken back, unless Slurm stopped answering: then, as where this
-    process is killed, it begins by itself after CONTINUATION_PATIENCE_MINUTES.
+    process is killed, it begins by itself after some minutes (submit.PATIENCE_MINUTES). So it does where this goes on
+    `by_itself` and Slurm has place for no run: that is Postponed.
 
     One that waits already is taken, or taken back where it goes to other targets. One that runs may have looked
     already, or be this one. After a cancel nothing goes on `by_itself`. Raises UserError.
     """
-    from depthmup.launch.jobs.submit import submit_continuation
+    from depthmup.launch.jobs.submit import PATIENCE_MINUTES, submit_continuation
 
     with launching(study.file.directory) as lock:  # of two that look at once, the second finds the first's
         snapshot = states.take(study)
@@ -295,6 +309,9 @@ def follower(
             raise slurm.Silent(f"Slurm does not answer: {snapshot.slurm_error}. Nothing was submitted")
         if by_itself and asked(study.file.directory)[0] == "cancel":
             raise UserError("cancelled; the same command goes on")
+        to = [word for target in targets for word in ("--target", str(target))]
+        verb = study.verb if isinstance(study, JointStudy) and not after else "transfer"
+        again = study.command(verb, *(["--tune"] if after else []), *to)
         wanted = [[str(target.absolute()) for target in targets], after]
         goes_to = {s.name: [s.details.get("targets"), s.details.get("after", False)] for s in snapshot.submissions}
         queued = {task.job_id: goes_to[task.name] for task in snapshot.continuations if task.waits}
@@ -305,10 +322,7 @@ def follower(
         except slurm.Silent:
             raise
         except UserError as error:
-            to = [word for target in targets for word in ("--target", str(target))]
-            verb = study.verb if isinstance(study, JointStudy) and not after else "transfer"
-            again = study.command(verb, *(["--tune"] if after else []), *to)
-            raise UserError(
+            raise type(error)(
                 f"{error}. That is the job that goes on after the runs, so none of them was submitted. Once there is "
                 f"place for one job more: {again} --detach; or wait for them: {again}"
             ) from None
@@ -329,28 +343,36 @@ def follower(
         raise slurm.Silent(
             f"{error}. Job {job_id} waits, and goes on by itself in a few minutes if you do not"
         ) from None
-    except UserError:
+    except UserError as error:
+        if isinstance(error, slurm.Full) and by_itself:
+            raise Postponed(f"{error}. Job {job_id} tries again in {PATIENCE_MINUTES} minutes") from None
         if placed:
             slurm.cancel([job_id])
             shutil.rmtree(placed.path)
-        raise
+        if not isinstance(error, slurm.Full):
+            raise
+        raise slurm.Full(
+            f"{error}. With --detach the job that goes on after the runs takes one place; it was taken back, and nothing "
+            f"was submitted. Once there is place for three jobs: {again} --detach; or wait for them: {again}"
+        ) from None
 
 
 PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 5.0, 120.0  # between two tries: the first, doubled until the longest
 PATIENCE_SECONDS = 1800.0  # the job's own time limit is an hour, unless launch.timeout_min is less
+Value = TypeVar("Value")
 
 
-def repeat_while_silent(step: Callable[[], None], console: Console) -> None:
-    """Takes `step` again and again while Slurm does not answer, or has no place for one job more, and says so each
-    time. Raises UserError when that lasts for PATIENCE_SECONDS."""
-    pause, end = PAUSE_SECONDS, time.monotonic() + PATIENCE_SECONDS
+def repeat_while_silent(step: Callable[[], Value], console: Console, patience: float = math.inf) -> Value:
+    """What `step` returns, taken again and again while Slurm does not answer, or has no place for one job more; says so
+    each time. Raises UserError when that lasts for `patience` seconds."""
+    pause, end = PAUSE_SECONDS, time.monotonic() + patience
     while True:
         try:
             return step()
         except (slurm.Silent, slurm.Full) as error:
             left = end - time.monotonic()
             if left <= 0:
-                raise UserError(f"{error} (waited {duration(PATIENCE_SECONDS)} for it)") from None
+                raise UserError(f"{error} (waited {duration(patience)} for it)") from None
             pause = min(pause, left)
             console.print(f"{error}. Next try in {duration(pause)}", markup=False, highlight=False)
             time.sleep(pause)
@@ -371,7 +393,11 @@ def main() -> int:
     arguments = parser.parse_args()
     console = Console(width=120, soft_wrap=True)  # one line each: status shows the last
     try:
-        repeat_while_silent(lambda: go_on(arguments.study, arguments.targets, arguments.after, console), console)
+        repeat_while_silent(
+            lambda: go_on(arguments.study, arguments.targets, arguments.after, console), console, PATIENCE_SECONDS
+        )
+    except Postponed as error:
+        console.print(str(error), markup=False, highlight=False)
     except (UserError, ModelError) as error:
         console.print(f"Stopped: {error}", markup=False, highlight=False)
         return 2
