@@ -17,16 +17,19 @@ from rich.console import Console
 
 from depthmup.data.errors import UserError
 from depthmup.launch import chain, progress, transfer
-from depthmup.launch.chain import advance_study, follower
+from depthmup.launch.chain import advance_study
 from depthmup.launch.cli import cli
 from depthmup.launch.config import LaunchConfig
-from depthmup.launch.jobs import code, slurm, states
+from depthmup.launch.jobs import slurm, states
 from depthmup.launch.jobs.attempts import note
+from depthmup.launch.jobs.code_copy import copy_code
+from depthmup.launch.jobs.follower import Postponed, follower
 from depthmup.launch.jobs.reasons import explain
 from depthmup.launch.jobs.slurm import QueuedTask, SlurmError
 from depthmup.launch.jobs.status import print_status
 from depthmup.launch.jobs.submission import Submission, ask, cancelled, load_all, places_taken
 from depthmup.launch.jobs.submit import Turns, deal, dry_run_script, submit_continuation, take_turns
+from depthmup.launch.paths import PACKAGE
 from depthmup.launch.reading import read_study
 from depthmup.launch.runs.opened import path_of
 from depthmup.launch.runs.study import Study
@@ -37,7 +40,9 @@ FAKES = {
     # one line per job that was submitted: ID NAME TASKS; `hidden` there: to others, only their own jobs are shown
     # `places`: no more array elements at once; those of the ids in `ended` and in `cancelled` are no longer there
     "sbatch": """
-[ -e whole_queue_is_full ] && { echo "sbatch: error: Slurm temporarily unable to accept job, sleeping and retrying" >&2; exec sleep 120; }
+if [ -e whole_queue_is_full ]; then
+  echo "sbatch: error: Slurm temporarily unable to accept job, sleeping and retrying" >&2; exec sleep 120
+fi
 [ -e refuse ] && { echo "sbatch: error: Batch job submission failed: $(cat refuse)" >&2; exit 1; }
 id=$(( $(cat jobs 2>/dev/null | wc -l) + 1 )); script="${@: -1}"
 name=$(sed -n 's/^#SBATCH --job-name=//p' "$script"); tasks=$(sed -n 's/^#SBATCH --array=0-//p' "$script")
@@ -268,7 +273,7 @@ def test_the_job_that_goes_on_leaves_its_successor_to_try_again_where_others_fil
     study = study_of()
     study.write()
     (fake / "places").write_text("1")
-    with pytest.raises(chain.Postponed, match=r"AssocMaxSubmitJobLimit.*Job 1 tries again in 10 minutes"):
+    with pytest.raises(Postponed, match=r"AssocMaxSubmitJobLimit.*Job 1 tries again in 10 minutes"):
         advance_study(study, [], Console(quiet=True), by_itself=True)
     (successor,) = in_queue(fake)
     assert load_all(study.file.directory / "jobs")[-1].goes_on
@@ -700,7 +705,7 @@ def test_the_job_after_the_runs_is_no_part_of_the_limit(fake: Path, study_of: Ca
 
 
 def test_a_job_imports_from_a_copy_that_has_every_file_which_the_code_opens(tmp_path: Path) -> None:
-    copied = code.take(tmp_path)
+    copied = copy_code(tmp_path)
     page = "from depthmup.launch.report.page import environment, inline\nfrom depthmup.launch.new import FAMILIES\n"
     page += "environment().get_template('report.html.j2')\nprint(len(inline('page.js')), len(inline('tables.js')))"
     done = subprocess.run(
@@ -712,5 +717,5 @@ def test_a_job_imports_from_a_copy_that_has_every_file_which_the_code_opens(tmp_
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    here = {file.name for file in (Path(code.PACKAGE) / "launch" / "report").iterdir() if file.is_file()}
+    here = {file.name for file in (PACKAGE / "launch" / "report").iterdir() if file.is_file()}
     assert here == {file.name for file in (copied / "depthmup" / "launch" / "report").iterdir() if file.is_file()}

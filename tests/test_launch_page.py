@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +12,6 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from wandb.proto.wandb_internal_pb2 import Record
 
 from depthmup.launch.cli import cli
 from depthmup.launch.jobs import status
@@ -22,6 +20,7 @@ from depthmup.launch.report import tracked
 from depthmup.launch.report.page import inline, inline_json
 from depthmup.launch.report.record import CURVE_POINTS, read_record
 from depthmup.launch.runs.study import Study
+from wandb_files import records_of
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -165,26 +164,11 @@ def test_in_a_browser_curves_are_drawn_and_tables_get_their_buttons(study_file: 
     assert len([each for each in page.of("button") if each.get("class") == "download"]) == len(page.of("table"))
 
 
-def records_of(file: Path) -> Iterator[Record]:
-    """What a wandb run that was kept on the disk holds: LevelDB's log format, after 7 bytes of wandb's own."""
-    data, at, whole = file.read_bytes(), 7, b""
-    while at + 7 <= len(data):
-        if (left := 32768 - at % 32768) < 7:  # too little of a block for a header is left empty
-            at += left
-            continue
-        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
-        whole += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            yield Record.FromString(whole)
-            whole = b""
-
-
 def test_a_study_is_a_run_of_its_own_on_wandb_and_tensorboard_with_verdict_regret_and_page(study_file: Path) -> None:
     root = write_page(study_file, "track.wandb=offline", "track.tensorboard=true")
     record = read_record(root / "report.json")
     (file,) = (root / "wandb").glob("offline-run-*/*.wandb")
-    written = list(records_of(file))
+    written = records_of(file)
     (run,) = (each.run for each in written if each.HasField("run"))
     assert (run.run_group, run.display_name, run.job_type, run.run_id) == ("tiny", "tiny", "report", "study-tiny")
     items = [item for each in written if each.HasField("summary") for item in each.summary.update]

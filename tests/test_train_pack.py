@@ -26,7 +26,7 @@ from depthmup.models.conv_resnet import Block
 from depthmup.models.optimizer import build_optimizer, parameter_groups
 from depthmup.train import batches, evaluate
 from depthmup.train.checkpoint import Checkpoints
-from depthmup.train.config import RunConfig
+from depthmup.train.config import RunConfig, run_hash
 from depthmup.train.engines.base import Engine
 from depthmup.train.interrupt import Interrupt, Interrupted
 from depthmup.train.loop import run
@@ -41,6 +41,7 @@ from depthmup.train.schedule import schedule, set_learning_rate
 from depthmup.train.step import take_step
 from train_configs import After, metric, metrics
 from train_processes import start
+from wandb_files import records_of
 
 CPU = torch.device("cpu")
 NETWORKS = {
@@ -471,15 +472,46 @@ def test_what_cannot_be_packed_is_named(make: Callable[..., RunConfig], tmp_path
     other = make("vit", "adamw", steps=14, model__width=24, data__window=8)
     assert packable(base, other) == ["data.window", "model.width", "optimizer.name", "train.samples"]
     assert packable(base, replace(base, track=replace(base.track, wandb="offline"))) == ["track.wandb"]
-    tracked = replace(base, track=replace(base.track, wandb="offline"))
-    assert packable(tracked, tracked) == ["track.wandb"]
+    compiled = replace(base, train=replace(base.train, compile="block"))
+    assert packable(compiled, compiled) == ["train.compile"]
     with pytest.raises(UserError, match=r"runs 0 and 1 cannot be packed together: data.window, model.width"):
         run_pack([base, other], [tmp_path / "a", tmp_path / "b"])
     with pytest.raises(UserError, match="found one twice"):
         run_pack([base, packs[0]], [tmp_path / "a", tmp_path / "b" / ".." / "a"])
-    with pytest.raises(UserError, match=r"packs do not know the setting of: track\.wandb"):
-        run_pack([tracked, tracked], [tmp_path / "a", tmp_path / "b"])
+    with pytest.raises(UserError, match=r"packs do not know the setting of: train\.compile"):
+        run_pack([compiled, compiled], [tmp_path / "a", tmp_path / "b"])
     assert not (tmp_path / "a").exists()
+
+
+def test_each_replica_is_a_run_of_its_own_on_wandb(make: Callable[..., RunConfig], tmp_path: Path) -> None:
+    configs = [make("vit", seed=seed, track__wandb="offline", train__log_every=4) for seed in (1, 2)]
+    folders = [tmp_path / "a", tmp_path / "b"]
+    run_pack(configs, folders)
+    for config, folder in zip(configs, folders, strict=True):
+        (file,) = folder.glob("wandb/offline-run-*/*.wandb")
+        records = records_of(file)
+        assert {each.run.run_id for each in records if each.HasField("run")} == {run_hash(config)}
+        steps = [{item.key or item.nested_key[0]: item.value_json for item in each.history.item} for each in records]
+        losses = [float(step["loss"]) for step in steps if "loss" in step]
+        assert losses == [line["loss"] for line in metrics(folder)]
+
+
+def test_a_server_of_wandb_that_does_not_answer_is_asked_once_by_all_runs_of_a_process(
+    make: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def login(**given: Any) -> bool:
+        asked.append(given)
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr("wandb.login", login)
+    monkeypatch.setattr("depthmup.train.metrics.silent_servers", set())
+    configs = [make("vit", seed=seed, track__wandb="online") for seed in (1, 2, 3)]
+    folders = [tmp_path / str(config.seed) for config in configs]
+    run_pack(configs, folders)
+    assert len(asked) == 1
+    assert all(len(list(folder.glob("wandb/offline-run-*"))) == 1 for folder in folders)
 
 
 def test_a_pack_larger_than_memory_says_how_many_fit(

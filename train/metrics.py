@@ -17,6 +17,7 @@ from depthmup.train.rundir import RunDirectory
 Log = Callable[[str], None]
 Result = TypeVar("Result")
 WANDB_SECONDS = 10  # for wandb's server to answer at the start
+silent_servers: set[str | None] = set()  # of wandb, that did not answer this process: the runs of a pack wait once
 
 
 def truncate_after(path: Path, step: int) -> None:
@@ -135,16 +136,19 @@ def start_wandb(track: TrackConfig, directory: Path, warn: Log, **settings: Any)
         project=track.project,
         dir=directory,
         resume="allow",
+        reinit="create_new",  # each run of a pack is a run of wandb's
         settings=wandb.Settings(silent=True, init_timeout=WANDB_SECONDS, login_timeout=WANDB_SECONDS),
         **settings,
     )
     later = f"wandb sync {directory}/wandb/offline-run-*"
-    if track.wandb == "online":
+    server = os.environ.get("WANDB_BASE_URL")
+    if track.wandb == "online" and server not in silent_servers:
         try:
             if wandb.login(prompt=False):
                 return start(mode="online")
             warn(f"warning: no wandb key, so track.wandb is offline: run `wandb login`, and later `{later}`")
         except Exception as error:  # of the network, the server, a wrong key
+            silent_servers.add(server)
             reason = " ".join(str(error).split())
             warn(f"warning: wandb did not start online, so track.wandb is offline: later run `{later}` ({reason})")
     return start(mode="offline")

@@ -177,7 +177,8 @@ def sbatch(script: Path, options: Sequence[str] = (), pass_fds: Sequence[int] = 
         env=clean_environment(),
         pass_fds=pass_fds,
     ) as running:
-        assert running.stdout and running.stderr
+        assert running.stdout
+        assert running.stderr
         late = threading.Timer(SECONDS, running.kill)
         late.start()
         said = ""

@@ -29,7 +29,7 @@ PACKABLE_FIELDS = {
 }
 # What packs honour with one value for all replicas. A field that is in neither list is one that they know nothing of:
 # it must have its default, or a pack would quietly leave it out. These are train.compile, channels_last and
-# activation_checkpointing, everything under parallel, track.wandb (one run a process) and Muon.
+# activation_checkpointing, everything under parallel and Muon.
 HONOURED_SECTIONS = ("model", "data")
 HONOURED_FIELDS = {
     "optimizer.name",
@@ -48,6 +48,7 @@ HONOURED_FIELDS = {
     "train.keep_every",
     "train.keep_steps",
     "train.pack",
+    "track.wandb",
     "track.project",
     "track.group",
     "track.tensorboard",
