@@ -10,14 +10,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console
 
 from depthmup.data.errors import UserError
 from depthmup.data.index import counted
 from depthmup.launch.jobs import slurm, states
-from depthmup.launch.jobs.follower import follower
+from depthmup.launch.jobs.follower import Postponed, follower
 from depthmup.launch.jobs.submission import asked
 from depthmup.launch.paths import command
 from depthmup.launch.prepare import prepare_data
@@ -101,9 +101,13 @@ def write_what_is_there(study: Study) -> bool:
     return bool(report.results)
 
 
-def finish(study: Study, console: Console) -> None:
+def finish(study: Study, console: Console, begun: bool = False) -> None:
     """Everything up to the last run: data, runs, and rounds of more values or seeds where a verdict needs them. After
-    the first of them, and so after a cancel meanwhile, none begins that no user asked for."""
+    the first of them, and so after a cancel meanwhile, none begins that no user asked for.
+
+    `begun`: the path has, before this study. Then, as after the first launch, nobody looks any more: where Slurm has no
+    place, or does not answer, it says so and waits.
+    """
     if study.file.study.adaptive and study.pending():
         console.print(describe_round(study), highlight=False, markup=False)
     later = False
@@ -111,7 +115,12 @@ def finish(study: Study, console: Console) -> None:
         prepare_data(study, console)
         launched = Launched([], [], [])
         try:
-            launched = launch(study, IDLE, by_itself=True) if later else launch(study)
+            if later:
+                launched = repeat_while_silent(lambda: launch(study, IDLE, by_itself=True), console)
+            elif begun:
+                launched = repeat_while_silent(lambda: launch(study), console)
+            else:
+                launched = launch(study)
             later = True
             wait(study, launched, console)
         except KeyboardInterrupt:
@@ -203,7 +212,7 @@ def transfer(study: Study, targets: Sequence[Path], console: Console) -> None:
         raise UserError("cancelled before the target began: the same command goes on")
     for large in target_studies(study, targets, console):
         if large.pending():
-            finish(large, console)
+            finish(large, console, begun=True)
     report_target(study, console)
 
 
@@ -271,19 +280,20 @@ def take(study: Study, job_ids: Sequence[str]) -> states.Snapshot:
 
 PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 5.0, 120.0  # between two tries: the first, doubled until the longest
 PATIENCE_SECONDS = 1800.0  # the job's own time limit is an hour, unless launch.timeout_min is less
+Value = TypeVar("Value")
 
 
-def repeat_while_silent(step: Callable[[], None], console: Console) -> None:
-    """Takes `step` again and again while Slurm does not answer, or has no place for one job more, and says so each
-    time. Raises UserError when that lasts for PATIENCE_SECONDS."""
-    pause, end = PAUSE_SECONDS, time.monotonic() + PATIENCE_SECONDS
+def repeat_while_silent(step: Callable[[], Value], console: Console, patience: float = math.inf) -> Value:
+    """What `step` returns, taken again and again while Slurm does not answer, or has no place for one job more; says so
+    each time. Raises UserError when that lasts for `patience` seconds."""
+    pause, end = PAUSE_SECONDS, time.monotonic() + patience
     while True:
         try:
             return step()
         except (slurm.Silent, slurm.Full) as error:
             left = end - time.monotonic()
             if left <= 0:
-                raise UserError(f"{error} (waited {duration(PATIENCE_SECONDS)} for it)") from None
+                raise UserError(f"{error} (waited {duration(patience)} for it)") from None
             pause = min(pause, left)
             console.print(f"{error}. Next try in {duration(pause)}", markup=False, highlight=False)
             time.sleep(pause)
@@ -304,7 +314,11 @@ def main() -> int:
     arguments = parser.parse_args()
     console = Console(width=120, soft_wrap=True)  # one line each: status shows the last
     try:
-        repeat_while_silent(lambda: go_on(arguments.study, arguments.targets, arguments.after, console), console)
+        repeat_while_silent(
+            lambda: go_on(arguments.study, arguments.targets, arguments.after, console), console, PATIENCE_SECONDS
+        )
+    except Postponed as error:
+        console.print(str(error), markup=False, highlight=False)
     except (UserError, ModelError) as error:
         console.print(f"Stopped: {error}", markup=False, highlight=False)
         return 2

@@ -123,17 +123,18 @@ def launch_wave(study: Study, packs: Sequence[Sequence[PlannedRun]], snapshot: s
     code = copy_code(study.file.directory / "code")
     by_name = {run.directory.path.name: run for pack in packs for run in pack}
     tasks = group(packs, study.file.launch.runs_per_job)
-    taken = len(tasks)
+    taken, size = len(tasks), limit
     while True:
-        # Of a part there are two arrays: when the first has ended, what goes on after it refills the queue.
-        arrays = deal(tasks[:taken], limit if taken == len(tasks) else min(limit, math.ceil(taken / 2)))
+        arrays = deal(tasks[:taken], size)
         runs = [by_name[name] for task in tasks[:taken] for name in task]
         left = len(by_name) - len(runs)
         try:
             return Launched(runs, launch_arrays(study, arrays, runs, code, snapshot, lock), [], left)
-        except slurm.Full:
+        except slurm.Full as full:
             if taken > 1:
-                taken //= 2
+                taken = full.fits or len(arrays[0])
+                # In two arrays: when the first has ended, what goes on after it refills the queue.
+                size = min(limit, math.ceil(taken / 2))
             elif snapshot.of(*states.ACTIVE):
                 return Launched([], [], [], len(by_name))
             else:
@@ -201,7 +202,8 @@ def select_resubmittable(study: Study, snapshot: states.Snapshot, only: Sequence
 
 def wait(study: Study, launched: Launched, console: Console) -> None:
     """Shows progress until nothing waits or runs. On Slurm, runs whose job ended without a word are submitted again,
-    and those that it had no place for when half of the jobs have ended that took the places.
+    and those that it had no place for when half of the jobs have ended that took the places. Where others fill the
+    places by then, or Slurm does not answer, it says so and waits.
 
     Raises UserError when runs are left over.
     """
@@ -231,11 +233,16 @@ def wait(study: Study, launched: Launched, console: Console) -> None:
             if launched.left and places is None:
                 places = active
             if on_slurm and not snapshot.slurm_error and (places is None or 2 * active <= places):
-                again = resubmit(study, snapshot, IDLE if places else GONE)
-                places = active + len(again.runs) if again.left else None
-                if again.runs:
-                    launched = again
-                    continue
+                try:
+                    again = resubmit(study, snapshot, IDLE if places else GONE)
+                except (slurm.Full, slurm.Silent) as error:
+                    text += f", {error}"
+                    ended = False
+                else:
+                    places = active + len(again.runs) if again.left else None
+                    if again.runs:
+                        launched = again
+                        continue
             shown.update(share, text, final=ended)
             if ended:
                 break

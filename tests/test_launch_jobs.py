@@ -16,14 +16,14 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from depthmup.data.errors import UserError
-from depthmup.launch import chain, transfer
+from depthmup.launch import chain, progress, transfer
 from depthmup.launch.chain import advance_study
 from depthmup.launch.cli import cli
 from depthmup.launch.config import LaunchConfig
 from depthmup.launch.jobs import slurm, states
 from depthmup.launch.jobs.attempts import note
 from depthmup.launch.jobs.code_copy import copy_code
-from depthmup.launch.jobs.follower import follower
+from depthmup.launch.jobs.follower import Postponed, follower
 from depthmup.launch.jobs.reasons import explain
 from depthmup.launch.jobs.slurm import QueuedTask, SlurmError
 from depthmup.launch.jobs.status import print_status
@@ -40,6 +40,9 @@ FAKES = {
     # one line per job that was submitted: ID NAME TASKS; `hidden` there: to others, only their own jobs are shown
     # `places`: no more array elements at once; those of the ids in `ended` and in `cancelled` are no longer there
     "sbatch": """
+if [ -e whole_queue_is_full ]; then
+  echo "sbatch: error: Slurm temporarily unable to accept job, sleeping and retrying" >&2; exec sleep 120
+fi
 [ -e refuse ] && { echo "sbatch: error: Batch job submission failed: $(cat refuse)" >&2; exit 1; }
 id=$(( $(cat jobs 2>/dev/null | wc -l) + 1 )); script="${@: -1}"
 name=$(sed -n 's/^#SBATCH --job-name=//p' "$script"); tasks=$(sed -n 's/^#SBATCH --array=0-//p' "$script")
@@ -142,24 +145,55 @@ def test_of_more_runs_than_slurm_has_places_for_a_part_is_submitted_and_the_rest
     (fake / "places").write_text("5")
     study = study_of()
     launched = launch(study)
-    assert (len(launched.runs), launched.left) == (3, 9)
-    assert sum(job["tasks"] for job in in_queue(fake)) == 3
-    assert "3 runs submitted: jobs" in launched.describe_jobs()
-    assert "9 more when Slurm has place" in launched.describe_jobs()
-    assert states.take(study).counts() == {"waiting": 3, "new": 9}
+    assert (len(launched.runs), launched.left) == (4, 8)
+    assert sum(job["tasks"] for job in in_queue(fake)) == 4
+    assert "4 runs submitted: jobs" in launched.describe_jobs()
+    assert "8 more when Slurm has place" in launched.describe_jobs()
+    assert states.take(study).counts() == {"waiting": 4, "new": 8}
     assert len(load_all(study.file.directory / "jobs")) == len(in_queue(fake)) == 2  # no trace of what was refused
-    (fake / "places").write_text("3")
+    (fake / "places").write_text("4")
     again = launch(study)
-    assert (again.runs, again.job_ids, again.left) == ([], [], 9)
+    assert (again.runs, again.job_ids, again.left) == ([], [], 8)
 
 
-def test_a_queue_without_a_place_for_the_first_job_is_refused_with_the_key(
+@pytest.mark.parametrize("places", range(1, 13))
+def test_whatever_number_of_places_there_is_at_least_half_of_them_are_taken_and_none_too_many(
+    fake: Path, study_of: Callable[..., Study], places: int
+) -> None:
+    (fake / "places").write_text(str(places))
+    launched = launch(study_of())
+    taken = sum(job["tasks"] for job in in_queue(fake))
+    assert places / 2 <= taken <= places
+    assert (len(launched.runs), launched.left) == (taken, 12 - taken)
+
+
+def test_no_job_of_a_launch_begins_before_slurm_has_taken_all_of_them(
+    fake: Path, study_of: Callable[..., Study]
+) -> None:
+    (fake / "places").write_text("5")
+    launched = launch(study_of())
+    assert all("--begin=now+10minutes" in job["all"] for job in submitted(fake) if job["id"] not in ("1",))
+    assert f"update JobId={','.join(launched.job_ids)} StartTime=now" in (fake / "told").read_text()
+
+
+def test_a_queue_without_a_place_for_the_first_job_is_refused_with_the_reason(
     fake: Path, study_of: Callable[..., Study]
 ) -> None:
     (fake / "places").write_text("0")
-    with pytest.raises(slurm.Full, match=r"AssocMaxSubmitJobLimit.*change launch\.runs_per_job"):
+    with pytest.raises(slurm.Full, match=r"AssocMaxSubmitJobLimit.*once jobs of yours.*have ended"):
         launch(study_of())
     assert in_queue(fake) == []
+    assert not load_all(study_of().file.directory / "jobs")
+
+
+def test_a_queue_that_is_full_for_all_users_is_told_from_a_slurm_that_does_not_answer(
+    fake: Path, study_of: Callable[..., Study]
+) -> None:
+    (fake / "whole_queue_is_full").touch()  # MaxJobCount: sbatch itself tries again for two minutes
+    began = time.monotonic()
+    with pytest.raises(slurm.Full, match="unable to accept job"):
+        launch(study_of())
+    assert time.monotonic() - began < slurm.SECONDS
 
 
 def test_who_waits_for_a_study_refills_the_queue_as_places_become_free(
@@ -182,6 +216,86 @@ def test_who_waits_for_a_study_refills_the_queue_as_places_become_free(
     assert any(ids & seen[0] and ids - seen[0] for ids in seen)  # before it was empty
 
 
+def test_who_waits_for_a_study_waits_on_with_the_reason_while_others_fill_the_places_or_slurm_is_away(
+    fake: Path, study_of: Callable[..., Study], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (fake / "places").write_text("5")
+    study, pause, polls = study_of(), time.sleep, list[int]()
+
+    def go_by(seconds: float) -> None:
+        if seconds != transfer.SLURM_POLL_SECONDS:  # subprocess's
+            return pause(seconds)
+        polls.append(len(in_queue(fake)))
+        for job in in_queue(fake):
+            end_job(fake, study, job["id"])
+        (fake / "places").write_text("0" if len(polls) in (1, 2) else "5")  # another study was quicker
+        if len(polls) == 3:
+            (fake / "refuse").write_text("Unable to contact slurm controller")
+        else:
+            (fake / "refuse").unlink(missing_ok=True)
+
+    monkeypatch.setattr(time, "sleep", go_by)
+    monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.0)
+    wait(study, launch(study), Console(width=400))
+    assert states.take(study).counts() == {"done": 12}
+    assert polls[:5] == [2, 0, 0, 0, 2]
+    said = capsys.readouterr().out
+    assert "Slurm takes no more jobs now: AssocMaxSubmitJobLimit" in said
+    assert "Unable to contact slurm controller" in said
+
+
+def test_the_path_to_a_target_waits_for_a_place_once_it_has_begun(
+    fake: Path, study_of: Callable[..., Study], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (fake / "places").write_text("0")
+    study, pause = study_of("launch.runs_per_job=12"), time.sleep
+
+    def go_by(seconds: float) -> None:
+        if seconds == chain.PAUSE_SECONDS:
+            (fake / "places").write_text("5")
+        elif seconds == transfer.SLURM_POLL_SECONDS:
+            for job in in_queue(fake):
+                end_job(fake, study, job["id"])
+        else:
+            pause(seconds)
+
+    monkeypatch.setattr(time, "sleep", go_by)
+    with pytest.raises(slurm.Full):  # the user looks: the first command says so and ends
+        chain.finish(study, Console(width=400))
+    chain.finish(study, Console(width=400), begun=True)
+    assert "AssocMaxSubmitJobLimit" in capsys.readouterr().out
+    assert states.take(study).counts() == {"done": 12}
+
+
+def test_the_job_that_goes_on_leaves_its_successor_to_try_again_where_others_fill_the_places(
+    fake: Path, study_of: Callable[..., Study]
+) -> None:
+    study = study_of()
+    study.write()
+    (fake / "places").write_text("1")
+    with pytest.raises(Postponed, match=r"AssocMaxSubmitJobLimit.*Job 1 tries again in 10 minutes"):
+        advance_study(study, [], Console(quiet=True), by_itself=True)
+    (successor,) = in_queue(fake)
+    assert load_all(study.file.directory / "jobs")[-1].goes_on
+    assert successor["tasks"] == 1
+    (fake / "places").write_text("0")
+    (fake / "ended").write_text("1")
+    with pytest.raises(slurm.Full, match="AssocMaxSubmitJobLimit"):  # no place for it either: this job waits for one
+        advance_study(study, [], Console(quiet=True), by_itself=True)
+
+
+def test_a_path_without_a_place_for_a_run_and_the_job_after_it_leaves_nothing(
+    fake: Path, study_of: Callable[..., Study]
+) -> None:
+    study = study_of()
+    for places in ("0", "1"):
+        (fake / "places").write_text(places)
+        with pytest.raises(slurm.Full, match=r"AssocMaxSubmitJobLimit.*--detach; or wait for them: depthmup transfer"):
+            advance_study(study, [], Console(quiet=True))
+        assert in_queue(fake) == []
+        assert states.take(study).counts() == {"new": 12}
+
+
 def test_the_job_that_goes_on_begins_when_half_of_what_was_taken_has_ended(
     fake: Path, study_of: Callable[..., Study]
 ) -> None:
@@ -189,8 +303,8 @@ def test_the_job_that_goes_on_begins_when_half_of_what_was_taken_has_ended(
     study = study_of()
     advance_study(study, [], Console(quiet=True))
     follower, first, second = in_queue(fake)
-    assert (first["tasks"], second["tasks"]) == (2, 1)
-    told = [line for line in (fake / "told").read_text().splitlines() if line.startswith("update")]
+    assert (first["tasks"], second["tasks"]) == (2, 2)
+    told = [line for line in (fake / "told").read_text().splitlines() if "Dependency" in line]
     assert told == [f"update JobId={follower['id']} Dependency=afterany:{first['id']} StartTime=now"]
 
 
@@ -575,7 +689,7 @@ def test_slurms_refusal_of_a_later_array_takes_back_the_earlier_ones(
     taken_back: list[str] = []
     monkeypatch.setattr(slurm, "sbatch", sbatch)
     monkeypatch.setattr(slurm, "cancel", taken_back.extend)
-    with pytest.raises(UserError, match=r"launch\.runs_per_job"):
+    with pytest.raises(slurm.Full, match="QOSMaxSubmitJobPerUserLimit"):
         launch(study_of())
     assert taken_back == ["1"]
 

@@ -192,7 +192,6 @@ def test_what_goes_on_by_itself_gives_up_with_the_reason_when_slurm_stays_silent
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(chain, "PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr(chain, "PATIENCE_SECONDS", 0.05)
     tries: list[int] = []
 
     def unanswered() -> None:
@@ -200,7 +199,7 @@ def test_what_goes_on_by_itself_gives_up_with_the_reason_when_slurm_stays_silent
         raise Silent("Slurm does not answer: no route")
 
     with pytest.raises(UserError, match=r"Slurm does not answer: no route \(waited"):
-        chain.repeat_while_silent(unanswered, Console())
+        chain.repeat_while_silent(unanswered, Console(), patience=0.05)
     assert capsys.readouterr().out.count("Next try in") == len(tries) - 1 > 0
 
 

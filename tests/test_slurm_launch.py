@@ -157,6 +157,42 @@ def test_an_array_larger_than_the_cluster_allows_is_cut(cluster: Cluster, held: 
     assert cluster.depthmup("status", held).stdout.splitlines()[-1] == "12 waiting"
 
 
+def test_of_a_study_larger_than_the_limit_on_submitted_jobs_what_has_place_is_submitted_and_nothing_twice(
+    cluster: Cluster, held: Path
+) -> None:
+    user = cluster.call("id", "-un")
+    cluster.call("sacctmgr", "-Q", "-i", "add", "account", "few", "MaxSubmitJobs=5", root=True)
+    cluster.call("sacctmgr", "-Q", "-i", "add", "user", user, "account=few", root=True)
+    study = (held, "launch.account=few", "launch.runs_per_job=1")
+
+    def jobs_of_runs() -> list[str]:
+        lines = cluster.call("squeue", "-h", "-r", "-A", "few", "-o", "%i %j").splitlines()
+        assert len(lines) <= 5
+        return [line for line in lines if "-then-" not in line]
+
+    assert "3 runs submitted" in (said := cluster.depthmup("launch", *study)).stdout, said.stderr
+    assert "9 more when Slurm has place for them" in said.stdout  # half of the places, or more
+    assert len(jobs_of_runs()) == 3
+    assert cluster.depthmup("status", held).stdout.splitlines()[-1] == "3 waiting, 9 new"
+    while "has no place for 7 runs" not in cluster.depthmup("launch", *study).stdout:
+        assert 3 < len(jobs_of_runs()) <= 5
+    submissions = load_all(held.parent / "runs" / "tiny" / "jobs")
+    names = [name for submission in submissions for task in submission.tasks for name in task]
+    assert len(names) == len(set(names)) == 5  # nothing twice, and no trace of what was refused
+    cluster.empty_the_queue()
+
+    cluster.call(
+        "sacctmgr", "-Q", "-i", "modify", "user", user, "where", "account=few", "set", "MaxSubmitJobs=1", root=True
+    )
+    refused = cluster.depthmup("transfer", *study, "study.name=one", "--detach")
+    assert refused.returncode == 2
+    assert "AssocMaxSubmitJobLimit" in refused.stderr
+    assert "--detach; or wait for them: " in refused.stderr
+    assert jobs_of_runs() == []
+    assert "1 run submitted" in cluster.depthmup("launch", *study, "study.name=one").stdout
+    assert len(jobs_of_runs()) == 1
+
+
 @pytest.mark.parametrize(
     ("override", "words", "key"),
     [

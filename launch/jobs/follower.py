@@ -12,6 +12,10 @@ from depthmup.launch.runs.joint import JointStudy
 from depthmup.launch.runs.study import Study
 
 
+class Postponed(UserError):
+    """Slurm has place for no run now; the job that goes on after the runs tries again."""
+
+
 @contextmanager
 def follower(
     study: Study, targets: Sequence[Path], after: bool = False, by_itself: bool = False
@@ -19,12 +23,13 @@ def follower(
     """A job that goes on with the study, for a block that submits what it goes on after: (its id, a function that gives
     it the ids of those jobs). It has its place in the queue before they have theirs: where Slurm takes no more jobs,
     nothing is submitted. Where the block fails it is taken back, unless Slurm stopped answering: then, as where this
-    process is killed, it begins by itself after CONTINUATION_PATIENCE_MINUTES.
+    process is killed, it begins by itself after some minutes (submit.PATIENCE_MINUTES). So it does where this goes on
+    `by_itself` and Slurm has place for no run: that is Postponed.
 
     One that waits already is taken, or taken back where it goes to other targets. One that runs may have looked
     already, or be this one. After a cancel nothing goes on `by_itself`. Raises UserError.
     """
-    from depthmup.launch.jobs.submit import submit_continuation
+    from depthmup.launch.jobs.submit import PATIENCE_MINUTES, submit_continuation
 
     with launching(study.file.directory) as lock:  # of two that look at once, the second finds the first's
         snapshot = states.take(study)
@@ -32,6 +37,9 @@ def follower(
             raise slurm.Silent(f"Slurm does not answer: {snapshot.slurm_error}. Nothing was submitted")
         if by_itself and asked(study.file.directory)[0] == "cancel":
             raise UserError("cancelled; the same command goes on")
+        to = [word for target in targets for word in ("--target", str(target))]
+        verb = study.verb if isinstance(study, JointStudy) and not after else "transfer"
+        again = study.command(verb, *(["--tune"] if after else []), *to)
         wanted = [[str(target.absolute()) for target in targets], after]
         goes_to = {s.name: [s.details.get("targets"), s.details.get("after", False)] for s in snapshot.submissions}
         queued = {task.job_id: goes_to[task.name] for task in snapshot.continuations if task.waits}
@@ -42,10 +50,7 @@ def follower(
         except slurm.Silent:
             raise
         except UserError as error:
-            to = [word for target in targets for word in ("--target", str(target))]
-            verb = study.verb if isinstance(study, JointStudy) and not after else "transfer"
-            again = study.command(verb, *(["--tune"] if after else []), *to)
-            raise UserError(
+            raise type(error)(
                 f"{error}. That is the job that goes on after the runs, so none of them was submitted. Once there is "
                 f"place for one job more: {again} --detach; or wait for them: {again}"
             ) from None
@@ -66,8 +71,15 @@ def follower(
         raise slurm.Silent(
             f"{error}. Job {job_id} waits, and goes on by itself in a few minutes if you do not"
         ) from None
-    except UserError:
+    except UserError as error:
+        if isinstance(error, slurm.Full) and by_itself:
+            raise Postponed(f"{error}. Job {job_id} tries again in {PATIENCE_MINUTES} minutes") from None
         if placed:
             slurm.cancel([job_id])
             shutil.rmtree(placed.path)
-        raise
+        if not isinstance(error, slurm.Full):
+            raise
+        raise slurm.Full(
+            f"{error}. With --detach the job that goes on takes a place, too; it is taken back, and nothing "
+            f"was submitted. Once there is place for three jobs: {again} --detach; or wait for them: {again}"
+        ) from None

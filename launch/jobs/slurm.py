@@ -3,7 +3,9 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -14,7 +16,11 @@ from depthmup.data.errors import UserError
 GONE = "invalid job id"
 SECONDS = 60  # that one command may take; slurmctld may be busy or restarting
 
-FULL = r"\w*(MaxSubmit|GrpSubmit)\w*|too many jobs"  # no place for so many jobs of this user, account or QOS
+RETRIES = "sleeping and retrying"  # sbatch's words when the whole queue is full (MaxJobCount): it tries for two minutes
+# slurmctld was away for a moment
+AWAY = r"unable to contact|timed out|zero bytes|connection refused|communication|gave no answer"
+# no place for so many jobs of this user, account or QOS, or of all users
+FULL = rf"\w*(MaxSubmit|GrpSubmit)\w*|too many jobs|{RETRIES}|temporarily unavailable"
 
 # sbatch's own words -> the key to change
 HINTS = (
@@ -23,7 +29,6 @@ HINTS = (
     (r"invalid qos", "launch.qos"),
     (r"invalid feature|invalid constraint", "launch.constraint"),
     # Which limit of an account or QOS it is, Slurm says in one word; "size and/or time limits" follows each of them.
-    (FULL, "launch.runs_per_job (fewer, longer jobs)"),
     (r"\w*(MaxWall|GrpWall)\w*", "launch.timeout_min"),
     (r"(QOS|Assoc)(Grp|Max|Min)\w+", "launch.nodes, gpus_per_node, cpus_per_task or memory_gb, or launch.qos"),
     (r"accounting/QOS policy", "launch.qos or launch.account (sacctmgr show qos, assoc lists their limits)"),
@@ -46,7 +51,10 @@ class Silent(UserError):
 
 
 class Full(UserError):
-    """Slurm takes no more jobs from this user now; it does once some have ended."""
+    """Slurm takes no more jobs from this user now; it does once some have ended. `fits`: the tasks that it had taken of
+    those that it was given, before they were taken back."""
+
+    fits = 0
 
 
 @dataclass(frozen=True)
@@ -88,20 +96,26 @@ def clean_environment() -> dict[str, str]:
     }
 
 
-def call(*command: str, pass_fds: Sequence[int] = ()) -> str:
+def call(*command: str) -> str:
     """Standard output of a Slurm command. Raises SlurmError when it fails, or is not there."""
     if problem := missing(command[0]):
         raise SlurmError(problem)
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=SECONDS, env=clean_environment(), pass_fds=pass_fds
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=clean_environment())
     except subprocess.TimeoutExpired:
-        raise SlurmError(f"{command[0]} gave no answer in {SECONDS} s") from None
+        raise unanswered(command[0]) from None
     if done.returncode:
-        words = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        raise SlurmError("; ".join(words) or f"{command[0]} ended with {done.returncode}")
+        raise failure(command[0], done.stderr, done.returncode)
     return done.stdout
+
+
+def unanswered(name: str) -> SlurmError:
+    return SlurmError(f"{name} gave no answer in {SECONDS} s")
+
+
+def failure(name: str, said: str, code: int) -> SlurmError:
+    words = [line.strip() for line in said.splitlines() if line.strip()]
+    return SlurmError("; ".join(words) or f"{name} ended with {code}")
 
 
 def queue(job_ids: Sequence[str], names: Sequence[str] = ()) -> list[QueuedTask]:
@@ -127,30 +141,68 @@ def ask_queue(option: str, wanted: Sequence[str]) -> list[QueuedTask]:
     return found
 
 
-def configuration(key: str) -> str | None:
-    """What Slurm's own configuration says of `key`. Raises SlurmError."""
-    match = re.search(rf"^{key}\s*=\s*(\S+)", call("scontrol", "show", "config"), re.MULTILINE)
-    return match[1] if match else None
+def configuration() -> dict[str, str]:
+    """Slurm's own configuration. Raises SlurmError."""
+    return dict(re.findall(r"^(\w+)\s*= (\S+)", call("scontrol", "show", "config"), re.MULTILINE))
 
 
 def has_private_jobs() -> bool:
     """Whether squeue shows a user their own jobs only. Raises SlurmError."""
-    return "jobs" in (configuration("PrivateData") or "").split(",")
+    return "jobs" in configuration().get("PrivateData", "").split(",")
 
 
 def max_array_size() -> int:
-    """Elements that one array may have. Raises SlurmError."""
-    return int(configuration("MaxArraySize") or 1001)  # Slurm's default
+    """Elements that one array may have. Raises SlurmError, and UserError where there may be no arrays."""
+    known = configuration()
+    size = int(known.get("MaxArraySize", 1001))  # Slurm's default
+    if tasks := re.search(r"max_array_tasks=(\d+)", known.get("SchedulerParameters", "")):
+        size = min(size, int(tasks[1]))
+    if size < 1:
+        raise UserError(
+            "this cluster takes no job arrays (MaxArraySize=0 in its slurm.conf): depthmup needs them there"
+        )
+    return size
 
 
 def sbatch(script: Path, options: Sequence[str] = (), pass_fds: Sequence[int] = ()) -> str:
-    """Submits `script`; returns the job id. Raises SlurmError."""
-    return call("sbatch", "--parsable", *options, str(script), pass_fds=pass_fds).strip().split(";")[0]
+    """Submits `script`; returns the job id. Raises SlurmError, at once where the queue is full: sbatch itself would try
+    again for two minutes."""
+    if problem := missing("sbatch"):
+        raise SlurmError(problem)
+    with subprocess.Popen(
+        ["sbatch", "--parsable", *options, str(script)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=clean_environment(),
+        pass_fds=pass_fds,
+    ) as running:
+        assert running.stdout
+        assert running.stderr
+        late = threading.Timer(SECONDS, running.kill)
+        late.start()
+        said = ""
+        for line in running.stderr:
+            said += line
+            if RETRIES in line:
+                running.kill()  # it sleeps
+        answer = running.stdout.read()
+    late.cancel()
+    if running.returncode == -signal.SIGKILL and RETRIES not in said:
+        raise unanswered("sbatch")
+    if running.returncode:
+        raise failure("sbatch", said, running.returncode)
+    return answer.strip().split(";")[0]
 
 
 def go_after(job_id: str, others: Sequence[str]) -> None:
     """Lets a job that waits begin once `others` have ended, however they end. Raises SlurmError."""
     call("scontrol", "update", f"JobId={job_id}", f"Dependency=afterany:{':'.join(others)}", "StartTime=now")
+
+
+def begin_now(job_ids: Sequence[str]) -> None:
+    """Lets jobs that were to begin later begin. Raises SlurmError."""
+    call("scontrol", "update", f"JobId={','.join(job_ids)}", "StartTime=now")
 
 
 def cancel(job_ids: Sequence[str]) -> None:
@@ -192,6 +244,12 @@ def silent(words: str, job_ids: Sequence[str]) -> Silent:
 def refusal(error: SlurmError) -> UserError:
     """What sbatch said, and which key to change."""
     words = re.sub(r"(sbatch|allocation failure|error): ", "", str(error))
+    if re.search(FULL, words, re.IGNORECASE):
+        return Full(
+            f"Slurm takes no more jobs now: {words} (it does once jobs of yours, or of those who share the limit, have "
+            "ended; or change launch.qos or launch.account)"
+        )
+    if re.search(AWAY, words, re.IGNORECASE):
+        return Silent(f"Slurm did not answer for a moment: {words}. Nothing was submitted")
     key = next((key for pattern, key in HINTS if re.search(pattern, words, re.IGNORECASE)), None)
-    kind = Full if re.search(FULL, words, re.IGNORECASE) else UserError
-    return kind(f"Slurm refuses the job: {words}" + (f" (change {key})" if key else ""))
+    return UserError(f"Slurm refuses the job: {words}" + (f" (change {key})" if key else ""))

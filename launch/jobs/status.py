@@ -109,18 +109,22 @@ def meanings(snapshot: Snapshot) -> list[str]:
 
 
 def going_on(snapshot: Snapshot) -> list[str]:
-    """Which job goes on with the study after its runs, or else the last words of the last one."""
+    """Which job goes on with the study after its runs, or else the last words of the last one. Where the next one waits
+    for its time, and for no run, these say why."""
+    there = {task.name for task in snapshot.continuations}
+    ended = [submission for submission in snapshot.submissions if submission.goes_on and submission.name not in there]
+    said = last_line(ended[-1].log(0)) if ended else None
     if snapshot.continuations:
         targets = {s.name: s.details.get("targets", []) for s in snapshot.submissions if s.goes_on}
-        return [
+        lines = [
             f"then: job {task.job_id} goes on ({task.state}, {task.reason})"
             + (f", to {', '.join(map(str, to))}" if (to := targets.get(task.name)) else "")
             for task in snapshot.continuations
         ]
-    ended = [submission for submission in snapshot.submissions if submission.goes_on]
+        begins_later = any(task.reason == "BeginTime" for task in snapshot.continuations)
+        return [*lines, f"the one before it: {said}"] if said and begins_later else lines
     if ended and (refusal := ended[-1].refused()):
         return [f"after the runs: nothing goes on by itself, that job was refused ({refusal})"]
-    said = last_line(ended[-1].log(0)) if ended else None
     return [f"after the runs: {said}"] if said else []
 
 

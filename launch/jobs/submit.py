@@ -258,29 +258,40 @@ def dry_run_script(study: Study) -> str:
     return script_text(submission, config, code, config.max_running)
 
 
+PATIENCE_MINUTES = 10  # for its launcher, of a job that is told later when to begin: then it begins by itself
+
+
 def submit_arrays(submissions: Sequence[Submission], turns: Turns, config: LaunchConfig, lock: int) -> None:
-    """Submits every array, or none: what Slurm took is cancelled when it refuses a later one. Raises UserError for a
-    refusal, and SlurmError when Slurm stops answering: it may then have taken the first arrays, and the next, too."""
+    """Submits every array, or none: what Slurm took is cancelled when it refuses a later one, and none of it has begun
+    by then. Raises UserError for a refusal, and SlurmError when Slurm stops answering: it may then have taken the first
+    arrays, and the next, too."""
     taken: list[str] = []
+    waits = len(submissions) > 1 and "begin" not in config.sbatch
     for number, submission in enumerate(submissions):
         before = turns.before(number, taken)
         own = config.sbatch.get("dependency")
         both = ",".join([*([str(own)] if own else []), f"afterany:{':'.join(before)}"])
+        options = [f"--dependency={both}"] if before else []
+        options += [f"--begin=now+{PATIENCE_MINUTES}minutes"] if waits else []
         try:
-            job_id = slurm.sbatch(submission.script, [f"--dependency={both}"] if before else [], pass_fds=(lock,))
+            job_id = slurm.sbatch(submission.script, options, pass_fds=(lock,))
         except slurm.SlurmError as error:
             # a time-out may hide that the job was taken
             ids = {task.name: task.job_id for task in slurm.queue((), [submission.name])}
             if submission.name not in ids:
                 slurm.cancel(taken)
-                raise slurm.refusal(error) from None
+                refusal = slurm.refusal(error)
+                if isinstance(refusal, slurm.Full):
+                    refusal.fits = sum(len(each.tasks) for each in submissions[:number])
+                raise refusal from None
             job_id = ids[submission.name]
         submission.write_job_id(job_id)
         taken.append(job_id)
+    if waits:
+        slurm.begin_now(taken)
 
 
 CONTINUATION_MINUTES = 60
-CONTINUATION_PATIENCE_MINUTES = 10  # to be told after which jobs it begins
 CONTINUATION_MEMORY_GB = 4  # torch counts FLOPs, matplotlib draws
 START = "import sys; sys.path[:] = [sys.argv.pop(1), *filter(None, sys.path)]; "
 START += "from depthmup.launch.chain import main; sys.exit(main())"
@@ -301,7 +312,7 @@ def submit_continuation(study: Study, targets: Sequence[Path], after: bool, lock
         timeout_min=min(config.timeout_min, CONTINUATION_MINUTES),
         container_image=None,  # it calls sbatch, and runs with the interpreter that launches
         container_mounts=None,
-        sbatch={**config.continuation, "begin": f"now+{CONTINUATION_PATIENCE_MINUTES}minutes"},
+        sbatch={**config.continuation, "begin": f"now+{PATIENCE_MINUTES}minutes"},
     )
     code = copy_code(root / "code").absolute()
     files = [str(target.absolute()) for target in targets]

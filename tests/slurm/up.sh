@@ -8,12 +8,14 @@
 #   SLURM_TEST_PORT=16800    first of the ports used (+0 ctld, +1 dbd, +2 mariadb, +11.. slurmd)
 #   SLURM_TEST_ACCT=dbd|none slurmdbd+MariaDB (sacct works) or nothing
 #   SLURM_TEST_ARRAY=8       most elements of a job array
+#   SLURM_TEST_JOBS=10000    most jobs that slurmctld keeps
+#   SLURM_TEST_CLOUD=0       nodes without slurmd in a partition "cloud": a job gets some, and never begins
 #   SLURM_TEST_NS=auto|yes|no  each node in its own pid+uts+mount namespace (real hostnames, atomic crash)
 set -euo pipefail
 D=$(readlink -m "${SLURM_TEST_DIR:-${TMPDIR:-/tmp}/slurm-test}")
 N=${SLURM_TEST_NODES:-8} CPUS=${SLURM_TEST_CPUS:-8} MEM=${SLURM_TEST_MEM:-16000} GPUS=${SLURM_TEST_GPUS:-4}
 P=${SLURM_TEST_PREFIX:-sn} PORT=${SLURM_TEST_PORT:-16800} ACCT=${SLURM_TEST_ACCT:-dbd}
-NS=${SLURM_TEST_NS:-auto} ARRAY=${SLURM_TEST_ARRAY:-8}
+NS=${SLURM_TEST_NS:-auto} ARRAY=${SLURM_TEST_ARRAY:-8} JOBS=${SLURM_TEST_JOBS:-10000} CLOUD=${SLURM_TEST_CLOUD:-0}
 HERE=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 export PATH=$PATH:/usr/sbin:/sbin DEBIAN_FRONTEND=noninteractive LC_ALL=C.UTF-8
 say() { printf '[slurm-up %5.1fs] %s\n' "$(echo "$(date +%s.%N) $T0" | awk '{print $1-$2}')" "$*" >&2; }
@@ -89,6 +91,7 @@ if [ "$GPUS" -gt 0 ]; then
 fi
 if [ "$ACCT" = dbd ]; then
   acct="AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageEnforce=limits
 AccountingStorageHost=127.0.0.1
 AccountingStoragePort=$((PORT+1))
 AccountingStoragePass=$D/run/munge.socket
@@ -100,6 +103,17 @@ JobAcctGatherParams=OverMemoryKill"
 else
   acct="AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none"
+fi
+cloud=""
+if [ "$CLOUD" -gt 0 ]; then
+  cloud="SuspendProgram=/bin/true
+ResumeProgram=/bin/true
+ResumeTimeout=3600
+ResumeRate=0
+SuspendTime=86400
+TreeWidth=65533
+NodeName=cloud[1-$CLOUD] CPUs=$CPUS RealMemory=$MEM State=CLOUD
+PartitionName=cloud Nodes=cloud[1-$CLOUD] MaxTime=INFINITE State=UP"
 fi
 cat > "$D/slurm.conf" <<CONF
 ClusterName=testcluster
@@ -127,6 +141,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU_Memory
 DefMemPerCPU=1500
 MaxArraySize=$ARRAY
+MaxJobCount=$JOBS
 # quick reactions
 SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf_interval=1,bf_resolution=1
@@ -150,10 +165,11 @@ SlurmctldParameters=preempt_send_user_signal
 $acct
 $gres_types
 NodeName=$P[1-$N] NodeHostname=$HOST NodeAddr=127.0.20.[1-$N] Port=$((PORT+11))-$((PORT+10+N)) CPUs=$CPUS Boards=1 SocketsPerBoard=1 CoresPerSocket=$CPUS ThreadsPerCore=1 RealMemory=$MEM $gres_node State=UNKNOWN
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=5 PreemptMode=OFF State=UP
-PartitionName=low  Nodes=ALL MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=5 State=UP
-PartitionName=lowcancel Nodes=ALL MaxTime=INFINITE PriorityTier=1 PreemptMode=CANCEL GraceTime=5 State=UP
-PartitionName=high Nodes=ALL MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF State=UP
+PartitionName=main Nodes=$P[1-$N] Default=YES MaxTime=INFINITE PriorityTier=5 PreemptMode=OFF State=UP
+PartitionName=low  Nodes=$P[1-$N] MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=5 State=UP
+PartitionName=lowcancel Nodes=$P[1-$N] MaxTime=INFINITE PriorityTier=1 PreemptMode=CANCEL GraceTime=5 State=UP
+PartitionName=high Nodes=$P[1-$N] MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF State=UP
+$cloud
 CONF
 
 # ---- 4. daemons (fd 9 closed, so that the lock is not inherited) ----------------------------------
@@ -206,6 +222,8 @@ fi
 
 slurmctld -c 9>&- >&2 || die slurmctld
 waitfor 30 slurmctld scontrol ping
+# limits are enforced: whoever calls this with sudo has an account, too
+[ "$ACCT" != dbd ] || [ -z "${SUDO_USER:-}" ] || sacctmgr -Q -i add user "$SUDO_USER" account=root >&2 || die sacctmgr
 [ "$NS" != yes ] || : > "$D/run/ns"
 SLURM_TEST_DIR=$D bash "$HERE/node.sh" start $(seq -f "$P%g" "$N") 9>&- >&2 || die slurmd
 waitfor 60 "$N idle nodes" all_idle
