@@ -28,8 +28,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from depthmup.data.config import DataConfig
 from depthmup.models.build import build
-from depthmup.models.config import ConvResNetConfig, OptimizerConfig, VisionTransformerConfig
+from depthmup.models.config import ConvResNetConfig, VisionTransformerConfig
 from depthmup.models.optimizer import build_optimizer, parameter_groups
+from depthmup.models.optimizer_config import OptimizerConfig
 from depthmup.train.config import RunConfig, TrainConfig
 from depthmup.train.packs.batched import CONVOLUTIONS
 from depthmup.train.packs.replicas import Replicas

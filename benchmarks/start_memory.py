@@ -18,8 +18,9 @@ import torch.distributed.fsdp  # before memory is measured
 
 from depthmup.data.config import DataConfig
 from depthmup.models.build import build_meta
-from depthmup.models.config import OptimizerConfig, VisionTransformerConfig
+from depthmup.models.config import VisionTransformerConfig
 from depthmup.models.flops import num_parameters
+from depthmup.models.optimizer_config import OptimizerConfig
 from depthmup.train.config import ParallelConfig, RunConfig, TrainConfig
 from depthmup.train.distributed import World, process_group
 from depthmup.train.engines.zero import import_deepspeed

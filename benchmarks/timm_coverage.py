@@ -20,9 +20,10 @@ import timm
 from timm.models import model_entrypoint
 
 from depthmup.models.build import build
-from depthmup.models.config import OptimizerConfig, ParameterizationConfig, TimmConfig
+from depthmup.models.config import ParameterizationConfig, TimmConfig
 from depthmup.models.coordinate_check import Settings, check
 from depthmup.models.errors import ModelError
+from depthmup.models.optimizer_config import OptimizerConfig
 from depthmup.models.timm_sizes import SIZES
 
 # Their blocks concatenate, or add cells of which none is the stream.

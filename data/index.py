@@ -183,6 +183,13 @@ class Index:
         }
         storage.write_atomically(Path(self.root) / INDEX_NAME, (json.dumps(raw, indent=1) + "\n").encode())
 
+    def check_classes(self, num_classes: int) -> None:
+        """Raises UserError where a network of `num_classes` would not have an output for each class, and no more."""
+        if (own := len(self.classes)) != num_classes:
+            raise UserError(
+                f"{self.root} has {own} classes, but model.num_classes is {num_classes}: set model.num_classes={own}"
+            )
+
     def check_files(self) -> None:
         """Raises UserError when a local shard or its sidecar is missing, or a shard is not of the size stated here."""
         for shard in self.shards:

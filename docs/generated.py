@@ -17,7 +17,8 @@ from pydantic import TypeAdapter
 from depthmup.launch.config import StudyFile
 from depthmup.launch.report.page import markdown_table
 from depthmup.models import parameterization
-from depthmup.models.config import AnyModelConfig, ModelConfig, RoleRates
+from depthmup.models.config import AnyModelConfig, ModelConfig
+from depthmup.models.optimizer_config import RoleRates
 from depthmup.models.parameterization import TABLE, Formula, Role
 
 Schema = dict[str, Any]

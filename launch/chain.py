@@ -1,16 +1,14 @@
 """The product's main path: a study's runs -> its report -> the target's file -> the target's run -> its line there.
 
-`transfer` walks it and waits. `advance` does what can be done now and, where runs are left, leaves a Slurm job that
-does so again once their jobs have ended, so that the user may log out. That job runs `main`.
+`transfer` walks it and waits. `advance_study` does what can be done now and, where runs are left, leaves a Slurm job
+that does so again once their jobs have ended, so that the user may log out. That job runs `main`.
 """
 
 import argparse
 import math
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,8 +17,10 @@ from rich.console import Console
 from depthmup.data.errors import UserError
 from depthmup.data.index import counted
 from depthmup.launch.jobs import slurm, states
-from depthmup.launch.jobs.submission import ask, asked, launching
+from depthmup.launch.jobs.follower import follower
+from depthmup.launch.jobs.submission import asked
 from depthmup.launch.paths import command
+from depthmup.launch.prepare import prepare_data
 from depthmup.launch.reading import read_study, read_study_or_run
 from depthmup.launch.runs.joint import JointStudy
 from depthmup.launch.runs.opened import open_planned
@@ -33,7 +33,6 @@ from depthmup.launch.transfer import (
     grow,
     interrupted,
     launch,
-    prepare_data,
     unfinished,
     wait,
 )
@@ -172,15 +171,14 @@ def target_studies(study: Study, targets: Sequence[Path], console: Console) -> l
     return [Study(path, read_study_or_run(path)) for path in paths]
 
 
-def say_next_step(study: Study, console: Console) -> None:
+def say_next_step(report: "Report", console: Console) -> None:
     """How to go on from a study that says which value to use."""
     from depthmup.launch.findings.verdict import CARRIED
-    from depthmup.launch.report.collect import collect
 
-    if any(judgement.verdict in CARRIED for judgement in collect(study).analysis.judgements):
-        model = study.file.model
-        size = (f"model.width={4 * model.base_width}", f"model.depth={4 * model.base_depth}")
-        words = (study.file.directory, *size, f"train.samples={10 * study.file.train.samples}")
+    if any(judgement.verdict in CARRIED for judgement in report.analysis.judgements):
+        file = report.study.file
+        size = (f"model.width={4 * file.model.base_width}", f"model.depth={4 * file.model.base_depth}")
+        words = (file.directory, *size, f"train.samples={10 * file.train.samples}")
         console.print(f"Next, for a target of your size: {command('scale', *words)}", markup=False)
 
 
@@ -195,9 +193,9 @@ def transfer(study: Study, targets: Sequence[Path], console: Console) -> None:
     except Unfinished:
         report_what_is_there(study, console)
         raise
-    show_report(study, console)
+    report = show_report(study, console)
     if not targets:
-        say_next_step(study, console)
+        say_next_step(report, console)
         return
     now = asked(study.file.directory)
     if now != before and now[0] == "cancel":
@@ -242,9 +240,9 @@ def advance_study(
             if after and tuned:
                 advance_study(tuned, targets, console, by_itself)
             return
-        show_report(study, console)
+        report = show_report(study, console)
         if not targets:
-            say_next_step(study, console)
+            say_next_step(report, console)
             return
         current = [large for large in target_studies(study, targets, console) if large.pending()]
         if not current:
@@ -275,67 +273,6 @@ def take(study: Study, job_ids: Sequence[str]) -> states.Snapshot:
     return snapshot
 
 
-@contextmanager
-def follower(
-    study: Study, targets: Sequence[Path], after: bool = False, by_itself: bool = False
-) -> Iterator[tuple[str, Callable[[Sequence[str]], None]]]:
-    """A job that goes on with the study, for a block that submits what it goes on after: (its id, a function that gives
-    it the ids of those jobs). It has its place in the queue before they have theirs: where Slurm takes no more jobs,
-    nothing is submitted. Where the block fails it is taken back, unless Slurm stopped answering: then, as where this
-    process is killed, it begins by itself after CONTINUATION_PATIENCE_MINUTES.
-
-    One that waits already is taken, or taken back where it goes to other targets. One that runs may have looked
-    already, or be this one. After a cancel nothing goes on `by_itself`. Raises UserError.
-    """
-    from depthmup.launch.jobs.submit import submit_continuation
-
-    with launching(study.file.directory) as lock:  # of two that look at once, the second finds the first's
-        snapshot = states.take(study)
-        if snapshot.slurm_error:
-            raise slurm.Silent(f"Slurm does not answer: {snapshot.slurm_error}. Nothing was submitted")
-        if by_itself and asked(study.file.directory)[0] == "cancel":
-            raise UserError("cancelled; the same command goes on")
-        wanted = [[str(target.absolute()) for target in targets], after]
-        goes_to = {s.name: [s.details.get("targets"), s.details.get("after", False)] for s in snapshot.submissions}
-        queued = {task.job_id: goes_to[task.name] for task in snapshot.continuations if task.waits}
-        waiting = [job_id for job_id, to in queued.items() if to == wanted]
-        try:
-            placed = None if waiting else submit_continuation(study, targets, after, lock)
-            slurm.cancel([job_id for job_id in queued if job_id not in waiting])  # of a command that this one replaces
-        except slurm.Silent:
-            raise
-        except UserError as error:
-            to = [word for target in targets for word in ("--target", str(target))]
-            verb = study.verb if isinstance(study, JointStudy) and not after else "transfer"
-            again = study.command(verb, *(["--tune"] if after else []), *to)
-            raise UserError(
-                f"{error}. That is the job that goes on after the runs, so none of them was submitted. Once there is "
-                f"place for one job more: {again} --detach; or wait for them: {again}"
-            ) from None
-        if not by_itself:
-            ask(study.file.directory, "launch")
-    job_id = placed.job_id if placed else waiting[0]
-    assert job_id
-
-    def attach(job_ids: Sequence[str]) -> None:
-        try:
-            slurm.go_after(job_id, job_ids)
-        except slurm.SlurmError as error:
-            raise slurm.silent(str(error), job_ids) from None
-
-    try:
-        yield job_id, attach
-    except slurm.Silent as error:
-        raise slurm.Silent(
-            f"{error}. Job {job_id} waits, and goes on by itself in a few minutes if you do not"
-        ) from None
-    except UserError:
-        if placed:
-            slurm.cancel([job_id])
-            shutil.rmtree(placed.path)
-        raise
-
-
 PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 5.0, 120.0  # between two tries: the first, doubled until the longest
 PATIENCE_SECONDS = 1800.0  # the job's own time limit is an hour, unless launch.timeout_min is less
 
@@ -358,7 +295,7 @@ def repeat_while_silent(step: Callable[[], None], console: Console) -> None:
 
 
 def go_on(folder: Path, targets: Sequence[Path], after: bool, console: Console) -> None:
-    """`advance` by itself, with what is in the study's folder now."""
+    """`advance_study` by itself, with what is in the study's folder now."""
     advance_study(open_planned(folder, read_study(folder)), targets, console, by_itself=True, after=after)
 
 

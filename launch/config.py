@@ -7,31 +7,21 @@ from dataclasses import field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, PlainSerializer, Tag
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
 from pydantic.dataclasses import dataclass
 
 from depthmup.data.config import NOT_IDENTITY, PathText, Positive
 from depthmup.data.paths import expand_all_read, expand_read, protect
 from depthmup.launch.axes import AXES, TRAINING_AXES, axes_misfit, ladder_misfit
+from depthmup.launch.joint_config import TuneConfig, VerifyConfig
+from depthmup.launch.values import Octaves, Seeds, Values, ascending, listed
 from depthmup.models.checked import STRICT
-from depthmup.models.config import Number, ParameterizationConfig
+from depthmup.models.config import ParameterizationConfig
+from depthmup.models.number import Number
 from depthmup.train.config import RunConfig, checked_setting
 
 Preset = Annotated[
     ParameterizationConfig, BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value)
-]
-
-
-def listed(given: Any) -> Any:
-    """'2**-6,2**-4', as one types on a command line, and a single value are lists."""
-    if isinstance(given, str):
-        return [part.strip() for part in given.split(",")]
-    return [given] if isinstance(given, int | float) else given
-
-
-# A number means that many: 16 is 0 to 15.
-Seeds = Annotated[
-    tuple[int, ...], BeforeValidator(lambda given: tuple(range(given)) if isinstance(given, int) else listed(given))
 ]
 
 
@@ -83,49 +73,11 @@ class Size:
         return ", ".join(f"{axis} {value}" for axis, value in self.axes.items())
 
 
-@checked_setting
-@dataclass(config=STRICT, frozen=True, kw_only=True)
-class Octaves:
-    """first, first * 2^(1/per_octave), ... up to last."""
-
-    first: Annotated[Number, Field(gt=0)]  # the smallest value
-    last: Annotated[Number, Field(gt=0)]  # the largest
-    per_octave: Positive = 1  # values for each factor of two
-
-    def __post_init__(self) -> None:
-        if self.last < self.first:
-            raise ValueError(f"last {self.last:g} is below first {self.first:g}")
-
-    def values(self) -> tuple[float, ...]:
-        count = math.floor(math.log2(self.last / self.first) * self.per_octave + 1e-9) + 1
-        return tuple(self.first * 2 ** (i / self.per_octave) for i in range(count))
-
-
 def folder_name(name: str) -> str:
     """It names a folder and jobs: what is no plain word would lead elsewhere, or not be found in the queue again."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise ValueError("must be letters, digits, '.', '_' and '-', with a letter or digit first")
     return name
-
-
-def ascending(values: Octaves | tuple[float, ...]) -> tuple[float, ...]:
-    return values.values() if isinstance(values, Octaves) else tuple(sorted(set(values)))
-
-
-def enough(values: Octaves | tuple[float, ...]) -> Octaves | tuple[float, ...]:
-    """One value is for `depthmup converge`."""
-    if (count := len(ascending(values))) in (0, 2):
-        raise ValueError(f"needs at least 3 values, or one where no optimum is asked for, found {count}")
-    return values
-
-
-# The tags are no keys: messages leave out what is in angle brackets.
-Values = Annotated[
-    Annotated[Octaves, Tag("<octaves>")]
-    | Annotated[tuple[Annotated[Number, Field(gt=0)], ...], BeforeValidator(listed), Tag("<list>")],
-    Discriminator(lambda given: "<octaves>" if isinstance(given, dict | Octaves) else "<list>"),
-    AfterValidator(enough),
-]
 
 
 LATTICE = 8  # values an octave of an adaptive design: curves share them, and a run keeps its name
@@ -264,92 +216,6 @@ class LaunchConfig:
     def tasks(self) -> int:
         """Processes of one run."""
         return self.nodes * (self.tasks_per_node or max(self.gpus_per_node, 1))
-
-
-@checked_setting
-@dataclass(config=STRICT, frozen=True, kw_only=True)
-class Range:
-    """All values from first to last, on a logarithmic or a linear scale."""
-
-    first: Number  # the smallest value
-    last: Number  # the largest
-    scale: Literal["log", "linear"] = "log"  # on which suggestions are spread
-
-    def __post_init__(self) -> None:
-        if self.last <= self.first:
-            raise ValueError(f"last {self.last:g} must be above first {self.first:g}")
-        if self.scale == "log" and self.first <= 0:
-            raise ValueError(f"first {self.first:g} must be above 0 on a logarithmic scale; use scale: linear")
-
-
-# One dimension of a space: a range, or the values to choose from. The tags are no keys.
-Dimension = Annotated[
-    Annotated[Range, Tag("<range>")] | Annotated[tuple[Any, ...], Field(min_length=2), Tag("<choice>")],
-    Discriminator(lambda given: "<range>" if isinstance(given, dict | Range) else "<choice>"),
-]
-
-
-@checked_setting
-@dataclass(config=STRICT, frozen=True, kw_only=True)
-class TuneConfig:
-    """A joint search of the proxy's hyperparameters: `trials` suggestions in batches, each trained with `seeds`; then
-    the best `rerun` of them with `rerun_seeds` new seeds, which alone say which is best."""
-
-    space: Annotated[dict[str, Dimension], Field(min_length=1)]  # the keys that are searched, each a range or a list
-    trials: Positive | None = None  # null: as many as `flops` pays for, and 32 without that
-    flops: Annotated[Number, Field(gt=0)] | None = None  # of all runs, the winners' too
-    batch: Positive = 8  # suggestions that are trained side by side: one pack, or one array of jobs
-    sampler: Literal["tpe", "random"] = "tpe"  # of Optuna
-    seeds: Annotated[Seeds, Field(min_length=1)] = (0,)  # of each suggestion
-    seed: Annotated[int, Field(ge=0)] = 0  # of the sampler
-    rerun: Positive = 3  # the best suggestions, which train again
-    rerun_seeds: Annotated[int, Field(ge=2)] = 3  # new ones, of each of them
-    # shares of the steps at which a run whose loss is above the median of the suggestions before its batch is ended
-    prune: Annotated[tuple[Annotated[Number, Field(gt=0, lt=1)], ...], BeforeValidator(listed)] = ()
-
-    def __post_init__(self) -> None:
-        if self.trials and self.flops:
-            raise ValueError("trials and flops are two budgets: state one of them")
-
-    @property
-    def most_trials(self) -> int:
-        """Where the budget is one of suggestions."""
-        return self.trials or 32
-
-
-Factor = Annotated[Number, Field(gt=1)]  # all values from the file's own over it to the file's own times it
-Around = Annotated[
-    Annotated[Factor, Tag("<factor>")]
-    | Annotated[Range, Tag("<range>")]
-    | Annotated[tuple[Any, ...], Field(min_length=2), Tag("<choice>")],
-    Discriminator(
-        lambda given: (
-            "<range>"
-            if isinstance(given, dict | Range)
-            else "<choice>"
-            if isinstance(given, list | tuple)
-            else "<factor>"
-        )
-    ),
-]
-
-
-@checked_setting
-@dataclass(config=STRICT, frozen=True, kw_only=True)
-class VerifyConfig:
-    """A verification of the file's own hyperparameters: `runs` runs with all of `space` perturbed at once, beside the
-    file's own values with `seeds`. Where none of 59 is better, they are among the best 5 % of the space with 95 %
-    confidence."""
-
-    # the keys that are perturbed: a factor around the file's own value, a range, or a list
-    space: Annotated[dict[str, Around], Field(min_length=1)]
-    runs: Positive = 59  # perturbed ones; of 59, none better: among the best 5 % with 95 % confidence
-    seeds: Annotated[Seeds, Field(min_length=1)] = (0, 1, 2)  # of the file's own values; perturbed ones have the first
-    width: Positive | None = None  # where it is verified; null: the file's own size
-    depth: Positive | None = None  # as width
-    top: Annotated[Number, Field(gt=0, lt=1)] = 0.05  # share of the space
-    budget: Annotated[Number, Field(gt=0)] = 1.0  # FLOPs of all runs at most, in those of one run of the file
-    seed: Annotated[int, Field(ge=0)] = 0  # of the perturbations
 
 
 @checked_setting

@@ -1,4 +1,4 @@
-"""The main job: data, plan, launch, wait. Whatever is there already is used."""
+"""A study's runs are launched and waited for. Whatever is there already is used."""
 
 import math
 import shutil
@@ -11,13 +11,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from depthmup.data.config import DataConfig
 from depthmup.data.errors import UserError
-from depthmup.data.index import INDEX_NAME, Index, counted
+from depthmup.data.index import counted
 from depthmup.data.storage import write_atomically
-from depthmup.launch.jobs import code as code_snapshot
 from depthmup.launch.jobs import slurm, states
 from depthmup.launch.jobs.attempts import newest_step
+from depthmup.launch.jobs.code_copy import copy_code
 from depthmup.launch.jobs.reasons import explain
 from depthmup.launch.jobs.share import Share
 from depthmup.launch.jobs.states import State
@@ -32,6 +31,7 @@ from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.pool import refuse_mixture
 from depthmup.launch.runs.rounds import AddedRound, AddedRun
 from depthmup.launch.runs.study import Study
+from depthmup.launch.runs.written import refuse_other_study
 from depthmup.launch.wording import duration
 
 POLL_SECONDS = 0.5
@@ -40,42 +40,6 @@ GONE: tuple[State, ...] = ("interrupted", "lost")  # their jobs are gone, and no
 IDLE: tuple[State, ...] = ("new", *GONE)
 STOPPED: tuple[State, ...] = ("failed", "held", "lost", "interrupted", "cancelled")  # all that were submitted
 UNFINISHED: tuple[State, ...] = ("new", *STOPPED)
-
-
-def pack_source(data: DataConfig, console: Console) -> None:
-    """Packs data.source where there are no shards yet. Raises UserError."""
-    root = Path(data.root)
-    if not data.source or (root / INDEX_NAME).exists():
-        return
-    from depthmup.data.pack import pack
-
-    with display(console, f"packing {data.source}") as shown:
-        started = time.monotonic()
-
-        def progress(done: int, total: int) -> None:
-            rate = done / (time.monotonic() - started)
-            shown.update(done / total, f"{done} of {total} images, {rate:.0f}/s", final=done == total)
-
-        _, left_out = pack(data.source, root, validation_share=data.validation_share, progress=progress)
-    for line in left_out:
-        console.print(line, highlight=False, markup=False)
-
-
-def prepare_data(study: Study, console: Console) -> Index:
-    """The data set's index; packs data.source first where there are no shards. Raises UserError."""
-    study.check_writable()
-    check_fits(study)  # before an hour of packing
-    if study.file.launch.cluster == "slurm":
-        slurm.require()
-    data = study.file.data
-    pack_source(data, console)
-    index = Index.load(data.root, data.trust)
-    if len(index.classes) != study.file.model.num_classes:
-        raise UserError(
-            f"{data.root} has {len(index.classes)} classes, but model.num_classes is {study.file.model.num_classes}"
-        )
-    index.check_files()
-    return index
 
 
 @dataclass(frozen=True)
@@ -117,7 +81,7 @@ def launch(study: Study, only: Sequence[State] = UNFINISHED, by_itself: bool = F
     KeyboardInterrupt with the line to say when what trains in this process was stopped.
     """
     config = study.file.launch
-    study.refuse_other_study()
+    refuse_other_study(study.file)
     check_fits(study)
     with launching(study.file.directory) as lock:
         snapshot = states.take(study)
@@ -157,7 +121,7 @@ def launch_wave(study: Study, packs: Sequence[Sequence[PlannedRun]], snapshot: s
     from depthmup.launch.jobs.submit import deal
 
     study.write()
-    code = code_snapshot.take(study.file.directory / "code")
+    code = copy_code(study.file.directory / "code")
     by_name = {run.directory.path.name: run for pack in packs for run in pack}
     tasks = group(packs, study.file.launch.runs_per_job)
     taken = len(tasks)

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from depthmup.models.build import ScaledModel, apply, build_scaled
-    from depthmup.models.config import OptimizerConfig, ParameterizationConfig, Size
+    from depthmup.models.config import ParameterizationConfig, Size
     from depthmup.models.discovery.find import find_roles
     from depthmup.models.discovery.show import roles_code, roles_table
     from depthmup.models.errors import ModelError
     from depthmup.models.family import Init, ParameterRule, Roles, Slot
     from depthmup.models.optimizer import build_optimizer, parameter_groups
+    from depthmup.models.optimizer_config import OptimizerConfig
     from depthmup.models.parameterization import Role
 
 HOME = {
@@ -23,7 +24,7 @@ HOME = {
     "find_roles": "discovery.find",
     "roles_code": "discovery.show",
     "roles_table": "discovery.show",
-    "OptimizerConfig": "config",
+    "OptimizerConfig": "optimizer_config",
     "ParameterizationConfig": "config",
     "Size": "config",
     "ModelError": "errors",

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from depthmup.models.config import OptimizerConfig
+from depthmup.models.optimizer_config import OptimizerConfig
 from depthmup.models.parameterization import Role
 
 Span = tuple[float, float]  # lowest and highest slope that the limit allows

@@ -7,9 +7,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from depthmup.models.config import OptimizerConfig, refuse_idle
 from depthmup.models.errors import ModelError
 from depthmup.models.family import ParameterRule
+from depthmup.models.optimizer_config import OptimizerConfig, refuse_idle
 from depthmup.models.parameterization import TABLE, Factors, Role, Scale
 from depthmup.models.training_scale import TrainingFactors, training_factors
 

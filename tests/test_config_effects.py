@@ -12,15 +12,10 @@ import torch
 from depthmup.data.errors import UserError
 from depthmup.launch.config import StudyFile
 from depthmup.models.build import ScaledModel, build
-from depthmup.models.config import (
-    ConvResNetConfig,
-    OptimizerConfig,
-    ParameterizationConfig,
-    ResNetConfig,
-    VisionTransformerConfig,
-)
+from depthmup.models.config import ConvResNetConfig, ParameterizationConfig, ResNetConfig, VisionTransformerConfig
 from depthmup.models.errors import ModelError
 from depthmup.models.optimizer import build_optimizer, parameter_groups
+from depthmup.models.optimizer_config import OptimizerConfig
 from depthmup.train.config import RunConfig, ScheduleConfig, TrainConfig
 from depthmup.train.loop import run as train
 from depthmup.train.reading import from_plain

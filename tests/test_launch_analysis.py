@@ -9,15 +9,8 @@ import pytest
 from scipy.stats import binom
 
 from depthmup.launch.config import Size
-from depthmup.launch.findings.analysis import (
-    Comparison,
-    Curve,
-    Failures,
-    Result,
-    analyse_sizes,
-    carry_optimum,
-    failed_runs,
-)
+from depthmup.launch.findings.analysis import Comparison, Curve, Result, analyse_sizes, carry_optimum
+from depthmup.launch.findings.failures import Failures, dead_runs, lost_runs
 
 BASE, DEEP, WIDE, LARGE = (Size(width=width, depth=depth) for width, depth in ((16, 3), (16, 27), (64, 3), (64, 27)))
 GRID = tuple(float(x) for x in range(-10, 1))
@@ -133,8 +126,9 @@ def test_the_share_of_failing_runs_is_known_as_their_number_allows() -> None:
 def test_a_value_at_which_seeds_differ_as_noise_lets_them_has_not_failed() -> None:
     generator = np.random.default_rng(0)
     noisy = 0.3 * np.exp(0.3 * generator.standard_normal((3, 9)))
-    assert not failed_runs(noisy, GUESS).any()
-    assert not failed_runs(np.array([[1.0], [1.3], [1.6]]), GUESS).any()  # nor where there is one value only
+    for losses in (noisy, np.array([[1.0], [1.3], [1.6]])):  # also where there is one value only
+        assert not dead_runs(losses, GUESS).any()
+        assert not lost_runs(losses, GUESS).any()
 
 
 def test_many_classes_and_a_small_gain_over_a_guess_are_learning_if_seeds_agree() -> None:
@@ -198,6 +192,67 @@ def test_an_optimum_whose_neighbours_fail_is_known_to_a_grid_step_however_well_t
     narrow = valley(-4.0, noise=1e-6)
     found = curve(lambda x, seed: narrow(x, seed) if x in (-5.0, -4.0) else math.inf).optimum
     assert (found.x, found.interval, found.censored) == (-4.0, (-5.0, -3.0), None)
+
+
+def test_a_falling_curve_does_not_put_the_optimum_at_or_beyond_a_value_at_which_runs_fail() -> None:
+    """As the demo found it at depth 27: best at 2^-4.25, while at 2^-3.25 one run of two hardly learned. The log losses
+    fall ever faster up to there, and nothing but the failing value holds them up."""
+    found: dict[float, tuple[float, ...]] = {
+        -5.25: (0.1542, 0.2217),
+        -4.375: (0.1257, 0.1301),
+        -4.25: (0.0934, 0.1134),
+        -3.25: (0.2108, 0.8762),
+    }
+    for fails in (found[-3.25], (GUESS, GUESS), (math.inf, math.inf)):
+        recorded = {
+            (x, seed): loss for x, losses in {**found, -3.25: fails}.items() for seed, loss in enumerate(losses)
+        }
+        both = (Result("p", size, 2.0**x, seed, loss) for size in (BASE, DEEP) for (x, seed), loss in recorded.items())
+        deep = compare(list(both), carried=-4.375)[1]
+        optimum = deep.curve.optimum
+        assert np.isinf(deep.curve.mean[-1])
+        assert optimum.x == pytest.approx(-4.3, abs=0.3)
+        assert optimum.interval
+        assert -5.25 < optimum.interval[0] < -4.25 < optimum.interval[1] < -3.25
+        assert deep.regret < 0.3  # the curve fell to a loss of 0.003 at the failing value
+
+
+@pytest.mark.parametrize("side", [-1, 1])
+def test_no_estimate_and_no_interval_reaches_a_failing_value_on_either_side(side: int) -> None:
+    """Curves that fall to the very edge, of all shapes, noises and gaps."""
+    generator, reached = np.random.default_rng(0), 0
+    for number in range(40):
+        fall, bend, noise = (
+            generator.uniform(0.05, 1),
+            generator.uniform(-0.3, 0.3),
+            generator.choice([1e-3, 0.05, 0.3]),
+        )
+        gap = generator.choice([0.25, 1.0, 2.0])
+        grid = tuple(side * x for x in sorted((-5.0, -4.5, -4.0, -3.5, -3.0, -3.0 + gap), key=lambda x: side * x))
+        edge = side * (-3.0 + gap)
+        d = side * np.array(grid) + 3.0
+        losses = 0.3 * np.exp(
+            -fall * d + bend * d**2 / 2 + noise * generator.standard_normal((2 + number % 2, len(grid)))
+        )
+        results = [
+            Result("p", BASE, 2.0**x, seed, math.inf if x == edge else float(losses[seed, index]))
+            for seed in range(len(losses))
+            for index, x in enumerate(grid)
+        ]
+        found = compare(results)[0].curve
+        assert found.optimum.x is not None
+        assert found.optimum.interval
+        ends = sorted(side * x for x in found.optimum.interval)
+        assert side * found.optimum.x < -3.0 + gap
+        assert (
+            ends[1] <= -3.0 + gap
+        )  # equal where fewer than three values train about the best: it is between its neighbours
+        if found.posterior and found.posterior.grid[0] <= edge <= found.posterior.grid[-1]:
+            reached += 1
+            assert ends[1] < -3.0 + gap
+            assert np.isinf(found.posterior.regrets(edge)).all()
+            assert np.isfinite(found.posterior.lowest).all()
+    assert reached > 20
 
 
 def test_a_value_that_trains_beyond_those_of_the_fit_bounds_the_optimum() -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
+from command_line import output_of
 from conftest import settings_on
 from depthmup.launch.cli import cli
 from depthmup.launch.findings.convergence import LAWS, Law, Rate, fit_rate, squared_distance
@@ -21,16 +21,10 @@ from depthmup.launch.report.converge import feature_kernel, loss_curve, probe_im
 from depthmup.launch.report.record import read_record
 from depthmup.launch.report.results import results
 from depthmup.launch.runs.study import Study
-from depthmup.train.loop import run
+from planned_runs import train_depths
 
 DEPTHS = (3, 6, 12, 24)
 MEAN, SCATTER = Law("depth", "mean", 1.0), Law("width", "scatter", 0.5)
-
-
-def invoke(*arguments: object) -> str:
-    result = CliRunner().invoke(cli, [str(argument) for argument in arguments], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.output
 
 
 def approaching(
@@ -126,21 +120,9 @@ def test_more_seeds_make_the_interval_narrower() -> None:
 @pytest.fixture(scope="module")
 def trained(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study of one rate, three depths and three seeds, all of whose runs are done."""
-    folder, settings = tmp_path_factory.mktemp("trained"), settings_on(digits)
+    settings = settings_on(digits)
     settings["train"] |= {"samples": 3200, "log_every": 1, "checkpoint_every": 1000}
-    sizes = [{"width": 8, "depth": depth} for depth in (3, 6, 12)]
-    settings["study"] = {"name": "grown", "directory": str(folder), "seeds": 3, "values": [0.125], "sizes": sizes}
-    settings["study"]["parameterizations"] = ["depth_mup"]
-    path = folder / "grown.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    study = Study(path, read_study(path))
-    study.write()
-    for planned in study.runs:
-        run(planned.config, planned.directory.path)
-        # so short a training may be lost in the noise of its seeds, and such a size is left out
-        done = planned.directory.done() or {}
-        planned.directory.write_done({**done, "minival_loss": 1.0 + 0.01 * planned.seed})
-    return study.file.directory
+    return train_depths(settings, tmp_path_factory.mktemp("trained"), lr=0.125, seeds=3)
 
 
 @pytest.fixture
@@ -150,7 +132,7 @@ def grown(trained: Path, tmp_path: Path) -> Path:
 
 
 def test_a_study_gives_rates_figures_and_a_section_of_the_results(grown: Path) -> None:
-    said = invoke("converge", grown)
+    said = output_of("converge", grown)
     for quantity in ("loss curve", "feature kernel"):
         assert f"depth_mup, {quantity} over depth (mean, 3 seeds):" in said
     assert max(map(len, said.split("Written")[0].splitlines())) <= 80
@@ -159,7 +141,7 @@ def test_a_study_gives_rates_figures_and_a_section_of_the_results(grown: Path) -
     assert {law.axis for law in LAWS} == {"width", "depth"}  # width is not varied here, and so has no line
 
     folder = grown.parent / "docs"
-    invoke("report", grown, "--publish", folder)
+    output_of("report", grown, "--publish", folder)
     assert (folder / "grown-convergence.png").read_bytes().startswith(b"\x89PNG")
     text = results([read_record(folder / "grown.json")], folder)
     assert "| depth_mup | feature kernel | mean | depth |" in text
@@ -192,7 +174,7 @@ def test_a_size_that_diverges_is_left_out_and_said(grown: Path) -> None:
     study = Study(grown, read_study(grown))
     deepest = study.runs[-1].directory
     deepest.write_done({"outcome": "diverged", "step": 3, "seconds": 1.0})
-    assert "left out: depth 12 (diverged)" in invoke("converge", grown)
+    assert "left out: depth 12 (diverged)" in output_of("converge", grown)
 
 
 def test_lost_files_and_unfit_studies_are_refused_with_the_remedy(grown: Path, study_file: Path) -> None:
@@ -200,9 +182,9 @@ def test_lost_files_and_unfit_studies_are_refused_with_the_remedy(grown: Path, s
     assert list(steps) == list(range(1, 101))
     assert np.isfinite(losses).all()
     Study(grown, read_study(grown)).runs[0].directory.weights.unlink()
-    refused = CliRunner().invoke(cli, ["converge", str(grown)])
+    refused = CliRunner().output_of(cli, ["converge", str(grown)])
     assert "no weights.safetensors there: delete the folder to train it again" in str(refused.exception)
-    refused = CliRunner().invoke(cli, ["converge", str(study_file)])
+    refused = CliRunner().output_of(cli, ["converge", str(study_file)])
     assert "3 finished sizes along width or depth" in str(refused.exception)
 
 

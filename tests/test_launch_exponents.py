@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
+from command_line import output_of
 from conftest import settings_on
 from depthmup.launch.cli import cli
 from depthmup.launch.findings.exponents import Slope, fit_slope, measures_of, regime
@@ -19,7 +19,7 @@ from depthmup.launch.report.exponents import FILES, block_tensors, branch_factor
 from depthmup.launch.runs.study import Study
 from depthmup.models.build import build, build_meta
 from depthmup.models.config import ConvResNetConfig, ParameterizationConfig
-from depthmup.train.loop import run
+from planned_runs import train_depths
 
 DEPTHS = (8, 16, 32, 64, 128)
 
@@ -139,31 +139,11 @@ def test_tanh_is_another_network_with_the_same_weights() -> None:
 @pytest.fixture
 def trained(digits: Path, tmp_path: Path) -> Path:
     """A study of one rate, three depths and two seeds, all of whose runs are done."""
-    settings = settings_on(digits)
-    sizes = [{"width": 8, "depth": depth} for depth in (3, 6, 12)]
-    settings["study"] = {"name": "grown", "directory": str(tmp_path), "seeds": 2, "values": [0.0625], "sizes": sizes}
-    settings["study"]["parameterizations"] = ["depth_mup"]
-    path = tmp_path / "grown.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    study = Study(path, read_study(path))
-    study.write()
-    for planned in study.runs:
-        run(planned.config, planned.directory.path)
-        done = planned.directory.done() or {}
-        planned.directory.write_done(
-            {**done, "minival_loss": 1.0 + 0.01 * planned.seed}
-        )  # so short a training is noise
-    return study.file.directory
-
-
-def invoke(*arguments: object) -> str:
-    result = CliRunner().invoke(cli, [str(argument) for argument in arguments], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.output
+    return train_depths(settings_on(digits), tmp_path, lr=0.0625, seeds=2)
 
 
 def test_a_studys_runs_give_exponents_a_table_and_a_figure(trained: Path) -> None:
-    said = invoke("exponents", trained)
+    said = output_of("exponents", trained)
     assert "max norm" in said
     assert "depth_mup, convs.0.weight, start:" in said
     assert {path.name for path in trained.iterdir()} >= set(FILES)
@@ -198,12 +178,12 @@ def test_the_change_is_from_the_weights_that_training_began_with(trained: Path) 
 
 
 def test_lost_files_and_unfit_studies_are_refused_with_the_remedy(trained: Path, study_file: Path) -> None:
-    refused = CliRunner().invoke(cli, ["exponents", str(study_file)])
+    refused = CliRunner().output_of(cli, ["exponents", str(study_file)])
     assert "exponents need 3 finished depths at the base's width that train" in str(refused.exception)
     study = Study(trained, read_study(trained))
     study.runs[0].directory.write_done({"outcome": "diverged", "step": 3, "seconds": 1.0})
-    refused = CliRunner().invoke(cli, ["exponents", str(trained)])
+    refused = CliRunner().output_of(cli, ["exponents", str(trained)])
     assert "left out: depth_mup:" in str(refused.exception)
     study.runs[-1].directory.weights.unlink()
-    refused = CliRunner().invoke(cli, ["exponents", str(trained)])
+    refused = CliRunner().output_of(cli, ["exponents", str(trained)])
     assert "no weights.safetensors there: delete the folder to train it again" in str(refused.exception)

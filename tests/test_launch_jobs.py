@@ -17,16 +17,19 @@ from rich.console import Console
 
 from depthmup.data.errors import UserError
 from depthmup.launch import chain, transfer
-from depthmup.launch.chain import advance_study, follower
+from depthmup.launch.chain import advance_study
 from depthmup.launch.cli import cli
 from depthmup.launch.config import LaunchConfig
-from depthmup.launch.jobs import code, slurm, states
+from depthmup.launch.jobs import slurm, states
 from depthmup.launch.jobs.attempts import note
+from depthmup.launch.jobs.code_copy import copy_code
+from depthmup.launch.jobs.follower import follower
 from depthmup.launch.jobs.reasons import explain
 from depthmup.launch.jobs.slurm import QueuedTask, SlurmError
 from depthmup.launch.jobs.status import print_status
 from depthmup.launch.jobs.submission import Submission, ask, cancelled, load_all, places_taken
 from depthmup.launch.jobs.submit import Turns, deal, dry_run_script, submit_continuation, take_turns
+from depthmup.launch.paths import PACKAGE
 from depthmup.launch.reading import read_study
 from depthmup.launch.runs.opened import path_of
 from depthmup.launch.runs.study import Study
@@ -588,7 +591,7 @@ def test_the_job_after_the_runs_is_no_part_of_the_limit(fake: Path, study_of: Ca
 
 
 def test_a_job_imports_from_a_copy_that_has_every_file_which_the_code_opens(tmp_path: Path) -> None:
-    copied = code.take(tmp_path)
+    copied = copy_code(tmp_path)
     page = "from depthmup.launch.report.page import environment, inline\nfrom depthmup.launch.new import FAMILIES\n"
     page += "environment().get_template('report.html.j2')\nprint(len(inline('page.js')), len(inline('tables.js')))"
     done = subprocess.run(
@@ -600,5 +603,5 @@ def test_a_job_imports_from_a_copy_that_has_every_file_which_the_code_opens(tmp_
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    here = {file.name for file in (Path(code.PACKAGE) / "launch" / "report").iterdir() if file.is_file()}
+    here = {file.name for file in (PACKAGE / "launch" / "report").iterdir() if file.is_file()}
     assert here == {file.name for file in (copied / "depthmup" / "launch" / "report").iterdir() if file.is_file()}

@@ -331,7 +331,7 @@ def test_in_a_container_the_workers_run_and_the_job_after_the_runs_does_not(
         (["data.root=nowhere", "data.source=nothing/there"], "no such folder or tar"),
         (["data.root=nowhere", "data.source=empty"], "no images"),
         (["study.directory=/proc/nowhere"], "set study.directory to a folder that is"),
-        (["model.num_classes=7"], "has 10 classes, but model.num_classes is 7"),
+        (["model.num_classes=7"], "has 10 classes, but model.num_classes is 7: set model.num_classes=10"),
     ],
 )
 def test_a_users_mistake_is_one_line_exit_2_and_starts_nothing(

@@ -5,25 +5,24 @@ import math
 import shutil
 import statistics
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from click.testing import CliRunner, Result
 
+from command_line import invoke
 from depthmup.data.errors import UserError
-from depthmup.launch.cli import cli
 from depthmup.launch.jobs import states
-from depthmup.launch.reading import read_run, read_study_or_run
+from depthmup.launch.reading import read_run
 from depthmup.launch.report.search import collect_search, sentences
-from depthmup.launch.runs.opened import open_planned
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.search import Search
 from depthmup.train.owner import code_fingerprint, owner
 from depthmup.train.rundir import PRUNED
-from planned_runs import finish
+from planned_runs import finish, open_as
 
 SPACE: dict[str, Any] = {
     "optimizer.lr": {"first": "2**-10", "last": "2**-2"},
@@ -46,10 +45,7 @@ def tune_file(run_settings: dict[str, Any], tmp_path: Path) -> Callable[..., Pat
     return write
 
 
-def open_search(file: Path) -> Search:
-    search = open_planned(file, read_study_or_run(file))
-    assert isinstance(search, Search)
-    return search
+open_search = partial(open_as, Search)
 
 
 def bowl(run: PlannedRun) -> float:
@@ -70,10 +66,6 @@ def walk(file: Path, stop_after: int = 10**6) -> list[str]:
                 return trained
             trained.append(run.directory.path.name)
             finish(run, bowl(run))
-
-
-def invoke(*words: str | Path) -> Result:
-    return CliRunner().invoke(cli, [str(word) for word in words], terminal_width=200)
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random"])

@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 import yaml
-from click.testing import CliRunner, Result
 from rich.console import Console
 
+from command_line import invoke
 from depthmup.data.errors import UserError
 from depthmup.launch import chain
-from depthmup.launch.cli import cli
 from depthmup.launch.reading import read_run, read_study
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.search import Search
@@ -63,10 +62,6 @@ def target(tmp_path: Path) -> Path:
     path = tmp_path / "large.yaml"
     path.write_text("model: {width: 16}\n")
     return path
-
-
-def invoke(*words: str | Path) -> Result:
-    return CliRunner().invoke(cli, [str(word) for word in words], terminal_width=200)
 
 
 def markers(root: Path) -> dict[Path, int]:

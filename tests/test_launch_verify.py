@@ -3,22 +3,20 @@
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from click.testing import CliRunner, Result
 
+from command_line import invoke
 from depthmup.data.errors import UserError
-from depthmup.launch.cli import cli
 from depthmup.launch.findings.share import Share
-from depthmup.launch.reading import read_study_or_run
 from depthmup.launch.report.verification import Verified, collect_verification, sentences
-from depthmup.launch.runs.opened import open_planned
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.verification import Verification
-from planned_runs import finish
+from planned_runs import finish, open_as
 
 SPACE: dict[str, Any] = {
     "optimizer.lr": 4,
@@ -46,14 +44,7 @@ def verify_file(run_settings: dict[str, Any], tmp_path: Path) -> Callable[..., P
     return write
 
 
-def open_verification(file: Path) -> Verification:
-    verification = open_planned(file, read_study_or_run(file))
-    assert isinstance(verification, Verification)
-    return verification
-
-
-def invoke(*words: str | Path) -> Result:
-    return CliRunner().invoke(cli, [str(word) for word in words], terminal_width=200)
+open_verification = partial(open_as, Verification)
 
 
 def judge(file: Path, loss: Callable[[PlannedRun], float]) -> Verified:

@@ -18,12 +18,12 @@ from depthmup.models.check_targets import Target
 from depthmup.models.config import (
     AnyModelConfig,
     ConvResNetConfig,
-    OptimizerConfig,
     ParameterizationConfig,
     ResNetConfig,
     VisionTransformerConfig,
 )
 from depthmup.models.coordinate_check import AXES, Axis, Batch, Line, Measured, Settings, at_positions, check
+from depthmup.models.optimizer_config import OptimizerConfig
 from depthmup.models.parameterization import Role, Scale
 
 CONV_RESNET = ConvResNetConfig(

@@ -15,13 +15,13 @@ from depthmup.models.check_record import Inside, Layer, branch_layers
 from depthmup.models.config import (
     AnyModelConfig,
     ConvResNetConfig,
-    OptimizerConfig,
     ParameterizationConfig,
     ResNetConfig,
     VisionTransformerConfig,
 )
 from depthmup.models.coordinate_check import Line, Settings, check
 from depthmup.models.errors import ModelError
+from depthmup.models.optimizer_config import OptimizerConfig
 from depthmup.models.parameterization import Role
 
 DIGITS = {"num_classes": 10, "image_size": 8, "in_channels": 1}

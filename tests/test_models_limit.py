@@ -14,7 +14,7 @@ from depthmup.models.errors import ModelError
 from depthmup.models.limit.activations import ACTIVATIONS
 from depthmup.models.limit.drift import kernel_at, kernel_in_limit, predicted_drift
 from depthmup.models.limit.finite import scaled_network, train_finite
-from depthmup.models.limit.kernels import finite_depth_kernel, infinite_depth_kernel, largest_rate, lazy_outputs
+from depthmup.models.limit.kernels import finite_depth_kernel, infinite_depth_kernel, largest_rate
 from depthmup.models.limit.linear import train_linear
 from depthmup.models.limit.network import Training, Trajectory, paper_network, to_infinite_depth
 from depthmup.models.limit.rich import train_rich
@@ -172,6 +172,15 @@ def test_monte_carlo_solver_of_the_linear_network_is_the_exact_one() -> None:
     assert found.outputs == pytest.approx(exact.outputs, abs=0.02)
     assert found.forward[-1] == pytest.approx(exact.forward[-1], rel=0.05, abs=0.1)
     assert found.backward[0] == pytest.approx(exact.backward[0], rel=0.05, abs=0.1)
+
+
+def lazy_outputs(kernel: np.ndarray, training: Training) -> np.ndarray:
+    """(T + 1, P): f_t = -rate NTK sum_s memory[t, s] (f_s - y) / P, from f_0 = 0, where the kernel stays as it is."""
+    memory, outputs = training.memory(), np.zeros((training.steps + 1, training.samples))
+    for step in range(1, training.steps + 1):
+        errors = (training.targets - outputs[:step]) / training.samples
+        outputs[step] = training.rate * kernel @ (memory[step, :step] @ errors)
+    return outputs
 
 
 @pytest.mark.parametrize("name", ["relu", "tanh"])

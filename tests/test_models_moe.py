@@ -19,7 +19,7 @@ from depthmup.launch.scale import different, kept
 from depthmup.models import ParameterizationConfig, moe_vit
 from depthmup.models import parameterization as rules
 from depthmup.models.build import build, build_meta
-from depthmup.models.config import MixtureVitConfig, OptimizerConfig, VisionTransformerConfig
+from depthmup.models.config import MixtureVitConfig, VisionTransformerConfig
 from depthmup.models.coordinate_check import (
     AXES,
     BAND,
@@ -33,6 +33,7 @@ from depthmup.models.errors import ModelError
 from depthmup.models.export import folded_state
 from depthmup.models.flops import forward_flops
 from depthmup.models.moe_vit import GroupedLinear, MixtureOfExperts, balance_experts, load_metrics, unbalanced
+from depthmup.models.optimizer_config import OptimizerConfig
 from depthmup.models.parameterization import Role
 from depthmup.models.timm_registry import timm_call
 from depthmup.train.loop import run

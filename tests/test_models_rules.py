@@ -17,7 +17,6 @@ from depthmup.models.config import (
     NAMED_SIZES,
     AnyModelConfig,
     ConvResNetConfig,
-    OptimizerConfig,
     ParameterizationConfig,
     ResNetConfig,
     Size,
@@ -29,6 +28,7 @@ from depthmup.models.family import ONES, Init, ParameterRule, UnmatchedParameter
 from depthmup.models.flops import forward_flops, training_flops
 from depthmup.models.init import init_std, initialize, materialize
 from depthmup.models.optimizer import build_optimizer, parameter_groups
+from depthmup.models.optimizer_config import OptimizerConfig
 from depthmup.models.parameterization import PRESETS, Role, Scale
 
 VIT = VisionTransformerConfig(

@@ -15,10 +15,11 @@ from depthmup.models import ParameterizationConfig, Size
 from depthmup.models import parameterization as rules
 from depthmup.models.build import build, build_meta
 from depthmup.models.check_record import positions_of
-from depthmup.models.config import OptimizerConfig, TimmConfig
+from depthmup.models.config import TimmConfig
 from depthmup.models.coordinate_check import Line, Settings, align, at_positions, check, without_bias
 from depthmup.models.errors import ModelError
 from depthmup.models.export import folded_state
+from depthmup.models.optimizer_config import OptimizerConfig
 from depthmup.models.parameterization import Role, Scale
 from depthmup.models.timm_registry import timm_call
 from depthmup.train.loop import run

@@ -14,7 +14,8 @@ import pytest
 from depthmup.data.errors import UserError
 from depthmup.data.fingerprint import fingerprint
 from depthmup.data.pack import pack
-from depthmup.launch.config import LaunchConfig, Octaves, Size, StudyConfig
+from depthmup.launch.config import LaunchConfig, Size, StudyConfig
+from depthmup.launch.values import Octaves
 from depthmup.models.errors import ModelError
 from depthmup.train import __main__ as command
 from depthmup.train import owner

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from depthmup.data.batch import to_float
-from depthmup.data.errors import UserError
 from depthmup.data.index import Index
 from depthmup.data.loader import TrainingLoader, TrainingStream
 from depthmup.data.mixing import mix, mixes, pairs
@@ -25,10 +24,7 @@ def open_data(config: RunConfig) -> Index:
     index.check_files()
     for split in ("train", *config.train.evaluate):  # an empty one is to be known before training, not after
         index.spans(split, config.data.minival)
-    if len(index.classes) != config.model.num_classes:
-        raise UserError(
-            f"{config.data.root} has {len(index.classes)} classes, but model.num_classes is {config.model.num_classes}"
-        )
+    index.check_classes(config.model.num_classes)
     return index
 
 

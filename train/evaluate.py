@@ -9,6 +9,7 @@ from depthmup.data.bad import BadCount
 from depthmup.data.batch import to_float
 from depthmup.data.index import Index
 from depthmup.data.loader import evaluation_batches
+from depthmup.train.batches import open_data
 from depthmup.train.config import RunConfig
 from depthmup.train.distributed import World, gather_objects, sum_over_ranks
 from depthmup.train.interrupt import Interrupted
@@ -57,6 +58,14 @@ def evaluate(
         }
         for loss, top1, top5, images_seen in sum_over_ranks(sums).tolist()
     ]
+
+
+def held_out_images(config: RunConfig, count: int, image_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first images of the minival split, or of val where nothing is held out, at most `count`, and their classes:
+    (images, channels, image_size, image_size), (images,)."""
+    split = "minival" if config.data.minival else "val"
+    batches = evaluation_batches(config.data, open_data(config), split, count, image_size, config.model.in_channels)
+    return to_float(next(iter(batches)), config.data, "cpu")
 
 
 def evaluate_splits(

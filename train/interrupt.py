@@ -39,7 +39,7 @@ def raised_again() -> Iterator[None]:
 
 class Interrupt:
     """The flag. `request` may be called from a signal handler or another thread. Data workers sleep through these
-    signals (data.loader.JOB_SIGNALS): those to the whole job do not take the data away."""
+    signals (data.workers.JOB_SIGNALS): those to the whole job do not take the data away."""
 
     def __init__(self) -> None:
         self.requested = False

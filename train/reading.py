@@ -11,9 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from depthmup.data.errors import UserError
 from depthmup.models.checked import describe_error
-from depthmup.models.config import (
-    AnyModelConfig,
-)
+from depthmup.models.config import AnyModelConfig
 from depthmup.train.config import RunConfig
 from depthmup.train.yaml_text import dump_yaml, load_yaml
 

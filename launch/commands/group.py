@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from depthmup.data.errors import UserError
 from depthmup.launch.paths import ConfigPath
 
 if TYPE_CHECKING:
@@ -62,15 +63,27 @@ def with_config(function: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
+detachable = click.option(
+    "--detach", is_flag=True, help="On Slurm: return at once; a job goes on after the runs, to the end."
+)
+
+
+def refuse_detached_elsewhere(study: "Study") -> None:
+    """Raises UserError where no Slurm job could go on with the study."""
+    if study.file.launch.cluster != "slurm":
+        raise UserError(
+            f"--detach leaves a Slurm job, and launch.cluster is {study.file.launch.cluster}: add --cluster slurm, or "
+            "wait for the runs without --detach"
+        )
+
+
 def open_study(config: Path, overrides: tuple[str, ...]) -> "Study":
     """A study, or one run as a study of one."""
     from depthmup.launch.reading import read_study_or_run
     from depthmup.launch.runs.opened import open_planned
 
     file = read_study_or_run(config, overrides)
-    if file.decay_warning and file.study.hyperparameter not in (
-        "optimizer.weight_decay",
-        "optimizer.tau_ema",
-    ):  # which a sweep does not use
+    swept_decay = file.study.hyperparameter in ("optimizer.weight_decay", "optimizer.tau_ema")
+    if file.decay_warning and not swept_decay:  # the sweep does not use the file's own decay
         click.echo(f"warning: {file.decay_warning}", err=True)
     return open_planned(config, file, overrides)

@@ -20,8 +20,8 @@ def train(config: Path, overrides: tuple[str, ...], directory: Path | None) -> N
     Packs data.source first where there are no shards. Ctrl-C saves a checkpoint. Ends 3 when the loss diverged, 75 when
     it was stopped.
     """
+    from depthmup.launch.prepare import pack_source
     from depthmup.launch.reading import read_run
-    from depthmup.launch.transfer import pack_source
     from depthmup.train.__main__ import train as train_run
     from depthmup.train.config import run_hash
     from depthmup.train.rundir import RunDirectory

@@ -7,7 +7,7 @@ import click
 
 from depthmup.data.errors import UserError
 from depthmup.data.paths import expand_path
-from depthmup.launch.commands.group import command, open_study, with_config
+from depthmup.launch.commands.group import command, detachable, open_study, refuse_detached_elsewhere, with_config
 from depthmup.launch.paths import FilePath, Location
 from depthmup.launch.shards import new_console
 
@@ -44,7 +44,7 @@ def new(name: str, family: str, source: str) -> None:
 @with_config
 @click.option("--target", "targets", type=FilePath(), multiple=True, help="Then scale to this YAML, and train it.")
 @click.option("--tune", is_flag=True, help="First tune the base, by the file's section tune.")
-@click.option("--detach", is_flag=True, help="On Slurm: return at once; a job goes on after the runs, to the end.")
+@detachable
 def transfer(config: Path, overrides: tuple[str, ...], targets: tuple[Path, ...], tune: bool, detach: bool) -> None:
     """Run a whole study: data, all runs, report; or continue it.
 
@@ -73,16 +73,13 @@ def transfer(config: Path, overrides: tuple[str, ...], targets: tuple[Path, ...]
     study.target_files(targets)
     if isinstance(study, Search):
         keep_study(study, file)
-    if not detach:
+    if detach:
+        refuse_detached_elsewhere(study)
+        chain.advance_study(study, targets, console, after=tune)
+    else:
         tuned = chain.walk(study, console) if isinstance(study, Search) else study
         assert tuned  # its study was kept
         chain.transfer(tuned, targets, console)
-    elif study.file.launch.cluster != "slurm":
-        raise UserError(
-            f"--detach leaves a Slurm job, and launch.cluster is {study.file.launch.cluster}: add --cluster"
-        )
-    else:
-        chain.advance_study(study, targets, console, after=tune)
 
 
 def print_launched(study: "Study", launched: "Launched", console: "Console") -> None:
@@ -116,7 +113,8 @@ def launch_command(config: Path, overrides: tuple[str, ...], dry_run: bool) -> N
 
     CONFIG is a study, or one run.
     """
-    from depthmup.launch.transfer import grow, launch, prepare_data
+    from depthmup.launch.prepare import prepare_data
+    from depthmup.launch.transfer import grow, launch
 
     study, console = open_study(config, overrides), new_console()
     if dry_run:
@@ -260,10 +258,11 @@ def scale_command(
     from depthmup.launch.chain import write_scaled
     from depthmup.launch.reading import read_study
     from depthmup.launch.runs.study import Study
+    from depthmup.launch.runs.written import refuse_overridden
 
     of_study = tuple(override for override in overrides if override.startswith("study."))
     changes = tuple(override for override in overrides if override not in of_study)
     study = Study(config, read_study(config, of_study), of_study)
-    study.refuse_overridden()
+    refuse_overridden(study.path, study.file)
     path = out or study.target_file
     write_scaled(study, path, target, changes, new_console(), parameterization, scale_batch, force)

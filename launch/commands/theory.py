@@ -52,8 +52,8 @@ def limit(config: Path, overrides: tuple[str, ...], lr: float | None) -> None:
     makes. Then trains residual MLPs under the study's rules, on Gaussian inputs and on its images, and fits how their
     distance to the infinite network falls with width and depth. For norm-free ResNets with one conv a branch, and sgd.
     """
+    from depthmup.launch.prepare import pack_source
     from depthmup.launch.report.limit import limit_command, refuse_not_covered
-    from depthmup.launch.transfer import pack_source
 
     study, console = open_study(config, overrides), new_console()
     refuse_not_covered(study)  # before the images are packed

@@ -3,18 +3,12 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
-
 from depthmup.data.errors import UserError
-from depthmup.launch.commands.group import command, open_study, with_config
+from depthmup.launch.commands.group import command, detachable, open_study, refuse_detached_elsewhere, with_config
 from depthmup.launch.shards import new_console
 
 if TYPE_CHECKING:
     from depthmup.launch.runs.joint import JointStudy
-
-detachable = click.option(
-    "--detach", is_flag=True, help="On Slurm: return at once; a job goes on after the runs, to the end."
-)
 
 
 def walk(study: "JointStudy", detach: bool) -> None:
@@ -22,14 +16,11 @@ def walk(study: "JointStudy", detach: bool) -> None:
     from depthmup.launch import chain
 
     console = new_console()
-    if not detach:
-        chain.walk(study, console)
-    elif study.file.launch.cluster != "slurm":
-        raise UserError(
-            f"--detach leaves a Slurm job, and launch.cluster is {study.file.launch.cluster}: add --cluster"
-        )
-    else:
+    if detach:
+        refuse_detached_elsewhere(study)
         chain.advance_study(study, (), console)
+    else:
+        chain.walk(study, console)
 
 
 @command("tune", example="depthmup tune configs/digits_tune.yaml tune.trials=64 --cluster mine")

@@ -10,6 +10,7 @@ study's. So a parabola costs nothing, curves whose shape changes with size are f
 measured values is as unsure as the shape allows (Wahba 1978; the intervals of smoothing splines, Nychka 1988). The
 variance of the noise is each curve's own, moderated towards that of the study's other curves (Smyth 2004). All of these
 are integrated over, none is plugged in.
+The edge lies anywhere between the last value that trains and one at which runs fail: no draw has its optimum beyond it.
 docs/verdict.md says the model in one page, and what simulation says of its intervals.
 """
 
@@ -23,6 +24,7 @@ from scipy.special import digamma, polygamma
 
 CONFIDENCE = 0.9
 DRAWS = 2000  # of every curve; among them a bound's place is known to one per cent
+LEAST_DRAWS = 20  # that bend upwards, beside a failing value, or the runs themselves deny that the curve does
 STEPS_PER_OCTAVE = 8  # of the grid on which curves are drawn; between its points the lowest is found by a parabola
 REACH_OCTAVES = 3.0  # a value is left out further than this from the best, or above REACH_LOSS, unless it is ...
 REACH_LOSS = 0.25  # (log of its loss over the lowest)
@@ -113,7 +115,7 @@ def moderate(variances: np.ndarray, freedoms: np.ndarray) -> tuple[float, float]
 class CurveFit:
     """The model of one curve at every noise, roughness and deviation of the skew that are tried.
 
-    low, high: octaves between which the optimum is looked for; they may reach beyond the fitted values.
+    low, high: octaves between which the optimum is looked for: beyond the fitted values, those at which runs fail.
     """
 
     def __init__(self, effects: ValueEffects, low: float, high: float) -> None:
@@ -202,6 +204,25 @@ class CurveFit:
             found[rows] += quadratic @ self.basis[points].T + left @ self.inverse[i, j, k] @ prior[j, k].T
         return found
 
+    def keep_valleys(self, draws: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        """Beside a value at which runs fail nothing holds a draw up: those that bend downwards over the grid, and fall
+        ever faster, are replaced by others, unless nearly all do. (draws, points)"""
+        if (self.grid[0], self.grid[-1]) == (self.effects.x[0], self.effects.x[-1]):
+            return draws
+        valleys = np.flatnonzero(draws[:, 0] + draws[:, -1] > 2 * draws[:, len(self.grid) // 2])
+        if len(valleys) < LEAST_DRAWS:
+            return draws
+        chosen = np.arange(len(draws))
+        others = np.setdiff1d(chosen, valleys)
+        chosen[others] = generator.choice(valleys, len(others))
+        return draws[chosen]
+
+    def draw_edges(self, count: int, generator: np.random.Generator) -> np.ndarray:
+        """Octaves between which runs train, (count, 2): anywhere up to a failing value; else the grid's ends."""
+        share = generator.random((count, 2))
+        ends, trained = self.grid[[0, -1]], self.effects.x[[0, -1]]
+        return np.asarray(trained + share * (ends - trained))
+
 
 @dataclass(frozen=True)
 class Posterior:
@@ -209,16 +230,21 @@ class Posterior:
 
     grid: np.ndarray  # (points,) octaves
     draws: np.ndarray  # (DRAWS, points) log loss
+    edges: np.ndarray  # (DRAWS, 2) octaves between which runs train
 
     @cached_property
     def _lowest(self) -> tuple[np.ndarray, np.ndarray]:
-        """(octaves, log loss) of each draw's lowest point, between grid points by a parabola."""
-        best, rows = self.draws.argmin(axis=1), np.arange(len(self.draws))
-        inner = np.clip(best, 1, len(self.grid) - 2)
-        left, centre, right = (self.draws[rows, inner + step] for step in (-1, 0, 1))
-        bend = left - 2 * centre + right
-        share = np.divide(left - right, 2 * bend, out=np.zeros(len(rows)), where=(best == inner) & (bend > 0))
-        return self.grid[best] + share * (self.grid[1] - self.grid[0]), self.draws[rows, best] - share**2 * bend / 2
+        """(octaves, log loss) of each draw's lowest point between its edges, between grid points by a parabola."""
+        trains = (self.grid >= self.edges[:, :1]) & (self.grid <= self.edges[:, 1:])
+        best, rows = np.where(trains, self.draws, math.inf).argmin(axis=1), np.arange(len(self.draws))
+        inner, step = np.clip(best, 1, len(self.grid) - 2), self.grid[1] - self.grid[0]
+        left, centre, right = (self.draws[rows, inner + side] for side in (-1, 0, 1))
+        slope, bend = (right - left) / 2, left - 2 * centre + right
+        # in grid steps from the inner point: the vertex, or whither the curve falls, but not beyond an edge
+        lowest = np.divide(-slope, bend, out=-np.sign(slope), where=bend > 0)
+        low, high = ((self.edges - self.grid[inner, None]) / step).T
+        share = np.clip(lowest, np.maximum(low, -1.0), np.minimum(high, 1.0))
+        return self.grid[inner] + share * step, centre + share * slope + share**2 * bend / 2
 
     @property
     def optima(self) -> np.ndarray:
@@ -239,8 +265,10 @@ class Posterior:
         return np.asarray((1 - share) * self.draws[:, right - 1] + share * self.draws[:, right])
 
     def regrets(self, x: float) -> np.ndarray:
-        """Log of the loss at `x` octaves over the lowest. (DRAWS,)"""
-        return np.maximum(self.at(x) - self.lowest, 0.0)
+        """Log of the loss at `x` octaves over the lowest, infinite beyond an edge. (DRAWS,)"""
+        beyond = (x < self.edges[:, 0]) | (x > self.edges[:, 1])
+        inside = self.grid[0] <= x <= self.grid[-1]
+        return np.where(beyond & inside, math.inf, np.maximum(self.at(x) - self.lowest, 0.0))
 
 
 # ---------------------------------------------------------------- a study
@@ -313,7 +341,7 @@ def fit(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[Posterior | Non
         # the prior of a variance, scaled inverse chi squared, per logarithm of the deviation
         prior = -prior_freedom * (np.log(each.noises) + prior_variance / (2 * each.noises**2))
         tables.append(each.log_likelihood() + prior[:, None, None, None])
-    generator = np.random.default_rng(0)
+    generator, of_edges = np.random.default_rng(0), np.random.default_rng(1)
     shared = sum(np.logaddexp.reduce(table, axis=0) for table in tables) - 0.5 * (MEAN_SKEW / MEAN_SKEW_DEVIATION) ** 2
     weights = np.exp(shared - shared.max())
     common = generator.choice(weights.size, DRAWS, p=(weights / weights.sum()).ravel())
@@ -323,15 +351,22 @@ def fit(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[Posterior | Non
         of_noise = np.exp(of_noise - of_noise.max(axis=0)).cumsum(axis=0)
         noise = (of_noise < generator.random(DRAWS) * of_noise[-1]).sum(axis=0)
         chosen = np.stack([noise, *np.unravel_index(common, weights.shape)], axis=1)
-        found.append(Posterior(each.grid, each.draw(chosen, generator)))
+        draws = each.keep_valleys(each.draw(chosen, generator), of_edges)
+        found.append(Posterior(each.grid, draws, each.draw_edges(DRAWS, of_edges)))
     posteriors = iter(found)
     return [next(posteriors) if each else None for each in prepared]
 
 
+def quantile(draws: np.ndarray, share: float) -> float:
+    """Infinite where it lies among infinite draws, between which numpy finds no number."""
+    with np.errstate(invalid="ignore"):
+        found = float(np.quantile(draws, share))
+    return math.inf if math.isnan(found) else found
+
+
 def quantiles(draws: np.ndarray) -> tuple[float, float]:
     """The middle CONFIDENCE of `draws`."""
-    low, high = np.quantile(draws, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return float(low), float(high)
+    return quantile(draws, (1 - CONFIDENCE) / 2), quantile(draws, (1 + CONFIDENCE) / 2)
 
 
 def regret_interval(optima: np.ndarray, regrets: np.ndarray, x: float) -> tuple[float, float]:
@@ -339,5 +374,5 @@ def regret_interval(optima: np.ndarray, regrets: np.ndarray, x: float) -> tuple[
     holds x."""
     low, high = quantiles(optima)
     if low <= x <= high:
-        return 0.0, float(np.quantile(regrets, CONFIDENCE))
+        return 0.0, quantile(regrets, CONFIDENCE)
     return quantiles(regrets)

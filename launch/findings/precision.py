@@ -10,7 +10,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from depthmup.launch.findings.analysis import ASSUMED_NOISE, LEAST_SEED_NOISE, Curve
+from depthmup.launch.findings.analysis import Curve
 from depthmup.launch.findings.curve_model import (
     MEAN_SKEW_DEVIATION,
     QUARTIC_DEVIATION,
@@ -20,6 +20,7 @@ from depthmup.launch.findings.curve_model import (
     integrated_noise,
     value_effects,
 )
+from depthmup.launch.findings.failures import ASSUMED_NOISE, LEAST_SEED_NOISE
 from depthmup.launch.findings.verdict import SURE, Limits
 
 Run = tuple[float, int]  # octaves, seed

@@ -7,7 +7,9 @@ from itertools import count, islice, product
 import numpy as np
 
 from depthmup.launch.config import COARSE, Size
-from depthmup.launch.findings.analysis import Comparison, Curve, Failures
+from depthmup.launch.findings.analysis import Comparison, Curve
+from depthmup.launch.findings.curve_model import quantile
+from depthmup.launch.findings.failures import Failures
 from depthmup.launch.findings.points import Design, Point, failing, has, place, runs_of
 from depthmup.launch.findings.precision import (
     SURENESS,
@@ -19,7 +21,7 @@ from depthmup.launch.findings.precision import (
     noise_of,
     slope_variance,
 )
-from depthmup.launch.findings.verdict import Analysis, judge_size
+from depthmup.launch.findings.verdict import SURE, Analysis, judge_size
 from depthmup.launch.wording import show_share
 
 OCTAVE, CLOSEST = 1.0, 0.25  # octaves between values about the best, and to one at which runs fail
@@ -248,7 +250,7 @@ class Proposal:
             return bool(self.points)
         x = self.design.on_lattice(base.optimum.x)
         low, high = base.optimum.interval or (-math.inf, math.inf)
-        bound = float(np.quantile(base.posterior.regrets(x), 0.95))
+        bound = quantile(base.posterior.regrets(x), SURE)
         begun = any(self.curve(other) for other in self.design.sizes[1:])  # then the search does not begin anew
         if (high - low) / 2 <= (2 * KNOWN if begun else KNOWN) or bound <= self.design.limits.transfer / 2:
             return False

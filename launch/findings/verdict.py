@@ -9,17 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from depthmup.launch.config import Size
-from depthmup.launch.findings.analysis import (
-    TOLERATED,
-    Carry,
-    Comparison,
-    Curve,
-    Failures,
-    Result,
-    analyse_sizes,
-    carry_optimum,
-)
+from depthmup.launch.findings.analysis import Carry, Comparison, Curve, Result, analyse_sizes, carry_optimum
 from depthmup.launch.findings.curve_model import CONFIDENCE
+from depthmup.launch.findings.failures import TOLERATED, Failures
 from depthmup.launch.wording import show_drift, show_interval, show_share, show_shares
 
 Verdict = Literal["transfers", "costs", "does not transfer", "not identified", "inconclusive"]

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from depthmup.data.storage import write_atomically
-from depthmup.launch.jobs import code as snapshot
+from depthmup.launch.jobs.code_copy import describe_code
 from depthmup.launch.paths import PACKAGE
 from depthmup.train.rundir import RunDirectory, parse_lines
 
@@ -70,7 +70,7 @@ def begin_attempt(directory: RunDirectory) -> None:
     place = {"job": job_name(), "restart": restart_count(), "host": socket.gethostname(), "pid": os.getpid()}
     note(directory, "started", step=step, age=process_age(), **place)
     code = PACKAGE.parent / "code.json"
-    content = code.read_text() if code.exists() else json.dumps(snapshot.describe(), indent=1)
+    content = code.read_text() if code.exists() else json.dumps(describe_code(), indent=1)
     write_atomically(directory.path / "code.json", content.encode())
 
 

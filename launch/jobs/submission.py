@@ -5,7 +5,7 @@ jobs/NAME/job.sh            the script that sbatch got
 jobs/NAME/job.json          the job's id: written last; if it is missing, the job is found in the queue by its NAME
 jobs/NAME/*_log.out         what the tasks printed
 jobs/NAME/stopped.jsonl     why a job ended before its runs did, a line each time: its batch script asks Slurm
-jobs/NAME/held.json         why its other runs do not begin (launch.hold)
+jobs/NAME/held.json         why its other runs do not begin (launch.jobs.hold)
 jobs/NAME/refused.json      why Slurm did not take the job that was to go on after the runs
 
 On this machine: local/NAME/submission.json, and slot-N.lock, which slot N holds as long as it lives.

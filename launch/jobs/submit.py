@@ -20,8 +20,8 @@ import submitit
 from depthmup.data.errors import UserError
 from depthmup.data.lock import flock
 from depthmup.launch.config import LaunchConfig
-from depthmup.launch.jobs import code as snapshot
 from depthmup.launch.jobs import slurm
+from depthmup.launch.jobs.code_copy import copy_code, hash_sources, list_sources
 from depthmup.launch.jobs.hold import Hold
 from depthmup.launch.jobs.submission import Submission
 from depthmup.launch.jobs.worker import work
@@ -129,7 +129,7 @@ class Executor(submitit.SlurmExecutor):
 
 
 def script_text(submission: Submission, config: LaunchConfig, code: Path, max_running: int) -> str:
-    """The sbatch script for all tasks of `submission`, which runs the worker from the snapshot `code`."""
+    """The sbatch script for all tasks of `submission`, which runs the worker from the copy `code`."""
     python = config.python or shlex.quote(sys.executable)
     worker = f"{python} -m depthmup.launch.jobs.worker {shlex.quote(str(submission.file))}"
     one = f"srun --nodes=1 --ntasks=1 {shlex.join(container(config))} {worker}" if config.container_image else worker
@@ -253,7 +253,7 @@ def dry_run_script(study: Study) -> str:
     if not tasks:
         raise UserError("every run is done: there is nothing to submit")
     submission = Submission(jobs / f"depthmup-{study.file.study.name}-DRYRUN", tasks, {})
-    code = study.file.directory / "code" / snapshot.digest(snapshot.sources())
+    code = study.file.directory / "code" / hash_sources(list_sources())
     return script_text(submission, config, code, config.max_running)
 
 
@@ -302,7 +302,7 @@ def submit_continuation(study: Study, targets: Sequence[Path], after: bool, lock
         container_mounts=None,
         sbatch={**config.continuation, "begin": f"now+{CONTINUATION_PATIENCE_MINUTES}minutes"},
     )
-    code = snapshot.take(root / "code").absolute()
+    code = copy_code(root / "code").absolute()
     files = [str(target.absolute()) for target in targets]
     arguments = [sys.executable, "-c", START, str(code), str(root), *files, *(["--after"] if after else [])]
     details = {"targets": files, "after": after}

@@ -17,15 +17,16 @@ from depthmup.launch.findings.direct import Direct, compare_with_direct
 from depthmup.launch.findings.forecast import Forecast, forecasts
 from depthmup.launch.findings.points import Round, carry_run
 from depthmup.launch.findings.training_exponents import Exponent, exponents, judge_along
-from depthmup.launch.findings.verdict import Analysis, Judgement, Limits, analyse, describe_rule
+from depthmup.launch.findings.verdict import Analysis, Judgement, analyse, describe_rule
 from depthmup.launch.reading import read_study_or_run
 from depthmup.launch.runs.cost import count_flops
-from depthmup.launch.runs.design import design_of
+from depthmup.launch.runs.design import design_of, limits_of
 from depthmup.launch.runs.foretold import read_foretold
 from depthmup.launch.runs.grouping import processes_per_gpu
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.pool import mixtures, refuse_mixture
 from depthmup.launch.runs.study import Study
+from depthmup.launch.runs.written import refuse_other_study
 from depthmup.launch.wording import quantity
 from depthmup.models.training_scale import lr_exponents
 
@@ -46,7 +47,7 @@ class Report:
 
     @property
     def rule(self) -> str:
-        return describe_rule(limits(self.study))
+        return describe_rule(limits_of(self.study))
 
     @cached_property
     def planned(self) -> dict[str, Judgement]:
@@ -111,7 +112,7 @@ class Report:
         for base in (each for each in self.analysis.comparisons if each.curve.size == self.base):
             name = base.curve.parameterization
             if (known := self.known_exponents(name)) and base.carried is not None:
-                found[name] = judge_along(self.analysis, name, self.base, base.carried, known, limits(self.study))
+                found[name] = judge_along(self.analysis, name, self.base, base.carried, known, limits_of(self.study))
         return found
 
     @property
@@ -214,16 +215,12 @@ def judge_forecast(target: Path, done: dict[str, Any]) -> str:
     return f"; forecast of {foretold.metric} before it: {foretold.said}{judged and f': {judged}'}"
 
 
-def limits(study: Study) -> Limits:
-    return Limits(study.file.study.regret_limit, study.file.study.cost_limit)
-
-
 def analyse_results(study: Study, results: Sequence[Result]) -> Analysis:
-    settings, chance = study.file.study, math.log(study.file.model.num_classes)
+    settings = study.file.study
     carry: Carry = carry_optimum
     if settings.adaptive:
-        carry = carry_run(min(settings.octaves(end) for end in (settings.grid[0], settings.grid[-1])), limits(study))
-    return analyse(results, settings.sizes[0], limits(study), settings.octaves, chance, carry)
+        carry = carry_run(min(settings.octaves(end) for end in (settings.grid[0], settings.grid[-1])), limits_of(study))
+    return analyse(results, settings.sizes[0], limits_of(study), settings.octaves, study.chance, carry)
 
 
 def check_swept(study: Study) -> None:
@@ -242,7 +239,7 @@ def collect(study: Study) -> Report:
     from different code or images, and as `check_swept`."""
     check_swept(study)
     settings, results = study.file.study, []
-    study.refuse_other_study()
+    refuse_other_study(study.file)
     refuse_mixture(study)
     for point in study.points:
         if (metric := point.loss(settings.metric)) is not None:

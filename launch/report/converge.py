@@ -16,9 +16,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from depthmup.data.batch import to_float
 from depthmup.data.errors import UserError
-from depthmup.data.loader import evaluation_batches
 from depthmup.data.storage import write_atomically
 from depthmup.launch.findings.analysis import Comparison
 from depthmup.launch.findings.convergence import MIN_SIZES, Line, Rate, along
@@ -30,8 +28,8 @@ from depthmup.launch.report.record import dump, rate_record
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.study import Study
 from depthmup.models.build import build_meta
-from depthmup.train.batches import open_data
 from depthmup.train.config import RunConfig
+from depthmup.train.evaluate import held_out_images
 from depthmup.train.rundir import RunDirectory
 
 IMAGES = 128
@@ -52,11 +50,8 @@ def loss_curve(directory: RunDirectory) -> tuple[np.ndarray, np.ndarray]:
 
 
 def probe_images(config: RunConfig) -> Tensor:
-    """The first IMAGES of the minival split, or of val where nothing is held out. (images, channels, size, size)"""
-    index, data, model = open_data(config), config.data, config.model
-    split = "minival" if data.minival else "val"
-    batches = evaluation_batches(data, index, split, IMAGES, model.image_size, model.in_channels)
-    return to_float(next(iter(batches)), data, "cpu")[0]
+    """The first IMAGES that are held out. (images, channels, size, size)"""
+    return held_out_images(config, IMAGES, config.model.image_size)[0]
 
 
 def feature_kernel(run: PlannedRun, images: Tensor) -> np.ndarray:
@@ -191,8 +186,8 @@ def converge(study: Study, console: Console) -> list[Path]:
     paths = [study.file.directory / name for name in CONVERGENCE_FILES]
     record = {"study": study.file.study.name, "images": IMAGES, "rates": [as_record(*each) for each in all_rates]}
     write_atomically(paths[0], dump(record).encode())
-    plots.save(plots.distances(all_rates), paths[1])
-    plots.save(plots.loss_curves(found), paths[2])
+    plots.save_figure(plots.draw_distances(all_rates), paths[1])
+    plots.save_figure(plots.draw_loss_curves(found), paths[2])
     for each in all_rates:
         console.print("\n".join(sentences(*each)), highlight=False, markup=False)
     console.print(NO_LIMIT, highlight=False)

@@ -1,7 +1,6 @@
 """`depthmup exponents`: how the weights of a study's residual branches change with depth, at the start and trained."""
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
@@ -32,7 +31,6 @@ from depthmup.models.parameterization import Role
 
 SUBJECTS = ("start", "trained", "change")  # the weights at the start, after training, and their difference
 FILES = ("exponents.json", "exponents.png")
-NUMBER = re.compile(r"\d+")
 
 
 # ---------------------------------------------------------------- a run's weights
@@ -207,5 +205,5 @@ def exponents(study: Study, own: bool, console: Console) -> list[Path]:
     paths = [study.file.directory / name for name in FILES]
     record = {"study": study.file.study.name, "own_values": own, "growths": [each.record for each in found]}
     write_atomically(paths[0], dump(record).encode())
-    plots.save(draw(found), paths[1])
+    plots.save_figure(draw(found), paths[1])
     return paths

@@ -40,10 +40,11 @@ from depthmup.launch.report.limit_task import (
 from depthmup.launch.report.record import bounds, dump, plain
 from depthmup.launch.report.tables import print_table, say
 from depthmup.launch.runs.study import Study
-from depthmup.models.config import OptimizerConfig, ParameterizationConfig, Size
+from depthmup.models.config import ParameterizationConfig, Size
 from depthmup.models.limit.drift import has_limit, kernel_at, kernel_in_limit, predicted_drift
 from depthmup.models.limit.finite import train_finite
 from depthmup.models.limit.kernels import largest_rate
+from depthmup.models.optimizer_config import OptimizerConfig
 
 RATE = 0.125  # of the largest stable rate, where no learning rate is given
 SEEDS, FEW_SEEDS = 64, 4  # of a size; of one whose rules have no limit
@@ -295,6 +296,6 @@ def limit_command(study: Study, lr: float | None, console: Console) -> list[Path
     paths = [file.directory / name for name in FILES]
     record = {"study": file.study.name, "kernels": kernels, "rates": [each.record for each in found], "verdict": said}
     write_atomically(paths[0], dump(record).encode())
-    plots.save(draw_distances([(each.grid, each.quantity, each.rate) for each in found]), paths[1])
-    plots.save(draw_loss_curves(list({id(each.grid): each.grid for each in found}.values()), limits), paths[2])
+    plots.save_figure(draw_distances([(each.grid, each.quantity, each.rate) for each in found]), paths[1])
+    plots.save_figure(draw_loss_curves(list({id(each.grid): each.grid for each in found}.values()), limits), paths[2])
     return paths

@@ -4,14 +4,13 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import product
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from depthmup.launch.findings.grid import GridRate
 from depthmup.launch.report.limit_task import Grid, Limit
-from depthmup.launch.report.plots import PANEL, plain_log_axis, size_axis
+from depthmup.launch.report.plots import colours_of, finish_distances, finish_losses, make_panels, mark_log_axis
 
 OTHER_AXIS = {"width": "depth", "depth": "width"}
 
@@ -19,7 +18,7 @@ OTHER_AXIS = {"width": "depth", "depth": "width"}
 def draw_lines(axis: Axes, grid: Grid, rate: GridRate) -> None:
     """One colour a line of points, its fit solid; the theory's slope through the last line, dashed."""
     lines = sorted(set(rate.lines))
-    colours = dict(zip(lines, plt.get_cmap("viridis")(np.linspace(0, 0.85, len(lines))), strict=True))
+    colours = dict(zip(lines, colours_of(len(lines)), strict=True))
     for line in lines:
         own = rate.lines == line
         sizes, distance = rate.sizes[own], rate.distance[own]
@@ -43,8 +42,7 @@ def draw_distances(found: Sequence[tuple[Grid, str, GridRate]]) -> Figure:
     """Distance to the limit against size: a row for every task and quantity, a column for every law."""
     laws = list(dict.fromkeys(rate.law for _, _, rate in found))
     kinds = list(dict.fromkeys((grid.task.name, quantity) for grid, quantity, _ in found))
-    size = (PANEL[0] * len(laws), PANEL[1] * len(kinds))
-    figure, axes = plt.subplots(len(kinds), len(laws), figsize=size, squeeze=False, layout="constrained")
+    figure, axes = make_panels(len(kinds), len(laws))
     for (y, kind), (x, law) in product(enumerate(kinds), enumerate(laws)):
         axis = axes[y][x]
         shown = [(g, rate) for g, quantity, rate in found if ((g.task.name, quantity), rate.law) == (kind, law)]
@@ -55,10 +53,7 @@ def draw_distances(found: Sequence[tuple[Grid, str, GridRate]]) -> Figure:
                 said.append(f"{grid.parameterization} {rate.exponent:.2f}")
         axis.set_title(f"{kind[0]}, {kind[1]}, {law.measure}\n{', '.join(said) or 'not resolved'}", fontsize=9)
         if any(np.isfinite(rate.distance).any() for _, rate in shown):
-            size_axis(axis, law.axis, sorted({int(size) for _, rate in shown for size in rate.sizes}))
-            axis.set_yscale("log")
-            plain_log_axis(axis)
-            axis.legend(fontsize=6)
+            finish_distances(axis, law.axis, {int(size) for _, rate in shown for size in rate.sizes}, font_size=6)
     for row in axes:
         row[0].set_ylabel("distance to the limit (relative)")
     return figure
@@ -66,24 +61,19 @@ def draw_distances(found: Sequence[tuple[Grid, str, GridRate]]) -> Figure:
 
 def draw_loss_curves(grids: Sequence[Grid], limits: Mapping[str, Limit]) -> Figure:
     """Means over seeds, and the limit's: a row for every grid; over width at the largest depth, and the reverse."""
-    size = (2 * PANEL[0], PANEL[1] * len(grids))
-    figure, axes = plt.subplots(len(grids), 2, figsize=size, squeeze=False, layout="constrained")
+    figure, axes = make_panels(len(grids), 2)
     for row, grid in zip(axes, grids, strict=True):
         curves, limit = grid.values["loss curve"], limits[grid.task.name]["loss curve"]
         for axis, over in zip(row, ("width", "depth"), strict=True):
             index = ("width", "depth").index(over)
             largest = max((sizes[1 - index] for sizes in curves), default=0)
             own = {sizes[index]: of for sizes, of in sorted(curves.items()) if sizes[1 - index] == largest}
-            colours = plt.get_cmap("viridis")(np.linspace(0, 0.85, max(len(own), 1)))
-            for colour, (number, losses) in zip(colours, own.items(), strict=False):
+            for colour, (number, losses) in zip(colours_of(len(own)), own.items(), strict=True):
                 axis.plot(range(1, losses.shape[1] + 1), losses.mean(axis=0), color=colour, label=f"{over} {number}")
             known = limit[largest if over == "width" and largest else math.inf].mean(axis=0)
             axis.plot(range(1, len(known) + 1), known, "k--", label="limit")
             title = f"{grid.parameterization}, {grid.task.name}\nover {over} at {OTHER_AXIS[over]} {largest}"
-            axis.set_title(title, fontsize=9)
-            axis.set(xlabel="step", yscale="log")
-            axis.grid(alpha=0.25)
-            axis.legend(fontsize=7)
-            plain_log_axis(axis)
+            finish_losses(axis, title, title_size=9, font_size=7)
+            mark_log_axis(axis)
         row[0].set_ylabel("training loss")
     return figure

@@ -8,15 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from depthmup.data.batch import to_float
 from depthmup.data.errors import UserError
-from depthmup.data.loader import evaluation_batches
 from depthmup.launch.config import StudyFile
-from depthmup.models.config import OptimizerConfig, ParameterizationConfig, Size
+from depthmup.models.config import ParameterizationConfig, Size
 from depthmup.models.limit.drift import network_under_rules
 from depthmup.models.limit.network import Training, to_infinite_depth
 from depthmup.models.limit.rich import train_rich
-from depthmup.train.loop import open_data
+from depthmup.models.optimizer_config import OptimizerConfig
+from depthmup.train.evaluate import held_out_images
 
 SAMPLES, STEPS, PIXELS = 6, 8, 8  # inputs; steps; images are shrunk to PIXELS x PIXELS
 SAME = 0.99  # images whose cosine is above it count as one: the kernel of two would be nearly singular
@@ -70,11 +69,9 @@ def gaussian_task(inputs: int) -> Task:
 
 
 def image_task(file: StudyFile) -> Task:
-    """The first SAMPLES different images of the study's held-out split; one half of the classes against the other. An
-    image that is 0 everywhere has no direction and does not count. Raises UserError where there are too few."""
-    data, split = file.data, "minival" if file.data.minival else "val"
-    batches = evaluation_batches(data, open_data(file), split, 4 * SAMPLES, PIXELS, file.model.in_channels)
-    images, labels = to_float(next(iter(batches)), data, "cpu")
+    """The first SAMPLES different images that are held out; one half of the classes against the other. An image that is
+    0 everywhere has no direction and does not count. Raises UserError where there are too few."""
+    images, labels = held_out_images(file, 4 * SAMPLES, PIXELS)
     inputs, kept = normalized(images), list[int]()
     for index in range(len(inputs)):
         cosines = inputs[kept] @ inputs[index] / inputs.shape[1]
@@ -82,7 +79,7 @@ def image_task(file: StudyFile) -> Task:
             kept.append(index)
     if len(kept) < SAMPLES:
         raise UserError(
-            f"{data.root}: {split} has fewer than {SAMPLES} different images among its first "
+            f"{file.data.root}: what is held out has fewer than {SAMPLES} different images among its first "
             f"{len(inputs)}, and repeated inputs make the kernel singular: use data with more of them"
         )
     kept = kept[:SAMPLES]

@@ -1,4 +1,4 @@
-"""Several studies side by side: one row per study and parameterization, from their records (see launch.record)."""
+"""Several studies side by side: one row per study and parameterization, from their records (launch.report.record)."""
 
 import os
 from collections.abc import Mapping, Sequence

@@ -70,9 +70,9 @@ def figures(report: Report) -> dict[str, Figure]:
     """By the name of their PNG; those that there is something to show in."""
     study = report.study.file.study
     found = {
-        "curves": plots.curves(report.analysis, study) if report.analysis.judgements else None,
-        "drift": plots.against_size(report.analysis, study, "drift", predicted_drifts(report.study.file)),
-        "loss": plots.against_size(report.analysis, study, "loss"),
+        "curves": plots.draw_curves(report.analysis, study) if report.analysis.judgements else None,
+        "drift": plots.draw_against_size(report.analysis, study, "drift", predicted_drifts(report.study.file)),
+        "loss": plots.draw_against_size(report.analysis, study, "loss"),
     }
     return {name: figure for name, figure in found.items() if figure}
 
@@ -175,7 +175,7 @@ def write_report(report: Report, record: Mapping[str, Any]) -> None:
     """Writes report.html, .md, .csv and .json and the figures into the study's folder. `record`: that of the report, of
     `page_record`."""
     root = report.study.file.directory
-    svg = {name: plots.save(figure, root / f"{name}.png") for name, figure in figures(report).items()}
+    svg = {name: plots.save_figure(figure, root / f"{name}.png") for name, figure in figures(report).items()}
     write_atomically(root / "report.csv", as_csv(rows(record)).encode())
     write_atomically(root / "report.json", dump(record).encode())
     write_atomically(root / "report.md", markdown(record).encode())

@@ -25,15 +25,25 @@ PANEL = (4.4, 3.8)  # inches of one panel
 PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 
 
-def panels(count: int) -> tuple[Figure, list[Axes]]:
-    """A row of panels with one y axis."""
-    size = (PANEL[0] * count, PANEL[1])
-    figure, axes = plt.subplots(1, count, figsize=size, sharey=True, squeeze=False, layout="constrained")
+def make_panels(rows: int, columns: int, share_y: bool = False) -> tuple[Figure, np.ndarray]:
+    """A figure and its axes, (rows, columns)."""
+    size = (PANEL[0] * columns, PANEL[1] * rows)
+    return plt.subplots(rows, columns, figsize=size, sharey=share_y, squeeze=False, layout="constrained")
+
+
+def make_row(count: int) -> tuple[Figure, list[Axes]]:
+    """Panels beside each other with one y axis."""
+    figure, axes = make_panels(1, count, share_y=True)
     return figure, list(axes[0])
 
 
-def plain_log_axis(axis: Axes) -> None:
-    """A logarithmic y axis with ticks like 0.2 and 0.5, however few decades it spans."""
+def colours_of(count: int) -> np.ndarray:
+    """A colour for each of an ordered series of lines."""
+    return plt.get_cmap("viridis")(np.linspace(0, 0.85, count))
+
+
+def mark_log_axis(axis: Axes) -> None:
+    """Gives a logarithmic y axis ticks like 0.2 and 0.5, however few decades it spans."""
     low, high = axis.get_ylim()
     marks = (1.0, 2.0, 5.0) if high / low > 4 else tuple(1.0 + i / 2 for i in range(18))
     axis.yaxis.set_major_locator(LogLocator(subs=marks))
@@ -41,8 +51,8 @@ def plain_log_axis(axis: Axes) -> None:
     axis.yaxis.set_minor_locator(NullLocator())
 
 
-def size_axis(axis: Axes, name: str, sizes: list[int]) -> None:
-    """A logarithmic x axis of widths, say, labelled with the sizes themselves."""
+def mark_size_axis(axis: Axes, name: str, sizes: list[int]) -> None:
+    """Gives the panel a logarithmic x axis of widths, say, labelled with the sizes themselves."""
     axis.set_xscale("log", base=2)
     axis.set_xticks(sizes, [str(size) for size in sizes])
     axis.xaxis.set_minor_locator(NullLocator())
@@ -50,16 +60,32 @@ def size_axis(axis: Axes, name: str, sizes: list[int]) -> None:
     axis.grid(alpha=0.25)
 
 
-def curves(analysis: Analysis, study: StudyConfig) -> Figure:
+def finish_distances(axis: Axes, name: str, sizes: set[int], font_size: int) -> None:
+    """Axes and legend of a panel that shows distances to a limit against the size."""
+    mark_size_axis(axis, name, sorted(sizes))
+    axis.set_yscale("log")
+    mark_log_axis(axis)
+    axis.legend(fontsize=font_size)
+
+
+def finish_losses(axis: Axes, title: str, title_size: int | None = None, font_size: int = 8) -> None:
+    """Title, axes and legend of a panel that shows losses against the step."""
+    axis.set_title(title, fontsize=title_size)
+    axis.set(xlabel="step", yscale="log")
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=font_size)
+
+
+def draw_curves(analysis: Analysis, study: StudyConfig) -> Figure:
     """Metric against the hyperparameter in octaves: one panel per parameterization, one curve per size."""
     names = [judgement.parameterization for judgement in analysis.judgements]
-    figure, axes = panels(len(names))
+    figure, axes = make_row(len(names))
     finite = [float(m) for curve in analysis.curves for m in curve.metric.flat if math.isfinite(m)]
     floor, ceiling = (min(finite), max(finite)) if finite else (0.1, 1.0)
     margin = max(ceiling / floor, 1.01) ** 0.08
     top = ceiling * margin  # where diverged runs are shown
     diverged = any(np.isinf(curve.metric).any() for curve in analysis.curves)
-    colours = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(study.sizes)))
+    colours = colours_of(len(study.sizes))
     for axis, name in zip(axes, names, strict=True):
         for colour, size in zip(colours, study.sizes, strict=True):
             for curve in (c for c in analysis.curves if c.parameterization == name and c.size == size):
@@ -78,30 +104,30 @@ def curves(analysis: Analysis, study: StudyConfig) -> Figure:
         axis.set(title=name, xlabel=f"log2 of {study.axis}", yscale="log", ylim=(floor / margin, top * margin))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.25)
-    plain_log_axis(axes[0])
+    mark_log_axis(axes[0])
     axes[0].set_ylabel(study.metric.replace("_", " "))
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=min(len(labels), 2 * len(names)))
     return figure
 
 
-def varied(analysis: Analysis, study: StudyConfig) -> list[str]:
+def varied_axes(analysis: Analysis, study: StudyConfig) -> list[str]:
     """The axes along which some parameterization has a size beside the base."""
     base, judged = study.sizes[0], len(analysis.judgements)
     return [name for name in base.axes if len(along(analysis.comparisons, base, name)) > judged]
 
 
-def against_size(
+def draw_against_size(
     analysis: Analysis, study: StudyConfig, what: str, predicted: Mapping[str, Mapping[int, float]] | None = None
 ) -> Figure | None:
     """`drift` in octaves (a size that does not train is a cross below; dashed over depth: `predicted`), or `loss` at
     the base's optimum (solid) and at the size's own (dotted).
 
     Against each axis of scale; None where none is varied alone."""
-    names = varied(analysis, study)
+    names = varied_axes(analysis, study)
     if not names:
         return None
-    figure, axes = panels(len(names))
+    figure, axes = make_row(len(names))
     count = len(analysis.judgements)
     drifts = [abs(c.drift) for c in analysis.comparisons if c.drift is not None]
     limit = max([*drifts, 2.0]) + 1
@@ -129,7 +155,7 @@ def against_size(
                 metric = np.array([c.at_base_optimum for c in shown])
                 axis.plot(x, np.where(np.isfinite(metric), metric, math.nan), **style)
                 axis.plot(x, [c.curve.optimum.metric for c in shown], ":", color=f"C{number}")
-        size_axis(axis, name, sorted({getattr(c.curve.size, name) for c in analysis.comparisons}))
+        mark_size_axis(axis, name, sorted({getattr(c.curve.size, name) for c in analysis.comparisons}))
     if what == "drift":
         axes[0].set(ylabel=f"drift of the optimum (octaves of {study.axis})", ylim=(-limit, limit))
         for axis in axes:
@@ -138,19 +164,18 @@ def against_size(
             axes[-1].plot([], [], "kx", label="does not train")
     else:
         axes[0].set(ylabel=study.metric.replace("_", " "), yscale="log")
-        plain_log_axis(axes[0])
+        mark_log_axis(axes[0])
     axes[-1].legend(fontsize=8)
     return figure
 
 
-def distances(found: list[tuple[Line, str, Rate]]) -> Figure:
+def draw_distances(found: list[tuple[Line, str, Rate]]) -> Figure:
     """Distance to the largest size, which stands for the limit: one row per quantity, one column per law; fits solid,
     the theory's slope dashed, bars: intervals over seeds."""
     laws = list(dict.fromkeys(rate.law for _, _, rate in found))
     quantities = list(dict.fromkeys(quantity for _, quantity, _ in found))
     names = list(dict.fromkeys(line.parameterization for line, _, _ in found))
-    size = (PANEL[0] * len(laws), PANEL[1] * len(quantities))
-    figure, axes = plt.subplots(len(quantities), len(laws), figsize=size, squeeze=False, layout="constrained")
+    figure, axes = make_panels(len(quantities), len(laws))
     for (y, quantity), (x, law) in product(enumerate(quantities), enumerate(laws)):
         axis = axes[y][x]
         shown = [(line, rate) for line, kind, rate in found if (kind, rate.law) == (quantity, law)]
@@ -172,32 +197,27 @@ def distances(found: list[tuple[Line, str, Rate]]) -> Figure:
         theory = law.shape(law.exponent, last.sizes, last.largest)
         theory *= math.exp(float(np.nanmean(np.log(last.distance / theory))))
         axis.plot(last.sizes, theory, "--", color="0.5", label=f"theory: {law.exponent:g}", zorder=0)
-        size_axis(axis, law.axis, sorted({int(size) for rate in resolved for size in rate.sizes}))
-        axis.set_yscale("log")
-        plain_log_axis(axis)
-        axis.legend(fontsize=8)
+        finish_distances(axis, law.axis, {int(size) for rate in resolved for size in rate.sizes}, font_size=8)
     for row in axes:
         row[0].set_ylabel("distance to the largest (relative)")
     return figure
 
 
-def loss_curves(lines: list[Line]) -> Figure:
+def draw_loss_curves(lines: list[Line]) -> Figure:
     """Training loss against the step, means over seeds, one curve per size: one panel per parameterization and axis."""
-    figure, axes = panels(len(lines))
+    figure, axes = make_row(len(lines))
     for axis, line in zip(axes, lines, strict=True):
         curves = line.values["loss curve"]
-        colours = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(curves)))
+        colours = colours_of(len(curves))
         for colour, (size, losses) in zip(colours, sorted(curves.items()), strict=True):
             axis.plot(line.steps, losses.mean(axis=0), color=colour, label=f"{line.axis} {size}", linewidth=1.4)
-        axis.set(title=f"{line.parameterization} over {line.axis}", xlabel="step", yscale="log")
-        axis.grid(alpha=0.25)
-        axis.legend(fontsize=8)
-    plain_log_axis(axes[0])
+        finish_losses(axis, f"{line.parameterization} over {line.axis}")
+    mark_log_axis(axes[0])
     axes[0].set_ylabel("training loss")
     return figure
 
 
-def save(figure: Figure, png: Path) -> str:
+def save_figure(figure: Figure, png: Path) -> str:
     """Writes `png` and returns the figure as SVG text to stand in a page."""
     image, text = io.BytesIO(), io.StringIO()
     figure.savefig(image, format="png", dpi=110)

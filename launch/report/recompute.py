@@ -23,7 +23,7 @@ CONFIGS = Path("configs/paper")
 
 
 def added(study: Study, points: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(values, seeds) beyond the file's grid, as a study keeps one round of them (launch.study)."""
+    """(values, seeds) beyond the file's grid, as a study keeps one round of them (launch.runs.rounds)."""
     grid, planned = study.file.study.grid, study.file.study.seeds
     values: dict[tuple[Any, ...], set[float]] = defaultdict(set)
     seeds: dict[tuple[Any, ...], set[float]] = defaultdict(set)

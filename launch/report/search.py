@@ -14,12 +14,12 @@ from scipy import stats
 
 from depthmup.data.errors import UserError
 from depthmup.data.storage import write_atomically
-from depthmup.launch.config import Range
 from depthmup.launch.findings.curve_model import CONFIDENCE
 from depthmup.launch.paths import command
 from depthmup.launch.report.record import dump, plain
 from depthmup.launch.runs.search import Search
 from depthmup.launch.runs.space import fraction_at
+from depthmup.launch.values import Range
 from depthmup.launch.wording import show_number
 from depthmup.train.reading import to_yaml
 
@@ -232,7 +232,7 @@ def draw_slices(found: Found) -> "Figure":
     from depthmup.launch.report import plots
 
     space = found.search.settings.space
-    figure, axes = plots.panels(len(space))
+    figure, axes = plots.make_row(len(space))
     rings = {winner.trial for winner in found.winners}
     for axis, (key, dimension) in zip(axes, space.items(), strict=True):
         names = None if isinstance(dimension, Range) else [str(value) for value in dimension]
@@ -251,7 +251,7 @@ def draw_slices(found: Found) -> "Figure":
         axis.grid(alpha=0.25)
     axes[0].set_yscale("log")
     axes[0].set_ylabel(found.search.file.study.metric)
-    plots.plain_log_axis(axes[0])
+    plots.mark_log_axis(axes[0])
     return figure
 
 
@@ -275,7 +275,7 @@ def write_search(found: Found) -> Path:
     from depthmup.launch.report import plots
 
     root = found.search.file.directory
-    plots.save(draw_slices(found), root / "search.png")
+    plots.save_figure(draw_slices(found), root / "search.png")
     write_atomically(root / "search.json", dump(search_record(found)).encode())
     config = found.search.runs_of(found.winners[0].values, (found.search.file.seed,))[0].config
     best = root / "best.yaml"

@@ -13,7 +13,6 @@ from scipy import stats
 
 from depthmup.data.errors import UserError
 from depthmup.data.storage import write_atomically
-from depthmup.launch.config import Range
 from depthmup.launch.findings.share import SURE, Share
 from depthmup.launch.report.record import dump, plain
 from depthmup.launch.report.search import show_value
@@ -21,6 +20,7 @@ from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.pool import refuse_mixture
 from depthmup.launch.runs.space import own_value, value_at
 from depthmup.launch.runs.verification import Verification
+from depthmup.launch.values import Range
 from depthmup.launch.wording import show_number, show_share
 
 BEST_SHARE = 0.25  # of the perturbed runs: where their values lie shows where the optimum does

@@ -1,6 +1,5 @@
 """What a study with a sequential design fixes beforehand."""
 
-import math
 from functools import partial
 
 from depthmup.launch.config import label
@@ -10,9 +9,13 @@ from depthmup.launch.runs.cost import count_flops
 from depthmup.launch.runs.study import Study
 
 
+def limits_of(study: Study) -> Limits:
+    return Limits(study.file.study.regret_limit, study.file.study.cost_limit)
+
+
 def design_of(study: Study) -> Design:
     """What the study fixes beforehand; counts FLOPs. The budget is `study.budget` of what its grid would cost."""
-    settings, file = study.file.study, study.file
+    settings = study.file.study
     flops = {size: float(each) for size, (_, each) in count_flops(study.examples).items()}
     curves = {(owner, size) for (_, size), owner in study.owners.items()}  # each of its own runs
     grid = sum(flops[size] for _, size in curves) * len(settings.grid) * len(settings.seeds)
@@ -25,9 +28,9 @@ def design_of(study: Study) -> Design:
         high=max(ends),
         seeds=settings.seeds,
         budget=settings.budget * grid,
-        limits=Limits(settings.regret_limit, settings.cost_limit),
+        limits=limits_of(study),
         octaves=settings.octaves,
-        chance=math.log(file.model.num_classes),
+        chance=study.chance,
         alike=study.owners,
         is_valid=partial(study.may_have, settings.sizes[0]),
     )

@@ -10,9 +10,8 @@ from depthmup.launch.config import Size, label
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.space import with_values
 from depthmup.launch.runs.study import Study
-from depthmup.train.config import RunConfig, run_hash
+from depthmup.train.config import RunConfig
 from depthmup.train.reading import from_plain
-from depthmup.train.rundir import RunDirectory
 
 
 class JointStudy(Study):
@@ -31,9 +30,4 @@ class JointStudy(Study):
         except UserError:
             return []
         name, size = label(config.parameterization), Size(width=config.model.width, depth=config.model.depth)
-        runs = self.file.directory / "runs"
-        configs = [replace(config, seed=seed) for seed in seeds]
-        return [
-            PlannedRun(name, size, one.optimizer.lr, one.seed, one, RunDirectory(runs / run_hash(one)))
-            for one in configs
-        ]
+        return [self.plan_run(name, size, config.optimizer.lr, replace(config, seed=seed)) for seed in seeds]

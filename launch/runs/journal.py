@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from depthmup.data.errors import UserError
 from depthmup.data.storage import write_atomically
-from depthmup.launch.config import TuneConfig
+from depthmup.launch.joint_config import TuneConfig
 from depthmup.launch.runs.space import distributions, hashable
 
 if TYPE_CHECKING:

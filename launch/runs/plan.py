@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from depthmup.data.index import counted
-from depthmup.launch.config import Dimension, Range, Size
+from depthmup.launch.config import Size
 from depthmup.launch.findings.share import SURE, Share
 from depthmup.launch.findings.theory import expected_drifts
 from depthmup.launch.runs.cost import count_flops
@@ -18,6 +18,7 @@ from depthmup.launch.runs.search import Search, prune_steps
 from depthmup.launch.runs.seconds import expected_seconds
 from depthmup.launch.runs.study import Study
 from depthmup.launch.runs.verification import Verification
+from depthmup.launch.values import Dimension, Range
 from depthmup.launch.wording import duration, power_of_two, quantity, show_share
 from depthmup.train.packs.packing import may_differ, pack_limit
 

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from depthmup.data.errors import UserError
 from depthmup.data.lock import flock
 from depthmup.data.storage import write_atomically
-from depthmup.launch.config import StudyFile, TuneConfig
+from depthmup.launch.config import StudyFile
+from depthmup.launch.joint_config import TuneConfig
 from depthmup.launch.runs.cost import count_flops
 from depthmup.launch.runs.joint import JointStudy
 from depthmup.launch.runs.journal import STARTUP, Journal
@@ -107,7 +108,7 @@ class Search(JointStudy):
     def loss(self, runs: list[PlannedRun]) -> float | None:
         """Mean over `runs` of the metric, where none is worse than a guess; None while one is not done, and where one
         was ended early."""
-        chance, losses = math.log(self.file.model.num_classes), []
+        chance, losses = self.chance, []
         for run in runs:
             if run.is_pruned() or (loss := run.loss(self.file.study.metric)) is None:
                 return None
@@ -259,8 +260,8 @@ class Search(JointStudy):
         from optuna.trial import TrialState
 
         finished = journal.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        chance, count = math.log(self.file.model.num_classes), len(self.trials())
-        learned = [trial for trial in finished if trial.value is not None and trial.value < chance]
+        count = len(self.trials())
+        learned = [trial for trial in finished if trial.value is not None and trial.value < self.chance]
         if not learned:
             raise UserError(
                 f"{self.path}: none of {count} suggestions learned anything ({len(finished)} finished): "

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from depthmup.data.config import DataConfig
 from depthmup.data.errors import UserError
-from depthmup.launch.config import Dimension, Range
+from depthmup.launch.values import Dimension, Range
 from depthmup.train.config import RunConfig, TrainConfig
 from depthmup.train.reading import from_plain
 

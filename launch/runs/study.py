@@ -1,6 +1,7 @@
 """A study's runs: the grid written out, each run with its identity and its directory."""
 
 import glob
+import math
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -11,11 +12,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from depthmup.data.errors import UserError
-from depthmup.data.storage import is_remote, write_atomically
+from depthmup.data.storage import write_atomically
 from depthmup.launch.axes import TRAINING_AXES
 from depthmup.launch.config import Size, StudyFile, label
 from depthmup.launch.paths import command
-from depthmup.launch.reading import CONFIGURATION_FOLDER, configuration_folders, settings_of
 from depthmup.launch.runs.ladder import stretched, with_trunks
 from depthmup.launch.runs.planned import PlannedRun, factors, with_value
 from depthmup.launch.runs.rounds import (
@@ -29,17 +29,15 @@ from depthmup.launch.runs.rounds import (
     write_added_rounds,
     write_rounds,
 )
+from depthmup.launch.runs.written import portable_settings, refuse_other_study, with_absolute_paths
 from depthmup.models.config import ParameterizationConfig
-from depthmup.train.config import RunConfig, identity, run_hash
-from depthmup.train.config import flat as flat_sections
-from depthmup.train.reading import STUDY_SECTIONS, from_plain, read_yaml, set_dotted, to_plain, to_yaml
+from depthmup.train.config import RunConfig, run_hash
+from depthmup.train.reading import STUDY_SECTIONS, from_plain, set_dotted, to_plain, to_yaml
 from depthmup.train.rundir import RunDirectory
 from depthmup.train.trunk import write_trunk
 from depthmup.train.yaml_text import dump_yaml
 
 Point = TypeVar("Point")  # a value, or a value and a seed
-
-COMPARED = ("model", "optimizer", "schedule", "data", "train")
 
 
 class Study:
@@ -47,6 +45,11 @@ class Study:
 
     def __init__(self, path: Path, file: StudyFile, overrides: Sequence[str] = ()) -> None:
         self.path, self.file, self.overrides = path, file, overrides
+
+    @property
+    def chance(self) -> float:
+        """The loss of a guess."""
+        return math.log(self.file.model.num_classes)
 
     def command(self, verb: str, *words: str) -> str:
         """A command on this study that a shell takes as it stands: by its folder, which knows the overrides that it was
@@ -77,12 +80,7 @@ class Study:
 
     def _grid(self) -> Iterator[PlannedRun]:
         """Every size and every value is checked once, not every pair of them: a plan of thousands is quick."""
-        study, runs, any_shards = (
-            self.file.study,
-            self.file.directory / "runs",
-            "shards" in self.file.study.pool_different,
-        )
-        planned = self._planned()
+        study, planned = self.file.study, self._planned()
         checked: dict[float, Any] = {}
         for parameterization, size in product(study.parameterizations, study.sizes):
             name = label(parameterization)
@@ -97,7 +95,13 @@ class Study:
                     checked[value] = valid
             for value, seed in points:
                 one = replace(with_value(config, study.hyperparameter, checked[value]), seed=seed)
-                yield PlannedRun(name, size, value, seed, one, RunDirectory(runs / run_hash(one)), any_shards)
+                yield self.plan_run(name, size, value, one)
+
+    def plan_run(self, parameterization: str, size: Size, value: float, config: RunConfig) -> PlannedRun:
+        """The run of `config` as one of the study's, in the folder that its hash names."""
+        directory = RunDirectory(self.file.directory / "runs" / run_hash(config))
+        any_shards = "shards" in self.file.study.pool_different
+        return PlannedRun(parameterization, size, value, config.seed, config, directory, any_shards)
 
     def _curve(self, added: Added) -> tuple[str, Size]:
         return added.parameterization, self.file.complete(added.size)
@@ -129,8 +133,7 @@ class Study:
         for size in study.sizes:
             name, value, seed = label(study.parameterizations[0]), study.grid[0], study.seeds[0]
             config = replace(self._checked(self._first_alike[name, size], size, value), seed=seed)
-            directory = RunDirectory(self.file.directory / "runs" / run_hash(config))
-            found.append(PlannedRun(name, size, value, seed, config, directory))
+            found.append(self.plan_run(name, size, value, config))
         return found
 
     def may_have(self, size: Size, octaves: float) -> bool:
@@ -187,18 +190,11 @@ class Study:
             return False
         return True
 
-    def _with_absolute_paths(self) -> StudyFile:
-        """The file as it can be read in another folder."""
-        file = self.file
-        root = file.data.root if is_remote(file.data.root) else str(Path(file.data.root).absolute())
-        study = replace(file.study, directory=str(Path(file.study.directory).absolute()))
-        return replace(file, data=replace(file.data, root=root), study=study)
-
     @cached_property
     def _base(self) -> dict[str, Any]:
         """The file without its study, as plain data, with absolute paths: jobs run in another folder. All runs of a
         study are one group on wandb unless the file says otherwise."""
-        base: dict[str, Any] = to_plain(self._with_absolute_paths())
+        base: dict[str, Any] = to_plain(with_absolute_paths(self.file))
         for section in STUDY_SECTIONS:
             del base[section]
         base["track"]["group"] = self.file.track.group or self.file.study.name
@@ -324,50 +320,13 @@ class Study:
 
     # ------------------------------------------------------------ writing
 
-    def refuse_other_study(self) -> None:
-        """Raises UserError when the directory holds a study that differs in more than its grid."""
-        file = self.file.directory / "study.yaml"
-        if not file.exists():
-            return
-        try:
-            old = comparable(from_plain(StudyFile, read_yaml(file), str(file)))
-        except UserError as error:
-            raise UserError(f"{error} (written by another version? choose another study.name, or delete it)") from None
-        new = comparable(self.file)
-        different = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
-        if different:
-            key = different[0]
-            raise UserError(
-                f"{self.file.directory} holds another study ({key} is {old.get(key)} there and {new.get(key)} here"
-                f"{f', and {len(different) - 1} more' if different[1:] else ''}): choose another study.name"
-            )
-
-    def refuse_overridden(self) -> None:
-        """Raises UserError when the directory's study was run with other settings than this file's."""
-        file = self.file.directory / "study.yaml"
-        if not file.exists():
-            return
-        old = flat(identity(from_plain(StudyFile, read_yaml(file), str(file))))
-        new = flat(identity(self._with_absolute_paths()))
-        if different := sorted(key for key in {*old, *new} if old.get(key) != new.get(key)):
-            key = different[0]
-            raise UserError(
-                f"{self.path} is not what this study was run with ({key} was {old.get(key)} and is {new.get(key)}): "
-                f"give its folder instead: {self.file.directory}"
-            )
-
-    def own_settings(self) -> dict[str, Any]:
-        """The study's file as it can be read in another folder, with where it was written from."""
-        written_from = {CONFIGURATION_FOLDER: str(configuration_folders(self.path)[0].absolute())}
-        return written_from | settings_of(self._with_absolute_paths())
-
     def write(self) -> None:
         """Writes the study's own file and every run's configuration. Raises UserError for an unwritable folder."""
-        self.refuse_other_study()
+        refuse_other_study(self.file)
         root = self.file.directory
         try:
             root.mkdir(parents=True, exist_ok=True)
-            write_atomically(root / "study.yaml", dump_yaml(self.own_settings()).encode())
+            write_atomically(root / "study.yaml", dump_yaml(portable_settings(self.path, self.file)).encode())
             for run in self.pending():
                 content = to_yaml(run.config)
                 run.directory.path.mkdir(parents=True, exist_ok=True)
@@ -381,16 +340,3 @@ class Study:
             raise UserError(
                 f"{root}: cannot write there ({error.strerror}); set study.directory to a folder that is writable"
             ) from None
-
-
-def flat(sections: dict[str, Any]) -> dict[str, Any]:
-    """{section: {key: value}} -> {section.key: value}; what is no run's or study's setting is left out."""
-    return flat_sections({name: section for name, section in sections.items() if name in (*COMPARED, "study")})
-
-
-def comparable(file: StudyFile) -> dict[str, Any]:
-    """What must be the same in all runs of a study, by dotted key: all but grid, hardware and logging."""
-    found = {key: value for key, value in flat(identity(file)).items() if key.split(".")[0] in COMPARED}
-    for key in ("model.width", "model.depth", file.study.hyperparameter):
-        found.pop(key, None)
-    return {**found, "study.hyperparameter": file.study.hyperparameter}

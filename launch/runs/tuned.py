@@ -15,6 +15,7 @@ from depthmup.launch.config import StudyFile
 from depthmup.launch.reading import read_study
 from depthmup.launch.runs.space import examples, with_values
 from depthmup.launch.runs.study import Study
+from depthmup.launch.runs.written import portable_settings
 from depthmup.train.reading import from_plain, to_plain
 from depthmup.train.yaml_text import dump_yaml
 
@@ -83,7 +84,7 @@ def keep_study(search: "Search", file: StudyFile) -> None:
     with_tuned(file, {key: examples(each)[0] for key, each in search.settings.space.items()}, str(search.path))
     search.check_writable()
     search.file.directory.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, dump_yaml(Study(search.path, file).own_settings()).encode())
+    write_atomically(path, dump_yaml(portable_settings(search.path, file)).encode())
 
 
 def study_after(search: "Search", values: Mapping[str, Any]) -> Study:
@@ -91,7 +92,7 @@ def study_after(search: "Search", values: Mapping[str, Any]) -> Study:
     file = read_study(after_file(search))
     path = tuned_file(search, file)
     tuned = with_tuned(file, values, str(path))
-    write_atomically(path, dump_yaml(Study(after_file(search), tuned).own_settings()).encode())
+    write_atomically(path, dump_yaml(portable_settings(after_file(search), tuned)).encode())
     return Study(path, tuned)
 
 

@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 
 from depthmup.data.errors import UserError
-from depthmup.launch.config import Dimension, Range, Size, StudyFile, VerifyConfig
+from depthmup.launch.config import Size, StudyFile
+from depthmup.launch.joint_config import VerifyConfig
 from depthmup.launch.runs.cost import count_flops
 from depthmup.launch.runs.joint import JointStudy
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.space import check_space, fraction_at, own_value, value_at
+from depthmup.launch.values import Dimension, Range
 from depthmup.launch.wording import quantity
 
 MISSES = 50  # perturbations in a row whose values do not go together: then the space is a mistake

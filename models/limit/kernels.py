@@ -122,12 +122,3 @@ def refuse_unstable(network: InfiniteNetwork, training: Training) -> None:
             f"the rate {training.rate:.3g} is past the edge of stability, 2 (1 + momentum) / lambda_max = {edge:.3g}: "
             "the infinite network diverges; choose a rate below it"
         )
-
-
-def lazy_outputs(kernel: np.ndarray, training: Training) -> np.ndarray:
-    """(T + 1, P): f_t = -rate NTK sum_s memory[t, s] (f_s - y) / P, from f_0 = 0."""
-    memory, outputs = training.memory(), np.zeros((training.steps + 1, training.samples))
-    for step in range(1, training.steps + 1):
-        errors = (training.targets - outputs[:step]) / training.samples
-        outputs[step] = training.rate * kernel @ (memory[step, :step] @ errors)
-    return outputs

@@ -6,7 +6,6 @@ replica's own. On a GPU the whole step (forward, backward, update) is one CUDA g
 network's step is otherwise nothing but the time to launch its kernels.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +27,7 @@ from depthmup.train.networks import describe
 from depthmup.train.packs.batched import HandBatched, default_convolution
 from depthmup.train.packs.graph import GraphedStep
 from depthmup.train.packs.stacking import Group, column, group_parameters, stack_multipliers
+from depthmup.train.packs.telemetry import role_statistics
 from depthmup.train.prepare import set_stream_type
 from depthmup.train.schedule import schedule
 from depthmup.train.stochastic_depth import install_stochastic_depth
@@ -277,42 +277,15 @@ class Replicas:
 
     def measurements(self) -> list[dict[str, float]]:
         norms, logits = self.gradient_norms.tolist(), self.logit_rms.tolist()
+        of_roles = role_statistics(self.groups, self.roles, self.gradients, self.before, self.alive)
         return [
             {"grad_norm": norm, "logit_rms": rms, **roles}
-            for norm, rms, roles in zip(norms, logits, self.role_statistics(self.before), strict=True)
+            for norm, rms, roles in zip(norms, logits, of_roles, strict=True)
         ]
 
     def values(self) -> list[Tensor]:
         """A copy of all weights, one (K, weights) for each group."""
         return [group.values.detach().clone() for group in self.groups]
-
-    @torch.no_grad()
-    def role_statistics(self, before: Sequence[Tensor]) -> list[dict[str, float]]:
-        """For each replica what train.telemetry.RoleStatistics says of the last step; `before`: `values()` before it.
-        NaN for one that has diverged. Waits for the device."""
-        updates = [group.values - values for group, values in zip(self.groups, before, strict=True)]
-        means = {f"grad_rms/{role}": value for role, value in self.mean_squares(self.gradients).items()}
-        means |= {f"update_rms/{role}": value for role, value in self.mean_squares(updates).items()}
-        means |= {f"weight_rms/{role}": value for role, value in self.mean_squares(before).items()}
-        rows = torch.stack(list(means.values()), dim=1).sqrt().masked_fill(~self.alive, float("nan"))
-        lines = [dict(zip(means, row, strict=True)) for row in rows.tolist()]
-        for line in lines:
-            for role in set(self.roles.values()):
-                if weight := line[f"weight_rms/{role}"]:
-                    line[f"effective_lr/{role}"] = line[f"update_rms/{role}"] / weight
-        return lines
-
-    def mean_squares(self, matrices: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Role -> (K,), the mean square over the role's columns of `matrices`, which are laid out as the weights."""
-        sums: dict[str, Tensor] = {}
-        counts: Counter[str] = Counter()
-        for group, matrix in zip(self.groups, matrices, strict=True):
-            for name, (first, shape) in group.slots.items():
-                squares = torch.linalg.vector_norm(matrix[:, first : first + shape.numel()], dim=1).square()
-                role = self.roles[name]
-                sums[role] = sums[role] + squares if role in sums else squares
-                counts[role] += shape.numel()
-        return {role: total / counts[role] for role, total in sums.items()}
 
     @torch.no_grad()
     def update(self) -> None:

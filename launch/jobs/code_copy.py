@@ -13,14 +13,14 @@ from depthmup.launch.paths import PACKAGE
 PACKAGES = ("models", "data", "train", "launch")
 
 
-def sources() -> list[Path]:
+def list_sources() -> list[Path]:
     """Every file of the packages, templates and scripts with the code, relative to PACKAGE; without Python's caches."""
     found = (file for package in PACKAGES for file in (PACKAGE / package).rglob("*"))
     files = (file for file in found if file.is_file() and "__pycache__" not in file.parts)
     return sorted(file.relative_to(PACKAGE) for file in (PACKAGE / "__init__.py", *files))
 
 
-def digest(files: list[Path]) -> str:
+def hash_sources(files: list[Path]) -> str:
     """12 hexadecimal digits of the files' names and contents."""
     hashed = hashlib.sha256()
     for file in files:
@@ -28,10 +28,10 @@ def digest(files: list[Path]) -> str:
     return hashed.hexdigest()[:12]
 
 
-def take(folder: Path) -> Path:
+def copy_code(folder: Path) -> Path:
     """Copies the packages to folder/DIGEST, unless they are there; returns that path, to import from."""
-    files = sources()
-    target = folder / digest(files)
+    files = list_sources()
+    target = folder / hash_sources(files)
     if not target.exists():
         temporary = folder / f".{target.name}.{os.getpid()}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
@@ -39,12 +39,12 @@ def take(folder: Path) -> Path:
             copy = temporary / PACKAGE.name / file
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(PACKAGE / file, copy)
-        (temporary / "code.json").write_text(json.dumps(describe(), indent=1))
+        (temporary / "code.json").write_text(json.dumps(describe_code(), indent=1))
         os.replace(temporary, target)
     return target
 
 
-def git(*arguments: str) -> str | None:
+def ask_git(*arguments: str) -> str | None:
     """What git prints in the packages' repository; None where there is no git or no repository."""
     try:
         done = subprocess.run(
@@ -55,12 +55,12 @@ def git(*arguments: str) -> str | None:
     return done.stdout
 
 
-def describe() -> dict[str, Any]:
+def describe_code() -> dict[str, Any]:
     """The commit and what differs from it; nulls where git does not track the packages. `digest` is always known."""
     folders = [str((PACKAGE / package).resolve()) for package in PACKAGES]  # git does not follow links
-    sha = git("rev-parse", "HEAD") if git("ls-files", "--error-unmatch", *folders) else None  # none in a .venv
+    sha = ask_git("rev-parse", "HEAD") if ask_git("ls-files", "--error-unmatch", *folders) else None  # none in a .venv
     return {
         "sha": sha.strip() if sha else None,
-        "diff": git("diff", "HEAD", "--", *folders) if sha else None,
-        "digest": digest(sources()),
+        "diff": ask_git("diff", "HEAD", "--", *folders) if sha else None,
+        "digest": hash_sources(list_sources()),
     }

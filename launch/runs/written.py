@@ -1,0 +1,75 @@
+"""A study's file in the study's folder: written so that it can be read from anywhere, and compared with another."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from depthmup.data.errors import UserError
+from depthmup.data.storage import is_remote
+from depthmup.launch.config import StudyFile
+from depthmup.launch.reading import CONFIGURATION_FOLDER, configuration_folders, settings_of
+from depthmup.train.config import flat, identity
+from depthmup.train.reading import from_plain, read_yaml
+
+COMPARED = ("model", "optimizer", "schedule", "data", "train")
+
+
+def with_absolute_paths(file: StudyFile) -> StudyFile:
+    """The file as it can be read in another folder."""
+    root = file.data.root if is_remote(file.data.root) else str(Path(file.data.root).absolute())
+    study = replace(file.study, directory=str(Path(file.study.directory).absolute()))
+    return replace(file, data=replace(file.data, root=root), study=study)
+
+
+def portable_settings(path: Path, file: StudyFile) -> dict[str, Any]:
+    """The file read from `path` as it can be read in another folder, with where it was written from."""
+    written_from = {CONFIGURATION_FOLDER: str(configuration_folders(path)[0].absolute())}
+    return written_from | settings_of(with_absolute_paths(file))
+
+
+def refuse_other_study(file: StudyFile) -> None:
+    """Raises UserError when the file's folder holds a study that differs in more than its grid."""
+    written = file.directory / "study.yaml"
+    if not written.exists():
+        return
+    try:
+        old = comparable_settings(from_plain(StudyFile, read_yaml(written), str(written)))
+    except UserError as error:
+        raise UserError(f"{error} (written by another version? choose another study.name, or delete it)") from None
+    new = comparable_settings(file)
+    different = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
+    if different:
+        key = different[0]
+        raise UserError(
+            f"{file.directory} holds another study ({key} is {old.get(key)} there and {new.get(key)} here"
+            f"{f', and {len(different) - 1} more' if different[1:] else ''}): choose another study.name"
+        )
+
+
+def refuse_overridden(path: Path, file: StudyFile) -> None:
+    """Raises UserError when the study in the file's folder was run with other settings than this file, read from
+    `path`."""
+    written = file.directory / "study.yaml"
+    if not written.exists():
+        return
+    old = settings_by_key(from_plain(StudyFile, read_yaml(written), str(written)))
+    new = settings_by_key(with_absolute_paths(file))
+    if different := sorted(key for key in {*old, *new} if old.get(key) != new.get(key)):
+        key = different[0]
+        raise UserError(
+            f"{path} is not what this study was run with ({key} was {old.get(key)} and is {new.get(key)}): "
+            f"give its folder instead: {file.directory}"
+        )
+
+
+def settings_by_key(file: StudyFile) -> dict[str, Any]:
+    """What changes a result, by dotted key; what is no run's or study's setting is left out."""
+    return flat({name: section for name, section in identity(file).items() if name in (*COMPARED, "study")})
+
+
+def comparable_settings(file: StudyFile) -> dict[str, Any]:
+    """What must be the same in all runs of a study, by dotted key: all but grid, hardware and logging."""
+    found = {key: value for key, value in settings_by_key(file).items() if key.split(".")[0] in COMPARED}
+    for key in ("model.width", "model.depth", file.study.hyperparameter):
+        found.pop(key, None)
+    return {**found, "study.hyperparameter": file.study.hyperparameter}
