@@ -247,7 +247,6 @@ def test_the_main_path_goes_from_a_proxy_to_a_target_and_its_line_in_the_report(
     ("words", "key"),
     [
         ("Requested time limit is invalid (missing or exceeds some limit)", "launch.timeout_min"),
-        ("AssocMaxSubmitJobLimit", "launch.runs_per_job"),
         ("QOSMaxWallDurationPerJobLimit", "launch.timeout_min"),
         ("QOSMaxGRESPerUser", "launch.nodes, gpus_per_node"),
         ("", "launch.qos or launch.account"),

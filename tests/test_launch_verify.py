@@ -187,7 +187,7 @@ def test_a_size_or_space_that_is_no_run_is_refused_with_the_reason(verify_file: 
         "schedule.warmup": {"first": 0.6, "last": 0.75, "scale": "linear"},
         "schedule.decay": {"first": 0.5, "last": 0.85, "scale": "linear"},
     }
-    with pytest.raises(UserError, match=r"more than the whole run together; so it is with 50 draws of verify\.space"):
+    with pytest.raises(UserError, match=r"more than the whole run together \(the same for each of 50 draws"):
         _ = open_verification(verify_file({"schedule": {"name": "wsd"}}, space=space)).perturbed
 
 
