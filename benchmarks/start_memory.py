@@ -23,14 +23,8 @@ from depthmup.models.flops import num_parameters
 from depthmup.models.optimizer_config import OptimizerConfig
 from depthmup.train.config import ParallelConfig, RunConfig, TrainConfig
 from depthmup.train.distributed import World, process_group
-from depthmup.train.engines.zero import import_deepspeed
 from depthmup.train.one_network import OneNetwork
 
-PARALLEL = {
-    "ddp": ParallelConfig(engine="ddp"),
-    "fsdp": ParallelConfig(engine="fsdp"),
-    "zero3": ParallelConfig(engine="deepspeed", zero_stage=3),
-}
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -51,9 +45,7 @@ def measure(config: RunConfig, rank: int, world_size: int, port: int) -> tuple[f
     world = World(rank, world_size, rank, "localhost", port)
     engine, device = config.parallel.engine, torch.device("cpu")
     with process_group(world, device, config.parallel, engine):
-        scaled = build_meta(config.model, config.parameterization)  # timm, which is imported here
-        if engine == "deepspeed":
-            import_deepspeed(device)
+        build_meta(config.model, config.parameterization)  # timm, which is imported here
         before = held()
         reset_peak()
         network = OneNetwork(config, engine, 1, world, device)
@@ -63,7 +55,7 @@ def measure(config: RunConfig, rank: int, world_size: int, port: int) -> tuple[f
         images = torch.zeros(1, config.train.global_batch_size // world_size, *shape)
         network.step(images, torch.zeros(*images.shape[:2], dtype=torch.int64))
         stepped = held("VmHWM") - before
-        return num_parameters(scaled.network) * 4 / 2**20, started, stepped
+        return num_parameters(network.engine.network) * 4 / 2**20, started, stepped
 
 
 def main() -> None:
@@ -71,7 +63,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--depth", type=int, default=12)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--engines", nargs="+", default=["ddp", "fsdp", "zero3"])
+    parser.add_argument("--engines", nargs="+", default=["ddp", "fsdp"])
     arguments = parser.parse_args()
     model = VisionTransformerConfig(
         width=arguments.width, depth=arguments.depth, base_width=arguments.width, base_depth=arguments.depth,
@@ -85,7 +77,7 @@ def main() -> None:
         train=TrainConfig(samples=count, global_batch_size=count, device="cpu", precision="fp32"),
     )
     for engine in arguments.engines:
-        chosen = replace(config, parallel=PARALLEL[engine])
+        chosen = replace(config, parallel=ParallelConfig(engine=engine))
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             port = probe.getsockname()[1]

@@ -15,7 +15,7 @@ from depthmup.models.discovery.find import find_roles, readout_features
 from depthmup.models.discovery.growth import Builder, build_network
 from depthmup.models.errors import ModelError
 from depthmup.models.family import Family, ParameterRule, Roles, Slot, match_rules, modules_matching, stated_blocks
-from depthmup.models.init import copy_into, init_std, initialize, materialize
+from depthmup.models.init import init_std, initialize, keep_whole, materialize
 from depthmup.models.moe_vit import MOE_VIT
 from depthmup.models.multiplier import Multiplier, is_scaled, scale_input, scale_output
 from depthmup.models.parameterization import BRANCH_ROLES, Role, Scale
@@ -120,14 +120,12 @@ def fill(
     scaled: ScaledModel,
     seed: int,
     device: torch.device | str,
-    place: Callable[[nn.Parameter, Tensor], None] = copy_into,
-    moves_parameters: bool = False,
+    spread: Callable[[Tensor, Tensor], Tensor] = keep_whole,
 ) -> None:
     """Moves a network on meta, or this process's shards of one, to `device` with initial weights, a function of (seed,
-    parameter name) alone. No more than one whole parameter is held beside it. `place`: see `initialize`; where it
-    `moves_parameters`, it is given each of them on meta and has it moved, too."""
-    materialize(scaled.network, device, parameters=not moves_parameters)
-    initialize(scaled.network, scaled.rules, scaled.scale, seed, place)
+    parameter name) alone. No more than one whole parameter is held beside it. `spread`: see `initialize`."""
+    materialize(scaled.network, device)
+    initialize(scaled.network, scaled.rules, scaled.scale, seed, spread)
 
 
 def check_own(network: nn.Module, roles: Roles) -> None:

@@ -44,8 +44,8 @@ def draw(name: str, shape: torch.Size, rule: ParameterRule, scale: Scale, seed: 
     return torch.randn(shape, generator=generator).mul_(std)
 
 
-def copy_into(parameter: nn.Parameter, value: Tensor) -> None:
-    parameter.copy_(value)
+def keep_whole(value: Tensor, parameter: Tensor) -> Tensor:
+    return value
 
 
 @torch.no_grad()
@@ -54,35 +54,29 @@ def initialize(
     rules: dict[str, ParameterRule],
     scale: Scale,
     seed: int,
-    place: Callable[[nn.Parameter, Tensor], None] = copy_into,
+    spread: Callable[[Tensor, Tensor], Tensor] = keep_whole,
 ) -> None:
     """Fills every parameter of `model` in place and resets running statistics. `rules`: parameter name -> its rule;
-    `place`: gives a parameter its value, which is whole and on the CPU; another one where parameters are sharded.
+    `spread`: (value on the CPU, parameter) -> the value as it is to be copied there, where parameters are sharded.
 
     Raises RuntimeError when a parameter or buffer is NaN afterwards, which means that nothing initialised it.
     """
     for name, parameter in model.named_parameters():
         if name in rules:
-            place(parameter, draw(name, parameter.shape, rules[name], scale, seed))
+            parameter.copy_(spread(draw(name, parameter.shape, rules[name], scale, seed), parameter))
     for module in model.modules():
         reset = getattr(module, "reset_running_stats", None)  # of BatchNorm and of a mixture of experts
         if callable(reset):
             reset()
     tensors = (*model.named_parameters(), *model.named_buffers())
-    if forgotten := [name for name, tensor in tensors if tensor.is_meta or torch.isnan(tensor).any()]:
+    if forgotten := [name for name, tensor in tensors if torch.isnan(tensor).any()]:
         raise RuntimeError(f"no initialiser filled {', '.join(forgotten)}")
 
 
-@torch.no_grad()
-def materialize(model: nn.Module, device: torch.device | str, parameters: bool = True) -> None:
-    """Moves a meta model, its buffers only without `parameters`, to `device`, filled with NaN so that a forgotten
-    initialiser cannot pass unseen."""
-    if parameters:
-        model.to_empty(device=device)
-    else:
-        for module in model.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, torch.empty_like(buffer, device=device))
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.is_floating_point() and not tensor.is_meta:
-            tensor.fill_(math.nan)
+def materialize(model: nn.Module, device: torch.device | str) -> None:
+    """Moves a meta model to `device`, filled with NaN so that a forgotten initialiser cannot pass unseen."""
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point():
+                tensor.fill_(math.nan)

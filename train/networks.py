@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from depthmup.models.build import ScaledModel
+from depthmup.models.flops import num_parameters
 from depthmup.train.average import WeightAverage
 from depthmup.train.batch_norm import Grouping
 from depthmup.train.config import RunConfig, run_hash
@@ -57,12 +58,13 @@ class Networks(Protocol):
         """Parameters and buffers, whole, on rank 0's CPU, perhaps the network's own; other ranks get an empty dict."""
 
 
-def describe(config: RunConfig, scaled: ScaledModel, size: int, groups: list[dict[str, Any]], place: str) -> str:
+def describe(config: RunConfig, scaled: ScaledModel, groups: list[dict[str, Any]], place: str) -> str:
     """What a run is, for its log: never leaves open which parameterization and base it has."""
     model, p = config.model, scaled.scale.parameterization
     larger = " (larger than this model)" if model.base_width > model.width or model.base_depth > model.depth else ""
     lines = [
-        f"run {run_hash(config)}: {model.family} width {model.width} depth {model.depth}, {size:,} parameters, {place}",
+        f"run {run_hash(config)}: {model.family} width {model.width} depth {model.depth}, "
+        f"{num_parameters(scaled.network):,} parameters, {place}",
         f"parameterization {p.name}, base width {model.base_width} depth {model.base_depth}{larger}, "
         f"branch multiplier {scaled.scale.branch_multiplier():.4g}, "
         f"readout multiplier {scaled.scale.readout_multiplier():.4g}",

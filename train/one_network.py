@@ -1,6 +1,6 @@
 """One network in training: a plain torch module and a plain torch optimizer, spread over processes by an engine."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -9,14 +9,13 @@ from torch import Tensor, nn
 
 from depthmup.data.errors import UserError
 from depthmup.models.build import build, build_meta, can_start_on_meta, fill
-from depthmup.models.flops import num_parameters
 from depthmup.models.moe_vit import balance_experts, load_metrics, mixtures_of
 from depthmup.models.optimizer import build_optimizer, parameter_groups
 from depthmup.train.average import WeightAverage, averaged_tensors
 from depthmup.train.batch_norm import BatchStatistics, batch_norms, grouping, process_group_of
 from depthmup.train.config import RunConfig
 from depthmup.train.distributed import World, sum_over_ranks
-from depthmup.train.engines.base import Fill, TensorState, average_buffers
+from depthmup.train.engines.base import TensorState, average_buffers
 from depthmup.train.engines.choice import make_engine, starts_on_meta
 from depthmup.train.networks import describe
 from depthmup.train.prepare import prepare, prepare_device, set_stream_type
@@ -24,6 +23,11 @@ from depthmup.train.schedule import schedule, set_learning_rate
 from depthmup.train.step import StepResult, autocast, take_step
 from depthmup.train.stochastic_depth import install_stochastic_depth
 from depthmup.train.telemetry import RoleStatistics
+from depthmup.train.tensors import spread_like
+
+
+def do_nothing() -> None:
+    """In the place of what fills a network on meta, for one that is whole."""
 
 
 class OneNetwork:
@@ -37,13 +41,12 @@ class OneNetwork:
         self.seeds, self.steps = [config.seed], 0
         self.descriptions: list[str] = []
         self.dtype = prepare_device(config.train, device)
-        fill_network: Fill | None = None
-        if starts_on_meta(engine_name, config.parallel) and can_start_on_meta(config.model):
+        if starts_on_meta(engine_name) and can_start_on_meta(config.model):
             scaled = build_meta(config.model, config.parameterization)
-            fill_network = partial(fill, scaled, config.seed, device)
+            fill_network: Callable[[], None] = partial(fill, scaled, config.seed, device, spread_like)
         else:
             scaled = build(config.model, config.parameterization, config.seed, device)
-        size = num_parameters(scaled.network)  # before they are sharded
+            fill_network = do_nothing
         branches, blocks = list(scaled.branches), list(scaled.blocks)
         self.draws = install_stochastic_depth(scaled.network, branches, blocks, config.train.drop_path)
         self.num_drop_branches = self.draws.num_branches
@@ -55,7 +58,7 @@ class OneNetwork:
         def make_optimizer(network: nn.Module) -> torch.optim.Optimizer:
             groups = parameter_groups(network, scaled.rules, scaled.scale, config.resolved_optimizer)
             place = f"{engine_name} on {world.size} x {device.type}, {micro_batches} micro-batch(es), {self.dtype}"
-            self.descriptions.append(describe(config, scaled, size, groups, place))
+            self.descriptions.append(describe(config, scaled, groups, place))
             return build_optimizer(groups, config.resolved_optimizer)
 
         self.engine = make_engine(

@@ -1,6 +1,6 @@
 """Tensors that may be sharded over processes."""
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
@@ -14,8 +14,8 @@ def local_tensor(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def copy_shard(parameter: nn.Parameter, value: Tensor) -> None:
-    """Copies `value`, which every process has whole, into what this one keeps of `parameter`. They exchange nothing."""
-    if isinstance(parameter, DTensor):
-        value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-    parameter.copy_(value)
+def spread_like(value: Tensor, parameter: Tensor) -> Tensor:
+    """`value`, which every process has whole, sharded as `parameter` is. The processes exchange nothing."""
+    if not isinstance(parameter, DTensor):
+        return value
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -21,7 +21,6 @@ from torch.distributed.checkpoint.state_dict import (
 from depthmup.train.tensors import full_tensor
 
 OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
-Fill = Callable[..., None]  # models.build.fill of a network on meta: fill(place, moves_parameters)
 TensorState = dict[str, dict[str, Any]]
 
 

@@ -1,13 +1,14 @@
 """torch's own ways to spread a network over processes: the whole of it in each, or a shard."""
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from depthmup.data.errors import UserError
 from depthmup.train.config import ParallelConfig
-from depthmup.train.engines.base import Engine, Fill, OptimizerFactory
-from depthmup.train.tensors import copy_shard
+from depthmup.train.engines.base import Engine, OptimizerFactory
 
 
 class DistributedDataParallel(Engine):
@@ -51,12 +52,11 @@ class FullyShardedDataParallel(Engine):
         make_optimizer: OptimizerFactory,
         blocks: list[str],
         device: torch.device,
-        fill: Fill | None,
+        fill: Callable[[], None],
         config: ParallelConfig,
     ) -> None:
-        """`network` is on meta unless `fill` is None; `fill` moves what a process keeps of it to the device, with
-        initial weights. So no process ever holds the whole of it. Raises UserError where shard_size does not divide the
-        processes."""
+        """`network` is on meta; `fill` moves what a process keeps of it to `device`, with initial weights. So no
+        process ever holds the whole of it. Raises UserError where shard_size does not divide the processes."""
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
@@ -78,8 +78,7 @@ class FullyShardedDataParallel(Engine):
         sharded = fully_shard(network, mesh=mesh)
         assert isinstance(sharded, FSDPModule)
         self.sharded = sharded
-        if fill:
-            fill(copy_shard)
+        fill()
         super().__init__(network, make_optimizer)
 
     def start_micro_batch(self, last: bool) -> None:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from depthmup.data.errors import UserError
-from depthmup.train.engines.base import Engine, Fill, OptimizerFactory, TensorState
+from depthmup.train.engines.base import Engine, OptimizerFactory, TensorState
 
 STEP = "step"  # Adam's count of steps: a number, the same for all parameters
 
@@ -40,25 +40,6 @@ def import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
-class Partition:
-    """Gives one parameter after the other its value, and leaves of it what this process keeps under stage 3."""
-
-    def __init__(self, deepspeed: Any, settings: dict[str, Any], device: torch.device) -> None:
-        self.deepspeed, self.settings, self.device = deepspeed, settings, device
-        self.first: Any = None
-        deepspeed.init_distributed(dist_init_required=False)
-
-    def __call__(self, parameter: nn.Parameter, value: Tensor) -> None:
-        """`parameter` is on meta; it stays the same object."""
-        whole = nn.Parameter(value.to(self.device), requires_grad=parameter.requires_grad)
-        torch.utils.swap_tensors(parameter, whole)
-        if self.first is None:
-            self.deepspeed.zero.Init(module=nn.ParameterList([parameter]), config_dict_or_path=self.settings)
-            self.first = parameter
-        else:  # as deepspeed.initialize does it, where a part of the parameters is sharded already
-            self.first.convert_to_zero_parameters(param_list=[parameter])
-
-
 class ZeroRedundancy(Engine):
     """DeepSpeed ZeRO, stage 0 to 3."""
 
@@ -69,8 +50,6 @@ class ZeroRedundancy(Engine):
         self,
         network: nn.Module,
         make_optimizer: OptimizerFactory,
-        device: torch.device,
-        fill: Fill | None,
         *,
         stage: int,
         autocast_dtype: torch.dtype | None,
@@ -78,8 +57,13 @@ class ZeroRedundancy(Engine):
         micro_batches: int,
         micro_batch_size: int,
     ) -> None:
-        """`network` is on meta unless `fill` is None: then no process ever holds the whole of it."""
-        deepspeed = import_deepspeed(device)
+        deepspeed = import_deepspeed(next(network.parameters()).device)
+        optimizer = make_optimizer(network)
+        if not isinstance(optimizer, torch.optim.SGD | torch.optim.AdamW):
+            raise UserError(
+                f"{type(optimizer).__name__} looks at whole matrices, which ZeRO's flat shards do not show it: "
+                "use parallel.engine=fsdp or ddp"
+            )
         settings = {
             "train_micro_batch_size_per_gpu": micro_batch_size,
             "gradient_accumulation_steps": micro_batches,
@@ -93,14 +77,6 @@ class ZeroRedundancy(Engine):
                 "lower_precision_safe_modules": [],
             },
         }
-        if fill:
-            fill(Partition(deepspeed, settings, device), moves_parameters=True)
-        optimizer = make_optimizer(network)
-        if not isinstance(optimizer, torch.optim.SGD | torch.optim.AdamW):
-            raise UserError(
-                f"{type(optimizer).__name__} looks at whole matrices, which ZeRO's flat shards do not show it: "
-                "use parallel.engine=fsdp or ddp"
-            )
         self.stage, self.network = stage, network
         self.module, self.optimizer, _, _ = deepspeed.initialize(
             model=network, optimizer=optimizer, config=settings, dist_init_required=False

@@ -17,7 +17,6 @@ from torch.func import functional_call, vmap
 
 from depthmup.data.errors import UserError
 from depthmup.models.build import build, build_meta
-from depthmup.models.flops import num_parameters
 from depthmup.models.optimizer import parameter_groups
 from depthmup.train.average import WeightAverage
 from depthmup.train.batch_norm import BatchStatistics, batch_norms, grouping, momentum_of, move
@@ -87,7 +86,7 @@ class Replicas:
         for number, (s, c) in enumerate(zip(scaled, configs, strict=True)):
             place = f"replica {number} of a pack of {len(configs)} on {device.type}, {autocast_dtype}"
             groups = parameter_groups(s.network, s.rules, s.scale, c.resolved_optimizer)
-            self.descriptions.append(describe(c, s, num_parameters(s.network), groups, place))
+            self.descriptions.append(describe(c, s, groups, place))
         clips = [c.train.clip_norm for c in configs]
         self.clip = column([clip or float("inf") for clip in clips], device) if any(clips) else None
         num_steps = train.num_steps
