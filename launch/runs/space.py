@@ -1,8 +1,8 @@
-"""A search's space: what may be tuned, and from a suggestion to a run's configuration."""
+"""What may be tuned or swept; a search's space, and from a suggestion to a run's configuration."""
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,7 @@ FIXED = {
     "parameterization.name": "parameterizations make the same of the base: compare them in a study",
 }
 
+SWEPT_BY_SIZES = ("model.width", "model.depth", "model.base_width", "model.base_depth")  # of a study
 # What changes no result: all suggestions would be one run.
 NO_RESULT = {
     f"{section}.{field.name}"
@@ -94,6 +95,29 @@ def check_space(plain: dict[str, Any], space: Mapping[str, Dimension], source: s
                 "leave it out, or compare its values in a study (study.parameterizations)"
             )
     check_together(plain, space, source)
+
+
+def check_sweep(
+    key: str, values: Sequence[float], at_base: Callable[[float], RunConfig], base: str, source: str
+) -> None:
+    """Raises UserError where the runs of a study's curve at `base`, its first size, would all be the same, or of
+    different tasks. `at_base`: from a value of `key` to the run's configuration; `source`: the study's file."""
+    where = f"{source}: study.hyperparameter {key}"
+    if key in SWEPT_BY_SIZES:
+        raise UserError(f"{where}: study.sizes says the sizes: sweep another key, as optimizer.lr")
+    if key in NO_RESULT or key.split(".")[0] not in (*TUNABLE, "model"):
+        raise UserError(f"{where} changes how a run is trained, not what it learns: sweep another key")
+    if key in ("train.samples", "data.minival"):
+        raise UserError(f"{where}: {FIXED[key]}: sweep another key")
+    if not key.startswith("parameterization.") or len(values) == 1:
+        return
+    first, other = values[:2]
+    if acting(at_base(first)) == acting(at_base(other)):
+        name = key.removeprefix("parameterization.")
+        raise UserError(
+            f"{where} would do nothing at the base ({base}): compare its values instead, as in "
+            f"study.parameterizations=[{{{name}: {first:g}}}, {{{name}: {other:g}}}]"
+        )
 
 
 def acting(run: RunConfig) -> tuple[Any, ...]:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain, product
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,7 +29,7 @@ from depthmup.launch.runs.rounds import (
     write_added_rounds,
     write_rounds,
 )
-from depthmup.launch.runs.space import FIXED, NO_RESULT, TUNABLE, acting
+from depthmup.launch.runs.space import check_sweep
 from depthmup.launch.runs.written import portable_settings, refuse_other_study, with_absolute_paths
 from depthmup.models.config import ParameterizationConfig
 from depthmup.train.config import RunConfig, run_hash
@@ -39,8 +39,6 @@ from depthmup.train.trunk import write_trunk
 from depthmup.train.yaml_text import dump_yaml
 
 Point = TypeVar("Point")  # a value, or a value and a seed
-
-SWEPT_BY_SIZES = ("model.width", "model.depth", "model.base_width", "model.base_depth")
 
 
 class Study:
@@ -84,7 +82,8 @@ class Study:
     def _grid(self) -> Iterator[PlannedRun]:
         """Every size and every value is checked once, not every pair of them: a plan of thousands is quick."""
         study, planned = self.file.study, self._planned()
-        self._refuse_idle_sweep()
+        at_base = partial(self._checked, study.parameterizations[0], study.sizes[0])
+        check_sweep(study.hyperparameter, study.grid, at_base, str(study.sizes[0]), str(self.path))
         checked: dict[float, Any] = {}
         for parameterization, size in product(study.parameterizations, study.sizes):
             name = label(parameterization)
@@ -106,28 +105,6 @@ class Study:
         directory = RunDirectory(self.file.directory / "runs" / run_hash(config))
         any_shards = "shards" in self.file.study.pool_different
         return PlannedRun(parameterization, size, value, config.seed, config, directory, any_shards)
-
-    def _refuse_idle_sweep(self) -> None:
-        """Raises UserError where the runs of the base's curve would all be the same, or of different tasks."""
-        key, base, grid = self.file.study.hyperparameter, self.file.study.sizes[0], self.file.study.grid
-        where = f"{self.path}: study.hyperparameter {key}"
-        if key in SWEPT_BY_SIZES:
-            raise UserError(f"{where}: study.sizes says the sizes: sweep another key, as optimizer.lr")
-        if key in NO_RESULT or key.split(".")[0] not in (*TUNABLE, "model"):
-            raise UserError(f"{where} changes how a run is trained, not what it learns: sweep another key")
-        if key in ("train.samples", "data.minival"):
-            raise UserError(f"{where}: {FIXED[key]}: sweep another key")
-        if not key.startswith("parameterization.") or len(grid) == 1:
-            return
-        first, other = (
-            self._checked(self.file.study.parameterizations[0], base, value) for value in (grid[0], grid[1])
-        )
-        if acting(first) == acting(other):
-            name = key.removeprefix("parameterization.")
-            raise UserError(
-                f"{where} would do nothing at the base ({base}): compare its values instead, as in "
-                f"study.parameterizations=[{{{name}: {grid[0]:g}}}, {{{name}: {grid[1]:g}}}]"
-            )
 
     def _curve(self, added: Added) -> tuple[str, Size]:
         return added.parameterization, self.file.complete(added.size)
