@@ -11,18 +11,9 @@ import pytest
 from scipy.integrate import quad
 from scipy.special import polygamma
 
-from depthmup.launch.findings.curve_model import (
-    DRAWS,
-    fit,
-    fitted_values,
-    integrated_noise,
-    inverse_trigamma,
-    level,
-    moderate,
-    quantiles,
-    regret_interval,
-    value_effects,
-)
+from depthmup.launch.findings.curve_model import DRAWS, fit, fitted_values, integrated_noise, level
+from depthmup.launch.findings.intervals import quantiles, regret_interval
+from depthmup.launch.findings.value_effects import inverse_trigamma, moderate, value_effects
 
 GRID = np.arange(-9.0, 0.0)
 CURVATURE = 0.1

@@ -12,15 +12,7 @@ from typing import Literal
 import numpy as np
 
 from depthmup.launch.config import Size
-from depthmup.launch.findings.curve_model import (
-    CONFIDENCE,
-    Posterior,
-    fit,
-    level,
-    quantile,
-    quantiles,
-    regret_interval,
-)
+from depthmup.launch.findings.curve_model import Posterior, fit, level
 from depthmup.launch.findings.failures import (
     ERRORS,
     NO_RUNS,
@@ -31,6 +23,7 @@ from depthmup.launch.findings.failures import (
     seed_noise,
     usable_runs,
 )
+from depthmup.launch.findings.intervals import CONFIDENCE, quantile, quantiles, regret_interval
 
 Side = Literal["low", "high"]
 

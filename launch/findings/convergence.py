@@ -16,7 +16,7 @@ from scipy.special import stdtrit
 
 from depthmup.launch.config import Size
 from depthmup.launch.findings.analysis import Comparison
-from depthmup.launch.findings.curve_model import CONFIDENCE
+from depthmup.launch.findings.intervals import CONFIDENCE
 
 Measure = Literal["mean", "scatter"]
 MIN_SEEDS, MIN_SIZES = 3, 3  # a variance that outlives the jackknife; two distances to the largest

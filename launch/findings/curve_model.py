@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from scipy.special import digamma, polygamma
 
-CONFIDENCE = 0.9
+from depthmup.launch.findings.value_effects import ValueEffects, moderate, value_effects
+
 DRAWS = 2000  # of every curve; among them a bound's place is known to one per cent
 LEAST_DRAWS = 20  # that bend upwards, beside a failing value, or the runs themselves deny that the curve does
 STEPS_PER_OCTAVE = 8  # of the grid on which curves are drawn; between its points the lowest is found by a parabola
@@ -41,75 +41,13 @@ NOISE = 2.0 ** np.linspace(-1.5, 1.5, 7)  # standard deviations that are tried, 
 LEAST_MODEL_NOISE = 1e-4  # of a log loss: runs that repeat to the last digit say nothing of other seeds
 
 
-@dataclass(frozen=True)
-class ValueEffects:
-    """Least squares over a curve's runs: the mean log loss of each value, free of the seeds' offsets."""
-
-    x: np.ndarray  # (values,)
-    mean: np.ndarray  # (values,)
-    covariance: np.ndarray  # (values, values), in units of the noise's variance
-    residual: float  # sum of squares
-    freedom: int  # of the residual
-
-
-def value_effects(x: np.ndarray, y: np.ndarray) -> ValueEffects:
-    """x: (values,); y: (seeds, values) log losses, NaN where there is no run."""
-    y = y[np.isfinite(y).any(axis=1)]
-    seeds, values = np.nonzero(np.isfinite(y))
-    design = np.zeros((len(seeds) + 1, len(x) + len(y)))
-    rows = np.arange(len(seeds))
-    design[rows, values] = design[rows, len(x) + seeds] = 1.0
-    design[-1, len(x) :] = 1.0  # the seeds' offsets add up to 0: a row that carries no noise
-    middle = y[seeds, values].mean()  # so that seeds without a value in common differ by their means, and no more
-    observed = np.append(y[seeds, values] - middle, 0.0)
-    solution = np.linalg.pinv(design)
-    effects = solution @ observed
-    residual = float(((observed - design @ effects) ** 2).sum())
-    of_runs = solution[: len(x), :-1]
-    freedom = len(observed) - int(np.linalg.matrix_rank(design))
-    return ValueEffects(x, effects[: len(x)] + middle, of_runs @ of_runs.T, residual, freedom)
+# ---------------------------------------------------------------- one curve
 
 
 def integrated_noise(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Covariance of white noise integrated four times from 0: int_0^min (a-u)^3 (b-u)^3 / 36 du. (len(a), len(b))"""
     low, gap = np.minimum(a[:, None], b), np.abs(a[:, None] - b)
     return np.asarray((low**7 / 7 + gap * low**6 / 2 + 3 * gap**2 * low**5 / 5 + gap**3 * low**4 / 4) / 36)
-
-
-# ---------------------------------------------------------------- the noise between seeds
-
-
-def inverse_trigamma(value: float) -> float:
-    """x with trigamma(x) = value: Newton's method on 1 / trigamma, which is nearly linear (Smyth 2004, appendix)."""
-    x = 0.5 + 1 / value
-    for _ in range(50):
-        trigamma = float(polygamma(1, x))
-        step = trigamma * (1 - trigamma / value) / float(polygamma(2, x))
-        x += step
-        if -step < 1e-8 * x:
-            break
-    return x
-
-
-def moderate(variances: np.ndarray, freedoms: np.ndarray) -> tuple[float, float]:
-    """(degrees of freedom, variance) of the prior towards which variances of a study's curves are moderated, by the
-    moments of log variances (Smyth 2004, section 6.2); all their freedom, and their mean, where they scatter no more
-    than estimates of one variance do.
-    """
-    half = freedoms / 2
-    logs = np.log(variances) - digamma(half) + np.log(half)
-    mean = float(np.average(logs, weights=freedoms))
-    if len(logs) < 2:
-        return 0.0, math.exp(mean)
-    excess = float(logs.var(ddof=1) - polygamma(1, half).mean())
-    total = float(freedoms.sum())
-    if excess <= 0:
-        return total, float(np.average(variances, weights=freedoms))
-    prior = min(2 * inverse_trigamma(excess), total)
-    return prior, math.exp(mean + float(digamma(prior / 2)) - math.log(prior / 2))
-
-
-# ---------------------------------------------------------------- one curve
 
 
 class CurveFit:
@@ -355,24 +293,3 @@ def fit(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[Posterior | Non
         found.append(Posterior(each.grid, draws, each.draw_edges(DRAWS, of_edges)))
     posteriors = iter(found)
     return [next(posteriors) if each else None for each in prepared]
-
-
-def quantile(draws: np.ndarray, share: float) -> float:
-    """Infinite where it lies among infinite draws, between which numpy finds no number."""
-    with np.errstate(invalid="ignore"):
-        found = float(np.quantile(draws, share))
-    return math.inf if math.isnan(found) else found
-
-
-def quantiles(draws: np.ndarray) -> tuple[float, float]:
-    """The middle CONFIDENCE of `draws`."""
-    return quantile(draws, (1 - CONFIDENCE) / 2), quantile(draws, (1 + CONFIDENCE) / 2)
-
-
-def regret_interval(optima: np.ndarray, regrets: np.ndarray, x: float) -> tuple[float, float]:
-    """Of the log of the loss at `x` over the lowest, from its draws. Its lower end is 0 where the optimum's interval
-    holds x."""
-    low, high = quantiles(optima)
-    if low <= x <= high:
-        return 0.0, quantile(regrets, CONFIDENCE)
-    return quantiles(regrets)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import stdtrit
 
-from depthmup.launch.findings.curve_model import CONFIDENCE
+from depthmup.launch.findings.intervals import CONFIDENCE
 
 MEASURES = ("max norm", "increments", "root sum of squares", "quadratic variation")
 MIN_DEPTHS = 3

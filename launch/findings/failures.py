@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import betaincinv
 
-from depthmup.launch.findings.curve_model import CONFIDENCE
+from depthmup.launch.findings.intervals import CONFIDENCE
 
 LOST = 0.5  # a run fails that made less than this share of the progress of another seed at the same value
 ERRORS = 3.0  # standard errors that count as more than noise where runs are compared with chance

@@ -17,7 +17,7 @@ from scipy.special import fdtri
 
 from depthmup.launch.config import Size
 from depthmup.launch.findings.analysis import Curve
-from depthmup.launch.findings.curve_model import CONFIDENCE, quantiles
+from depthmup.launch.findings.intervals import CONFIDENCE, quantiles
 from depthmup.launch.findings.verdict import Analysis
 
 AXES = ("width", "depth")

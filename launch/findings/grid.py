@@ -16,7 +16,7 @@ import numpy as np
 from scipy.special import ndtri
 
 from depthmup.launch.findings.convergence import MIN_SEEDS, MIN_SIZES, Law, squared_distance, student_half_width
-from depthmup.launch.findings.curve_model import CONFIDENCE
+from depthmup.launch.findings.intervals import CONFIDENCE
 
 EXTRAPOLATED = 2  # orders of 1 / width: a first order alone leaves an error that does not fall with depth
 CLEAR = 2.0  # standard errors by which a squared distance has to exceed 0

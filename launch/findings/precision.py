@@ -18,9 +18,9 @@ from depthmup.launch.findings.curve_model import (
     SKEW_DEVIATION,
     fitted_values,
     integrated_noise,
-    value_effects,
 )
 from depthmup.launch.findings.failures import ASSUMED_NOISE, LEAST_SEED_NOISE
+from depthmup.launch.findings.value_effects import value_effects
 from depthmup.launch.findings.verdict import SURE, Limits
 
 Run = tuple[float, int]  # octaves, seed

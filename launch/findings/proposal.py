@@ -9,8 +9,8 @@ import numpy as np
 
 from depthmup.launch.config import COARSE, Size
 from depthmup.launch.findings.analysis import Comparison, Curve
-from depthmup.launch.findings.curve_model import quantile
 from depthmup.launch.findings.failures import Failures
+from depthmup.launch.findings.intervals import quantile
 from depthmup.launch.findings.points import Design, Point, failing, has, place, runs_of
 from depthmup.launch.findings.precision import (
     SURENESS,

@@ -17,7 +17,7 @@ from depthmup.launch.axes import TRAINING_AXES
 from depthmup.launch.config import Size
 from depthmup.launch.findings.analysis import Comparison, Curve, compare
 from depthmup.launch.findings.convergence import along
-from depthmup.launch.findings.curve_model import CONFIDENCE, quantiles
+from depthmup.launch.findings.intervals import CONFIDENCE, quantiles
 from depthmup.launch.findings.verdict import Analysis, Judgement, Limits, judge
 
 KNOWN = 0.25  # half-width of an interval within which an exponent is used: it tells 1/2 from 0 and from 1

@@ -10,8 +10,8 @@ from typing import Literal
 
 from depthmup.launch.config import Size
 from depthmup.launch.findings.analysis import Carry, Comparison, Curve, Result, analyse_sizes, carry_optimum
-from depthmup.launch.findings.curve_model import CONFIDENCE
 from depthmup.launch.findings.failures import TOLERATED, Failures
+from depthmup.launch.findings.intervals import CONFIDENCE
 from depthmup.launch.wording import show_drift, show_interval, show_share, show_shares
 
 Verdict = Literal["transfers", "costs", "does not transfer", "not identified", "inconclusive"]

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from depthmup.data.storage import write_atomically
 from depthmup.launch.config import Size
-from depthmup.launch.findings.curve_model import CONFIDENCE
+from depthmup.launch.findings.intervals import CONFIDENCE
 from depthmup.launch.findings.theory import predicted_drifts
 from depthmup.launch.report import plots
 from depthmup.launch.report.collect import Report

@@ -14,7 +14,7 @@ from scipy import stats
 
 from depthmup.data.errors import UserError
 from depthmup.data.storage import write_atomically
-from depthmup.launch.findings.curve_model import CONFIDENCE
+from depthmup.launch.findings.intervals import CONFIDENCE
 from depthmup.launch.paths import command
 from depthmup.launch.report.record import dump, plain
 from depthmup.launch.runs.search import Search

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from depthmup.launch.findings.curve_model import CONFIDENCE
+from depthmup.launch.findings.intervals import CONFIDENCE
 from depthmup.launch.report.record import closed
 from depthmup.launch.wording import show_drift, show_interval, show_number, show_share, show_shares
 
