@@ -31,9 +31,12 @@ from train_configs import VIT, pack_digits, run_config
 
 @pytest.fixture(scope="module")
 def one_group() -> Iterator[None]:
-    """A process group for several runs of one process: DeepSpeed keeps the first one that it sees."""
+    """A process group for several runs of one process: DeepSpeed keeps the first one that it sees. Under ZeRO 3 it
+    replaces torch's linear for the whole process, whose later tests get theirs back."""
+    linear = torch.nn.functional.linear
     with process_group(World(), torch.device("cpu"), ParallelConfig(), "ddp"):
         yield
+    torch.nn.functional.linear = linear
 
 
 # 8 kinds of block, as a ResNet-50 has
