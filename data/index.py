@@ -9,6 +9,7 @@ import io
 import itertools
 import json
 import re
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
@@ -28,6 +29,9 @@ from depthmup.data.minival import choose_held_out, hash_names
 AGAIN = f"delete {INDEX_NAME} and pack or index again"  # what mends an index that is wrong
 NO_LABEL = -1
 READERS = 16  # threads that read sidecars, which may be remote
+PARSER = (
+    threading.Lock()
+)  # numpy parses headers by ast, whose threads disturb each other before Python 3.11.8 (gh-106905)
 SHOWN_CLASSES = 20
 TAR_BLOCK = 512  # bytes: contents of a tar's members begin at multiples of it, each after one such header
 
@@ -254,7 +258,7 @@ def load_members(root: str, shard: Shard) -> Members:
     except OSError as error:
         raise UserError(f"{location}: {error.strerror or 'no such file'}. Restore it, or {AGAIN}") from None
     try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        with PARSER, np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             offsets, sizes, labels = (
                 arrays[key].astype(np.int64, casting="safe") for key in ("offsets", "sizes", "labels")
             )

@@ -1,7 +1,10 @@
 """Index and sidecars are read as data of unknown origin: what cannot be true is refused with one clear line."""
 
+import gc
 import io
 import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,6 +42,32 @@ def test_a_damaged_sidecar_is_refused_whatever_its_reader_raises(labelled):
     path.unlink()
     with pytest.raises(UserError, match=r"No such file.*Restore it, or delete index\.json and pack or index again"):
         load_members(labelled.root, labelled.shards[0])
+
+
+def test_threads_that_read_sidecars_do_not_disturb_each_other(labelled):
+    """Before Python 3.11.8 a thread that is interrupted in `ast.parse` fails after another one's."""
+
+    class Garbage:
+        def __init__(self):
+            self.itself = self
+
+        def __del__(self):  # runs in the middle of a parse, and lets another thread go on there
+            sum(range(200))
+
+    def read(_):
+        Garbage()
+        load_members.cache_clear()
+        return len(load_members(labelled.root, labelled.shards[0]).labels)
+
+    interval, thresholds = sys.getswitchinterval(), gc.get_threshold()
+    sys.setswitchinterval(1e-6)
+    gc.set_threshold(20)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            assert set(pool.map(read, range(400))) == {labelled.shards[0].samples}
+    finally:
+        sys.setswitchinterval(interval)
+        gc.set_threshold(*thresholds)
 
 
 @pytest.mark.parametrize(
