@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from depthmup.data.errors import UserError
-from depthmup.data.storage import write_atomically
+from depthmup.data.storage import naming, write_atomically
 
 # Exit codes of `python -m depthmup.train`, which a launcher reads.
 EXIT_DONE = 0
@@ -51,6 +51,29 @@ def parse_lines(path: Path, *keys: str) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     return [parse(line, path, *keys) for line in lines]
+
+
+def add_line(path: Path, line: Mapping[str, Any]) -> None:
+    """Adds a JSON object to the lines of `path`. Half a line at its end, which a kill or a full disk has left, goes:
+    with the new one it would be a damaged line for ever."""
+    with naming(path), open(path, "a+b") as file:
+        file.seek(0)
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
+        file.write(json.dumps(line).encode() + b"\n")
+
+
+def read_last_line(path: Path) -> bytes:
+    """The last whole line of `path`, read from the file's end; empty where there is none. Raises FileNotFoundError."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        length = min(size, 4096)
+        while True:
+            file.seek(size - length)
+            lines = file.read(length).split(b"\n")
+            if length == size or len(lines) > 2:  # before the second last one ends a third
+                return lines[-2] if len(lines) > 1 else b""
+            length = min(size, 2 * length)
 
 
 PRUNED = "pruned"  # outcome of a run that a search ended early
@@ -171,12 +194,9 @@ class RunDirectory:
         return self.read_marker("lost.json", "error")
 
     def last_metrics(self) -> dict[str, Any] | None:
-        """The last whole line of metrics.jsonl, read from the file's end."""
+        """The last whole line of metrics.jsonl; None where there is none."""
         try:
-            with open(self.metrics, "rb") as file:
-                size = file.seek(0, 2)
-                file.seek(max(0, size - 4096))
-                lines = file.read().split(b"\n")[:-1]
+            line = read_last_line(self.metrics)
         except FileNotFoundError:
             return None
-        return parse(lines[-1].decode(errors="replace"), self.metrics, "step") if lines and lines[-1] else None
+        return parse(line.decode(errors="replace"), self.metrics, "step") if line else None

@@ -331,7 +331,7 @@ class Study:
                 if run.trunk and not (run.directory.path / "trunk.json").exists():
                     write_trunk(run.directory, run.trunk)
                 if not run.directory.config.exists() or run.directory.config.read_text() != content:
-                    run.directory.config.write_text(content)
+                    write_atomically(run.directory.config, content.encode())
         except OSError as error:
             raise UserError(
                 f"{root}: cannot write there ({error.strerror}); set study.directory to a folder that is writable"
