@@ -9,7 +9,7 @@ import os
 import socket
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,15 @@ def parse_lines(path: Path, *keys: str) -> list[dict[str, Any]]:
     return [parse(line, path, *keys) for line in lines]
 
 
-PRUNED = "pruned"  # outcome of a run that a search ended early
+PRUNED = "pruned"  # outcome of a run that ended early because of its limits
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Where a search, or a study, lets a run end early."""
+
+    steps: Mapping[int, float | None] = field(default_factory=dict)  # above it the run ends there; None: it goes on
+    metric: str = "minival_loss"  # evaluated at these steps; or "loss", the training loss since the last metrics line
 
 
 @dataclass(frozen=True)
@@ -118,15 +126,16 @@ class RunDirectory:
         write_atomically(self.path / "done.json", json.dumps(result, indent=1).encode())
         (self.path / "failed.json").unlink(missing_ok=True)
 
-    def limits(self) -> dict[int, float | None]:
-        """Step -> the minival loss above which the run ends early there; None: it is evaluated, and goes on. Empty
-        where no search has said so."""
-        limits = self.read_marker("limits.json", "steps")
-        return {int(step): limit for step, limit in limits["steps"].items()} if limits else {}
+    def limits(self) -> Limits:
+        """Without steps where nobody has set any."""
+        read = self.read_marker("limits.json", "steps", "metric")
+        if read is None:
+            return Limits()
+        return Limits({int(step): limit for step, limit in read["steps"].items()}, read["metric"])
 
-    def write_limits(self, limits: Mapping[int, float | None]) -> None:
+    def write_limits(self, limits: Limits) -> None:
         if limits != self.limits():
-            write_atomically(self.path / "limits.json", json.dumps({"steps": limits}).encode())
+            write_atomically(self.path / "limits.json", json.dumps(vars(limits)).encode())
 
     def write_failed(self, reason: dict[str, Any]) -> None:
         write_atomically(self.path / "failed.json", json.dumps(reason, indent=1).encode())

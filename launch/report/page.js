@@ -16,6 +16,7 @@ const chosen = (name) => document.querySelector(`input[name="${name}"]:checked`)
 const nameOf = (run) =>
   `${run.width} x ${run.depth}` + ["batch", "samples"].map((axis) => (run[axis] ? `, ${axis} ${run[axis]}` : "")).join("");
 const number = (value) => (value === null ? "diverged" : Number(value).toPrecision(4));
+const result = (run) => run.failed ?? number(run.metric);
 const unique = (values) => [...new Set(values)];
 const sizes = unique(record.runs.map(nameOf));
 
@@ -65,12 +66,12 @@ function octaveTicks(axis, values) {
 
 function hoverText(run) {
   const lines = [`run ${run.folder}`, `${nameOf(run)}, seed ${run.seed}`];
-  lines.push(`${record.hyperparameter} ${run.value.toPrecision(4)}`, `${record.metric} ${number(run.metric)}`);
+  lines.push(`${record.hyperparameter} ${run.value.toPrecision(4)}`, `${record.metric} ${result(run)}`);
   if (run.wandb) lines.push(run.wandb);
   return lines.join("<br>");
 }
 
-// One point per value: the mean over seeds, none where a seed diverged.
+// One point per value: the mean over seeds, none where a seed diverged or ended early.
 function means(runs, position) {
   const byValue = new Map();
   for (const run of runs) byValue.set(run.value, [...(byValue.get(run.value) ?? []), run]);
@@ -89,7 +90,7 @@ function drawCurves() {
   const effective = chosen("axis") === "effective";
   const position = (run) => (effective ? run.effective_value : run.value);
   const finite = record.runs.map((run) => run.metric).filter((metric) => metric !== null);
-  const top = Math.max(...finite) * 1.1; // where diverged runs are shown
+  const top = Math.max(...finite) * 1.1; // where runs are shown that diverged or ended early
   const bottom = Math.min(...finite) / 1.1;
   for (const panel of document.querySelectorAll("[data-parameterization]")) {
     const own = record.runs.filter((run) => run.parameterization === panel.dataset.parameterization);
@@ -152,7 +153,7 @@ function showRun(folder, parameterization) {
   plainTicks(shape.yaxis, traces.flatMap((each) => each.y).filter((loss) => loss > 0));
   Plotly.react(element("training"), traces, shape, options);
   const said = element("said");
-  said.textContent = `${record.metric} ${number(run.metric)}, ${record.hyperparameter} ${run.value.toPrecision(4)}, seed ${run.seed}. Folder: `;
+  said.textContent = `${record.metric} ${result(run)}, ${record.hyperparameter} ${run.value.toPrecision(4)}, seed ${run.seed}. Folder: `;
   addLink(said, `runs/${run.folder}/`, run.folder);
   if (run.wandb) {
     said.append(", W&B: ");
@@ -171,7 +172,7 @@ function addLink(parent, address, text) {
 function fillRuns() {
   const select = element("run");
   record.runs.forEach((run, index) => {
-    const text = `${run.parameterization}, ${nameOf(run)}, ${run.value.toPrecision(4)}, seed ${run.seed}: ${number(run.metric)}`;
+    const text = `${run.parameterization}, ${nameOf(run)}, ${run.value.toPrecision(4)}, seed ${run.seed}: ${result(run)}`;
     select.add(new Option(text, String(index)));
   });
   select.addEventListener("change", () => {
