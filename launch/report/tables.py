@@ -83,7 +83,7 @@ def forecast_row(forecast: Mapping[str, Any]) -> dict[str, str]:
         "interval": interval or "",
         "seen": "fails" if forecast["diverged"] else show_number(forecast["seen"]),
         "inside": inside,
-        "fitted on": f"{forecast['fitted_sizes']} sizes",
+        "fitted on": f"{forecast['fitted_sizes']} size{'s' if forecast['fitted_sizes'] != 1 else ''}",
         "law": forecast["law"],
         "remark": forecast["remark"],
     }
