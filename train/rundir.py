@@ -180,12 +180,17 @@ class RunDirectory:
         return self.read_marker("lost.json", "error")
 
     def last_metrics(self) -> dict[str, Any] | None:
-        """The last whole line of metrics.jsonl, read from the file's end."""
+        """The last whole line of metrics.jsonl, read from the file's end: as much as it takes, as a line of many
+        experts is long."""
         try:
             with open(self.metrics, "rb") as file:
-                size = file.seek(0, 2)
-                file.seek(max(0, size - 4096))
-                lines = file.read().split(b"\n")[:-1]
+                size, length = file.seek(0, 2), 4096
+                while True:
+                    file.seek(max(0, size - length))
+                    lines = file.read().split(b"\n")[:-1]
+                    if len(lines) > 1 or length >= size:  # of the first line nothing says that it is whole
+                        break
+                    length *= 2
         except FileNotFoundError:
             return None
         return parse(lines[-1].decode(errors="replace"), self.metrics, "step") if lines and lines[-1] else None
