@@ -310,5 +310,7 @@ class ParameterizationConfig:
 
 
 def scale_of(size: Size, base: Size, parameterization: ParameterizationConfig) -> Scale:
+    """The ratios of `size` to `base` in width, depth, head dim, MLP ratio and experts, from which the rule table
+    (parameterization.TABLE) computes its factors. Raises ModelError for `auto`, which a network has to resolve."""
     keys = ("width", "depth", "head_dim", "mlp_ratio", "num_experts")  # in the order of Scale's ratios
     return Scale(parameterization.resolve(), *(getattr(size, key) / getattr(base, key) for key in keys))

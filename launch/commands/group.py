@@ -13,6 +13,8 @@ from depthmup.data.errors import UserError
 from depthmup.launch.paths import ConfigPath
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from depthmup.launch.runs.study import Study
 
 
@@ -103,3 +105,9 @@ def open_study(config: Path, overrides: tuple[str, ...]) -> "Study":
     if file.decay_warning and not swept_decay:  # the sweep does not use the file's own decay
         click.echo(f"warning: {file.decay_warning}", err=True)
     return open_planned(config, file, overrides)
+
+
+def new_console() -> "Console":
+    from rich.console import Console
+
+    return Console(soft_wrap=not sys.stdout.isatty())

@@ -6,9 +6,8 @@ from typing import Any
 
 import click
 
-from depthmup.launch.commands.group import command, with_config
+from depthmup.launch.commands.group import command, new_console, with_config
 from depthmup.launch.paths import FilePath
-from depthmup.launch.shards import new_console
 
 
 @command("train", example="depthmup train configs/digits_resnet.yaml optimizer.lr=2**-5 model.depth=27")

@@ -7,9 +7,15 @@ import click
 
 from depthmup.data.errors import UserError
 from depthmup.data.paths import expand_path
-from depthmup.launch.commands.group import command, detachable, open_study, refuse_detached_elsewhere, with_config
+from depthmup.launch.commands.group import (
+    command,
+    detachable,
+    new_console,
+    open_study,
+    refuse_detached_elsewhere,
+    with_config,
+)
 from depthmup.launch.paths import FilePath, Location
-from depthmup.launch.shards import new_console
 
 if TYPE_CHECKING:
     from rich.console import Console

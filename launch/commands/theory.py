@@ -5,8 +5,7 @@ from pathlib import Path
 import click
 
 from depthmup.data.errors import UserError
-from depthmup.launch.commands.group import command, open_study, with_config
-from depthmup.launch.shards import new_console
+from depthmup.launch.commands.group import command, new_console, open_study, with_config
 
 
 @command("converge", example="depthmup converge configs/paper/convergence_depth.yaml")

@@ -4,8 +4,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from depthmup.data.errors import UserError
-from depthmup.launch.commands.group import command, detachable, open_study, refuse_detached_elsewhere, with_config
-from depthmup.launch.shards import new_console
+from depthmup.launch.commands.group import (
+    command,
+    detachable,
+    new_console,
+    open_study,
+    refuse_detached_elsewhere,
+    with_config,
+)
 
 if TYPE_CHECKING:
     from depthmup.launch.runs.joint import JointStudy

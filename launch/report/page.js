@@ -19,6 +19,7 @@ const octavesOf = (value) => (record.octaves_of.startsWith("1 - ") ? 1 - value :
 const axisName = record.octaves_of.startsWith("1 - ") ? record.octaves_of : record.hyperparameter;
 const valueText = (value) => `${value.toPrecision(4)} (${axisName === record.hyperparameter ? "" : "1 - "}2^${Math.log2(octavesOf(value)).toFixed(2)})`;
 const number = (value) => (value === null ? "diverged" : Number(value).toPrecision(4));
+const result = (run) => run.failed ?? number(run.metric);
 const isBase = (size) => Object.entries(record.base).every(([axis, value]) => size[axis] === value);
 const unique = (values) => [...new Set(values)];
 const sizes = unique(record.runs.map(nameOf));
@@ -76,12 +77,12 @@ function reach(values) {
 
 function hoverText(run) {
   const lines = [`run ${run.folder}`, `${nameOf(run)}, seed ${run.seed}`];
-  lines.push(`${record.hyperparameter} ${valueText(run.value)}`, `${record.metric} ${number(run.metric)}`);
+  lines.push(`${record.hyperparameter} ${valueText(run.value)}`, `${record.metric} ${result(run)}`);
   if (run.wandb) lines.push(run.wandb);
   return lines.join("<br>");
 }
 
-// One point per value: the geometric mean over seeds, none where a seed diverged.
+// One point per value: the geometric mean over seeds, none where a seed diverged or ended early.
 function means(runs, position) {
   const byValue = new Map();
   for (const run of runs) byValue.set(run.value, [...(byValue.get(run.value) ?? []), run]);
@@ -137,7 +138,7 @@ function drawCurves() {
   const position = (run) => (effective ? run.effective_value : octavesOf(run.value));
   const finite = record.runs.map((run) => run.metric).filter((metric) => metric !== null);
   const margin = Math.max((Math.max(...finite) / Math.min(...finite)) ** 0.06, 1.05);
-  const top = Math.max(...finite) * margin; // where diverged runs are shown
+  const top = Math.max(...finite) * margin; // where runs are shown that diverged or ended early
   const bottom = Math.min(...finite) / margin;
   for (const panel of document.querySelectorAll("[data-parameterization]")) {
     const own = record.runs.filter((run) => run.parameterization === panel.dataset.parameterization);
@@ -209,7 +210,7 @@ function showRun(folder, parameterization) {
   plainTicks(shape.yaxis, traces.flatMap((each) => each.y).filter((loss) => loss > 0));
   Plotly.react(element("training"), traces, shape, options);
   const said = element("said");
-  said.textContent = `${record.metric} ${number(run.metric)}, ${record.hyperparameter} ${valueText(run.value)}, seed ${run.seed}. Folder: `;
+  said.textContent = `${record.metric} ${result(run)}, ${record.hyperparameter} ${valueText(run.value)}, seed ${run.seed}. Folder: `;
   addLink(said, `runs/${run.folder}/`, run.folder);
   if (run.wandb) {
     said.append(", W&B: ");
@@ -244,7 +245,7 @@ function addLink(parent, address, text) {
 function fillRuns() {
   const select = element("run");
   record.runs.forEach((run, index) => {
-    const text = `${run.parameterization}, ${nameOf(run)}, ${valueText(run.value)}, seed ${run.seed}: ${number(run.metric)}`;
+    const text = `${run.parameterization}, ${nameOf(run)}, ${valueText(run.value)}, seed ${run.seed}: ${result(run)}`;
     select.add(new Option(text, String(index)));
   });
   select.addEventListener("change", () => {

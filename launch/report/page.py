@@ -36,7 +36,7 @@ def run_rows(record: Mapping[str, Any]) -> list[dict[str, str]]:
             **{axis: str(run[axis]) for axis in record["base"]},
             record["hyperparameter"]: f"{run['value']:.4g}",
             "seed": str(run["seed"]),
-            record["metric"]: "fails" if run["metric"] is None else show_number(run["metric"]),
+            record["metric"]: run["failed"] or show_number(run["metric"]),
         }
         for run in reversed(by_folder.values())
     ]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from depthmup.launch.commands.group import command
+from depthmup.launch.commands.group import command, new_console
 from depthmup.launch.paths import FilePath, Location
 
 if TYPE_CHECKING:
@@ -46,12 +46,6 @@ def print_index(index: "Index", console: "Console", left_out: Sequence[str], unc
         console.print(f"{split} has {index.describe_classes(split)}", highlight=False, markup=False)
     for split in index.splits:
         console.print(f"{split}: {index.describe(split, 'image')}", highlight=False)
-
-
-def new_console() -> "Console":
-    from rich.console import Console
-
-    return Console(soft_wrap=not sys.stdout.isatty())
 
 
 @command(
