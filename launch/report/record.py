@@ -266,19 +266,23 @@ def sentences(report: Report) -> dict[str, Any]:
         "scaling": report.scaling,
         "direct": [f"{each}." for each in report.direct],
         "expected_drifts": [f"{each}." for each in expected_drifts(report.study.file)],
-        "forecasts": list(dict.fromkeys(map(forecast_sentence, report.forecasts))),
+        "forecasts": forecast_sentences(report.forecasts),
         "calibration": calibration(report.forecasts),
         "target": target_line(report.study),
     }
 
 
-def forecast_sentence(forecast: Forecast) -> str:
-    """The same for all parameterizations where there is none because of the study's sizes."""
-    if forecast.predicted is None:
-        return f"No forecast for {forecast.target}: {forecast.remark}."
-    seen = "" if forecast.seen is None else f", seen {show_number(forecast.seen)}"
-    remark = f" ({forecast.remark})" if forecast.remark else ""
-    return f"{forecast.parameterization}: forecast for {forecast.target}: {forecast.said}{seen}{remark}."
+def forecast_sentences(forecasts: Sequence[Forecast]) -> list[str]:
+    """One for each forecast; one for all parameterizations that have none of a size for the same reason."""
+    found = dict[str, list[str]]()  # what is said: of which parameterizations
+    for each in forecasts:
+        if each.predicted is None:
+            said = f"no forecast for {each.target}: {each.remark}."
+        else:
+            seen = "" if each.seen is None else f", seen {show_number(each.seen)}"
+            said = f"forecast for {each.target}: {each.said}{seen}{f' ({each.remark})' if each.remark else ''}."
+        found.setdefault(said, []).append(each.parameterization)
+    return [f"{', '.join(names)}: {said}" for said, names in found.items()]
 
 
 def told_record(report: Report) -> dict[str, Any]:
