@@ -182,7 +182,7 @@ def train_with_limits(run: PlannedRun) -> bool:
     """What a run with limits leaves behind, without training it; tells whether it was ended early. On the way its loss
     is a little above its last one, the earlier the more."""
     directory, last = run.directory, run.config.train.num_steps
-    for step, limit in sorted(directory.limits().items()):
+    for step, limit in sorted(directory.limits().steps.items()):
         loss = min(bowl(run), 2.0) + 0.1 * (1 - step / last)
         with open(directory.metrics, "a") as file:
             file.write(json.dumps({"step": step, "minival_loss": loss}) + "\n")
