@@ -78,26 +78,27 @@ def walk(study: JointStudy, console: Console) -> Study | None:
 
 def watch_report(studies: list[Study], console: Console) -> None:
     """Writes the reports again and again until nothing of the studies waits or runs, or Ctrl-C."""
-    from depthmup.launch.jobs.status import watch
+    from depthmup.launch.jobs.status import WATCH_SECONDS, watch
 
     def show(paths: Sequence[Sequence[tuple[Study, states.Snapshot]]]) -> None:
         for (study, snapshot), *_ in paths:
-            write_what_is_there(study)
+            write_what_is_there(study, round(WATCH_SECONDS))
             done = len(snapshot.of(*states.ENDED))
             console.print(f"{study.file.study.name}: {done} of {len(study.runs)} runs are done", highlight=False)
 
     watch(studies, show)
 
 
-def write_what_is_there(study: Study) -> bool:
-    """Writes the report of the runs that are done; returns whether there are any."""
+def write_what_is_there(study: Study, reload_seconds: int | None = None) -> bool:
+    """Writes the report of the runs that are done, and returns whether there are any. `reload_seconds`: as
+    `write_report` takes it."""
     from depthmup.launch.report.collect import collect
     from depthmup.launch.report.page import write_report
     from depthmup.launch.report.record import page_record
 
     report = collect(study)
     if report.results:
-        write_report(report, page_record(report))
+        write_report(report, page_record(report), reload_seconds)
     return bool(report.results)
 
 

@@ -6,8 +6,7 @@ import sys
 import click
 
 from depthmup.data.errors import UserError
-from depthmup.launch import shards
-from depthmup.launch.commands import single, studies, theory, tuning
+from depthmup.launch.commands import images, single, studies, theory, tuning
 from depthmup.launch.commands.group import Commands
 from depthmup.models.errors import ModelError
 
@@ -30,7 +29,7 @@ SECTIONS = {
         studies.scale_command,
     ],
     "One network": [single.train, single.check, single.export],
-    "Images": [shards.pack, shards.index, shards.inspect],
+    "Images": [images.pack, images.index, images.inspect],
     "Theory": [theory.converge_command, theory.exponents_command, theory.limit],
     "This machine": [single.doctor, single.cluster, single.completion],
 }

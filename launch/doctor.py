@@ -22,7 +22,14 @@ from depthmup.launch.jobs import probe
 from depthmup.launch.paths import command
 
 PACKAGES = ("torch", "timm", "webdataset", "submitit")
-EXTRAS = {"deepspeed": "deepspeed", "wandb": "wandb", "tensorboard": "tensorboard", "optuna": "tune"}  # package: extra
+EXTRAS = {  # package: extra
+    "scikit-learn": "demo",
+    "optuna": "tune",
+    "wandb": "wandb",
+    "tensorboard": "tensorboard",
+    "s3fs": "remote",
+    "deepspeed": "deepspeed",
+}
 LEAST_SHARED_GB, LEAST_FREE_GB = 1.0, 5.0
 WANDB_HOST = "api.wandb.ai"
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 PLAIN_SECONDS = 15.0  # between two plain lines
 
@@ -33,6 +34,9 @@ def display(console: Console, what: str) -> Iterator[Display]:
     if not console.is_terminal:
         yield Display(console, what, None)
         return
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(24), TextColumn("{task.percentage:3.0f}%"))
-    with Progress(*columns, TimeElapsedColumn(), TextColumn("{task.fields[text]}"), console=console) as progress:
+    bar = BarColumn(24 if console.width > 110 else 12)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), bar, TextColumn("{task.percentage:3.0f}%"))
+    # The only column that wraps: rich would shorten all of them alike, the share and the bar away.
+    text = TextColumn("{task.fields[text]}", table_column=Column(no_wrap=False))
+    with Progress(*columns, TimeElapsedColumn(), text, console=console) as progress:
         yield Display(console, what, progress)

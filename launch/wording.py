@@ -7,7 +7,8 @@ from typing import Any
 
 def show_size(record: Mapping[str, Any]) -> str:
     """Of a report's record: '32 x 3', and '32 x 3, batch 256' in a study with that axis."""
-    more = (f", {axis} {record[axis]}" for axis in ("batch", "samples") if record.get(axis))
+    others = ("num_experts", "batch", "samples")
+    more = (f", {axis.removeprefix('num_')} {record[axis]}" for axis in others if record.get(axis))
     return f"{record['width']} x {record['depth']}{''.join(more)}"
 
 

@@ -215,6 +215,8 @@ class MixtureVitConfig(VisionTransformerConfig):
         return replace(super().base_size, num_experts=self.base_num_experts, mlp_ratio=self.base_mlp_ratio)
 
 
+OF_SEVERAL_EXPERTS = ("active_share", "balance_rate")  # what the dense network of one expert does not read
+
 VIT_16 = {"family": "vit", "head_dim": 64, "patch_size": 16, "image_size": 224}
 RESNET_BOTTLENECK = {"family": "resnet", "block": "bottleneck", "width": 64, "image_size": 224}
 NAMED_SIZES: dict[str, dict[str, Any]] = {
@@ -310,5 +312,7 @@ class ParameterizationConfig:
 
 
 def scale_of(size: Size, base: Size, parameterization: ParameterizationConfig) -> Scale:
+    """The ratios of `size` to `base` in width, depth, head dim, MLP ratio and experts, from which the rule table
+    (parameterization.TABLE) computes its factors. Raises ModelError for `auto`, which a network has to resolve."""
     keys = ("width", "depth", "head_dim", "mlp_ratio", "num_experts")  # in the order of Scale's ratios
     return Scale(parameterization.resolve(), *(getattr(size, key) / getattr(base, key) for key in keys))

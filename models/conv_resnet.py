@@ -70,6 +70,17 @@ class ConvResNet(nn.Module):
 
 
 def roles(config: ConvResNetConfig) -> Roles:
+    """The role and the base's initial values of each parameter, and the branch of each block: the paper's network
+    (2309.16620, appendix B), in which every layer preserves the scale of its input.
+
+    | parameter            | shape               | initial values of the base |
+    |----------------------|---------------------|----------------------------|
+    | stem                 | (N, channels, 3, 3) | normal, std fan_in^-1/2    |
+    | blocks' convolutions | (N, N, 3, 3)        | normal, std fan_in^-1/2    |
+    | norms                | (N,)                | 1                          |
+    | fc.weight            | (classes, N)        | normal, std fan_in^-1/2    |
+    | all biases           | (outputs,)          | 0                          |
+    """
     block = r"stages\.\d+\.\d+"
     return Roles(
         parameters=(

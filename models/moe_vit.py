@@ -143,6 +143,8 @@ def build(config: MixtureVitConfig) -> nn.Module:
 
 
 def roles(config: MixtureVitConfig) -> Roles:
+    """Those of the plain ViT (`vit.roles`), with a mixture in place of each MLP: router (experts, N), and `up` and
+    `down` of all experts, as one parameter each. All three start as timm's matrices: normal, std 0.02."""
     plain, mixture = vit.roles(config), r"blocks\.\d+\.mlp"
     experts = (
         ParameterRule(rf"{mixture}\.router\.weight", Role.ROUTER, vit.TIMM),

@@ -64,6 +64,7 @@ def activation(num_channels: int, apply_act: bool = True, **unused: Any) -> nn.M
 
 
 def build_v2(config: ResNetConfig) -> nn.Module:
+    """timm's ResNetV2, whose blocks begin with norm and activation, at this width and these blocks per stage."""
     from timm.layers import BatchNormAct2d, GroupNormAct, create_conv2d
     from timm.models.resnetv2 import ResNetV2
 
@@ -90,6 +91,17 @@ KAIMING = Init("normal_fan_out", 2**0.5)  # timm's init of every conv
 
 
 def roles(config: ResNetConfig) -> Roles:
+    """The role and the base's initial values of each parameter of timm's ResNets, and the branch of each block.
+
+    | parameter              | shape                        | initial values of the base                           |
+    |------------------------|------------------------------|------------------------------------------------------|
+    | stem                   | (N, channels, k, k)          | normal, std (2 / fan_out)^1/2: Kaiming               |
+    | blocks' convolutions   | (multiples of N, .., k, k)   | normal, std (2 / fan_out)^1/2: Kaiming               |
+    | shortcut's convolution | (multiples of N, .., 1, 1)   | normal, std (2 / fan_out)^1/2: Kaiming               |
+    | norms                  | (multiples of N,)            | 1; timm: 0 for a branch's last one                   |
+    | fc.weight              | (classes, 8 N or 32 N)       | uniform, std (3 fan_in)^-1/2; head.fc: normal 0.01   |
+    | all biases             | (outputs,)                   | 0                                                    |
+    """
     last = 3 if config.block == "bottleneck" else 2
     if config.preactivation:
         block, stem, stem_norm, norm, shortcut = r"stages\.\d+\.blocks\.\d+", r"stem\.conv", "norm", "norm", "conv"

@@ -90,6 +90,20 @@ QK_NORM = r"blocks\.\d+\.attn\.[qk]_norm"
 
 
 def roles(config: VisionTransformerConfig) -> Roles:
+    """The role and the base's initial values of each parameter of timm's plain ViT, and its two branches a block.
+
+    | parameter                          | shape                 | initial values of the base                        |
+    |------------------------------------|-----------------------|---------------------------------------------------|
+    | patch_embed.proj.weight            | (N, channels, p, p)   | uniform, std (3 fan_in)^-1/2: torch's convolution |
+    | pos_embed                          | (1, tokens, N)        | normal, std 0.02                                  |
+    | cls_token, reg_token               | (1, tokens, N)        | normal, std 1e-6                                  |
+    | attn.qkv, attn.proj, mlp.fc1, .fc2 | (multiples of N, ..)  | normal, std 0.02                                  |
+    | norms, ls.gamma                    | (N,)                  | 1, `layer_scale`                                  |
+    | head.weight                        | (classes, N)          | normal, std 0.02                                  |
+    | all biases                         | (outputs,)            | 0                                                 |
+
+    Matrices are timm's `trunc_normal_(std=.02)`. timm starts the bias of patch_embed uniformly.
+    """
     # QK-norm's gain is shared by all heads: with a fixed head dim no dimension of it grows.
     qk_norm = Role.BRANCH_SCALAR if config.head_dim else Role.BRANCH_VECTOR
     return Roles(

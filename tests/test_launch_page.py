@@ -17,7 +17,7 @@ from depthmup.launch.cli import cli
 from depthmup.launch.jobs import status
 from depthmup.launch.reading import read_study
 from depthmup.launch.report import tracked
-from depthmup.launch.report.page import inline, inline_json
+from depthmup.launch.report.page import environment, inline, inline_json
 from depthmup.launch.report.record import CURVE_POINTS, read_record
 from depthmup.launch.runs.study import Study
 from wandb_files import records_of
@@ -127,7 +127,7 @@ def test_a_page_of_500_runs_stays_under_two_megabytes(study_file: Path) -> None:
         "points": record["points"][:1] * 500,
         "training_curves": {r["folder"]: curve for r in runs},
     }
-    row = re.search(r"<tr>\s*<td><a href.*?</tr>", page, re.DOTALL)
+    row = re.search(r"<tr>\s*<td[^>]*><a href.*?</tr>", page, re.DOTALL)
     assert row
     assert len(page) + len(inline_json(record)) + 500 * len(row[0]) < 2_000_000
 
@@ -150,6 +150,43 @@ def test_watching_writes_the_page_anew_until_nothing_runs(study_file: Path, monk
     assert not answers
 
 
+def test_a_page_that_is_watched_loads_itself_again_and_a_finished_one_does_not(
+    study_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = write_page(study_file)
+    page = root / "report.html"
+    assert "http-equiv" not in page.read_text()
+    answers, watched = [True, False], []
+    monkeypatch.setattr(status, "goes_on", lambda snapshot: answers.pop(0))
+    monkeypatch.setattr(status.time, "sleep", lambda seconds: watched.append(page.read_text()))
+    CliRunner().invoke(cli, ["report", str(study_file), "--watch"], catch_exceptions=False)
+    (refresh,) = [each for each in Elements(watched[0]).of("meta") if each.get("http-equiv") == "refresh"]
+    assert int(refresh["content"] or 0) == status.WATCH_SECONDS
+    assert "http-equiv" not in page.read_text()
+
+
+def test_a_study_whose_every_run_failed_has_a_page_with_a_verdict(study_file: Path) -> None:
+    study = Study(study_file, read_study(study_file, ()))
+    study.write()
+    for run in study.runs:
+        run.directory.write_done({"outcome": "diverged", "step": 3, "seconds": 1.0})
+    result = CliRunner().invoke(cli, ["report", str(study_file)], catch_exceptions=False)
+    assert result.exit_code == 0
+    page = (study.file.directory / "report.html").read_text()
+    verdicts = read_record(study.file.directory / "report.json")["verdicts"]
+    assert len(verdicts) == len(study.file.study.parameterizations)
+    assert all(f"{each['parameterization']}: {each['verdict']}</strong>: {each['reason']}" in page for each in verdicts)
+
+
+def test_only_the_rows_of_bases_begin_a_group() -> None:
+    row = {"parameterization": "sp", "notes": "censored (low edge), at the base's optimum 1 of 2"}
+    template = environment().from_string(
+        '{% from "style.html.j2" import table %}{{ table(rows, "name", mark="base") }}'
+    )
+    page = template.render(rows=[{**row, "notes": "base, one seed"}, row])
+    assert [each.get("class") for each in Elements(page).of("tr")] == [None, "first", None]
+
+
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome: the page's scripts are not run")
 def test_in_a_browser_curves_are_drawn_and_tables_get_their_buttons(study_file: Path) -> None:
     root = write_page(study_file)
@@ -159,7 +196,7 @@ def test_in_a_browser_curves_are_drawn_and_tables_get_their_buttons(study_file: 
     page = Elements(found.stdout)
     drawn = [each for each in page.of("div") if "js-plotly-plot" in (each.get("class") or "")]
     record = read_record(root / "report.json")
-    assert [each.get("id") for each in drawn[len(record["verdicts"]) :]] == ["training", "drift", "regret"]
+    assert [each.get("id") for each in drawn[len(record["verdicts"]) :]] == ["training", "drift", "regret", "loss"]
     assert len([each for each in page.of("option") if "value" in each]) == len(record["runs"])
     assert len([each for each in page.of("button") if each.get("class") == "download"]) == len(page.of("table"))
 

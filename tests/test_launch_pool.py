@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from depthmup.data.errors import UserError
+from depthmup.launch.commands.group import new_console
 from depthmup.launch.jobs import states
 from depthmup.launch.reading import read_study
 from depthmup.launch.report.collect import collect
@@ -16,7 +17,6 @@ from depthmup.launch.runs.plan import print_plan
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.pool import refuse_mixture
 from depthmup.launch.runs.study import Study
-from depthmup.launch.shards import new_console
 from depthmup.train.config import run_hash
 from depthmup.train.owner import code_fingerprint, owner
 

@@ -195,3 +195,16 @@ def test_one_command_shows_the_whole_path_and_watches_it_to_its_end(
     for name in ("tiny_target", "tiny_target_small"):
         assert f"Target: {study.file.directory.parent / name}\n" in shown
     assert shown.splitlines()[-1] == "1 done"
+
+
+@pytest.mark.parametrize("length", [10, 4000, 5000, 9000])
+def test_the_last_line_of_a_runs_metrics_may_be_long(tmp_path: Path, length: int) -> None:
+    """As of many experts, whose loads are in it."""
+    directory, load = RunDirectory(tmp_path), "0" * length
+    assert directory.last_metrics() is None
+    lines = [json.dumps({"step": step, "load": load}) + "\n" for step in (1, 2, 3)]
+    for whole in (1, 2, 3):
+        directory.metrics.write_text("".join(lines[:whole]) + lines[0][: length // 2])
+        last = directory.last_metrics()
+        assert last
+        assert last["step"] == whole

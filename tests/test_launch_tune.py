@@ -155,7 +155,7 @@ def test_the_sampler_knows_a_run_that_ended_early_by_its_loss_there(tune_file: C
     for number, loss in known.items():
         (run,) = search.runs_tried(search.trials()[number])
         assert loss == pytest.approx(min(min(bowl(run), 2.0) + 0.05, search.chance))
-        limit = run.directory.limits()[6]
+        limit = run.directory.limits().steps[6]
         assert limit is not None
         assert loss > limit
     assert search.go_on() == (0, "the search has ended")
@@ -233,7 +233,7 @@ def train_with_limits(run: PlannedRun) -> bool:
     """What a run with limits leaves behind, without training it; tells whether it was ended early. On the way its loss
     is a little above its last one, the earlier the more."""
     directory, last = run.directory, run.config.train.num_steps
-    for step, limit in sorted(directory.limits().items()):
+    for step, limit in sorted(directory.limits().steps.items()):
         loss = min(bowl(run), 2.0) + 0.1 * (1 - step / last)
         with open(directory.metrics, "a") as file:
             file.write(json.dumps({"step": step, "minival_loss": loss}) + "\n")

@@ -13,7 +13,7 @@ from depthmup.train.interrupt import Interrupted
 from depthmup.train.loop import run
 from depthmup.train.packs.pack import run_pack
 from depthmup.train.reading import from_plain
-from depthmup.train.rundir import RunDirectory
+from depthmup.train.rundir import Limits, RunDirectory
 from train_configs import After, metrics
 
 RATES = (0.004, 1e-6, 0.003, 2e-6)  # of four runs
@@ -38,7 +38,7 @@ def make(run_settings: dict[str, Any]) -> Callable[..., RunConfig]:
 
 def with_limits(folder: Path, limits: dict[int, float | None]) -> Path:
     folder.mkdir(parents=True)
-    RunDirectory(folder).write_limits(limits)
+    RunDirectory(folder).write_limits(Limits(limits))
     return folder
 
 
@@ -94,3 +94,16 @@ def test_of_a_pack_those_above_their_limits_end_and_the_others_go_on_to_what_the
 def test_a_pack_all_of_which_is_above_its_limits_ends_there(make: Callable[..., RunConfig], tmp_path: Path) -> None:
     paths = [with_limits(tmp_path / str(number), {4: 1e-3}) for number in range(2)]
     assert [result["step"] for result in run_pack([make(rate) for rate in RATES[:2]], paths)] == [4, 4]
+
+
+def test_a_limit_of_the_training_loss_needs_no_evaluation(make: Callable[..., RunConfig], tmp_path: Path) -> None:
+    for number, (limit, outcome) in enumerate([(0.5, "pruned"), (100.0, "completed")]):
+        path = tmp_path / str(number)
+        path.mkdir()
+        RunDirectory(path).write_limits(Limits({6: limit}, "loss"))
+        result = run(make(RATES[0], log_every=4), path)
+        assert result["outcome"] == outcome
+        lines = {line["step"]: line for line in metrics(path)}
+        assert "minival_loss" not in lines[6]
+        if outcome == "pruned":
+            assert (result["step"], result["loss"]) == (6, lines[6]["loss"])

@@ -118,7 +118,7 @@ class Loop:
                 if problem:
                     record.log(f"warning: {problem}")
             record.open_metrics(self.step)
-        self.rungs = {step for record in records for step in record.limits if step < config.train.num_steps}
+        self.rungs = {step for record in records for step in record.limits.steps if step < config.train.num_steps}
         self.vote, self.clock = StopVote(interrupt), Clock(self.step)
         self.counted = time.monotonic()  # until when the records' seconds are
 
@@ -209,7 +209,8 @@ class Loop:
         diverged_at = {number: record.first_bad_step(self.step) for number, record in self.active}
         stopped = False
         evaluated: list[dict[str, float]] = [{} for _ in self.records]
-        evaluates = config.train.evaluates(self.step) or self.step in self.rungs
+        limited = {record.limits.metric for record in self.records if self.step in record.limits.steps}
+        evaluates = config.train.evaluates(self.step) or "minival_loss" in limited
         if evaluates and None in diverged_at.values():
             try:
                 with self.clock.stopped():
@@ -218,17 +219,18 @@ class Loop:
                 self.records[0].log(f"{interrupted}, after step {self.step}")
                 stopped = True
         self.measured = measured
+        lines: dict[int, dict[str, Any]] = {}
         for number, record in list(self.active):
             counts = bad[record.config.seed].metrics()
             found = evaluated[number] if diverged_at[number] is None else {}
-            record.write_metrics(self.step, {**speed, **counts, **measured[number], **found})
+            lines[number] = record.write_metrics(self.step, {**speed, **counts, **measured[number], **found})
         for count in bad.values():
             count.check()
         for number, step in diverged_at.items():
             if step is not None:
                 self.records[number].diverge(step, self.step)
             elif not stopped:
-                self.records[number].prune(self.step, evaluated[number].get("minival_loss"))
+                self.records[number].prune(lines[number])
         if stopped:
             self.stop()
 

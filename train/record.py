@@ -3,7 +3,7 @@
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ class RunRecord:
         self.losses: list[float] = []
         self.seconds, self.code = 0.0, ""  # of all processes together, earlier starts included
         self.result: dict[str, Any] | None = None
-        self.limits = self.directory.limits()  # of a search, which may end the run early
+        self.limits = self.directory.limits()
 
     def log(self, text: str) -> None:
         """To this process's log; warnings also to whoever watches the first process."""
@@ -98,8 +98,8 @@ class RunRecord:
             progress = Progress(step, data, self.losses[:], self.seconds, self.code)
             self.checkpoints.save(progress, template(), problem)
 
-    def write_metrics(self, step: int, measured: dict[str, Any]) -> None:
-        """One metrics line; the window of losses begins anew."""
+    def write_metrics(self, step: int, measured: dict[str, Any]) -> dict[str, Any]:
+        """One metrics line, which is returned; the window of losses begins anew."""
         train = self.config.train
         line = {
             "step": step,
@@ -113,6 +113,7 @@ class RunRecord:
             self.metrics.write(line)
         if self.watch:
             self.watch(line)
+        return line
 
     def complete(
         self,
@@ -141,15 +142,14 @@ class RunRecord:
         """Marks the run done after `step` steps as one whose loss of `bad_step` is not finite."""
         self.close({"outcome": "diverged", "step": bad_step, "samples": self.samples(step)})
 
-    def prune(self, step: int, loss: float | None) -> bool:
-        """Ends the run early where a search set a limit for the minival loss after `step` steps, and `loss` is above
-        it; tells whether it did."""
-        limit = self.limits.get(step)
+    def prune(self, line: Mapping[str, Any]) -> None:
+        """Ends the run early where it has a limit at the step of the metrics line, and the line's loss is above it."""
+        step, metric = line["step"], self.limits.metric
+        limit, loss = self.limits.steps.get(step), line.get(metric)
         if limit is None or loss is None or loss <= limit:
-            return False
-        self.log(f"ended early after step {step}: its minival loss {loss:.4g} is above {limit:.4g}")
+            return
+        self.log(f"ended early after step {step}: its {metric} {loss:.4g} is above {limit:.4g}")
         self.close({"outcome": PRUNED, "step": step, "samples": self.samples(step), "loss": loss, "limit": limit})
-        return True
 
     def samples(self, step: int) -> int:
         return step * self.config.train.global_batch_size

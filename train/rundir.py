@@ -9,7 +9,7 @@ import os
 import socket
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,15 @@ def parse_lines(path: Path, *keys: str) -> list[dict[str, Any]]:
     return [parse(line, path, *keys) for line in lines]
 
 
-PRUNED = "pruned"  # outcome of a run that a search ended early
+PRUNED = "pruned"  # outcome of a run that ended early because of its limits
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Where a search, or a study, lets a run end early."""
+
+    steps: Mapping[int, float | None] = field(default_factory=dict)  # above it the run ends there; None: it goes on
+    metric: str = "minival_loss"  # evaluated at these steps; or "loss", the training loss since the last metrics line
 
 
 @dataclass(frozen=True)
@@ -118,15 +126,16 @@ class RunDirectory:
         write_atomically(self.path / "done.json", json.dumps(result, indent=1).encode())
         (self.path / "failed.json").unlink(missing_ok=True)
 
-    def limits(self) -> dict[int, float | None]:
-        """Step -> the minival loss above which the run ends early there; None: it is evaluated, and goes on. Empty
-        where no search has said so."""
-        limits = self.read_marker("limits.json", "steps")
-        return {int(step): limit for step, limit in limits["steps"].items()} if limits else {}
+    def limits(self) -> Limits:
+        """Without steps where nobody has set any."""
+        read = self.read_marker("limits.json", "steps", "metric")
+        if read is None:
+            return Limits()
+        return Limits({int(step): limit for step, limit in read["steps"].items()}, read["metric"])
 
-    def write_limits(self, limits: Mapping[int, float | None]) -> None:
+    def write_limits(self, limits: Limits) -> None:
         if limits != self.limits():
-            write_atomically(self.path / "limits.json", json.dumps({"steps": limits}).encode())
+            write_atomically(self.path / "limits.json", json.dumps(vars(limits)).encode())
 
     def write_failed(self, reason: dict[str, Any]) -> None:
         write_atomically(self.path / "failed.json", json.dumps(reason, indent=1).encode())
@@ -171,12 +180,17 @@ class RunDirectory:
         return self.read_marker("lost.json", "error")
 
     def last_metrics(self) -> dict[str, Any] | None:
-        """The last whole line of metrics.jsonl, read from the file's end."""
+        """The last whole line of metrics.jsonl, read from the file's end: as much as it takes, as a line of many
+        experts is long."""
         try:
             with open(self.metrics, "rb") as file:
-                size = file.seek(0, 2)
-                file.seek(max(0, size - 4096))
-                lines = file.read().split(b"\n")[:-1]
+                size, length = file.seek(0, 2), 4096
+                while True:
+                    file.seek(max(0, size - length))
+                    lines = file.read().split(b"\n")[:-1]
+                    if len(lines) > 1 or length >= size:  # of the first line nothing says that it is whole
+                        break
+                    length *= 2
         except FileNotFoundError:
             return None
         return parse(lines[-1].decode(errors="replace"), self.metrics, "step") if lines and lines[-1] else None

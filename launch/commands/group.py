@@ -1,6 +1,7 @@
 """What the commands share. Each imports what it needs when it runs, so that `--help` is quick."""
 
 import functools
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,12 @@ from depthmup.data.errors import UserError
 from depthmup.launch.paths import ConfigPath
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from depthmup.launch.runs.study import Study
+
+
+EXAMPLE_WIDTH = 68  # of 80 columns; the rest is indentation and a backslash
 
 
 class Commands(click.Group):
@@ -44,9 +50,21 @@ class Commands(click.Group):
             sys.exit(130)
 
 
-def command(name: str, example: str) -> Callable[[Callable[..., None]], click.Command]:
+def show_example(example: str) -> str:
+    """The example as a help's last paragraph. A long one is cut between its words, so that it can be pasted."""
+    lines = [""]
+    for word in re.findall(r"(?:'[^']*'|\"[^\"]*\"|\S)+", example):
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and len(longer) > EXAMPLE_WIDTH:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return "\b\nExample:\n  " + " \\\n    ".join(lines)
+
+
+def command(name: str, example: str, short_help: str | None = None) -> Callable[[Callable[..., None]], click.Command]:
     """A command with an example at the end of its help."""
-    return click.command(name, epilog=f"Example: {example}")
+    return click.command(name, epilog=show_example(example), short_help=short_help)
 
 
 def with_config(function: Callable[..., None]) -> Callable[..., None]:
@@ -54,7 +72,7 @@ def with_config(function: Callable[..., None]) -> Callable[..., None]:
 
     @click.argument("config", type=ConfigPath())
     @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-    @click.option("--cluster", help="local, debug, slurm, or a profile: its name, or its file.")
+    @click.option("--cluster", help="local, debug, slurm, or the name or file of a profile.")
     @functools.wraps(function)
     def wrapped(config: Path, overrides: tuple[str, ...], cluster: str | None, **options: Any) -> None:
         chosen = (f"launch.cluster={cluster}",) if cluster else ()
@@ -64,7 +82,7 @@ def with_config(function: Callable[..., None]) -> Callable[..., None]:
 
 
 detachable = click.option(
-    "--detach", is_flag=True, help="On Slurm: return at once; a job goes on after the runs, to the end."
+    "--detach", is_flag=True, help="On Slurm: return at once; a job continues after the runs, to the end."
 )
 
 
@@ -87,3 +105,9 @@ def open_study(config: Path, overrides: tuple[str, ...]) -> "Study":
     if file.decay_warning and not swept_decay:  # the sweep does not use the file's own decay
         click.echo(f"warning: {file.decay_warning}", err=True)
     return open_planned(config, file, overrides)
+
+
+def new_console() -> "Console":
+    from rich.console import Console
+
+    return Console(soft_wrap=not sys.stdout.isatty())

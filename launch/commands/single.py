@@ -6,9 +6,8 @@ from typing import Any
 
 import click
 
-from depthmup.launch.commands.group import command, with_config
+from depthmup.launch.commands.group import command, new_console, with_config
 from depthmup.launch.paths import FilePath
-from depthmup.launch.shards import new_console
 
 
 @command("train", example="depthmup train configs/digits_resnet.yaml optimizer.lr=2**-5 model.depth=27")
@@ -17,8 +16,8 @@ from depthmup.launch.shards import new_console
 def train(config: Path, overrides: tuple[str, ...], directory: Path | None) -> None:
     """Train one run in this process, or continue it.
 
-    Packs data.source first where there are no shards. Ctrl-C saves a checkpoint. Ends 3 when the loss diverged, 75 when
-    it was stopped.
+    Packs data.source first where there are no shards. Ctrl-C saves a checkpoint. The exit status is 3 when the loss
+    diverged, and 75 when the run was stopped.
     """
     from depthmup.launch.prepare import pack_source
     from depthmup.launch.reading import read_run
@@ -37,15 +36,15 @@ def train(config: Path, overrides: tuple[str, ...], directory: Path | None) -> N
 @click.option("--steps", default=8, show_default=True, help="Training steps; slopes are judged after 1 and after all.")
 @click.option("--seeds", default=4, show_default=True, help="Seeds; a slope's standard error comes from them.")
 @click.option("--batch-size", default=16, show_default=True, help="Images in the one fixed batch.")
-@click.option("--axis", type=click.Choice(["width", "depth", "num_experts", "mlp_ratio"]), help="Check this one only.")
-@click.option("--inside", is_flag=True, help="Judge each layer inside residual branches, too.")
+@click.option("--axis", type=click.Choice(["width", "depth", "num_experts", "mlp_ratio"]), help="Check only this axis.")
+@click.option("--inside", is_flag=True, help="Also judge each layer inside residual branches.")
 @click.option("--plot", type=FilePath(), help="The plot's file [default: check_*.png with the study].")
 def check(**options: Any) -> None:
-    """Coordinate check: do updates keep their size as the net grows?
+    """Coordinate check: do updates keep their size with width and depth?
 
     Trains the model on random images at multiples of its base size and prints log-log slopes with their standard
-    errors, beside what the limit demands. Ends 1 when a slope is off (!) or too noisy to judge (?). For a large model
-    give a small base: model.base_width=64 model.base_depth=3 model.image_size=32.
+    errors, beside the slopes of the limit. Exits with status 1 when a slope is off (!) or too noisy to judge (?). For a
+    large model give a small base: model.base_width=64 model.base_depth=3 model.image_size=32.
     """
     from depthmup.launch.check import run_check
 
@@ -70,7 +69,7 @@ def export(run: Path, out: Path) -> None:
 
 @click.group("cluster")
 def cluster() -> None:
-    """About this machine's Slurm cluster: probe."""
+    """Look at this machine's Slurm cluster."""
 
 
 @cluster.command("probe", epilog="Example: depthmup cluster probe > configs/cluster/mine.yaml")
@@ -84,10 +83,10 @@ def probe() -> None:
 @command("completion", example='eval "$(depthmup completion bash)"')
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
-    """Print what lets a shell complete commands, options and files.
+    """Print the script with which a shell completes this command.
 
-    The example's line in ~/.bashrc (of zsh in ~/.zshrc) does it for every session; in fish: depthmup completion fish |
-    source.
+    Put the example's line into ~/.bashrc (with zsh into ~/.zshrc) to have it in every session. In fish: depthmup
+    completion fish | source.
     """
     from click.shell_completion import get_completion_class
 
@@ -104,8 +103,8 @@ def completion(shell: str) -> None:
 def doctor(directory: Path) -> None:
     """Say what this machine has, what is missing, and what to do.
 
-    Looks at versions, GPUs, /dev/shm, the studies' folder and its locks, Slurm and the W&B key. Ends 1 when something
-    would keep runs from starting.
+    Looks at versions, GPUs, /dev/shm, the studies' folder and its locks, Slurm and the W&B key. Exits with status 1
+    when something would keep runs from starting.
     """
     from depthmup.launch.doctor import examine
 

@@ -7,9 +7,15 @@ import click
 
 from depthmup.data.errors import UserError
 from depthmup.data.paths import expand_path
-from depthmup.launch.commands.group import command, detachable, open_study, refuse_detached_elsewhere, with_config
+from depthmup.launch.commands.group import (
+    command,
+    detachable,
+    new_console,
+    open_study,
+    refuse_detached_elsewhere,
+    with_config,
+)
 from depthmup.launch.paths import FilePath, Location
-from depthmup.launch.shards import new_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,14 +48,20 @@ def new(name: str, family: str, source: str) -> None:
 
 @command("transfer", example="depthmup transfer configs/digits_resnet.yaml study.directory=/scratch/runs")
 @with_config
-@click.option("--target", "targets", type=FilePath(), multiple=True, help="Then scale to this YAML, and train it.")
-@click.option("--tune", is_flag=True, help="First tune the base, by the file's section tune.")
+@click.option(
+    "--target",
+    "targets",
+    type=FilePath(),
+    multiple=True,
+    help="After the study, scale to the target of this YAML file, and train it.",
+)
+@click.option("--tune", is_flag=True, help="First tune the base, as the section tune of CONFIG says.")
 @detachable
 def transfer(config: Path, overrides: tuple[str, ...], targets: tuple[Path, ...], tune: bool, detach: bool) -> None:
     """Run a whole study: data, all runs, report; or continue it.
 
-    --target may be given several times. --tune makes it the whole path: tune at the base, confirm over sizes, forecast,
-    scale, train the target, judge the forecast.
+    --target may be given several times. With --tune the command does all of it: tune at the base, confirm over sizes,
+    forecast, scale, train the target, and judge the forecast.
     """
     from depthmup.launch import chain
     from depthmup.launch.reading import read_study_or_run
@@ -134,9 +146,9 @@ def launch_command(config: Path, overrides: tuple[str, ...], dry_run: bool) -> N
 @command("retry", example="depthmup retry configs/digits_resnet.yaml launch.memory_gb=32")
 @with_config
 def retry(config: Path, overrides: tuple[str, ...]) -> None:
-    """Submit again what failed or was lost; says why it did.
+    """Submit failed and lost runs again, and say why they failed.
 
-    Says too which key may help. Runs that never began are left to 'launch'.
+    It also says which key may help. For runs that never began, use 'launch'.
     """
     from depthmup.launch.jobs.states import take
     from depthmup.launch.jobs.status import print_troubles
@@ -154,7 +166,7 @@ def retry(config: Path, overrides: tuple[str, ...]) -> None:
 def cancel_command(config: Path, overrides: tuple[str, ...]) -> None:
     """Stop all jobs of a study and of its targets.
 
-    So it does with the job that goes on after the runs. 'launch', or the same 'transfer', continues them.
+    It also stops the job that continues after the runs. 'launch', or the same 'transfer', resumes them.
     """
     from depthmup.launch.jobs.cancel import cancel_path
 
@@ -176,7 +188,7 @@ def cancel_command(config: Path, overrides: tuple[str, ...]) -> None:
 @command("plan", example="depthmup plan configs/digits_resnet.yaml")
 @with_config
 def plan(config: Path, overrides: tuple[str, ...]) -> None:
-    """Print every run and what it costs; launches nothing."""
+    """Print every run and its cost; launches nothing."""
     from depthmup.launch.runs.plan import print_plan
 
     print_plan(open_study(config, overrides), new_console())
@@ -185,9 +197,9 @@ def plan(config: Path, overrides: tuple[str, ...]) -> None:
 @command("status", example="depthmup status configs/digits_resnet.yaml")
 @with_config
 @click.option("--watch", is_flag=True, help="Show it again every 10 seconds until nothing waits or runs.")
-@click.option("--all", "everything", is_flag=True, help="Show every run, not only those that need a look.")
+@click.option("--all", "everything", is_flag=True, help="Show every run, not only those that need attention.")
 def status(config: Path, overrides: tuple[str, ...], watch: bool, everything: bool) -> None:
-    """Show what is done, runs, waits or failed, and why."""
+    """Show which runs are done, running, waiting or failed, and why."""
     from depthmup.launch.jobs.status import print_status, watch_status
 
     study, console = open_study(config, overrides), new_console()
@@ -246,9 +258,9 @@ def report(config: Path, overrides: tuple[str, ...], publish: Path | None, watch
 @with_config
 @click.option("--target", type=FilePath(), help="YAML with the target's sections, as model and train.")
 @click.option("--out", type=FilePath(), help="File to write [default: NAME_target.yaml in the study's folder].")
-@click.option("--parameterization", help="Which one to transfer [default: the best one that transfers].")
-@click.option("--scale-batch", is_flag=True, help="Scale for batch and samples too, if no study measured it.")
-@click.option("--force", is_flag=True, help="Use an inconclusive study all the same.")
+@click.option("--parameterization", help="Parameterization to transfer [default: the best one that transfers].")
+@click.option("--scale-batch", is_flag=True, help="Also scale for batch and samples that no study measured.")
+@click.option("--force", is_flag=True, help="Use the value of an inconclusive study anyway.")
 def scale_command(
     config: Path,
     overrides: tuple[str, ...],
@@ -261,7 +273,7 @@ def scale_command(
     """Write the large run's file with the study's best values.
 
     CONFIG is the study's file, or its folder when it was run with overrides. KEY=VALUE changes the target's keys, and
-    study.KEY=VALUE says which study.
+    study.KEY=VALUE selects the study.
     """
     from depthmup.launch.chain import write_scaled
     from depthmup.launch.reading import read_study

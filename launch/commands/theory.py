@@ -5,18 +5,17 @@ from pathlib import Path
 import click
 
 from depthmup.data.errors import UserError
-from depthmup.launch.commands.group import command, open_study, with_config
-from depthmup.launch.shards import new_console
+from depthmup.launch.commands.group import command, new_console, open_study, with_config
 
 
 @command("converge", example="depthmup converge configs/paper/convergence_depth.yaml")
 @with_config
 def converge_command(config: Path, overrides: tuple[str, ...]) -> None:
-    """Fit how fast a finished study nears its limit.
+    """Fit how fast a finished study approaches its limit.
 
-    Takes the runs at the base's optimum: their loss curves and last-layer feature kernels, over width and over depth,
-    as distances to the largest size, with fitted exponents beside the theory's. Needs three sizes along an axis and
-    three seeds. 'report --publish' copies its figures too.
+    Compares the runs at the base's optimum with those of the largest size: the distances of loss curves and last-layer
+    feature kernels over width and over depth, with fitted exponents beside the theory's. Needs three sizes along an
+    axis and three seeds. 'report --publish' copies its figures too.
     """
     from depthmup.launch.report.converge import converge
 
@@ -27,7 +26,7 @@ def converge_command(config: Path, overrides: tuple[str, ...]) -> None:
 
 @command("exponents", example="depthmup exponents configs/paper/exponents.yaml --own")
 @with_config
-@click.option("--own", is_flag=True, help="At each size's own best value that ran [default: at the base's].")
+@click.option("--own", is_flag=True, help="Use each size's own best value that ran [default: the base's].")
 def exponents_command(config: Path, overrides: tuple[str, ...], own: bool) -> None:
     """Fit how trained weights of a finished study change with depth.
 
@@ -46,11 +45,12 @@ def exponents_command(config: Path, overrides: tuple[str, ...], own: bool) -> No
 @with_config
 @click.option("--lr", type=float, help="The base's learning rate [default: an eighth of the largest stable one].")
 def limit(config: Path, overrides: tuple[str, ...], lr: float | None) -> None:
-    """Show the limit of a study's rules, and networks nearing it.
+    """Show the limit of a study's rules, and how networks approach it.
 
     Prints the tangent kernel at each size and in the limit, the largest stable rate and the drift that finite depth
     makes. Then trains residual MLPs under the study's rules, on Gaussian inputs and on its images, and fits how their
-    distance to the infinite network falls with width and depth. For norm-free ResNets with one conv a branch, and sgd.
+    distance to the infinite network falls with width and depth. For norm-free ResNets with one convolution per branch,
+    trained with SGD.
     """
     from depthmup.launch.prepare import pack_source
     from depthmup.launch.report.limit import limit_command, refuse_not_covered

@@ -4,8 +4,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from depthmup.data.errors import UserError
-from depthmup.launch.commands.group import command, detachable, open_study, refuse_detached_elsewhere, with_config
-from depthmup.launch.shards import new_console
+from depthmup.launch.commands.group import (
+    command,
+    detachable,
+    new_console,
+    open_study,
+    refuse_detached_elsewhere,
+    with_config,
+)
 
 if TYPE_CHECKING:
     from depthmup.launch.runs.joint import JointStudy
@@ -29,14 +35,15 @@ def walk(study: "JointStudy", detach: bool) -> None:
 def tune(config: Path, overrides: tuple[str, ...], detach: bool) -> None:
     """Tune several hyperparameters of the proxy at once.
 
-    Trains what Optuna's sampler suggests from tune.space, batch by batch, then the best again with new seeds; prints
-    what each hyperparameter did and writes best.yaml. Given again it continues, or prints the result.
+    Trains the configurations that Optuna's sampler suggests from tune.space, batch by batch, and then the best of them
+    with new seeds. Prints what each hyperparameter did and writes best.yaml. The same command continues an interrupted
+    search, and prints the result of a finished one.
     """
     from depthmup.launch.runs.search import Search
 
     search = open_study(config, overrides)
     if not isinstance(search, Search):
-        raise UserError(f"{config}: no section tune:, which says what to tune; see depthmup tune --help")
+        raise UserError(f"{config}: no section tune:, which says what to tune; the recipe digits_tune has one")
     walk(search, detach)
 
 
@@ -48,18 +55,18 @@ def tune(config: Path, overrides: tuple[str, ...], detach: bool) -> None:
 @with_config
 @detachable
 def verify(config: Path, overrides: tuple[str, ...], detach: bool) -> None:
-    """Verify that transferred hyperparameters are good where they went.
+    """Verify that transferred hyperparameters are good at large sizes.
 
-    Trains 59 runs (verify.runs) with all keys of verify.space perturbed at once, a factor of 4 either way say, and says
-    whether the file's own values are among the best 5 %. At the file's size, or at a smaller one that
-    verify.budget pays; 'depthmup plan' says the cost. Given again it continues, or prints the result.
+    Trains 59 runs (verify.runs). Each changes all keys of verify.space at once, for example by a factor of up to 4
+    either way. Says whether the file's own values are among the best 5 %. The runs have the file's size, or a smaller
+    one that verify.budget pays for; 'depthmup plan' says the cost. The same command continues, or prints the result.
     """
     from depthmup.launch.runs.verification import Verification
 
     verification = open_study(config, overrides)
     if not isinstance(verification, Verification):
         raise UserError(
-            f"{config}: no section verify:, which says what to perturb: add 'verify.space={{optimizer.lr: 4}}', from a "
-            "quarter of the file's rate to four times it"
+            f"{config}: no section verify:, which says what to perturb: add 'verify.space={{optimizer.lr: 4}}', which "
+            "goes from a quarter of the file's rate to four times it"
         )
     walk(verification, detach)

@@ -9,7 +9,6 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import betaincinv
 
 from depthmup.launch.findings.intervals import CONFIDENCE
 
@@ -32,6 +31,8 @@ class Failures:
     @property
     def share(self) -> tuple[float, float]:
         """Interval of the share of runs that fail (Clopper and Pearson 1934), at CONFIDENCE."""
+        from scipy.special import betaincinv  # slow to import, and most commands need none of it
+
         failed, trained, beyond = self.failed, self.runs - self.failed, (1 - CONFIDENCE) / 2
         low = float(betaincinv(failed, trained + 1, beyond)) if failed else 0.0
         high = float(betaincinv(failed + 1, trained, 1 - beyond)) if trained else 1.0

@@ -82,7 +82,7 @@ def state_of(
         if done["outcome"] == "completed":
             return RunState(run, "done")
         if done["outcome"] == PRUNED:
-            return RunState(run, "pruned", f"a search ended it at step {done.get('step')}")
+            return RunState(run, "pruned", f"ended early at step {done.get('step')}")
         return RunState(run, "diverged", f"at step {done.get('step')}")
     if failed := run.failed():
         return RunState(run, "failed", failed["error"].splitlines()[0], task)

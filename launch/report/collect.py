@@ -164,13 +164,15 @@ class Report:
     def facts(self) -> str:
         """What was run, in two sentences."""
         file = self.study.file
+        hopeless = sum(run.ended_hopeless() for run, _ in self.finished)
+        early = f", {hopeless} ended early at the loss of a guess" if hopeless else ""
         return (
             f"{file.model.family}, {file.optimizer.name}, {file.schedule.name} schedule with "
             f"{100 * file.schedule.warmup:.0f} % warm-up, {file.train.samples} samples in batches of "
             f"{file.train.global_batch_size} ({file.train.num_steps} steps), data set {file.data.name}, "
             f"{100 * file.data.minival:g} % of the training set held out as minival, seeds "
             f"{', '.join(map(str, sorted({result.seed for result in self.results})))}. {len(self.finished)} runs, "
-            f"{self.num_diverged} of them diverged; {quantity(self.total_flops)}FLOPs "
+            f"{self.num_diverged} of them diverged{early}; {quantity(self.total_flops)}FLOPs "
             f"({show_times(self.total_flops / max(self.flops.values()))} times one run of the costliest size), "
             f"{self.hours:.2f} hours of training processes."
             f"{''.join(f' Results of {mixture}.' for mixture in describe_mixtures(self.study))}"

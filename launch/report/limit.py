@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 
 from depthmup.data.errors import UserError
+from depthmup.data.scan import parallel_map
 from depthmup.data.storage import write_atomically
 from depthmup.launch.config import StudyFile, label
 from depthmup.launch.findings.convergence import LAWS
@@ -55,23 +57,42 @@ FILES = ("limit.json", "limit.png", "limit-loss.png")
 # ---------------------------------------------------------------- finite networks
 
 
+def train_size(
+    p: ParameterizationConfig, optimizer: OptimizerConfig, size: Size, base: Size, task: Task, seeds: int
+) -> dict[str, np.ndarray] | None:
+    """The networks of one size: quantity -> (seeds, entries), or None where one diverges."""
+    torch.set_num_threads(1)  # each size has a process, and each process a core
+    runs = [train_finite(p, size, base, task.inputs, task.targets, optimizer, STEPS, seed) for seed in range(seeds)]
+    outputs, features = np.array([run.outputs for run in runs]), np.array([run.features for run in runs])
+    if not (np.isfinite(outputs).all() and np.abs(outputs).max() < DIVERGED):
+        return None
+    return quantities(outputs, features, task.targets.double().numpy())
+
+
 def measure(
-    p: ParameterizationConfig, base: Size, task: Task, optimizer: OptimizerConfig, progress: Callable[[str], None]
-) -> Grid:
-    seeds = SEEDS if has_limit(p.resolve()) else FEW_SEEDS
-    values: dict[str, dict[tuple[int, int], np.ndarray]] = {quantity: {} for quantity in QUANTITIES}
-    diverged = []
-    for width, depth in product(WIDTHS, DEPTHS):
-        progress(f"{label(p)}: {width} x {depth}")
-        size = Size(width=width, depth=depth)
-        runs = [train_finite(p, size, base, task.inputs, task.targets, optimizer, STEPS, seed) for seed in range(seeds)]
-        outputs, features = np.array([run.outputs for run in runs]), np.array([run.features for run in runs])
-        if np.isfinite(outputs).all() and np.abs(outputs).max() < DIVERGED:
-            for quantity, found in quantities(outputs, features, task.targets.double().numpy()).items():
-                values[quantity][width, depth] = found
-        else:
-            diverged.append((width, depth))
-    return Grid(task, label(p), has_limit(p.resolve()), optimizer.lr, seeds, values, diverged)
+    optimizers: dict[str, tuple[ParameterizationConfig, OptimizerConfig]],
+    base: Size,
+    task: Task,
+    progress: Callable[[str], None],
+) -> list[Grid]:
+    """A grid for each of `optimizers`. Networks of all sizes are trained side by side, on the cores of this machine."""
+    shapes = sorted(product(WIDTHS, DEPTHS), key=lambda shape: shape[0] ** 2 * shape[1], reverse=True)  # longest first
+    jobs = [(name, Size(width=width, depth=depth)) for width, depth in shapes for name in optimizers]
+    seeds = {name: SEEDS if has_limit(p.resolve()) else FEW_SEEDS for name, (p, _) in optimizers.items()}
+    arguments = [(*optimizers[name], size, base, task, seeds[name]) for name, size in jobs]
+    trained = dict[tuple[str, tuple[int, int]], dict[str, np.ndarray] | None]()
+    for (name, size), found in zip(jobs, parallel_map(train_size, None, *zip(*arguments, strict=True)), strict=True):
+        progress(f"{name}: {size.width} x {size.depth}")
+        trained[name, (size.width, size.depth)] = found
+    grids = []
+    for name, (p, optimizer) in optimizers.items():
+        of_shape = {shape: trained[name, shape] for shape in product(WIDTHS, DEPTHS)}
+        values = {
+            quantity: {shape: found[quantity] for shape, found in of_shape.items() if found} for quantity in QUANTITIES
+        }
+        diverged = [shape for shape, found in of_shape.items() if not found]
+        grids.append(Grid(task, name, has_limit(p.resolve()), optimizer.lr, seeds[name], values, diverged))
+    return grids
 
 
 @dataclass(frozen=True)
@@ -242,8 +263,8 @@ def run_task(
 ) -> tuple[list[Found], Limit]:
     """Every parameterization beside its limit; one that has none beside that of the first which has, at its rate."""
     base, momentum = Size(width=file.model.base_width, depth=file.model.base_depth), file.optimizer.momentum
-    others = [p for p in file.study.parameterizations if p not in limited]
-    found, total = list[Found](), len(file.study.parameterizations) * len(WIDTHS) * len(DEPTHS) + len(limited)
+    found, limits = list[Found](), dict[str, Limit]()
+    total = len(file.study.parameterizations) * len(WIDTHS) * len(DEPTHS) + len(limited)
     started = 0
     with display(console, task.name) as shown:
 
@@ -252,21 +273,20 @@ def run_task(
             shown.update(started / total, what)
             started += 1
 
-        first: tuple[OptimizerConfig, Limit] | None = None
-        for p in [*limited, *others]:
-            if p in limited:
-                rate = learning_rate(p, base, task, momentum, lr)
-                optimizer = OptimizerConfig(name="sgd", lr=rate, momentum=momentum)
-                progress(f"{label(p)}: infinite width")
-                limit = solve(p, base, task, optimizer)
-                first = first or (optimizer, limit)
-            else:
-                assert first is not None
-                optimizer, limit = first
-            found += fitted(measure(p, base, task, optimizer, progress), limit)
+        optimizers = {}
+        for p in limited:
+            rate = learning_rate(p, base, task, momentum, lr)
+            optimizer = OptimizerConfig(name="sgd", lr=rate, momentum=momentum)
+            progress(f"{label(p)}: infinite width")
+            limits[label(p)] = solve(p, base, task, optimizer)
+            optimizers[label(p)] = p, optimizer
+        first = next(iter(limits))
+        for p in file.study.parameterizations:
+            optimizers.setdefault(label(p), (p, optimizers[first][1]))
+        for grid in measure(optimizers, base, task, progress):
+            found += fitted(grid, limits.get(grid.parameterization, limits[first]))
         shown.update(1, "done", final=True)
-    assert first is not None
-    return found, first[1]
+    return found, limits[first]
 
 
 def limit_command(study: Study, lr: float | None, console: Console) -> list[Path]:

@@ -15,7 +15,12 @@ const element = (id) => document.getElementById(id);
 const chosen = (name) => document.querySelector(`input[name="${name}"]:checked`)?.value;
 const nameOf = (run) =>
   `${run.width} x ${run.depth}` + ["batch", "samples"].map((axis) => (run[axis] ? `, ${axis} ${run[axis]}` : "")).join("");
+const octavesOf = (value) => (record.octaves_of.startsWith("1 - ") ? 1 - value : value); // momentum: of 1 - momentum
+const axisName = record.octaves_of.startsWith("1 - ") ? record.octaves_of : record.hyperparameter;
+const valueText = (value) => `${value.toPrecision(4)} (${axisName === record.hyperparameter ? "" : "1 - "}2^${Math.log2(octavesOf(value)).toFixed(2)})`;
 const number = (value) => (value === null ? "diverged" : Number(value).toPrecision(4));
+const result = (run) => run.failed ?? number(run.metric);
+const isBase = (size) => Object.entries(record.base).every(([axis, value]) => size[axis] === value);
 const unique = (values) => [...new Set(values)];
 const sizes = unique(record.runs.map(nameOf));
 
@@ -37,20 +42,20 @@ function layout(title, x, y, logarithmicX) {
     font: { color: dark.matches ? "#e6e6e6" : "#222", family: "system-ui, sans-serif" },
     hovermode: "closest",
     legend: { orientation: "h", y: -0.25 },
-    xaxis: { ...axis, title: { text: x }, type: logarithmicX ? "log" : "linear", exponentformat: "power" },
+    xaxis: { ...axis, title: { text: x, standoff: 8 }, type: logarithmicX ? "log" : "linear", exponentformat: "power" },
     yaxis: { ...axis, title: { text: y }, type: "log", exponentformat: "none" },
   };
 }
 
 const options = { responsive: true, displayModeBar: false }; // a double click on a figure undoes a zoom
 
-// 0.1, 0.2, 0.5, 1, ...: plotly's own labels of a short logarithmic axis are single digits. Few of them: plotly's.
+// 0.1, 0.2, 0.5, 1, ...: plotly's own labels of a short logarithmic axis are single digits. Fewer than two: plotly's.
 function plainTicks(axis, losses) {
   const [low, high] = [Math.min(...losses), Math.max(...losses)];
   const decades = [...Array(40).keys()].map((i) => i - 20);
   const marks = decades.flatMap((decade) => [1, 2, 5].map((digit) => Number(`${digit}e${decade}`)));
   const inside = marks.filter((mark) => mark >= low && mark <= high);
-  if (inside.length > 2) Object.assign(axis, { tickvals: inside, ticktext: inside.map(String) });
+  if (inside.length > 1) Object.assign(axis, { tickvals: inside, ticktext: inside.map(String) });
 }
 
 // 2^-9, 2^-7, ...: octaves are what a study counts in.
@@ -63,14 +68,21 @@ function octaveTicks(axis, values) {
   }
 }
 
+// The range of a logarithmic axis that shows the values with room beside them, and a single one in the middle.
+function reach(values) {
+  const [low, high] = [Math.min(...values), Math.max(...values)].map(Math.log10);
+  const room = Math.max(0.05 * (high - low), 0.15);
+  return [low - room, high + room];
+}
+
 function hoverText(run) {
   const lines = [`run ${run.folder}`, `${nameOf(run)}, seed ${run.seed}`];
-  lines.push(`${record.hyperparameter} ${run.value.toPrecision(4)}`, `${record.metric} ${number(run.metric)}`);
+  lines.push(`${record.hyperparameter} ${valueText(run.value)}`, `${record.metric} ${result(run)}`);
   if (run.wandb) lines.push(run.wandb);
   return lines.join("<br>");
 }
 
-// One point per value: the mean over seeds, none where a seed diverged.
+// One point per value: the geometric mean over seeds, none where a seed diverged or ended early.
 function means(runs, position) {
   const byValue = new Map();
   for (const run of runs) byValue.set(run.value, [...(byValue.get(run.value) ?? []), run]);
@@ -78,19 +90,56 @@ function means(runs, position) {
     .filter((group) => group.every((run) => run.metric !== null))
     .map((group) => ({
       x: position(group[0]),
-      y: group.reduce((sum, run) => sum + run.metric, 0) / group.length,
+      y: Math.exp(group.reduce((sum, run) => sum + Math.log(run.metric), 0) / group.length),
       run: group[0],
       text: `${nameOf(group[0])}, mean of ${group.length} seed(s)<br>` + group.map(hoverText).join("<br>"),
     }))
     .sort((one, other) => one.x - other.x);
 }
 
+// The fitted optima of a parameterization's sizes. `factor`: of a size, from its value to its effective value.
+function optima(parameterization, factor) {
+  const shapes = { low: "triangle-left", high: "triangle-right" };
+  const own = record.sizes.filter((size) => size.parameterization === parameterization);
+  return own
+    .filter((size) => size.optimum_log2 !== null && size.best_metric !== null)
+    .map((size) => {
+      const { colour, symbol } = style(nameOf(size));
+      const edge = size.censored ? `<br>censored: on the ${size.censored} edge of what was run` : "";
+      return {
+        x: [2 ** size.optimum_log2 * factor(size)],
+        y: [size.best_metric],
+        text: [`${nameOf(size)}, fitted optimum 2^${size.optimum_log2.toFixed(2)}${edge}`],
+        hoverinfo: "text",
+        mode: "markers",
+        showlegend: false,
+        legendgroup: nameOf(size),
+        marker: {
+          color: colour,
+          symbol: shapes[size.censored] ?? symbol,
+          size: 12,
+          line: { color: dark.matches ? "#fff" : "#000", width: 2 },
+        },
+      };
+    });
+}
+
+// A dotted line at the base's optimum. On the axis of effective rates each size has its own.
+function carriedLine(parameterization) {
+  const base = record.sizes.find((size) => size.parameterization === parameterization && isBase(size));
+  if (!base || base.optimum_log2 === null) return [];
+  const at = 2 ** base.optimum_log2;
+  const line = { color: dark.matches ? "#ccc" : "#444", width: 1.5, dash: "dot" };
+  return [{ type: "line", xref: "x", yref: "paper", x0: at, x1: at, y0: 0, y1: 1, line, layer: "below" }];
+}
+
 function drawCurves() {
   const effective = chosen("axis") === "effective";
-  const position = (run) => (effective ? run.effective_value : run.value);
+  const position = (run) => (effective ? run.effective_value : octavesOf(run.value));
   const finite = record.runs.map((run) => run.metric).filter((metric) => metric !== null);
-  const top = Math.max(...finite) * 1.1; // where diverged runs are shown
-  const bottom = Math.min(...finite) / 1.1;
+  const margin = Math.max((Math.max(...finite) / Math.min(...finite)) ** 0.06, 1.05);
+  const top = Math.max(...finite) * margin; // where runs are shown that diverged or ended early
+  const bottom = Math.min(...finite) / margin;
   for (const panel of document.querySelectorAll("[data-parameterization]")) {
     const own = record.runs.filter((run) => run.parameterization === panel.dataset.parameterization);
     const traces = [];
@@ -117,11 +166,19 @@ function drawCurves() {
         traces.push(trace(lost, { mode: "markers", showlegend: false, marker: { color: colour, symbol: "x", size: 9 } }));
       }
     }
-    const x = effective ? "effective learning rate" : record.hyperparameter;
+    const factor = (size) => {
+      const run = own.find((each) => nameOf(each) === nameOf(size));
+      return effective && run ? run.effective_value / run.value : 1;
+    };
+    traces.push(...optima(panel.dataset.parameterization, factor));
+    const x = effective ? "effective learning rate" : axisName;
     const shape = layout(panel.dataset.parameterization, x, record.metric.replace("_", " "), true);
-    shape.yaxis.range = [Math.log10(bottom), Math.log10(top * 1.05)];
+    shape.legend.title = { text: "width x depth ", font: { size: 12 } };
+    shape.shapes = effective ? [] : carriedLine(panel.dataset.parameterization);
+    shape.yaxis.range = [Math.log10(bottom), Math.log10(top * margin)];
     plainTicks(shape.yaxis, finite);
     octaveTicks(shape.xaxis, own.map(position));
+    shape.xaxis.range = reach(own.map(position));
     Plotly.react(panel, traces, shape, options);
     panel.removeAllListeners("plotly_click");
     panel.on("plotly_click", (event) => showRun(event.points[0].customdata, panel.dataset.parameterization));
@@ -133,6 +190,7 @@ function showRun(folder, parameterization) {
   const run = record.runs.find((each) => each.folder === folder && each.parameterization === parameterization);
   if (!run) return;
   element("run").value = String(record.runs.indexOf(run));
+  remember();
   const beside = record.runs.filter(
     (each) => each.parameterization === parameterization && nameOf(each) === nameOf(run) && each !== run,
   );
@@ -152,13 +210,29 @@ function showRun(folder, parameterization) {
   plainTicks(shape.yaxis, traces.flatMap((each) => each.y).filter((loss) => loss > 0));
   Plotly.react(element("training"), traces, shape, options);
   const said = element("said");
-  said.textContent = `${record.metric} ${number(run.metric)}, ${record.hyperparameter} ${run.value.toPrecision(4)}, seed ${run.seed}. Folder: `;
+  said.textContent = `${record.metric} ${result(run)}, ${record.hyperparameter} ${valueText(run.value)}, seed ${run.seed}. Folder: `;
   addLink(said, `runs/${run.folder}/`, run.folder);
   if (run.wandb) {
     said.append(", W&B: ");
     addLink(said, run.wandb, "its page");
   }
   if (!record.training_curves[run.folder]) said.append(". It has no training curve here.");
+}
+
+// What is chosen stands behind the # of the address: a page that loads itself again, or a link to it, shows the same.
+function remember() {
+  const run = record.runs[Number(element("run").value)];
+  const state = { axis: chosen("axis") ?? "value", shown: chosen("shown"), run: run.folder, of: run.parameterization };
+  history.replaceState(null, "", `#${new URLSearchParams(state)}`);
+}
+
+function recall() {
+  const state = new URLSearchParams(location.hash.slice(1));
+  for (const name of ["axis", "shown"]) {
+    const input = document.querySelector(`input[name="${name}"][value="${state.get(name)}"]`);
+    if (input) input.checked = true;
+  }
+  return record.runs.find((run) => run.folder === state.get("run") && run.parameterization === state.get("of"));
 }
 
 function addLink(parent, address, text) {
@@ -171,7 +245,7 @@ function addLink(parent, address, text) {
 function fillRuns() {
   const select = element("run");
   record.runs.forEach((run, index) => {
-    const text = `${run.parameterization}, ${nameOf(run)}, ${run.value.toPrecision(4)}, seed ${run.seed}: ${number(run.metric)}`;
+    const text = `${run.parameterization}, ${nameOf(run)}, ${valueText(run.value)}, seed ${run.seed}: ${result(run)}`;
     select.add(new Option(text, String(index)));
   });
   select.addEventListener("change", () => {
@@ -183,10 +257,17 @@ function fillRuns() {
 if (record.runs.some((run) => run.metric !== null)) {
   element("interactive").hidden = false;
   fillRuns();
-  drawCurves();
   const best = record.runs.reduce((one, other) => ((other.metric ?? Infinity) < (one.metric ?? Infinity) ? other : one));
-  showRun(best.folder, best.parameterization);
-  for (const input of document.querySelectorAll("#interactive input")) input.addEventListener("change", drawCurves);
+  const run = recall() ?? best;
+  drawCurves();
+  showRun(run.folder, run.parameterization);
+  for (const input of document.querySelectorAll("#interactive input")) {
+    input.addEventListener("change", () => {
+      drawCurves();
+      remember();
+    });
+  }
+  document.querySelector("figure.plain")?.classList.add("replaced"); // the curves; paper still has them
   dark.addEventListener("change", () => {
     drawCurves();
     element("run").dispatchEvent(new Event("change"));

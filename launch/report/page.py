@@ -5,6 +5,8 @@ import io
 import json
 import shutil
 from collections.abc import Mapping
+from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ def run_rows(record: Mapping[str, Any]) -> list[dict[str, str]]:
             **{axis: str(run[axis]) for axis in record["base"]},
             record["hyperparameter"]: f"{run['value']:.4g}",
             "seed": str(run["seed"]),
-            record["metric"]: "fails" if run["metric"] is None else show_number(run["metric"]),
+            record["metric"]: run["failed"] or show_number(run["metric"]),
         }
         for run in reversed(by_folder.values())
     ]
@@ -146,8 +148,9 @@ def as_csv(table: list[dict[str, str]]) -> str:
     return text.getvalue()
 
 
-def render(record: Mapping[str, Any], svg: Mapping[str, str]) -> str:
-    """The page. All that it says is of `record` (record.page_record); `svg`: the figures of a page without scripts."""
+def render(record: Mapping[str, Any], svg: Mapping[str, str], reload_seconds: int | None = None) -> str:
+    """The page. All that it says is of `record` (record.page_record); `svg`: the figures of a page without scripts;
+    `reload_seconds`: how often a browser loads it again, None for never."""
     scripts = {"tables": "tables.js", "plotly": "plotly-basic.min.js", "page": "page.js", "sizes": "sizes.js"}
     return (
         environment()
@@ -166,20 +169,23 @@ def render(record: Mapping[str, Any], svg: Mapping[str, str]) -> str:
             runs=run_rows(record),
             confidence=f"{CONFIDENCE:.0%}",
             planned_sentence=planned_sentence,
+            reload_seconds=reload_seconds,
+            written=f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
+            version=version("depthmup"),
             svg={name: jinja2.utils.markupsafe.Markup(text) for name, text in svg.items()},
         )
     )
 
 
-def write_report(report: Report, record: Mapping[str, Any]) -> None:
+def write_report(report: Report, record: Mapping[str, Any], reload_seconds: int | None = None) -> None:
     """Writes report.html, .md, .csv and .json and the figures into the study's folder. `record`: that of the report, of
-    `page_record`."""
+    `page_record`; `reload_seconds`: how often an open page loads itself again."""
     root = report.study.file.directory
     svg = {name: plots.save_figure(figure, root / f"{name}.png") for name, figure in figures(report).items()}
     write_atomically(root / "report.csv", as_csv(rows(record)).encode())
     write_atomically(root / "report.json", dump(record).encode())
     write_atomically(root / "report.md", markdown(record).encode())
-    write_atomically(root / "report.html", render(record, svg).encode())
+    write_atomically(root / "report.html", render(record, svg, reload_seconds).encode())
 
 
 def publish(report: Report, folder: Path) -> list[Path]:

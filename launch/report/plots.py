@@ -123,9 +123,9 @@ def draw_against_size(
     """`drift` in octaves (a size that does not train is a cross below; dashed over depth: `predicted`), or `loss` at
     the base's optimum (solid) and at the size's own (dotted).
 
-    Against each axis of scale; None where none is varied alone."""
+    Against each axis of scale; None where none is varied alone, or where every run failed."""
     names = varied_axes(analysis, study)
-    if not names:
+    if not names or not any(math.isfinite(c.curve.optimum.metric) for c in analysis.comparisons):
         return None
     figure, axes = make_row(len(names))
     count = len(analysis.judgements)

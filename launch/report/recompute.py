@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from depthmup.launch.config import Size
-from depthmup.launch.reading import read_study
+from depthmup.launch.reading import read_raw, read_study
 from depthmup.launch.report.collect import collect
 from depthmup.launch.report.page import publish, write_report
 from depthmup.launch.report.record import page_record, read_record
@@ -24,6 +24,7 @@ from depthmup.launch.runs.rounds import (
     write_rounds,
 )
 from depthmup.launch.runs.study import Study
+from depthmup.train.rundir import PRUNED
 
 CONFIGS = Path("configs/paper")
 
@@ -72,12 +73,15 @@ def restore(record: dict[str, Any], config: Path, folder: Path) -> Study:
         values, seeds = points_beyond(study, record["points"])
         write_rounds(study.added_values_file, [values])
         write_rounds(study.added_seeds_file, [seeds])
-    metrics = {(p["parameterization"], Size.of(p), p["value"], p["seed"]): p["metric"] for p in record["points"]}
+    points = {(p["parameterization"], Size.of(p), p["value"], p["seed"]): p for p in record["points"]}
     seconds = record["cost"]["hours"] * 3600 / record["num_runs"]  # a record has their sum only
     for run in study.points:
-        metric = metrics.get((run.parameterization, run.size, run.value, run.seed))
-        if (run.parameterization, run.size, run.value, run.seed) in metrics:
-            outcome = {"outcome": "diverged"} if metric is None else {"outcome": "completed", record["metric"]: metric}
+        if point := points.get((run.parameterization, run.size, run.value, run.seed)):
+            outcome: dict[str, Any] = {"outcome": "completed", record["metric"]: point["metric"]}
+            if point.get("ended_early"):
+                outcome = {"outcome": PRUNED, "limit": point["metric"]}
+            elif point["metric"] is None:
+                outcome = {"outcome": "diverged"}
             run.directory.path.mkdir(parents=True, exist_ok=True)
             run.directory.write_done(outcome | {"seconds": seconds})
     return study
@@ -85,7 +89,8 @@ def restore(record: dict[str, Any], config: Path, folder: Path) -> Study:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    configs = {read_study(path).study.name: path for path in CONFIGS.glob("*.yaml")}
+    paths = [path for path in CONFIGS.glob("*.yaml") if "study" in read_raw(path, ())]  # others are targets
+    configs = {read_study(path).study.name: path for path in paths}
     for path in sorted(folder.glob("*.json")):
         record = read_record(path)
         if "points" not in record:

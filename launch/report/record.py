@@ -2,13 +2,13 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from depthmup.launch.config import Size
 from depthmup.launch.findings.analysis import Result
 from depthmup.launch.findings.convergence import Rate
 from depthmup.launch.findings.forecast import Forecast, calibration
@@ -16,11 +16,10 @@ from depthmup.launch.findings.theory import expected_drifts, predicted_drifts
 from depthmup.launch.report.collect import Report, analyse_results, target_line
 from depthmup.launch.runs.planned import PlannedRun, scaling_of
 from depthmup.launch.runs.pool import count_origins
-from depthmup.launch.runs.rounds import AddedRun
-from depthmup.launch.runs.study import Study
+from depthmup.launch.runs.study import Run, Study
 from depthmup.launch.wording import show_number
 from depthmup.models.parameterization import Role
-from depthmup.train.rundir import parse_lines
+from depthmup.train.rundir import PRUNED, parse_lines
 
 CURVE_POINTS = 50  # of a training curve: 500 runs stay under 2 MB with the page's scripts
 
@@ -55,7 +54,14 @@ def rate_record(rate: Rate) -> dict[str, Any]:
     }
 
 
+def ended_hopeless(report: Report) -> set[Run]:
+    """The runs that ended early at the loss of a guess."""
+    return {report.study.owned(run) for run, _ in report.finished if run.ended_hopeless()}
+
+
 def size_records(report: Report) -> list[dict[str, Any]]:
+    owners = report.study.owners
+    hopeless = Counter(run[:2] for run in ended_hopeless(report))
     return [
         {
             "parameterization": c.curve.parameterization,
@@ -65,6 +71,7 @@ def size_records(report: Report) -> list[dict[str, Any]]:
             "runs": int((~np.isnan(c.curve.metric)).sum()),
             "failed_runs": int(c.curve.failed.sum()),
             "diverged_runs": int(np.isinf(c.curve.metric).sum()),
+            "ended_early": hopeless[owners[c.curve.parameterization, c.curve.size], c.curve.size],
             "optimum_log2": plain(c.curve.optimum.x),
             "optimum_interval_log2": bounds(c.curve.optimum.interval),
             "censored": c.curve.optimum.censored,
@@ -83,29 +90,12 @@ def size_records(report: Report) -> list[dict[str, Any]]:
     ]
 
 
-Run = tuple[str, Size, float, int]  # whose it is, size, value, seed
-
-
-def owned_run(study: Study, point: Result) -> Run:
-    return study.owners[point.parameterization, point.size], point.size, point.value, point.seed
-
-
-def asked_runs(study: Study) -> list[set[Run]]:
-    """Per round of an adaptive design, its runs, those of several parameterizations once; [] for a grid."""
-    if not study.file.study.adaptive:
-        return []
-
-    def owned(run: AddedRun) -> Run:
-        size = study.file.complete(run.size)
-        return study.owners[run.parameterization, size], size, run.value, run.seed
-
-    return [set(map(owned, each.runs)) for each in study.rounds()]
-
-
 def point_records(report: Report) -> list[dict[str, Any]]:
     """Every finished point, and of an adaptive design the first round that asked for it."""
     study = report.study
-    rounds = {run: number for number, asked in reversed([*enumerate(asked_runs(study), start=1)]) for run in asked}
+    asked = [*enumerate(study.asked_runs(), start=1)] if study.file.study.adaptive else []
+    rounds = {run: number for number, runs in reversed(asked) for run in runs}
+    hopeless = ended_hopeless(report)
     return [
         {
             "parameterization": each.parameterization,
@@ -114,7 +104,8 @@ def point_records(report: Report) -> list[dict[str, Any]]:
             "seed": each.seed,
             "metric": plain(each.metric),
         }
-        | ({"round": rounds[owned_run(study, each)]} if rounds else {})
+        | ({"round": rounds[study.owned(each)]} if rounds else {})
+        | ({"ended_early": True} if study.owned(each) in hopeless else {})
         for each in report.results
     ]
 
@@ -125,9 +116,9 @@ def round_records(report: Report) -> list[dict[str, Any]]:
     study = report.study
     if not study.file.study.adaptive:
         return []
-    owned = [(owned_run(study, each), each) for each in report.results]
+    owned = [(study.owned(each), each) for each in report.results]
     found, known = [], list[Result]()
-    for number, (added, asked) in enumerate(zip(study.rounds(), asked_runs(study), strict=True), start=1):
+    for number, (added, asked) in enumerate(zip(study.rounds(), study.asked_runs(), strict=True), start=1):
         known += [each for run, each in owned if run in asked]
         finished = {run for run, _ in owned} & asked  # points of several parameterizations may share one
         found.append(
@@ -283,19 +274,23 @@ def sentences(report: Report) -> dict[str, Any]:
         "scaling": report.scaling,
         "direct": [f"{each}." for each in report.direct],
         "expected_drifts": [f"{each}." for each in expected_drifts(report.study.file)],
-        "forecasts": list(dict.fromkeys(map(forecast_sentence, report.forecasts))),
+        "forecasts": forecast_sentences(report.forecasts),
         "calibration": calibration(report.forecasts),
         "target": target_line(report.study),
     }
 
 
-def forecast_sentence(forecast: Forecast) -> str:
-    """The same for all parameterizations where there is none because of the study's sizes."""
-    if forecast.predicted is None:
-        return f"No forecast for {forecast.target}: {forecast.remark}."
-    seen = "" if forecast.seen is None else f", seen {show_number(forecast.seen)}"
-    remark = f" ({forecast.remark})" if forecast.remark else ""
-    return f"{forecast.parameterization}: forecast for {forecast.target}: {forecast.said}{seen}{remark}."
+def forecast_sentences(forecasts: Sequence[Forecast]) -> list[str]:
+    """One for each forecast; one for all parameterizations that have none of a size for the same reason."""
+    found = dict[str, list[str]]()  # what is said: of which parameterizations
+    for each in forecasts:
+        if each.predicted is None:
+            said = f"no forecast for {each.target}: {each.remark}."
+        else:
+            seen = "" if each.seen is None else f", seen {show_number(each.seen)}"
+            said = f"forecast for {each.target}: {each.said}{seen}{f' ({each.remark})' if each.remark else ''}."
+        found.setdefault(said, []).append(each.parameterization)
+    return [f"{', '.join(names)}: {said}" for said, names in found.items()]
 
 
 def told_record(report: Report) -> dict[str, Any]:
@@ -321,6 +316,7 @@ def page_record(report: Report) -> dict[str, Any]:
                     "effective_value": effective_rate(point) if study.hyperparameter == "optimizer.lr" else None,
                     "seed": point.seed,
                     "metric": plain(metric),
+                    "failed": "ended early" if done["outcome"] == PRUNED else "diverged" if metric is None else None,
                     "seconds": done.get("seconds"),
                     "flops": report.flops[point.size],
                     "wandb": address.read_text().strip() if address.exists() else None,

@@ -32,9 +32,9 @@ INTRODUCTION = """# Results: does the optimum stay put?
 
 The answers in short, question by question: [findings](findings.md). Here every study stays in, whatever its verdict.
 
-Widths and depths are written width x depth; optima and drifts are octaves (log2); losses are means over seeds of the
-study's metric; regrets are shares of a size's lowest loss. Intervals are 90 %, from one model of all curves of a study
-([verdict.md](verdict.md)). Nothing is learned at a size whose best loss is within noise of that of a guess.
+Widths and depths are written width x depth; optima and drifts are octaves (log2); losses are geometric means over
+seeds of the study's metric; regrets are shares of a size's lowest loss. Intervals are 90 %, from one model of all
+curves of a study ([verdict.md](verdict.md)). Nothing is learned at a size whose best loss is within noise of a guess's.
 Parameterizations that make the same of a size (at the base all do) share its runs, and the seeds that were added there.
 To a grid, seeds are added while a verdict is open (`study.more_seeds`), which flatters one that is then settled just
 so: the verdict at the planned seeds stands beside it. An adaptive design runs in rounds until its verdicts are settled

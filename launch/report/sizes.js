@@ -7,8 +7,7 @@ const PARAMETERIZATION_COLOURS = {
   dark: ["#7ec8ff", "#ffb866", "#6fdcb0", "#ff9fc4", "#c9b6ff", "#e0e070"],
 };
 const parameterizations = unique(record.sizes.map((size) => size.parameterization));
-const isBase = (size) => Object.entries(record.base).every(([axis, value]) => size[axis] === value);
-const percent = (share) => `${(100 * share).toPrecision(2)} %`;
+const percent = (share) => `${Number((100 * share).toPrecision(2))} %`;
 
 function lineOf(parameterization) {
   const colours = PARAMETERIZATION_COLOURS[dark.matches ? "dark" : "light"];
@@ -38,15 +37,28 @@ function placeOf(size, parameterization) {
 
 function overSizes(element, title, y, traces, change) {
   const shape = layout(title, "width x depth", y, false);
-  Object.assign(shape, { height: 440 });
+  Object.assign(shape, { height: 440, legend: { orientation: "h", y: -0.32 } });
   Object.assign(shape.xaxis, { tickvals: places.map((_, i) => i), ticktext: places, range: [-0.5, places.length - 0.5] });
+  if (places.length > 5) shape.xaxis.tickangle = -35;
   Object.assign(shape.xaxis, { showgrid: false, zeroline: false });
   Object.assign(shape.yaxis, { type: "linear", zeroline: true });
   change(shape);
   Plotly.react(element, traces, shape, options);
 }
 
+// Crosses at the foot of a figure, for sizes of one parameterization that have no number there.
+function crosses(own, y, why) {
+  return {
+    x: own.map((size) => placeOf(size, size.parameterization)),
+    y: own.map(() => y),
+    text: own.map((size) => `${size.parameterization}, ${nameOf(size)}<br>${why}`),
+    ...{ hoverinfo: "text", mode: "markers", showlegend: false },
+    marker: { color: own.map((size) => lineOf(size.parameterization).color), symbol: "x", size: 9 },
+  };
+}
+
 function drawDrift() {
+  const limit = Math.max(2, ...record.sizes.map((size) => Math.abs(size.drift_octaves ?? 0))) + 0.5;
   const traces = parameterizations.flatMap((parameterization) => {
     const { color, symbol } = lineOf(parameterization);
     const own = record.sizes.filter((size) => size.parameterization === parameterization && size.drift_octaves !== null);
@@ -72,20 +84,24 @@ function drawDrift() {
       name: `${parameterization}, in theory`,
       marker: { color, symbol: "line-ew-open", size: 22, line: { width: 3 } },
     };
-    return foretold.length ? [seen, theory] : [seen];
+    const untrained = record.sizes.filter((size) => size.parameterization === parameterization && size.optimum_log2 === null);
+    return [seen, ...(foretold.length ? [theory] : []), crosses(untrained, -0.92 * limit, "no value trains")];
   });
-  const limit = Math.max(2, ...record.sizes.map((size) => Math.abs(size.drift_octaves ?? 0))) + 0.5;
   overSizes(element("drift"), "Drift of the optimum", `octaves of ${record.octaves_of}`, traces, (shape) => {
     shape.yaxis.range = [-limit, limit];
   });
 }
 
 function drawRegret() {
+  const largest = Math.max(record.regret_limit, ...record.sizes.map((size) => size.regret ?? 0));
+  const lost = [];
   const traces = parameterizations.map((parameterization) => {
     const { color, symbol } = lineOf(parameterization);
     const own = record.sizes.filter((size) => size.parameterization === parameterization && size.regret !== null);
     const regrets = own.map((size) => 100 * size.regret);
     const scaled = (bounds) => bounds && bounds.map((bound) => (bound === null ? null : 100 * bound));
+    const failing = record.sizes.filter((size) => size.parameterization === parameterization && size.fails_at_base_optimum);
+    lost.push(crosses(failing, -8 * largest, "fails at the carried value"));
     return {
       x: own.map((size) => placeOf(size, parameterization)),
       y: regrets,
@@ -97,23 +113,50 @@ function drawRegret() {
       marker: { color, symbol, size: 9 },
     };
   });
-  const rule = (share, text) => ({
-    type: "line",
-    ...{ xref: "paper", x0: 0, x1: 1, y0: 100 * share, y1: 100 * share },
-    line: { color: dark.matches ? "#aaa" : "#666", width: 1, dash: "dot" },
-    label: { text, textposition: "start", font: { size: 11 } },
+  const rule = (share, text, dash) => ({
+    x: [-0.5, places.length - 0.5],
+    y: [100 * share, 100 * share],
+    ...{ mode: "lines", hoverinfo: "skip", name: `${text} below ${percent(share)}` },
+    line: { color: dark.matches ? "#aaa" : "#666", width: 1.5, dash },
   });
-  const largest = Math.max(record.regret_limit, ...record.sizes.map((size) => size.regret ?? 0));
+  traces.push(rule(record.regret_limit, "transfers", "dot"), rule(record.cost_limit, "costs", "dash"));
+  traces.push(...lost);
   overSizes(element("regret"), "Regret at the carried value", "% of the loss", traces, (shape) => {
-    shape.yaxis.range = [-4 * largest, 130 * largest];
-    shape.shapes = [rule(record.regret_limit, "transfers below"), rule(record.cost_limit, "costs below")];
+    shape.yaxis.range = [-12 * largest, 130 * largest];
+  });
+}
+
+// The loss at the carried value, and at the best value of each size.
+function drawLoss() {
+  const traces = parameterizations.flatMap((parameterization) => {
+    const { color, symbol } = lineOf(parameterization);
+    const trace = (key, what, marker, rest) => {
+      const own = record.sizes.filter((size) => size.parameterization === parameterization && size[key] !== null);
+      return {
+        x: own.map((size) => placeOf(size, parameterization)),
+        y: own.map((size) => size[key]),
+        text: own.map((size) => `${parameterization}, ${nameOf(size)}<br>${number(size[key])} ${what}`),
+        ...{ hoverinfo: "text", mode: "markers", name: parameterization, legendgroup: parameterization },
+        marker: { color, symbol: marker, size: 9, line: { color, width: 2 } },
+        ...rest,
+      };
+    };
+    return [
+      trace("metric_at_base_optimum", "at the carried value", symbol, {}),
+      trace("best_metric", "at its own best", `${symbol}-open`, { showlegend: false }),
+    ];
+  });
+  const losses = traces.flatMap((trace) => trace.y);
+  overSizes(element("loss"), "Loss", record.metric.replace("_", " "), traces, (shape) => {
+    shape.yaxis.type = "log";
+    plainTicks(shape.yaxis, losses);
   });
 }
 
 // A parameterization without a number has its reason in the table.
+const told = record.forecasts.filter((forecast) => forecast.predicted !== null && forecast.interval);
+
 function drawForecasts() {
-  const told = record.forecasts.filter((forecast) => forecast.predicted !== null && forecast.interval);
-  element("forecast").hidden = !told.length;
   if (!told.length) return;
   const name = (forecast) => `${forecast.parameterization}, ${nameOf(forecast.target)}`;
   const color = dark.matches ? "#e6e6e6" : "#222";
@@ -144,12 +187,21 @@ function drawForecasts() {
 function drawSizes() {
   drawDrift();
   drawRegret();
+  drawLoss();
   drawForecasts();
+}
+
+// Before anything is drawn: figures are as wide as the hidden ones leave them.
+function hideEmpty() {
+  element("regret").hidden = !record.sizes.some((size) => size.regret !== null || size.fails_at_base_optimum);
+  element("loss").hidden = !record.sizes.some((size) => size.best_metric !== null);
+  element("forecast").hidden = !told.length;
 }
 
 if (element("sizes")) {
   element("sizes").hidden = false;
+  hideEmpty();
   drawSizes();
   dark.addEventListener("change", drawSizes);
+  for (const figure of document.querySelectorAll("#sizes ~ figure.plain")) figure.classList.add("replaced");
 }
-for (const figure of document.querySelectorAll("figure.plain")) figure.classList.add("replaced");

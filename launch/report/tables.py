@@ -35,7 +35,8 @@ def notes(size: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     if size["censored"]:
         found.append(f"censored ({size['censored']} edge)")
     if size["failed_runs"]:
-        found.append(f"{size['failed_runs']} of {size['runs']} runs failed ({size['diverged_runs']} diverged)")
+        early = f", {size['ended_early']} ended early" if size["ended_early"] else ""
+        found.append(f"{size['failed_runs']} of {size['runs']} runs failed ({size['diverged_runs']} diverged{early})")
     if size["runs_at_base_optimum"]["failed"]:
         found.append("at the base's optimum {failed} of {runs}".format(**size["runs_at_base_optimum"]))
     return ", ".join(found)
@@ -82,7 +83,7 @@ def forecast_row(forecast: Mapping[str, Any]) -> dict[str, str]:
         "interval": interval or "",
         "seen": "fails" if forecast["diverged"] else show_number(forecast["seen"]),
         "inside": inside,
-        "fitted on": f"{forecast['fitted_sizes']} sizes",
+        "fitted on": f"{forecast['fitted_sizes']} size{'s' if forecast['fitted_sizes'] != 1 else ''}",
         "law": forecast["law"],
         "remark": forecast["remark"],
     }

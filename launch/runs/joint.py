@@ -1,7 +1,7 @@
 """A study whose runs differ in several hyperparameters at once, all at one size: a search, or a verification."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from depthmup.launch.runs.space import with_values
 from depthmup.launch.runs.study import Study
 from depthmup.train.config import RunConfig
 from depthmup.train.reading import from_plain
+from depthmup.train.rundir import Limits
 
 
 class JointStudy(Study):
@@ -21,6 +22,10 @@ class JointStudy(Study):
     @abstractmethod
     def go_on(self) -> tuple[int, str]:
         """(number of new runs, why), once none is pending; 0 at the end."""
+
+    def early_ends(self) -> Iterator[tuple[PlannedRun, Limits]]:
+        """None: no curve is sought whose ends would not matter."""
+        return iter(())
 
     def runs_of(self, values: Mapping[str, Any], seeds: Sequence[int]) -> list[PlannedRun]:
         """The file's run with `values` by dotted key, trained with `seeds`. Raises UserError where they do not go

@@ -8,6 +8,7 @@ from typing import Any
 from depthmup.data.errors import UserError
 from depthmup.data.storage import is_remote
 from depthmup.launch.config import Size
+from depthmup.launch.findings.failures import ERRORS, MOST_GUESS_NOISE
 from depthmup.models.config import scale_of
 from depthmup.models.parameterization import Scale
 from depthmup.models.training_scale import TrainingFactors, training_factors
@@ -60,10 +61,12 @@ class PlannedRun:
         return {}
 
     def loss(self, metric: str) -> float | None:
-        """The metric of a run that is done, infinite where it diverged; None before its end. Raises UserError for a
-        marker without that metric, and as `done`."""
+        """The metric of a run that is done, infinite where it diverged, that of a guess where it ended early at the
+        loss of a guess; None before its end. Raises UserError for a marker without that metric, and as `done`."""
         if (done := self.done()) is None:
             return None
+        if self.ended_hopeless():
+            return self.chance
         if done["outcome"] == PRUNED:
             raise UserError(
                 f"{self.directory.path}: a search ended this run early, after step {done.get('step')}: choose another "
@@ -77,8 +80,23 @@ class PlannedRun:
             )
         return loss
 
+    @property
+    def chance(self) -> float:
+        """The loss of a guess."""
+        return math.log(self.config.model.num_classes)
+
+    @property
+    def hopeless_loss(self) -> float:
+        """The lowest loss that is within noise of that of a guess."""
+        return self.chance * math.exp(-ERRORS * MOST_GUESS_NOISE)
+
+    def ended_hopeless(self) -> bool:
+        """Whether it ended early at the loss of a guess (launch.runs.hopeless)."""
+        done = self.done() or {}
+        return done.get("outcome") == PRUNED and done.get("limit", 0.0) >= self.hopeless_loss
+
     def is_pruned(self) -> bool:
-        """Whether a search ended it early: then it has no result."""
+        """Whether it was ended early: in a search it has no result then."""
         done = self.done()
         return done is not None and done["outcome"] == PRUNED
 

@@ -26,7 +26,7 @@ from depthmup.launch.runs.journal import Journal
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.space import check_space, default_values
 from depthmup.train.reading import to_plain
-from depthmup.train.rundir import parse, parse_lines
+from depthmup.train.rundir import Limits, parse, parse_lines
 
 if TYPE_CHECKING:
     import optuna
@@ -212,15 +212,12 @@ class Search(JointStudy):
     def _on_the_way(self) -> dict[str, dict[int, float]]:
         return {}
 
-    def write(self) -> None:
-        """As of any study, and where its runs end early."""
-        super().write()
-        if not self.settings.prune:
-            return
-        for trial in self.trials():
-            for run in self.runs_tried(trial):
-                if not run.done():
-                    run.directory.write_limits(self.limits_of(trial.number))
+    def early_ends(self) -> Iterator[tuple[PlannedRun, Limits]]:
+        """Where the suggestions' runs end early."""
+        if self.settings.prune:
+            for trial in self.trials():
+                for run in self.runs_tried(trial):
+                    yield run, Limits(self.limits_of(trial.number))
 
     # ------------------------------------------------------------ going on
 

@@ -9,18 +9,20 @@ from dataclasses import replace
 from functools import cached_property, partial
 from itertools import chain, product
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from depthmup.data.errors import UserError
 from depthmup.data.storage import write_atomically
-from depthmup.launch.axes import TRAINING_AXES
+from depthmup.launch.axes import MODEL_AXES, TRAINING_AXES
 from depthmup.launch.config import Size, StudyFile, label
 from depthmup.launch.paths import command
+from depthmup.launch.runs.hopeless import limit_hopeless
 from depthmup.launch.runs.ladder import stretched, with_trunks
 from depthmup.launch.runs.planned import PlannedRun, factors, with_value
 from depthmup.launch.runs.rounds import (
     Added,
     AddedRound,
+    AddedRun,
     AddedSeed,
     AddedValues,
     coarse_round,
@@ -31,14 +33,18 @@ from depthmup.launch.runs.rounds import (
 )
 from depthmup.launch.runs.space import check_sweep
 from depthmup.launch.runs.written import portable_settings, refuse_other_study, with_absolute_paths
-from depthmup.models.config import ParameterizationConfig
+from depthmup.models.config import OF_SEVERAL_EXPERTS, ParameterizationConfig
 from depthmup.train.config import RunConfig, run_hash
 from depthmup.train.reading import STUDY_SECTIONS, from_plain, set_dotted, to_plain, to_yaml
-from depthmup.train.rundir import RunDirectory
+from depthmup.train.rundir import Limits, RunDirectory
 from depthmup.train.trunk import write_trunk
 from depthmup.train.yaml_text import dump_yaml
 
+if TYPE_CHECKING:
+    from depthmup.launch.findings.analysis import Result
+
 Point = TypeVar("Point")  # a value, or a value and a seed
+Run = tuple[str, Size, float, int]  # whose it is, size, value, seed
 
 
 class Study:
@@ -168,7 +174,10 @@ class Study:
 
     def _checked(self, parameterization: Any, size: Size, value: float) -> RunConfig:
         """The run's configuration, read as if from a file. Raises UserError."""
-        raw = {**self._base, "model": {**self._base["model"], "width": size.width, "depth": size.depth}}
+        shape = {axis: value for axis, value in size.axes.items() if axis in MODEL_AXES}
+        raw = {**self._base, "model": {**self._base["model"], **shape}}
+        if size.num_experts == 1:  # the dense network, which reads none of what mixes experts
+            raw["model"] = {key: stated for key, stated in raw["model"].items() if key not in OF_SEVERAL_EXPERTS}
         # A study may sweep a field of the parameterization itself (beta, gamma0).
         raw["parameterization"] = dict(vars(parameterization))
         raw["optimizer"] = deepcopy(self._base["optimizer"])
@@ -249,6 +258,14 @@ class Study:
         coarse = coarse_round(names, study.sizes[0], study.coarse, study.seeds[0])
         return read_added_rounds(self.rounds_file) or [coarse]
 
+    def owned(self, run: "AddedRun | PlannedRun | Result") -> Run:
+        size = self.file.complete(run.size)
+        return self.owners[run.parameterization, size], size, run.value, run.seed
+
+    def asked_runs(self) -> list[set[Run]]:
+        """Per round its runs, those of several parameterizations once."""
+        return [set(map(self.owned, each.runs)) for each in self.rounds()]
+
     def add_round(self, added: AddedRound) -> int:
         """Returns how many runs it makes. Durable: every later command sees them."""
         before = len(self.runs)
@@ -321,8 +338,19 @@ class Study:
 
     # ------------------------------------------------------------ writing
 
+    def early_ends(self) -> Iterator[tuple[PlannedRun, Limits]]:
+        """Where those of the last round end early."""
+        study = self.file.study
+        if not study.adaptive or study.hyperparameter != "optimizer.lr":
+            return
+        last = self.asked_runs()[-1]
+        earlier = [run for run in self.points if self.owned(run) not in last]
+        later = [run for run in self.runs if self.owned(run) in last]
+        yield from limit_hopeless(earlier, later, study.metric)
+
     def write(self) -> None:
-        """Writes the study's own file and every run's configuration. Raises UserError for an unwritable folder."""
+        """Writes the study's own file, every run's configuration, and where it ends early. Raises UserError for an
+        unwritable folder."""
         refuse_other_study(self.file)
         root = self.file.directory
         try:
@@ -337,6 +365,9 @@ class Study:
                     write_trunk(run.directory, run.trunk)
                 if not run.directory.config.exists() or run.directory.config.read_text() != content:
                     run.directory.config.write_text(content)
+            for run, limits in self.early_ends():
+                if not run.done():
+                    run.directory.write_limits(limits)
         except OSError as error:
             raise UserError(
                 f"{root}: cannot write there ({error.strerror}); set study.directory to a folder that is writable"

@@ -245,6 +245,8 @@ class Replicas:
         return self.losses.clone()
 
     def eager_step(self, images: Tensor, targets: Tensor, uniform: Tensor | None = None) -> None:
+        """One step of all replicas, kernel by kernel, which `step` captures as one CUDA graph: sets losses (K,) and
+        logit_rms (K,), and updates the weights. images: (1 or K, batch, channels, size, size)."""
         self.gradients = []  # the last step's would take memory beside this one's
         logits = self.forward(images, uniform)
         of_all = targets.expand(len(logits), *targets.shape[1:]) if len(targets) == 1 else targets[self.seed_of]
@@ -309,7 +311,8 @@ class Replicas:
                 self.update_adamw(group, gradient, lr)
 
     def update_sgd(self, group: Group, gradient: Tensor, lr: Tensor) -> None:
-        """In place: a copy of the weights beside the moments would be a fifth of a pack's memory at a small batch."""
+        """torch's SGD with momentum in all replicas: gradient (K, weights), lr (K, 1), 0 for a run that has stopped.
+        In place: a copy of the weights beside the moments would be a fifth of a pack's memory at a small batch."""
         momentum, decay = self.momentum.float(), (group.settings["weight_decay"] * self.coupled).float()
         buffer = group.moments["momentum_buffer"].mul_(momentum).add_(gradient).addcmul_(group.values, decay)
         if self.configs[0].optimizer.nesterov:
@@ -318,6 +321,10 @@ class Replicas:
         group.values.addcmul_(buffer, -lr.float())
 
     def update_adamw(self, group: Group, gradient: Tensor, lr: Tensor) -> None:
+        """torch's AdamW (1711.05101) in all replicas: gradient (K, weights), lr (K, 1), 0 for a run that has stopped.
+
+        w <- (1 - lr * decay) w - lr * m / (1 - beta_1^t) / (sqrt(v / (1 - beta_2^t)) + eps)
+        """
         first, second = group.moments["exp_avg"], group.moments["exp_avg_sq"]
         corrections = [1 - beta**self.steps_done for beta in self.betas]  # (K, 1)
         group.values.mul_((1 - lr * group.settings["weight_decay"]).float())

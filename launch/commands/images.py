@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from depthmup.launch.commands.group import command, new_console
 from depthmup.launch.paths import FilePath, Location
 
 if TYPE_CHECKING:
@@ -47,15 +48,10 @@ def print_index(index: "Index", console: "Console", left_out: Sequence[str], unc
         console.print(f"{split}: {index.describe(split, 'image')}", highlight=False)
 
 
-def new_console() -> "Console":
-    from rich.console import Console
-
-    return Console(soft_wrap=not sys.stdout.isatty())
-
-
-@click.command(
+@command(
+    "pack",
+    example="depthmup pack photos/ shards/photos --validation-share 0.1",
     short_help="Pack images into WebDataset shards with an index.",
-    epilog="Example: depthmup pack photos/ shards/photos --validation-share 0.1",
 )
 @click.argument("source", type=Location())
 @click.argument("out", type=FilePath())
@@ -74,7 +70,7 @@ def new_console() -> "Console":
 @click.option("--shard-megabytes", type=COUNT, help="Most megabytes of images in a shard.")
 @click.option("--resize", type=COUNT, metavar="PIXELS", help="Shrink to this shorter side, as JPEG.")
 @click.option(
-    "--quality", type=click.IntRange(1, 100), default=90, show_default=True, help="Of the JPEGs, with --resize."
+    "--quality", type=click.IntRange(1, 100), default=90, show_default=True, help="Quality of the JPEGs, with --resize."
 )
 @click.option("--seed", default=0, show_default=True, help="Seed of the one shuffle before packing.")
 @click.option(
@@ -100,8 +96,8 @@ def pack(
     """Pack SOURCE into shuffled shards in OUT: a folder of class folders, a tar of one, compressed or not,
     sklearn:digits, or a folder of shards that are not shuffled.
 
-    Goes on where an earlier call was killed; changes nothing in a folder that holds these images packed with these
-    options, and refuses one that was packed otherwise.
+    Continues where an earlier call was interrupted. Changes nothing in a folder that already holds these images packed
+    with these options, and refuses a folder that was packed with other options.
     """
     from depthmup.data.index import INDEX_NAME
     from depthmup.data.pack import pack as pack_images
@@ -130,9 +126,10 @@ def pack(
     print_index(index, console, left_out, "packed" if packed_before else None)
 
 
-@click.command(
+@command(
+    "index",
+    example="depthmup index 's3://bucket/train-{000000..001299}.tar' --out shards/imagenet",
     short_help="Index shards that exist already.",
-    epilog="Example: depthmup index 's3://bucket/train-{000000..001299}.tar' --out shards/imagenet",
 )
 @click.argument("shards", type=Location())
 @click.option("--out", type=FilePath(), help="Folder for the index [default: SHARDS, when it is a folder].")
@@ -141,7 +138,7 @@ def pack(
     "--first-label", type=click.IntRange(min=0), default=0, show_default=True, help="Label of the first class."
 )
 @click.option("--train", multiple=True, metavar="PATTERN", help="Shards or folders of the training split, by name.")
-@click.option("--val", multiple=True, metavar="PATTERN", help="Those of the validation split.")
+@click.option("--val", multiple=True, metavar="PATTERN", help="Shards or folders of the validation split, by name.")
 @click.option("--processes", type=COUNT, help="[default: one for each core]")
 def index(
     shards: str,
@@ -154,8 +151,9 @@ def index(
 ) -> None:
     """Index SHARDS that exist already: a folder of tars, or a pattern of paths or URLs. Reads each of them once.
 
-    The words train, val, test and the like in the names of shards and folders say the splits; test is the validation
-    split where there is no val. An index of the same shards and classes is left as it is, one of others refused.
+    The splits follow from words such as train, val and test in the names of shards and folders; test is the validation
+    split where there is no val. An existing index of the same shards and classes is left unchanged; an index of other
+    shards or classes is refused.
     """
     from depthmup.data.index import INDEX_NAME
     from depthmup.data.scan import index_shards
@@ -183,15 +181,17 @@ def index(
         console.print(order, highlight=False, markup=False)
 
 
-@click.command(
-    short_help="Count and show the images of shards; find the unreadable.",
-    epilog="Example: depthmup inspect shards/photos --sheet photos.png",
+@command(
+    "inspect",
+    example="depthmup inspect shards/photos --sheet photos.png",
+    short_help="Count and show the images of shards; find unreadable ones.",
 )
 @click.argument("shards", type=Location())
 @click.option("--sheet", type=FilePath(), help="Write a contact sheet of the first split to this PNG file.")
 @click.option("--processes", type=COUNT, help="[default: one for each core]")
 def inspect(shards: str, sheet: Path | None, processes: int | None) -> None:
-    """Decode all images of the folder SHARDS: counts, classes, sizes, bad samples. Ends 1 when there is a bad one."""
+    """Decode all images of the folder SHARDS: counts, classes, sizes, bad samples. Exits with status 1 when there
+    is a bad one."""
     from depthmup.data.index import Index
     from depthmup.data.inspect import contact_sheet, inspect_split, summary
     from depthmup.launch.progress import display
