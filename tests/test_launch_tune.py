@@ -23,7 +23,9 @@ from depthmup.launch.report.results import results
 from depthmup.launch.report.search import collect_search, sentences
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.search import Search
+from depthmup.launch.runs.space import fraction_at
 from depthmup.launch.transfer import Launched, wait
+from depthmup.launch.values import Range
 from depthmup.train.owner import code_fingerprint, owner
 from depthmup.train.rundir import PRUNED
 from planned_runs import finish, open_as
@@ -134,16 +136,21 @@ def test_who_waits_for_a_search_is_told_of_all_of_its_runs(
 def test_the_first_suggestions_are_spread_evenly_and_those_after_them_come_from_what_is_known(
     tune_file: Callable[..., Path],
 ) -> None:
-    """Each half of a range has half of the first eight, but for the file's own values; the others go to the optimum."""
+    """Each quarter of a range has two of the first eight, of which one is the file's own values instead; the others go
+    to the optimum."""
     file = tune_file(trials=24, batch=8, sampler="auto")
     walk(file)
     search = open_search(file)
-    places = [math.log2(trial.params["optimizer.lr"]) for trial in search.trials()]
-    own, *spread = places[:8]
-    assert own == math.log2(search.file.optimizer.lr)
-    assert 3 <= sum(place < -6 for place in spread) <= 4
-    far = [statistics.fmean(abs(place + 6) for place in part) for part in (spread, places[8:16], places[16:])]
-    assert far[2] < far[1] < far[0]
+    tried = [trial.params for trial in search.trials()]
+    assert tried[0] == search.own_values()
+    for key in ("optimizer.lr", "schedule.warmup"):
+        dimension = search.settings.space[key]
+        assert isinstance(dimension, Range)
+        quarters = sorted(int(4 * fraction_at(dimension, params[key])) for params in tried[1:8])
+        assert all(1 <= quarters.count(quarter) <= 2 for quarter in range(4)), (key, quarters)
+    off = [abs(math.log2(params["optimizer.lr"]) + 6) for params in tried]
+    far = [statistics.fmean(part) for part in (off[1:8], off[8:16], off[16:])]
+    assert max(far[1:]) < far[0]
 
 
 def test_the_sampler_knows_a_run_that_ended_early_by_its_loss_there(tune_file: Callable[..., Path]) -> None:
