@@ -70,7 +70,8 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings_on(root: Path) -> dict[str, Any]:
-    """A run of 12 steps on the digits in `root`, as plain data: change it, then `from_plain(RunConfig, ...)`."""
+    """A run of 12 steps on the digits in `root`, as plain data: change it, then `from_plain(RunConfig, ...)`. Studies
+    train one run after another: packs are for the tests that ask for them."""
     return {
         "model": {
             "family": "conv_resnet",
@@ -79,7 +80,10 @@ def settings_on(root: Path) -> dict[str, Any]:
         },
         "optimizer": {"name": "sgd", "lr": 0.0625},
         "data": {"name": "digits", "root": str(root), "minival": 0.1, "num_streams": 16},
-        "train": {"samples": 12 * 32, "global_batch_size": 32, "device": "cpu", "log_every": 2, "checkpoint_every": 4},
+        "train": {
+            **{"samples": 12 * 32, "global_batch_size": 32, "device": "cpu", "log_every": 2, "checkpoint_every": 4},
+            "pack": 1,
+        },
     }
 
 

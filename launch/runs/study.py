@@ -80,6 +80,11 @@ class Study:
             by_directory.setdefault(run.directory.path, run)
         return list(by_directory.values())
 
+    @property
+    def runs_to_come(self) -> int:
+        """How many more will follow from the results of these, where that is known."""
+        return 0
+
     def _forget_runs(self) -> None:
         """To be called once what they follow from has grown: they are then made anew."""
         for name in ("points", "runs"):
