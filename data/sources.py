@@ -269,7 +269,7 @@ def read_lines(path: Path) -> list[str]:
     try:
         return path.read_text("utf-8-sig").rstrip().splitlines()
     except UnicodeDecodeError:
-        raise UserError(f"{path}: no text file in UTF-8") from None
+        raise UserError(f"{path}: not a text file in UTF-8") from None
 
 
 def read_list(path: Path, what: str) -> dict[str, str]:

@@ -188,7 +188,9 @@ def print_plan(study: Study, console: Console) -> None:
             highlight=False,
         )
     largest = max(each for _, each in flops.values())
-    console.print(f"{everything / largest:.3g} times the cost of one run of the largest of these sizes", highlight=False)
+    console.print(
+        f"{everything / largest:.3g} times the cost of one run of the largest of these sizes", highlight=False
+    )
     if finished:
         known: dict[Size, list[float]] = {}
         for run, done in finished:
