@@ -256,7 +256,7 @@ def write_shards(
         bad = [line for packed in finished.values() for line in packed.bad]
         if len(bad) > max_bad:
             raise UserError(
-                f"more than {max_bad} unreadable images, the first: {bad[0]}. Mend them, or raise --max-bad"
+                f"more than {max_bad} unreadable images, the first: {bad[0]}. Repair them, or raise --max-bad"
             )
 
     def finish(path: Path, packed: PackedShard) -> None:

@@ -123,7 +123,7 @@ def class_names(source: str, classes: Sequence[str], labels: np.ndarray, first_l
         raise UserError(
             f"{source}: {counted(int(nameless.sum()), 'sample')} with labels up to {highest + first_label}, but "
             f"{counted(len(classes), 'name')} of classes, for labels {first_label} to "
-            f"{len(classes) + first_label - 1}. Name all classes, or mend these labels"
+            f"{len(classes) + first_label - 1}. Name all classes, or correct these labels"
         )
     return tuple(classes)
 
@@ -149,7 +149,7 @@ def index_shards(
     """
     if out is None and (storage.is_remote(source) or not Path(source).is_dir()):
         if source.endswith(".tar") or storage.is_remote(source):
-            raise UserError(f"{source}: say with --out in which folder its index shall be written")
+            raise UserError(f"{source}: give --out, the folder for the index")
         raise UserError(f"{source}: no such folder. Name a folder of .tar files, or tars as in 'a-{{000..099}}.tar'")
     if empty := next((number for number, name in enumerate(classes, 1) if not name.strip()), None):
         raise UserError(f"{source}: the name of class {empty} is empty: give each class a line of its own")

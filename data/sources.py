@@ -180,7 +180,7 @@ def read_lines(path: Path) -> list[str]:
     try:
         text = path.read_text("utf-8-sig").rstrip()
     except UnicodeDecodeError:
-        raise UserError(f"{path}: no text file in UTF-8") from None
+        raise UserError(f"{path}: not a text file in UTF-8") from None
     if not text:
         raise UserError(f"{path}: empty: write a line for each name, or leave the option out")
     return text.split("\n")  # splitlines would split at a form feed, too

@@ -76,7 +76,7 @@ def stated_splits(paths: Collection[str], train: Sequence[str], val: Sequence[st
     for option, patterns in (("--train", train), ("--val", val)):
         for pattern in patterns:
             if not any(matches(path, [pattern]) for path in paths):
-                raise UserError(f"{option} {pattern}: nothing is called so, only {listed(sorted(paths))}")
+                raise UserError(f"{option} {pattern}: no name matches it, only {listed(sorted(paths))}")
     splits: dict[str, str | None] = {}
     for path in paths:
         in_train, in_val = matches(path, train) if train else not matches(path, val), matches(path, val)

@@ -91,7 +91,7 @@ def write_new_study(name: str, family: str, source: str) -> list[str]:
     except ValueError as error:
         raise UserError(f"{name}: a study's name {error}") from None
     if file.exists():
-        raise UserError(f"{file} is there already: give another name, or delete it first")
+        raise UserError(f"{file} exists already: give another name, or delete it first")
     text = describe_study(name, file, family, source)
     study_in(load_yaml(text, str(file)), file)  # what is written is a study that can be launched
     write_atomically(file, text.encode())

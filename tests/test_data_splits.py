@@ -140,7 +140,7 @@ def test_the_user_says_which_shards_are_which_split(tmp_path):
     assert said == ["left out: 1 shard that neither --train nor --val names: holdout/0.tar"]
     with pytest.raises(UserError, match=r"index\.json exists and lists c-0\.tar in val, not in train\. Delete it"):
         index_shards(str(folder), train=["a-*", "c-*"], processes=1)
-    with pytest.raises(UserError, match=r"--val d-\*: nothing is called so, only a-0\.tar, a-1\.tar"):
+    with pytest.raises(UserError, match=r"--val d-\*: no name matches it, only a-0\.tar, a-1\.tar"):
         split(val=["d-*"])
     with pytest.raises(UserError, match=r"a-0\.tar: both --train and --val name it"):
         split(train=["a-*"], val=["*-0.tar"])

@@ -698,7 +698,7 @@ def test_a_signalled_job_asks_for_its_requeue_whatever_the_setup_lines_set(
 def test_a_folder_with_what_slurm_takes_for_a_pattern_is_refused(
     study_of: Callable[..., Study], tmp_path: Path, name: str
 ) -> None:
-    with pytest.raises(UserError, match="Slurm takes % in a path for a pattern"):
+    with pytest.raises(UserError, match="Slurm reads % in a path as a pattern"):
         dry_run_script(study_of(f'study.directory="{tmp_path}/{name}"'))
 
 

@@ -496,7 +496,7 @@ def test_a_search_is_trained_by_the_real_launcher_and_its_best_file_is_a_run(
 @pytest.mark.parametrize(
     ("space", "message"),
     [
-        ({"optimizer.lr": [0.125, "2**-3"]}, "a value is there twice"),
+        ({"optimizer.lr": [0.125, "2**-3"]}, "a value occurs twice"),
         ({"optimizer.eps": [1e-8, 1e-6]}, "eps would do nothing: sgd has none"),  # the first is the default
         ({"parameterization.alpha": {"first": 0.5, "last": 1}}, "would do nothing at width 8, depth 3, the base's"),
         ({"optimizer.batch_ratio": [1, 2]}, "batch_ratio: cannot be tuned: it says how the batch differs"),

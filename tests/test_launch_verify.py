@@ -273,5 +273,5 @@ def test_a_study_is_not_verified_in_its_own_folder_but_its_target_is_named(
     content["study"] |= {"parameterizations": ["depth_mup"], "values": [0.1, 0.2, 0.4]}
     content["study"] |= {"sizes": [{"width": content["model"]["width"], "depth": content["model"]["depth"]}]}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(content))
-    with pytest.raises(UserError, match=r"verify is of one run, and this is a study: give it the target's file"):
+    with pytest.raises(UserError, match=r"verify needs one run, and this is a study: give it the target's file"):
         open_verification(tmp_path / "study.yaml")

@@ -263,8 +263,8 @@ class Checkpoints:
             if not damage:
                 raise UserError(
                     f"{path} is as it was written, but this version of torch or depthmup, or this user, cannot read it "
-                    f"({problems[0].reason}). Go on with the version that wrote it, or train into another directory; "
-                    "nothing was changed here"
+                    f"({problems[0].reason}). Continue with the version that wrote it, or train into another "
+                    "directory; nothing was changed here"
                 )
             corrupt.append(f"{path.name} is corrupt ({damage.reason})")
             self.log(f"warning: {corrupt[-1]}: it is passed over")

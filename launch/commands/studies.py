@@ -81,7 +81,7 @@ def transfer(config: Path, overrides: tuple[str, ...], targets: tuple[Path, ...]
         if not target.exists():
             raise UserError(f"{target}: no such file; it holds the target's sections, as model and train")
         if not target.is_file():
-            raise UserError(f"{target}: the target's file is read after the runs: give a file that is there then")
+            raise UserError(f"{target}: the target's file is read after the runs: give a file that still exists then")
     study.target_files(targets)
     if isinstance(study, Search):
         keep_study(study, file)

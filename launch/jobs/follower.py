@@ -36,7 +36,7 @@ def follower(
         if snapshot.slurm_error:
             raise slurm.Silent(f"Slurm does not answer: {snapshot.slurm_error}. Nothing was submitted")
         if by_itself and asked(study.file.directory)[0] == "cancel":
-            raise UserError("cancelled; the same command goes on")
+            raise UserError("cancelled; the same command continues")
         to = [word for target in targets for word in ("--target", str(target))]
         verb = study.verb if isinstance(study, JointStudy) and not after else "transfer"
         again = study.command(verb, *(["--tune"] if after else []), *to)

@@ -227,7 +227,7 @@ class Search(JointStudy):
         self.file.directory.mkdir(parents=True, exist_ok=True)
         with open(self.file.directory / "search.lock", "w") as lock:
             if not flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                raise UserError(f"{self.file.directory}: another process goes on with this search just now")
+                raise UserError(f"{self.file.directory}: another process is continuing this search now")
             yield
 
     def go_on(self) -> tuple[int, str]:

@@ -228,7 +228,7 @@ class Study:
         files = [self.target_file.with_stem(f"{self.target_file.stem}_{target.stem}") for target in targets]
         files[:1] = [self.target_file][: len(files)]
         if len(set(files)) < len(files):
-            raise UserError(f"two targets of one name: {', '.join(map(str, targets))}: rename one of them")
+            raise UserError(f"two targets have the same name: {', '.join(map(str, targets))}: rename one of them")
         return files
 
     def written_targets(self) -> list[Path]:

@@ -31,7 +31,7 @@ class Verification(JointStudy):
         super().__init__(path, file, overrides)
         if len(file.study.sizes) > 1 or len(file.study.grid) > 1:
             raise UserError(
-                f"{path}: verify is of one run, and this is a study: give it the target's file (of the study, "
+                f"{path}: verify needs one run, and this is a study: give it the target's file (of the study, "
                 f"{self.target_file}), or leave study.sizes and study.values out"
             )
         check_space(self._base, self.space, f"{path}: verify.space")
@@ -91,7 +91,7 @@ class Verification(JointStudy):
                 misses += 1
                 if misses == MISSES:
                     raise UserError(
-                        f"{error}; so it is with {MISSES} draws of verify.space in a row: narrow its ranges"
+                        f"{error}; the same holds for {MISSES} draws of verify.space in a row: narrow its ranges"
                     ) from None
             if len(found) == self.settings.runs:
                 break
