@@ -284,6 +284,8 @@ def waiting_for(snapshot: states.Snapshot) -> str:
     if not waiting:
         return ""
     reason = waiting.most_common(1)[0][0]
+    if reason == "None":  # Slurm has not looked yet
+        return f", {waiting.total()} waiting"
     meaning = explain(reason)
     return f", {waiting.total()} waiting ({reason}{f': {meaning}' if meaning else ''})"
 
