@@ -219,7 +219,7 @@ def transfer(study: Study, targets: Sequence[Path], console: Console) -> None:
         return
     now = asked(study.file.directory)
     if now != before and now[0] == "cancel":
-        raise UserError("cancelled before the target began: the same command goes on")
+        raise UserError("cancelled before the target began: the same command continues")
     for large in target_studies(study, targets, console):
         if large.pending():
             finish(large, console, begun=True)

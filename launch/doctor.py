@@ -22,7 +22,14 @@ from depthmup.launch.jobs import probe
 from depthmup.launch.paths import command
 
 PACKAGES = ("torch", "timm", "webdataset", "submitit")
-EXTRAS = {"deepspeed": "deepspeed", "wandb": "wandb", "tensorboard": "tensorboard", "optuna": "tune"}  # package: extra
+EXTRAS = {  # package: extra
+    "scikit-learn": "demo",
+    "optuna": "tune",
+    "wandb": "wandb",
+    "tensorboard": "tensorboard",
+    "s3fs": "remote",
+    "deepspeed": "deepspeed",
+}
 LEAST_SHARED_GB, LEAST_FREE_GB = 1.0, 5.0
 WANDB_HOST = "api.wandb.ai"
 
@@ -167,5 +174,5 @@ def examine(folder: Path, console: Console) -> bool:
         table.add_row(mark, *map(Text, (each.what, each.found, each.advice)))  # no markup: 'depthmup[wandb]'
     console.print(table)
     wrong = [each.what for each in findings if each.is_wrong]
-    console.print(f"To be mended first: {', '.join(wrong)}." if wrong else "Runs can start here.")
+    console.print(f"To be fixed first: {', '.join(wrong)}." if wrong else "Runs can start here.")
     return not wrong

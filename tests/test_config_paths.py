@@ -149,7 +149,7 @@ def test_without_a_home_nothing_ends_in_a_traceback(
     [("a: 1\nb: 2\na: 3", 3, 1), ("a:\n  b: 1\n  c: {d: 1, d: 2}", 3, 3), ("- {x: 1}\n- x: 1\n  x: 2", 3, 2)],
 )
 def test_a_key_that_is_there_twice_is_refused_with_both_lines(text: str, line: int, first: int) -> None:
-    with pytest.raises(UserError, match=rf"my.yaml:{line}: the key '\w' is there already, in line {first}"):
+    with pytest.raises(UserError, match=rf"my.yaml:{line}: the key '\w' is given twice, first in line {first}"):
         load_yaml(text, "my.yaml")
 
 

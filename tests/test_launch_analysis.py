@@ -68,6 +68,16 @@ def test_runs_that_learned_nothing_and_runs_that_diverged_fail_alike() -> None:
     assert np.isfinite(dead.metric).all()  # what was measured stays to be shown
 
 
+def test_the_loss_of_a_value_is_that_of_the_average_seed_whichever_seeds_ran() -> None:
+    """Seeds differ by factors of the loss. One ran only where losses are large: its factor is a large difference."""
+    true, factors = valley(-5.0, noise=0.0, lowest=0.05), (0.5, 1.0, 2.0)
+    ran = [(seed, x) for seed in (0, 1, 2) for x in GRID if seed < 2 or x < -8 or x > -2]
+    results = [Result("p", BASE, 2.0**x, seed, true(x, 0) * factors[seed]) for seed, x in ran]
+    found = compare(results)[0].curve
+    assert found.optimum.metric == pytest.approx(0.05)
+    assert found.mean == pytest.approx([true(x, 0) for x in GRID])
+
+
 def test_a_run_whose_units_died_fails_its_value_and_does_not_move_the_optimum() -> None:
     """At 2^-3 three seeds ended at 0.104, 1.846 and 0.061; the others are best at 2^-4."""
     broken = {-3.0: (0.104, 1.846, 0.061)}

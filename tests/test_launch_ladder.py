@@ -90,7 +90,7 @@ def test_the_plan_counts_of_a_branch_its_decay_alone(study_file: Path) -> None:
     assert shares == {12: 0.25, 20: 0.25, 40: 1}
     said = " ".join(invoke("plan", study_file).split())
     assert "a ladder: 2 of the runs branch off longer ones and train their decay alone" in said
-    assert "1.2 times the cost of one run of the largest size" in said  # (12 / 4 + 20 / 4 + 40) / 40
+    assert "1.2 times the cost of one run of the largest of these sizes" in said  # (12 / 4 + 20 / 4 + 40) / 40
 
 
 def test_packs_hold_the_trunks_and_then_the_branches_of_one_horizon(study_file: Path) -> None:

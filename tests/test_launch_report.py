@@ -68,7 +68,7 @@ def test_a_report_fits_80_columns_and_its_files_say_the_same(study_file: Path) -
     assert [row["drift"] for row in rows] == ["", "-3.0", "", "+0.0"]
     page = (root / "report.html").read_text()
     for row in rows:
-        assert all(f"<td>{cell}</td>" in page for cell in row.values())
+        assert all(f">{cell}</td>" in page for cell in row.values())
     assert (record["num_runs"], len(record["points"])) == (54, 72)
 
 
@@ -83,7 +83,7 @@ def test_predicted_drifts_stand_beside_those_seen_in_every_file(study_file: Path
     assert (name, depth, theory, seen) == ("depth_mup", "6", "-0.27", "+0.0")
     assert " to " in interval
     page = (root / "report.html").read_text()
-    assert all(f"<td>{cell}</td>" in page for cell in (theory, seen, interval))
+    assert all(f">{cell}</td>" in page for cell in (theory, seen, interval))
     assert "depth_mup, in theory" in page  # the figure's legend, whose dashed line is the prediction
 
 

@@ -19,6 +19,7 @@ from depthmup.launch.reading import read_run, read_study, read_study_or_run
 from depthmup.launch.report.collect import collect, target_line
 from depthmup.launch.runs.foretold import forecast_file
 from depthmup.launch.runs.study import Study
+from depthmup.launch.scale import WITHOUT_RULE
 from depthmup.launch.transfer import grow
 
 
@@ -76,7 +77,8 @@ def test_a_censored_study_is_refused_unless_forced(study_file: Path) -> None:
 def test_an_open_side_of_an_interval_is_shown_as_the_value_that_it_is(study_file: Path) -> None:
     rate = read_study(study_file).study
     momentum = read_study(
-        study_file, ("optimizer.momentum=0.9", "study.hyperparameter=optimizer.momentum", "study.values=[0.5, 0.9]")
+        study_file,
+        ("optimizer.momentum=0.9", "study.hyperparameter=optimizer.momentum", "study.values=[0.5, 0.75, 0.9]"),
     ).study
     assert [rate.show(octaves) for octaves in (-math.inf, -3, math.inf)] == ["0", "2^-3.0", "inf"]
     assert momentum.show(-math.inf) == "1"
@@ -199,6 +201,11 @@ def test_scale_refuses_by_name_every_change_of_the_model_that_no_rule_covers(fam
         beside = ["model.norm=group"] if key == "num_groups" else []  # without which it would do nothing
         with pytest.raises(UserError, match=rf"target with .*\.{key}.* -> {value}: the rules cover width and depth"):
             invoke("scale", study_file, f"model.{key}={value}", *beside)
+    for key, why in WITHOUT_RULE.items():
+        name = key.split()[0].partition(".")[2]
+        if name in others:
+            with pytest.raises(UserError, match=re.escape(f"width and depth alone ({why})")):
+                invoke("scale", study_file, f"model.{name}={others[name]}")
     larger = ("model.depth=12", "--parameterization", "depth_mup")
     assert "rule" not in invoke("scale", study_file, *larger)
     out = ("--out", study_file.parent / "forced.yaml", "--force")

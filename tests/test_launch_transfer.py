@@ -238,7 +238,7 @@ def test_the_main_path_goes_from_a_proxy_to_a_target_and_its_line_in_the_report(
     alike.write_text(deeper.read_text())
     refused = depthmup(*proxy, "--target", target, "--target", deeper, "--target", alike)
     assert refused.returncode == 2
-    assert "two targets of one name" in refused.stderr
+    assert "two targets have the same name" in refused.stderr
     alone = depthmup(*proxy)
     assert "1 run" not in alone.stdout  # nothing is left to do
     assert f"depthmup scale {folder}" in alone.stdout

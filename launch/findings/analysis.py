@@ -44,7 +44,7 @@ class Optimum:
     """Of one curve. `x` is None where no value trains."""
 
     x: float | None  # the median of the model's draws
-    metric: float  # the mean over seeds at the best value that was run; infinite where all failed
+    metric: float  # `Curve.mean` at the best value that was run; infinite where all failed
     censored: Side | None  # the side on which the optimum may lie beyond the values that were run
     interval: tuple[float, float] | None  # infinite on a side on which it may lie beyond; None where nothing tells it
 
@@ -73,8 +73,9 @@ class Curve:
 
     @property
     def mean(self) -> np.ndarray:
-        """Mean over the seeds that trained, infinite where the value fails. (values,)"""
-        return level(self.usable)
+        """Geometric mean over the seeds that trained, free of the seeds' offsets, infinite where the value fails.
+        (values,)"""
+        return np.exp(level(np.log(self.usable)))
 
     def failures(self, index: int) -> Failures:
         """Of the runs at one value."""
@@ -144,7 +145,7 @@ def find_optimum(x: np.ndarray, usable: np.ndarray, learns: bool, posterior: Pos
     Without a posterior (fewer than three values about the best train, or nothing tells the noise) the optimum is
     known to lie between the neighbours of the best value, no better.
     """
-    mean = level(usable)
+    mean = np.exp(level(np.log(usable)))
     finite = np.isfinite(mean)
     if not finite.any():
         return Optimum(None, math.inf, None, None)

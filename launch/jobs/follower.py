@@ -43,7 +43,7 @@ def follower(
         if snapshot.slurm_error:
             raise slurm.Silent(f"Slurm does not answer: {snapshot.slurm_error}. Nothing was submitted")
         if by_itself and asked(study.file.directory)[0] == "cancel":
-            raise UserError("cancelled; the same command goes on")
+            raise UserError("cancelled; the same command continues")
         again = path_command(study, [str(target) for target in targets], after)
         wanted = [[str(target.absolute()) for target in targets], after]
         goes_to = {s.name: [s.details.get("targets"), s.details.get("after", False)] for s in snapshot.submissions}

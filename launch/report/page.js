@@ -82,7 +82,7 @@ function hoverText(run) {
   return lines.join("<br>");
 }
 
-// One point per value: the mean over seeds, none where a seed diverged or ended early.
+// One point per value: the geometric mean over seeds, none where a seed diverged or ended early.
 function means(runs, position) {
   const byValue = new Map();
   for (const run of runs) byValue.set(run.value, [...(byValue.get(run.value) ?? []), run]);
@@ -90,7 +90,7 @@ function means(runs, position) {
     .filter((group) => group.every((run) => run.metric !== null))
     .map((group) => ({
       x: position(group[0]),
-      y: group.reduce((sum, run) => sum + run.metric, 0) / group.length,
+      y: Math.exp(group.reduce((sum, run) => sum + Math.log(run.metric), 0) / group.length),
       run: group[0],
       text: `${nameOf(group[0])}, mean of ${group.length} seed(s)<br>` + group.map(hoverText).join("<br>"),
     }))

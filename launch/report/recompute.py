@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from depthmup.launch.config import Size
-from depthmup.launch.reading import read_study
+from depthmup.launch.reading import read_raw, read_study
 from depthmup.launch.report.collect import collect
 from depthmup.launch.report.page import publish, write_report
 from depthmup.launch.report.record import page_record, read_record
@@ -89,7 +89,8 @@ def restore(record: dict[str, Any], config: Path, folder: Path) -> Study:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    configs = {read_study(path).study.name: path for path in CONFIGS.glob("*.yaml")}
+    paths = [path for path in CONFIGS.glob("*.yaml") if "study" in read_raw(path, ())]  # others are targets
+    configs = {read_study(path).study.name: path for path in paths}
     for path in sorted(folder.glob("*.json")):
         record = read_record(path)
         if "points" not in record:
