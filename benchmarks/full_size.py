@@ -45,7 +45,7 @@ STEPS = (
     Step(PAPER / "full_conv_resnet.yaml", (*SHORT, "model.norm=batch", "study.name=full_conv_resnet_bn")),
     Step(PAPER / "full_vit.yaml"),
     Step(PAPER / "full_vit.yaml", ("train.samples=1_000_000", "study.design=adaptive", "study.name=full_vit_long")),
-    Step(PAPER / "full_conv_resnet.yaml", target=PAPER / "full_target.yaml"),
+    Step(PAPER / "full_conv_resnet.yaml", target=PAPER / "targets" / "full_conv_resnet.yaml"),
 )
 
 

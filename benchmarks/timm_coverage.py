@@ -25,15 +25,17 @@ from timm.models import model_entrypoint
 from depthmup.models.build import build
 from depthmup.models.config import ParameterizationConfig, TimmConfig
 from depthmup.models.coordinate_check import Settings, check
+from depthmup.models.discovery.find import MORE_BLOCKS
 from depthmup.models.errors import ModelError
 from depthmup.models.optimizer_config import OptimizerConfig
-from depthmup.models.timm_family import stated_arguments
+from depthmup.models.timm_family import roles, stated_arguments
 from depthmup.models.timm_sizes import has_heads, least_width
 
 # Their blocks concatenate, or add cells of which none is the stream.
 NOT_RESIDUAL = {"densenet", "inception_v3", "inception_v4", "nasnet", "pnasnet", "rdnet", "selecsls", "vgg"}
 REPRESENTATIVES = {  # where the first name of a module is a special case of it, or needs a larger width
     "beit": "beit_base_patch16_224",
+    "byoanet": "eca_botnext26ts_256",  # the head dim is stated
     "byobnet": "gernet_s",
     "nfnet": "nf_resnet26",
     "mobilenetv3": "mobilenetv3_large_075",
@@ -46,11 +48,15 @@ REPRESENTATIVES = {  # where the first name of a module is a special case of it,
     "eva": "eva02_tiny_patch14_224",
     "lowformer": "lowformer_e2",
     "mlp_mixer": "resmlp_12_224",
+    "regnet": "regnetx_002",  # groups of 8 channels
     "resnet": "resnet50",
     "swin_transformer": "swin_tiny_patch4_window7_224",
     "swin_transformer_v2": "swinv2_tiny_window8_256",
+    "tnt": "tnt_s_patch16_224",
     "twins": "twins_svt_small",
     "vision_transformer": "vit_tiny_patch16_224",
+    "vision_transformer_hybrid": "vit_small_r26_s32_224",  # its transformer's width is not that of its ResNet
+    "vovnet": "ese_vovnet39b",  # with shortcuts
     "xcit": "xcit_nano_12_p16_224",
 }
 # MLPs 8/3 as wide; squeeze-excitation with a least width
@@ -63,15 +69,18 @@ WIDTHS |= {
     "byobnet": 48,
     "byoanet": 64,
     "cspnet": 64,
+    "edgenext": 48,  # a stage's channels in three parts
     "repghost": 64,
 }
 # whose first stage is 4 times their rule's width; of five; a MLP that is rounded
-WIDTHS |= {"mobilenetv5": 4, "hgnet": 80, "tnt": 160}
+WIDTHS |= {"mobilenetv5": 4, "hgnet": 80, "tnt": 96}
 ARGUMENTS = {
     "cait": {"init_values": 1.0},  # LayerScale: of a branch that is nearly zero a check sees nothing
     "convit": {"local_up_to_layer": 0},
     "deit": {"init_values": 1.0},
-    "hiera": {"fix_init": False},  # which lets a block's init depend on its number
+    # which lets a block's init depend on its number
+    "hiera": {"fix_init": False},
+    "hieradet_sam2": {"fix_init": False},
     "repvit": {"distillation": False},
     "swin_transformer": {"window_size": 4},
     "swin_transformer_v2": {"window_size": 4},
@@ -87,12 +96,11 @@ DEPTHS = {
     "edgenext": 2,
     "nfnet": 2,
     "hieradet_sam2": 2,
-    "lcnetv2": 2,
 }
 IMAGE_SIZES = {"deepseek_vit": 56, "eva": 56, "efficientformer": 224, "crossvit": 240}
 WIDTH, STEP, HEAD_DIM = 32, 16, 16  # of the first stage: at least, and a multiple of; of attention
 SETTINGS = Settings(factors=(1, 4), steps=1, num_seeds=4, batch_size=8)
-LIMIT = 120  # seconds of CPU for one module
+LIMIT = 300  # seconds of CPU for one module
 
 
 @dataclass(frozen=True)
@@ -109,10 +117,22 @@ def representative(module: str) -> str:
 
 
 def small(module: str, name: str) -> TimmConfig:
+    """The smallest base: of two blocks a stage where one does not show all that a deeper network has."""
+    base = sized(module, name, DEPTHS.get(module, 1))
+    try:
+        roles(base)
+    except ModelError as error:
+        if MORE_BLOCKS not in str(error):
+            raise
+        base = sized(module, name, 2)
+    return base
+
+
+def sized(module: str, name: str, depth: int) -> TimmConfig:
     stated = stated_arguments(name)
     head_dim = HEAD_DIM if has_heads(stated) else None
     step = math.lcm(least_width(stated), STEP)
-    depth, width = DEPTHS.get(module, 1), WIDTHS.get(module, step * math.ceil(WIDTH / step))
+    width = WIDTHS.get(module, step * math.ceil(WIDTH / step))
     return TimmConfig(
         timm_name=name,
         head_dim=head_dim,

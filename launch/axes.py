@@ -7,7 +7,8 @@ from depthmup.models.config import ParameterizationConfig
 from depthmup.train.config import RunConfig
 
 TRAINING_AXES = {"batch": "global_batch_size", "samples": "samples"}  # axis -> key of train
-AXES = ("width", "depth", *TRAINING_AXES)
+MODEL_AXES = ("width", "depth", "num_experts")  # keys of model
+AXES = (*MODEL_AXES, *TRAINING_AXES)
 
 
 def axes_misfit(

@@ -43,11 +43,12 @@ Mounts = Annotated[str, AfterValidator(expand_all_read), PlainSerializer(protect
 @checked_setting
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class Size:
-    """A point on the axes of scale. `batch` (global_batch_size) and `samples` are null in a study without such an axis,
-    and numbers at all sizes of one that has it (StudyFile.complete)."""
+    """A point on the axes of scale. `num_experts`, `batch` (global_batch_size) and `samples` are null in a study
+    without such an axis, and numbers at all sizes of one that has it (StudyFile.complete)."""
 
     width: Positive  # as model.width
     depth: Positive  # as model.depth
+    num_experts: Positive | None = None  # as model.num_experts, of family moe_vit
     batch: Positive | None = None  # as train.global_batch_size
     samples: Positive | None = None  # as train.samples
 
@@ -65,9 +66,9 @@ class Size:
         """Whether the two differ in `axis` alone, or not at all."""
         return all(getattr(self, each) == getattr(other, each) for each in AXES if each != axis)
 
-    def is_trained_as(self, other: "Size") -> bool:
-        """Whether batch and samples are the same."""
-        return all(getattr(self, axis) == getattr(other, axis) for axis in TRAINING_AXES)
+    def is_beside_in_shape(self, other: "Size") -> bool:
+        """Whether the two differ in width and depth alone, or not at all."""
+        return all(getattr(self, each) == getattr(other, each) for each in AXES if each not in ("width", "depth"))
 
     def __str__(self) -> str:
         return ", ".join(f"{axis} {value}" for axis, value in self.axes.items())
@@ -248,23 +249,32 @@ class StudyFile(RunConfig):
         if twice := [size for size in sizes if sizes.count(size) > 1]:
             raise ValueError(f"study.sizes: {twice[0]} is there twice: leave one out")
         object.__setattr__(self, "study", replace(self.study, sizes=sizes))
-        varied = {axis: {getattr(size, axis) for size in sizes} for axis in self.training_axes}
+        if "num_experts" in self.optional_axes and self.model.family != "moe_vit":
+            raise ValueError(f"study.sizes: num_experts is of family moe_vit, and model.family is {self.model.family}")
+        training = [axis for axis in self.optional_axes if axis in TRAINING_AXES]
+        varied = {axis: {getattr(size, axis) for size in sizes} for axis in training}
         compared = self.study.parameterizations, self.study.hyperparameter
         misfit = self.study.ladder and ladder_misfit(varied.get("samples", set()), self, *compared)
         if misfit := misfit or axes_misfit(varied, self, *compared):
             raise ValueError(misfit)
 
     @property
-    def training_axes(self) -> tuple[str, ...]:
-        """Those of TRAINING_AXES that some size states."""
-        return tuple(axis for axis in TRAINING_AXES if any(getattr(size, axis) for size in self.study.sizes))
+    def own_axes(self) -> dict[str, int | None]:
+        """What the file has on the axes that a size may leave out."""
+        trained = {axis: getattr(self.train, key) for axis, key in TRAINING_AXES.items()}
+        return {"num_experts": getattr(self.model, "num_experts", None), **trained}
+
+    @property
+    def optional_axes(self) -> tuple[str, ...]:
+        """Those of `own_axes` that some size states."""
+        return tuple(axis for axis in self.own_axes if any(getattr(size, axis) for size in self.study.sizes))
 
     def complete(self, size: Size) -> Size:
-        """`size` with what it leaves out of the study's axes as train has it. One that was noted when the study had
+        """`size` with what it leaves out of the study's axes as the file has it. One that was noted when the study had
         another axis is the same size without it, where it was the base's in that."""
-        own = {axis: getattr(self.train, key) for axis, key in TRAINING_AXES.items()}
-        missing = {axis: own[axis] for axis in self.training_axes if getattr(size, axis) is None}
-        idle = [axis for axis in own if axis not in self.training_axes and getattr(size, axis) == own[axis]]
+        own = self.own_axes
+        missing = {axis: own[axis] for axis in self.optional_axes if getattr(size, axis) is None}
+        idle = [axis for axis in own if axis not in self.optional_axes and getattr(size, axis) == own[axis]]
         return Size.of({axis: value for axis, value in (size.axes | missing).items() if axis not in idle})
 
     @property

@@ -1,5 +1,6 @@
 """From a file to the configuration of a study or a run: overrides, and the profile that `launch.cluster` names."""
 
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -116,11 +117,12 @@ def study_in(raw: dict[str, Any], path: Path) -> StudyFile:
             f"{path}: the first of study.sizes ({base}) must be the base, model.base_width {file.model.base_width} and "
             f"model.base_depth {file.model.base_depth}"
         )
-    for axis in file.training_axes:
-        if getattr(base, axis) != (own := getattr(file.train, key := TRAINING_AXES[axis])):
+    for axis in file.optional_axes:
+        key = f"train.{TRAINING_AXES[axis]}" if axis in TRAINING_AXES else f"model.base_{axis}"
+        if getattr(base, axis) != (own := attrgetter(key)(file)):
+            leave = f"leave its {axis} out, or " if file.own_axes[axis] == own else ""
             raise UserError(
-                f"{path}: the first of study.sizes ({base}) must be the base: leave its {axis} out, or state {own}, "
-                f"which is train.{key}"
+                f"{path}: the first of study.sizes ({base}) must be the base: {leave}state {axis} {own}, which is {key}"
             )
     return file
 

@@ -9,7 +9,7 @@ from typing import Any
 from depthmup.data.errors import UserError
 from depthmup.data.paths import protect
 from depthmup.data.storage import write_atomically
-from depthmup.launch.axes import TRAINING_AXES
+from depthmup.launch.axes import MODEL_AXES, TRAINING_AXES
 from depthmup.launch.config import Size, StudyFile, label
 from depthmup.launch.findings.analysis import Curve
 from depthmup.launch.findings.forecast import Forecast, foretell
@@ -31,6 +31,13 @@ from depthmup.train.yaml_text import dump_yaml, load_yaml
 KEPT = ("optimizer.name", "schedule.name", "data.name")
 WITH_RULES = ("width", "depth", "blocks", "head_dim", "num_heads")
 WITH_RULES_OF_EXPERTS = ("num_experts", "active_share", "mlp_ratio")
+# Of what has no rule: why, and what there is in its place.
+WITHOUT_RULE = {
+    "model.mlp_ratio": "family moe_vit with num_experts 1, a dense ViT, has a rule for mlp_ratio",
+    "model.head_dim at base_width": "heads of one head_dim grow in number with width",
+    "model.patch_size": "another patch has another fan-in, and another number of tokens",
+    "model.image_size": "another image has another number of positions that share each weight",
+}
 # What moves an optimum, too, but belongs to the target: it is named.
 NAMED = ("data", "train")
 NOT_NAMED = (*KEPT, "train.samples", "train.global_batch_size", "train.evaluate")  # batch and samples have their lines
@@ -129,6 +136,11 @@ def task_values(run: RunConfig) -> dict[str, Any]:
     return found | {key: attrgetter(key)(run) for key in KEPT}
 
 
+def experts_beside(run: RunConfig, base: Size) -> dict[str, Any]:
+    """Key -> value of what a mixture of experts may change by a rule, and no axis of the study says."""
+    return {key: getattr(run.model, key, None) for key in WITH_RULES_OF_EXPERTS if key not in base.axes}
+
+
 def describe_differences(a: dict[str, Any], b: dict[str, Any]) -> str:
     """'key VALUE -> VALUE, ...' of all that is not the same."""
     keys = [key for key in {**a, **b} if a.get(key) != b.get(key)]
@@ -179,11 +191,13 @@ def scale(
     proxy = run_of(config, str(report.study.path))
     config, source = merge(config, changes), f"{report.study.path}, scaled to {name}"
     target = run_of(config, source)
-    if (changed := describe_differences(task_values(proxy), task_values(target))) and not force:
+    ours, theirs = task_values(proxy), task_values(target)
+    if (changed := describe_differences(ours, theirs)) and not force:
+        why = "".join(f" ({said})" for key, said in WITHOUT_RULE.items() if ours.get(key) != theirs.get(key))
         raise UserError(
             f"{report.study.path}: the proxy's optimum does not hold for a target with {changed}: the rules cover "
-            "width and depth alone. Leave it as the proxy has it, run the study anew with the target's, or use the "
-            "value all the same with --force"
+            f"width and depth alone{why}. Leave it as the proxy has it, run the study anew with the target's, or use "
+            "the value all the same with --force"
         )
     if changed:
         facts.append(f"Forced: no rule covers {changed}.")
@@ -212,7 +226,8 @@ def scale(
     wider, deeper = model.width / model.base_width, model.depth / model.base_depth
     what = f"{model.family} of width {model.width} and depth {model.depth} ({wider:g} and {deeper:g} times the base's)"
     config["study"] = {"name": name, "directory": protect(file.study.directory)}
-    reasons = [changed, other, " and ".join(longer)]
+    experts = describe_differences(experts_beside(proxy, report.base), experts_beside(target, report.base))
+    reasons = [changed, experts, other, " and ".join(longer)]
     reasons += [f"{section}.{key}" for section in ("optimizer", "schedule") for key in changes.get(section, {})]
     forecast = foretell_target(report, curve, carried, target, ", ".join(filter(None, reasons)))
     facts.append(f"Forecast of its {file.study.metric}: {forecast.said}.")
@@ -264,7 +279,8 @@ def scale_training(config: dict[str, Any], report: Report, curve: Curve, axis: s
 def foretell_target(report: Report, curve: Curve, carried: float, target: RunConfig, reasons: str) -> Forecast:
     """Of the target's loss at the carried value; no number where it differs from the study in more than its size."""
     own = [each for each in report.analysis.curves if each.parameterization == curve.parameterization]
-    size = report.study.file.complete(Size(width=target.model.width, depth=target.model.depth))
+    axes = [axis for axis in MODEL_AXES if axis in report.base.axes]
+    size = report.study.file.complete(Size(**{axis: getattr(target.model, axis) for axis in axes}))
     found = foretell(own, report.study.file.study.octaves(carried), size)
     if reasons:
         remark = f"the target differs from the study in {reasons}"

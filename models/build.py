@@ -3,7 +3,7 @@
 import difflib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -67,14 +67,16 @@ def scaled_model(network: nn.Module, roles: Roles, scale: Scale) -> ScaledModel:
     rules = rules_of(network, roles, scale)
     branches, queries = find_slots(network, roles.branches), find_slots(network, roles.queries)
     blocks = stated_blocks(network, roles, branches)
-    if roles.readout not in dict(network.named_modules()):
-        raise ModelError(f"no module of {type(network).__name__} is called {roles.readout!r} (the readout)")
+    for readout in roles.readouts:
+        if readout not in dict(network.named_modules()):
+            raise ModelError(f"no module of {type(network).__name__} is called {readout!r} (the readout)")
     installed: dict[str, Multiplier | None] = {}
     for name in branches:
         installed[name] = scale_output(network, name, scale.branch_multiplier())
     for name in queries:
         installed[name] = scale_output(network, name, scale.attention_multiplier())
-    installed[roles.readout] = scale_input(network, roles.readout, scale.readout_multiplier())
+    for name in roles.readouts:
+        installed[name] = scale_input(network, name, scale.readout_multiplier())
     multipliers = {name: multiplier for name, multiplier in installed.items() if multiplier is not None}
     return ScaledModel(network, scale, roles, rules, tuple(branches), blocks, multipliers)
 
@@ -88,7 +90,10 @@ def build_on(device: str, config: AnyModelConfig, parameterization: Parameteriza
     """The family's network on `device` as its builder leaves it, with multipliers. Raises ModelError."""
     family = FAMILIES[config.family]
     network = build_network(lambda width, depth: family.build(config), config.width, config.depth, device)
-    roles, scale = family.roles(config), scale_of(config.size, config.base_size, parameterization)
+    roles, size, base = family.roles(config), config.size, config.base_size
+    if family.finds_roles and roles.queries:  # they are found where the head dim grows, as the width does
+        size, base = (replace(each, head_dim=each.width) for each in (size, base))
+    scale = scale_of(size, base, parameterization)
     if family.finds_roles:  # the width that is checked is that of the readout, which every network has
         features = readout_features(network, roles)
         at_base = features * config.base_width // config.width

@@ -4,10 +4,10 @@ import copy
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,19 +18,33 @@ from depthmup.models.family import modules_matching
 from depthmup.models.parameterization import BRANCH_ROLES
 from depthmup.models.stream import look_once, stream_modules
 
-Position = tuple[str, int]  # what blocks that follow each other have in common, and which of them it is
+
+class Position(NamedTuple):
+    """Where something is measured."""
+
+    group: str = ""  # what blocks that follow each other have in common, as `stages.2`
+    number: int = 0  # which of them it is
+    kind: str = ""  # of block, where blocks of several kinds follow each other
+
+
 Values = dict[str, dict[Position, Tensor]]  # quantity -> position -> what flows there
-ONLY = ("", 0)  # the position of what there is one of
+ONLY = Position()  # the position of what there is one of
 
 
-def positions_of(names: Sequence[str], blocks: Sequence[str]) -> list[Position]:
-    """Each module's place among those that stand alike in the blocks of one container, as `stages.2`, in order."""
+def kind_of(block: nn.Module) -> str:
+    """What blocks of one kind have in common at every size: names of parameters and numbers of their dimensions."""
+    return " ".join(f"{name}:{parameter.ndim}" for name, parameter in block.named_parameters())
+
+
+def positions_of(names: Sequence[str], blocks: Sequence[str], kinds: Mapping[str, str] = {}) -> list[Position]:
+    """Each module's place among those that stand alike in the blocks of one container, as `stages.2`, in order.
+    kinds: of blocks, where that counts."""
     positions: list[Position] = []
     counts = Counter[str]()
     for name in names:
         block = next((each for each in blocks if f"{name}.".startswith(f"{each}.")), name)
         group = re.sub(r"\d+(?=\D*$)", "#", block) + name[len(block) :]
-        positions.append((group, counts[group]))
+        positions.append(Position(group, counts[group], kinds.get(block, "")))
         counts[group] += 1
     return positions
 
@@ -58,9 +72,10 @@ def recording(scaled: ScaledModel, inputs: Tensor) -> Iterator[Values]:
         watched["router logits"] = modules_matching(scaled.network, scaled.roles.routers)
     if scaled.roles.keys:
         watched["keys"] = modules_matching(scaled.network, scaled.roles.keys)
+    kinds = {name: kind_of(modules[name]) for name in blocks}
     handles = [modules[blocks[0]].register_forward_pre_hook(record_input)]
     for quantity, names in watched.items():
-        places = positions_of(names, blocks)
+        places = positions_of(names, blocks, {} if quantity == "stream" else kinds)
         handles += [
             modules[name].register_forward_hook(record(quantity, at)) for name, at in zip(names, places, strict=True)
         ]
@@ -85,7 +100,7 @@ def observe(scaled: ScaledModel, values: Values, by_muon: set[str]) -> Values:
         role = scaled.rules[name].role.value
         if name in by_muon:
             matrices = observed.setdefault(f"muon {role}", {})
-            matrices["", len(matrices)] = parameter.detach().flatten(1).clone()
+            matrices[Position("", len(matrices))] = parameter.detach().flatten(1).clone()
         else:
             weights.setdefault(role, []).append(parameter.detach().flatten())
     return observed | {role: {ONLY: torch.cat(tensors)} for role, tensors in weights.items()}
@@ -183,8 +198,9 @@ class Inside:
             now, then = self.inputs[layer.name], self.first[layer.name]
             module, initial = self.modules[layer.name], self.initial[layer.name]
             passed = initial.forward(now)
-            found.setdefault(layer.quantity("own"), {})["", layer.block] = module.forward(now) - passed
-            found.setdefault(layer.quantity("passed"), {})["", layer.block] = passed - initial.forward(then)
+            place = Position("", layer.block)
+            found.setdefault(layer.quantity("own"), {})[place] = module.forward(now) - passed
+            found.setdefault(layer.quantity("passed"), {})[place] = passed - initial.forward(then)
         return found
 
     def close(self) -> None:

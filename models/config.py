@@ -215,6 +215,8 @@ class MixtureVitConfig(VisionTransformerConfig):
         return replace(super().base_size, num_experts=self.base_num_experts, mlp_ratio=self.base_mlp_ratio)
 
 
+OF_SEVERAL_EXPERTS = ("active_share", "balance_rate")  # what the dense network of one expert does not read
+
 VIT_16 = {"family": "vit", "head_dim": 64, "patch_size": 16, "image_size": 224}
 RESNET_BOTTLENECK = {"family": "resnet", "block": "bottleneck", "width": 64, "image_size": 224}
 NAMED_SIZES: dict[str, dict[str, Any]] = {

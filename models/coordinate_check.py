@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from depthmup.models.optimizer_config import OptimizerConfig
 
 Axis = Literal["width", "depth", "num_experts", "mlp_ratio"]
 Verdict = Literal["ok", "off", "unclear"]
+Value = TypeVar("Value")
 BAND = 0.25  # half of the smallest difference between two exponents
 AXES: tuple[Axis, ...] = ("width", "depth")
 EXPERT_AXES: tuple[Axis, ...] = ("num_experts", "mlp_ratio")  # of a mixture of experts
@@ -94,7 +95,8 @@ def sizes(target: Target, at: dict[Position, Tensor]) -> dict[Position, float]:
 
 def without_bias(logits: Tensor, scaled: ScaledModel) -> Tensor:
     """Logits at step 0 less the readout's bias, which some networks draw: a constant, whatever the width."""
-    bias = getattr(scaled.network.get_submodule(scaled.roles.readout), "bias", None)
+    biases = [getattr(scaled.network.get_submodule(name), "bias", None) for name in scaled.roles.readouts]
+    bias = biases[0] if len(biases) == 1 else None  # how several are weighted in their sum is not known
     return logits - bias.detach() if isinstance(bias, Tensor) and bias.shape == logits.shape[-1:] else logits
 
 
@@ -148,7 +150,7 @@ def measure(
     return measured
 
 
-def at_positions(values: list[float], count: int, quantity: str) -> list[float]:
+def at_positions(values: Sequence[Value], count: int, quantity: str) -> list[Value]:
     """`count` of `values`, at the same relative depth in a deeper network: of each run of equal length, as far as
     `count` divides them, the last for the stream, which is what blocks put out, and the first for what follows from a
     block's input."""
@@ -157,11 +159,19 @@ def at_positions(values: list[float], count: int, quantity: str) -> list[float]:
 
 
 def align(values: dict[Position, float], base: dict[Position, float], quantity: str) -> list[float]:
-    """Of a larger network's `values` those that stand where the base's do: container by container."""
-    groups, counts = dict[str, list[float]](), Counter(group for group, _ in base)
-    for (group, _), value in values.items():
-        groups.setdefault(group, []).append(value)
-    return [value for group, count in counts.items() for value in at_positions(groups[group], count, quantity)]
+    """Of a larger network's `values` those that stand where the base's do: container by container, and of the kinds
+    of block that take turns in one the nearest of the same kind."""
+    places = dict[str, list[Position]]()
+    for each in values:
+        places.setdefault(each.group, []).append(each)
+    counts = Counter(each.group for each in base)
+    wanted = {group: iter(at_positions(range(len(places[group])), count, quantity)) for group, count in counts.items()}
+    found = []
+    for each in base:
+        target, here = next(wanted[each.group]), list(enumerate(places[each.group]))
+        alike = [(number, place) for number, place in here if place.kind == each.kind] or here
+        found.append(values[min(alike, key=lambda at: abs(at[0] - target))[1]])
+    return found
 
 
 def judge(

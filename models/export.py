@@ -44,7 +44,7 @@ def folded_state(scaled: ScaledModel) -> dict[str, Tensor]:
     state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     slots = find_slots(network, roles.branches) | find_slots(network, roles.queries)
     for name, multiplier in scaled.multipliers.items():
-        if name == roles.readout:
+        if name in roles.readouts:
             readout = network.get_submodule(name)
             if not is_foldable(readout):
                 raise ModelError(f"cannot export: the readout {name} is a {type(readout).__name__} without a weight")

@@ -102,6 +102,11 @@ class Roles:
     # alone needs them in a network of your own, finds them in a forward pass (models.stream).
     blocks: RegularExpression | None = None
     routers: RegularExpression | None = None  # modules whose output routes tokens to experts; for the check, too
+    more_readouts: tuple[str, ...] = ()  # other such modules, whose outputs are added to the readout's
+
+    @property
+    def readouts(self) -> tuple[str, ...]:
+        return self.readout, *self.more_readouts
 
 
 @dataclass(frozen=True)

@@ -145,8 +145,6 @@ def found_roles(text: str) -> Roles:
 
     inputs = torch.zeros(2, base.in_channels, base.image_size, base.image_size)
     found = find_roles(build_at, inputs, base.base_width, base.base_depth)
-    if found.head_dim:
-        raise ModelError(f"model.timm_name: the head dim of {base.timm_name} grows with width, and no key states it")
     if found.roles.blocks is None:
         raise ModelError(f"model.timm_name: {base.timm_name} adds branches outside of all modules: no block is known")
     return found.roles

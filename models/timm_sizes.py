@@ -26,13 +26,13 @@ WIDTHS = (
 # They grow with it.
 WITH_WIDTH = (
     *("stem_width", "stem_chs", "stem_hidden_dim", "init_channels", "stage_conv_chs", "partial_dim", "inner_dim"),
-    *("hidden_sizes", "intermediate_size", "head_widths", "head_hidden_size", "num_features"),
+    *("hidden_sizes", "intermediate_size", "head_widths", "head_hidden_size", "num_features", "neck_chans"),
 )
 DEPTHS = (
     *("depth", "depths", "layers", "num_blocks", "stages", "serial_depths", "transformer_depths", "depth_list"),
     "block_per_stage",
 )
-HEADS = ("num_heads", "heads", "num_heads_outer")
+HEADS = ("num_heads", "heads", "num_heads_outer", "num_heads_inner")
 HEAD_DIMS = ("head_dim", "key_dim")  # beside a number of heads
 CONFIGURATIONS = ("model_cfg", "cfg")  # arguments that hold others
 
@@ -181,7 +181,8 @@ def mobile(stated: Arguments, wanted: Wanted) -> Arguments:
 
 
 def own_blocks(stated: Arguments, wanted: Wanted) -> Arguments:
-    """byobnet's: the blocks of each stage, taken `depth` times, as wide as to give the first stage `width`."""
+    """byobnet's: the blocks of each stage, taken `depth` times, as wide as to give the first stage `width`. Where some
+    hold transformers, as in mobilevit, these alone have `depth` blocks: the others lie between them."""
     config = stated["model_cfg"]
 
     def as_list(stage: Any) -> tuple[Any, ...]:
@@ -192,13 +193,20 @@ def own_blocks(stated: Arguments, wanted: Wanted) -> Arguments:
     def channels(of: Any) -> Any:
         return over(of, lambda number: number * wanted.width // start) if is_size(of) else of
 
+    stages = list(map(as_list, config.blocks))
+    holders = any("transformer_depth" in (block.block_kwargs or {}) for stage in stages for block in stage)
+    inner_sizes: dict[str, Callable[[Any], Any]] = {
+        "transformer_dim": channels,
+        "transformer_depth": lambda blocks: wanted.depth,
+    }
+
     def block_of(block: Any) -> Any:
         inner = {
-            key: channels(of) if key == "transformer_dim" else of for key, of in (block.block_kwargs or {}).items()
+            key: inner_sizes[key](of) if key in inner_sizes else of for key, of in (block.block_kwargs or {}).items()
         }
-        return replace(block, d=1, c=channels(block.c), block_kwargs=inner or None)
+        return replace(block, d=block.d if holders else 1, c=channels(block.c), block_kwargs=inner or None)
 
-    blocks = tuple(tuple(map(block_of, as_list(stage))) * wanted.depth for stage in config.blocks)
+    blocks = tuple(tuple(map(block_of, stage)) * (1 if holders else wanted.depth) for stage in stages)
     sizes = {"blocks": blocks, "width_factor": 1.0, "stem_chs": channels(config.stem_chs)}
     return {"model_cfg": replace(config, **sizes, num_features=channels(config.num_features))}
 
@@ -270,9 +278,16 @@ def floating(width: str, at: int) -> Callable[[Arguments, Wanted], Arguments]:
     """For networks whose width is a factor, 1 at `at` channels."""
 
     def sizes(stated: Arguments, wanted: Wanted) -> Arguments:
-        return {width: wanted.width / at} | by_name(stated, wanted, {})
+        ratios = dict.fromkeys(WITH_WIDTH, Fraction(wanted.width, at))
+        return {width: wanted.width / at} | by_name(stated, wanted, ratios)
 
     return sizes
+
+
+def last_stage(stated: Arguments, wanted: Wanted) -> Arguments:
+    """LCNet's: at width 64 channels are timm's. The last stage alone has shortcuts, and so it alone grows in depth."""
+    sizes = floating("scale", 64)(stated, wanted)
+    return sizes | {"depths": (*stated["depths"][:-1], wanted.depth)}
 
 
 # Module of timm -> (what the class and the entry point state, wanted sizes) -> arguments that change
@@ -283,7 +298,7 @@ RULES: dict[str, Callable[[Arguments, Wanted], Arguments]] = {
     "convit": of_heads("embed_dim", "num_heads"),
     "hgnet": gpu_net,
     "iformer": attention_groups,
-    "lcnetv2": floating("scale", 64),
+    "lcnetv2": last_stage,
     "pit": of_heads("base_dims", "heads"),
     "regnet": regular,
     "tresnet": floating("width_factor", 64),

@@ -18,6 +18,7 @@ from depthmup.launch.findings.training_exponents import Exponent, exponents
 from depthmup.launch.findings.verdict import analyse
 from depthmup.launch.reading import read_run, read_study
 from depthmup.launch.report.collect import collect
+from depthmup.launch.runs.planned import scaling_of
 from depthmup.launch.runs.study import Study
 from depthmup.models.build import build
 from depthmup.models.optimizer import parameter_groups
@@ -261,3 +262,81 @@ def test_axes_that_do_not_go_together_are_refused_with_what_to_do(
     with pytest.raises(UserError, match=message) as error:
         invoke("plan", path)
     assert "\n" not in str(error.value)
+
+
+EXPERTS = {
+    "model": {
+        **{"family": "moe_vit", "width": 8, "depth": 3, "base_width": 8, "base_depth": 3, "head_dim": 8},
+        **{"num_experts": 4, "base_num_experts": 1, "active_share": 0.25, "mlp_ratio": 2, "base_mlp_ratio": 2},
+        **{"patch_size": 4, "num_classes": 10, "image_size": 8, "in_channels": 1},
+    },
+    "optimizer": {"name": "adamw", "lr": 2.0**-5},
+}
+MIXTURES = [{**BASE, "num_experts": number} for number in (1, 4, 8)]
+
+
+def experts_study(study_file: Path, model: dict[str, Any] | None = None, **study: Any) -> Path:
+    """Of a dense ViT and of mixtures of experts."""
+    settings = yaml.safe_load(study_file.read_text())
+    study_file.write_text(yaml.safe_dump({key: value for key, value in settings.items() if key not in EXPERTS}))
+    run = EXPERTS | {"model": EXPERTS["model"] | (model or {})}
+    return with_study(study_file, run, **{"sizes": MIXTURES, **study})
+
+
+def test_each_size_has_its_number_of_experts_and_the_dense_network_is_the_base(study_file: Path) -> None:
+    study = Study(study_file, read_study(experts_study(study_file)))
+    found = {(run.size.num_experts, model.num_experts) for run in study.runs for model in [run.config.model]}
+    assert found == {(1, 1), (4, 4), (8, 8)}
+    assert {scaling_of(run.config)[0].experts_ratio for run in study.runs} == {1, 4, 8}
+    finish(study)
+    assert collect(study).analysis.judgements[0].verdict == "transfers"
+    assert "experts 8" in " ".join(invoke("report", study_file).split())
+    assert "width  depth  num_experts" in invoke("plan", study_file)
+
+
+def test_values_and_seeds_that_are_added_keep_the_number_of_experts(study_file: Path) -> None:
+    study = Study(study_file, read_study(experts_study(study_file, extend=1, more_seeds=1)))
+    study.write()
+    largest = ("depth_mup", study.file.study.sizes[-1])
+    before = {run.directory.path for run in study.runs}
+    assert study.grow({largest: "low"})
+    assert study.add_seeds({largest: [2.0**-5]})
+    added = [run for run in Study(study_file, read_study(study_file)).runs if run.directory.path not in before]
+    assert added
+    assert {run.size.num_experts for run in added} == {8}
+
+
+def test_a_law_over_width_and_depth_foretells_no_other_mixture(study_file: Path) -> None:
+    shapes = [{**BASE, "depth": depth} for depth in (3, 6, 12)]
+    study = Study(study_file, read_study(experts_study(study_file, sizes=shapes)))
+    finish(study)
+    said = invoke("scale", study_file, "model.num_experts=8", "model.depth=24")
+    assert "none: the target differs from the study in num_experts 4 -> 8" in " ".join(said.split())
+    both = [{**shape, "num_experts": 1} for shape in shapes] + MIXTURES[1:]
+    study = Study(study_file, read_study(experts_study(study_file, sizes=both, name="both")))
+    finish(study)
+    assert {(each.target.depth, each.target.num_experts) for each in collect(study).forecasts} == {(12, 1)}
+    said = " ".join(invoke("scale", study_file, "model.num_experts=8", "model.depth=24").split())
+    assert "differs from the study" not in said
+    assert "none: the smaller sizes do not differ in depth" in said
+
+
+@pytest.mark.parametrize(
+    ("sizes", "model", "words"),
+    [
+        (MIXTURES, {"base_num_experts": 2}, r"must be the base: state num_experts 2, which is model\.base_num_experts"),
+        (MIXTURES[1:], {}, r"must be the base: state num_experts 1, which is model\.base_num_experts"),
+        ([*MIXTURES, {**BASE, "num_experts": 3}], {}, "of num_experts 3 is no whole number of experts"),
+    ],
+)
+def test_sizes_whose_experts_do_not_fit_are_refused(
+    study_file: Path, sizes: list[dict[str, int]], model: dict[str, Any], words: str
+) -> None:
+    path = experts_study(study_file, model, sizes=sizes)
+    with pytest.raises(UserError, match=words):
+        list(Study(path, read_study(path)).runs)
+
+
+def test_experts_are_an_axis_of_a_mixture_alone(study_file: Path) -> None:
+    with pytest.raises(UserError, match=r"num_experts is of family moe_vit, and model\.family is conv_resnet"):
+        read_study(with_study(study_file, sizes=MIXTURES))

@@ -198,6 +198,24 @@ def test_every_parameterization_has_runs_at_every_size_before_the_budget_is_spen
     assert cost(results) > 0.9 * design.budget
 
 
+def test_one_size_that_costs_decides_and_the_others_get_no_further_runs() -> None:
+    """The value costs 1.4 % at the middle size, and about the limit at the deepest: this would stay open."""
+    rounds, results = walk(valley(-4.0, -4.75, -4.45, noise=0.008))
+    assert verdict(results) == "costs"
+    first = max(number for number, each in enumerate(rounds) if "about the carried value" in each.reason)
+    later = points(rounds[first + 2 :])  # after a round for the edges
+    assert {point.size for point in later} == {SIZES[1]}
+
+
+def test_a_verdict_that_would_be_too_dear_is_left_open_for_less_than_the_budget() -> None:
+    """The cost is as large as the limit: seeds without end would not settle it."""
+    near = math.sqrt(2 * math.log1p(Limits().transfer) / 0.05)  # octaves
+    rounds, results = walk(valley(-4.0, -4.0 - near, -4.0 - near, noise=0.01))
+    assert verdict(results) == "inconclusive"
+    assert "to settle it would cost" in rounds[-1].reason
+    assert cost(results) < 0.6 * GRID_COST
+
+
 def test_what_the_budget_cannot_settle_ends_with_the_reason() -> None:
     rounds, results = walk(valley(-4.0, -4.3, -4.3, noise=0.06))
     assert verdict(results) == "inconclusive"

@@ -17,7 +17,9 @@ from depthmup.launch.transfer import launch
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = sorted(
-    path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml") if path.parent.name != "cluster"
+    path.relative_to(CONFIGS).as_posix()
+    for path in CONFIGS.rglob("*.yaml")
+    if path.parent.name not in ("cluster", "targets")
 )
 PROFILES = [path.stem for path in sorted((CONFIGS / "cluster").glob("*.yaml"))]
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from depthmup.launch.jobs.submit import Turns, deal, dry_run_script, submit_cont
 from depthmup.launch.paths import PACKAGE
 from depthmup.launch.reading import read_study
 from depthmup.launch.runs.opened import path_of
+from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.study import Study
 from depthmup.launch.transfer import IDLE, launch, unfinished, wait, waiting_for
 from test_launch_scale import finish
@@ -242,6 +244,49 @@ def test_who_waits_for_a_study_waits_on_with_the_reason_while_others_fill_the_pl
     said = capsys.readouterr().out
     assert "Slurm takes no more jobs now: AssocMaxSubmitJobLimit" in said
     assert "Unable to contact slurm controller" in said
+
+
+def test_who_waits_for_a_study_looks_at_no_run_again_that_has_ended_and_seldom_where_a_look_takes_long(
+    fake: Path, study_of: Callable[..., Study], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (fake / "places").write_text("5")
+    study, pause, look = study_of(), time.sleep, states.state_of
+    ended: list[str] = []
+    pauses: list[float] = []
+
+    def counted(run: PlannedRun, *given: Any) -> states.RunState:
+        found = look(run, *given)
+        if found.state in states.ENDED:
+            ended.append(run.directory.path.name)
+        return found
+
+    def end_first(seconds: float) -> None:
+        if seconds < transfer.SLURM_POLL_SECONDS:  # subprocess's
+            return pause(seconds)
+        pauses.append(seconds)
+        end_job(fake, study, in_queue(fake)[0]["id"])
+
+    launched, ticks = launch(study), count()
+    monkeypatch.setattr(time, "sleep", end_first)
+    monkeypatch.setattr(time, "process_time", lambda: 2.0 * next(ticks))  # a look takes two seconds
+    monkeypatch.setattr(states, "state_of", counted)
+    monkeypatch.setattr(transfer, "resubmit", resubmit_unseen(ended))
+    wait(study, launched, Console(quiet=True))
+    assert sorted(ended) == sorted(run.directory.path.name for run in study.runs)
+    assert min(pauses) >= 2.0 / transfer.LOOKING_SHARE - 2.0 > transfer.SLURM_POLL_SECONDS
+
+
+def resubmit_unseen(ended: list[str]) -> Callable[..., Any]:
+    """As `resubmit`, but what a launch looks at is not counted in `ended`."""
+    resubmit = transfer.resubmit
+
+    def again(*given: Any) -> Any:
+        before = len(ended)
+        launched = resubmit(*given)
+        del ended[before:]
+        return launched
+
+    return again
 
 
 def test_the_path_to_a_target_waits_for_a_place_once_it_has_begun(

@@ -19,6 +19,7 @@ from depthmup.launch.reading import read_run, read_study, read_study_or_run
 from depthmup.launch.report.collect import collect, target_line
 from depthmup.launch.runs.foretold import forecast_file
 from depthmup.launch.runs.study import Study
+from depthmup.launch.scale import WITHOUT_RULE
 from depthmup.launch.transfer import grow
 
 
@@ -190,6 +191,11 @@ def test_scale_refuses_by_name_every_change_of_the_model_that_no_rule_covers(fam
         beside = ["model.norm=group"] if key == "num_groups" else []  # without which it would do nothing
         with pytest.raises(UserError, match=rf"target with .*\.{key}.* -> {value}: the rules cover width and depth"):
             invoke("scale", study_file, f"model.{key}={value}", *beside)
+    for key, why in WITHOUT_RULE.items():
+        name = key.split()[0].partition(".")[2]
+        if name in others:
+            with pytest.raises(UserError, match=re.escape(f"width and depth alone ({why})")):
+                invoke("scale", study_file, f"model.{name}={others[name]}")
     larger = ("model.depth=12", "--parameterization", "depth_mup")
     assert "rule" not in invoke("scale", study_file, *larger)
     out = ("--out", study_file.parent / "forced.yaml", "--force")

@@ -237,6 +237,23 @@ class TwoHeads(Net):
         return torch.cat([super().forward(x), self.other(self.embed(x))], dim=-1)
 
 
+class Averaged(Net):
+    """Two readouts of the same features, as one for distillation."""
+
+    def __init__(self, width: int, depth: int, join: str = "sum") -> None:
+        super().__init__(width, depth)
+        self.other, self.join = nn.Linear(width, 10), join
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        left, right = self.head(x), self.other(x)
+        if self.join == "product":
+            return left * right
+        return torch.stack([left, right]).mean(0) if self.join == "mean" else (left + right) / 2
+
+
 def shared(net: Net) -> None:
     for block in net.blocks[1:]:
         block.up = net.blocks[0].up
@@ -270,6 +287,14 @@ BAD: dict[str, tuple[Builder, str]] = {
     "queries in a slice": (lambda width, depth: Net(width, depth, "heads"), "no module puts out the queries"),
     "a product that is not clear": (lambda width, depth: Net(width, depth, "einsum"), r"mix .* einsum does not tell"),
     "two readouts": (TwoHeads, "2 readouts: head.weight, other.weight"),
+    "two readouts that gate each other": (
+        lambda width, depth: Averaged(width, depth, "product"),
+        "2 readouts: head.weight, other.weight",
+    ),
+    "a base without the blocks that follow": (
+        lambda width, depth: Mobile(width, depth - 2),
+        r"branches in modules like .*b.*, and the base none, .*: take a base of more blocks",
+    ),
     "shared weights": (lambda width, depth: Net(width, depth, change=shared), "are one parameter"),
     "grows with depth": (lambda width, depth: Net(width, depth, change=grown), "positions .* grows with depth"),
     "grows oddly": (lambda width, depth: Net(width, depth, change=odd), r"extra is of shape \(20,\).* \(36,\)"),
@@ -471,3 +496,99 @@ def test_glorots_init_of_blocks_of_several_shapes_is_found() -> None:
 
     rules = match_rules(["blocks.0.down.weight"], find_roles(build, torch.zeros(2, 12), 32, 4).roles.parameters)
     assert rules["blocks.0.down.weight"].init == models.Init("normal_fan_avg", 1.0)
+
+
+@pytest.mark.parametrize("join", ["sum", "mean"])
+def test_readouts_whose_outputs_are_added_are_scaled_as_one(join: str) -> None:
+    def build_at(width: int, depth: int) -> nn.Module:
+        return Averaged(width, depth, join)
+
+    inputs = torch.randn(2, 12)
+    scaled = models.build_scaled(build_at, size=Size(width=64, depth=2), base=Size(width=16, depth=2), inputs=inputs)
+    assert set(scaled.roles.readouts) == {"head", "other"}
+    assert {name: scaled.multipliers[name].value for name in scaled.roles.readouts} == {"head": 1 / 4, "other": 1 / 4}
+    assert {scaled.rules[f"{name}.weight"].role for name in scaled.roles.readouts} == {Role.READOUT}
+    scope: dict[str, Any] = {name: getattr(models, name) for name in ("Init", "ParameterRule", "Role", "Roles", "Slot")}
+    exec(models.roles_code(scaled.roles), scope)
+    assert scope["roles"] == scaled.roles
+
+
+class Gain(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.full((width,), 0.01))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gain
+
+
+class Turns(Net):
+    """Blocks of two kinds take turns, as of attention within windows and over all: every second branch is a hundred
+    times smaller."""
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__(width, depth)
+        for number, block in enumerate(self.blocks):
+            block.down = nn.Sequential(block.down, Gain(width) if number % 2 else nn.Identity())
+
+
+def test_blocks_that_take_turns_are_compared_with_blocks_of_their_own_kind() -> None:
+    base, roles = Size(width=16, depth=2), find_roles(Turns, torch.zeros(2, 12), 16, 2).roles
+
+    def build_at(size: Size, seed: int) -> models.ScaledModel:
+        completep, network = ParameterizationConfig(name="completep"), Turns(size.width, size.depth)
+        return models.apply(completep, network, size=size, base=base, roles=roles, seed=seed)
+
+    def batch(seed: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn((16, 12), generator=generator), torch.randint(10, (16,), generator=generator)
+
+    optimizer, settings = OptimizerConfig(name="adamw", lr=2**-9), Settings(factors=(1, 4), steps=1, num_seeds=2)
+    lines = check_sizes(build_at, batch, base, optimizer, settings, axes=("depth",))
+    (at_first,) = [line for line in lines if line.quantity == "branch" and line.step == 0]
+    assert at_first.slope == pytest.approx(-1, abs=0.25)
+
+
+class LinearOfAnother(torch.autograd.Function):
+    """As DeepSpeed's for ZeRO 3, which it leaves in torch.nn.functional."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = x.matmul(weight.t())
+        return y if bias is None else y + bias
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Any:
+        raise NotImplementedError
+
+
+def test_a_linear_that_another_library_put_in_the_place_of_torchs_hides_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected = find_roles(Stranger, TOKENS, 16, 2)
+    monkeypatch.setattr(F, "linear", LinearOfAnother.apply)
+    assert find_roles(Stranger, TOKENS, 16, 2) == expected
+    assert F.linear == LinearOfAnother.apply
+
+
+def test_a_slot_whose_branches_end_after_different_layers_folds_into_none_of_them() -> None:
+    class Ending(nn.Module):
+        def __init__(self, width: int, depth: int) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Linear(12, width), nn.Linear(width, 10)
+            self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
+            for block in self.blocks:
+                block.drop = nn.Identity()
+            self.blocks[-1].other = nn.Linear(width, width)  # in the place of `down`
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.embed(x)
+            for block in self.blocks:
+                y = block.up(x)
+                y = block.other(block.down(y)) if hasattr(block, "other") else block.down(torch.relu(y))
+                x = x + block.drop(y)
+            return self.head(x)
+
+    roles = find_roles(Ending, torch.zeros(2, 12), 16, 2).roles
+    (slot,) = roles.branches
+    assert slot.last_before("blocks.7.drop") == "blocks.7.drop"

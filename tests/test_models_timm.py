@@ -162,6 +162,26 @@ def test_positions_are_compared_container_by_container() -> None:
     assert align(values, dict.fromkeys(base, 0.0), "stream") == [2, 5, 6, 7]
 
 
+def test_positions_of_blocks_that_take_turns_are_the_nearest_of_the_same_kind() -> None:
+    names = [f"blocks.{number}" for number in range(8)]
+    kinds = {name: "ab"[number % 2] for number, name in enumerate(names)}
+    values = {position: float(number) for number, position in enumerate(positions_of(names, names, kinds))}
+    base = dict.fromkeys(positions_of(names[:2], names[:2], kinds), 0.0)
+    assert align(values, base, "branch") == [0, 3]  # a half of the blocks before it: 4, which is of the other kind
+    without = {position._replace(kind=""): value for position, value in values.items()}
+    assert align(without, {position._replace(kind=""): 0.0 for position in base}, "stream") == [3, 7]
+
+
+def test_a_head_dim_that_grows_with_width_gives_the_queries_a_multiplier() -> None:
+    config = TimmConfig(
+        timm_name="iformer_t", width=64, depth=2, base_width=32, base_depth=1, num_classes=10, image_size=64
+    )
+    scaled = build_meta(config, COMPLETEP)
+    queries = [name for name in scaled.multipliers if name.endswith(".q")]
+    assert queries
+    assert {scaled.multipliers[name].value for name in queries} == {2**-0.5}
+
+
 def test_a_readouts_bias_that_is_drawn_is_no_mean_over_the_width() -> None:
     drawn = replace(CONVNEXT, arguments={**CONVNEXT.arguments, "head_init_scale": 1.0})
     scaled = build(drawn, COMPLETEP, seed=0)
@@ -174,6 +194,7 @@ def test_a_readouts_bias_that_is_drawn_is_no_mean_over_the_width() -> None:
     ("name", "head_dim", "width"),
     [
         *[("efficientnet_b0", None, 32), ("gernet_s", None, 48), ("mvitv2_tiny", 16, 32), ("regnetx_002", None, 32)],
+        *[("mobilevit_s", None, 32), ("lcnetv2_base", None, 64)],
         *[("nf_resnet26", None, 32), ("cspresnet50", None, 64), ("xcit_nano_12_p16_224", 16, 32)],
     ],
 )

@@ -70,8 +70,8 @@ def test_nothing_is_submitted_twice_when_the_launcher_is_killed_at_any_point(
     assert cluster.queued("-after-") == []
 
     cluster.stop_controller()
-    launched = cluster.depthmup("launch", held, "study.name=before")
-    status = cluster.depthmup("status", held, "study.name=before")
+    launched = cluster.depthmup("launch", held, "study.name=before", env=cluster.hasty)
+    status = cluster.depthmup("status", held, "study.name=before", env=cluster.hasty)
     cluster.start_controller()
     assert launched.returncode == 2
     assert "Slurm does not answer" in launched.stderr
@@ -86,7 +86,8 @@ def test_what_was_submitted_is_said_when_the_controller_goes_away_right_after_th
 ) -> None:
     def without_controller(*command: str) -> subprocess.CompletedProcess[str]:
         controller = (cluster.directory / "run" / "slurmctld.pid").read_text()
-        said = cluster.depthmup(*command, env={"PATH": path, "WHEN": "gone", "CONTROLLER": controller})
+        gone = {"PATH": path, "WHEN": "gone", "CONTROLLER": controller}
+        said = cluster.depthmup(*command, env={**cluster.hasty, **gone})
         cluster.start_controller()
         assert said.returncode == 2, said.stderr
         assert len(said.stderr.strip().splitlines()) == 1, said.stderr
@@ -136,7 +137,8 @@ def test_the_job_after_the_runs_waits_for_a_slurm_that_does_not_answer_and_then_
     study.write()
     cluster.stop_controller()
     command = [sys.executable, "-c", GO_ON, str(REPOSITORY), str(study.file.directory)]
-    with subprocess.Popen(command, env=cluster.environment, stdout=subprocess.PIPE, text=True) as job:
+    environment = {**cluster.environment, **cluster.hasty}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as job:
         assert job.stdout is not None
         first = job.stdout.readline()
         cluster.start_controller()
@@ -257,19 +259,6 @@ def test_probe_proposes_a_profile_that_launch_takes(cluster: Cluster, held: Path
     unknown = cluster.depthmup("launch", held, "--cluster", "other")
     assert unknown.returncode == 2
     assert "mine" in unknown.stderr
-
-
-def test_a_run_over_two_nodes_meets_and_finishes(cluster: Cluster, study_file: Path) -> None:
-    content = yaml.safe_load(study_file.read_text())
-    del content["study"]
-    content["launch"] = {"cluster": "slurm", "nodes": 2, "tasks_per_node": 1}
-    study_file.write_text(yaml.safe_dump(content))
-    folder = study_file.parent
-    launched = cluster.depthmup("launch", study_file, cwd=folder)
-    assert launched.returncode == 0, launched.stderr
-    done = wait_for(lambda: list(folder.glob("runs/tiny/runs/*/done.json")))[0]
-    assert "ddp on 2 x cpu" in (done.parent / "log-0.txt").read_text()
-    assert (done.parent / "log-1.txt").exists()
 
 
 @pytest.mark.parametrize("sudo", [None, "exit 1"])

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,15 @@ from depthmup.launch.values import Octaves
 from depthmup.models.errors import ModelError
 from depthmup.train import __main__ as command
 from depthmup.train import owner
-from depthmup.train.config import ParallelConfig, RunConfig, ScheduleConfig, TrackConfig, TrainConfig, run_hash
+from depthmup.train.config import (
+    ParallelConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrackConfig,
+    TrainConfig,
+    identity,
+    run_hash,
+)
 from depthmup.train.interrupt import Interrupt, Interrupted
 from depthmup.train.loop import run
 from depthmup.train.owner import code_fingerprint, differences
@@ -96,6 +104,22 @@ def test_a_new_field_at_its_default_leaves_every_run_what_it_was(shards: Path, t
     run(config, tmp_path / "older")
     with pytest.raises(UserError, match=r"train.new: not known there, 0.6 here"):
         owner.finished(RunDirectory(tmp_path / "older"), with_new_field(config, new=0.6))
+
+
+@pytest.mark.parametrize("section", [field.name for field in fields(RunConfig) if field.name != "seed"])
+def test_a_new_field_of_any_section_at_its_default_leaves_the_hash(shards: Path, section: str) -> None:
+    config = run_config(shards)
+    kind = type(getattr(config, section))
+
+    @pydantic.dataclasses.dataclass(frozen=True, kw_only=True)
+    class Later(kind):  # type: ignore[misc, valid-type]
+        new: float = 0.5
+
+    def later(**stated: float) -> str:
+        return run_hash(replace(config, **{section: Later(**vars(getattr(config, section)), **stated)}))
+
+    assert later() == run_hash(config)
+    assert (later(new=0.6) != run_hash(config)) == (section in identity(config))
 
 
 def test_a_default_that_changed_makes_another_run(shards: Path) -> None:

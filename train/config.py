@@ -16,7 +16,13 @@ from pydantic.dataclasses import dataclass
 from depthmup.data.config import NOT_IDENTITY, DataConfig, Positive, Whole, channels_misfit, streams_misfit
 from depthmup.data.errors import UserError
 from depthmup.models.checked import STRICT, checked
-from depthmup.models.config import AnyModelConfig, MixtureVitConfig, ParameterizationConfig, ResNetConfig
+from depthmup.models.config import (
+    OF_SEVERAL_EXPERTS,
+    AnyModelConfig,
+    MixtureVitConfig,
+    ParameterizationConfig,
+    ResNetConfig,
+)
 from depthmup.models.number import Number
 from depthmup.models.optimizer_config import OptimizerConfig, refuse_idle
 
@@ -236,7 +242,7 @@ class RunConfig:
                 f"model.num_groups would do nothing: model.norm is {norm}; leave it out, or use model.norm group"
             )
         if getattr(self.model, "num_experts", None) == 1:
-            for key in ("active_share", "balance_rate"):
+            for key in OF_SEVERAL_EXPERTS:
                 if getattr(self.model, key) != getattr(MixtureVitConfig, key):
                     raise ValueError(
                         f"model.{key} would do nothing: model.num_experts is 1; leave it out, or use more experts"

@@ -116,7 +116,7 @@ def data_fingerprint(config: RunConfig) -> str | None:
 # ---------------------------------------------------------------- code
 
 
-def without_docstring(node: ast.AST) -> Any:
+def without_docstring(node: ast.AST) -> list[ast.stmt]:
     """The statements of `node`'s body that do something."""
     body: list[ast.stmt] = getattr(node, "body", [])
     first = body[0] if body else None
@@ -124,16 +124,30 @@ def without_docstring(node: ast.AST) -> Any:
     return body[1:] if is_docstring and isinstance(first.value.value, str) else body  # type: ignore[union-attr]
 
 
-def meaning(node: Any) -> Any:
-    """A syntax tree as plain data, without docstrings, and without what is empty: newer Pythons add empty fields."""
-    if isinstance(node, list):
-        return [meaning(item) for item in node]
-    if not isinstance(node, ast.AST):
-        return repr(node)
-    parts = {name: value for name, value in ast.iter_fields(node) if value not in (None, [])}
-    if isinstance(node, DEFINITIONS):
-        parts["body"] = without_docstring(node)
-    return [type(node).__name__, *((name, meaning(value)) for name, value in parts.items())]
+def meaning(tree: ast.AST) -> str:
+    """A syntax tree as text, without docstrings, and without what is empty: newer Pythons add empty fields.
+
+    Each node is followed by the number of its fields, and by their names and values, each list by its length and its
+    items. A loop with a stack takes a quarter of the time of a recursion: every process that trains waits for it.
+    """
+    words: list[str] = []
+    stack: list[Any] = [tree]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, ast.AST):
+            kind, parts = type(item), []
+            for name in kind._fields:
+                value = without_docstring(item) if name == "body" and kind in DEFINITIONS else getattr(item, name, None)
+                if value is not None and value != []:
+                    parts += [value, name]
+            words.append(f"{kind.__name__} {len(parts)}")
+            stack += parts
+        elif isinstance(item, list):
+            words.append(f"list {len(item)}")
+            stack += item
+        else:
+            words.append(repr(item))
+    return "\0".join(words)
 
 
 def codes(before: str) -> str:
@@ -148,5 +162,5 @@ def code_fingerprint(root: Path = PACKAGE) -> str:
     for package in PACKAGES:
         for file in sorted((root / package).rglob("*.py")):
             name = file.relative_to(root).as_posix()
-            hashed.update(json.dumps([name, meaning(ast.parse(file.read_bytes()))]).encode())
+            hashed.update(f"{name}\0{meaning(ast.parse(file.read_bytes()))}\0".encode())
     return hashed.hexdigest()[:12]

@@ -11,9 +11,9 @@
 Of several parameterizations each has its first runs at every size before the budget is spent on seeds of another, and
 an equal share of what is left.
 
-It ends where the verdicts are settled, where the budget is spent, and where what is left of it would hardly settle
-them. A pure function of the finished runs: resumed at any round, a study asks for the same runs. docs/verdict.md has
-what simulation says of it.
+It ends where the verdicts are settled, where the budget is spent, and where to settle them would probably cost more
+than they may. A pure function of the finished runs: resumed at any round, a study asks for the same runs.
+docs/verdict.md has what simulation says of it.
 """
 
 import math

@@ -138,9 +138,9 @@ def extrapolate(known: dict[Size, np.ndarray], target: Size, axes: Sequence[str]
 
 
 def smaller(known: dict[Size, np.ndarray], target: Size) -> dict[Size, np.ndarray]:
-    """Of sizes that are trained as the target: no law here has batch or samples."""
-    trained_alike = {s: each for s, each in known.items() if s != target and s.is_trained_as(target)}
-    return {s: each for s, each in trained_alike.items() if s.width <= target.width and s.depth <= target.depth}
+    """Of sizes that differ from the target in width and depth alone: no law here has experts, batch or samples."""
+    alike = {s: each for s, each in known.items() if s != target and s.is_beside_in_shape(target)}
+    return {s: each for s, each in alike.items() if s.width <= target.width and s.depth <= target.depth}
 
 
 def varied(sizes: Sequence[Size]) -> list[str]:
@@ -204,8 +204,8 @@ def predict(
 
 def targets(sizes: Sequence[Size], base: Size) -> list[Size]:
     """The largest size along each axis from the base, and the largest of all if one is so in both axes; all of the
-    base's batch and samples."""
-    sizes = [size for size in sizes if size.is_trained_as(base)]
+    base's experts, batch and samples."""
+    sizes = [size for size in sizes if size.is_beside_in_shape(base)]
     found = []
     for axis in AXES:
         along = [size for size in sizes if size.is_beside(base, axis)]

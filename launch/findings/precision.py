@@ -102,16 +102,20 @@ class Aim:
             return min(by_shape, self.deviation)
         return min(by_shape, self.deviation * min(slope / self.slope, 1.0))
 
-    def settles(self, deviation: float, limits: Limits) -> float:
-        """Probability that the regret is known well enough once the distance's deviation has come down to this: the
-        distance that is then found scatters by what was learned."""
+    def outcomes(self, deviation: float, limits: Limits) -> tuple[float, float]:
+        """Probabilities that the value is known to transfer, and that it is known not to, once the distance's deviation
+        has come down to this: the distance that is then found scatters by what was learned."""
         spread = math.sqrt(max(self.deviation**2 - deviation**2, 0.0))
         found = np.abs(self.distance + spread * NormalDist().inv_cdf(0.999) * QUANTILES)
         high = self.curvature / 2 * (found + SURENESS * deviation) ** 2
         low = self.curvature / 2 * np.maximum(found - SURENESS * deviation, 0.0) ** 2
         transfer, cost = math.log1p(limits.transfer), math.log1p(limits.cost)
-        settled = (high <= transfer) | (low > cost) | ((low > transfer) & (high <= cost))
-        return float(WEIGHTS @ settled)
+        against = (low > cost) | ((low > transfer) & (high <= cost))
+        return float(WEIGHTS @ (high <= transfer)), float(WEIGHTS @ against)
+
+    def settles(self, deviation: float, limits: Limits) -> float:
+        """Probability that the regret is then known well enough."""
+        return sum(self.outcomes(deviation, limits))
 
 
 QUANTILES = np.linspace(-1, 1, 201)

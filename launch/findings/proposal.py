@@ -23,7 +23,6 @@ from depthmup.launch.findings.precision import (
     slope_variance,
 )
 from depthmup.launch.findings.verdict import SURE, Analysis, judge_size
-from depthmup.launch.wording import show_share
 
 OCTAVE, CLOSEST = 1.0, 0.25  # octaves between values about the best, and to one at which runs fail
 
@@ -40,7 +39,13 @@ SPREADS = (0.5, 1.0, 1.5)  # octaves of new values about the carried one
 ENOUGH = 0.7  # a round is filled until it settles a size with this probability
 
 
-HOPELESS = 0.1  # with a probability below it, what is left of the budget is not spent
+DEAREST = 1.5  # shares of the budget, one for each parameterization, that a settled verdict may be expected to cost
+
+
+SPENDINGS = tuple(2.0**-halvings for halvings in range(5))  # of what is left, of which the best price is the verdict's
+
+
+PROBABLE = 0.5  # that one size says that the value costs: the others need not be settled then
 
 
 LEAST = 4  # runs of one size that a round may add to it
@@ -108,6 +113,8 @@ class Proposal:
 
     def __init__(self, design: Design, analysis: Analysis, name: str, left: float, reserved: float) -> None:
         """left: FLOPs of the budget. reserved: those of them that first runs will take, which no seeds may."""
+        open_ones = sum(each.verdict == "inconclusive" for each in analysis.judgements)
+        self.share = left / max(open_ones, 1)  # of what is left, for each verdict that is open
         self.design, self.analysis, self.name, self.left, self.reserved = design, analysis, name, left, reserved
         self.wants: list[Want] = []
         self.ended = self.propose()
@@ -198,7 +205,7 @@ class Proposal:
             return "settled"
         window, seeds = self.first_window(base, carried)
         self.want(base_size, self.grid(base, [carried]), "the base at the carried value")
-        chances, wanted = [], []
+        wanted = []
         found = {each.curve.size: each for each in comparisons}
         for size in self.design.sizes[1:]:
             if size not in found:
@@ -206,14 +213,14 @@ class Proposal:
             elif not self.search(found[size], carried):
                 finding = judge_size(found[size], self.design.limits)
                 if finding.verdict == "inconclusive" and found[size].curve.posterior is not None:
-                    chances.append(self.chance(found[size], carried))
                     wanted.append(found[size])
         if self.wants:
             return None
         if not wanted:
             return "no run that the design knows would settle it"
-        if min(chances) < HOPELESS:
-            return f"what is left of the budget settles it with a probability of {show_share(min(chances))} only"
+        wanted = self.deciding(wanted, carried)
+        if (price := self.price(wanted, carried)) > DEAREST:
+            return f"to settle it would cost {show_price(price)} its share of the budget"
         for comparison in wanted:
             curve = comparison.curve
             most = min(max(len(runs_of(curve)) // 2, LEAST), self.affordable(curve.size))
@@ -301,15 +308,45 @@ class Proposal:
     def settles(self, aim: Aim, deviation: float) -> bool:
         return aim.settles(deviation, self.design.limits) >= ENOUGH
 
-    def chance(self, comparison: Comparison, carried: float) -> float:
-        """Probability that what is left of the budget, all spent on this size, settles it."""
+    def outcomes(self, comparison: Comparison, carried: float, flops: float) -> tuple[float, float]:
+        """Probabilities that the size is known to lose nothing, and that it is known to lose something, after `flops`
+        are spent on it."""
         curve, aim = comparison.curve, self.aim(comparison.curve, carried)
         trained = {place(x) for x in curve.x[np.isfinite(curve.mean)] if abs(x - carried) <= max(SPREADS)}
         values = sorted(trained | set(self.values(curve, carried)))
         pairs = list(zip(values, reversed(values), strict=True))[: len(values) // 2]
         seeds = self.fresh(curve, aim.runs)
         rest: list[Run] = []
-        for index in range(min(self.affordable(curve.size), MOST_AHEAD) // 2):
+        for index in range(min(int(flops / self.design.flops[curve.size]), MOST_AHEAD) // 2):
             seed = next(seeds)
             rest += [(x, seed) for x in pairs[index % len(pairs)]]
-        return aim.settles(aim.after([*aim.runs, *rest]), self.design.limits)
+        return aim.outcomes(aim.after([*aim.runs, *rest]), self.design.limits)
+
+    def deciding(self, comparisons: Sequence[Comparison], carried: float) -> list[Comparison]:
+        """Those of the open sizes whose runs decide: all, unless one will probably say that the value costs; then this
+        one, and those that may still say that it does not transfer."""
+        against = [self.outcomes(each, carried, self.share / len(comparisons))[1] for each in comparisons]
+        witness = int(np.argmax(against))
+        if against[witness] < PROBABLE:
+            return list(comparisons)
+        return [
+            each
+            for number, each in enumerate(comparisons)
+            if number == witness or not judge_size(each, self.design.limits).is_bounded
+        ]
+
+    def price(self, comparisons: Sequence[Comparison], carried: float) -> float:
+        """FLOPs that a verdict is expected to cost, in shares of the study's whole budget: what is spent on the sizes,
+        equally, over the probability that this settles all of them."""
+        whole = self.design.budget / len(self.design.parameterizations)
+        found = []
+        for part in SPENDINGS:
+            spent = part * self.share
+            chances = (sum(self.outcomes(each, carried, spent / len(comparisons))) for each in comparisons)
+            found.append(spent / whole / max(math.prod(chances), 1e-9))
+        return min(found)
+
+
+def show_price(price: float) -> str:
+    """'3.2 times', 'over 100 times'"""
+    return "over 100 times" if price > 100 else f"{price:.2g} times"

@@ -9,7 +9,7 @@ from typing import Any
 from depthmup.data.storage import write_atomically
 from depthmup.launch.jobs.code_copy import describe_code
 from depthmup.launch.paths import PACKAGE
-from depthmup.train.rundir import RunDirectory, parse_lines
+from depthmup.train.rundir import RunDirectory, add_line, parse_lines
 
 # Events of attempts.jsonl, beside those that are called what they are
 UNPACKED = "unpacked"  # the run was in a pack that failed, and goes on alone
@@ -23,9 +23,7 @@ def pending(directory: RunDirectory) -> bool:
 
 def note(directory: RunDirectory, event: str, **details: Any) -> None:
     """Adds a line to attempts.jsonl."""
-    line = {"event": event, "time": time.time(), **details}
-    with open(directory.path / "attempts.jsonl", "a") as file:
-        file.write(json.dumps(line) + "\n")
+    add_line(directory.path / "attempts.jsonl", {"event": event, "time": time.time(), **details})
 
 
 def attempts(directory: RunDirectory) -> list[dict[str, Any]]:

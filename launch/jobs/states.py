@@ -4,8 +4,9 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from depthmup.launch.jobs import slurm
@@ -60,8 +61,8 @@ class Snapshot:
 
     def counts(self) -> dict[State, int]:
         """Number of runs per state that occurs."""
-        counted = {state: len(self.of(state)) for state in STATES}
-        return {state: count for state, count in counted.items() if count}
+        counted = Counter(run.state for run in self.runs)
+        return {state: counted[state] for state in STATES if state in counted}
 
 
 def state_of(
@@ -168,8 +169,9 @@ def ask_slurm(study: Study, submissions: Sequence[Submission]) -> tuple[list[Que
         return [], {submission.name for submission in submissions}, str(failure)
 
 
-def take(study: Study) -> Snapshot:
-    """Reads every run's files and asks Slurm."""
+def take(study: Study, ended: Mapping[str, RunState] = MappingProxyType({})) -> Snapshot:
+    """Reads every run's files and asks Slurm. `ended`: by name, runs whose end the caller has seen before: they are not
+    looked at again."""
     root = study.file.directory
     submissions, local = load_all(root / "jobs"), load_all(root / "local")
     queue, unsaid, error = ask_slurm(study, submissions)
@@ -179,14 +181,18 @@ def take(study: Study) -> Snapshot:
     last = {name: (s, index) for s in everything for index, names in enumerate(s.tasks) for name in names}
     listed, slots = {}, []
     for submission in local:
-        if live := submission.slots():
+        names = [*chain.from_iterable(submission.tasks)]
+        if not ended.keys() >= set(names) and (live := submission.slots()):
             slots += live
-            listed.update(dict.fromkeys((name for names in submission.tasks for name in names), live[0]))
+            listed.update(dict.fromkeys(names, live[0]))
     ours = {submission.name for submission in submissions if submission.goes_on}
     continuations = [task for task in queue if task.name in ours]
     found = []
     for run in study.runs:
         name = run.directory.path.name
+        if before := ended.get(name):
+            found.append(before)
+            continue
         submitted = last.get(name)
         asked = not (submitted and submitted[0].name in unsaid)
         state = state_of(run, tasks.get(name), listed.get(name), submitted, asked, causes, name in stopped)

@@ -21,7 +21,8 @@ class Added:
     parameterization: str  # its label
     width: int
     depth: int
-    batch: int | None = None  # in a study with this axis
+    num_experts: int | None = None  # in a study with this axis, as the next two
+    batch: int | None = None
     samples: int | None = None
 
     @property

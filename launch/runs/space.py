@@ -10,6 +10,7 @@ import numpy as np
 
 from depthmup.data.config import DataConfig
 from depthmup.data.errors import UserError
+from depthmup.launch.axes import MODEL_AXES
 from depthmup.launch.runs.planned import factors
 from depthmup.launch.values import Dimension, Range
 from depthmup.train.config import RunConfig, TrainConfig, run_hash
@@ -37,7 +38,7 @@ FIXED = {
     "parameterization.name": "parameterizations make the same of the base: compare them in a study",
 }
 
-SWEPT_BY_SIZES = ("model.width", "model.depth", "model.base_width", "model.base_depth")  # of a study
+SWEPT_BY_SIZES = tuple(f"model.{base}{axis}" for base in ("", "base_") for axis in MODEL_AXES)  # of a study
 # What changes no result: all suggestions would be one run.
 NO_RESULT = {
     f"{section}.{field.name}"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from depthmup.data.errors import UserError
 from depthmup.data.storage import write_atomically
-from depthmup.launch.axes import TRAINING_AXES
+from depthmup.launch.axes import MODEL_AXES, TRAINING_AXES
 from depthmup.launch.config import Size, StudyFile, label
 from depthmup.launch.paths import command
 from depthmup.launch.runs.hopeless import limit_hopeless
@@ -33,7 +33,7 @@ from depthmup.launch.runs.rounds import (
 )
 from depthmup.launch.runs.space import check_sweep
 from depthmup.launch.runs.written import portable_settings, refuse_other_study, with_absolute_paths
-from depthmup.models.config import ParameterizationConfig
+from depthmup.models.config import OF_SEVERAL_EXPERTS, ParameterizationConfig
 from depthmup.train.config import RunConfig, run_hash
 from depthmup.train.reading import STUDY_SECTIONS, from_plain, set_dotted, to_plain, to_yaml
 from depthmup.train.rundir import Limits, RunDirectory
@@ -79,6 +79,11 @@ class Study:
         for run in self.points:
             by_directory.setdefault(run.directory.path, run)
         return list(by_directory.values())
+
+    @property
+    def runs_to_come(self) -> int:
+        """How many more will follow from the results of these, where that is known."""
+        return 0
 
     def _forget_runs(self) -> None:
         """To be called once what they follow from has grown: they are then made anew."""
@@ -169,7 +174,10 @@ class Study:
 
     def _checked(self, parameterization: Any, size: Size, value: float) -> RunConfig:
         """The run's configuration, read as if from a file. Raises UserError."""
-        raw = {**self._base, "model": {**self._base["model"], "width": size.width, "depth": size.depth}}
+        shape = {axis: value for axis, value in size.axes.items() if axis in MODEL_AXES}
+        raw = {**self._base, "model": {**self._base["model"], **shape}}
+        if size.num_experts == 1:  # the dense network, which reads none of what mixes experts
+            raw["model"] = {key: stated for key, stated in raw["model"].items() if key not in OF_SEVERAL_EXPERTS}
         # A study may sweep a field of the parameterization itself (beta, gamma0).
         raw["parameterization"] = dict(vars(parameterization))
         raw["optimizer"] = deepcopy(self._base["optimizer"])
@@ -356,7 +364,7 @@ class Study:
                 if run.trunk and not (run.directory.path / "trunk.json").exists():
                     write_trunk(run.directory, run.trunk)
                 if not run.directory.config.exists() or run.directory.config.read_text() != content:
-                    run.directory.config.write_text(content)
+                    write_atomically(run.directory.config, content.encode())
             for run, limits in self.early_ends():
                 if not run.done():
                     run.directory.write_limits(limits)

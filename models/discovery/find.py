@@ -3,7 +3,7 @@
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,7 +28,9 @@ from depthmup.models.parameterization import Role
 
 Weights = dict[str, Tensor]  # by name
 BY_HAND = "write its Roles by hand, see docs/your-model.md"
+MORE_BLOCKS = "take a base of more blocks"
 MATRIX_PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm"}
+STACKS = {"stack", "sum", "mean"}
 CONTRACTIONS = MATRIX_PRODUCTS | {"addmm", "addbmm", "mm", "einsum", "tensordot", "lstm", "gru", "rnn_tanh", "rnn_relu"}
 
 
@@ -63,13 +65,16 @@ def find_roles(build: Builder, inputs: Any, width: int, depth: int) -> Discovery
     exempt = set(getattr(growth.base, "no_weight_decay", set)())  # timm's networks say which they mean
     queries, head_dim = find_queries(base, wide)
     slots = [slot for branch in branches for slot in branch_slots(branch, growth.deep)]
+    readout, *more = find_readouts(roles, used, nodes[-1])
     found = Roles(
         parameters=tuple(parameter_rules(growth, roles, used, drawn, exempt)),
         branches=merge_slots(growth, growth.deep, slots),
-        readout=find_readout(roles, used),
+        readout=readout,
         queries=merge_slots(growth, growth.base, queries),
         blocks=find_blocks(growth, branches),
+        more_readouts=tuple(more),
     )
+    refuse_missing(growth.base, found)
     return Discovery(found, readout_features(growth.base, found), head_dim)
 
 
@@ -115,7 +120,7 @@ def role_of(name: str, growth: Growth, users: list[Node], branches: list[Branch]
     if grows is None:
         raise ModelError(
             f"{name} is in the deeper network, and in no block of the base, so that nothing is known of its growth: "
-            "take a base of more blocks"
+            f"{MORE_BLOCKS}"
         )
     user, growing = users[0], sum(grows)
     if growing == 0:
@@ -244,7 +249,8 @@ def which_blocks(growth: Growth, network: nn.Module, name: str, among: Collectio
 
 
 def merge_slots(growth: Growth, network: nn.Module, found: list[tuple[str, str]]) -> tuple[Slot, ...]:
-    """One slot for all blocks that have it in the same place; `found` in `network`."""
+    """One slot for all blocks that have it in the same place; `found` in `network`. Where the last module with weights
+    is not the same in all of them, the slot names its own module, and an export refuses what that cannot hold."""
     slots: dict[str, Slot] = {}
     outputs = {output for output, _ in found}
     for output, last in found:
@@ -252,12 +258,25 @@ def merge_slots(growth: Growth, network: nn.Module, found: list[tuple[str, str]]
         pattern = growth.pattern(output, first)
         start = next((c for c in growth.containers if output.startswith(c) and last.startswith(c)), None)
         if start is None:
-            slots[pattern] = Slot(pattern, last.replace("\\", "\\\\"))
-            continue
-        head = start + output[len(start) :].partition(".")[0]
-        rest = pattern.removeprefix(growth.pattern(head, first))
-        slots[pattern] = Slot(f"({growth.pattern(head, first)}){rest}", rf"\1{last.removeprefix(head)}")
+            slot = Slot(pattern, last.replace("\\", "\\\\"))
+        else:
+            head = start + output[len(start) :].partition(".")[0]
+            rest = pattern.removeprefix(growth.pattern(head, first))
+            slot = Slot(f"({growth.pattern(head, first)}){rest}", rf"\1{last.removeprefix(head)}")
+        alike = slots.setdefault(pattern, slot) == slot
+        slots[pattern] = slot if alike else replace(slot, last=r"\g<0>")
     return tuple(slots.values())
+
+
+def refuse_missing(base: nn.Module, roles: Roles) -> None:
+    """Raises ModelError for a kind of branch or block that the deeper network has, and no block of the base."""
+    names = [name for name, _ in base.named_modules()]
+    for what in (*(slot.output for slot in roles.branches), roles.blocks):
+        if what and not any(re.fullmatch(what, name) for name in names):
+            raise ModelError(
+                f"a deeper network has branches in modules like {what}, and the base none, so that it is no base of "
+                f"them: {MORE_BLOCKS}"
+            )
 
 
 def find_blocks(growth: Growth, branches: list[Branch]) -> str | None:
@@ -269,22 +288,37 @@ def find_blocks(growth: Growth, branches: list[Branch]) -> str | None:
     return "|".join(dict.fromkeys(patterns))
 
 
-def find_readout(roles: dict[str, Role], used: dict[str, list[Node]]) -> str:
-    """The module of the readout's weight. Raises ModelError for none, several, or one that is no module's."""
+def find_readouts(roles: dict[str, Role], used: dict[str, list[Node]], last: Node) -> list[str]:
+    """The modules of the readout's weights: one, or several whose outputs are added to what the network puts out,
+    `last`. Raises ModelError for none, for others, and for a weight that is no module's."""
     readouts = [name for name, role in roles.items() if role is Role.READOUT]
-    if len(readouts) != 1:
-        what = (
-            f"{len(readouts)} readouts: {', '.join(readouts)}"
-            if readouts
-            else "no readout, which reads the width alone"
-        )
-        raise ModelError(f"the network has {what}. The rules are for one: {BY_HAND}")
-    module = readouts[0].rpartition(".")[0]
-    if used[readouts[0]][0].module != module:
+    if not readouts:
+        raise ModelError(f"the network has no readout, which reads the width alone. The rules are for one: {BY_HAND}")
+    if len(readouts) > 1 and not are_added([used[name][0] for name in readouts], last):
         raise ModelError(
-            f"the readout {readouts[0]} is not used by its own module {module or '(the network)'}: {BY_HAND}"
+            f"the network has {len(readouts)} readouts: {', '.join(readouts)}. The rules are for one, or for several "
+            f"whose outputs are added: {BY_HAND}"
         )
-    return module
+    modules = [name.rpartition(".")[0] for name in readouts]
+    for name, module in zip(readouts, modules, strict=True):
+        if used[name][0].module != module:
+            raise ModelError(f"the readout {name} is not used by its own module {module or '(the network)'}: {BY_HAND}")
+    return modules
+
+
+def are_added(nodes: list[Node], last: Node) -> bool:
+    """Whether sums and means alone, of tensors with the shape of `last` or stacks of them, lead from all `nodes` to
+    `last`: a sum of linear maps is one linear map."""
+    waiting, seen = [last], {last}
+    while waiting:
+        node = waiting.pop()
+        before = [each for each in node.inputs if each.data]
+        if node in nodes or (node.operation in SCALINGS and len(before) > 1):
+            continue
+        if node.operation in SUMS | SCALINGS | STACKS | MOVES - {"cat"}:
+            waiting += [each for each in before if each not in seen]
+            seen.update(before)
+    return all(node in seen and node.shape == last.shape for node in nodes)
 
 
 def readout_features(network: nn.Module, roles: Roles) -> int:

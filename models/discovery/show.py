@@ -18,7 +18,7 @@ def roles_table(roles: Roles) -> str:
     ]
     rows += [(slot.output, "end of a branch", f"after {slot.last}") for slot in roles.branches]
     rows += [(slot.output, "queries", "") for slot in roles.queries]
-    rows.append((roles.readout, "readout", ""))
+    rows += [(name, "readout", "") for name in roles.readouts]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     return "\n".join(f"{name:<{widths[0]}}  {role:<{widths[1]}}  {rest}".rstrip() for name, role, rest in rows)
 
@@ -39,5 +39,6 @@ def roles_code(roles: Roles) -> str:
     return (
         f"roles = Roles(\n    parameters=({rules}\n    ),\n    branches=({slots(roles.branches)}\n    ),\n"
         f"    readout={roles.readout!r},\n    queries=({slots(roles.queries)}\n    ),\n"
-        f"    blocks={roles.blocks!r},\n)\n"
+        f"    blocks={roles.blocks!r},\n"
+        + (f"    more_readouts={roles.more_readouts!r},\n)\n" if roles.more_readouts else ")\n")
     )

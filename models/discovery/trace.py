@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -107,6 +108,18 @@ class Recorder(TorchFunctionMode):
                 handle.remove()
 
 
+@contextmanager
+def own_linear() -> Iterator[None]:
+    """torch's linear in the place of another one: DeepSpeed's ZeRO 3 leaves its own in torch.nn.functional, for the
+    whole process, which hides from a trace what it does with the weight."""
+    replaced = functional.linear
+    functional.linear = torch._C._nn.linear
+    try:
+        yield
+    finally:
+        functional.linear = replaced
+
+
 def trace(network: nn.Module, inputs: tuple[Any, ...]) -> list[Node]:
     """The tensors of `network(*inputs)` in order, computed on the meta device: shapes alone.
 
@@ -119,7 +132,7 @@ def trace(network: nn.Module, inputs: tuple[Any, ...]) -> list[Node]:
         if isinstance(leaf, Tensor):
             recorder.add(leaf, "input", [], [])
     try:
-        with torch.device("meta"), torch.no_grad(), recorder.watching(network):
+        with torch.device("meta"), torch.no_grad(), own_linear(), recorder.watching(network):
             network(*given)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
