@@ -169,14 +169,14 @@ def test_a_page_that_is_watched_loads_itself_again_and_a_finished_one_does_not(
 ) -> None:
     root = write_page(study_file)
     page = root / "report.html"
-    assert "http-equiv" not in page.read_text()
+    assert "location.reload" not in page.read_text()
     answers, watched = [True, False], []
     monkeypatch.setattr(status, "goes_on", lambda snapshot: answers.pop(0))
     monkeypatch.setattr(status.time, "sleep", lambda seconds: watched.append(page.read_text()))
     CliRunner().invoke(cli, ["report", str(study_file), "--watch"], catch_exceptions=False)
-    (refresh,) = [each for each in Elements(watched[0]).of("meta") if each.get("http-equiv") == "refresh"]
-    assert int(refresh["content"] or 0) == status.WATCH_SECONDS
-    assert "http-equiv" not in page.read_text()
+    (milliseconds,) = re.findall(r"setTimeout\(\(\) => location\.reload\(\), (\d+)\)", watched[0])
+    assert int(milliseconds) == 1000 * status.WATCH_SECONDS
+    assert "location.reload" not in page.read_text()
 
 
 def test_a_study_whose_every_run_failed_has_a_page_with_a_verdict(study_file: Path) -> None:
