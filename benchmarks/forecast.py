@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from depthmup.launch.config import Size
-from depthmup.launch.findings.forecast import predict
+from depthmup.launch.findings.forecast import predict_loss
 from depthmup.launch.report.page import markdown_table
 
 LAWS = ("0", "0.3", "0.6", "0.9", "1.2", "breaks")
@@ -39,7 +39,7 @@ def row(law: str, number: int, seeds: int, noise: float, studies: int, seed: int
     for _ in range(studies):
         runs = truth[:, None] * (1 + noise * generator.standard_normal((number + 1, seeds)))
         known = dict(zip(sizes[:-1], runs[:-1], strict=True))
-        _, predicted, interval, _ = predict(known, sizes[-1], seeds)
+        _, predicted, interval, _ = predict_loss(known, sizes[-1], seeds)
         if predicted is not None and interval is not None:
             held.append(interval[0] <= runs[-1].mean() <= interval[1])
             widths.append((interval[1] - interval[0]) / 2 / predicted)

@@ -32,7 +32,7 @@ from depthmup.launch.runs.search import Search
 from depthmup.launch.runs.space import distributions
 from depthmup.launch.transfer import launch
 from depthmup.train import loop
-from depthmup.train.owner import code_fingerprint, owner
+from depthmup.train.owner import code_fingerprint, describe_owner
 
 NOISE = 0.02  # of a run's loss
 CONFIG = {
@@ -66,7 +66,7 @@ def finish(run: PlannedRun, noise: np.random.Generator) -> None:
     run.directory.path.mkdir(parents=True, exist_ok=True)
     loss = min(loss_without_noise(run) * (1 + NOISE * noise.standard_normal()), math.log(10))
     done = {"outcome": "completed", "step": 1000, "minival_loss": loss, "seconds": 1.0, "code": code_fingerprint()}
-    run.directory.write_done(done | owner(run.config))
+    run.directory.write_done(done | describe_owner(run.config))
 
 
 def walk(folder: Path, sampler: str, trials: int, seed: int) -> tuple[float, float, list[float]]:
@@ -82,7 +82,7 @@ def walk(folder: Path, sampler: str, trials: int, seed: int) -> tuple[float, flo
     search = Search(file, read_study_or_run(file))
     while len(best) < trials:
         started, started_cpu = time.perf_counter(), time.process_time()
-        search.go_on()
+        search.plan_next_batch()
         pending = search.pending()
         seconds, cpu = seconds + time.perf_counter() - started, cpu + time.process_time() - started_cpu
         for run in pending:
@@ -138,7 +138,7 @@ def train_search(folder: Path, trials: int, seed: int) -> list[Reached]:
     budget = trials * probe.flops + probe.rerun_flops
     search = open_search(folder, f"search-{seed}", flops=budget, seed=seed, prune=[0.25, 0.5])
     started, reached = time.process_time(), list[Reached]()
-    while search.go_on()[0] and not search.winners():
+    while search.plan_next_batch()[0] and not search.winners():
         launch(search)
         tried = [search.runs_tried(trial) for trial in search.trials()]
         lowest = min(loss for runs in tried if (loss := search.loss(runs)) is not None)

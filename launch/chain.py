@@ -17,8 +17,8 @@ from rich.console import Console
 from depthmup.data.errors import UserError
 from depthmup.data.index import counted
 from depthmup.launch.jobs import slurm, states
-from depthmup.launch.jobs.follower import Postponed, follower
-from depthmup.launch.jobs.submission import asked
+from depthmup.launch.jobs.follower import Postponed, submit_follower
+from depthmup.launch.jobs.submission import read_last_command
 from depthmup.launch.paths import command
 from depthmup.launch.prepare import prepare_data
 from depthmup.launch.reading import read_study, read_study_or_run
@@ -68,17 +68,17 @@ def show_report(study: Study, console: Console) -> "Report":
     return report
 
 
-def walk(study: JointStudy, console: Console) -> Study | None:
+def run_search(study: JointStudy, console: Console) -> Study | None:
     """Trains all runs of a search or a verification, waits for them, and shows what they say, as `show_joint`."""
     from depthmup.launch.report.joint import show_joint
 
-    finish(study, console)
+    finish_study(study, console)
     return show_joint(study, console)
 
 
 def watch_report(studies: list[Study], console: Console) -> None:
     """Writes the reports again and again until nothing of the studies waits or runs, or Ctrl-C."""
-    from depthmup.launch.jobs.status import WATCH_SECONDS, watch
+    from depthmup.launch.jobs.status import WATCH_SECONDS, watch_studies
 
     def show(paths: Sequence[Sequence[tuple[Study, states.Snapshot]]]) -> None:
         for (study, snapshot), *_ in paths:
@@ -86,7 +86,7 @@ def watch_report(studies: list[Study], console: Console) -> None:
             done = len(snapshot.of(*states.ENDED))
             console.print(f"{study.file.study.name}: {done} of {len(study.runs)} runs are done", highlight=False)
 
-    watch(studies, show)
+    watch_studies(studies, show)
 
 
 def write_what_is_there(study: Study, reload_seconds: int | None = None) -> bool:
@@ -102,7 +102,7 @@ def write_what_is_there(study: Study, reload_seconds: int | None = None) -> bool
     return bool(report.results)
 
 
-def finish(study: Study, console: Console, begun: bool = False) -> None:
+def finish_study(study: Study, console: Console, begun: bool = False) -> None:
     """Everything up to the last run: data, runs, and rounds of more values or seeds where a verdict needs them. After
     the first of them, and so after a cancel meanwhile, none begins that no user asked for.
 
@@ -206,9 +206,9 @@ def transfer(study: Study, targets: Sequence[Path], console: Console) -> None:
     from depthmup.launch.report.collect import check_swept
 
     check_swept(study)
-    before = asked(study.file.directory)
+    before = read_last_command(study.file.directory)
     try:
-        finish(study, console)
+        finish_study(study, console)
     except Unfinished:
         if write_what_is_there(study):
             console.print(f"Report of what is done: {study.file.directory / 'report.html'}", highlight=False)
@@ -217,12 +217,12 @@ def transfer(study: Study, targets: Sequence[Path], console: Console) -> None:
     if not targets:
         say_next_step(report, console)
         return
-    now = asked(study.file.directory)
+    now = read_last_command(study.file.directory)
     if now != before and now[0] == "cancel":
         raise UserError("cancelled before the target began: the same command continues")
     for large in target_studies(study, targets, console):
         if large.pending():
-            finish(large, console, begun=True)
+            finish_study(large, console, begun=True)
     report_target(study, console)
 
 
@@ -265,13 +265,16 @@ def advance_study(
             return
     for one in current:
         prepare_data(one, console)
-    with follower(study, targets, after, by_itself) as (job_id, attach):
+    with submit_follower(study, targets, after, by_itself) as (job_id, attach):
         job_ids: set[str] = set()
         for one in current:
             launched = launch(one, IDLE if by_itself else UNFINISHED, by_itself)
             if launched.job_ids:
                 console.print(launched.describe_jobs(), highlight=False)
-            queued = sorted({found.task.job_id for found in take(one, launched.job_ids).runs if found.task}, key=int)
+            queued = sorted(
+                {found.task.job_id for found in take_after_submission(one, launched.job_ids).runs if found.task},
+                key=int,
+            )
             job_ids |= set(queued[: math.ceil(len(queued) / 2)] if launched.left else queued)
         if not job_ids:
             raise unfinished(current[0])
@@ -280,11 +283,11 @@ def advance_study(
     console.print(f"{then}: see {study.command('status', '--watch')}", highlight=False, soft_wrap=True)
 
 
-def take(study: Study, job_ids: Sequence[str]) -> states.Snapshot:
+def take_after_submission(study: Study, job_ids: Sequence[str]) -> states.Snapshot:
     """The states after `job_ids` were submitted. Raises UserError when Slurm has stopped answering since."""
-    snapshot = states.take(study)
+    snapshot = states.take_snapshot(study)
     if snapshot.slurm_error:
-        raise slurm.silent(snapshot.slurm_error, job_ids)
+        raise slurm.describe_silence(snapshot.slurm_error, job_ids)
     return snapshot
 
 
@@ -310,7 +313,7 @@ def repeat_while_silent(step: Callable[[], Value], console: Console, patience: f
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
 
-def go_on(folder: Path, targets: Sequence[Path], after: bool, console: Console) -> None:
+def continue_path(folder: Path, targets: Sequence[Path], after: bool, console: Console) -> None:
     """`advance_study` by itself, with what is in the study's folder now."""
     advance_study(open_planned(folder, read_study(folder)), targets, console, by_itself=True, after=after)
 
@@ -325,7 +328,9 @@ def main() -> int:
     console = Console(width=120, soft_wrap=True)  # one line each: status shows the last
     try:
         repeat_while_silent(
-            lambda: go_on(arguments.study, arguments.targets, arguments.after, console), console, PATIENCE_SECONDS
+            lambda: continue_path(arguments.study, arguments.targets, arguments.after, console),
+            console,
+            PATIENCE_SECONDS,
         )
     except Postponed as error:
         console.print(str(error), markup=False, highlight=False)

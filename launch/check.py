@@ -9,7 +9,7 @@ from rich.console import Console
 
 from depthmup.data.errors import UserError
 from depthmup.data.paths import expand_path
-from depthmup.launch.findings.theory import drift_sentence, not_covered
+from depthmup.launch.findings.theory import activation_of, drift_sentence, not_covered
 from depthmup.launch.progress import display
 from depthmup.launch.reading import read_raw
 from depthmup.models.config import MixtureVitConfig, ParameterizationConfig
@@ -181,7 +181,7 @@ def run_check(
     console.print(title, verdict(lines, seeds), sep="\n", highlight=False)
     if not not_covered(run):
         depths = [factor * run.model.base_depth for factor in settings.factors]
-        if sentence := drift_sentence(p, run.model.base_size, depths):
+        if sentence := drift_sentence(p, run.model.base_size, depths, activation_of(run)):
             console.print(sentence, highlight=False)
     if advice := hint(lines, run.model.base_depth, p):
         console.print(advice, highlight=False)

@@ -62,7 +62,7 @@ def transfer(config: str | Path, *overrides: str) -> Record:
 
 def status(config: str | Path, *overrides: str) -> list[Record]:
     """A record per run: its state, what is to be said of it, and its last line of metrics (None before the first)."""
-    snapshot = states.take(open_study(config, overrides))
+    snapshot = states.take_snapshot(open_study(config, overrides))
     return [
         {
             **describe_run(found.run),

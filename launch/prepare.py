@@ -38,7 +38,7 @@ def prepare_data(study: Study, console: Console) -> None:
     study.check_writable()
     check_fits(study)  # before an hour of packing
     if study.file.launch.cluster == "slurm":
-        slurm.require()
+        slurm.require_slurm()
     data = study.file.data
     pack_source(data, console)
     index = Index.load(data.root, data.trust)

@@ -12,7 +12,7 @@ from depthmup.data.storage import write_atomically
 from depthmup.launch.axes import MODEL_AXES, TRAINING_AXES
 from depthmup.launch.config import Size, StudyFile, label
 from depthmup.launch.findings.analysis import Curve
-from depthmup.launch.findings.forecast import Forecast, foretell
+from depthmup.launch.findings.forecast import Forecast, foretell_loss
 from depthmup.launch.findings.verdict import CARRIED, without_optimum
 from depthmup.launch.paths import command
 from depthmup.launch.reading import apply_profile, named_cluster, read_study_or_run, settings_of
@@ -284,7 +284,7 @@ def foretell_target(report: Report, curve: Curve, carried: float, target: RunCon
     own = [each for each in report.analysis.curves if each.parameterization == curve.parameterization]
     axes = [axis for axis in MODEL_AXES if axis in report.base.axes]
     size = report.study.file.complete(Size(**{axis: getattr(target.model, axis) for axis in axes}))
-    found = foretell(own, report.study.file.study.octaves(carried), size)
+    found = foretell_loss(own, report.study.file.study.octaves(carried), size)
     if reasons:
         remark = f"the target differs from the study in {reasons}"
         return replace(found, predicted=None, interval=None, remark=remark)

@@ -19,12 +19,12 @@ from depthmup.launch.jobs.code_copy import copy_code
 from depthmup.launch.jobs.reasons import explain
 from depthmup.launch.jobs.share import Share
 from depthmup.launch.jobs.states import State
-from depthmup.launch.jobs.status import how_to_go_on
-from depthmup.launch.jobs.submission import ask, asked, launching, places_taken
+from depthmup.launch.jobs.status import describe_next_command
+from depthmup.launch.jobs.submission import lock_launch, note_command, places_taken, read_last_command
 from depthmup.launch.progress import display
 from depthmup.launch.runs.cost import count_flops
 from depthmup.launch.runs.fits import check_fits
-from depthmup.launch.runs.grouping import group, make_packs
+from depthmup.launch.runs.grouping import group_packs, make_packs
 from depthmup.launch.runs.joint import JointStudy
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.pool import refuse_mixture
@@ -83,12 +83,12 @@ def launch(study: Study, only: Sequence[State] = UNFINISHED, by_itself: bool = F
     config = study.file.launch
     refuse_other_study(study.file)
     check_fits(study)
-    with launching(study.file.directory) as lock:
-        snapshot = states.take(study)
+    with lock_launch(study.file.directory) as lock:
+        snapshot = states.take_snapshot(study)
         if snapshot.slurm_error:
             raise slurm.Silent(f"Slurm does not answer: {snapshot.slurm_error}. Nothing was submitted")
         if not by_itself:
-            ask(study.file.directory, "launch")
+            note_command(study.file.directory, "launch")
         runs = select_resubmittable(study, snapshot, only) if by_itself else [found.run for found in snapshot.of(*only)]
         if not runs:
             return Launched([], [], [])
@@ -118,15 +118,15 @@ def launch_wave(study: Study, packs: Sequence[Sequence[PlannedRun]], snapshot: s
         limit = slurm.max_array_size()  # first: without Slurm nothing is written
     except slurm.SlurmError as error:
         raise slurm.Silent(f"Slurm does not answer: {error}. Nothing was submitted") from None
-    from depthmup.launch.jobs.submit import deal
+    from depthmup.launch.jobs.submit import deal_tasks
 
     study.write()
     code = copy_code(study.file.directory / "code")
     by_name = {run.directory.path.name: run for pack in packs for run in pack}
-    tasks = group(packs, study.file.launch.runs_per_job)
+    tasks = group_packs(packs, study.file.launch.runs_per_job)
     taken, size = len(tasks), limit
     while True:
-        arrays = deal(tasks[:taken], size)
+        arrays = deal_tasks(tasks[:taken], size)
         runs = [by_name[name] for task in tasks[:taken] for name in task]
         left = len(by_name) - len(runs)
         try:
@@ -192,7 +192,7 @@ def forget_failures(runs: Sequence[PlannedRun]) -> dict[Path, bytes]:
 def select_resubmittable(study: Study, snapshot: states.Snapshot, only: Sequence[State]) -> list[PlannedRun]:
     """The runs in one of the states `only` that may be submitted while the user is away: none after a cancel, and none
     that was submitted `launch.max_attempts` times since the user's last command."""
-    command, since = asked(study.file.directory)
+    command, since = read_last_command(study.file.directory)
     if command == "cancel":
         return []
     recent = (submission for submission in snapshot.submissions if submission.created >= since and submission.job_id)
@@ -218,13 +218,13 @@ def wait(study: Study, launched: Launched, console: Console) -> None:
         while True:
             looked = time.process_time()
             ended = all(slot.poll() is not None for slot in launched.slots)  # asked before the markers are read
-            snapshot = states.take(study, known)
+            snapshot = states.take_snapshot(study, known)
             known = {found.run.directory.path.name: found for found in snapshot.of(*states.ENDED)}
             ended = ended and not snapshot.slurm_error and not snapshot.of(*states.ACTIVE)
             counts = snapshot.counts()
             left = [found.run for found in snapshot.runs if found.state not in states.ENDED]
             at_start = shares.look(snapshot) if at_start is None else at_start
-            share, before = shares.of(snapshot, at_start)
+            share, before = shares.measure(snapshot, at_start)
             gained, elapsed = share - before, time.monotonic() - started
             text = f"{len(known)} of {len(study.runs) + shares.to_come} done, {counts.get('running', 0)} running"
             text += f", ETA {duration(elapsed * (1 - share) / gained)}" if gained > 0.01 else ""
@@ -271,12 +271,14 @@ class Unfinished(UserError):
 
 def unfinished(study: Study) -> Unfinished:
     """How many runs are left over, what the first of them says, and what to type."""
-    left = [found for found in states.take(study).runs if found.state not in states.ENDED]
+    left = [found for found in states.take_snapshot(study).runs if found.state not in states.ENDED]
     number = f"{len(left)} of {len(study.runs)} runs"
-    if asked(study.file.directory)[0] == "cancel":
+    if read_last_command(study.file.directory)[0] == "cancel":
         return Unfinished(f"cancelled: {number} are left. Run the same command to resume them")
     if held := [found for found in left if found.state == "held"]:
-        return Unfinished(f"{number} did not finish, {len(held)} are held: {held[0].remark}; {how_to_go_on(study)}")
+        return Unfinished(
+            f"{number} did not finish, {len(held)} are held: {held[0].remark}; {describe_next_command(study)}"
+        )
     return Unfinished(
         f"{number} did not finish ({left[0].run.directory.path}: {left[0].remark or left[0].state}). "
         "Run the same command again to resume them"
@@ -308,7 +310,7 @@ def grow(study: Study) -> tuple[int, str]:
     """(number of new runs, why): of a search its next batch; the next round of an adaptive design; of a grid two values
     for every curve whose optimum is on its edge, and where there is none, a seed where a verdict hangs on the noise."""
     if isinstance(study, JointStudy):
-        return study.go_on()
+        return study.plan_next_batch()
     from depthmup.launch.findings.verdict import seeds_wanted
     from depthmup.launch.report.collect import collect
 

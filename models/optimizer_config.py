@@ -10,7 +10,7 @@ from depthmup.models.checked import STRICT, checked_model
 from depthmup.models.errors import ModelError
 from depthmup.models.number import Number
 from depthmup.models.parameterization import PRESETS, Parameterization
-from depthmup.models.training_scale import TRAINING_TABLE, power
+from depthmup.models.training_scale import TRAINING_TABLE, combine_powers
 
 RoleRate = Annotated[Number, Field(gt=0)]
 
@@ -105,7 +105,7 @@ class OptimizerConfig:
     @property
     def scaled_betas(self) -> tuple[float, float]:
         """With 1 - beta as the table has it."""
-        factor = power(TRAINING_TABLE[self.name].averaging, self.batch_ratio, self.samples_ratio)
+        factor = combine_powers(TRAINING_TABLE[self.name].averaging, self.batch_ratio, self.samples_ratio)
         moved = {"both": (True, True), "second": (False, True), "none": (False, False)}[self.beta_scaling]
         first, second = (
             1 - (1 - beta) * factor if moves else beta for beta, moves in zip(self.betas, moved, strict=True)

@@ -80,35 +80,39 @@ def items_of(arguments: Any) -> Iterator[tuple[str, Any]]:
     yield from arguments.items() if isinstance(arguments, dict) else vars(arguments).items()
 
 
-def walk(arguments: Any, inside: bool = False) -> Iterator[tuple[str, Any]]:
+def walk_sizes(arguments: Any, inside: bool = False) -> Iterator[tuple[str, Any]]:
     """(name, value) of the sizes among the arguments, and among those in configurations."""
     for name, value in items_of(arguments):
         if is_size(value):
             yield name, value
         elif is_configuration(name, value, inside):
-            yield from walk(value, inside=True)
+            yield from walk_sizes(value, inside=True)
 
 
-def first(value: Any) -> int:
+def first_number(value: Any) -> int:
     """Of a size, or of the first stage's."""
-    number: int = first(value[0]) if isinstance(value, tuple | list) else value
+    number: int = first_number(value[0]) if isinstance(value, tuple | list) else value
     return number
 
 
-def find(arguments: Arguments, names: tuple[str, ...]) -> int | None:
+def find_size(arguments: Arguments, names: tuple[str, ...]) -> int | None:
     """The size that has the first of `names` which is there."""
-    sizes = dict(reversed(list(walk(arguments))))  # of one name, the first
-    return next((first(sizes[name]) for name in names if name in sizes), None)
+    sizes = dict(reversed(list(walk_sizes(arguments))))  # of one name, the first
+    return next((first_number(sizes[name]) for name in names if name in sizes), None)
 
 
-def numbers(value: Any) -> list[int]:
+def list_numbers(value: Any) -> list[int]:
     """All that are in a size."""
-    return [number for each in value for number in numbers(each)] if isinstance(value, tuple | list) else [value]
+    return [number for each in value for number in list_numbers(each)] if isinstance(value, tuple | list) else [value]
 
 
-def over(value: Any, change: Callable[[int], int]) -> Any:
+def change_numbers(value: Any, change: Callable[[int], int]) -> Any:
     """`change` of every number of a size, in sequences of the same type."""
-    return type(value)(over(each, change) for each in value) if isinstance(value, tuple | list) else change(value)
+    return (
+        type(value)(change_numbers(each, change) for each in value)
+        if isinstance(value, tuple | list)
+        else change(value)
+    )
 
 
 def constant(value: int, number: int) -> int:
@@ -125,7 +129,7 @@ def scaled(ratio: Fraction, name: str, value: Any) -> Any:
             )
         return int(each * ratio)
 
-    return over(value, number)
+    return change_numbers(value, number)
 
 
 def by_name(arguments: Any, wanted: Wanted, ratios: dict[str, Fraction], inside: bool = False) -> Arguments:
@@ -140,16 +144,16 @@ def by_name(arguments: Any, wanted: Wanted, ratios: dict[str, Fraction], inside:
         elif name in ratios:
             changed[name] = scaled(ratios[name], name, value)
         elif name in DEPTHS:
-            changed[name] = over(value, lambda blocks: wanted.depth if blocks else 0)
+            changed[name] = change_numbers(value, lambda blocks: wanted.depth if blocks else 0)
         elif name in HEAD_DIMS and wanted.head_dim:
-            changed[name] = over(value, partial(constant, wanted.head_dim))
+            changed[name] = change_numbers(value, partial(constant, wanted.head_dim))
     return changed
 
 
 def named_sizes(stated: Arguments, wanted: Wanted) -> Arguments:
     """Width, depth and number of heads go into the arguments that have their names. Raises ModelError."""
-    width, heads = find(stated, WIDTHS), find(stated, HEADS)
-    if width is None or find(stated, DEPTHS) is None:
+    width, heads = find_size(stated, WIDTHS), find_size(stated, HEADS)
+    if width is None or find_size(stated, DEPTHS) is None:
         what = "width" if width is None else "depth"
         raise ModelError(f"no argument of its class is a {what}, by any name in models/timm_sizes.py")
     ratios = dict.fromkeys((*WIDTHS, *WITH_WIDTH), Fraction(wanted.width, width))
@@ -191,7 +195,7 @@ def own_blocks(stated: Arguments, wanted: Wanted) -> Arguments:
     start = as_list(config.blocks[0])[0].c
 
     def channels(of: Any) -> Any:
-        return over(of, lambda number: number * wanted.width // start) if is_size(of) else of
+        return change_numbers(of, lambda number: number * wanted.width // start) if is_size(of) else of
 
     stages = list(map(as_list, config.blocks))
     holders = any("transformer_depth" in (block.block_kwargs or {}) for stage in stages for block in stage)
@@ -239,10 +243,10 @@ def gpu_net(stated: Arguments, wanted: Wanted) -> Arguments:
 def xception(stated: Arguments, wanted: Wanted) -> Arguments:
     """The width is what the first block puts out; its stem has 64 channels at any. `depth` blocks follow each of the
     blocks that shrink the image, but the last."""
-    blocks, ratio = stated["block_cfg"], Fraction(wanted.width, first(stated["block_cfg"][0]["out_chs"]))
+    blocks, ratio = stated["block_cfg"], Fraction(wanted.width, first_number(stated["block_cfg"][0]["out_chs"]))
     made: list[Arguments] = []
     for block in (each for each in blocks if each["stride"] > 1 or each.get("no_skip")):
-        before = first(made[-1]["out_chs"][-1]) if made else block["in_chs"]
+        before = first_number(made[-1]["out_chs"][-1]) if made else block["in_chs"]
         outs = scaled(ratio, "out_chs", block["out_chs"])
         made.append(block | {"in_chs": before, "out_chs": (outs,) * 3 if isinstance(outs, int) else outs})
         if not block.get("no_skip"):
@@ -259,8 +263,8 @@ def of_heads(width: str, heads: str) -> Callable[[Arguments, Wanted], Arguments]
     def sizes(stated: Arguments, wanted: Wanted) -> Arguments:
         assert wanted.head_dim
         ratios = {
-            width: Fraction(wanted.head_dim, first(stated[width])),
-            heads: Fraction(wanted.heads, first(stated[heads])),
+            width: Fraction(wanted.head_dim, first_number(stated[width])),
+            heads: Fraction(wanted.heads, first_number(stated[heads])),
         }
         return by_name(stated, wanted, ratios)
 
@@ -269,7 +273,7 @@ def of_heads(width: str, heads: str) -> Callable[[Arguments, Wanted], Arguments]
 
 def attention_groups(stated: Arguments, wanted: Wanted) -> Arguments:
     """iFormer's groups of three blocks, of which stages with attention consist."""
-    groups = over(stated["attn_groups"], lambda count: wanted.depth if count else 0)
+    groups = change_numbers(stated["attn_groups"], lambda count: wanted.depth if count else 0)
     depths = tuple(3 * wanted.depth if count else wanted.depth for count in groups)
     return named_sizes(stated, wanted) | {"attn_groups": groups, "depths": depths}
 
@@ -308,7 +312,7 @@ RULES: dict[str, Callable[[Arguments, Wanted], Arguments]] = {
 
 def has_heads(stated: Arguments) -> bool:
     """Whether a number of attention heads, which grows with the width, is among the arguments."""
-    return find(stated, HEADS) is not None
+    return find_size(stated, HEADS) is not None
 
 
 def sizes_of(module: str, stated: Arguments, wanted: Wanted) -> Arguments:
@@ -322,8 +326,8 @@ def sizes_of(module: str, stated: Arguments, wanted: Wanted) -> Arguments:
 
 def least_width(stated: Arguments) -> int:
     """The smallest width at which every size that is found by name is a whole number."""
-    width = find(stated, WIDTHS)
+    width = find_size(stated, WIDTHS)
     if width is None:
         return 1
-    sizes = [value for name, value in walk(stated) if name in (*WIDTHS, *WITH_WIDTH)]
-    return math.lcm(*(Fraction(number, width).denominator for size in sizes for number in numbers(size)))
+    sizes = [value for name, value in walk_sizes(stated) if name in (*WIDTHS, *WITH_WIDTH)]
+    return math.lcm(*(Fraction(number, width).denominator for size in sizes for number in list_numbers(size)))

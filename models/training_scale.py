@@ -30,7 +30,7 @@ TRAINING_TABLE: dict[str, TrainingRow] = {
 }
 
 
-def power(exponents: tuple[float, float], batch_ratio: float, samples_ratio: float) -> float:
+def combine_powers(exponents: tuple[float, float], batch_ratio: float, samples_ratio: float) -> float:
     """m_B^p * m_D^q"""
     return batch_ratio ** exponents[0] * samples_ratio ** exponents[1]
 
@@ -57,7 +57,7 @@ def training_factors(
     """The factors of TRAINING_TABLE at these ratios, the disputed exponents resolved."""
     ratios = batch_ratio, samples_ratio
     return TrainingFactors(
-        lr=power(lr_exponents(parameterization, optimizer), *ratios),
-        eps=power(TRAINING_TABLE[optimizer].eps, *ratios),
+        lr=combine_powers(lr_exponents(parameterization, optimizer), *ratios),
+        eps=combine_powers(TRAINING_TABLE[optimizer].eps, *ratios),
         decay=batch_ratio / samples_ratio,
     )

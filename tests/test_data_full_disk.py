@@ -19,7 +19,7 @@ from depthmup.data.index import Index
 from depthmup.data.pack import pack
 from depthmup.data.scan import index_shards
 from depthmup.launch.cli import main
-from depthmup.launch.jobs.attempts import attempts, note
+from depthmup.launch.jobs.attempts import note_attempt, read_attempts
 from depthmup.launch.reading import read_study
 from depthmup.launch.runs.study import Study
 from depthmup.train.record import save_weights
@@ -122,15 +122,15 @@ def test_a_runs_configuration_is_whole_or_as_it_was(study_file: Path) -> None:
 
 def test_half_a_line_is_taken_off_before_the_next_one_and_a_study_stays_readable(tmp_path):
     directory = RunDirectory(tmp_path)
-    note(directory, "started", step=0)
+    note_attempt(directory, "started", step=0)
     written = (tmp_path / "attempts.jsonl").stat().st_size
     with room(written + 10), pytest.raises(OSError, match="File too large") as refused:
-        note(directory, "interrupted")
+        note_attempt(directory, "interrupted")
     assert refused.value.filename == str(tmp_path / "attempts.jsonl")
     assert (tmp_path / "attempts.jsonl").stat().st_size == written + 10  # half a line
-    assert [line["event"] for line in attempts(directory)] == ["started"]
-    note(directory, "started", step=4)
-    assert [line["event"] for line in attempts(directory)] == ["started", "started"]
+    assert [line["event"] for line in read_attempts(directory)] == ["started"]
+    note_attempt(directory, "started", step=4)
+    assert [line["event"] for line in read_attempts(directory)] == ["started", "started"]
 
 
 def test_the_last_line_of_metrics_is_found_however_long_it_is(tmp_path):

@@ -14,7 +14,7 @@ from depthmup.data.errors import UserError
 from depthmup.launch.cli import cli
 from depthmup.launch.config import Size
 from depthmup.launch.findings.analysis import Result
-from depthmup.launch.findings.training_exponents import Exponent, exponents
+from depthmup.launch.findings.training_exponents import Exponent, measure_exponents
 from depthmup.launch.findings.verdict import analyse
 from depthmup.launch.reading import read_run, read_study
 from depthmup.launch.report.collect import collect
@@ -69,7 +69,7 @@ def simulated(true: float, rule: float, seed: int, bend: float = 0.0) -> Exponen
             for number in range(3):
                 excess = 0.05 * (math.log2(value) - best) ** 2 + 0.005 * generator.standard_normal()
                 results.append(Result("depth_mup", size, value, number, 0.3 * math.exp(excess)))
-    (found,) = exponents(analyse(results, sizes[0]), sizes[0], "optimizer.lr", {"depth_mup": {"batch": rule}})
+    (found,) = measure_exponents(analyse(results, sizes[0]), sizes[0], "optimizer.lr", {"depth_mup": {"batch": rule}})
     return found
 
 

@@ -11,9 +11,9 @@ import pytest
 from scipy.integrate import quad
 from scipy.special import polygamma
 
-from depthmup.launch.findings.curve_model import DRAWS, fit, fitted_values, integrated_noise, level
+from depthmup.launch.findings.curve_model import DRAWS, average_seeds, fit_curves, fitted_values, integrated_noise
 from depthmup.launch.findings.intervals import quantiles, regret_interval
-from depthmup.launch.findings.value_effects import inverse_trigamma, moderate, value_effects
+from depthmup.launch.findings.value_effects import estimate_prior, inverse_trigamma, value_effects
 
 GRID = np.arange(-9.0, 0.0)
 CURVATURE = 0.1
@@ -44,17 +44,17 @@ def test_the_inverse_of_trigamma_is_one(value: float) -> None:
 
 def test_variances_of_curves_with_one_noise_are_pooled() -> None:
     generator, freedoms = np.random.default_rng(0), np.full(500, 6.0)
-    freedom, variance = moderate(0.04 * generator.chisquare(6, 500) / 6, freedoms)
+    freedom, variance = estimate_prior(0.04 * generator.chisquare(6, 500) / 6, freedoms)
     assert variance == pytest.approx(0.04, rel=0.05)
     assert freedom > 60  # ten times what one curve knows
-    assert moderate(np.full(4, 0.04), np.full(4, 6.0))[0] == 24  # equal ones: all their freedom
+    assert estimate_prior(np.full(4, 0.04), np.full(4, 6.0))[0] == 24  # equal ones: all their freedom
 
 
 def test_variances_that_scatter_are_moderated_as_smyth_has_it() -> None:
     """Variances are drawn from his model: s0^2 times F with the freedoms of the curve and of the prior."""
     generator, prior = np.random.default_rng(1), 5.0
     freedoms = generator.integers(4, 20, 4000).astype(float)
-    freedom, variance = moderate(0.01 * generator.f(freedoms, prior), freedoms)
+    freedom, variance = estimate_prior(0.01 * generator.f(freedoms, prior), freedoms)
     assert freedom == pytest.approx(prior, rel=0.1)
     assert variance == pytest.approx(0.01, rel=0.05)
 
@@ -82,11 +82,13 @@ def test_value_effects_of_an_unbalanced_design_are_free_of_the_seeds_offsets() -
 def test_a_seed_that_ran_near_the_optimum_only_does_not_bend_the_curve() -> None:
     y = np.vstack([log_losses(-4.3, np.random.default_rng(0), noise=0.001), np.full(len(GRID), math.nan)])
     y[3, 3:7] = y[:3, 3:7].mean(axis=0) - 0.2
-    (lucky,), (alone,) = fit([(GRID, y)]), fit([(GRID, y[:3])])
+    (lucky,), (alone,) = fit_curves([(GRID, y)]), fit_curves([(GRID, y[:3])])
     assert lucky
     assert alone
     assert np.median(lucky.optima) == pytest.approx(np.median(alone.optima), abs=0.01)
-    assert level(y)[3] - level(y)[2] == pytest.approx(level(y[:3])[3] - level(y[:3])[2], abs=0.01)
+    assert average_seeds(y)[3] - average_seeds(y)[2] == pytest.approx(
+        average_seeds(y[:3])[3] - average_seeds(y[:3])[2], abs=0.01
+    )
 
 
 def test_a_curve_is_fitted_about_its_lowest_value_without_a_gap() -> None:
@@ -99,7 +101,7 @@ def test_a_curve_is_fitted_about_its_lowest_value_without_a_gap() -> None:
 @pytest.mark.parametrize("optimum", [-6.5, -5.0, -4.3, -2.2])
 def test_an_optimum_between_grid_points_is_found_also_where_one_side_is_steeper(optimum: float, skew: float) -> None:
     generator = np.random.default_rng(0)
-    (found,) = fit([(GRID, log_losses(optimum, generator, noise=0.001, skew=skew))])
+    (found,) = fit_curves([(GRID, log_losses(optimum, generator, noise=0.001, skew=skew))])
     assert found
     low, high = quantiles(found.optima)
     assert np.median(found.optima) == pytest.approx(optimum, abs=0.05)
@@ -111,9 +113,9 @@ def test_an_interval_is_not_far_narrower_than_that_of_a_parabola_whose_noise_is_
     generator, noise = np.random.default_rng(0), 0.02
     for seeds in (2, 3, 5) * 8:
         y = log_losses(generator.uniform(-6, -3), generator, seeds, noise)
-        (found,) = fit([(GRID, y)])
+        (found,) = fit_curves([(GRID, y)])
         assert found
-        kept = fitted_values(GRID, level(y))
+        kept = fitted_values(GRID, average_seeds(y))
         x = GRID[kept] - GRID[kept].mean()
         design = x[:, None] ** np.arange(3)
         _, slope, bend = np.linalg.lstsq(design, y[:, kept].mean(axis=0), rcond=None)[0]
@@ -125,7 +127,7 @@ def test_an_interval_is_not_far_narrower_than_that_of_a_parabola_whose_noise_is_
 
 def test_more_noise_and_fewer_seeds_widen_an_interval() -> None:
     def width(seeds: int, noise: float) -> float:
-        (found,) = fit([(GRID, log_losses(-4.3, np.random.default_rng(0), seeds, noise))])
+        (found,) = fit_curves([(GRID, log_losses(-4.3, np.random.default_rng(0), seeds, noise))])
         assert found
         low, high = quantiles(found.optima)
         return high - low
@@ -137,7 +139,7 @@ def test_more_noise_and_fewer_seeds_widen_an_interval() -> None:
 def test_the_optimum_may_lie_anywhere_up_to_a_value_that_fails() -> None:
     y = log_losses(-3.2, np.random.default_rng(0), noise=0.005)
     y[:, GRID > -3.5] = math.inf
-    (found,) = fit([(GRID, y)])
+    (found,) = fit_curves([(GRID, y)])
     assert found
     assert found.grid[-1] == -3.0
     low, high = quantiles(found.optima)
@@ -146,7 +148,7 @@ def test_the_optimum_may_lie_anywhere_up_to_a_value_that_fails() -> None:
 
 
 def test_a_regret_is_zero_at_the_optimum_and_its_interval_starts_there() -> None:
-    (found,) = fit([(GRID, log_losses(-4.3, np.random.default_rng(0)))])
+    (found,) = fit_curves([(GRID, log_losses(-4.3, np.random.default_rng(0)))])
     assert found
     middle = float(np.median(found.optima))
     assert (found.regrets(middle) >= 0).all()
@@ -162,18 +164,20 @@ def test_without_two_seeds_the_misfit_of_parabolas_stands_for_the_noise() -> Non
     generator, held = np.random.default_rng(0), 0
     optima = (-4.3, -5.1)
     for _ in range(30):
-        for found, true in zip(fit([(GRID, log_losses(x, generator, seeds=1)) for x in optima]), optima, strict=True):
+        for found, true in zip(
+            fit_curves([(GRID, log_losses(x, generator, seeds=1)) for x in optima]), optima, strict=True
+        ):
             assert found
             low, high = quantiles(found.optima)
             held += low < true < high
     assert 50 <= held <= 59  # of 60
     few = (GRID[4:7], log_losses(-4.0, generator, seeds=1)[:, 4:7])
-    assert fit([few]) == [None]  # a parabola goes through any three points
+    assert fit_curves([few]) == [None]  # a parabola goes through any three points
 
 
 def draws_of_a_study() -> str:
     generator = np.random.default_rng(0)
-    found = fit([(GRID, log_losses(optimum, generator)) for optimum in (-4.3, -5.1)])
+    found = fit_curves([(GRID, log_losses(optimum, generator)) for optimum in (-4.3, -5.1)])
     return hashlib.sha256(b"".join(each.draws.tobytes() for each in found if each)).hexdigest()
 
 
@@ -184,6 +188,6 @@ def test_draws_are_the_same_in_every_process() -> None:
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == mine + "\n"
     )
-    (found,) = fit([(GRID, log_losses(-4.3, np.random.default_rng(0)))])
+    (found,) = fit_curves([(GRID, log_losses(-4.3, np.random.default_rng(0)))])
     assert found
     assert found.draws.shape == (DRAWS, len(found.grid))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from depthmup.launch.jobs import slurm, worker
-from depthmup.launch.jobs.attempts import LOST, attempts, begin_attempt, note
+from depthmup.launch.jobs.attempts import LOST, begin_attempt, note_attempt, read_attempts
 from depthmup.launch.jobs.ended import record_end
 from depthmup.train.interrupt import Interrupt
 from depthmup.train.rundir import EXIT_LOST_PEER, EXIT_REQUEUE, RunDirectory
@@ -86,7 +86,7 @@ def test_two_reasons_at_one_step_are_no_failure_and_neither_is_a_node_that_fails
     for _ in range(2):
         start_again(run, monkeypatch)
         assert end(run, 137, KILLED, GONE.format(1)) == EXIT_LOST_PEER
-    assert [line["error"] for line in attempts(run) if line["event"] == LOST][-2:] == ["node sn2 failed"] * 2
+    assert [line["error"] for line in read_attempts(run) if line["event"] == LOST][-2:] == ["node sn2 failed"] * 2
     assert run.failed() is None
 
 
@@ -144,14 +144,14 @@ def test_a_job_that_thaws_says_nothing_of_the_run_that_its_own_next_start_has(
 ) -> None:
     with monkeypatch.context() as later:
         start_again(run, later)
-    lines = attempts(run)
+    lines = read_attempts(run)
     assert end(run, 137, KILLED, GONE.format(1)) == 137
     assert run.failed() is None
-    assert attempts(run) == lines
+    assert read_attempts(run) == lines
 
 
 def test_a_run_that_another_process_holds_is_not_judged(run: RunDirectory) -> None:
-    note(run, "started", step=10, job=None, restart=0)
+    note_attempt(run, "started", step=10, job=None, restart=0)
     run.lock.write_text(json.dumps({"host": "elsewhere", "pid": 1}))
     assert end(run, 1, "elsewhere trains it") == 1
     assert run.failed() is None
@@ -173,7 +173,7 @@ def test_a_node_is_not_well_when_it_is_down_or_silent_or_its_slurmd_has_begun_ag
         "n6": ("IDLE+DRAIN", "2026-11-28T10:00:00"),
     }
     lines = "\n".join(node(name, *state) for name, state in states.items())
-    monkeypatch.setattr(slurm, "call", lambda *command: lines)
+    monkeypatch.setattr(slurm, "call_slurm", lambda *command: lines)
     since = datetime.fromisoformat("2026-11-28T11:00:00").timestamp()
     assert slurm.failed_nodes("n[1-6]", since) == ["n2", "n3", "n4", "n5"]
 
@@ -201,8 +201,8 @@ def test_a_requeued_worker_waits_while_a_process_on_another_host_has_its_run_and
 
     monkeypatch.setattr(worker, "train_some", train_some)
     monkeypatch.setattr("depthmup.launch.jobs.worker.time.sleep", sleep)
-    assert worker.work([[run]]) == 0
+    assert worker.train_packs([[run]]) == 0
     assert happened == ["tried"]
     happened.clear()
-    assert worker.work([[run]], waits=True) == 0
+    assert worker.train_packs([[run]], waits=True) == 0
     assert happened == ["tried", "waited"] * 3 + ["tried"]

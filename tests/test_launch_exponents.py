@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from command_line import invoke, output_of
 from conftest import settings_on
-from depthmup.launch.findings.exponents import Slope, fit_slope, measures_of, regime
+from depthmup.launch.findings.exponents import Slope, fit_slope, measures_of, name_regime
 from depthmup.launch.reading import read_study
 from depthmup.launch.report.exponents import FILES, block_tensors, branch_factors, run_measures
 from depthmup.launch.runs.study import Study
@@ -70,13 +70,13 @@ def test_exponents_of_smooth_blocks_are_the_planted_ones(exponent: float) -> Non
 
 
 def test_regimes_are_named() -> None:
-    assert regime(slopes_of(independent(0.5))) == "noise of finite quadratic variation (SDE)"
-    assert regime(slopes_of(independent(0.0))) == "neither: the quadratic variation grows"
-    assert regime(slopes_of(independent(1.0))) == "neither: the quadratic variation vanishes"
-    assert regime(slopes_of(smooth(1.0))) == "smooth: increments vanish (ODE)"
+    assert name_regime(slopes_of(independent(0.5))) == "noise of finite quadratic variation (SDE)"
+    assert name_regime(slopes_of(independent(0.0))) == "neither: the quadratic variation grows"
+    assert name_regime(slopes_of(independent(1.0))) == "neither: the quadratic variation vanishes"
+    assert name_regime(slopes_of(smooth(1.0))) == "smooth: increments vanish (ODE)"
     wide = Slope(0.1, -2.0, 2.2)
-    assert regime({"increments": wide, "quadratic variation": wide}) == "not resolved: the intervals are wide"
-    assert regime({"increments": None, "quadratic variation": None}) == "not resolved: too few depths"
+    assert name_regime({"increments": wide, "quadratic variation": wide}) == "not resolved: the intervals are wide"
+    assert name_regime({"increments": None, "quadratic variation": None}) == "not resolved: too few depths"
 
 
 def test_intervals_hold_a_planted_slope_as_often_as_they_say() -> None:

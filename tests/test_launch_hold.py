@@ -12,10 +12,10 @@ from rich.console import Console
 
 from depthmup.launch.cli import cli
 from depthmup.launch.jobs import states
-from depthmup.launch.jobs.hold import Hold, kind
+from depthmup.launch.jobs.hold import Hold, strip_error
 from depthmup.launch.jobs.status import print_status
 from depthmup.launch.jobs.submission import Submission
-from depthmup.launch.jobs.worker import work
+from depthmup.launch.jobs.worker import train_packs
 from depthmup.launch.reading import read_study
 from depthmup.launch.runs.study import Study
 from depthmup.launch.transfer import select_resubmittable
@@ -45,15 +45,15 @@ def failed(runs: list[RunDirectory]) -> int:
 
 def test_after_three_failures_for_one_reason_no_further_run_begins(runs: list[RunDirectory]) -> None:
     held = hold(runs)
-    assert work([[directory] for directory in runs], hold=held) == 1
+    assert train_packs([[directory] for directory in runs], hold=held) == 1
     assert failed(runs) == 3
     assert "3 runs failed for one reason, and none succeeded: UserError" in (held.submission.held() or "")
-    assert work([runs], hold=hold(runs, after=0)) == 1  # tried as they are
+    assert train_packs([runs], hold=hold(runs, after=0)) == 1  # tried as they are
     assert failed(runs) == 5
 
 
 def test_a_list_that_one_job_works_through_is_held_in_its_middle(runs: list[RunDirectory]) -> None:
-    work([runs], hold=hold(runs, after=2))
+    train_packs([runs], hold=hold(runs, after=2))
     assert failed(runs) == 2
 
 
@@ -86,8 +86,8 @@ def test_what_has_saved_a_step_goes_on_though_the_others_are_held(runs: list[Run
 
 def test_a_reason_is_the_same_whatever_numbers_and_hashes_are_in_it() -> None:
     one = "its process ended with 1; see /runs/jobs/x-0a1b2c3d/4711_3_0_log.out"
-    assert kind(one) == kind(one.replace("4711_3", "4712_15").replace("0a1b2c3d", "ffff0000"))
-    assert kind("CUDA out of memory") != kind("no such file")
+    assert strip_error(one) == strip_error(one.replace("4711_3", "4712_15").replace("0a1b2c3d", "ffff0000"))
+    assert strip_error("CUDA out of memory") != strip_error("no such file")
 
 
 @pytest.mark.parametrize("cluster", ["debug", "local"])
@@ -105,7 +105,7 @@ def test_a_study_is_held_shown_once_and_goes_on_when_it_is_mended(
     assert f"depthmup launch {folder} launch.hold_after=0" in said.stderr
 
     study = Study(study_file, read_study(study_file, (*place, "train.device=cuda")))
-    snapshot = states.take(study)
+    snapshot = states.take_snapshot(study)
     assert snapshot.counts() == {"failed": 3, "held": 9}
     assert select_resubmittable(study, snapshot, ("new", "lost", "interrupted")) == []  # nothing goes by itself
     print_status(study, Console(width=200))
@@ -113,7 +113,7 @@ def test_a_study_is_held_shown_once_and_goes_on_when_it_is_mended(
     if cluster == "debug":
         again = CliRunner().invoke(cli, ["launch", str(study_file), *place, "study.values=2**-7"])
         assert "3 runs trained" in again.output, again.output
-        assert states.take(study).counts()["done"] == 3
+        assert states.take_snapshot(study).counts()["done"] == 3
 
 
 def test_a_worker_in_a_job_looks_at_its_whole_array(runs: list[RunDirectory], tmp_path: Path) -> None:

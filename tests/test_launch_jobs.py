@@ -22,15 +22,15 @@ from depthmup.launch.chain import advance_study
 from depthmup.launch.cli import cli
 from depthmup.launch.config import LaunchConfig
 from depthmup.launch.jobs import slurm, states
-from depthmup.launch.jobs.attempts import note
+from depthmup.launch.jobs.attempts import note_attempt
 from depthmup.launch.jobs.code_copy import copy_code
-from depthmup.launch.jobs.follower import Postponed, follower
+from depthmup.launch.jobs.follower import Postponed, submit_follower
 from depthmup.launch.jobs.reasons import explain
 from depthmup.launch.jobs.slurm import QueuedTask, SlurmError
 from depthmup.launch.jobs.states import RunState, Snapshot
 from depthmup.launch.jobs.status import goes_on, print_status
-from depthmup.launch.jobs.submission import Submission, ask, cancelled, load_all, places_taken
-from depthmup.launch.jobs.submit import Turns, deal, dry_run_script, submit_continuation, take_turns
+from depthmup.launch.jobs.submission import Submission, load_all, note_command, places_taken, read_cancelled_runs
+from depthmup.launch.jobs.submit import Turns, deal_tasks, dry_run_script, submit_continuation, take_turns
 from depthmup.launch.paths import PACKAGE
 from depthmup.launch.reading import read_study
 from depthmup.launch.runs.opened import path_of
@@ -153,7 +153,7 @@ def test_of_more_runs_than_slurm_has_places_for_a_part_is_submitted_and_the_rest
     assert sum(job["tasks"] for job in in_queue(fake)) == 4
     assert "4 runs submitted: jobs" in launched.describe_jobs()
     assert "8 more when Slurm has place" in launched.describe_jobs()
-    assert states.take(study).counts() == {"waiting": 4, "new": 8}
+    assert states.take_snapshot(study).counts() == {"waiting": 4, "new": 8}
     assert len(load_all(study.file.directory / "jobs")) == len(in_queue(fake)) == 2  # no trace of what was refused
     (fake / "places").write_text("4")
     again = launch(study)
@@ -191,7 +191,7 @@ def test_runs_that_have_failed_stay_failed_where_slurm_refuses_them(fake: Path, 
     with pytest.raises(slurm.Full):
         launch(study)
     assert study.runs[0].directory.failed() == {"error": "no such file"}
-    assert states.take(study).counts() == {"failed": 1, "new": 11}
+    assert states.take_snapshot(study).counts() == {"failed": 1, "new": 11}
     (fake / "places").write_text("12")
     assert len(launch(study).runs) == 12
     assert study.runs[0].directory.failed() is None
@@ -204,10 +204,10 @@ def test_nothing_is_submitted_while_slurm_does_not_say_what_waits(fake: Path, st
     (fake / "squeue").write_text("#!/bin/bash\necho 'Unable to contact slurm controller' >&2; exit 1\n")
     with pytest.raises(slurm.Silent, match=r"Unable to contact.*Nothing was submitted"):
         launch(study)
-    with pytest.raises(slurm.Silent, match=r"Unable to contact.*Nothing was submitted"), follower(study, []):
+    with pytest.raises(slurm.Silent, match=r"Unable to contact.*Nothing was submitted"), submit_follower(study, []):
         raise AssertionError("it has a place in the queue")
     assert submitted(fake) == before
-    snapshot = states.take(study)
+    snapshot = states.take_snapshot(study)
     assert snapshot.counts() == {"waiting": 12}
     assert goes_on(snapshot)  # who watches goes on
 
@@ -224,12 +224,12 @@ def test_nothing_is_submitted_while_slurm_does_not_say_what_waits(fake: Path, st
 def test_arrays_are_as_large_as_both_of_slurms_limits_allow(
     monkeypatch: pytest.MonkeyPatch, settings: dict[str, str], size: int
 ) -> None:
-    monkeypatch.setattr(slurm, "configuration", lambda: settings)
+    monkeypatch.setattr(slurm, "read_configuration", lambda: settings)
     assert slurm.max_array_size() == size
 
 
 def test_a_cluster_without_arrays_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slurm, "configuration", lambda: {"MaxArraySize": "0"})
+    monkeypatch.setattr(slurm, "read_configuration", lambda: {"MaxArraySize": "0"})
     with pytest.raises(UserError, match="takes no job arrays"):
         slurm.max_array_size()
 
@@ -288,7 +288,7 @@ def test_who_waits_for_a_study_refills_the_queue_as_places_become_free(
 
     monkeypatch.setattr(time, "sleep", end_first)
     wait(study, launch(study), Console(quiet=True))
-    assert states.take(study).counts() == {"done": 12}
+    assert states.take_snapshot(study).counts() == {"done": 12}
     assert any(ids & seen[0] and ids - seen[0] for ids in seen)  # before it was empty
 
 
@@ -313,7 +313,7 @@ def test_who_waits_for_a_study_waits_on_with_the_reason_while_others_fill_the_pl
     monkeypatch.setattr(time, "sleep", go_by)
     monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.0)
     wait(study, launch(study), Console(width=400))
-    assert states.take(study).counts() == {"done": 12}
+    assert states.take_snapshot(study).counts() == {"done": 12}
     assert polls[:5] == [2, 0, 0, 0, 2]
     said = capsys.readouterr().out
     assert "Slurm takes no more jobs now: AssocMaxSubmitJobLimit" in said
@@ -380,10 +380,10 @@ def test_the_path_to_a_target_waits_for_a_place_once_it_has_begun(
 
     monkeypatch.setattr(time, "sleep", go_by)
     with pytest.raises(slurm.Full):  # the user looks: the first command says so and ends
-        chain.finish(study, Console(width=400))
-    chain.finish(study, Console(width=400), begun=True)
+        chain.finish_study(study, Console(width=400))
+    chain.finish_study(study, Console(width=400), begun=True)
     assert "AssocMaxSubmitJobLimit" in capsys.readouterr().out
-    assert states.take(study).counts() == {"done": 12}
+    assert states.take_snapshot(study).counts() == {"done": 12}
 
 
 def test_the_job_that_goes_on_leaves_its_successor_to_try_again_where_others_fill_the_places(
@@ -410,7 +410,7 @@ def test_the_job_that_goes_on_ends_well_where_it_tries_again_later_and_badly_whe
         def go_on(*arguments: Any) -> None:
             raise error
 
-        monkeypatch.setattr(chain, "go_on", go_on)
+        monkeypatch.setattr(chain, "continue_path", go_on)
         return chain.main(), capsys.readouterr().out
 
     monkeypatch.setattr(sys, "argv", ["chain", "runs/tiny"])
@@ -448,7 +448,7 @@ def test_a_path_without_a_place_for_a_run_and_the_job_after_it_leaves_nothing(
         with pytest.raises(slurm.Full, match=r"AssocMaxSubmitJobLimit.*--detach; or wait for them: depthmup transfer"):
             advance_study(study, [], Console(quiet=True))
         assert in_queue(fake) == []
-        assert states.take(study).counts() == {"new": 12}
+        assert states.take_snapshot(study).counts() == {"new": 12}
 
 
 def test_the_job_that_goes_on_begins_when_half_of_what_was_taken_has_ended(
@@ -475,7 +475,7 @@ def test_jobs_are_found_by_their_ids_whoever_asks_and_are_not_submitted_again(
     for variable in ("USER", "LOGNAME", "USERNAME", "LNAME"):  # su, sudo -E, a container
         monkeypatch.setenv(variable, "somebody-else")
     monkeypatch.setattr(os, "getuid", lambda: 54321)  # a colleague, or a user without an entry in the list
-    assert states.take(study).counts() == {"waiting": 12}
+    assert states.take_snapshot(study).counts() == {"waiting": 12}
     assert launch(study).runs == []
     assert len(submitted(fake)) == before
     asked = (fake / "asked").read_text()
@@ -489,9 +489,9 @@ def test_a_cluster_that_hides_the_jobs_of_others_does_not_make_a_colleague_submi
     study = study_of()
     launch(study)
     (fake / "hidden").touch()
-    assert states.take(study).counts() == {"lost": 12}  # one's own job that is not shown has ended
+    assert states.take_snapshot(study).counts() == {"lost": 12}  # one's own job that is not shown has ended
     monkeypatch.setattr(os, "getuid", lambda: 54321)
-    snapshot = states.take(study)
+    snapshot = states.take_snapshot(study)
     assert snapshot.counts() == {"waiting": 12}
     assert "Slurm does not say" in snapshot.runs[0].remark
     assert launch(study).runs == []
@@ -503,9 +503,9 @@ def test_a_job_that_has_left_the_queue_is_no_error_and_one_of_another_name_is_no
     study = study_of("launch.runs_per_job=12")
     launch(study)
     (fake / "jobs").write_text("")
-    assert states.take(study).counts() == {"lost": 12}
+    assert states.take_snapshot(study).counts() == {"lost": 12}
     (fake / "jobs").write_text("1 another-study 0 1\n")  # ids come round again
-    assert states.take(study).counts() == {"lost": 12}
+    assert states.take_snapshot(study).counts() == {"lost": 12}
 
 
 def test_a_job_whose_id_was_never_written_is_found_by_its_name(fake: Path, study_of: Callable[..., Study]) -> None:
@@ -513,7 +513,7 @@ def test_a_job_whose_id_was_never_written_is_found_by_its_name(fake: Path, study
     launch(study)
     (submission,) = load_all(study.file.directory / "jobs")
     (submission.path / "job.json").unlink()
-    assert states.take(study).counts() == {"waiting": 12}
+    assert states.take_snapshot(study).counts() == {"waiting": 12}
     assert submission.job_id == "1"
 
 
@@ -558,8 +558,8 @@ def test_a_small_launch_takes_the_places_that_are_left_and_a_large_one_waits_for
 
 def test_costly_jobs_are_dealt_to_all_arrays() -> None:
     tasks = [[str(number)] for number in range(7)]
-    assert deal(tasks, 3) == [[["0"], ["3"], ["6"]], [["1"], ["4"]], [["2"], ["5"]]]
-    assert deal(tasks, 7) == [tasks]
+    assert deal_tasks(tasks, 3) == [[["0"], ["3"], ["6"]], [["1"], ["4"]], [["2"], ["5"]]]
+    assert deal_tasks(tasks, 7) == [tasks]
 
 
 def test_places_are_counted_as_far_as_elements_are_left(tmp_path: Path) -> None:
@@ -602,10 +602,10 @@ def test_transfer_and_status_say_why_runs_wait(
     study = study_of()
     launch(study)
     (fake / "state").write_text("PENDING|PartitionConfig")
-    said = waiting_for(states.take(study))
+    said = waiting_for(states.take_snapshot(study))
     assert said.startswith(", 12 waiting (PartitionConfig: no node of its partition")
     (fake / "state").write_text("PENDING|None")
-    assert waiting_for(states.take(study)) == ", 12 waiting"  # Slurm has not looked yet
+    assert waiting_for(states.take_snapshot(study)) == ", 12 waiting"  # Slurm has not looked yet
     (fake / "state").write_text("PENDING|PartitionConfig")
     print_status(study, Console(width=200))
     shown = capsys.readouterr().out
@@ -627,21 +627,21 @@ def test_a_job_that_loads_its_libraries_is_starting_and_what_one_has_cancelled_i
     launch(study)
     root = study.file.directory
     (fake / "state").write_text("RUNNING|None")
-    assert states.take(study).counts() == {"starting": 12}
+    assert states.take_snapshot(study).counts() == {"starting": 12}
     first = load_all(root / "jobs")[0].tasks[0][0]
     begun = next(run.directory for run in study.runs if run.directory.path.name == first)
-    note(begun, "started", step=0, job="1_0", restart=0)
-    assert states.take(study).counts() == {"running": 1, "starting": 8, "waiting": 3}
+    note_attempt(begun, "started", step=0, job="1_0", restart=0)
+    assert states.take_snapshot(study).counts() == {"running": 1, "starting": 8, "waiting": 3}
 
     said = CliRunner().invoke(cli, ["cancel", str(root)]).output
     assert said.startswith("Stopped: job 1")
     (fake / "jobs").write_text("")
-    assert states.take(study).counts() == {"cancelled": 12}
+    assert states.take_snapshot(study).counts() == {"cancelled": 12}
     assert CliRunner().invoke(cli, ["cancel", str(root)]).output.startswith("Nothing waits")
-    assert states.take(study).counts() == {"cancelled": 12}  # a second cancel changes nothing
+    assert states.take_snapshot(study).counts() == {"cancelled": 12}  # a second cancel changes nothing
     assert "cancelled: 12 of 12" in str(unfinished(study))
     assert len(launch(study).runs) == 12
-    assert cancelled(root) == set()
+    assert read_cancelled_runs(root) == set()
 
 
 def test_runs_of_a_job_that_is_ending_wait_for_that_and_start_nothing(
@@ -650,18 +650,18 @@ def test_runs_of_a_job_that_is_ending_wait_for_that_and_start_nothing(
     study = study_of("launch.runs_per_job=12")
     launch(study)
     (fake / "state").write_text("COMPLETING|None")  # as after a cancel, until its processes have ended
-    snapshot = states.take(study)
+    snapshot = states.take_snapshot(study)
     assert snapshot.counts() == {"waiting": 12}  # the lock of one may still be held: nothing is submitted again yet
     assert snapshot.runs[0].remark == "job 1_0 is ending"
 
 
 def test_only_what_a_cancel_stopped_is_cancelled(tmp_path: Path) -> None:
-    ask(tmp_path, "cancel", ["a"])
-    ask(tmp_path, "cancel", ["b"])
-    assert cancelled(tmp_path) == {"a", "b"}
-    ask(tmp_path, "launch")
-    ask(tmp_path, "cancel")
-    assert cancelled(tmp_path) == set()
+    note_command(tmp_path, "cancel", ["a"])
+    note_command(tmp_path, "cancel", ["b"])
+    assert read_cancelled_runs(tmp_path) == {"a", "b"}
+    note_command(tmp_path, "launch")
+    note_command(tmp_path, "cancel")
+    assert read_cancelled_runs(tmp_path) == set()
 
 
 def test_the_job_after_the_runs_has_its_place_before_them_or_nothing_is_submitted(
@@ -669,7 +669,7 @@ def test_the_job_after_the_runs_has_its_place_before_them_or_nothing_is_submitte
 ) -> None:
     study = study_of("launch.runs_per_job=12")
     (fake / "refuse").write_text("AssocMaxSubmitJobLimit")
-    with pytest.raises(UserError) as error, follower(study, [Path("my target.yaml"), Path("b.yaml")]):
+    with pytest.raises(UserError) as error, submit_follower(study, [Path("my target.yaml"), Path("b.yaml")]):
         launch(study)
     again = study.command("transfer", "--target", "my target.yaml", "--target", "b.yaml")
     assert "none of them was submitted" in str(error.value)
@@ -677,7 +677,7 @@ def test_the_job_after_the_runs_has_its_place_before_them_or_nothing_is_submitte
     assert submitted(fake) == []
     (fake / "refuse").unlink()
 
-    with follower(study, []) as (job_id, attach):
+    with submit_follower(study, []) as (job_id, attach):
         assert [job["id"] for job in submitted(fake)] == [job_id]
         assert submitted(fake)[0]["after"] == []
         script = load_all(study.file.directory / "jobs")[-1].script
@@ -685,9 +685,9 @@ def test_the_job_after_the_runs_has_its_place_before_them_or_nothing_is_submitte
         launch(study)
         attach(["2"])
     assert f"update JobId={job_id} Dependency=afterany:2 StartTime=now" in (fake / "told").read_text()
-    with follower(study, []) as (job_id_again, _):
+    with submit_follower(study, []) as (job_id_again, _):
         assert job_id_again == job_id  # which waits already
-    with follower(study, [Path("large.yaml")]) as (another, _):
+    with submit_follower(study, [Path("large.yaml")]) as (another, _):
         assert another != job_id  # that one would go to no target
     assert (fake / "cancelled").read_text() == f"{job_id}\n"
 
@@ -706,7 +706,7 @@ def with_target(study: Study) -> Study:
 def test_a_cancel_stops_the_whole_path_and_says_what_of_it(fake: Path, study_of: Callable[..., Study]) -> None:
     study = study_of("launch.runs_per_job=12")
     target = with_target(study)
-    with follower(study, [Path("large.yaml")]) as (job_id, _):
+    with submit_follower(study, [Path("large.yaml")]) as (job_id, _):
         (run_by,) = launch(target).job_ids
     said = CliRunner().invoke(cli, ["cancel", str(study.file.directory)]).output
     assert said.splitlines() == [
@@ -715,7 +715,7 @@ def test_a_cancel_stops_the_whole_path_and_says_what_of_it(fake: Path, study_of:
     ]
     assert (fake / "cancelled").read_text().split() == [job_id, run_by]  # first what could submit more
     (fake / "jobs").write_text("")
-    assert states.take(target).counts() == {"cancelled": 1}
+    assert states.take_snapshot(target).counts() == {"cancelled": 1}
     assert CliRunner().invoke(cli, ["cancel", str(study.file.directory)]).output == "Nothing waits or runs.\n"
 
 
@@ -723,7 +723,7 @@ def test_a_job_after_the_runs_that_was_ended_by_another_is_missed_with_what_to_t
     fake: Path, study_of: Callable[..., Study], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = study_of("launch.runs_per_job=12")
-    with follower(study, [Path("large.yaml")]) as (job_id, _):
+    with submit_follower(study, [Path("large.yaml")]) as (job_id, _):
         launch(study)
 
     def shown() -> str:
@@ -737,7 +737,7 @@ def test_a_job_after_the_runs_that_was_ended_by_another_is_missed_with_what_to_t
     with monkeypatch.context() as colleague:
         colleague.setattr(os, "getuid", lambda: 54321)  # to whom it may not be shown
         assert "after the runs" not in shown()
-    ask(study.file.directory, "cancel")
+    note_command(study.file.directory, "cancel")
     assert "after the runs" not in shown()
 
 
@@ -747,14 +747,14 @@ def test_nothing_goes_on_by_itself_after_a_cancel_wherever_on_the_path_that_come
     study = study_of("launch.runs_per_job=12")
     target = with_target(study)
     assert not target.file.directory.exists()
-    with follower(study, []):
+    with submit_follower(study, []):
         CliRunner().invoke(cli, ["cancel", str(study.file.directory)])  # the target is about to be submitted
         assert launch(target, IDLE, by_itself=True).runs == []
-    with pytest.raises(UserError, match="cancelled"), follower(study, [], by_itself=True):
+    with pytest.raises(UserError, match="cancelled"), submit_follower(study, [], by_itself=True):
         raise AssertionError("it has a place in the queue")
-    with follower(study, []):
+    with submit_follower(study, []):
         pass  # the user's word counts
-    with follower(study, [], by_itself=True):
+    with submit_follower(study, [], by_itself=True):
         pass
 
 
@@ -763,14 +763,14 @@ def test_a_transfer_that_waits_begins_no_target_after_a_cancel(
 ) -> None:
     study = study_of()
     finish(study, best=-4.8)
-    ask(study.file.directory, "cancel")  # an earlier one: the user's command counts
+    note_command(study.file.directory, "cancel")  # an earlier one: the user's command counts
     begun: list[Any] = []
     monkeypatch.setattr(chain, "target_studies", lambda *arguments: begun.append(arguments) or [])
     monkeypatch.setattr(chain, "report_target", lambda *arguments: None)
     monkeypatch.setattr(chain, "show_report", lambda *arguments: None)
     chain.transfer(study, [Path("large.yaml")], Console())
     assert len(begun) == 1
-    monkeypatch.setattr(chain, "show_report", lambda *arguments: ask(study.file.directory, "cancel"))
+    monkeypatch.setattr(chain, "show_report", lambda *arguments: note_command(study.file.directory, "cancel"))
     with pytest.raises(UserError, match="cancelled before the target began"):
         chain.transfer(study, [Path("large.yaml")], Console())
     assert len(begun) == 1
@@ -782,7 +782,7 @@ def test_the_place_of_the_job_after_the_runs_is_given_back_when_they_are_refused
 ) -> None:
     study = study_of("launch.runs_per_job=12")
     kind = slurm.Silent if silent else UserError
-    with pytest.raises(UserError, match="of the runs"), follower(study, []):
+    with pytest.raises(UserError, match="of the runs"), submit_follower(study, []):
         raise kind("of the runs")
     cancelled = (fake / "cancelled").read_text() if (fake / "cancelled").exists() else ""
     assert cancelled == ("" if silent else "1\n")
@@ -962,7 +962,7 @@ def test_the_job_after_the_runs_is_no_part_of_the_limit(fake: Path, study_of: Ca
     study = study_of("launch.runs_per_job=12", "launch.max_running=1")
     launch(study)
     submit_continuation(study, [], after=False, lock=0)
-    snapshot = states.take(study)
+    snapshot = states.take_snapshot(study)
     assert len(snapshot.continuations) == 1
     assert places_taken(snapshot.submissions, snapshot.queue) == (1, ["1"])
     assert LaunchConfig().max_running == 64

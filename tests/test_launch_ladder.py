@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from depthmup.data.errors import UserError
 from depthmup.launch.cli import cli
-from depthmup.launch.jobs.worker import work
+from depthmup.launch.jobs.worker import train_packs
 from depthmup.launch.reading import read_study
 from depthmup.launch.runs.grouping import packs_of
 from depthmup.launch.runs.study import Study
@@ -100,9 +100,9 @@ def test_packs_hold_the_trunks_and_then_the_branches_of_one_horizon(study_file: 
     assert [run.config.train.num_steps for run in pack] == [40] * 3 + [12] * 3 + [20] * 3
     branches = [run.directory for run in pack if run.trunk]
     assert all(map(waits_for_trunk, branches))  # none begins from nothing while its trunk may come
-    assert work([branches]) == 0
+    assert train_packs([branches]) == 0
     assert not any(branch.checkpoint_steps() for branch in branches)
-    assert work([[run.directory for run in pack]]) == 0
+    assert train_packs([[run.directory for run in pack]]) == 0
     assert all(run.done() for run in pack)
     for branch in pack:
         if branch.trunk:
@@ -130,7 +130,7 @@ def test_a_branch_whose_trunk_kept_no_checkpoint_begins_from_nothing_and_says_so
     trunk = next(run for run in study.runs if not run.trunk)
     trunk.directory.write_done({"outcome": "completed", "step": 40, "minival_loss": 1.0, "train_loss": 1.0})
     branch = next(run for run in study.runs if run.trunk)
-    assert work([[branch.directory]]) == 0
+    assert train_packs([[branch.directory]]) == 0
     done = branch.done()
     assert done
     assert "trunk" not in done
@@ -141,13 +141,13 @@ def test_a_checkpoint_of_another_run_is_no_trunk(study_file: Path) -> None:
     study = ladder(study_file)
     study.write()
     trunk = next(run for run in study.runs if not run.trunk)
-    assert work([[trunk.directory]]) == 0
+    assert train_packs([[trunk.directory]]) == 0
     branch = next(run for run in study.runs if run.trunk)
     state = trunk.directory.checkpoints / "step-9" / "state.json"
     content = json.loads(state.read_text())
     content["identity"]["optimizer.lr"] = 0.5
     state.write_text(json.dumps(content))
-    assert work([[branch.directory]]) == 1
+    assert train_packs([[branch.directory]]) == 1
     assert "is not of the same run at another length (optimizer.lr: 0.5 there, 0.03125 here)" in str(branch.failed())
 
 

@@ -18,12 +18,12 @@ import yaml
 
 from depthmup.data.errors import UserError
 from depthmup.launch.config import LaunchConfig
-from depthmup.launch.jobs.attempts import attempts
+from depthmup.launch.jobs.attempts import read_attempts
 from depthmup.launch.jobs.submission import Submission
 from depthmup.launch.jobs.worker import main as work_in_a_job
-from depthmup.launch.jobs.worker import work
+from depthmup.launch.jobs.worker import train_packs
 from depthmup.launch.reading import read_study
-from depthmup.launch.runs.grouping import check_packable, group, packs_of
+from depthmup.launch.runs.grouping import check_packable, group_packs, packs_of
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.study import Study
 from depthmup.train.config import RunConfig
@@ -121,9 +121,9 @@ def test_packs_are_as_large_as_allowed_while_every_process_has_one(runs: Callabl
 
 def test_a_job_of_slurm_is_a_pack_or_as_many_as_runs_per_job_holds(runs: Callable[..., list[PlannedRun]]) -> None:
     packs = packs_of(runs("train.pack=8"), LaunchConfig(cluster="slurm"), on_gpu=True, slots=1)
-    assert [len(names) for names in group(packs, 1)] == [8, 8, 8]
-    assert [len(names) for names in group(packs, 16)] == [16, 8]
-    assert [len(names) for names in group([[run] for run in runs()], 5)] == [5, 5, 5, 5, 4]
+    assert [len(names) for names in group_packs(packs, 1)] == [8, 8, 8]
+    assert [len(names) for names in group_packs(packs, 16)] == [16, 8]
+    assert [len(names) for names in group_packs([[run] for run in runs()], 5)] == [5, 5, 5, 5, 4]
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_fresh_runs_do_not_join_those_that_are_far_ahead(written: Callable[[int]
     with pytest.raises(Interrupted):
         run_pack(configs, [d.path for d in ahead], After(9))
     assert [max(d.checkpoint_steps()) for d in ahead] == [9, 9]
-    assert work([directories]) == 0
+    assert train_packs([directories]) == 0
     assert packs_in_logs(directories[0].path.parent) == [2, 2, 4, 4, 4, 4]
     assert "resumed from step-9" in directories[1].log.read_text()
     assert all(d.done() for d in directories)
@@ -190,11 +190,11 @@ def test_fresh_runs_do_not_join_those_that_are_far_ahead(written: Callable[[int]
 def test_the_runs_of_a_pack_that_fails_go_on_one_by_one(written: Callable[[int], list[RunDirectory]]) -> None:
     directories = written(3)
     directories[1].metrics.mkdir()  # it cannot open its metrics
-    assert work([directories]) == 1
+    assert train_packs([directories]) == 1
     assert [bool(d.done()) for d in directories] == [True, False, True]
     assert "IsADirectoryError" in (directories[1].failed() or {})["error"]
     for directory in directories:
-        events = [line["event"] for line in attempts(directory)]
+        events = [line["event"] for line in read_attempts(directory)]
         assert events[:3] == ["started", "unpacked", "started"]
 
 
@@ -203,12 +203,12 @@ def test_an_interrupted_pack_notes_it_for_every_run_and_goes_on_without_those_th
 ) -> None:
     directories = written(3)
     monkeypatch.setattr(Interrupt, "on_signals", lambda: nullcontext(After(6)))
-    assert work([directories]) == EXIT_REQUEUE
+    assert train_packs([directories]) == EXIT_REQUEUE
     monkeypatch.undo()
-    assert [attempts(d)[-1]["event"] for d in directories] == ["interrupted"] * 3
+    assert [read_attempts(d)[-1]["event"] for d in directories] == ["interrupted"] * 3
     run(from_plain(RunConfig, yaml.safe_load(directories[1].config.read_text()), "test"), directories[1].path)
     stamp = (directories[1].path / "done.json").stat().st_mtime_ns
-    assert work([directories]) == 0
+    assert train_packs([directories]) == 0
     assert (directories[1].path / "done.json").stat().st_mtime_ns == stamp
     assert packs_in_logs(directories[0].path.parent) == [1, 2, 2]
 

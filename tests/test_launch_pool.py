@@ -18,7 +18,7 @@ from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.pool import refuse_mixture
 from depthmup.launch.runs.study import Study
 from depthmup.train.config import run_hash
-from depthmup.train.owner import code_fingerprint, owner
+from depthmup.train.owner import code_fingerprint, describe_owner
 
 
 def open_study(file: Path, *overrides: str) -> Study:
@@ -30,7 +30,7 @@ def finish(runs: Sequence[PlannedRun], **changes: Any) -> None:
     for number, run in enumerate(runs):
         run.directory.path.mkdir(parents=True, exist_ok=True)
         done = {"outcome": "completed", "step": 12, "minival_loss": 1.0 + 0.01 * number, "seconds": 1.0}
-        run.directory.write_done(done | owner(run.config) | {"code": code_fingerprint()} | changes)
+        run.directory.write_done(done | describe_owner(run.config) | {"code": code_fingerprint()} | changes)
 
 
 def test_results_of_several_versions_of_the_code_are_refused_or_pooled_when_asked_for_and_then_shown(
@@ -64,7 +64,7 @@ def test_runs_on_other_shards_under_the_same_name_do_not_count(study_file: Path)
     finish(study.runs[:3], shards="0123456789ab")
     for ask in (
         lambda: study.pending(),
-        lambda: states.take(study),
+        lambda: states.take_snapshot(study),
         lambda: print_plan(study, new_console()),
         lambda: collect(study),
     ):
@@ -90,7 +90,7 @@ def test_a_failure_of_another_run_is_no_failure_of_this_one(study_file: Path) ->
     for run, name in ((first, run_hash(first.config)), (second, "0123456789ab")):
         run.directory.path.mkdir(parents=True)
         run.directory.write_failed({"run": name, "error": "out of memory"})
-    assert [found.state for found in states.take(study).runs[:2]] == ["failed", "new"]
+    assert [found.state for found in states.take_snapshot(study).runs[:2]] == ["failed", "new"]
     study.write()
     assert first.directory.failed()
     assert not second.directory.failed()

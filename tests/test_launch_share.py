@@ -8,7 +8,7 @@ import pytest
 
 from depthmup.launch.config import Size
 from depthmup.launch.jobs.attempts import process_age
-from depthmup.launch.jobs.share import Share, Start, overhead
+from depthmup.launch.jobs.share import Share, Start, measure_overhead
 from depthmup.launch.jobs.states import RunState, Snapshot
 from depthmup.launch.reading import read_study
 from depthmup.launch.runs.cost import count_flops
@@ -59,7 +59,7 @@ def replay(study: Study, processes: int, together: int) -> list[tuple[float, flo
             if step:
                 run.directory.metrics.write_text(json.dumps({"step": step, "images_per_second": rate}) + "\n")
             states.append(RunState(run, "running"))
-        share, _ = shares.of(Snapshot(states, [], [], []), {})
+        share, _ = shares.measure(Snapshot(states, [], [], []), {})
         done = sum(flops[found.run.size] for found in states if found.state == "done")
         shown.append((moment / total, share, done / sum(flops[run.size] for run, *_ in trained)))
     return shown
@@ -104,17 +104,17 @@ def test_runs_that_are_to_come_are_part_of_the_time(study: Study) -> None:
         run.directory.write_done({"outcome": "completed", "step": 12, "seconds": 2.0})
         states.append(RunState(run, "done"))
     ended = Snapshot(states, [], [], [])
-    assert Share(flops, 12).of(ended, {})[0] == 1.0
-    assert Share(flops, 12, to_come=len(states)).of(ended, {})[0] == pytest.approx(0.5)
+    assert Share(flops, 12).measure(ended, {})[0] == 1.0
+    assert Share(flops, 12, to_come=len(states)).measure(ended, {})[0] == pytest.approx(0.5)
 
 
 def test_overhead_is_the_starts_of_processes_and_the_time_between_runs() -> None:
     alone = [Start(("a", 1), 10.0 + 5 * i, 3.0 + 5 * i, 4.0) for i in range(3)]
-    assert overhead(alone) == pytest.approx(3.0 / 3 + 1.0)
+    assert measure_overhead(alone) == pytest.approx(3.0 / 3 + 1.0)
     pack = [Start(("a", 1), at, at, 2.0) for at in (3.0, 3.01, 14.0, 14.01)]  # two runs at once, twice
-    assert overhead(pack) == pytest.approx(3.0 / 4 + (11.0 - 4.0) / 2)
-    assert overhead([*alone, *(replace(start, process=("b", 1)) for start in alone)]) == overhead(alone)
-    assert overhead([]) == 0.0
+    assert measure_overhead(pack) == pytest.approx(3.0 / 4 + (11.0 - 4.0) / 2)
+    assert measure_overhead([*alone, *(replace(start, process=("b", 1)) for start in alone)]) == measure_overhead(alone)
+    assert measure_overhead([]) == 0.0
 
 
 def test_a_process_knows_its_age() -> None:

@@ -11,10 +11,10 @@ import pytest
 import yaml
 from rich.console import Console
 
-from depthmup.launch.jobs.attempts import begin_attempt, note
+from depthmup.launch.jobs.attempts import begin_attempt, note_attempt
 from depthmup.launch.jobs.slurm import QueuedTask
 from depthmup.launch.jobs.states import RunState, state_of
-from depthmup.launch.jobs.status import print_status, short, watch_status
+from depthmup.launch.jobs.status import format_duration, print_status, watch_status
 from depthmup.launch.jobs.submission import Submission
 from depthmup.launch.jobs.worker import lacks_gpu
 from depthmup.launch.reading import read_study, read_study_or_run
@@ -28,9 +28,9 @@ from depthmup.train.rundir import RunDirectory
 def begin(run: RunDirectory, index: int, *ends: str) -> None:
     """Notes an attempt per word of `ends`, as the worker does; 'killed' leaves nothing that says how it ended."""
     for restart, end in enumerate(ends):
-        note(run, "started", step=10 * restart, job=f"7_{index}", restart=restart)
+        note_attempt(run, "started", step=10 * restart, job=f"7_{index}", restart=restart)
         if end != "killed":
-            note(run, end)
+            note_attempt(run, end)
 
 
 def test_status_shows_that_runs_were_preempted_or_stopped_otherwise_how_often_and_why(
@@ -160,7 +160,7 @@ def test_a_run_that_takes_the_cpu_though_its_job_has_a_gpu_says_so(
     ("seconds", "words"), [(4, "4s"), (59.6, "1m00"), (185, "3m05"), (3600, "1h00"), (7800, "2h10"), (360000, "100h00")]
 )
 def test_the_time_left_says_whether_it_is_seconds_minutes_or_hours(seconds: float, words: str) -> None:
-    assert short(seconds) == words
+    assert format_duration(seconds) == words
 
 
 def age(directory: RunDirectory, seconds: float) -> None:
@@ -179,7 +179,7 @@ def begun(study_file: Path) -> RunState:
     study = Study(study_file, read_study(study_file))
     study.write()
     run = study.runs[0]
-    note(run.directory, "started", step=0, job="7_0", restart=0)
+    note_attempt(run.directory, "started", step=0, job="7_0", restart=0)
     train = run.config.train
     rate = train.log_every * train.global_batch_size / SECONDS_A_LINE
     run.directory.metrics.write_text(json.dumps({"step": 2, "loss": 2.0, "images_per_second": rate}) + "\n")
@@ -273,7 +273,7 @@ def test_one_command_shows_the_whole_path_and_watches_it_to_its_end(
     def targets_begin() -> None:
         for name in ("tiny_target", "tiny_target_small"):
             run = target(name).runs[0].directory
-            note(run, "started", step=0)
+            note_attempt(run, "started", step=0)
             locks.append(take_lock(run.lock) or pytest.fail("no lock"))
 
     def only_a_target_is_left() -> None:

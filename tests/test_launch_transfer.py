@@ -16,9 +16,9 @@ from rich.console import Console
 from depthmup.data.errors import UserError
 from depthmup.launch import chain
 from depthmup.launch.config import LaunchConfig
-from depthmup.launch.jobs.slurm import Silent, SlurmError, refusal
+from depthmup.launch.jobs.slurm import Silent, SlurmError, describe_refusal
 from depthmup.launch.jobs.states import RunState, Snapshot
-from depthmup.launch.jobs.submission import Submission, ask, load_all
+from depthmup.launch.jobs.submission import Submission, load_all, note_command
 from depthmup.launch.jobs.submit import dry_run_script, submit_continuation
 from depthmup.launch.reading import read_study
 from depthmup.launch.runs.grouping import slot_gpus
@@ -179,9 +179,9 @@ def test_what_goes_on_by_itself_keeps_to_the_users_last_command_and_to_max_attem
         Submission.create(root / "jobs", "taken", tasks, {}).write_job_id("1")
     Submission.create(root / "jobs", "refused", [names], {})  # no job: no attempt
     assert going_again() == names[1:]  # one that has had its attempts does not hold up the other
-    ask(root, "launch")
+    note_command(root, "launch")
     assert going_again() == names
-    ask(root, "cancel")
+    note_command(root, "cancel")
     assert going_again() == []
     (root / "asked.json").write_text("{}")  # nobody knows what was asked for: nothing goes by itself
     with pytest.raises(UserError, match=r"asked\.json: damaged"):
@@ -255,7 +255,7 @@ def test_the_main_path_goes_from_a_proxy_to_a_target_and_its_line_in_the_report(
 )
 def test_what_slurm_refuses_is_said_with_the_key_to_change(words: str, key: str) -> None:
     policy = "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)"
-    said = str(refusal(SlurmError(words if words.startswith("Requested") else f"{words}; {policy}")))
+    said = str(describe_refusal(SlurmError(words if words.startswith("Requested") else f"{words}; {policy}")))
     assert f"(change {key}" in said
 
 

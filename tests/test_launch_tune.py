@@ -26,7 +26,7 @@ from depthmup.launch.runs.search import Search
 from depthmup.launch.runs.space import fraction_at
 from depthmup.launch.transfer import Launched, wait
 from depthmup.launch.values import Range
-from depthmup.train.owner import code_fingerprint, owner
+from depthmup.train.owner import code_fingerprint, describe_owner
 from depthmup.train.rundir import PRUNED
 from planned_runs import finish, open_as
 
@@ -101,7 +101,7 @@ def test_one_launcher_suggests_what_launchers_of_one_batch_each_do(
         if run.config.schedule.warmup > 0.4:
             run.directory.path.mkdir(parents=True, exist_ok=True)
             run.directory.write_done(
-                {"outcome": PRUNED, "step": 1, "seconds": 1.0, "code": code_fingerprint(), **owner(run.config)}
+                {"outcome": PRUNED, "step": 1, "seconds": 1.0, "code": code_fingerprint(), **describe_owner(run.config)}
             )
         else:
             finish(run, bowl(run))
@@ -246,7 +246,7 @@ def train_with_limits(run: PlannedRun) -> bool:
             file.write(json.dumps({"step": step, "minival_loss": loss}) + "\n")
         if limit is not None and loss > limit:
             result = {"outcome": PRUNED, "step": step, "seconds": 1.0, "code": code_fingerprint()}
-            directory.write_done(result | owner(run.config))
+            directory.write_done(result | describe_owner(run.config))
             return True
     finish(run, bowl(run))
     return False
@@ -284,7 +284,7 @@ def test_runs_that_are_ended_early_are_neither_winners_nor_averaged_nor_failures
     assert not of_pruned & set(search.winners())
     assert all(number >= 8 for number in of_pruned)  # the first batches have nothing to be worse than
     assert any(f"{len(pruned)} suggestions were ended early" in said for said in sentences(found))
-    counts = states.take(search).counts()
+    counts = states.take_snapshot(search).counts()
     assert (counts["pruned"], counts["done"]) == (
         len(pruned),
         len(search.runs) - len(pruned) - counts.get("diverged", 0),

@@ -217,8 +217,8 @@ def test_without_waiting_the_job_after_the_search_knows_that_a_study_follows_and
     class Taken:
         runs = (SimpleNamespace(task=SimpleNamespace(job_id="1")),)
 
-    monkeypatch.setattr(chain, "follower", follower)
-    monkeypatch.setattr(chain, "take", lambda study, ids: Taken)
+    monkeypatch.setattr(chain, "submit_follower", follower)
+    monkeypatch.setattr(chain, "take_after_submission", lambda study, ids: Taken)
     file = path_file(launch={"cluster": "debug"})
     study = chain.open_planned(file, read_study(file))
     assert isinstance(study, Search)
@@ -226,11 +226,11 @@ def test_without_waiting_the_job_after_the_search_knows_that_a_study_follows_and
     chain.advance_study(study, [target], Console(), after=True)
     for _ in range(4):
         folder, after = jobs[-1]
-        chain.go_on(folder, [target], after, Console())
+        chain.continue_path(folder, [target], after, Console())
     root = tmp_path / "runs"
     assert jobs == [*[(root / "whole_tune", True)] * 3, (root / "whole", False), (root / "whole", False)]
     assert [name for name, _ in launches] == [*["whole_tune"] * 3, "whole", "whole_target"]
-    chain.go_on(root / "whole", [target], False, Console())
+    chain.continue_path(root / "whole", [target], False, Console())
     assert len(jobs) == 5  # the path has ended
 
 

@@ -31,7 +31,7 @@ from depthmup.models.errors import ModelError
 from depthmup.models.export import folded_state
 from depthmup.models.family import match_rules
 from depthmup.train.config import RunConfig
-from depthmup.train.owner import owner
+from depthmup.train.owner import describe_owner
 from depthmup.train.reading import from_plain, to_yaml
 from depthmup.train.rundir import RunDirectory
 
@@ -148,7 +148,7 @@ def test_the_command_prints_code_that_loads_the_file_in_a_new_process(tmp_path: 
 def test_a_run_whose_configuration_was_changed_since_or_whose_weights_are_damaged_is_refused(tmp_path: Path) -> None:
     """Other multipliers would be folded into its weights."""
     run, _, config = finished_run(tmp_path / "run", VIT)
-    RunDirectory(run).write_done({"outcome": "completed", "step": 1, **owner(config)})
+    RunDirectory(run).write_done({"outcome": "completed", "step": 1, **describe_owner(config)})
     export_run(run, tmp_path / "out.safetensors")
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace("name: depth_mup", "name: completep"))

@@ -37,7 +37,7 @@ from depthmup.models.optimizer_config import OptimizerConfig
 from depthmup.models.parameterization import Role
 from depthmup.models.timm_registry import timm_call
 from depthmup.train.loop import run
-from depthmup.train.packs.packing import packable
+from depthmup.train.packs.packing import list_obstacles
 from train_configs import losses, pack_digits, run_config
 
 SHAPE: dict[str, Any] = {"patch_size": 4, "num_classes": 10, "image_size": 8, "in_channels": 1}
@@ -259,7 +259,7 @@ def test_a_run_trains_and_tells_of_its_experts(tmp_path: Path, monkeypatch: pyte
 
 def test_runs_that_route_are_trained_one_by_one() -> None:
     config = run_config(Path("nowhere"), model=MODEL)
-    assert packable(config, config) == ["model.num_experts"]
+    assert list_obstacles(config, config) == ["model.num_experts"]
 
 
 def test_a_dense_proxys_optimum_may_be_carried_to_experts() -> None:

@@ -20,7 +20,7 @@ from depthmup.models.optimizer_config import OptimizerConfig, RoleRates
 from depthmup.models.parameterization import Role
 from depthmup.train.config import run_hash
 from depthmup.train.loop import run
-from depthmup.train.packs.packing import group_alike, packable
+from depthmup.train.packs.packing import group_alike, list_obstacles
 from depthmup.train.packs.stacking import parameter_settings
 from depthmup.train.reading import from_plain, to_plain
 from train_configs import metrics, pack_digits, run_config
@@ -88,7 +88,7 @@ def test_rates_are_part_of_a_runs_identity_and_of_a_pack() -> None:
     faster, stated = run_config("x", "optimizer.role_lr.input=4"), run_config("x", "optimizer.role_lr={input: 1}")
     assert run_hash(faster) != run_hash(plain) == run_hash(stated)
     assert from_plain(type(faster), to_plain(faster), "again") == faster
-    assert packable(plain, faster) == []
+    assert list_obstacles(plain, faster) == []
     assert group_alike([plain, faster]) == [[0, 1]]
     scaled = build(faster.model, faster.parameterization, seed=0)
     for name, settings in parameter_settings(scaled, faster).items():

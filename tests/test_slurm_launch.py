@@ -353,8 +353,8 @@ def test_without_sbatch_on_path_one_line_says_so(study_file: Path) -> None:
 def test_jobs_that_slurm_has_forgotten_are_no_error(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     for key in ("SLURM_CONF", "PATH"):
         monkeypatch.setenv(key, cluster.environment[key])
-    assert slurm.queue(["999999"]) == []
-    assert slurm.queue(["999998", "999999"], ["depthmup-nowhere-1", "depthmup-nowhere-2"]) == []
+    assert slurm.read_queue(["999999"]) == []
+    assert slurm.read_queue(["999998", "999999"], ["depthmup-nowhere-1", "depthmup-nowhere-2"]) == []
 
 
 def test_a_job_runs_and_leaves_its_log_in_a_folder_whose_name_has_to_be_quoted(

@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from conftest import settings_on
-from depthmup.launch.jobs.attempts import attempts
-from depthmup.launch.jobs.states import interruptions
+from depthmup.launch.jobs.attempts import read_attempts
+from depthmup.launch.jobs.states import list_interruptions
 from depthmup.launch.jobs.submission import load_all, stop_causes
 from depthmup.train.config import RunConfig
 from depthmup.train.loop import run
@@ -266,7 +266,7 @@ def test_what_was_interrupted_goes_on_from_its_checkpoint(wave: Wave) -> None:
 def test_why_each_run_was_stopped_is_known_afterwards(wave: Wave) -> None:
     def causes(job: Job, index: int = 0) -> list[str]:
         known = stop_causes(load_all(job.runs[index].parents[1] / "jobs"))
-        return interruptions(attempts(RunDirectory(job.runs[index]))[:-1], known)  # but for the last attempt
+        return list_interruptions(read_attempts(RunDirectory(job.runs[index]))[:-1], known)  # but for the last attempt
 
     assert "preempted" in causes(wave.study, PREEMPTED)
     assert "preempted" in causes(wave.cancelled)
@@ -295,7 +295,7 @@ def test_a_killed_run_is_failed_with_the_reason_and_retry_says_what_to_change(wa
 def test_a_hung_run_is_stalled_and_goes_on_after_the_command_that_status_prints(wave: Wave) -> None:
     assert "1 stalled" in wave.of_hung
     assert "has not moved for" in wave.of_hung
-    (cause, *_) = attempts(RunDirectory(wave.hung.runs[0]))[1:]
+    (cause, *_) = read_attempts(RunDirectory(wave.hung.runs[0]))[1:]
     assert cause["event"] in ("interrupted", "started")  # slurmd wakes it before it ends it: it may save, or not
     assert done(wave.hung.runs[0])
 

@@ -96,14 +96,14 @@ def test_a_new_field_at_its_default_leaves_every_run_what_it_was(shards: Path, t
     stopped(config, tmp_path / "run")
     run(with_new_field(config), tmp_path / "run")
     assert "resumed from step-" in (tmp_path / "run" / "log-0.txt").read_text()
-    done = owner.finished(RunDirectory(tmp_path / "run"), config)
+    done = owner.read_finished(RunDirectory(tmp_path / "run"), config)
     assert done is not None
     assert done["step"] == 4
     with pytest.raises(UserError, match=r"train.new: 0.5 there, 0.6 here"):
-        owner.finished(RunDirectory(tmp_path / "run"), with_new_field(config, new=0.6))
+        owner.read_finished(RunDirectory(tmp_path / "run"), with_new_field(config, new=0.6))
     run(config, tmp_path / "older")
     with pytest.raises(UserError, match=r"train.new: not known there, 0.6 here"):
-        owner.finished(RunDirectory(tmp_path / "older"), with_new_field(config, new=0.6))
+        owner.read_finished(RunDirectory(tmp_path / "older"), with_new_field(config, new=0.6))
 
 
 @pytest.mark.parametrize("section", [field.name for field in fields(RunConfig) if field.name != "seed"])
@@ -125,7 +125,7 @@ def test_a_new_field_of_any_section_at_its_default_leaves_the_hash(shards: Path,
 def test_a_default_that_changed_makes_another_run(shards: Path) -> None:
     """The hash cannot see it, so the markers do."""
     config = run_config(shards)
-    marker = owner.owner(config)
+    marker = owner.describe_owner(config)
     assert differences(marker, config) == []
     marker["identity"]["train.label_smoothing"] = 0.1
     assert differences(marker, config) == ["train.label_smoothing: 0.1 there, 0.0 here"]

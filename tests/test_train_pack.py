@@ -33,7 +33,7 @@ from depthmup.train.loop import run
 from depthmup.train.packs.batched import CONVOLUTIONS
 from depthmup.train.packs.memory import MEMORY_SHARE, largest_pack, pack_bytes, pack_size
 from depthmup.train.packs.pack import run_pack
-from depthmup.train.packs.packing import packable
+from depthmup.train.packs.packing import list_obstacles
 from depthmup.train.packs.replicas import Replicas
 from depthmup.train.reading import from_plain
 from depthmup.train.rundir import RunDirectory
@@ -196,8 +196,8 @@ def test_smoothing_stochastic_depth_and_the_averages_decay_may_differ_in_a_pack(
 
 def test_runs_with_an_average_share_no_pack_with_runs_without(make: Callable[..., RunConfig]) -> None:
     with_average, without = make("vit", train__ema=0.9), make("vit")
-    assert packable(with_average, without) == ["train.ema"]
-    assert packable(with_average, make("vit", train__ema=0.5)) == []
+    assert list_obstacles(with_average, without) == ["train.ema"]
+    assert list_obstacles(with_average, make("vit", train__ema=0.5)) == []
 
 
 @pytest.mark.parametrize("setting", sorted(RECIPE.keys() - {"train__evaluate_every", "train__ema"}))
@@ -472,12 +472,12 @@ def test_what_cannot_be_packed_is_named(make: Callable[..., RunConfig], tmp_path
         make("vit", optimizer__lr=1.0, optimizer__momentum=0.1, schedule__warmup=0.3),
         make("vit", model__base_width=16, parameterization={"name": "completep", "alpha": 0.7}),
     ]
-    assert [packable(base, other) for other in packs] == [[], [], []]
+    assert [list_obstacles(base, other) for other in packs] == [[], [], []]
     other = make("vit", "adamw", steps=14, model__width=24, data__window=8)
-    assert packable(base, other) == ["data.window", "model.width", "optimizer.name", "train.samples"]
-    assert packable(base, replace(base, track=replace(base.track, wandb="offline"))) == ["track.wandb"]
+    assert list_obstacles(base, other) == ["data.window", "model.width", "optimizer.name", "train.samples"]
+    assert list_obstacles(base, replace(base, track=replace(base.track, wandb="offline"))) == ["track.wandb"]
     compiled = replace(base, train=replace(base.train, compile="block"))
-    assert packable(compiled, compiled) == ["train.compile"]
+    assert list_obstacles(compiled, compiled) == ["train.compile"]
     with pytest.raises(UserError, match=r"runs 0 and 1 cannot be packed together: data.window, model.width"):
         run_pack([base, other], [tmp_path / "a", tmp_path / "b"])
     with pytest.raises(UserError, match="found one twice"):

@@ -23,7 +23,7 @@ from depthmup.train import __main__ as command
 from depthmup.train import lock
 from depthmup.train.config import RunConfig, run_hash
 from depthmup.train.distributed import World, first_host, lost_peer, world_from_environment
-from depthmup.train.lock import Holder, holder, take_lock
+from depthmup.train.lock import Holder, find_holder, take_lock
 from depthmup.train.reading import to_yaml
 from depthmup.train.rundir import (
     EXIT_DIVERGED,
@@ -159,10 +159,10 @@ def test_whoever_looks_for_a_locks_holder_does_not_keep_a_worker_from_taking_it(
         threading.Timer(0.05, looking.close).start()
         held = take_lock(path)
     assert held
-    assert holder(path) == Holder(socket.gethostname(), os.getpid())
+    assert find_holder(path) == Holder(socket.gethostname(), os.getpid())
     assert take_lock(path) is None
     held.close()
-    assert holder(path) is None
+    assert find_holder(path) is None
 
 
 def test_a_lock_that_other_hosts_do_not_see_keeps_them_out_while_its_holder_beats(
@@ -177,15 +177,15 @@ def test_a_lock_that_other_hosts_do_not_see_keeps_them_out_while_its_holder_beat
     with monkeypatch.context() as elsewhere:
         elsewhere.setattr(socket, "gethostname", lambda: "another")
         assert take_lock(path) is None
-        assert holder(path) == Holder(here, os.getpid())
+        assert find_holder(path) == Holder(here, os.getpid())
         held.ended.set()  # as after a kill
         elsewhere.setattr(lock, "SILENCE", 0.5)
         time.sleep(0.1)
         held = take_lock(path)
         assert held
-    assert holder(path) == Holder("another", os.getpid())
+    assert find_holder(path) == Holder("another", os.getpid())
     held.close()
-    assert holder(path) is None
+    assert find_holder(path) is None
     started = take_lock(path)
     assert started  # at once, as nobody is named
     started.close()
@@ -212,7 +212,7 @@ def test_a_holder_that_is_frozen_with_its_host_loses_the_lock_and_ends_once_it_t
         held = [one for one in taken if one]
         assert len(held) == 1
         assert not held[0].is_lost
-        assert holder(path) == Holder("another", os.getpid())
+        assert find_holder(path) == Holder("another", os.getpid())
     assert frozen.is_lost
     ended: list[int] = []
     monkeypatch.setattr(os, "_exit", lambda code: (ended.append(code), frozen.ended.set()))

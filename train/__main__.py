@@ -24,7 +24,7 @@ from depthmup.data.storage import describe_full_disk
 from depthmup.models.errors import ModelError
 from depthmup.train.config import RunConfig, run_hash
 from depthmup.train.interrupt import Interrupt, Interrupted, prepare_streams
-from depthmup.train.lock import holder, take_lock
+from depthmup.train.lock import find_holder, take_lock
 from depthmup.train.owner import check_directory
 from depthmup.train.reading import read_yaml, run_in, set_dotted
 from depthmup.train.rundir import (
@@ -70,7 +70,7 @@ def train(config: RunConfig, directory: RunDirectory) -> int:
         print(f"error: cannot write to {directory.path} ({error.strerror}): name another directory", file=sys.stderr)
         return EXIT_USER_ERROR
     if held is None:
-        reason = f"{holder(directory.lock) or 'another process'} trains it: wait for it, or end it"
+        reason = f"{find_holder(directory.lock) or 'another process'} trains it: wait for it, or end it"
         print(f"error: {directory.path}: {reason}", file=sys.stderr)
         return EXIT_USER_ERROR
     with held:

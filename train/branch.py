@@ -12,7 +12,7 @@ import shutil
 from depthmup.data.errors import UserError
 from depthmup.train.checkpoint import find_fault, fsync
 from depthmup.train.config import RunConfig
-from depthmup.train.owner import differences, owner
+from depthmup.train.owner import describe_owner, differences
 from depthmup.train.rundir import RunDirectory
 from depthmup.train.trunk import Trunk, read_trunk, write_trunk
 
@@ -33,7 +33,7 @@ def begin_branch(directory: RunDirectory, config: RunConfig) -> None:
         directory.add_to_log(f"warning: {source} cannot be used ({fault.reason}): begins from nothing")
         return
     state = json.loads((source / "state.json").read_text())
-    mine = owner(config)
+    mine = describe_owner(config)
     different = [each for each in differences(state, config) if not each.startswith(MAY_DIFFER)]
     if different or state.get("shards") != mine["shards"]:
         reason = "; ".join(different) or "it was trained on other images"

@@ -30,7 +30,7 @@ from depthmup.data.order import State
 from depthmup.data.storage import describe_full_disk, naming, write_atomically
 from depthmup.train.config import RunConfig
 from depthmup.train.contents import CONTENTS, Reader, Writer
-from depthmup.train.owner import check_owner, owner
+from depthmup.train.owner import check_owner, describe_owner
 
 # torch says so whenever `no_dist` is set, which is how one process alone has to be set.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
@@ -136,7 +136,7 @@ class Checkpoints:
         config: RunConfig,
         log: Callable[[str], None],
     ) -> None:
-        self.directory, self.config, self.log, self.owner = directory, config, log, owner(config)
+        self.directory, self.config, self.log, self.owner = directory, config, log, describe_owner(config)
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self.rank = dist.get_rank() if self.group else 0
         self.world_size = dist.get_world_size() if self.group else 1

@@ -60,7 +60,7 @@ def read_holder(lock: Path) -> Holder:
     return Holder(**json.loads(text), silent=silent) if text else Holder()
 
 
-def holder(lock: Path) -> Holder | None:
+def find_holder(lock: Path) -> Holder | None:
     """Who holds the lock; None when nobody does. Raises NoLocks."""
     try:
         with open(lock) as file:
@@ -124,7 +124,7 @@ def open_locked(lock: Path) -> TextIO | None:
         file = open(lock, "a+")  # noqa: SIM115
         try:
             while not flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                if not flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB):  # shared with whoever only looks, as `holder` does
+                if not flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB):  # shared with whoever only looks, as `find_holder`
                     file.close()
                     return None
                 flock(file, fcntl.LOCK_UN)

@@ -33,7 +33,7 @@ from depthmup.train.evaluate import evaluate_splits
 from depthmup.train.interrupt import Interrupt, Interrupted
 from depthmup.train.networks import Networks
 from depthmup.train.one_network import OneNetwork
-from depthmup.train.owner import finished, result_of
+from depthmup.train.owner import read_finished, result_of
 from depthmup.train.record import RunRecord, Watch
 from depthmup.train.rundir import PRUNED, RunDirectory
 from depthmup.train.telemetry import Clock, memory_gb, peak_flops
@@ -52,7 +52,7 @@ def run(
     any process has it set, all save and raise Interrupted. `watch` gets every metrics line. A loss that is not finite
     ends the run with `outcome: diverged`; anything else that goes wrong is raised, a user's mistake as UserError.
     """
-    if done := finished(RunDirectory(path), config):
+    if done := read_finished(RunDirectory(path), config):
         return result_of(done)
     try:
         engine_name = choose(config.parallel, world.size)

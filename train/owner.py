@@ -29,7 +29,7 @@ def flat_identity(config: RunConfig) -> dict[str, Any]:
     return found
 
 
-def owner(config: RunConfig) -> dict[str, Any]:
+def describe_owner(config: RunConfig) -> dict[str, Any]:
     """What a marker holds for `check_owner`."""
     return {"run": run_hash(config), "identity": flat_identity(config), "shards": data_fingerprint(config)}
 
@@ -83,7 +83,7 @@ def check_directory(directory: RunDirectory, config: RunConfig) -> None:
             check_owner(path, marker, config, data_fingerprint(config))
 
 
-def finished(directory: RunDirectory, config: RunConfig) -> dict[str, Any] | None:
+def read_finished(directory: RunDirectory, config: RunConfig) -> dict[str, Any] | None:
     """The done marker of this very run; None before its end. Raises UserError when it is another run's."""
     if done := directory.done():
         check_owner(directory.path / "done.json", done, config, data_fingerprint(config))
@@ -124,7 +124,7 @@ def without_docstring(node: ast.AST) -> list[ast.stmt]:
     return body[1:] if is_docstring and isinstance(first.value.value, str) else body  # type: ignore[union-attr]
 
 
-def meaning(tree: ast.AST) -> str:
+def strip_syntax(tree: ast.AST) -> str:
     """A syntax tree as text, without docstrings, and without what is empty: newer Pythons add empty fields.
 
     Each node is followed by the number of its fields, and by their names and values, each list by its length and its
@@ -150,7 +150,7 @@ def meaning(tree: ast.AST) -> str:
     return "\0".join(words)
 
 
-def codes(before: str) -> str:
+def join_fingerprints(before: str) -> str:
     """Fingerprints of the sources that made a result, joined by +: those `before` it was resumed, and the present."""
     return "+".join(dict.fromkeys([*filter(None, before.split("+")), code_fingerprint()]))
 
@@ -162,5 +162,5 @@ def code_fingerprint(root: Path = PACKAGE) -> str:
     for package in PACKAGES:
         for file in sorted((root / package).rglob("*.py")):
             name = file.relative_to(root).as_posix()
-            hashed.update(f"{name}\0{meaning(ast.parse(file.read_bytes()))}\0".encode())
+            hashed.update(f"{name}\0{strip_syntax(ast.parse(file.read_bytes()))}\0".encode())
     return hashed.hexdigest()[:12]

@@ -64,7 +64,7 @@ def dotted_names(cls: Any, prefix: str = "") -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def suggestion(cls: Any, location: tuple[Any, ...]) -> str:
+def suggest_key(cls: Any, location: tuple[Any, ...]) -> str:
     """What may have been meant by the unknown key at `location`: the same key of another section, or one like it."""
     *sections, key = (str(part) for part in location if part not in FAMILIES)
     here = field_names(cls, location)
@@ -113,12 +113,12 @@ def dataclasses_in(hint: Any) -> list[Any]:
     return []
 
 
-def describe(error: Any, cls: Any) -> str:
+def describe_validation_error(error: Any, cls: Any) -> str:
     """One pydantic error as 'key: what is wrong'."""
     location = tuple(part for part in error["loc"] if not str(part).startswith("<"))  # a tag of a union is no key
     key = ".".join(str(part) for part in location if part not in FAMILIES)
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"{key}: unknown key; {suggestion(cls, location)}"
+        return f"{key}: unknown key; {suggest_key(cls, location)}"
     if error["type"] == "union_tag_invalid":
         tag = error["ctx"]["tag"]
         nearest = difflib.get_close_matches(tag, FAMILIES, 1) or FAMILIES
@@ -134,7 +134,7 @@ def describe(error: Any, cls: Any) -> str:
 ADAPTERS: dict[Any, Any] = {}
 
 
-def adapter(cls: Any) -> Any:
+def make_adapter(cls: Any) -> Any:
     """pydantic's validator of `cls`, built once: a study reads the same class thousands of times."""
     if cls not in ADAPTERS:
         ADAPTERS[cls] = TypeAdapter(cls)
@@ -144,15 +144,15 @@ def adapter(cls: Any) -> Any:
 def from_plain(cls: type[Config], raw: dict[str, Any], source: str) -> Config:
     """Plain data -> `cls`. Raises UserError that names `source`, every bad key and the nearest valid name."""
     try:
-        return adapter(cls).validate_python(raw, context={"reading": source})
+        return make_adapter(cls).validate_python(raw, context={"reading": source})
     except ValidationError as error:
-        problems = [describe(item, cls) for item in without_echoes(error.errors(include_url=False))]
+        problems = [describe_validation_error(item, cls) for item in without_echoes(error.errors(include_url=False))]
         raise UserError(f"{source}: " + "; ".join(problems)) from None
 
 
 def to_plain(config: Any) -> Any:
     """A config as plain data that `from_plain` reads back."""
-    return json.loads(adapter(type(config)).dump_json(config))
+    return json.loads(make_adapter(type(config)).dump_json(config))
 
 
 def to_yaml(config: Any) -> str:

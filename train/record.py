@@ -19,7 +19,7 @@ from depthmup.train.checkpoint import Checkpoints, Progress, fsync
 from depthmup.train.config import RunConfig
 from depthmup.train.distributed import World
 from depthmup.train.metrics import MetricsWriter, mean_loss, open_trackers
-from depthmup.train.owner import codes
+from depthmup.train.owner import join_fingerprints
 from depthmup.train.reading import to_yaml
 from depthmup.train.rundir import PRUNED, RunDirectory
 from depthmup.train.schedule import schedule
@@ -88,7 +88,7 @@ class RunRecord:
         """
         loaded = self.checkpoints.load_newest(template)
         progress, tensors = loaded or (Progress(0, State(seed=self.config.seed), []), None)
-        self.losses, self.seconds, self.code = progress.losses, progress.seconds, codes(progress.code)
+        self.losses, self.seconds, self.code = progress.losses, progress.seconds, join_fingerprints(progress.code)
         return progress, tensors
 
     def open_metrics(self, step: int) -> None:

@@ -89,7 +89,7 @@ def transfer(config: Path, overrides: tuple[str, ...], targets: tuple[Path, ...]
         refuse_detached_elsewhere(study)
         chain.advance_study(study, targets, console, after=tune)
     else:
-        tuned = chain.walk(study, console) if isinstance(study, Search) else study
+        tuned = chain.run_search(study, console) if isinstance(study, Search) else study
         assert tuned  # its study was kept
         chain.transfer(tuned, targets, console)
 
@@ -106,9 +106,9 @@ def print_launched(study: "Study", launched: "Launched", console: "Console") -> 
         pids = ", ".join(str(slot.pid) for slot in launched.slots)
         console.print(f"{len(launched.runs)} runs started: processes {pids}", highlight=False)
     elif not launched.runs:
-        from depthmup.launch.jobs.states import take
+        from depthmup.launch.jobs.states import take_snapshot
 
-        counts = ", ".join(f"{count} {state}" for state, count in take(study).counts().items())
+        counts = ", ".join(f"{count} {state}" for state, count in take_snapshot(study).counts().items())
         console.print(f"Nothing to submit: {counts}.", highlight=False)
     else:  # they were trained in this process
         from depthmup.launch.transfer import unfinished
@@ -151,12 +151,12 @@ def retry(config: Path, overrides: tuple[str, ...]) -> None:
 
     It also says which key may help. For runs that never began, use 'launch'.
     """
-    from depthmup.launch.jobs.states import take
+    from depthmup.launch.jobs.states import take_snapshot
     from depthmup.launch.jobs.status import print_troubles
     from depthmup.launch.transfer import STOPPED, Launched, launch
 
     study, console = open_study(config, overrides), new_console()
-    snapshot = take(study)
+    snapshot = take_snapshot(study)
     print_troubles(snapshot, console)
     launched = launch(study, STOPPED) if snapshot.of(*STOPPED) else Launched([], [], [])
     print_launched(study, launched, console)

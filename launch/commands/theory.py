@@ -34,14 +34,14 @@ def exponents_command(config: Path, overrides: tuple[str, ...], own: bool) -> No
     block and their sums, with fitted exponents of depth, and whether layers become an ODE, an SDE or neither. Needs
     three depths at the base's width.
     """
-    from depthmup.launch.report.exponents import exponents
+    from depthmup.launch.report.exponents import show_exponents
 
     console = new_console()
-    for path in exponents(open_study(config, overrides), own, console):
+    for path in show_exponents(open_study(config, overrides), own, console):
         console.print(f"Written: {path}", highlight=False)
 
 
-@command("limit", example="depthmup limit configs/digits_resnet.yaml model.activation=relu")
+@command("limit", example="depthmup limit configs/digits_resnet.yaml")
 @with_config
 @click.option("--lr", type=float, help="The base's learning rate [default: an eighth of the largest stable one].")
 def limit(config: Path, overrides: tuple[str, ...], lr: float | None) -> None:

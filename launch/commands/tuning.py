@@ -26,7 +26,7 @@ def walk(study: "JointStudy", detach: bool) -> None:
         refuse_detached_elsewhere(study)
         chain.advance_study(study, (), console)
     else:
-        chain.walk(study, console)
+        chain.run_search(study, console)
 
 
 @command("tune", example="depthmup tune configs/digits_tune.yaml tune.trials=64 --cluster mine")

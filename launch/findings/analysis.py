@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from depthmup.launch.config import Size
-from depthmup.launch.findings.curve_model import Posterior, fit, level
+from depthmup.launch.findings.curve_model import Posterior, average_seeds, fit_curves
 from depthmup.launch.findings.failures import (
     ERRORS,
     NO_RUNS,
@@ -75,7 +75,7 @@ class Curve:
     def mean(self) -> np.ndarray:
         """Geometric mean over the seeds that trained, free of the seeds' offsets, infinite where the value fails.
         (values,)"""
-        return np.exp(level(np.log(self.usable)))
+        return np.exp(average_seeds(np.log(self.usable)))
 
     def failures(self, index: int) -> Failures:
         """Of the runs at one value."""
@@ -131,7 +131,7 @@ def beats_chance(usable: np.ndarray, chance: float) -> bool:
 
     usable: (seeds, values), infinite where a value fails."""
     logs = np.log(usable)
-    mean = level(logs)
+    mean = average_seeds(logs)
     if not np.isfinite(mean).any():
         return False
     best = int(np.where(np.isfinite(mean), mean, math.inf).argmin())
@@ -145,7 +145,7 @@ def find_optimum(x: np.ndarray, usable: np.ndarray, learns: bool, posterior: Pos
     Without a posterior (fewer than three values about the best train, or nothing tells the noise) the optimum is
     known to lie between the neighbours of the best value, no better.
     """
-    mean = np.exp(level(np.log(usable)))
+    mean = np.exp(average_seeds(np.log(usable)))
     finite = np.isfinite(mean)
     if not finite.any():
         return Optimum(None, math.inf, None, None)
@@ -188,7 +188,7 @@ def make_curves(results: Sequence[Result], octaves: Callable[[float], float], ch
     distinct = {
         (size, x.tobytes(), usable.tobytes()): (x, np.log(usable)) for (_, size), _, x, _, _, _, _, usable, _ in made
     }
-    posteriors = dict(zip(distinct, fit(list(distinct.values())), strict=True))
+    posteriors = dict(zip(distinct, fit_curves(list(distinct.values())), strict=True))
     found = []
     for (parameterization, size), values, x, names, metric, failed, fails, usable, learns in made:
         posterior = posteriors[size, x.tobytes(), usable.tobytes()] if learns else None
@@ -226,7 +226,7 @@ def log_regrets(curve: Curve, x: float) -> np.ndarray | None:
         return np.minimum(curve.posterior.regrets(x), most)
     # beyond the values that the curve is fitted to: what was measured there, with the noise of that mean
     logs = np.log(curve.usable)
-    mean = np.interp(x, curve.x, level(logs))
+    mean = np.interp(x, curve.x, average_seeds(logs))
     if not np.isfinite(mean):
         return None
     noise = seed_noise(np.where(np.isinf(logs), math.nan, logs)) / math.sqrt(len(logs))

@@ -145,7 +145,7 @@ def fit_rate(law: Law, values: Mapping[int, np.ndarray]) -> Rate:
     return rate(lost, fitted, (fitted[0] - half, fitted[0] + half))
 
 
-def rates(values: Mapping[int, np.ndarray], axis: str, laws: Sequence[Law] = LAWS) -> list[Rate]:
+def fit_rates(values: Mapping[int, np.ndarray], axis: str, laws: Sequence[Law] = LAWS) -> list[Rate]:
     """One per law of `axis`."""
     return [fit_rate(law, values) for law in laws if law.axis == axis]
 
@@ -163,10 +163,10 @@ class Line:
     left_out: str  # which sizes, and why
 
     def rates(self, quantity: str) -> list[Rate]:
-        return rates(self.values[quantity], self.axis)
+        return fit_rates(self.values[quantity], self.axis)
 
 
-def along(comparisons: list[Comparison], base: Size, axis: str) -> list[Comparison]:
+def select_along_axis(comparisons: list[Comparison], base: Size, axis: str) -> list[Comparison]:
     """The sizes that differ from the base in `axis` alone, and the base, in order."""
     same = [c for c in comparisons if c.curve.size.is_beside(base, axis)]
     return sorted(same, key=lambda c: getattr(c.curve.size, axis))

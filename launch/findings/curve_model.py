@@ -21,7 +21,7 @@ from functools import cached_property
 
 import numpy as np
 
-from depthmup.launch.findings.value_effects import ValueEffects, moderate, value_effects
+from depthmup.launch.findings.value_effects import ValueEffects, estimate_prior, value_effects
 
 DRAWS = 2000  # of every curve; among them a bound's place is known to one per cent
 LEAST_DRAWS = 20  # that bend upwards, beside a failing value, or the runs themselves deny that the curve does
@@ -212,7 +212,7 @@ class Posterior:
 # ---------------------------------------------------------------- a study
 
 
-def level(y: np.ndarray) -> np.ndarray:
+def average_seeds(y: np.ndarray) -> np.ndarray:
     """Mean over seeds, (values,): infinite where any seed failed, NaN where no seed ran.
 
     Seeds may have run at other values: their offsets, by least squares, are taken off.
@@ -242,10 +242,10 @@ def fitted_values(x: np.ndarray, mean: np.ndarray) -> np.ndarray:
     return np.array(sorted(kept))
 
 
-def prepare(x: np.ndarray, y: np.ndarray) -> CurveFit | None:
+def prepare_fit(x: np.ndarray, y: np.ndarray) -> CurveFit | None:
     """None where fewer than three values about the lowest trained. Beside a value at which runs fail, the optimum may
     lie anywhere up to that value."""
-    mean = level(y)
+    mean = average_seeds(y)
     if not np.isfinite(mean).any():
         return None
     kept = fitted_values(x, mean)
@@ -257,11 +257,11 @@ def prepare(x: np.ndarray, y: np.ndarray) -> CurveFit | None:
     return CurveFit(value_effects(x[kept], y[:, kept]), float(x[low]), float(x[high]))
 
 
-def fit(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[Posterior | None]:
+def fit_curves(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[Posterior | None]:
     """Posteriors of a study's curves, each given as x: (values,) octaves and y: (seeds, values) log losses, infinite
-    where a run failed, NaN where there is none. None for a curve that `prepare` cannot fit, and for all where nothing
-    tells the noise."""
-    prepared = [prepare(x, y) for x, y in curves]
+    where a run failed, NaN where there is none. None for a curve that `prepare_fit` cannot fit, and for all where
+    nothing tells the noise."""
+    prepared = [prepare_fit(x, y) for x, y in curves]
     fits = [each for each in prepared if each]
     # where seeds were not repeated, the misfit of parabolas stands for the noise
     repeated = any(each.effects.freedom for each in fits)
@@ -271,7 +271,7 @@ def fit(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[Posterior | Non
         return [None] * len(curves)
     known = freedoms > 0
     variances = np.maximum(squares[known] / freedoms[known], LEAST_MODEL_NOISE**2)
-    prior_freedom, prior_variance = moderate(variances, freedoms[known])
+    prior_freedom, prior_variance = estimate_prior(variances, freedoms[known])
     tables = []
     for each, square, freedom in zip(fits, squares, freedoms, strict=True):
         moderated = (prior_freedom * prior_variance + square) / max(prior_freedom + freedom, 1.0)

@@ -23,7 +23,7 @@ from dataclasses import replace
 import numpy as np
 
 from depthmup.launch.findings.analysis import Result
-from depthmup.launch.findings.points import Design, Point, Round, place
+from depthmup.launch.findings.points import Design, Point, Round, round_octaves
 from depthmup.launch.findings.proposal import FIRST_RUNS, Proposal, Want
 from depthmup.launch.findings.verdict import Analysis
 
@@ -35,7 +35,10 @@ class Basket:
         self.design = design
         self.found = {
             Point(
-                design.owner(each.parameterization, each.size), each.size, place(design.octaves(each.value)), each.seed
+                design.owner(each.parameterization, each.size),
+                each.size,
+                round_octaves(design.octaves(each.value)),
+                each.seed,
             )
             for each in results
         }

@@ -75,7 +75,7 @@ def fit_slope(values: Mapping[int, Sequence[float]]) -> Slope | None:
     return Slope(slope, slope - half, slope + half)
 
 
-def regime(slopes: Mapping[str, Slope | None]) -> str:
+def name_regime(slopes: Mapping[str, Slope | None]) -> str:
     """In words. slopes: by measure."""
     increments, variation = slopes["increments"], slopes["quadratic variation"]
     if increments is None or variation is None:

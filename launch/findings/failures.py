@@ -52,7 +52,7 @@ class Failures:
 NO_RUNS = Failures(0, 0)
 
 
-def deviations(logs: np.ndarray) -> np.ndarray:
+def measure_deviations(logs: np.ndarray) -> np.ndarray:
     """Standard deviation between seeds of each value with two seeds or more. logs: (seeds, values), NaN: none."""
     values = [column[np.isfinite(column)] for column in logs.T]
     return np.array([value.std(ddof=1) for value in values if len(value) > 1])
@@ -60,7 +60,7 @@ def deviations(logs: np.ndarray) -> np.ndarray:
 
 def seed_noise(logs: np.ndarray) -> float:
     """Standard deviation between seeds at one value: the median over values."""
-    found = deviations(logs)
+    found = measure_deviations(logs)
     return max(float(np.median(found)), LEAST_SEED_NOISE) if len(found) else ASSUMED_NOISE
 
 
@@ -74,7 +74,7 @@ def dead_runs(metric: np.ndarray, chance: float) -> np.ndarray:
     if not math.isfinite(chance):
         return diverged
     logs = np.log(np.where(diverged, math.nan, metric))
-    noise = float(np.clip(min(deviations(logs), default=LEAST_SEED_NOISE), LEAST_SEED_NOISE, MOST_GUESS_NOISE))
+    noise = float(np.clip(min(measure_deviations(logs), default=LEAST_SEED_NOISE), LEAST_SEED_NOISE, MOST_GUESS_NOISE))
     return diverged | (logs > math.log(chance) - ERRORS * noise)
 
 

@@ -56,7 +56,7 @@ class Forecast:
         return self.interval[0] <= self.seen <= self.interval[1]
 
 
-def losses(curve: Curve, x: float) -> np.ndarray:
+def losses_at(curve: Curve, x: float) -> np.ndarray:
     """Metric at x of every seed that ran at the nearest value, infinite where it failed: from there to x by the curve's
     model, where it reaches. (seeds,)"""
     nearest = curve.at(x)
@@ -68,7 +68,7 @@ def losses(curve: Curve, x: float) -> np.ndarray:
     return np.asarray(found * math.exp(shift)) if math.isfinite(shift) else found
 
 
-def terms(sizes: Sequence[Size], axes: Sequence[str], exponents: Sequence[float]) -> np.ndarray:
+def list_terms(sizes: Sequence[Size], axes: Sequence[str], exponents: Sequence[float]) -> np.ndarray:
     """One row per size: 1 and size^-exponent per axis, log(size) where the exponent is 0."""
     columns = [np.array([float(getattr(size, axis)) for size in sizes]) for axis in axes]
     powers = [np.log(c) if p == 0 else c**-p for c, p in zip(columns, exponents, strict=True)]
@@ -103,7 +103,7 @@ def extrapolate(known: dict[Size, np.ndarray], target: Size, axes: Sequence[str]
     found, scores, residuals = [], [], []
     for family, belief in zip(families, beliefs, strict=True):
         for exponents, in_logs in family:
-            rows, row = terms(sizes, axes, exponents), terms([target], axes, exponents)[0]
+            rows, row = list_terms(sizes, axes, exponents), list_terms([target], axes, exponents)[0]
             spans = np.append(1.0, np.ptp(rows[:, 1:], axis=0))
             rows, row = rows / spans, row / spans
             weights = np.sqrt(counts) * (1.0 if in_logs else 1 / means)
@@ -137,23 +137,23 @@ def extrapolate(known: dict[Size, np.ndarray], target: Size, axes: Sequence[str]
     return Extrapolation(draws, bool(fits))
 
 
-def smaller(known: dict[Size, np.ndarray], target: Size) -> dict[Size, np.ndarray]:
+def select_smaller(known: dict[Size, np.ndarray], target: Size) -> dict[Size, np.ndarray]:
     """Of sizes that differ from the target in width and depth alone: no law here has experts, batch or samples."""
     alike = {s: each for s, each in known.items() if s != target and s.is_beside_in_shape(target)}
     return {s: each for s, each in alike.items() if s.width <= target.width and s.depth <= target.depth}
 
 
-def varied(sizes: Sequence[Size]) -> list[str]:
+def list_varied_axes(sizes: Sequence[Size]) -> list[str]:
     return [axis for axis in AXES if len({getattr(size, axis) for size in sizes}) > 1]
 
 
-def backtest(known: dict[Size, np.ndarray]) -> str:
+def backtest_laws(known: dict[Size, np.ndarray]) -> str:
     """Why the laws may not be continued: a size that they do not foretell from the smaller ones, or that the next
     smaller one foretells as well, or no size to try it on. '' where they may."""
     errors, control = [], []
     for size, seen in known.items():
-        before = smaller(known, size)
-        axes = varied(list(before))
+        before = select_smaller(known, size)
+        axes = list_varied_axes(list(before))
         if any(getattr(size, axis) != getattr(other, axis) for other in before for axis in AXES if axis not in axes):
             continue
         found = extrapolate(before, size, axes, len(seen)) if axes else None
@@ -173,13 +173,13 @@ def backtest(known: dict[Size, np.ndarray]) -> str:
     return ""
 
 
-def predict(
+def predict_loss(
     known: dict[Size, np.ndarray], target: Size, target_seeds: int = 1
 ) -> tuple[str, float | None, tuple[float, float] | None, str]:
     """(law, prediction, interval of the mean over the target's seeds, why there is no number) from the losses of each
     smaller size."""
     sizes = list(known)
-    axes = varied(sizes)
+    axes = list_varied_axes(sizes)
     law = " + ".join(["floor", *(TERMS[axis] for axis in axes)])
     for axis in AXES:
         values = [getattr(size, axis) for size in sizes]
@@ -197,12 +197,12 @@ def predict(
         return law, None, None, "too few sizes or seeds to tell the law's terms apart"
     if not found.fits:
         return law, None, None, "no law fits within the seeds' noise"
-    if refused := backtest(known):
+    if refused := backtest_laws(known):
         return law, None, None, refused
     return law, float(np.median(found.draws)), quantiles(found.draws), ""
 
 
-def targets(sizes: Sequence[Size], base: Size) -> list[Size]:
+def choose_targets(sizes: Sequence[Size], base: Size) -> list[Size]:
     """The largest size along each axis from the base, and the largest of all if one is so in both axes; all of the
     base's experts, batch and samples."""
     sizes = [size for size in sizes if size.is_beside_in_shape(base)]
@@ -215,27 +215,27 @@ def targets(sizes: Sequence[Size], base: Size) -> list[Size]:
     return [size for size in dict.fromkeys(found) if size != base]
 
 
-def foretell(own: Sequence[Curve], x: float, target: Size) -> Forecast:
+def foretell_loss(own: Sequence[Curve], x: float, target: Size) -> Forecast:
     """Of the loss at x octaves, from the curves of one parameterization; what was seen, if the target is among them."""
-    known = {curve.size: found for curve in own if len(found := losses(curve, x))}
-    before, seen = smaller(known, target), known.get(target, np.array([]))
+    known = {curve.size: found for curve in own if len(found := losses_at(curve, x))}
+    before, seen = select_smaller(known, target), known.get(target, np.array([]))
     mean = float(seen.mean()) if len(seen) else None
-    law, predicted, interval, remark = predict(before, target, max(len(seen), 1))
+    law, predicted, interval, remark = predict_loss(before, target, max(len(seen), 1))
     return Forecast(own[0].parameterization, target, len(before), law, predicted, interval, mean, remark)
 
 
-def forecasts(analysis: Analysis, sizes: Sequence[Size]) -> list[Forecast]:
+def make_forecasts(analysis: Analysis, sizes: Sequence[Size]) -> list[Forecast]:
     """One per parameterization and target among `sizes` (the first is the base), fitted on all smaller sizes."""
     found = []
     for judgement in analysis.judgements:
         own = [curve for curve in analysis.curves if curve.parameterization == judgement.parameterization]
         x = next(curve for curve in own if curve.size == sizes[0]).optimum.x
         if x is not None:
-            found += [foretell(own, x, target) for target in targets(sizes, sizes[0])]
+            found += [foretell_loss(own, x, target) for target in choose_targets(sizes, sizes[0])]
     return found
 
 
-def calibration(found: Sequence[Forecast]) -> str:
+def describe_calibration(found: Sequence[Forecast]) -> str:
     """'3 of 4 forecasts hold' over those that can be checked, as a sentence.
 
     One and the same forecast of several parameterizations, made of runs that they share, counts once."""

@@ -87,27 +87,29 @@ def carry_run(origin: float, limits: Limits) -> Carry:
         if best is None:
             return None
         reach = SAME if len(curves) > 1 else 1 / LATTICE  # before other sizes run, another value costs little
-        everywhere = [float(x) for x in base.x if abs(x - best) <= reach and all(has(curve, x) for curve in curves)]
+        everywhere = [
+            float(x) for x in base.x if abs(x - best) <= reach and all(has_value(curve, x) for curve in curves)
+        ]
         good = [x for x in everywhere if is_as_good(base, x)]
         return min(good, key=lambda x: abs(x - best), default=on_lattice(best, origin))
 
     return carry
 
 
-def place(x: float) -> float:
+def round_octaves(x: float) -> float:
     """Octaves, so that the same value is the same number."""
     return round(float(x), 6)
 
 
-def has(curve: Curve, x: float) -> bool:
+def has_value(curve: Curve, x: float) -> bool:
     return bool((np.abs(curve.x - x) < 1e-6).any())
 
 
 def runs_of(curve: Curve) -> set[Run]:
     """All runs, failed ones included."""
-    return {(place(curve.x[value]), curve.seeds[seed]) for seed, value in np.argwhere(~np.isnan(curve.metric))}
+    return {(round_octaves(curve.x[value]), curve.seeds[seed]) for seed, value in np.argwhere(~np.isnan(curve.metric))}
 
 
-def failing(curve: Curve) -> np.ndarray:
+def list_failing_values(curve: Curve) -> np.ndarray:
     """Octaves of the values at which runs fail."""
     return np.asarray(curve.x[np.isinf(curve.mean)])

@@ -123,7 +123,9 @@ WEIGHTS = np.exp(-((NormalDist().inv_cdf(0.999) * QUANTILES) ** 2) / 2)
 WEIGHTS /= WEIGHTS.sum()
 
 
-def moves(runs: Sequence[Run], x: float, values: Sequence[float], seeds: Sequence[int], fresh: int) -> list[list[Run]]:
+def list_moves(
+    runs: Sequence[Run], x: float, values: Sequence[float], seeds: Sequence[int], fresh: int
+) -> list[list[Run]]:
     """Ways to go on: the seed `fresh` at two values about x that there are, the furthest two, the next two, ...; or one
     of `values` with `seeds`. A seed's offset is known only from values that other seeds ran."""
     there = sorted({value for value, _ in runs if abs(value - x) <= max(abs(v - x) for v in values)})

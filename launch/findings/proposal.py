@@ -11,14 +11,14 @@ from depthmup.launch.config import COARSE, Size
 from depthmup.launch.findings.analysis import Comparison, Curve
 from depthmup.launch.findings.failures import Failures
 from depthmup.launch.findings.intervals import quantile
-from depthmup.launch.findings.points import Design, Point, failing, has, place, runs_of
+from depthmup.launch.findings.points import Design, Point, has_value, list_failing_values, round_octaves, runs_of
 from depthmup.launch.findings.precision import (
     SURENESS,
     Aim,
     Run,
     best_move,
     curvature_of,
-    moves,
+    list_moves,
     noise_of,
     slope_variance,
 )
@@ -61,7 +61,7 @@ FIRST_SEEDS = 2
 FIRST_RUNS = 3 * FIRST_SEEDS  # of a size, at least
 
 
-def bracket(curve: Curve, design: Design) -> list[float]:
+def bracket_best(curve: Curve, design: Design) -> list[float]:
     """Values that show the curve's best to lie between others: two beyond an edge, the middle of a wide gap, and of a
     gap to a value at which runs fail. Empty where there is nothing to add."""
     mean = curve.mean
@@ -83,10 +83,10 @@ def bracket(curve: Curve, design: Design) -> list[float]:
             if not 0 <= beyond < len(curve.x):
                 found.append(x - 2 * side * OCTAVE)
     lowest, highest = design.low - MOST_BEYOND, design.high + MOST_BEYOND
-    return [x for x in found if lowest <= x <= highest and design.is_valid(x) and not has(curve, x)]
+    return [x for x in found if lowest <= x <= highest and design.is_valid(x) and not has_value(curve, x)]
 
 
-def about(curve: Curve) -> list[float]:
+def list_values_about_best(curve: Curve) -> list[float]:
     """The best value that trains, and those within an octave of it that do."""
     mean = np.where(np.isfinite(curve.mean), curve.mean, math.inf)
     best = float(curve.x[int(mean.argmin())])
@@ -122,13 +122,15 @@ class Proposal:
     def want(self, size: Size, runs: Sequence[Run], reason: str, begins: bool = False) -> None:
         owner = self.design.owner(self.name, size)
         if runs:
-            self.wants.append(Want(size, tuple(Point(owner, size, place(x), seed) for x, seed in runs), reason, begins))
+            self.wants.append(
+                Want(size, tuple(Point(owner, size, round_octaves(x), seed) for x, seed in runs), reason, begins)
+            )
 
     def grid(self, curve: Curve | None, values: Sequence[float], seeds: int = FIRST_SEEDS) -> list[Run]:
         """Runs of `values` with the first `seeds` seeds that are not there, but where runs fail."""
         done = runs_of(curve) if curve else set()
-        bad = {place(x) for x in failing(curve)} if curve else set()
-        good = [place(x) for x in values if place(x) not in bad]
+        bad = {round_octaves(x) for x in list_failing_values(curve)} if curve else set()
+        good = [round_octaves(x) for x in values if round_octaves(x) not in bad]
         return [(x, seed) for x in good for seed in map(self.design.seed, range(seeds)) if (x, seed) not in done]
 
     def aim(self, curve: Curve, x: float) -> Aim:
@@ -148,7 +150,7 @@ class Proposal:
         values, seeds = self.values(curve, x), [self.design.seed(index) for index in range(FIRST_SEEDS)]
         runs, added = list(aim.runs), list[Run]()
         while len(added) < most and (len(added) < LEAST or not is_enough(aim, aim.after(runs))):
-            options = moves(runs, x, values, seeds, next(self.fresh(curve, runs)))
+            options = list_moves(runs, x, values, seeds, next(self.find_fresh_seeds(curve, runs)))
             options = [move for move in options if len(move) + len(added) <= most]
             if not options:
                 break
@@ -156,7 +158,7 @@ class Proposal:
             runs, added = runs + move, added + move
         return added
 
-    def fresh(self, curve: Curve, runs: Sequence[Run]) -> Iterator[int]:
+    def find_fresh_seeds(self, curve: Curve, runs: Sequence[Run]) -> Iterator[int]:
         """Seeds that the curve does not have, failed runs included."""
         known = {*curve.seeds, *(seed for _, seed in runs)}
         return (seed for index in count() if (seed := self.design.seed(index)) not in known)
@@ -165,11 +167,16 @@ class Proposal:
         """Octaves at which more runs may be put: about x, where none fails."""
         low, high = self.trained_range(curve, x)
         about = (x + side * spread for spread in SPREADS for side in (-1, 1))
-        return sorted({place(x), *(place(each) for each in about if low < each < high and self.design.is_valid(each))})
+        return sorted(
+            {
+                round_octaves(x),
+                *(round_octaves(each) for each in about if low < each < high and self.design.is_valid(each)),
+            }
+        )
 
     def trained_range(self, curve: Curve, x: float) -> tuple[float, float]:
         """Octaves between which values may be put: not beyond one about x at which runs fail."""
-        bad = failing(curve)
+        bad = list_failing_values(curve)
         low = max((value for value in bad if value < x), default=-math.inf)
         high = min((value for value in bad if value > x), default=math.inf)
         return float(low), float(high)
@@ -225,14 +232,16 @@ class Proposal:
             curve = comparison.curve
             most = min(max(len(runs_of(curve)) // 2, LEAST), self.affordable(curve.size))
             self.want(curve.size, self.sharpen(curve, carried, most, self.settles), "the cost is known too roughly")
-            self.want(curve.size, self.grid(curve, self.beyond(curve)), "the optimum may lie beyond the values")
+            self.want(
+                curve.size, self.grid(curve, self.list_values_beyond(curve)), "the optimum may lie beyond the values"
+            )
         return None if self.wants else "the budget is spent"
 
-    def beyond(self, curve: Curve) -> list[float]:
+    def list_values_beyond(self, curve: Curve) -> list[float]:
         """A value an octave beyond those of the curve, on each side on which nothing bounds its optimum."""
         low, high = curve.optimum.interval or (0.0, 0.0)
         ends = [curve.x[0] - OCTAVE] * math.isinf(low) + [curve.x[-1] + OCTAVE] * math.isinf(high)
-        return [place(x) for x in ends if self.design.is_valid(x)]
+        return [round_octaves(x) for x in ends if self.design.is_valid(x)]
 
     def settled(self, comparisons: Sequence[Comparison]) -> bool:
         """Whether no run can change the answer, the carried value having been run at every size."""
@@ -264,11 +273,11 @@ class Proposal:
     def search_base(self, base: Curve) -> bool:
         """Whether the base's optimum still has to be found."""
         size = self.design.sizes[0]
-        if values := bracket(base, self.design):
+        if values := bracket_best(base, self.design):
             seeds = FIRST_SEEDS if np.isfinite(base.mean).any() else 1
             self.want(size, self.grid(base, values, seeds), "where the base's optimum lies", begins=True)
         if base.learns:
-            self.want(size, self.grid(base, about(base)), "where the base's optimum lies", begins=True)
+            self.want(size, self.grid(base, list_values_about_best(base)), "where the base's optimum lies", begins=True)
         if self.wants or base.posterior is None or base.optimum.x is None or base.optimum.censored:
             return bool(self.wants)
         x = self.design.on_lattice(base.optimum.x)
@@ -291,19 +300,19 @@ class Proposal:
             self.want(curve.size, self.grid(curve, [carried]), "each size at the carried value")
         finding = judge_size(comparison, self.design.limits)
         if finding.verdict == "inconclusive" and (curve.optimum.censored or curve.posterior is None):
-            values = bracket(curve, self.design)
+            values = bracket_best(curve, self.design)
             self.want(curve.size, self.grid(curve, values), f"the best at {curve.size} is on an edge")
         if finding.runs_fail:
-            runs = self.again(curve, carried, comparison.failures)
+            runs = self.repeat_runs(curve, carried, comparison.failures)
             self.want(curve.size, runs, f"whether runs at {curve.size} fail by bad luck")
         return len(self.wants) > before
 
-    def again(self, curve: Curve, x: float, failures: Failures) -> list[Run]:
+    def repeat_runs(self, curve: Curve, x: float, failures: Failures) -> list[Run]:
         """Up to LEAST runs more at x, and no more than rule out that most runs fail there if no other one fails."""
         enough = next(runs for runs in count(failures.runs) if not Failures(failures.failed, runs).leave_open)
-        done = {seed for value, seed in runs_of(curve) if value == place(x)}
+        done = {seed for value, seed in runs_of(curve) if value == round_octaves(x)}
         seeds = (seed for index in count() if (seed := self.design.seed(index)) not in done)
-        return [(place(x), seed) for seed in islice(seeds, min(LEAST, enough - failures.runs))]
+        return [(round_octaves(x), seed) for seed in islice(seeds, min(LEAST, enough - failures.runs))]
 
     def settles(self, aim: Aim, deviation: float) -> bool:
         return aim.settles(deviation, self.design.limits) >= ENOUGH
@@ -312,10 +321,10 @@ class Proposal:
         """Probabilities that the size is known to lose nothing, and that it is known to lose something, after `flops`
         are spent on it."""
         curve, aim = comparison.curve, self.aim(comparison.curve, carried)
-        trained = {place(x) for x in curve.x[np.isfinite(curve.mean)] if abs(x - carried) <= max(SPREADS)}
+        trained = {round_octaves(x) for x in curve.x[np.isfinite(curve.mean)] if abs(x - carried) <= max(SPREADS)}
         values = sorted(trained | set(self.values(curve, carried)))
         pairs = list(zip(values, reversed(values), strict=True))[: len(values) // 2]
-        seeds = self.fresh(curve, aim.runs)
+        seeds = self.find_fresh_seeds(curve, aim.runs)
         rest: list[Run] = []
         for index in range(min(int(flops / self.design.flops[curve.size]), MOST_AHEAD) // 2):
             seed = next(seeds)

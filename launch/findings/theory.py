@@ -6,10 +6,11 @@ from dataclasses import replace
 from depthmup.launch.config import StudyFile, label
 from depthmup.models.config import ConvResNetConfig, ParameterizationConfig, Size
 from depthmup.models.limit.drift import has_limit, predicted_drift
+from depthmup.models.limit.network import ActivationName
 from depthmup.models.optimizer_config import RoleRates
 from depthmup.train.config import RunConfig
 
-COVERED = "a conv_resnet of ReLU with norm none and convs_per_branch 1, trained by sgd without nesterov or role_lr"
+COVERED = "a conv_resnet with norm none and convs_per_branch 1, trained by sgd without nesterov or role_lr"
 
 
 def not_covered(run: RunConfig) -> str | None:
@@ -21,8 +22,6 @@ def not_covered(run: RunConfig) -> str | None:
         return f"model.norm {model.norm}"
     if model.convs_per_branch != 1:
         return f"model.convs_per_branch {model.convs_per_branch}"
-    if model.activation != "relu":
-        return f"model.activation {model.activation}"
     if run.optimizer.name != "sgd":
         return f"optimizer.name {run.optimizer.name}"
     if run.optimizer.role_lr != RoleRates():
@@ -30,21 +29,31 @@ def not_covered(run: RunConfig) -> str | None:
     return "optimizer.nesterov" if run.optimizer.nesterov else None
 
 
-def drifts(parameterization: ParameterizationConfig, base: Size, depths: Iterable[int]) -> dict[int, float]:
+def activation_of(run: RunConfig) -> ActivationName:
+    """Of a network that is covered."""
+    assert isinstance(run.model, ConvResNetConfig)
+    return run.model.activation
+
+
+def list_drifts(
+    parameterization: ParameterizationConfig, base: Size, depths: Iterable[int], activation: ActivationName = "relu"
+) -> dict[int, float]:
     """Octaves by which the best rate moves at each of `depths` but the base's, because depth is finite; {} where the
     rules have no limit."""
     resolved = parameterization.resolve()
     if not has_limit(resolved):
         return {}
     sizes = (Size(width=base.width, depth=depth) for depth in sorted(set(depths)) if depth != base.depth)
-    return {size.depth: predicted_drift(resolved, base, size) for size in sizes}
+    return {size.depth: predicted_drift(resolved, base, size, activation) for size in sizes}
 
 
-def drift_sentence(parameterization: ParameterizationConfig, base: Size, depths: Iterable[int]) -> str | None:
+def drift_sentence(
+    parameterization: ParameterizationConfig, base: Size, depths: Iterable[int], activation: ActivationName = "relu"
+) -> str | None:
     """What finite depth does to the best rate, and what the paper's own beta would make of it; None where nothing is
     predicted: no depth but the base's, or no limit."""
     given = list(depths)
-    found = drifts(parameterization, base, given)
+    found = list_drifts(parameterization, base, given, activation)
     if not found:
         return None
 
@@ -52,7 +61,7 @@ def drift_sentence(parameterization: ParameterizationConfig, base: Size, depths:
         return ", ".join(f"{drift:+.2f}" for drift in of.values())
 
     at, alpha = ", ".join(map(str, found)), parameterization.resolve().alpha
-    limit = predicted_drift(parameterization.resolve(), base, None)
+    limit = predicted_drift(parameterization.resolve(), base, None, activation)
     said = (
         f"{label(parameterization)}: in theory the largest stable rate at the start drifts by {octaves(found)} octaves "
         f"at depth {at} ({limit:+.2f} in the limit)"
@@ -60,7 +69,8 @@ def drift_sentence(parameterization: ParameterizationConfig, base: Size, depths:
     absolute = base.depth**-alpha  # beta of the paper's form
     if parameterization.beta > 1.01 * absolute:
         better = replace(parameterization, beta=absolute)
-        said += f"; beta {absolute:.3g} = {base.depth}^-{alpha:g} brings it to {octaves(drifts(better, base, given))}"
+        brought = octaves(list_drifts(better, base, given, activation))
+        said += f"; beta {absolute:.3g} = {base.depth}^-{alpha:g} brings it to {brought}"
     return said
 
 
@@ -68,14 +78,14 @@ def predicted_drifts(file: StudyFile) -> dict[str, dict[int, float]]:
     """By parameterization and depth, in octaves; {} for a study that is not of the learning rate, or not covered."""
     if file.study.hyperparameter != "optimizer.lr" or not_covered(file):
         return {}
-    depths = [size.depth for size in file.study.sizes]
-    return {label(p): drifts(p, file.model.base_size, depths) for p in file.study.parameterizations}
+    depths, activation = [size.depth for size in file.study.sizes], activation_of(file)
+    return {label(p): list_drifts(p, file.model.base_size, depths, activation) for p in file.study.parameterizations}
 
 
 def expected_drifts(file: StudyFile) -> list[str]:
     """The same, as a sentence for each parameterization that has a prediction."""
     if not predicted_drifts(file):
         return []
-    depths = [size.depth for size in file.study.sizes]
-    found = (drift_sentence(p, file.model.base_size, depths) for p in file.study.parameterizations)
+    depths, activation = [size.depth for size in file.study.sizes], activation_of(file)
+    found = (drift_sentence(p, file.model.base_size, depths, activation) for p in file.study.parameterizations)
     return [sentence for sentence in found if sentence]

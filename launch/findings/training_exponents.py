@@ -16,7 +16,7 @@ from scipy.special import chdtri
 from depthmup.launch.axes import TRAINING_AXES
 from depthmup.launch.config import Size
 from depthmup.launch.findings.analysis import Comparison, Curve, compare
-from depthmup.launch.findings.convergence import along
+from depthmup.launch.findings.convergence import select_along_axis
 from depthmup.launch.findings.intervals import CONFIDENCE, quantiles
 from depthmup.launch.findings.verdict import Analysis, Judgement, Limits, judge
 
@@ -87,7 +87,9 @@ def why_unknown(curve: Curve) -> str | None:
     return None
 
 
-def measure(shown: Sequence[Comparison], axis: str, hyperparameter: str, rule: float | None) -> Exponent | None:
+def measure_exponent(
+    shown: Sequence[Comparison], axis: str, hyperparameter: str, rule: float | None
+) -> Exponent | None:
     """The exponent over `axis`, from comparisons that differ in it alone; None where fewer than two do."""
     curves = [comparison.curve for comparison in shown]
     values = [int(getattr(curve.size, axis)) for curve in curves]
@@ -122,7 +124,7 @@ def measure(shown: Sequence[Comparison], axis: str, hyperparameter: str, rule: f
     return found(own + centre, (own + low, own + high), remark)
 
 
-def exponents(
+def measure_exponents(
     analysis: Analysis, base: Size, hyperparameter: str, rules: Mapping[str, Mapping[str, float]]
 ) -> list[Exponent]:
     """Of every parameterization along every axis of TRAINING_AXES that the study has. `rules`: by parameterization and
@@ -133,11 +135,15 @@ def exponents(
         own = [c for c in analysis.comparisons if c.curve.parameterization == name]
         for axis in TRAINING_AXES:
             if axis in base.axes:
-                found.append(measure(along(own, base, axis), axis, hyperparameter, rules.get(name, {}).get(axis)))
+                found.append(
+                    measure_exponent(
+                        select_along_axis(own, base, axis), axis, hyperparameter, rules.get(name, {}).get(axis)
+                    )
+                )
     return [each for each in found if each]
 
 
-def shift(size: Size, base: Size, known: Sequence[Exponent]) -> float:
+def predict_shift(size: Size, base: Size, known: Sequence[Exponent]) -> float:
     """Octaves by which the swept value moves from the base to `size` along the exponents."""
     return sum(each.slope * math.log2(getattr(size, each.axis) / getattr(base, each.axis)) for each in known)
 
@@ -150,6 +156,8 @@ def judge_along(
     own = [c.curve for c in analysis.comparisons if c.curve.parameterization == name]
     base_curve = next(curve for curve in own if curve.size == base)
     others = [
-        compare(base_curve, curve, carried + shift(curve.size, base, known)) for curve in own if curve.size != base
+        compare(base_curve, curve, carried + predict_shift(curve.size, base, known))
+        for curve in own
+        if curve.size != base
     ]
     return judge(base_curve, others, limits)

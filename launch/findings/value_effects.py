@@ -48,7 +48,7 @@ def inverse_trigamma(value: float) -> float:
     return x
 
 
-def moderate(variances: np.ndarray, freedoms: np.ndarray) -> tuple[float, float]:
+def estimate_prior(variances: np.ndarray, freedoms: np.ndarray) -> tuple[float, float]:
     """(degrees of freedom, variance) of the prior towards which variances of a study's curves are moderated, by the
     moments of log variances (Smyth 2004, section 6.2); all their freedom, and their mean, where they scatter no more
     than estimates of one variance do.

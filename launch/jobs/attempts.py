@@ -17,29 +17,29 @@ LOST = "lost"  # a process of the run was gone or hung, and the others ended bec
 MAX_ATTEMPTS = 5  # that begin at the same step: more would go on for ever
 
 
-def pending(directory: RunDirectory) -> bool:
+def is_pending(directory: RunDirectory) -> bool:
     return not directory.done() and not directory.failed()
 
 
-def note(directory: RunDirectory, event: str, **details: Any) -> None:
+def note_attempt(directory: RunDirectory, event: str, **details: Any) -> None:
     """Adds a line to attempts.jsonl."""
     add_line(directory.path / "attempts.jsonl", {"event": event, "time": time.time(), **details})
 
 
-def attempts(directory: RunDirectory) -> list[dict[str, Any]]:
+def read_attempts(directory: RunDirectory) -> list[dict[str, Any]]:
     """The attempts to train the run, the oldest first; a half-written line is left out. Raises UserError."""
     return parse_lines(directory.path / "attempts.jsonl", "event")
 
 
-def fail(directory: RunDirectory, error: str, **details: Any) -> None:
+def mark_failed(directory: RunDirectory, error: str, **details: Any) -> None:
     """Marks the run failed. What comes after this line of attempts.jsonl was asked for by a person."""
-    note(directory, "failed")
+    note_attempt(directory, "failed")
     directory.write_failed({"error": error, **details})
 
 
 def since_failure(directory: RunDirectory) -> list[dict[str, Any]]:
     """The attempts after the last one that failed: those were asked for by a person."""
-    lines = attempts(directory)
+    lines = read_attempts(directory)
     return lines[max((i for i, line in enumerate(lines) if line["event"] == "failed"), default=-1) + 1 :]
 
 
@@ -62,7 +62,9 @@ def begin_attempt(directory: RunDirectory, lacks_gpu: bool = False) -> None:
             f"{MAX_ATTEMPTS} attempts ended at step {step}: raise launch.timeout_min or memory_gb{''.join(why)}"
         )
     place = {"job": job_name(), "restart": restart_count(), "host": socket.gethostname(), "pid": os.getpid()}
-    note(directory, "started", step=step, age=process_age(), **place, **({"lacks_gpu": True} if lacks_gpu else {}))
+    note_attempt(
+        directory, "started", step=step, age=process_age(), **place, **({"lacks_gpu": True} if lacks_gpu else {})
+    )
     code = PACKAGE.parent / "code.json"
     content = code.read_text() if code.exists() else json.dumps(describe_code(), indent=1)
     write_atomically(directory.path / "code.json", content.encode())

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 
 from depthmup.data.errors import UserError
 from depthmup.launch.jobs import slurm, states
-from depthmup.launch.jobs.submission import ask, launching
+from depthmup.launch.jobs.submission import lock_launch, note_command
 from depthmup.launch.runs.opened import path_of
 from depthmup.launch.runs.study import Study
-from depthmup.train.lock import holder
+from depthmup.train.lock import find_holder
 
 
 @dataclass(frozen=True)
@@ -49,15 +49,15 @@ def cancel(study: Study) -> Stopped:
     """Stops everything of the study, and keeps what waits for its runs from submitting them again. Runs keep what they
     saved. Raises UserError."""
     root = study.file.directory
-    with launching(root):
-        snapshot = states.take(study)
+    with lock_launch(root):
+        snapshot = states.take_snapshot(study)
         if snapshot.slurm_error:
             raise UserError(
                 f"Slurm does not answer: {snapshot.slurm_error}. Nothing of {root} was cancelled: give the same "
                 "command again later"
             )
         active = snapshot.of(*states.ACTIVE)
-        ask(root, "cancel", [found.run.directory.path.name for found in active])
+        note_command(root, "cancel", [found.run.directory.path.name for found in active])
         job_ids = sorted({found.task.job_id for found in active if found.task})
         going_on = sorted({task.job_id for task in snapshot.continuations})
         try:
@@ -66,7 +66,7 @@ def cancel(study: Study) -> Stopped:
             raise UserError(
                 f"Slurm does not cancel the jobs of {root}: {error}. Give the same command again later"
             ) from None
-        alone = (holder(found.run.directory.lock) for found in active if found.task is None)  # as 'debug' trains
+        alone = (find_holder(found.run.directory.lock) for found in active if found.task is None)  # as 'debug' trains
         holders = {process for process in (*snapshot.slots, *alone) if process and process.pid}
         here = {process.pid for process in holders if process.host == socket.gethostname()}
         for pid in here:

@@ -10,16 +10,16 @@ from typing import Any
 from depthmup.launch.jobs import slurm
 from depthmup.launch.jobs.attempts import (
     LOST,
-    attempts,
-    fail,
+    is_pending,
     job_name,
-    note,
-    pending,
+    mark_failed,
+    note_attempt,
+    read_attempts,
     restart_count,
     since_failure,
 )
-from depthmup.launch.jobs.hold import kind
-from depthmup.train.lock import holder
+from depthmup.launch.jobs.hold import strip_error
+from depthmup.train.lock import find_holder
 from depthmup.train.rundir import EXIT_LOST_PEER, EXIT_REQUEUE, RunDirectory
 
 # srun's line for each process that ends badly: node, process, how
@@ -35,11 +35,11 @@ def record_end(directories: Sequence[RunDirectory], code: int, log: Path, detail
     runs had saved before it died; or one of a run's processes was lost, and not for the second time at the same step.
     """
     number = code - 128 if code > 128 else None
-    left = [directory for directory in directories if pending(directory) and not taken_over(directory)]
+    left = [directory for directory in directories if is_pending(directory) and not taken_over(directory)]
     begun = [directory for directory in left if last_start(directory) == (job_name(), restart_count())]
     if not left:
         return 1 if code == EXIT_LOST_PEER else code  # whoever failed has said why
-    if number == signal.SIGKILL and any(attempts(directory)[-1]["event"] == "interrupted" for directory in begun):
+    if number == signal.SIGKILL and any(read_attempts(directory)[-1]["event"] == "interrupted" for directory in begun):
         return EXIT_REQUEUE
     tail = said_since_start(log)[-20000:]
     asked = f"{details['memory_gb']} GB were" if details["memory_gb"] else "the cluster's default was"
@@ -53,19 +53,19 @@ def record_end(directories: Sequence[RunDirectory], code: int, log: Path, detail
     else:
         reason = f"its process ended with {code}; see {log}"
     for directory in begun or left:  # none had begun: the job cannot even start
-        fail(directory, reason, traceback=tail[-2000:], log=str(log))
+        mark_failed(directory, reason, traceback=tail[-2000:], log=str(log))
     return 1 if code == EXIT_LOST_PEER else code
 
 
 def taken_over(directory: RunDirectory) -> bool:
     """Whether another process trains the run now: a later start of this job, while this one was frozen, or another."""
     newer = any(job == job_name() and restart > restart_count() for job, restart in [last_start(directory)])
-    return newer or holder(directory.lock) is not None
+    return newer or find_holder(directory.lock) is not None
 
 
 def last_start(directory: RunDirectory) -> tuple[str | None, int]:
     """The job of the run's last attempt, and how often that had been requeued."""
-    started = [line for line in attempts(directory) if line["event"] == "started"]
+    started = [line for line in read_attempts(directory) if line["event"] == "started"]
     return (started[-1]["job"], started[-1].get("restart", 0)) if started else (None, 0)
 
 
@@ -104,14 +104,14 @@ def why_lost(directory: RunDirectory, code: int, said: str, more_memory: str) ->
         return reason
     began = float(os.environ.get("DEPTHMUP_BEGAN", "inf"))
     if nodes := slurm.failed_nodes(os.environ.get("SLURM_JOB_NODELIST", ""), began):
-        note(directory, LOST, step=directory.newest_step(), error=f"node {', '.join(nodes)} failed")
+        note_attempt(directory, LOST, step=directory.newest_step(), error=f"node {', '.join(nodes)} failed")
         return None
     if died and died[2].startswith("Exited"):  # of itself: it could not start
         return f"{reason}; see the job's log"
     step = directory.newest_step()
     before = [line for line in since_failure(directory) if line["event"] == LOST and line["step"] == step]
-    note(directory, LOST, step=step, error=reason)
+    note_attempt(directory, LOST, step=step, error=reason)
     print(f"lost at step {step}: {reason}", flush=True)
-    if any(kind(line["error"]) == kind(reason) for line in before):
+    if any(strip_error(line["error"]) == strip_error(reason) for line in before):
         return f"twice from step {step}: {reason}"
     return None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from depthmup.data.errors import UserError
 from depthmup.launch.jobs import slurm, states
-from depthmup.launch.jobs.submission import ask, asked, launching
+from depthmup.launch.jobs.submission import lock_launch, note_command, read_last_command
 from depthmup.launch.runs.joint import JointStudy
 from depthmup.launch.runs.study import Study
 
@@ -24,7 +24,7 @@ def path_command(study: Study, targets: Sequence[str], after: bool) -> str:
 
 
 @contextmanager
-def follower(
+def submit_follower(
     study: Study, targets: Sequence[Path], after: bool = False, by_itself: bool = False
 ) -> Iterator[tuple[str, Callable[[Sequence[str]], None]]]:
     """A job that goes on with the study, for a block that submits what it goes on after: (its id, a function that gives
@@ -38,11 +38,11 @@ def follower(
     """
     from depthmup.launch.jobs.submit import PATIENCE_MINUTES, submit_continuation
 
-    with launching(study.file.directory) as lock:  # of two that look at once, the second finds the first's
-        snapshot = states.take(study)
+    with lock_launch(study.file.directory) as lock:  # of two that look at once, the second finds the first's
+        snapshot = states.take_snapshot(study)
         if snapshot.slurm_error:
             raise slurm.Silent(f"Slurm does not answer: {snapshot.slurm_error}. Nothing was submitted")
-        if by_itself and asked(study.file.directory)[0] == "cancel":
+        if by_itself and read_last_command(study.file.directory)[0] == "cancel":
             raise UserError("cancelled; the same command continues")
         again = path_command(study, [str(target) for target in targets], after)
         wanted = [[str(target.absolute()) for target in targets], after]
@@ -60,7 +60,7 @@ def follower(
                 f"place for one job more: {again} --detach; or wait for them: {again}"
             ) from None
         if not by_itself:
-            ask(study.file.directory, "launch")
+            note_command(study.file.directory, "launch")
     job_id = placed.job_id if placed else waiting[0]
     assert job_id
 
@@ -68,7 +68,7 @@ def follower(
         try:
             slurm.go_after(job_id, job_ids)
         except slurm.SlurmError as error:
-            raise slurm.silent(str(error), job_ids) from None
+            raise slurm.describe_silence(str(error), job_ids) from None
 
     try:
         yield job_id, attach

@@ -10,7 +10,7 @@ from depthmup.launch.jobs.submission import Submission
 from depthmup.train.rundir import RunDirectory
 
 
-def kind(error: str) -> str:
+def strip_error(error: str) -> str:
     """The error without what differs from run to run: numbers and hashes."""
     return re.sub(r"\b[0-9a-f]{8,}\b|\d+", "#", error)
 
@@ -52,7 +52,7 @@ class Hold:
                 furthest = max(furthest, steps_made(directory))
             else:
                 pending.append(directory)
-        if len(errors) < self.after or len(set(map(kind, errors))) > 1:
+        if len(errors) < self.after or len(set(map(strip_error, errors))) > 1:
             return None
         if any(steps_made(directory) > furthest for directory in pending):
             return None

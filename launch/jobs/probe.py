@@ -45,7 +45,7 @@ def read_minutes(text: str) -> int | None:
 def list_partitions() -> list[Partition]:
     """Every partition that is up. Raises UserError where Slurm does not answer."""
     try:
-        lines = slurm.call("sinfo", "--noheader", "--format=%P|%a|%l|%D|%c|%m|%G").splitlines()
+        lines = slurm.call_slurm("sinfo", "--noheader", "--format=%P|%a|%l|%D|%c|%m|%G").splitlines()
     except slurm.SlurmError as error:
         raise UserError(f"Slurm does not answer: {error}") from None
     found: dict[str, Partition] = {}

@@ -7,7 +7,7 @@ from statistics import fmean
 
 from depthmup.launch.config import Size
 from depthmup.launch.jobs import states
-from depthmup.launch.jobs.attempts import attempts
+from depthmup.launch.jobs.attempts import read_attempts
 from depthmup.launch.jobs.states import RunState, Snapshot
 from depthmup.launch.runs.seconds import expected_seconds
 
@@ -22,7 +22,7 @@ class Start:
     seconds: float  # that the run then trained; 0 for one that has not ended
 
 
-def packs(starts: Sequence[Start]) -> list[list[Start]]:
+def group_starts(starts: Sequence[Start]) -> list[list[Start]]:
     """The starts of one process, in order, by what it trained at once: a run alone ends before the next begins."""
     found: list[list[Start]] = []
     for start in starts:
@@ -33,12 +33,12 @@ def packs(starts: Sequence[Start]) -> list[list[Start]]:
     return found
 
 
-def overhead(starts: Sequence[Start]) -> float:
+def measure_overhead(starts: Sequence[Start]) -> float:
     """Seconds beside training for each run: its process's start, as far as it is this run's, and what passes in the
     process between two runs, in which networks are built, evaluated and written."""
     ages, gaps, followed = 0.0, 0.0, 0
     for _, own in groupby(sorted(starts), key=lambda start: start.process):
-        trained = packs(list(own))
+        trained = group_starts(list(own))
         ages += trained[0][0].age
         for pack, following in pairwise(trained):
             gaps += max(following[0].time - pack[0].time - sum(start.seconds for start in pack), 0.0)
@@ -77,7 +77,7 @@ class Share:
         return progress
 
     def note_start(self, found: RunState, seconds: float) -> None:
-        begun = [line for line in attempts(found.run.directory) if line["event"] == "started"]
+        begun = [line for line in read_attempts(found.run.directory) if line["event"] == "started"]
         if begun and "age" in begun[-1]:
             line = begun[-1]
             self.starts[found.run.directory.path.name] = Start(
@@ -96,10 +96,14 @@ class Share:
                 known[found.run.size] = [train.num_steps * train.global_batch_size / rate]
         return expected_seconds(self.flops, known, self.num_steps)
 
-    def of(self, snapshot: Snapshot, since: Mapping[str, float]) -> tuple[float, float]:
+    def measure(self, snapshot: Snapshot, since: Mapping[str, float]) -> tuple[float, float]:
         """(the share of the study's seconds that is over, the share that was over where `since` is what `look` found
         then). A run that ended counts as long as it trained, the others as long as their size takes."""
-        progress, expected, beside = self.look(snapshot), self.seconds(snapshot), overhead([*self.starts.values()])
+        progress, expected, beside = (
+            self.look(snapshot),
+            self.seconds(snapshot),
+            measure_overhead([*self.starts.values()]),
+        )
         if not expected:
             return 0.0, 0.0
         total = self.to_come * (fmean(expected.values()) + beside)

@@ -82,17 +82,17 @@ class QueuedTask:
         return self.state == "COMPLETING"
 
 
-def missing(name: str) -> str | None:
+def describe_missing(name: str) -> str | None:
     """What to say where the command is not there."""
     if shutil.which(name):
         return None
     return f"no {name} on PATH (log in to a node of the cluster, or use --cluster local)"
 
 
-def require() -> None:
+def require_slurm() -> None:
     """Raises UserError where Slurm's commands are not there."""
     for name in ("sbatch", "srun", "squeue", "scontrol"):
-        if problem := missing(name):
+        if problem := describe_missing(name):
             raise UserError(problem)
 
 
@@ -106,29 +106,29 @@ def clean_environment() -> dict[str, str]:
     }
 
 
-def call(*command: str) -> str:
+def call_slurm(*command: str) -> str:
     """Standard output of a Slurm command. Raises SlurmError when it fails, or is not there."""
-    if problem := missing(command[0]):
+    if problem := describe_missing(command[0]):
         raise SlurmError(problem)
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=clean_environment())
     except subprocess.TimeoutExpired:
-        raise unanswered(command[0]) from None
+        raise describe_unanswered(command[0]) from None
     if done.returncode:
-        raise failure(command[0], done.stderr, done.returncode)
+        raise describe_failure(command[0], done.stderr, done.returncode)
     return done.stdout
 
 
-def unanswered(name: str) -> SlurmError:
+def describe_unanswered(name: str) -> SlurmError:
     return SlurmError(f"{name} gave no answer in {SECONDS} s")
 
 
-def failure(name: str, said: str, code: int) -> SlurmError:
+def describe_failure(name: str, said: str, code: int) -> SlurmError:
     words = [line.strip() for line in said.splitlines() if line.strip()]
     return SlurmError("; ".join(words) or f"{name} ended with {code}")
 
 
-def queue(job_ids: Sequence[str], names: Sequence[str] = ()) -> list[QueuedTask]:
+def read_queue(job_ids: Sequence[str], names: Sequence[str] = ()) -> list[QueuedTask]:
     """The array elements that have not ended, of the jobs `job_ids` and of those called `names`, whoever submitted
     them: one call each, whatever their number. Raises SlurmError."""
     return ask_queue("jobs", job_ids) + ask_queue("name", names)
@@ -139,7 +139,7 @@ def ask_queue(option: str, wanted: Sequence[str]) -> list[QueuedTask]:
         return []
     form = "%F|%K|%T|%r|%j"
     try:
-        lines = call("squeue", "--noheader", "--array", f"--{option}={','.join(wanted)}", f"--format={form}")
+        lines = call_slurm("squeue", "--noheader", "--array", f"--{option}={','.join(wanted)}", f"--format={form}")
     except SlurmError as error:
         if GONE in str(error).lower():  # of one job alone, squeue says so; of several it shows the others
             return []
@@ -151,19 +151,19 @@ def ask_queue(option: str, wanted: Sequence[str]) -> list[QueuedTask]:
     return found
 
 
-def configuration() -> dict[str, str]:
+def read_configuration() -> dict[str, str]:
     """Slurm's own configuration. Raises SlurmError."""
-    return dict(re.findall(r"^(\w+)\s*= (\S+)", call("scontrol", "show", "config"), re.MULTILINE))
+    return dict(re.findall(r"^(\w+)\s*= (\S+)", call_slurm("scontrol", "show", "config"), re.MULTILINE))
 
 
 def has_private_jobs() -> bool:
     """Whether squeue shows a user their own jobs only. Raises SlurmError."""
-    return "jobs" in configuration().get("PrivateData", "").split(",")
+    return "jobs" in read_configuration().get("PrivateData", "").split(",")
 
 
 def max_array_size() -> int:
     """Elements that one array may have. Raises SlurmError, and UserError where there may be no arrays."""
-    known = configuration()
+    known = read_configuration()
     size = int(known.get("MaxArraySize", 1001))  # Slurm's default
     if tasks := re.search(r"max_array_tasks=(\d+)", known.get("SchedulerParameters", "")):
         size = min(size, int(tasks[1]))
@@ -177,7 +177,7 @@ def max_array_size() -> int:
 def sbatch(script: Path, options: Sequence[str] = (), pass_fds: Sequence[int] = ()) -> str:
     """Submits `script`; returns the job id. Raises SlurmError, at once where the queue is full: sbatch itself would try
     again for two minutes."""
-    if problem := missing("sbatch"):
+    if problem := describe_missing("sbatch"):
         raise SlurmError(problem)
     with subprocess.Popen(
         ["sbatch", "--parsable", *options, str(script)],
@@ -199,25 +199,25 @@ def sbatch(script: Path, options: Sequence[str] = (), pass_fds: Sequence[int] = 
         answer = running.stdout.read()
     late.cancel()
     if running.returncode == -signal.SIGKILL and RETRIES not in said:
-        raise unanswered("sbatch")
+        raise describe_unanswered("sbatch")
     if running.returncode:
-        raise failure("sbatch", said, running.returncode)
+        raise describe_failure("sbatch", said, running.returncode)
     return answer.strip().split(";")[0]
 
 
 def go_after(job_id: str, others: Sequence[str]) -> None:
     """Lets a job that waits begin once `others` have ended, however they end. Raises SlurmError."""
-    call("scontrol", "update", f"JobId={job_id}", f"Dependency=afterany:{':'.join(others)}", "StartTime=now")
+    call_slurm("scontrol", "update", f"JobId={job_id}", f"Dependency=afterany:{':'.join(others)}", "StartTime=now")
 
 
 def begin_now(job_ids: Sequence[str]) -> None:
     """Lets jobs that were to begin later begin. Raises SlurmError."""
-    call("scontrol", "update", f"JobId={','.join(job_ids)}", "StartTime=now")
+    call_slurm("scontrol", "update", f"JobId={','.join(job_ids)}", "StartTime=now")
 
 
 def cancel(job_ids: Sequence[str]) -> None:
     if job_ids:
-        call("scancel", *job_ids)
+        call_slurm("scancel", *job_ids)
 
 
 UNWELL = re.compile(r"DOWN|FAIL|NOT_RESPONDING|UNKNOWN|ERROR|\*")
@@ -227,7 +227,7 @@ def failed_nodes(nodes: str, since: float) -> list[str]:
     """Those of `nodes`, in Slurm's short form, that are down or do not answer, or whose slurmd has begun again after
     `since` (seconds since the epoch): it kills what it finds. None where Slurm cannot be asked."""
     try:
-        lines = call("scontrol", "show", "node", nodes, "--oneliner").splitlines()
+        lines = call_slurm("scontrol", "show", "node", nodes, "--oneliner").splitlines()
     except SlurmError:  # as in a container
         return []
     failed = []
@@ -242,7 +242,7 @@ def failed_nodes(nodes: str, since: float) -> list[str]:
     return failed
 
 
-def silent(words: str, job_ids: Sequence[str]) -> Silent:
+def describe_silence(words: str, job_ids: Sequence[str]) -> Silent:
     """What to say when Slurm stopped answering before the job was submitted that goes on after `job_ids`."""
     jobs = f" The runs wait or run as jobs {', '.join(job_ids)}." if job_ids else ""
     return Silent(
@@ -251,7 +251,7 @@ def silent(words: str, job_ids: Sequence[str]) -> Silent:
     )
 
 
-def refusal(error: SlurmError) -> UserError:
+def describe_refusal(error: SlurmError) -> UserError:
     """What sbatch said, and which key to change."""
     words = re.sub(r"(sbatch|allocation failure|error): ", "", str(error))
     if re.search(FULL, words, re.IGNORECASE):

@@ -28,7 +28,7 @@ def seconds_per_line(run: PlannedRun) -> float | None:
     return train.log_every * train.global_batch_size / rate if rate else None
 
 
-def silence(run: PlannedRun) -> tuple[str, bool]:
+def measure_silence(run: PlannedRun) -> tuple[str, bool]:
     """('no news for 12 min 00 s, a metrics line takes 3 s', whether that is too long); ('', False) where there is
     nothing to say."""
     silent, line = seconds_without_news(run.directory), seconds_per_line(run)
@@ -40,9 +40,9 @@ def silence(run: PlannedRun) -> tuple[str, bool]:
     return text, silent > max(LINES * line, LEAST_SECONDS)
 
 
-def stalled(run: PlannedRun, holder: Holder | None, task: QueuedTask | None) -> tuple[str, bool]:
+def describe_stall(run: PlannedRun, holder: Holder | None, task: QueuedTask | None) -> tuple[str, bool]:
     """What there is to say of a run that should train, and whether it is stalled; with what mends it then."""
-    said, too_long = silence(run)
+    said, too_long = measure_silence(run)
     if holder and holder.is_frozen:
         said = f"{holder} has not moved for {duration(holder.silent)}: it is stopped, or its host is"
         too_long = True

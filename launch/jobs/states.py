@@ -10,14 +10,21 @@ from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from depthmup.launch.jobs import slurm
-from depthmup.launch.jobs.attempts import LOST, attempts
+from depthmup.launch.jobs.attempts import LOST, read_attempts
 from depthmup.launch.jobs.slurm import QueuedTask
-from depthmup.launch.jobs.stalled import stalled
-from depthmup.launch.jobs.submission import Submission, cancelled, load_all, queued_runs, recover_ids, stop_causes
+from depthmup.launch.jobs.stalled import describe_stall
+from depthmup.launch.jobs.submission import (
+    Submission,
+    load_all,
+    queued_runs,
+    read_cancelled_runs,
+    recover_ids,
+    stop_causes,
+)
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.study import Study
 from depthmup.launch.wording import duration
-from depthmup.train.lock import Holder, holder
+from depthmup.train.lock import Holder, find_holder
 from depthmup.train.rundir import PRUNED
 
 Activity = Literal["running", "stalled", "starting", "waiting", "preempted"]
@@ -87,18 +94,18 @@ def state_of(
         return RunState(run, "diverged", f"at step {done.get('step')}")
     if failed := run.failed():
         return RunState(run, "failed", failed["error"].splitlines()[0], task)
-    event = begun[-1]["event"] if (begun := attempts(directory)) else None
-    held = holder(directory.lock) if event == "started" else None
+    event = begun[-1]["event"] if (begun := read_attempts(directory)) else None
+    held = find_holder(directory.lock) if event == "started" else None
     frozen_elsewhere = bool(held and held.is_frozen and not held.is_here)
     has_process = not (task.waits or task.boots) if task else held and not frozen_elsewhere
     running = event == "started" and has_process
-    stops = interruptions(begun[:-1] if running else begun, causes)
+    stops = list_interruptions(begun[:-1] if running else begun, causes)
     if task and task.waits:
         state: State = "preempted" if stops[-1:] == ["preempted"] else "waiting"
-        return RunState(run, state, f"requeued ({counted(stops)}), {task.reason}" if stops else task.reason, task)
+        return RunState(run, state, f"requeued ({count_causes(stops)}), {task.reason}" if stops else task.reason, task)
     if running:
-        silence, is_stalled = stalled(run, held, task)
-        again = f"began again ({counted(stops)})" if stops else ""
+        silence, is_stalled = describe_stall(run, held, task)
+        again = f"began again ({count_causes(stops)})" if stops else ""
         on_cpu = "on the CPU: its job has a GPU, and torch sees none" if begun[-1].get("lacks_gpu") else ""
         said = ", ".join(filter(None, (again, on_cpu, silence)))
         return RunState(run, "stalled" if is_stalled else "running", said, task)
@@ -117,7 +124,7 @@ def state_of(
     if submitted and (reason := submitted[0].held()):
         return RunState(run, "held", reason)
     if event == "interrupted":
-        return RunState(run, "interrupted", f"{counted(stops)}, and saved; 'transfer' or 'launch' resumes it")
+        return RunState(run, "interrupted", f"{count_causes(stops)}, and saved; 'transfer' or 'launch' resumes it")
     if held and frozen_elsewhere:
         return RunState(run, "lost", f"{held} has not moved for {duration(held.silent)}: another may take its place")
     if event or (submitted and submitted[0].job_id):
@@ -125,7 +132,7 @@ def state_of(
     return RunState(run, "new")
 
 
-def interruptions(lines: Sequence[Mapping[str, Any]], causes: Causes) -> list[str]:
+def list_interruptions(lines: Sequence[Mapping[str, Any]], causes: Causes) -> list[str]:
     """Why each of a run's attempts ended before the run did, the oldest first; `lines` are those of attempts.jsonl."""
     found = []
     for line, after in zip_longest(lines, lines[1:]):
@@ -138,7 +145,7 @@ def interruptions(lines: Sequence[Mapping[str, Any]], causes: Causes) -> list[st
     return found
 
 
-def counted(causes: Sequence[str]) -> str:
+def count_causes(causes: Sequence[str]) -> str:
     """'preempted twice, time limit'."""
     often = {1: "", 2: " twice"}
     return ", ".join(cause + often.get(count, f" {count} times") for cause, count in Counter(causes).items())
@@ -165,7 +172,7 @@ def ask_slurm(study: Study, submissions: Sequence[Submission]) -> tuple[list[Que
     ids = [job_id for submission in submissions if (job_id := submission.job_id)]
     unknown = [submission.name for submission in submissions if not submission.job_id and not submission.refused()]
     try:
-        queue = slurm.queue(ids, unknown)
+        queue = slurm.read_queue(ids, unknown)
         recover_ids(submissions, queue)
         there = {task.name for task in queue}
         others = {s.name for s in submissions if s.owner != os.getuid() and s.name not in there}
@@ -174,14 +181,14 @@ def ask_slurm(study: Study, submissions: Sequence[Submission]) -> tuple[list[Que
         return [], {submission.name for submission in submissions}, str(failure)
 
 
-def take(study: Study, ended: Mapping[str, RunState] = MappingProxyType({})) -> Snapshot:
+def take_snapshot(study: Study, ended: Mapping[str, RunState] = MappingProxyType({})) -> Snapshot:
     """Reads every run's files and asks Slurm. `ended`: by name, runs whose end the caller has seen before: they are not
     looked at again."""
     root = study.file.directory
     submissions, local = load_all(root / "jobs"), load_all(root / "local")
     queue, unsaid, error = ask_slurm(study, submissions)
     tasks = queued_runs(submissions, queue)
-    causes, stopped = stop_causes(submissions), cancelled(root)
+    causes, stopped = stop_causes(submissions), read_cancelled_runs(root)
     everything = sorted([*submissions, *local], key=lambda submission: submission.created)
     last = {name: (s, index) for s in everything for index, names in enumerate(s.tasks) for name in names}
     listed, slots = {}, []

@@ -12,10 +12,10 @@ from rich.text import Text
 
 from depthmup.launch.jobs import states
 from depthmup.launch.jobs.follower import path_command
-from depthmup.launch.jobs.hold import kind
+from depthmup.launch.jobs.hold import strip_error
 from depthmup.launch.jobs.reasons import explain
 from depthmup.launch.jobs.states import RunState, Snapshot, State, last_line
-from depthmup.launch.jobs.submission import asked
+from depthmup.launch.jobs.submission import read_last_command
 from depthmup.launch.runs.opened import open_planned, path_of
 from depthmup.launch.runs.study import Study
 from depthmup.launch.runs.tuned import is_over_sizes
@@ -35,17 +35,17 @@ HINTS = (  # what an error says -> what may help
 )
 
 
-def hint(remark: str) -> str | None:
+def find_hint(remark: str) -> str | None:
     return next((advice for words, advice in HINTS if words.lower() in remark.lower()), None)
 
 
-def short(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """For a narrow column: '42s', '3m05' or '2h10'."""
     words = duration(seconds).replace(" min ", "m").replace(" h ", "h").removesuffix(" min")
     return words.replace(" s", "" if "m" in words else "s")
 
 
-def progress(found: RunState) -> tuple[str, str, str, str]:
+def format_progress(found: RunState) -> tuple[str, str, str, str]:
     """(step, loss, images per second, time left) of a run, as text."""
     last = found.run.directory.last_metrics()
     if last is None:
@@ -53,22 +53,22 @@ def progress(found: RunState) -> tuple[str, str, str, str]:
     train = found.run.config.train
     rate, loss = last.get("images_per_second"), last.get("loss")
     left = (train.num_steps - last["step"]) * train.global_batch_size
-    eta = short(left / rate) if rate and found.state == "running" else ""
+    eta = format_duration(left / rate) if rate and found.state == "running" else ""
     percent = f"{100 * last['step'] / train.num_steps:.0f}%"
     return percent, f"{loss:.3g}" if loss is not None else "", f"{rate:.0f}" if rate else "", eta
 
 
-def listed(snapshot: Snapshot, everything: bool) -> Iterable[RunState]:
+def select_listed(snapshot: Snapshot, everything: bool) -> Iterable[RunState]:
     """What needs a look: all that began and is not done, and of those that wait the first of each reason."""
     seen: dict[tuple[str, str], int] = {}
     for found in sorted(snapshot.runs, key=lambda found: ORDER.index(found.state)):
-        group = (found.state, kind(found.remark) if found.state == "waiting" else "")
+        group = (found.state, strip_error(found.remark) if found.state == "waiting" else "")
         seen[group] = seen.get(group, 0) + 1
         if everything or seen[group] <= FEW.get(found.state, MAX_ROWS):
             yield found
 
 
-def table(snapshot: Snapshot, hyperparameter: str, everything: bool) -> Table:
+def draw_table(snapshot: Snapshot, hyperparameter: str, everything: bool) -> Table:
     """80 columns: a row per run, and what there is to say of it in a row below."""
     shown = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     axes = snapshot.runs[0].run.size.axes if snapshot.runs else ()
@@ -86,14 +86,14 @@ def table(snapshot: Snapshot, hyperparameter: str, everything: bool) -> Table:
     ):
         right = heading not in ("run", "", "state")
         shown.add_column(heading, justify="right" if right else "left", no_wrap=True)
-    for found in listed(snapshot, everything):
+    for found in select_listed(snapshot, everything):
         run = found.run
         cells = (*map(str, run.size.axes.values()), power_of_two(run.value), str(run.seed))
-        shown.add_row(run.directory.path.name, run.parameterization[:14], *cells, found.state, *progress(found))
+        shown.add_row(run.directory.path.name, run.parameterization[:14], *cells, found.state, *format_progress(found))
     return shown
 
 
-def remarks(snapshot: Snapshot, everything: bool = False) -> list[str]:
+def list_remarks(snapshot: Snapshot, everything: bool = False) -> list[str]:
     """Every different kind of thing that is said of runs that are not done, with their number. Of those that differ in
     numbers only, as in the job, one stands for all, by its name, unless `everything` is asked for; but what mends a
     stalled run is another command for each."""
@@ -101,7 +101,7 @@ def remarks(snapshot: Snapshot, everything: bool = False) -> list[str]:
     told = (state for state in ORDER if state not in ("new", *states.ENDED))
     for found in snapshot.of(*told):
         if found.remark:
-            what = found.remark if everything or found.state == "stalled" else kind(found.remark)
+            what = found.remark if everything or found.state == "stalled" else strip_error(found.remark)
             grouped.setdefault((found.state, what), []).append(found)
     lines = []
     for (state, _), members in grouped.items():
@@ -113,14 +113,14 @@ def remarks(snapshot: Snapshot, everything: bool = False) -> list[str]:
     return lines
 
 
-def meanings(snapshot: Snapshot) -> list[str]:
+def explain_remarks(snapshot: Snapshot) -> list[str]:
     """What Slurm's reasons mean and what to type, each once."""
     waiting = [found.remark.rsplit("), ", 1)[-1] for found in snapshot.of("waiting", "preempted") if found.task]
     reasons = [reason for reason in dict.fromkeys(waiting) if reason not in PLAIN]
     return [f"{reason}: {meaning}" for reason in reasons if (meaning := explain(reason))]
 
 
-def going_on(snapshot: Snapshot, study: Study) -> list[str]:
+def describe_followers(snapshot: Snapshot, study: Study) -> list[str]:
     """Which job goes on with the study after its runs, or else the last words of the last one. Where the next one waits
     for its time, and for no run, these say why. One that has gone without a word, and not by the user's `cancel`, was
     ended by another, as with scancel."""
@@ -141,28 +141,28 @@ def going_on(snapshot: Snapshot, study: Study) -> list[str]:
     if said:
         return [f"after the runs: {said}"]
     ours = [submission for submission in ended if submission.owner == os.getuid()]  # others' jobs may be hidden
-    if not ours or snapshot.slurm_error or asked(study.file.directory)[0] == "cancel":
+    if not ours or snapshot.slurm_error or read_last_command(study.file.directory)[0] == "cancel":
         return []
     gone = ours[-1]
     again = path_command(study, gone.details.get("targets", []), gone.details.get("after", False))
     return [f"after the runs: nothing goes on by itself, job {gone.job_id} has gone without a word: {again} --detach"]
 
 
-def how_to_go_on(study: Study) -> str:
+def describe_next_command(study: Study) -> str:
     """What to type where runs are held."""
     again = study.command("launch")
     return f"held runs: mend that, then {again}; to try them as they are: {again} launch.hold_after=0"
 
 
 def parts_of(snapshot: Snapshot, study: Study, everything: bool) -> list[Table | Text]:
-    shown = table(snapshot, study.file.study.hyperparameter, everything)
+    shown = draw_table(snapshot, study.file.study.hyperparameter, everything)
     parts: list[Table | Text] = [shown] if shown.row_count else []
-    said = remarks(snapshot, everything)
+    said = list_remarks(snapshot, everything)
     parts += [Text(line) for line in (said if everything else said[:MAX_ROWS])]
-    parts += [Text(line) for line in meanings(snapshot)]
+    parts += [Text(line) for line in explain_remarks(snapshot)]
     if snapshot.of("held"):
-        parts.append(Text(how_to_go_on(study)))
-    parts += [Text(line) for line in going_on(snapshot, study)]
+        parts.append(Text(describe_next_command(study)))
+    parts += [Text(line) for line in describe_followers(snapshot, study)]
     if study.file.study.adaptive:
         parts.append(Text(f"round {len(study.rounds())}: {study.rounds()[-1].reason}"))
     if snapshot.slurm_error:
@@ -173,10 +173,10 @@ def parts_of(snapshot: Snapshot, study: Study, everything: bool) -> list[Table |
 
 def take_path(study: Study) -> list[tuple[Study, Snapshot]]:
     """Where the study stands, after a search its study, and then each target that was scaled from it."""
-    return [(one, states.take(one)) for one in path_of(study)]
+    return [(one, states.take_snapshot(one)) for one in path_of(study)]
 
 
-def render(path: Sequence[tuple[Study, Snapshot]], everything: bool) -> Group:
+def render_status(path: Sequence[tuple[Study, Snapshot]], everything: bool) -> Group:
     """The study, and under it each target, which is always shown: that is what all of it is for."""
     (study, snapshot), *targets = path
     parts = parts_of(snapshot, study, everything)
@@ -194,11 +194,11 @@ def goes_on(snapshot: Snapshot) -> bool:
 def print_status(study: Study, console: Console, everything: bool = False) -> None:
     """A row per run that needs a look, what is said of them, and the counts; and the same of the targets. A line is
     left to the terminal to break, so that a command in it can be copied."""
-    for part in render(take_path(study), everything).renderables:
+    for part in render_status(take_path(study), everything).renderables:
         console.print(part, soft_wrap=isinstance(part, Text))
 
 
-def watch(studies: Sequence[Study], show: Callable[[Sequence[Sequence[tuple[Study, Snapshot]]]], None]) -> None:
+def watch_studies(studies: Sequence[Study], show: Callable[[Sequence[Sequence[tuple[Study, Snapshot]]]], None]) -> None:
     """Shows where the studies stand, each as `take_path` says it, again and again: a last time when nothing of them
     waits or runs, and until Ctrl-C."""
     with suppress(KeyboardInterrupt):
@@ -213,15 +213,15 @@ def watch(studies: Sequence[Study], show: Callable[[Sequence[Sequence[tuple[Stud
 
 def watch_status(study: Study, console: Console, everything: bool = False) -> None:
     with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
-        watch([study], lambda paths: live.update(render(paths[0], everything), refresh=True))
+        watch_studies([study], lambda paths: live.update(render_status(paths[0], everything), refresh=True))
 
 
 def print_troubles(snapshot: Snapshot, console: Console) -> None:
     """Why no job has runs that are not done, and which key may help."""
     advised = set()
-    for line in remarks(snapshot):
+    for line in list_remarks(snapshot):
         if not line.startswith(states.ACTIVE):
             console.print(Text(line))
-            advised.add(hint(line))
+            advised.add(find_hint(line))
     for advice in sorted(filter(None, advised)):
         console.print(Text(f"may help: {advice}"))

@@ -27,7 +27,7 @@ from depthmup.data.errors import UserError
 from depthmup.data.lock import flock
 from depthmup.data.storage import write_atomically
 from depthmup.launch.jobs.slurm import QueuedTask
-from depthmup.train.lock import Holder, holder
+from depthmup.train.lock import Holder, find_holder
 from depthmup.train.rundir import parse, parse_lines
 
 
@@ -94,7 +94,7 @@ class Submission:
 
     def slots(self) -> list["Holder"]:
         """The processes on some machine that still work through it."""
-        return [found for lock in sorted(self.path.glob("slot-*.lock")) if (found := holder(lock))]
+        return [found for lock in sorted(self.path.glob("slot-*.lock")) if (found := find_holder(lock))]
 
     @classmethod
     def create(cls, jobs: Path, name: str, tasks: Sequence[Sequence[str]], details: dict[str, Any]) -> "Submission":
@@ -166,16 +166,16 @@ def places_taken(submissions: Sequence[Submission], queue: Sequence[QueuedTask])
 Command = Literal["launch", "cancel"]
 
 
-def ask(folder: Path, command: Command, stopped: Collection[str] = ()) -> None:
+def note_command(folder: Path, command: Command, stopped: Collection[str] = ()) -> None:
     """Notes the user's command: what goes on by itself, as a waiting `transfer` or the job after the runs, obeys it.
 
     stopped: the names of the runs that a `cancel` stops; those that the one before it stopped are kept.
     """
-    runs = sorted({*stopped, *cancelled(folder)}) if command == "cancel" else []
+    runs = sorted({*stopped, *read_cancelled_runs(folder)}) if command == "cancel" else []
     write_atomically(folder / "asked.json", json.dumps({"command": command, "runs": runs}).encode())
 
 
-def cancelled(folder: Path) -> set[str]:
+def read_cancelled_runs(folder: Path) -> set[str]:
     """The runs that the user's last command stopped, where that was `cancel`."""
     file = folder / "asked.json"
     try:
@@ -184,7 +184,7 @@ def cancelled(folder: Path) -> set[str]:
         return set()
 
 
-def asked(folder: Path) -> tuple[Command, int]:
+def read_last_command(folder: Path) -> tuple[Command, int]:
     """The user's last command, and when: in nanoseconds of the file system's clock, as `Submission.created` is."""
     file = folder / "asked.json"
     try:
@@ -195,7 +195,7 @@ def asked(folder: Path) -> tuple[Command, int]:
 
 
 @contextmanager
-def launching(folder: Path) -> Iterator[int]:
+def lock_launch(folder: Path) -> Iterator[int]:
     """Only one process submits for a study at a time. Yields the lock's descriptor.
 
     sbatch inherits it: when the launcher is killed while sbatch runs, the next launcher waits until sbatch has ended,

@@ -25,9 +25,9 @@ from depthmup.launch.jobs import slurm
 from depthmup.launch.jobs.code_copy import copy_code, hash_sources, list_sources
 from depthmup.launch.jobs.hold import Hold
 from depthmup.launch.jobs.submission import Submission
-from depthmup.launch.jobs.worker import work
+from depthmup.launch.jobs.worker import train_packs
 from depthmup.launch.runs.fits import check_fits
-from depthmup.launch.runs.grouping import group, make_packs, slot_gpus
+from depthmup.launch.runs.grouping import group_packs, make_packs, slot_gpus
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.study import Study
 from depthmup.train.lock import write_holder
@@ -41,7 +41,7 @@ def submit_local(
 
     A session of their own keeps Ctrl-C and a closed terminal from them: they are told to stop when they are to stop.
     """
-    tasks = group(packs, 1)
+    tasks = group_packs(packs, 1)
     submission = Submission.create(folder.absolute(), "local", tasks, {"hold_after": config.hold_after})
     slots = []
     for number, gpu in enumerate(slot_gpus(config)[: len(tasks)]):
@@ -72,9 +72,9 @@ def run_here(packs: Sequence[Sequence[PlannedRun]], config: LaunchConfig, folder
     """Trains one pack after another in this process. Raises KeyboardInterrupt when it was told to stop, as by Ctrl-C:
     then the runs have saved, unless it was told twice."""
     directories = [[RunDirectory(run.directory.path.absolute()) for run in pack] for pack in packs]
-    submission = Submission.create(folder.absolute(), "debug", group(packs, 1), {"hold_after": config.hold_after})
+    submission = Submission.create(folder.absolute(), "debug", group_packs(packs, 1), {"hold_after": config.hold_after})
     hold = Hold(submission, list(chain.from_iterable(directories)), config.hold_after)
-    if work(directories, signal.SIGINT, hold=hold) == EXIT_REQUEUE:
+    if train_packs(directories, signal.SIGINT, hold=hold) == EXIT_REQUEUE:
         raise KeyboardInterrupt
 
 
@@ -133,7 +133,11 @@ def script_text(submission: Submission, config: LaunchConfig, code: Path, max_ru
     """The sbatch script for all tasks of `submission`, which runs the worker from the copy `code`."""
     python = config.python or shlex.quote(sys.executable)
     worker = f"{python} -m depthmup.launch.jobs.worker {shlex.quote(str(submission.file))}"
-    one = f"srun --nodes=1 --ntasks=1 {shlex.join(container(config))} {worker}" if config.container_image else worker
+    one = (
+        f"srun --nodes=1 --ntasks=1 {shlex.join(list_container_options(config))} {worker}"
+        if config.container_image
+        else worker
+    )
     imports = f"export PYTHONPATH={shlex.quote(str(code.absolute()))}${{PYTHONPATH:+:$PYTHONPATH}}"
     hold = [f"{one} --held && exit 0"] if config.tasks > 1 else []  # all its processes must know the same
     late = max(60 * (config.timeout_min - 1) - config.signal_delay_s, 0)  # Slurm may warn a minute early
@@ -142,7 +146,7 @@ def script_text(submission: Submission, config: LaunchConfig, code: Path, max_ru
     return sbatch_text(submission, config, code, worker, teardown, max_running, [imports, *hold])
 
 
-def container(config: LaunchConfig) -> list[str]:
+def list_container_options(config: LaunchConfig) -> list[str]:
     """srun's options for the image that the interpreter is in; none without one."""
     options = {"--container-image": config.container_image, "--container-mounts": config.container_mounts}
     return [f"{key}={value}" for key, value in options.items() if value]
@@ -182,7 +186,7 @@ def sbatch_text(
         array_parallelism=max_running,
         stderr_to_stdout=True,
         wckey=None,
-        srun_args=["--kill-on-bad-exit=1", *container(config)],
+        srun_args=["--kill-on-bad-exit=1", *list_container_options(config)],
         setup=[
             *config.setup,
             *(line.format(cpus=config.cpus_per_task) for line in SETUP),
@@ -224,7 +228,7 @@ def take_turns(num_arrays: int, num_tasks: int, max_running: int, places_taken: 
     return Turns(throttles, list(queued) if waits else [])
 
 
-def deal(tasks: Sequence[list[str]], max_array_size: int) -> list[list[list[str]]]:
+def deal_tasks(tasks: Sequence[list[str]], max_array_size: int) -> list[list[list[str]]]:
     """`tasks` in as few arrays as can be, each with its share of the costly ones, which come first."""
     count = math.ceil(len(tasks) / max_array_size)
     return [list(tasks[number::count]) for number in range(count)]
@@ -252,7 +256,7 @@ def dry_run_script(study: Study) -> str:
             f"--dry-run shows an sbatch script, and launch.cluster is {config.cluster}: add --cluster slurm"
         )
     check_fits(study)
-    tasks = group(make_packs(study.pending(), config), config.runs_per_job)
+    tasks = group_packs(make_packs(study.pending(), config), config.runs_per_job)
     if not tasks:
         raise UserError("every run is done: there is nothing to submit")
     submission = Submission(jobs / f"depthmup-{study.file.study.name}-DRYRUN", tasks, {})
@@ -279,10 +283,10 @@ def submit_arrays(submissions: Sequence[Submission], turns: Turns, config: Launc
             job_id = slurm.sbatch(submission.script, options, pass_fds=(lock,))
         except slurm.SlurmError as error:
             # a time-out may hide that the job was taken
-            ids = {task.name: task.job_id for task in slurm.queue((), [submission.name])}
+            ids = {task.name: task.job_id for task in slurm.read_queue((), [submission.name])}
             if submission.name not in ids:
                 slurm.cancel(taken)
-                refusal = slurm.refusal(error)
+                refusal = slurm.describe_refusal(error)
                 if isinstance(refusal, slurm.Full):
                     refusal.fits = sum(len(each.tasks) for each in submissions[:number])
                 raise refusal from None
@@ -302,7 +306,7 @@ START += "from depthmup.launch.chain import main; sys.exit(main())"
 def submit_continuation(study: Study, targets: Sequence[Path], after: bool, lock: int) -> Submission:
     """Submits the small job that goes on with the study, in this folder; `after`: from a search to its study. It is to
     be told after which jobs (slurm.go_after); if that does not happen it begins by itself. `lock` is that of
-    `launching`. Raises UserError; when Slurm stops answering, the job may be there all the same, and is found later."""
+    `lock_launch`. Raises UserError; when Slurm stops answering, the job may be there, and is found later."""
     config, root = study.file.launch, study.file.directory.absolute()
     small = replace(
         config,

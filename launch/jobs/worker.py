@@ -21,15 +21,23 @@ from typing import TYPE_CHECKING
 
 from depthmup.data.errors import UserError
 from depthmup.data.lock import flock
-from depthmup.launch.jobs.attempts import UNPACKED, attempts, begin_attempt, fail, job_name, note, pending
+from depthmup.launch.jobs.attempts import (
+    UNPACKED,
+    begin_attempt,
+    is_pending,
+    job_name,
+    mark_failed,
+    note_attempt,
+    read_attempts,
+)
 from depthmup.launch.jobs.ended import record_end
 from depthmup.launch.jobs.hold import Hold
 from depthmup.launch.jobs.submission import Submission
 from depthmup.train.__main__ import leave, train_locked
 from depthmup.train.config import RunConfig
 from depthmup.train.interrupt import Interrupt, Interrupted
-from depthmup.train.lock import BEAT, holder, take_lock
-from depthmup.train.packs.packing import packable, stand_at_one_step
+from depthmup.train.lock import BEAT, find_holder, take_lock
+from depthmup.train.packs.packing import list_obstacles, stand_at_one_step
 from depthmup.train.reading import from_plain, read_yaml
 from depthmup.train.rundir import EXIT_REQUEUE, RunDirectory
 from depthmup.train.trunk import waits_for_trunk
@@ -38,7 +46,7 @@ if TYPE_CHECKING:
     import torch
 
 
-def work(
+def train_packs(
     packs: Sequence[Sequence[RunDirectory]], *stops: signal.Signals, hold: Hold | None = None, waits: bool = False
 ) -> int:
     """Trains one list of runs after another, those of one list together where they can be; returns the exit code:
@@ -51,7 +59,7 @@ def work(
     """
     with Interrupt.on_signals(*stops) as interrupt:
         try:
-            while train_all(packs, interrupt, hold, waits) and any(map(pending, chain.from_iterable(packs))):
+            while train_all(packs, interrupt, hold, waits) and any(map(is_pending, chain.from_iterable(packs))):
                 pass  # what was trained may be a trunk that others wait for
         except Interrupted:
             return EXIT_REQUEUE
@@ -73,13 +81,13 @@ def train_all(packs: Sequence[Sequence[RunDirectory]], interrupt: Interrupt, hol
 
 def may_begin(directory: RunDirectory) -> bool:
     """Whether nothing that it needs is missing, as the checkpoint of its trunk is for a branch of a ladder."""
-    return not pending(directory) or not waits_for_trunk(directory)
+    return not is_pending(directory) or not waits_for_trunk(directory)
 
 
 def wait_for_other_host(directories: Sequence[RunDirectory]) -> bool:
     """Waits a moment where a process on another host has one of the runs, and says so. Returns whether one has."""
-    for directory in filter(pending, directories):
-        if (found := holder(directory.lock)) and not found.is_here:
+    for directory in filter(is_pending, directories):
+        if (found := find_holder(directory.lock)) and not found.is_here:
             print(f"{directory.path.name}: {found} trains it: waiting until that ends", flush=True)
             time.sleep(BEAT)
             return True
@@ -92,7 +100,7 @@ def train_some(directories: Sequence[RunDirectory], interrupt: Interrupt) -> boo
     Returns False when there is none. A failure is recorded, and does not end the slot: when a pack fails, its runs are
     trained one by one, so that each has its own result or reason. Raises Interrupted.
     """
-    left = list(filter(pending, directories))
+    left = list(filter(is_pending, directories))
     if not left:
         return False
     from depthmup.train.packs.pack import run_pack  # torch, which takes seconds
@@ -100,40 +108,40 @@ def train_some(directories: Sequence[RunDirectory], interrupt: Interrupt) -> boo
     if interrupt.requested:
         raise Interrupted("asked to stop before the next run began")
     with ExitStack() as held:
-        claimed = claim(directories, held)
+        claimed = claim_pack(directories, held)
         for directory, config in claimed.items():
             try:
                 begin_attempt(directory, lacks_gpu(config))
             except RuntimeError as error:
-                fail(directory, str(error))
-        begun = {directory: config for directory, config in claimed.items() if pending(directory)}
+                mark_failed(directory, str(error))
+        begun = {directory: config for directory, config in claimed.items() if is_pending(directory)}
         try:
             run_pack(list(begun.values()), [directory.path for directory in begun], interrupt)
         except Interrupted:
-            for directory in filter(pending, begun):
-                note(directory, "interrupted")
+            for directory in filter(is_pending, begun):
+                note_attempt(directory, "interrupted")
             raise
         except Exception as error:
             if len(begun) > 1:
                 # a user's mistake needs no traceback, and failed.json has it for each run
                 reason = str(error) if isinstance(error, UserError) else traceback.format_exc()
                 print(f"a pack of {len(begun)} failed, its runs go on one by one: {reason}", flush=True)
-            for directory in filter(pending, begun):
+            for directory in filter(is_pending, begun):
                 if len(begun) > 1:
-                    note(directory, UNPACKED, error=one_line(error))
+                    note_attempt(directory, UNPACKED, error=one_line(error))
                 else:
                     record_failure(directory, error)
     return bool(claimed) or any(directory.failed() for directory in left)
 
 
-def claim(directories: Sequence[RunDirectory], held: ExitStack) -> dict[RunDirectory, RunConfig]:
+def claim_pack(directories: Sequence[RunDirectory], held: ExitStack) -> dict[RunDirectory, RunConfig]:
     """Locks the first pending run that is free, and as many of those after it as can be trained with it now; the locks
     are closed with `held`. Empty when no run is free, or the first could not be read and has failed."""
     from depthmup.train.distributed import World, pick_device
 
     claimed: dict[RunDirectory, RunConfig] = {}
     size = 1
-    with claiming(directories):
+    with lock_claims(directories):
         for directory in directories:
             if len(claimed) == size:
                 break
@@ -142,7 +150,7 @@ def claim(directories: Sequence[RunDirectory], held: ExitStack) -> dict[RunDirec
                 continue
             with ExitStack() as candidate:
                 candidate.enter_context(file)
-                if not pending(directory):
+                if not is_pending(directory):
                     continue
                 try:
                     config = read_config(directory)
@@ -179,17 +187,17 @@ def size_that_fits(config: RunConfig, device: "torch.device", most: int) -> int:
 def can_join(directory: RunDirectory, config: RunConfig, pack: dict[RunDirectory, RunConfig]) -> bool:
     """Whether the run can be trained together with those of `pack`, which are not empty."""
     first = next(iter(pack.values()))
-    if packable(first, config) or failed_in_a_pack(directory):
+    if list_obstacles(first, config) or failed_in_a_pack(directory):
         return False
     return stand_at_one_step([*pack, directory])
 
 
 def failed_in_a_pack(directory: RunDirectory) -> bool:
-    return any(line["event"] == UNPACKED for line in attempts(directory))
+    return any(line["event"] == UNPACKED for line in read_attempts(directory))
 
 
 @contextmanager
-def claiming(directories: Sequence[RunDirectory]) -> Iterator[None]:
+def lock_claims(directories: Sequence[RunDirectory]) -> Iterator[None]:
     """Only one slot at a time takes runs out of a list, so that two that begin together do not halve each other's
     packs."""
     if len(directories) == 1:
@@ -206,7 +214,7 @@ def one_line(error: Exception) -> str:
 
 def record_failure(directory: RunDirectory, error: Exception) -> None:
     """For use where `error` is being handled."""
-    fail(directory, one_line(error), traceback=traceback.format_exc())
+    mark_failed(directory, one_line(error), traceback=traceback.format_exc())
 
 
 def lacks_gpu(config: RunConfig) -> bool:
@@ -240,15 +248,15 @@ def run_distributed(directory: RunDirectory) -> int:
     if first:
         held = take_lock(directory.lock)  # as long as this process lives
         if held is None:
-            sys.exit(f"{directory.path}: {holder(directory.lock) or 'another process'} trains it")
+            sys.exit(f"{directory.path}: {find_holder(directory.lock) or 'another process'} trains it")
         try:
             begin_attempt(directory, lacks_gpu(config))
         except RuntimeError as error:
-            fail(directory, str(error))
+            mark_failed(directory, str(error))
             return 1
     code = train_locked(config, directory, world_from_environment())
     if code == EXIT_REQUEUE and first:
-        note(directory, "interrupted")
+        note_attempt(directory, "interrupted")
     return 0 if code == EXIT_REQUEUE and not first else code
 
 
@@ -277,7 +285,7 @@ def main() -> int:
     packs = [[RunDirectory(root / name) for name in names] for names in submission.tasks]
     hold = Hold(submission, list(chain.from_iterable(packs)), details.get("hold_after", 0))
     if arguments.local:
-        return work(packs, hold=hold)
+        return train_packs(packs, hold=hold)
     index = int(os.environ["SLURM_ARRAY_TASK_ID"])
     directories = packs[index]
     if arguments.held:
@@ -290,8 +298,8 @@ def main() -> int:
     if details["runs_per_gpu"] > 1 and not arguments.slot:
         return run_side_by_side(arguments.submission, min(details["runs_per_gpu"], len(directories)))
     if arguments.slot:
-        return work([[directory] for directory in directories], hold=hold, waits=True)
-    return work([directories], hold=hold, waits=True)
+        return train_packs([[directory] for directory in directories], hold=hold, waits=True)
+    return train_packs([directories], hold=hold, waits=True)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ from depthmup.launch.config import Size, label
 from depthmup.launch.findings.analysis import Carry, Result, carry_optimum
 from depthmup.launch.findings.design import next_round
 from depthmup.launch.findings.direct import Direct, compare_with_direct
-from depthmup.launch.findings.forecast import Forecast, forecasts
+from depthmup.launch.findings.forecast import Forecast, make_forecasts
 from depthmup.launch.findings.points import Round, carry_run
-from depthmup.launch.findings.training_exponents import Exponent, exponents, judge_along
+from depthmup.launch.findings.training_exponents import Exponent, judge_along, measure_exponents
 from depthmup.launch.findings.verdict import Analysis, Judgement, analyse, describe_rule
 from depthmup.launch.reading import read_study_or_run
 from depthmup.launch.runs.cost import count_flops
@@ -86,7 +86,7 @@ class Report:
 
     @cached_property
     def forecasts(self) -> list[Forecast]:
-        return forecasts(self.analysis, self.study.file.study.sizes)
+        return make_forecasts(self.analysis, self.study.file.study.sizes)
 
     @cached_property
     def exponents(self) -> list[Exponent]:
@@ -99,7 +99,7 @@ class Report:
                 if settings.ladder:
                     rules[label(each)]["samples"] = 0.0  # one trunk has one rate
         name = ("1 - " if settings.complement else "") + settings.hyperparameter
-        return exponents(self.analysis, self.base, name, rules)
+        return measure_exponents(self.analysis, self.base, name, rules)
 
     def known_exponents(self, parameterization: str) -> list[Exponent]:
         """Those that are measured well enough to carry a value along."""

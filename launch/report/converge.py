@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from depthmup.data.errors import UserError
 from depthmup.data.storage import write_atomically
 from depthmup.launch.findings.analysis import Comparison
-from depthmup.launch.findings.convergence import MIN_SIZES, Line, Rate, along
+from depthmup.launch.findings.convergence import MIN_SIZES, Line, Rate, select_along_axis
 from depthmup.launch.findings.verdict import Analysis
 from depthmup.launch.report import plots
 from depthmup.launch.report.collect import collect
@@ -77,7 +77,7 @@ def feature_kernel(run: PlannedRun, images: Tensor) -> np.ndarray:
 # ---------------------------------------------------------------- the study's runs
 
 
-def lines(study: Study, analysis: Analysis) -> Iterator[Line]:
+def collect_lines(study: Study, analysis: Analysis) -> Iterator[Line]:
     """Every parameterization along every axis of which it has sizes enough. Raises UserError for lost files."""
     base, images = study.file.study.sizes[0], None
     for judgement in analysis.judgements:
@@ -88,11 +88,11 @@ def lines(study: Study, analysis: Analysis) -> Iterator[Line]:
             continue
         value = float(optimum.values[optimum.at(optimum.optimum.x)])
         for axis in ("width", "depth"):
-            shown = along(own, base, axis)
+            shown = select_along_axis(own, base, axis)
             if len(shown) < MIN_SIZES:
                 continue
             images = probe_images(study.runs[0].config) if images is None else images
-            yield line(study, name, axis, value, shown, images)
+            yield collect_line(study, name, axis, value, shown, images)
 
 
 def runs_along(
@@ -122,7 +122,9 @@ def runs_along(
     return runs, left_out
 
 
-def line(study: Study, parameterization: str, axis: str, value: float, shown: list[Comparison], images: Tensor) -> Line:
+def collect_line(
+    study: Study, parameterization: str, axis: str, value: float, shown: list[Comparison], images: Tensor
+) -> Line:
     """The runs of `shown` at `value`."""
     runs, left_out = runs_along(study, parameterization, axis, shown, lambda comparison: value)
     seeds = tuple(sorted(set.intersection(*map(set, runs.values())))) if runs else ()
@@ -154,7 +156,7 @@ def as_record(found: Line, quantity: str, rate: Rate) -> dict[str, Any]:
     }
 
 
-def sentences(found: Line, quantity: str, rate: Rate) -> list[str]:
+def describe_rate(found: Line, quantity: str, rate: Rate) -> list[str]:
     """What a terminal shows of one rate."""
     seeds = f"{rate.law.measure}, {len(found.seeds)} seeds"
     exponent = "no exponent" if rate.exponent is None else f"exponent {rate.exponent:.2f}"
@@ -176,7 +178,7 @@ def converge(study: Study, console: Console) -> list[Path]:
 
     Raises UserError where no parameterization has an optimum and MIN_SIZES sizes along an axis.
     """
-    found = list(lines(study, collect(study).analysis))
+    found = list(collect_lines(study, collect(study).analysis))
     if not found:
         raise UserError(
             f"{study.path}: convergence needs a parameterization with an optimum at the base and {MIN_SIZES} finished "
@@ -189,6 +191,6 @@ def converge(study: Study, console: Console) -> list[Path]:
     plots.save_figure(plots.draw_distances(all_rates), paths[1])
     plots.save_figure(plots.draw_loss_curves(found), paths[2])
     for each in all_rates:
-        console.print("\n".join(sentences(*each)), highlight=False, markup=False)
+        console.print("\n".join(describe_rate(*each)), highlight=False, markup=False)
     console.print(NO_LIMIT, highlight=False)
     return paths

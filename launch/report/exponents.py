@@ -17,8 +17,8 @@ from torch import Tensor
 from depthmup.data.errors import UserError
 from depthmup.data.storage import write_atomically
 from depthmup.launch.findings.analysis import Comparison
-from depthmup.launch.findings.convergence import along
-from depthmup.launch.findings.exponents import MEASURES, MIN_DEPTHS, Slope, fit_slope, measures_of, regime
+from depthmup.launch.findings.convergence import select_along_axis
+from depthmup.launch.findings.exponents import MEASURES, MIN_DEPTHS, Slope, fit_slope, measures_of, name_regime
 from depthmup.launch.report import plots
 from depthmup.launch.report.collect import collect
 from depthmup.launch.report.converge import runs_along
@@ -114,20 +114,20 @@ class Growth:
 
         cells = {measure: show(slope) for measure, slope in self.slopes.items()}
         first = {"rules": self.parameterization, "tensor": self.tensor, "of": self.subject}
-        return {**first, **cells, "regime": regime(self.slopes)}
+        return {**first, **cells, "regime": name_regime(self.slopes)}
 
     @property
     def record(self) -> dict[str, Any]:
         slopes = {measure: None if slope is None else vars(slope) for measure, slope in self.slopes.items()}
-        return {**vars(self), "slopes": slopes, "regime": regime(self.slopes)}
+        return {**vars(self), "slopes": slopes, "regime": name_regime(self.slopes)}
 
 
-def growths(study: Study, own: bool) -> Iterator[Growth]:
+def collect_growths(study: Study, own: bool) -> Iterator[Growth]:
     """Every parameterization's, over the depths at the base's width. own: at each size's own best value that ran,
     instead of the base's."""
     analysis, base = collect(study).analysis, study.file.study.sizes[0]
     for name in (judgement.parameterization for judgement in analysis.judgements):
-        shown = along([c for c in analysis.comparisons if c.curve.parameterization == name], base, "depth")
+        shown = select_along_axis([c for c in analysis.comparisons if c.curve.parameterization == name], base, "depth")
         best = {c.curve.size: float(c.curve.values[np.argmin(c.curve.mean)]) for c in shown if len(c.curve.values)}
         at_base = next((best[c.curve.size] for c in shown if c.curve.size == base), math.nan)
 
@@ -148,7 +148,7 @@ def growths(study: Study, own: bool) -> Iterator[Growth]:
             yield Growth(name, tensor, subject, values, ", ".join(left_out))
 
 
-def draw(found: list[Growth]) -> Figure:
+def draw_exponents(found: list[Growth]) -> Figure:
     """A row for each of SUBJECTS, a column for each of MEASURES; fits solid, with their exponents."""
     figure, axes = plt.subplots(
         len(SUBJECTS), len(MEASURES), figsize=(4 * len(MEASURES), 3.4 * len(SUBJECTS)), layout="constrained"
@@ -174,12 +174,12 @@ def draw(found: list[Growth]) -> Figure:
     return figure
 
 
-def exponents(study: Study, own: bool, console: Console) -> list[Path]:
+def show_exponents(study: Study, own: bool, console: Console) -> list[Path]:
     """Prints the exponents and regimes, writes FILES into the study's folder, and returns their paths.
 
     Raises UserError where no parameterization has MIN_DEPTHS depths that train.
     """
-    found = list(growths(study, own))
+    found = list(collect_growths(study, own))
     if not any(slope for each in found for slope in each.slopes.values()):
         left_out = "; ".join(
             dict.fromkeys(f"{each.parameterization}: {each.left_out}" for each in found if each.left_out)
@@ -205,5 +205,5 @@ def exponents(study: Study, own: bool, console: Console) -> list[Path]:
     paths = [study.file.directory / name for name in FILES]
     record = {"study": study.file.study.name, "own_values": own, "growths": [each.record for each in found]}
     write_atomically(paths[0], dump(record).encode())
-    plots.save_figure(draw(found), paths[1])
+    plots.save_figure(draw_exponents(found), paths[1])
     return paths

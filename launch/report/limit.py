@@ -1,8 +1,8 @@
 """`depthmup limit`: the infinite network of a study's rules, and finite networks on their way to it.
 
-The network is the theory's: a residual MLP with one layer a branch and ReLU, one output, trained by full-batch gradient
-descent with momentum on (f - y)^2 / 2. Parameterization, base size and momentum are the study's, inputs are Gaussian
-or its images. Networks of every width and depth of a grid are trained with every seed.
+The network is the theory's: a residual MLP with one layer a branch, one output, trained by full-batch gradient descent
+with momentum on (f - y)^2 / 2. Parameterization, base size, activation and momentum are the study's, inputs are
+Gaussian or its images. Networks of every width and depth of a grid are trained with every seed.
 """
 
 import math
@@ -22,7 +22,7 @@ from depthmup.data.storage import write_atomically
 from depthmup.launch.config import StudyFile, label
 from depthmup.launch.findings.convergence import LAWS
 from depthmup.launch.findings.grid import GridRate, fit_grid, points_of
-from depthmup.launch.findings.theory import COVERED, not_covered
+from depthmup.launch.findings.theory import COVERED, activation_of, not_covered
 from depthmup.launch.progress import display
 from depthmup.launch.report import plots
 from depthmup.launch.report.limit_plots import draw_distances, draw_loss_curves
@@ -37,7 +37,7 @@ from depthmup.launch.report.limit_task import (
     gaussian_task,
     image_task,
     quantities,
-    solve,
+    solve_limit,
 )
 from depthmup.launch.report.record import bounds, dump, plain
 from depthmup.launch.report.tables import print_table, say
@@ -46,6 +46,7 @@ from depthmup.models.config import ParameterizationConfig, Size
 from depthmup.models.limit.drift import has_limit, kernel_at, kernel_in_limit, predicted_drift
 from depthmup.models.limit.finite import train_finite
 from depthmup.models.limit.kernels import largest_rate
+from depthmup.models.limit.network import ActivationName
 from depthmup.models.optimizer_config import OptimizerConfig
 
 RATE = 0.125  # of the largest stable rate, where no learning rate is given
@@ -58,20 +59,30 @@ FILES = ("limit.json", "limit.png", "limit-loss.png")
 
 
 def train_size(
-    p: ParameterizationConfig, optimizer: OptimizerConfig, size: Size, base: Size, task: Task, seeds: int
+    p: ParameterizationConfig,
+    optimizer: OptimizerConfig,
+    size: Size,
+    base: Size,
+    activation: ActivationName,
+    task: Task,
+    seeds: int,
 ) -> dict[str, np.ndarray] | None:
     """The networks of one size: quantity -> (seeds, entries), or None where one diverges."""
     torch.set_num_threads(1)  # each size has a process, and each process a core
-    runs = [train_finite(p, size, base, task.inputs, task.targets, optimizer, STEPS, seed) for seed in range(seeds)]
+    runs = [
+        train_finite(p, size, base, task.inputs, task.targets, optimizer, STEPS, seed, activation)
+        for seed in range(seeds)
+    ]
     outputs, features = np.array([run.outputs for run in runs]), np.array([run.features for run in runs])
     if not (np.isfinite(outputs).all() and np.abs(outputs).max() < DIVERGED):
         return None
     return quantities(outputs, features, task.targets.double().numpy())
 
 
-def measure(
+def train_sizes(
     optimizers: dict[str, tuple[ParameterizationConfig, OptimizerConfig]],
     base: Size,
+    activation: ActivationName,
     task: Task,
     progress: Callable[[str], None],
 ) -> list[Grid]:
@@ -79,7 +90,7 @@ def measure(
     shapes = sorted(product(WIDTHS, DEPTHS), key=lambda shape: shape[0] ** 2 * shape[1], reverse=True)  # longest first
     jobs = [(name, Size(width=width, depth=depth)) for width, depth in shapes for name in optimizers]
     seeds = {name: SEEDS if has_limit(p.resolve()) else FEW_SEEDS for name, (p, _) in optimizers.items()}
-    arguments = [(*optimizers[name], size, base, task, seeds[name]) for name, size in jobs]
+    arguments = [(*optimizers[name], size, base, activation, task, seeds[name]) for name, size in jobs]
     trained = dict[tuple[str, tuple[int, int]], dict[str, np.ndarray] | None]()
     for (name, size), found in zip(jobs, parallel_map(train_size, None, *zip(*arguments, strict=True)), strict=True):
         progress(f"{name}: {size.width} x {size.depth}")
@@ -150,7 +161,7 @@ class Found:
         }
 
 
-def fitted(grid: Grid, limit: Limit) -> list[Found]:
+def fit_rates(grid: Grid, limit: Limit) -> list[Found]:
     """Rules without a limit stand beside that of others, over width alone: at no width do they near it."""
     laws = [law for law in LAWS if grid.has_limit or law.axis == "width"]
     return [
@@ -164,7 +175,7 @@ def fitted(grid: Grid, limit: Limit) -> list[Found]:
 
 def kernel_rows(file: StudyFile) -> list[dict[str, str]]:
     """Of every parameterization at every size of the study, and in the limit: what one input of norm 1 gives."""
-    base = Size(width=file.model.base_width, depth=file.model.base_depth)
+    base, activation = Size(width=file.model.base_width, depth=file.model.base_depth), activation_of(file)
     rows = []
     for p in file.study.parameterizations:
         resolved = p.resolve()
@@ -172,9 +183,9 @@ def kernel_rows(file: StudyFile) -> list[dict[str, str]]:
         sizes: list[Size | None] = [Size(width=width, depth=depth) for width, depth in shapes]
         for size in [*sizes, None] if has_limit(resolved) else sizes:
             if size:
-                kernel = kernel_at(resolved, size, base, base.width)
+                kernel = kernel_at(resolved, size, base, base.width, activation=activation)
             else:
-                kernel = kernel_in_limit(resolved, base, base.width)
+                kernel = kernel_in_limit(resolved, base, base.width, activation=activation)
             rows.append(
                 {
                     "parameterization": label(p),
@@ -182,7 +193,7 @@ def kernel_rows(file: StudyFile) -> list[dict[str, str]]:
                     "depth": str(size.depth) if size else "limit",
                     "kernel": f"{kernel[0, 0]:.4g}",
                     "largest rate": f"{largest_rate(kernel, file.optimizer.momentum):.3g}",
-                    "predicted drift": f"{predicted_drift(resolved, base, size):+.2f}",
+                    "predicted drift": f"{predicted_drift(resolved, base, size, activation):+.2f}",
                 }
             )
     return rows
@@ -201,16 +212,16 @@ def distance_rows(found: list[Found]) -> list[dict[str, str]]:
     return [
         {
             "rules": name,
-            "of": measure,
+            "of": train_sizes,
             "depth": str(depth),
-            **{str(width): shown.get((name, measure, depth, width), "-") for width in WIDTHS},
-            "inf": shown.get((name, measure, math.inf, depth), ""),
+            **{str(width): shown.get((name, train_sizes, depth, width), "-") for width in WIDTHS},
+            "inf": shown.get((name, train_sizes, math.inf, depth), ""),
         }
-        for (name, measure), depth in product(names, DEPTHS)
+        for (name, train_sizes), depth in product(names, DEPTHS)
     ]
 
 
-def verdicts(found: list[Found]) -> list[str]:
+def describe_verdicts(found: list[Found]) -> list[str]:
     """In words: how each parameterization with a limit nears it, and what the others do."""
     said = []
     for grid in {id(each.grid): each.grid for each in found}.values():
@@ -233,11 +244,19 @@ def verdicts(found: list[Found]) -> list[str]:
     return said
 
 
-def learning_rate(p: ParameterizationConfig, base: Size, task: Task, momentum: float, given: float | None) -> float:
+def learning_rate(
+    p: ParameterizationConfig,
+    base: Size,
+    activation: ActivationName,
+    task: Task,
+    momentum: float,
+    given: float | None,
+) -> float:
     """`given`, or a share of the largest stable one. Raises UserError for one that is past it at some depth."""
     resolved, inputs = p.resolve(), task.inputs.shape[1]
-    kernels = [kernel_at(resolved, Size(width=base.width, depth=depth), base, inputs, task.kernel) for depth in DEPTHS]
-    kernels.append(kernel_in_limit(resolved, base, inputs, task.kernel))
+    sizes = [Size(width=base.width, depth=depth) for depth in DEPTHS]
+    kernels = [kernel_at(resolved, size, base, inputs, task.kernel, activation) for size in sizes]
+    kernels.append(kernel_in_limit(resolved, base, inputs, task.kernel, activation))
     edge = min(largest_rate(kernel, momentum) for kernel in kernels)
     if given is not None and given >= edge:
         raise UserError(
@@ -263,6 +282,7 @@ def run_task(
 ) -> tuple[list[Found], Limit]:
     """Every parameterization beside its limit; one that has none beside that of the first which has, at its rate."""
     base, momentum = Size(width=file.model.base_width, depth=file.model.base_depth), file.optimizer.momentum
+    activation = activation_of(file)
     found, limits = list[Found](), dict[str, Limit]()
     total = len(file.study.parameterizations) * len(WIDTHS) * len(DEPTHS) + len(limited)
     started = 0
@@ -275,16 +295,16 @@ def run_task(
 
         optimizers = {}
         for p in limited:
-            rate = learning_rate(p, base, task, momentum, lr)
+            rate = learning_rate(p, base, activation, task, momentum, lr)
             optimizer = OptimizerConfig(name="sgd", lr=rate, momentum=momentum)
             progress(f"{label(p)}: infinite width")
-            limits[label(p)] = solve(p, base, task, optimizer)
+            limits[label(p)] = solve_limit(p, base, activation, task, optimizer)
             optimizers[label(p)] = p, optimizer
         first = next(iter(limits))
         for p in file.study.parameterizations:
             optimizers.setdefault(label(p), (p, optimizers[first][1]))
-        for grid in measure(optimizers, base, task, progress):
-            found += fitted(grid, limits.get(grid.parameterization, limits[first]))
+        for grid in train_sizes(optimizers, base, activation, task, progress):
+            found += fit_rates(grid, limits.get(grid.parameterization, limits[first]))
         shown.update(1, "done", final=True)
     return found, limits[first]
 
@@ -309,7 +329,7 @@ def limit_command(study: Study, lr: float | None, console: Console) -> list[Path
         print_table(distance_rows(own), ("rules", "of"), console)
         say(console, f"\n{task.name}: fitted exponents, with the next order")
         print_table([each.row for each in own], ("rules", "of", "axis"), console)
-    said = verdicts(found)
+    said = describe_verdicts(found)
     say(console, "")
     for sentence in said:
         say(console, sentence)

@@ -12,7 +12,7 @@ from depthmup.data.errors import UserError
 from depthmup.launch.config import StudyFile
 from depthmup.models.config import ParameterizationConfig, Size
 from depthmup.models.limit.drift import network_under_rules
-from depthmup.models.limit.network import Training, to_infinite_depth
+from depthmup.models.limit.network import ActivationName, Training, to_infinite_depth
 from depthmup.models.limit.rich import train_rich
 from depthmup.models.optimizer_config import OptimizerConfig
 from depthmup.train.evaluate import held_out_images
@@ -58,13 +58,13 @@ class Grid:
     diverged: list[tuple[int, int]]  # sizes at which a network did: no distance says anything of them
 
 
-def normalized(inputs: Tensor) -> Tensor:
+def normalize_inputs(inputs: Tensor) -> Tensor:
     return F.normalize(inputs.flatten(1).double()).float() * math.sqrt(inputs[0].numel())
 
 
 def gaussian_task(inputs: int) -> Task:
     generator = torch.Generator().manual_seed(0)
-    drawn = normalized(torch.randn((SAMPLES, inputs), generator=generator))
+    drawn = normalize_inputs(torch.randn((SAMPLES, inputs), generator=generator))
     return Task("Gaussian inputs", drawn, torch.tensor([1.0, -1.0] * (SAMPLES // 2)))
 
 
@@ -72,7 +72,7 @@ def image_task(file: StudyFile) -> Task:
     """The first SAMPLES different images that are held out; one half of the classes against the other. An image that is
     0 everywhere has no direction and does not count. Raises UserError where there are too few."""
     images, labels = held_out_images(file, 4 * SAMPLES, PIXELS)
-    inputs, kept = normalized(images), list[int]()
+    inputs, kept = normalize_inputs(images), list[int]()
     for index in range(len(inputs)):
         cosines = inputs[kept] @ inputs[index] / inputs.shape[1]
         if inputs[index].any() and (not len(kept) or float(cosines.max()) < SAME):
@@ -94,12 +94,14 @@ def quantities(outputs: np.ndarray, features: np.ndarray, targets: np.ndarray) -
     return dict(zip(QUANTITIES, values, strict=True))
 
 
-def solve(p: ParameterizationConfig, base: Size, task: Task, optimizer: OptimizerConfig) -> Limit:
+def solve_limit(
+    p: ParameterizationConfig, base: Size, activation: ActivationName, task: Task, optimizer: OptimizerConfig
+) -> Limit:
     """By Monte Carlo at SOLVED_DEPTHS, twice, extrapolated to infinite depth."""
     targets, limit = task.targets.double().numpy(), Limit((quantity, {}) for quantity in QUANTITIES)
     for depth in SOLVED_DEPTHS:
         size = Size(width=base.width, depth=depth)
-        network, unit = network_under_rules(p.resolve(), size, base, task.inputs.shape[1])
+        network, unit = network_under_rules(p.resolve(), size, base, task.inputs.shape[1], activation)
         training = Training(task.kernel, targets, optimizer.lr * unit, STEPS, optimizer.momentum)
         runs = [train_rich(network, training, SITES, seed) for seed in (0, 1)]
         found = [quantities(run.outputs, run.forward[-1][-SAMPLES:, -SAMPLES:], targets) for run in runs]

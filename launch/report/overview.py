@@ -15,7 +15,7 @@ from depthmup.launch.report.tables import print_table, say
 from depthmup.launch.wording import show_drift, show_interval, show_share, show_size
 
 
-def cells(record: Mapping[str, Any], verdict: Mapping[str, str]) -> dict[str, str]:
+def format_cells(record: Mapping[str, Any], verdict: Mapping[str, str]) -> dict[str, str]:
     """One parameterization of one study: its base's optimum, and the size that drifted most."""
     sizes = [size for size in record["sizes"] if size["parameterization"] == verdict["parameterization"]]
     base, *others = sizes  # a record has the base first
@@ -43,7 +43,7 @@ def cells(record: Mapping[str, Any], verdict: Mapping[str, str]) -> dict[str, st
 
 
 def overview(records: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    return [cells(record, verdict) for record in records for verdict in record["verdicts"]]
+    return [format_cells(record, verdict) for record in records for verdict in record["verdicts"]]
 
 
 def print_overview(records: Sequence[Mapping[str, Any]], console: Console) -> None:

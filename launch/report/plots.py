@@ -12,7 +12,7 @@ import numpy as np
 
 from depthmup.data.storage import write_atomically
 from depthmup.launch.config import StudyConfig
-from depthmup.launch.findings.convergence import Line, Rate, along
+from depthmup.launch.findings.convergence import Line, Rate, select_along_axis
 from depthmup.launch.findings.verdict import Analysis
 
 matplotlib.use("agg")
@@ -114,7 +114,7 @@ def draw_curves(analysis: Analysis, study: StudyConfig) -> Figure:
 def varied_axes(analysis: Analysis, study: StudyConfig) -> list[str]:
     """The axes along which some parameterization has a size beside the base."""
     base, judged = study.sizes[0], len(analysis.judgements)
-    return [name for name in base.axes if len(along(analysis.comparisons, base, name)) > judged]
+    return [name for name in base.axes if len(select_along_axis(analysis.comparisons, base, name)) > judged]
 
 
 def draw_against_size(
@@ -134,7 +134,7 @@ def draw_against_size(
     for axis, name in zip(axes, names, strict=True):
         for number, judgement in enumerate(analysis.judgements):
             own = [c for c in analysis.comparisons if c.curve.parameterization == judgement.parameterization]
-            shown = along(own, study.sizes[0], name)
+            shown = select_along_axis(own, study.sizes[0], name)
             x = np.array([float(getattr(c.curve.size, name)) for c in shown])
             style: dict[str, Any] = {"color": f"C{number}", "marker": "o", "label": judgement.parameterization}
             if what == "drift":

@@ -11,7 +11,7 @@ import numpy as np
 
 from depthmup.launch.findings.analysis import Result
 from depthmup.launch.findings.convergence import Rate
-from depthmup.launch.findings.forecast import Forecast, calibration
+from depthmup.launch.findings.forecast import Forecast, describe_calibration
 from depthmup.launch.findings.theory import expected_drifts, predicted_drifts
 from depthmup.launch.report.collect import Report, analyse_results, target_line
 from depthmup.launch.runs.planned import PlannedRun, scaling_of
@@ -275,7 +275,7 @@ def sentences(report: Report) -> dict[str, Any]:
         "direct": [f"{each}." for each in report.direct],
         "expected_drifts": [f"{each}." for each in expected_drifts(report.study.file)],
         "forecasts": forecast_sentences(report.forecasts),
-        "calibration": calibration(report.forecasts),
+        "calibration": describe_calibration(report.forecasts),
         "target": target_line(report.study),
     }
 

@@ -22,7 +22,7 @@ def processes_of(config: LaunchConfig) -> int:
     return config.tasks if config.cluster == "slurm" else 1
 
 
-def misfits(run: RunConfig, config: LaunchConfig) -> Iterator[str]:
+def find_misfits(run: RunConfig, config: LaunchConfig) -> Iterator[str]:
     """What would end the run on the nodes that it is to run on, each with the mend."""
     processes, parallel = processes_of(config), run.parallel
     if processes > 1 and parallel.engine == "none":
@@ -101,7 +101,7 @@ def check_fits(study: Study) -> None:
     found = list(
         dict.fromkeys(
             [
-                *(words for run in (*study.runs, *study.examples) for words in misfits(run.config, config)),
+                *(words for run in (*study.runs, *study.examples) for words in find_misfits(run.config, config)),
                 *(words for run in study.examples for words in idle_roles(run.config)),
             ]
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from depthmup.data.storage import write_atomically
-from depthmup.train.reading import adapter
+from depthmup.train.reading import make_adapter
 from depthmup.train.rundir import unreadable
 
 
@@ -35,7 +35,7 @@ def read_foretold(target: Path) -> Foretold | None:
     """None where none was written. Raises UserError for a file of another shape."""
     file = forecast_file(target)
     try:
-        found: Foretold = adapter(Foretold).validate_json(file.read_bytes())
+        found: Foretold = make_adapter(Foretold).validate_json(file.read_bytes())
     except FileNotFoundError:
         return None
     except ValidationError:

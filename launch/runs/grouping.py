@@ -9,7 +9,7 @@ from pathlib import Path
 from depthmup.data.errors import UserError
 from depthmup.launch.config import LaunchConfig
 from depthmup.launch.runs.planned import PlannedRun
-from depthmup.train.packs.packing import group_alike, pack_limit, packable, unknown_to_packs
+from depthmup.train.packs.packing import group_alike, list_obstacles, pack_limit, unknown_to_packs
 
 GPU_NAME = re.compile(r"\d+|(GPU|MIG)-\S+")  # a number, or a name that may be cut short
 
@@ -54,7 +54,7 @@ def check_packable(runs: Sequence[PlannedRun]) -> None:
     if len(configs) < 2 or (configs[0].train.pack or 0) <= 1 or unknown_to_packs(configs[0]):
         return  # of what packs do not know, `packs_of` says so
     if len(group_alike(configs)) == len(configs):
-        names = sorted({name for config in configs[1:] for name in packable(configs[0], config)})
+        names = sorted({name for config in configs[1:] for name in list_obstacles(configs[0], config)})
         raise UserError(
             f"train.pack is {configs[0].train.pack}, but no two of the study's {len(configs)} runs can be trained "
             f"together: each has values of its own of {', '.join(names)}. Set train.pack=1"
@@ -123,7 +123,7 @@ def trains_on_gpu(config: LaunchConfig) -> bool:
     return config.gpus_per_node > 0 if config.cluster == "slurm" else slot_gpus(config)[0] is not None
 
 
-def group(packs: Sequence[Sequence[PlannedRun]], size: int) -> list[list[str]]:
+def group_packs(packs: Sequence[Sequence[PlannedRun]], size: int) -> list[list[str]]:
     """The runs' names, one list per job: a pack, or several as long as they are no more than `size` runs."""
     tasks: list[list[str]] = []
     for pack in packs:

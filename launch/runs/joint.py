@@ -20,7 +20,7 @@ class JointStudy(Study):
     verb: str  # the command that walks it and prints its report
 
     @abstractmethod
-    def go_on(self) -> tuple[int, str]:
+    def plan_next_batch(self) -> tuple[int, str]:
         """(number of new runs, why), once none is pending; 0 at the end."""
 
     def early_ends(self) -> Iterator[tuple[PlannedRun, Limits]]:

@@ -13,7 +13,7 @@ from depthmup.train.config import RunConfig, TrainConfig, run_hash
 from depthmup.train.trunk import Trunk
 
 
-def stretched(schedule: dict[str, Any], train: dict[str, Any], samples: int) -> dict[str, Any]:
+def stretch_schedule(schedule: dict[str, Any], train: dict[str, Any], samples: int) -> dict[str, Any]:
     """The schedule, whose warm-up is a share of `train`'s steps, for a run of `samples` with as many steps of it."""
     if samples == train["samples"]:
         return schedule
@@ -29,13 +29,13 @@ def at_length(config: RunConfig, samples: int) -> RunConfig:
     return replace(config, train=train, schedule=replace(config.schedule, warmup=warmup_steps / train.num_steps))
 
 
-def longest(point: PlannedRun, sizes: Sequence[Size]) -> int:
+def find_longest_samples(point: PlannedRun, sizes: Sequence[Size]) -> int:
     """Samples of the longest run that differs from `point` in its length alone."""
     return max(size.samples or 0 for size in sizes if size.is_beside(point.size, "samples"))
 
 
 def is_longest(point: PlannedRun, sizes: Sequence[Size]) -> bool:
-    return point.size.samples == longest(point, sizes)
+    return point.size.samples == find_longest_samples(point, sizes)
 
 
 def trunk_key(point: PlannedRun, samples: int) -> str:
@@ -45,10 +45,12 @@ def trunk_key(point: PlannedRun, samples: int) -> str:
 
 def with_trunks(points: Sequence[PlannedRun], sizes: Sequence[Size]) -> list[PlannedRun]:
     """`points`, each branch with its trunk and each trunk told which checkpoints to keep."""
-    trunks = {trunk_key(point, longest(point, sizes)): point for point in points if is_longest(point, sizes)}
+    trunks = {
+        trunk_key(point, find_longest_samples(point, sizes)): point for point in points if is_longest(point, sizes)
+    }
     branches, kept = dict[str, Trunk](), dict[str, set[int]]()
     for point in points:
-        trunk = trunks.get(trunk_key(point, longest(point, sizes)))
+        trunk = trunks.get(trunk_key(point, find_longest_samples(point, sizes)))
         step = point.config.schedule.decay_step(point.config.train.num_steps)
         if trunk and step and not is_longest(point, sizes):
             name = trunk.directory.path.name

@@ -13,7 +13,7 @@ from depthmup.launch.findings.theory import expected_drifts
 from depthmup.launch.runs.cost import count_flops
 from depthmup.launch.runs.design import design_of
 from depthmup.launch.runs.fits import check_fits
-from depthmup.launch.runs.grouping import find_obstacle, group, make_packs, slot_gpus, trains_on_gpu
+from depthmup.launch.runs.grouping import find_obstacle, group_packs, make_packs, slot_gpus, trains_on_gpu
 from depthmup.launch.runs.search import Search, prune_steps
 from depthmup.launch.runs.seconds import expected_seconds
 from depthmup.launch.runs.study import Study
@@ -35,7 +35,7 @@ def describe_jobs(study: Study) -> list[str]:
     if config.cluster != "slurm":
         slots = 1 if config.cluster == "debug" else min(len(slot_gpus(config)), len(packs))
         return [f"{len(pending)} runs here, {counted(slots, 'process')} at once{packed}"]
-    tasks = group(packs, config.runs_per_job)
+    tasks = group_packs(packs, config.runs_per_job)
     in_each = max(map(len, tasks))
     gpus = config.nodes * config.gpus_per_node
     nodes = f"{config.nodes} nodes, " if config.nodes > 1 else ""

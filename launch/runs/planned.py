@@ -125,7 +125,7 @@ def scaling_of(config: RunConfig) -> tuple[Scale, TrainingFactors]:
     return scale, training_factors(scale.parameterization, optimizer.name, *ratios)
 
 
-def factors(config: RunConfig) -> tuple[Any, ...]:
+def list_size_factors(config: RunConfig) -> tuple[Any, ...]:
     """What the parameterization makes of this run's size: at the base size, for one, all of them make the same."""
     scale, training = scaling_of(config)
     return *scale.all_factors(config.optimizer.name), training

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from depthmup.data.storage import write_atomically
 from depthmup.launch.config import Size
-from depthmup.train.reading import adapter
+from depthmup.train.reading import make_adapter
 from depthmup.train.rundir import unreadable
 
 
@@ -53,7 +53,7 @@ def read_added_rounds(file: Path) -> list[AddedRound]:
     """Empty before the second round: the first follows from the configuration. Raises UserError for a file of another
     shape."""
     try:
-        found: list[AddedRound] = adapter(list[AddedRound]).validate_json(file.read_bytes())
+        found: list[AddedRound] = make_adapter(list[AddedRound]).validate_json(file.read_bytes())
     except FileNotFoundError:
         return []
     except ValidationError:
@@ -96,7 +96,7 @@ Growth = TypeVar("Growth", bound=AddedValues)
 def read_rounds(file: Path, kind: type[Growth]) -> list[list[Growth]]:
     """What was added in every round so far. Raises UserError for a file of another shape."""
     try:
-        rounds: list[list[Growth]] = adapter(list[list[kind]]).validate_json(file.read_bytes())  # type: ignore[valid-type]  # mypy takes no variable for a type
+        rounds: list[list[Growth]] = make_adapter(list[list[kind]]).validate_json(file.read_bytes())  # type: ignore[valid-type]  # mypy takes no variable for a type
     except FileNotFoundError:
         return []
     except ValidationError:

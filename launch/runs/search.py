@@ -230,7 +230,7 @@ class Search(JointStudy):
                 raise UserError(f"{self.file.directory}: another process is continuing this search now")
             yield
 
-    def go_on(self) -> tuple[int, str]:
+    def plan_next_batch(self) -> tuple[int, str]:
         """(number of runs to train now, why): tells Optuna what has ended, and asks for the next batch; after the last
         one chooses the winners. Durable: every later command sees them. To be called when no run is pending.
 

@@ -11,7 +11,7 @@ import numpy as np
 from depthmup.data.config import DataConfig
 from depthmup.data.errors import UserError
 from depthmup.launch.axes import MODEL_AXES
-from depthmup.launch.runs.planned import factors
+from depthmup.launch.runs.planned import list_size_factors
 from depthmup.launch.values import Dimension, Range
 from depthmup.train.config import RunConfig, TrainConfig, run_hash
 from depthmup.train.reading import from_plain
@@ -57,7 +57,7 @@ def with_values(plain: dict[str, Any], values: Mapping[str, Any]) -> dict[str, A
     return changed
 
 
-def examples(dimension: Dimension) -> list[Any]:
+def list_examples(dimension: Dimension) -> list[Any]:
     """The values that are tried before anything runs: the ends of a range, every choice."""
     return [dimension.first, dimension.last] if isinstance(dimension, Range) else list(dimension)
 
@@ -78,7 +78,7 @@ def check_space(plain: dict[str, Any], space: Mapping[str, Dimension], source: s
         if key in NO_RESULT:
             raise UserError(f"{where}: cannot be tuned: it changes how a run is trained, not what it learns")
         runs, idle = [], None
-        for value in (values := examples(dimension)):
+        for value in (values := list_examples(dimension)):
             try:
                 runs.append(from_plain(RunConfig, with_values(plain, {key: value}), f"{where}: {value!r}"))
             except UserError as error:
@@ -90,7 +90,7 @@ def check_space(plain: dict[str, Any], space: Mapping[str, Dimension], source: s
             raise idle
         if len(set(names)) < len(names):
             raise UserError(f"{where}: a value occurs twice in {values}: leave one out")
-        if section == "parameterization" and len({acting(run) for run in runs}) < 2:
+        if section == "parameterization" and len({list_acting_settings(run) for run in runs}) < 2:
             raise UserError(
                 f"{where}: would do nothing at width {runs[0].model.width}, depth {runs[0].model.depth}, the base's: "
                 "leave it out, or compare its values in a study (study.parameterizations)"
@@ -113,7 +113,7 @@ def check_sweep(
     if not key.startswith("parameterization.") or len(values) == 1:
         return
     first, other = values[:2]
-    if acting(at_base(first)) == acting(at_base(other)):
+    if list_acting_settings(at_base(first)) == list_acting_settings(at_base(other)):
         name = key.removeprefix("parameterization.")
         raise UserError(
             f"{where} would do nothing at the base ({base}): compare its values instead, as in "
@@ -121,9 +121,9 @@ def check_sweep(
         )
 
 
-def acting(run: RunConfig) -> tuple[Any, ...]:
+def list_acting_settings(run: RunConfig) -> tuple[Any, ...]:
     """All that the run's parameterization changes in its training."""
-    return factors(run), run.parameterization.beta, run.parameterization.gamma0
+    return list_size_factors(run), run.parameterization.beta, run.parameterization.gamma0
 
 
 def check_together(plain: dict[str, Any], space: Mapping[str, Dimension], source: str) -> None:

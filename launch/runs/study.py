@@ -17,8 +17,8 @@ from depthmup.launch.axes import MODEL_AXES, TRAINING_AXES
 from depthmup.launch.config import Size, StudyFile, label
 from depthmup.launch.paths import command
 from depthmup.launch.runs.hopeless import limit_hopeless
-from depthmup.launch.runs.ladder import stretched, with_trunks
-from depthmup.launch.runs.planned import PlannedRun, factors, with_value
+from depthmup.launch.runs.ladder import stretch_schedule, with_trunks
+from depthmup.launch.runs.planned import PlannedRun, list_size_factors, with_value
 from depthmup.launch.runs.rounds import (
     Added,
     AddedRound,
@@ -160,7 +160,7 @@ class Study:
         so all of them are that one's."""
         study, found = self.file.study, {}
         for size in study.sizes:
-            made = [(p, factors(self._checked(p, size, study.grid[0]))) for p in study.parameterizations]
+            made = [(p, list_size_factors(self._checked(p, size, study.grid[0]))) for p in study.parameterizations]
             for parameterization, own in made:
                 found[label(parameterization), size] = next(first for first, other in made if other == own)
         return found
@@ -185,7 +185,7 @@ class Study:
         for axis, key in TRAINING_AXES.items():
             if value_there := getattr(size, axis):
                 if axis == "samples" and self.file.study.ladder:  # one trunk: what it trains with, all horizons do
-                    raw["schedule"] = stretched(raw["schedule"], raw["train"], value_there)
+                    raw["schedule"] = stretch_schedule(raw["schedule"], raw["train"], value_there)
                 else:
                     raw["optimizer"][f"{axis}_ratio"] *= value_there / raw["train"][key]
                 raw["train"][key] = value_there

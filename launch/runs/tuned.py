@@ -13,7 +13,7 @@ from depthmup.data.errors import UserError
 from depthmup.data.storage import write_atomically
 from depthmup.launch.config import StudyConfig, StudyFile
 from depthmup.launch.reading import read_study
-from depthmup.launch.runs.space import examples, with_values
+from depthmup.launch.runs.space import list_examples, with_values
 from depthmup.launch.runs.study import Study
 from depthmup.launch.runs.written import portable_settings
 from depthmup.train.reading import from_plain, to_plain
@@ -82,7 +82,7 @@ def keep_study(search: "Search", file: StudyFile) -> None:
             f"{search.path} has no sizes to transfer over: add study.sizes and study.values, the base first; to tune "
             f"alone: {search.command('tune')}"
         )
-    with_tuned(file, {key: examples(each)[0] for key, each in search.settings.space.items()}, str(search.path))
+    with_tuned(file, {key: list_examples(each)[0] for key, each in search.settings.space.items()}, str(search.path))
     search.check_writable()
     search.file.directory.mkdir(parents=True, exist_ok=True)
     write_atomically(path, dump_yaml(portable_settings(search.path, file)).encode())

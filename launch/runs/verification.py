@@ -129,7 +129,7 @@ class Verification(JointStudy):
     def examples(self) -> list[PlannedRun]:  # of one size
         return self.transferred[:1]
 
-    def go_on(self) -> tuple[int, str]:
+    def plan_next_batch(self) -> tuple[int, str]:
         return 0, "all of a verification's runs are known from the start"
 
     # ------------------------------------------------------------ cost

@@ -54,14 +54,14 @@ def find_roles(build: Builder, inputs: Any, width: int, depth: int) -> Discovery
     given = inputs if isinstance(inputs, tuple) else (inputs,)
     drawn = weights_of(growth.base), weights_of(growth.deep)  # before they go to meta
     base, wide, nodes = (trace(network, given) for network in (growth.base, growth.wide, growth.deep))
-    branches = [branch for branch in find_branches(nodes) if repeats(branch, growth)]
+    branches = [branch for branch in find_branches(nodes) if has_more_in_deeper(branch, growth)]
     if not branches:
         raise ModelError(f"{type(growth.base).__name__} has no residual stream: nothing adds a branch to what it reads")
     used = users_of(nodes)
     names = [name for name, _ in growth.deep.named_parameters()]
     if idle := [name for name in names if name not in used]:
         raise ModelError(f"the forward pass does not use {', '.join(idle[:3])}: remove it, or {BY_HAND}")
-    roles = settle(growth, {name: role_of(name, growth, used[name], branches) for name in names})
+    roles = settle_roles(growth, {name: role_of(name, growth, used[name], branches) for name in names})
     exempt = set(getattr(growth.base, "no_weight_decay", set)())  # timm's networks say which they mean
     queries, head_dim = find_queries(base, wide)
     slots = [slot for branch in branches for slot in branch_slots(branch, growth.deep)]
@@ -78,7 +78,7 @@ def find_roles(build: Builder, inputs: Any, width: int, depth: int) -> Discovery
     return Discovery(found, readout_features(growth.base, found), head_dim)
 
 
-def repeats(branch: Branch, growth: Growth) -> bool:
+def has_more_in_deeper(branch: Branch, growth: Growth) -> bool:
     """Whether a deeper network has more of the branch. One of a fixed number, as in class attention, has no factor of
     depth: to the rules it lies outside of branches."""
     modules = (branch.total.module, branch.end.module, *branch.end.emitted_by)
@@ -151,7 +151,7 @@ def reads_width(name: str, user: Node, grows: tuple[bool, ...]) -> bool:
     return False
 
 
-def settle(growth: Growth, roles: dict[str, Role]) -> dict[str, Role]:
+def settle_roles(growth: Growth, roles: dict[str, Role]) -> dict[str, Role]:
     """One role for a parameter in every block. What some blocks have in a branch, and others before both branch and
     shortcut, is the branch's. The first block of a container may have no shortcut, and roles of its own. Raises
     ModelError for blocks that differ otherwise."""

@@ -52,15 +52,24 @@ def has_limit(parameterization: Parameterization) -> bool:
 
 
 def kernel_at(
-    parameterization: Parameterization, size: Size, base: Size, inputs: int, input_kernel: np.ndarray = ONE_INPUT
+    parameterization: Parameterization,
+    size: Size,
+    base: Size,
+    inputs: int,
+    input_kernel: np.ndarray = ONE_INPUT,
+    activation: ActivationName = "relu",
 ) -> np.ndarray:
     """(P, P): the tangent kernel at the start for a unit of the base's learning rate, free of the noise of a width."""
-    network, unit = network_under_rules(parameterization, size, base, inputs)
+    network, unit = network_under_rules(parameterization, size, base, inputs, activation)
     return unit * finite_depth_kernel(network, input_kernel).total
 
 
 def kernel_in_limit(
-    parameterization: Parameterization, base: Size, inputs: int, input_kernel: np.ndarray = ONE_INPUT
+    parameterization: Parameterization,
+    base: Size,
+    inputs: int,
+    input_kernel: np.ndarray = ONE_INPUT,
+    activation: ActivationName = "relu",
 ) -> np.ndarray:
     """(P, P): the same at infinite depth. Raises ModelError where there is no limit."""
     if not has_limit(parameterization):
@@ -68,19 +77,21 @@ def kernel_in_limit(
             f"{parameterization.name} with alpha {parameterization.alpha:g} has no limit: it needs width and depth "
             "rules and an alpha of at least 1/2, as depth_mup and completep"
         )
-    network, unit = network_under_rules(parameterization, base, base, inputs)
+    network, unit = network_under_rules(parameterization, base, base, inputs, activation)
     s = base.depth * network.branch_variance if parameterization.alpha == 0.5 else 0.0
     rho = base.depth * network.hidden_rate
-    return unit * infinite_depth_kernel("relu", input_kernel, s, rho, network.input_rate).total
+    return unit * infinite_depth_kernel(activation, input_kernel, s, rho, network.input_rate).total
 
 
-def predicted_drift(parameterization: Parameterization, base: Size, size: Size | None) -> float:
+def predicted_drift(
+    parameterization: Parameterization, base: Size, size: Size | None, activation: ActivationName = "relu"
+) -> float:
     """Octaves by which the largest stable rate of `size`, or of the limit where it is None, lies above the base's. The
     input layer counts as in the paper's form, where its rate is the readout's. Raises ModelError for no limit."""
     inputs = base.width
-    at_base = kernel_at(parameterization, base, base, inputs)
+    at_base = kernel_at(parameterization, base, base, inputs, activation=activation)
     if size is None:
-        at_size = kernel_in_limit(parameterization, base, inputs)
+        at_size = kernel_in_limit(parameterization, base, inputs, activation=activation)
     else:
-        at_size = kernel_at(parameterization, size, base, inputs)
+        at_size = kernel_at(parameterization, size, base, inputs, activation=activation)
     return float(np.log2(at_base / at_size)[0, 0])

@@ -15,9 +15,9 @@ from depthmup.train.config import RunConfig
 from depthmup.train.distributed import World, pick_device
 from depthmup.train.interrupt import Interrupt
 from depthmup.train.loop import Loop, Shrunk, run
-from depthmup.train.owner import finished, result_of
+from depthmup.train.owner import read_finished, result_of
 from depthmup.train.packs.memory import largest_pack
-from depthmup.train.packs.packing import packable
+from depthmup.train.packs.packing import list_obstacles
 from depthmup.train.packs.replicas import Replicas
 from depthmup.train.prepare import prepare_device
 from depthmup.train.record import RunRecord
@@ -27,7 +27,7 @@ from depthmup.train.rundir import RunDirectory
 def check_pack(configs: Sequence[RunConfig]) -> None:
     """Raises UserError, naming the fields, when the runs cannot share a pack."""
     for number, config in enumerate(configs):
-        if names := packable(configs[0], config):
+        if names := list_obstacles(configs[0], config):
             which = f"runs 0 and {number} cannot be packed together" if number else "packs do not know the setting of"
             raise UserError(
                 f"{which}: {', '.join(names)}. Runs of one pack may differ in "
@@ -74,7 +74,7 @@ def standing_alike(configs: Sequence[RunConfig], paths: Sequence[Path]) -> dict[
     """The runs that are not done, by the step that they stand at."""
     standing: dict[int, list[tuple[RunConfig, Path]]] = {}
     for config, path in zip(configs, paths, strict=True):
-        if not finished(directory := RunDirectory(path), config):
+        if not read_finished(directory := RunDirectory(path), config):
             begin_branch(directory, config)
             standing.setdefault(newest_whole_step(directory), []).append((config, path))
     return standing

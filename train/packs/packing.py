@@ -91,19 +91,19 @@ def unknown_to_packs(config: RunConfig) -> set[str]:
     return unknown | ({"optimizer.name"} if config.optimizer.name not in OPTIMIZERS else set())
 
 
-def common(config: RunConfig) -> dict[str, Any]:
+def list_common(config: RunConfig) -> dict[str, Any]:
     """What all runs of a pack must have alike, by dotted name: of train.ema whether there is an average, which takes
     memory."""
     alike = {name: value for name, value, _ in walk(config) if not may_differ(name)}
     return alike | {"train.ema": config.train.ema is not None}
 
 
-def packable(a: RunConfig, b: RunConfig) -> list[str]:
+def list_obstacles(a: RunConfig, b: RunConfig) -> list[str]:
     """Names of the fields that keep `a` and `b` out of one pack, sorted; empty when they can share one.
 
     They are fields that differ and may not, and fields that no pack honours (so `packable(a, a)` may be non-empty).
     """
-    of_a, of_b = common(a), common(b)
+    of_a, of_b = list_common(a), list_common(b)
     different = {name for name in of_a.keys() | of_b.keys() if of_a.get(name) != of_b.get(name)}
     return sorted(different | unknown_to_packs(a) | unknown_to_packs(b))
 
@@ -112,7 +112,7 @@ def group_alike(configs: Sequence[RunConfig]) -> list[list[int]]:
     """The numbers of `configs` in groups whose members can share a pack, in the order of each group's first member."""
     groups: dict[Any, list[int]] = {}
     for number, config in enumerate(configs):
-        key = number if unknown_to_packs(config) else repr(common(config))
+        key = number if unknown_to_packs(config) else repr(list_common(config))
         groups.setdefault(key, []).append(number)
     return list(groups.values())
 
