@@ -228,7 +228,7 @@ def open_source(
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise UserError(f"{source}: not a whole tar ({error})") from None
     except OSError as error:
-        if storage.describe_full_disk(error):
+        if storage.describe_full_disk(error, source):
             raise  # there is no room for what it unpacks to
         raise UserError(f"{source}: cannot be read ({error})") from None
     validation = {}

@@ -37,11 +37,12 @@ PAUSE = 60  # seconds without caching after a failure to write to the cache
 Result = TypeVar("Result")
 
 
-def describe_full_disk(error: BaseException) -> str | None:
-    """What to say of an error that means that there is no room for a file; None for any other."""
+def describe_full_disk(error: BaseException, otherwise: str) -> str | None:
+    """What to say of an error that means that there is no room for a file, or for `otherwise` where the error names
+    none; None for any other error."""
     if not isinstance(error, OSError) or error.errno not in FULL_DISK:
         return None
-    return f"{error.filename or 'standard output'}: {error.strerror}: free some space there"
+    return f"{error.filename or otherwise}: {error.strerror}: free some space there"
 
 
 @contextmanager

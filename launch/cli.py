@@ -53,7 +53,7 @@ def main() -> None:
         click.echo(f"depthmup: {error}", err=True)
         sys.exit(2)
     except OSError as error:
-        words = describe_full_disk(error)
+        words = describe_full_disk(error, "standard output")
         if error.errno in ITS_PLACE:
             words = f"{error.filename}: {error.strerror}: use another file or folder"
         if not words:

@@ -22,8 +22,9 @@ from depthmup.launch.cli import main
 from depthmup.launch.jobs.attempts import note_attempt, read_attempts
 from depthmup.launch.reading import read_study
 from depthmup.launch.runs.study import Study
+from depthmup.train.__main__ import train
 from depthmup.train.record import save_weights
-from depthmup.train.rundir import RunDirectory, add_line, parse_lines
+from depthmup.train.rundir import EXIT_USER_ERROR, RunDirectory, add_line, parse_lines
 from image_sets import make_folder
 
 
@@ -144,6 +145,17 @@ def test_the_last_line_of_metrics_is_found_however_long_it_is(tmp_path):
         file.write(json.dumps({"step": 5})[:-3])
     assert directory.last_metrics() == line
     assert len(parse_lines(directory.metrics, "step")) == 4
+
+
+@pytest.mark.parametrize("file", ["", "/runs/x/config.yaml"])
+def test_a_run_without_room_ends_in_one_line_that_names_the_place(run_config, tmp_path, monkeypatch, capsys, file):
+    def run(*arguments):
+        raise OSError(28, "No space left on device", *([file] if file else []))
+
+    monkeypatch.setattr("depthmup.train.loop.run", run)
+    assert train(run_config, RunDirectory(tmp_path / "run")) == EXIT_USER_ERROR
+    place = file or tmp_path / "run"
+    assert capsys.readouterr().err == f"error: {place}: No space left on device: free some space there\n"
 
 
 def test_output_that_nobody_can_take_is_said_without_a_traceback(monkeypatch, capsys):

@@ -122,7 +122,8 @@ def train_locked(config: RunConfig, directory: RunDirectory, world: "World") -> 
             is_first = True
             print(f"warning: no failed.json ({unwritable})", file=sys.stderr)
         directory.add_to_log(traceback.format_exc(), world.rank)
-        words = str(error) if isinstance(error, UserError | ModelError) else describe_full_disk(error)
+        is_mistake = isinstance(error, UserError | ModelError)
+        words = str(error) if is_mistake else describe_full_disk(error, str(directory.path))
         if words:
             if is_first:  # torchrun stops the others before they can say it
                 print(f"error: {words}", file=sys.stderr)

@@ -214,7 +214,7 @@ class Checkpoints:
             fsync(self.directory)
             write_atomically(self.directory / "latest", final.name.encode())
         except OSError as error:
-            return describe_full_disk(error) or str(error)
+            return describe_full_disk(error, str(temporary)) or str(error)
         steps = [(int(path.name.removeprefix("step-")), path) for path in complete(self.directory)]
         upto = [(step, path) for step, path in steps if step <= progress.step]  # later ones are corrupt, passed over
         for step, path in upto[self.config.train.keep_last :]:
