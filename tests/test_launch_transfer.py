@@ -84,7 +84,7 @@ def test_a_study_runs_to_its_report_and_a_second_call_only_reports(study_file: P
 
 
 def test_an_interrupted_study_continues_where_it_was(study_file: Path) -> None:
-    longer = "train.samples=6400"  # so that a run is left when the signal comes
+    longer = "train.samples=3200"  # so that a run is left when the signal comes
     three = ("study.sizes=[{width: 8, depth: 3}]", "study.values=[2**-6, 2**-5, 2**-4]", longer)
     arguments = [sys.executable, "-c", HEARS_CTRL_C, "transfer", str(study_file), "launch.slots=1", *three]
     process = subprocess.Popen(
@@ -264,21 +264,22 @@ def test_a_failed_run_is_named_and_the_others_finish(study_file: Path) -> None:
     depthmup("transfer", study_file, "launch.cluster=debug", *few)
     broken, *others = run_directories(study_file)
     (broken / "done.json").unlink()
+    (others[0] / "done.json").unlink()  # this one goes on in the same call
     (broken / "weights.safetensors").unlink()
     (broken / "weights.safetensors").mkdir()  # the run cannot write its weights
     report = broken.parents[1] / "report.html"
     report.unlink()
-    failed = depthmup("transfer", study_file)
+    failed = depthmup("transfer", study_file, *few)
     assert failed.returncode == 2
     assert broken.name in failed.stderr
     assert broken.name in report.read_text()  # it is of what is done, and says what is not
-    assert "failed" in depthmup("status", study_file).stdout
+    assert "failed" in depthmup("status", study_file, *few).stdout
     assert all((path / "done.json").exists() for path in others)
-    failed = depthmup("retry", study_file, "--cluster", "debug")  # in the foreground: it says how that ended
+    failed = depthmup("retry", study_file, *few, "--cluster", "debug")  # in the foreground: it says how that ended
     assert failed.returncode == 2
     assert broken.name in failed.stderr
     (broken / "weights.safetensors").rmdir()
-    assert "1 runs trained" in depthmup("retry", study_file, "--cluster", "debug").stdout
+    assert "1 runs trained" in depthmup("retry", study_file, *few, "--cluster", "debug").stdout
 
 
 def test_plan_prints_every_run_with_its_cost_and_launches_nothing(study_file: Path) -> None:

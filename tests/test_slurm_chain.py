@@ -1,4 +1,5 @@
-"""The main path on a real Slurm while nobody waits: proxy study, scale, target, report; several runs in one job."""
+"""The main path on a real Slurm while nobody waits: proxy study, scale, target, report; several runs in one job; in a
+folder whose name has to be quoted."""
 
 import json
 from pathlib import Path
@@ -6,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from depthmup.launch.jobs.submission import load_all
 from depthmup.launch.reading import read_study
 from depthmup.launch.runs.study import Study
 from slurm_cluster import Cluster, wait_for
@@ -22,7 +24,9 @@ def test_the_path_goes_on_to_the_target_after_the_user_has_logged_out_or_stops_w
     content = yaml.safe_load(study_file.read_text())
     values = {"first": "2**-8", "last": "2**-1"}
     content["study"] |= {"parameterizations": ["depth_mup"], "values": values, "design": "grid", "seeds": [0, 1]}
+    content["study"]["directory"] = str(study_file.parent / "the job it's")
     content["launch"] = {"cluster": "slurm", "gpus_per_node": 1, "runs_per_job": 4, "runs_per_gpu": 2}
+    content["launch"]["setup"] = ["set -euo pipefail"]
     study_file.write_text(yaml.safe_dump(content))
     study = Study(study_file, read_study(study_file))
     finish(study, best=-4.8)  # runs as short as a test's have no optimum
@@ -47,7 +51,7 @@ def test_the_path_goes_on_to_the_target_after_the_user_has_logged_out_or_stops_w
         again = cluster.depthmup("transfer", study_file, "--target", target, "--detach")
         assert "goes on after" in again.stdout, again.stdout + again.stderr
         assert len(cluster.queued("-tiny-then-")) == 1  # not a second one
-        folder = study_file.parent / "runs" / "tiny"
+        folder = study_file.parent / "the job it's" / "tiny"
         assert "then: job" in cluster.depthmup("status", folder).stdout
 
     stopped = folder.with_name("open")
@@ -61,6 +65,8 @@ def test_the_path_goes_on_to_the_target_after_the_user_has_logged_out_or_stops_w
     assert "after the runs: Target of width 16, depth 3" in cluster.depthmup("status", folder).stdout
     (done,) = folder.parent.glob("tiny_target/runs/*/done.json")
     assert json.loads(done.read_text())["samples"] == 640
+    for submission in load_all(folder / "jobs"):
+        assert submission.log(0).exists(), list(submission.path.iterdir())
 
     jobs: dict[str, list[int]] = {}
     for path in left_to_train:

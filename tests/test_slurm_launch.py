@@ -357,21 +357,6 @@ def test_jobs_that_slurm_has_forgotten_are_no_error(cluster: Cluster, monkeypatc
     assert slurm.read_queue(["999998", "999999"], ["depthmup-nowhere-1", "depthmup-nowhere-2"]) == []
 
 
-def test_a_job_runs_and_leaves_its_log_in_a_folder_whose_name_has_to_be_quoted(
-    cluster: Cluster, study_file: Path
-) -> None:
-    content = yaml.safe_load(study_file.read_text())
-    folder = study_file.parent / "the job it's"
-    content["study"] |= {"directory": str(folder), "sizes": [{"width": 8, "depth": 3}], "values": ["2**-5"]}
-    content["launch"] = {"cluster": "slurm", "setup": ["set -euo pipefail"]}
-    study_file.write_text(yaml.safe_dump(content))
-    launched = cluster.depthmup("launch", study_file)
-    assert launched.returncode == 0, launched.stderr
-    (submission,) = load_all(folder / "tiny" / "jobs")
-    wait_for(lambda: list(folder.glob("tiny/runs/*/done.json")))
-    assert submission.log(0).exists(), list(submission.path.iterdir())
-
-
 def test_a_launch_of_another_user_finds_the_jobs_and_waits_its_turn(cluster: Cluster, held: Path) -> None:
     limit = "launch.max_running=2"
     assert "8 runs submitted" in cluster.depthmup("launch", held, limit, "study.parameterizations=[sp]").stdout
