@@ -201,7 +201,7 @@ def main() -> None:
     print("sampler  seconds a run  of the CPU  true loss above the best possible, after " + ", ".join(map(str, marks)))
     with tempfile.TemporaryDirectory() as folder:
         pack("sklearn:digits", Path(folder) / "shards", validation_share=0.2)
-        for sampler in ("random", "tpe", "auto"):
+        for sampler in ("random", "tpe"):
             walks = [walk(Path(folder), sampler, arguments.trials, seed) for seed in range(arguments.seeds)]
             seconds, cpu = (statistics.median(each[i] for each in walks) for i in (0, 1))
             reached = [f"{statistics.median(each[2][mark - 1] for each in walks) - 0.5:.4f}" for mark in marks]

@@ -39,12 +39,10 @@ SPACE: dict[str, Any] = {
 
 @pytest.fixture
 def tune_file(run_settings: dict[str, Any], tmp_path: Path) -> Callable[..., Path]:
-    """Writes the configuration of a search, with changes of its section `tune`. By TPE: a Gaussian process takes its
-    time, and is for the tests that are about suggestions."""
+    """Writes the configuration of a search, with changes of its section `tune`."""
 
     def write(name: str = "search", **tune: Any) -> Path:
-        settings = {"space": SPACE, "trials": 16, "batch": 4, "rerun": 2, "rerun_seeds": 2}
-        settings |= {"sampler": "tpe", **tune}
+        settings = {"space": SPACE, "trials": 16, "batch": 4, "rerun": 2, "rerun_seeds": 2, **tune}
         content = {**run_settings, "study": {"name": name, "directory": str(tmp_path / "runs")}, "tune": settings}
         path = tmp_path / f"{name}.yaml"
         path.write_text(yaml.safe_dump(content))
@@ -76,9 +74,8 @@ def walk(file: Path, stop_after: int = 10**6) -> list[str]:
             finish(run, bowl(run))
 
 
-@pytest.mark.parametrize(
-    ("sampler", "stop_after"), [("tpe", 2), ("auto", 4), ("random", 4), ("auto", 15), ("tpe", 15), ("random", 17)]
-)
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+@pytest.mark.parametrize("stop_after", [2, 4, 15, 17])
 def test_a_search_that_was_stopped_anywhere_goes_on_as_if_it_had_not(
     tune_file: Callable[..., Path], sampler: str, stop_after: int
 ) -> None:
@@ -91,7 +88,7 @@ def test_a_search_that_was_stopped_anywhere_goes_on_as_if_it_had_not(
     assert walk(file) == []
 
 
-@pytest.mark.parametrize("sampler", ["auto", "tpe", "random"])
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
 def test_one_launcher_suggests_what_launchers_of_one_batch_each_do(
     tune_file: Callable[..., Path], sampler: str
 ) -> None:
@@ -106,7 +103,7 @@ def test_one_launcher_suggests_what_launchers_of_one_batch_each_do(
         else:
             finish(run, bowl(run))
 
-    settings = {"sampler": sampler, "prune": [0.5], "trials": 20}
+    settings = {"sampler": sampler, "prune": [0.5], "trials": 24}
     one = open_search(tune_file("one", **settings))
     while one.go_on()[0]:
         for run in one.pending():
@@ -133,39 +130,18 @@ def test_who_waits_for_a_search_is_told_of_all_of_its_runs(
     assert said == [f"runs {done / 20:4.0%}  {done} of 20 done" for done in (4, 8, 12, 16, 20)]
 
 
-def test_the_first_suggestions_are_spread_evenly_and_those_after_them_come_from_what_is_known(
-    tune_file: Callable[..., Path],
-) -> None:
-    """Each quarter of a range has two of the first eight, of which one is the file's own values instead; the others go
-    to the optimum."""
-    file = tune_file(trials=24, batch=8, sampler="auto")
-    walk(file)
+def test_the_first_suggestions_are_spread_evenly_over_the_space(tune_file: Callable[..., Path]) -> None:
+    """Each quarter of a range has two of the first eight, of which one is the file's own values instead."""
+    file = tune_file(trials=8, batch=8)
     search = open_search(file)
+    search.go_on()
     tried = [trial.params for trial in search.trials()]
     assert tried[0] == search.own_values()
     for key in ("optimizer.lr", "schedule.warmup"):
         dimension = search.settings.space[key]
         assert isinstance(dimension, Range)
-        quarters = sorted(int(4 * fraction_at(dimension, params[key])) for params in tried[1:8])
+        quarters = sorted(int(4 * fraction_at(dimension, params[key])) for params in tried[1:])
         assert all(1 <= quarters.count(quarter) <= 2 for quarter in range(4)), (key, quarters)
-    off = [abs(math.log2(params["optimizer.lr"]) + 6) for params in tried]
-    far = [statistics.fmean(part) for part in (off[1:8], off[8:16], off[16:])]
-    assert max(far[1:]) < far[0]
-
-
-def test_the_sampler_knows_a_run_that_ended_early_by_its_loss_there(tune_file: Callable[..., Path]) -> None:
-    file = tune_file(trials=24, prune=[0.5], sampler="random")
-    _, pruned = walk_with_limits(file)
-    search = open_search(file)
-    known = search._losses_of_pruned(24)
-    assert len(known) == len(pruned) > 0
-    for number, loss in known.items():
-        (run,) = search.runs_tried(search.trials()[number])
-        assert loss == pytest.approx(min(min(bowl(run), 2.0) + 0.05, search.chance))
-        limit = run.directory.limits().steps[6]
-        assert limit is not None
-        assert loss > limit
-    assert search.go_on() == (0, "the search has ended")
 
 
 def test_suggestions_of_a_launcher_that_was_killed_before_it_trained_them_are_trained(

@@ -188,18 +188,6 @@ class Search(JointStudy):
     def _limits(self) -> dict[int, dict[int, float | None]]:
         return {}
 
-    def _losses_of_pruned(self, begin: int) -> dict[int, float]:
-        """Number -> loss at which it ended, of the suggestions before `begin` that were ended early: the sampler knows
-        them by that. At most that of a guess."""
-        found = {}
-        for trial in self.trials()[:begin]:
-            runs = self.runs_tried(trial)
-            if any(run.is_pruned() for run in runs):
-                last = [max(losses.items())[1] for run in runs if (losses := self._losses_on_the_way(run))]
-                known = [min(loss, self.chance) for loss in last if loss is not None and math.isfinite(loss)]
-                found[trial.number] = statistics.fmean(known) if known else self.chance
-        return found
-
     def _losses_on_the_way(self, run: PlannedRun) -> dict[int, float]:
         """Step -> the run's metric there."""
         metric, name = self.file.study.metric, run.directory.path.name
@@ -254,7 +242,7 @@ class Search(JointStudy):
             begin, left = asked, batch if asked == begin else 0
         self._tell(journal, begin)
         if count := min(left, self.affordable(begin)):
-            self.journal.suggest(journal, count, self.own_values(), self._losses_of_pruned(begin))
+            self.journal.suggest(journal, count, self.own_values())
             of_all = "" if self.settings.flops else f" of {self.settings.most_trials}"
             return f"suggestions {asked + 1} to {asked + count}{of_all}"
         return None if self.winners() else self._choose_winners(journal)
