@@ -1,14 +1,14 @@
 # make demo: the demo study, end to end.   make test: the test suite.   make check: lint, format, types.
 # make docs: the documentation as a site, docs/_build/index.html; a broken link is an error.
 # make test-long: what is rare and slow, and not in `make test`: random kills, long fuzzing, every case on every engine.
-# TEST_PROCESSES=9 make test: where there are more cores than two; one process has the Slurm tests, and mostly waits.
+# TEST_PROCESSES=9 make test: where there are more cores than two; two processes have the Slurm tests, and mostly wait.
 # make test-versions: the core tests with the lowest versions that pyproject.toml allows, then with the newest and the
 # newest Python that is installed, each in a new environment of 6 GB (about 3 GB to download), and those of checkpoints on
 # the lowest patch release of our Python that is installed. make test-versions-short: one short way through the package
 # instead of the core tests.
 PYTHON ?= python3
 VENV ?= .venv
-TEST_PROCESSES ?= 3
+TEST_PROCESSES ?= 4
 BIN := $(VENV)/bin
 # PYTHONDONTWRITEBYTECODE, where it is set, makes each of the many processes compile torch anew: twice the time of an import.
 PYTEST = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --durations 10

@@ -197,8 +197,8 @@ def page(rows: list[Row]) -> str:
         "step, four seeds, and eight where a slope is not clear), beta = 1 / blocks of the base, eps scaled by the\n"
         "table.\n\n"
         f"timm {timm.__version__}: of {len(residual)} modules with residual blocks {found} scale, and {passing} "
-        f"of them pass every slope of the check. Of those that are `found` the roles are known, and the check has not "
-        "been run.\n\n"
+        "of them pass every slope of the check.\n"
+        "Of those that are `found` the roles are known, and the check has not been run.\n\n"
         f"| module | network | result | why |\n|---|---|---|---|\n{table}\n"
     )
 

@@ -1,11 +1,12 @@
-"""What a search costs beside its runs, and what its sampler is worth: seconds a run, and the loss that TPE and random
+"""What a search costs beside its runs, and what its samplers are worth: seconds a run, and the loss that their
 suggestions reach, on a made-up loss of five hyperparameters with the noise of real runs. No run is trained.
 
     python benchmarks/tune.py [--trials 400] [--seeds 3]
 
 With --train real runs on the handwritten digits: the search, in packs and with early ends, beside Optuna's own random
 search run one by one at equal FLOPs, in turns in this one process: CPU seconds, and runs' worth of FLOPs, until the
-search has a loss as low as the other's lowest; over the same of the other.
+search has a loss as low as the other's lowest; over the same of the other. Last the expected CPU time to one loss,
+the median of the other's lowest: what all seeds took until they had it, or in vain, over the number that got there.
 
     python benchmarks/tune.py --train [--trials 32] [--seeds 3]
 """
@@ -135,7 +136,7 @@ def train_search(folder: Path, trials: int, seed: int) -> list[Reached]:
     """The search, with as many FLOPs for its suggestions."""
     probe = open_search(folder, f"probe-{seed}")
     budget = trials * probe.flops + probe.rerun_flops
-    search = open_search(folder, f"search-{seed}", flops=budget, seed=seed, prune=[0.5])
+    search = open_search(folder, f"search-{seed}", flops=budget, seed=seed, prune=[0.25, 0.5])
     started, reached = time.process_time(), list[Reached]()
     while search.go_on()[0] and not search.winners():
         launch(search)
@@ -146,17 +147,28 @@ def train_search(folder: Path, trials: int, seed: int) -> list[Reached]:
     return reached
 
 
+def expected_seconds(walks: list[list[Reached]], loss: float) -> float:
+    """Of the CPU until a search has the loss; infinite where none of `walks` had it."""
+    firsts = [next((each for each in walk if each.lowest <= loss), None) for walk in walks]
+    spent = sum((first or walk[-1]).seconds for first, walk in zip(firsts, walks, strict=True))
+    there = sum(first is not None for first in firsts)
+    return spent / there if there else math.inf
+
+
 def compare(trials: int, seeds: int) -> None:
-    """Prints a line a seed, and the medians."""
+    """Prints a line a seed, the medians, and the expected times."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     torch.set_num_threads(1)
     print("      one by one                  search                      to the former's lowest, search / one by one")
     print("seed  CPU s   runs  lowest loss   CPU s   runs  lowest loss   CPU s         runs")
     ratios: list[tuple[float, float]] = []
+    walks: tuple[list[list[Reached]], list[list[Reached]]] = [], []
     with tempfile.TemporaryDirectory() as folder:
         pack("sklearn:digits", Path(folder) / "shards", validation_share=0.2)
         for seed in range(seeds):
             alone, searched = train_one_by_one(Path(folder), trials, seed), train_search(Path(folder), trials, seed)
+            walks[0].append(alone)
+            walks[1].append(searched)
             ends = "   ".join(
                 f"{end.seconds:5.0f}  {end.runs:5.1f}  {end.lowest:11.3f}" for end in (alone[-1], searched[-1])
             )
@@ -171,6 +183,9 @@ def compare(trials: int, seeds: int) -> None:
             )
     for name, found in zip(("CPU s", "runs"), zip(*ratios, strict=True), strict=True):
         print(f"{name}: median {statistics.median(found):.2f}, {min(found):.2f} to {max(found):.2f} ({seeds} seeds)")
+    loss = statistics.median(walk[-1].lowest for walk in walks[0])
+    one, other = (expected_seconds(each, loss) for each in walks)
+    print(f"expected CPU s to a loss of {loss:.3f}: {other:.0f}/{one:.0f} = {other / one:.2f}")
 
 
 def main() -> None:
@@ -186,7 +201,7 @@ def main() -> None:
     print("sampler  seconds a run  of the CPU  true loss above the best possible, after " + ", ".join(map(str, marks)))
     with tempfile.TemporaryDirectory() as folder:
         pack("sklearn:digits", Path(folder) / "shards", validation_share=0.2)
-        for sampler in ("random", "tpe"):
+        for sampler in ("random", "tpe", "auto"):
             walks = [walk(Path(folder), sampler, arguments.trials, seed) for seed in range(arguments.seeds)]
             seconds, cpu = (statistics.median(each[i] for each in walks) for i in (0, 1))
             reached = [f"{statistics.median(each[2][mark - 1] for each in walks) - 0.5:.4f}" for mark in marks]

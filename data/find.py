@@ -3,6 +3,8 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from glob import glob
+from itertools import chain
 from pathlib import Path
 from shlex import quote
 
@@ -12,6 +14,8 @@ from depthmup.data import storage
 from depthmup.data.errors import UserError
 from depthmup.data.index import counted
 from depthmup.data.splits import HOW_TO_SAY, is_hidden, listed, names_split, split_word, splits_by_word, stated_splits
+
+PACKED = {".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".tar"}  # .tar before another one: a.tar.part
 
 
 @dataclass(frozen=True)
@@ -24,27 +28,50 @@ class FoundShards:
     left_out: list[str]
 
 
+def is_tar(path: Path) -> bool:
+    return path.suffix.lower() == ".tar" and not is_hidden(path.name)
+
+
 def tars_in(folder: Path) -> list[str]:
     """The tars of a folder and those below it, without hidden ones."""
-    found = [path for path in folder.rglob("*.tar") if not any(map(is_hidden, path.relative_to(folder).parts))]
-    return sorted(str(path) for path in found)
+    found = [path for path in folder.rglob("*") if is_tar(path)]
+    return sorted(str(path) for path in found if not any(map(is_hidden, path.relative_to(folder).parts)))
+
+
+def other_archives(folder: Path) -> list[str]:
+    """The names of files in a folder that were tars if they were unpacked or whole: a.tar.gz, a.zip, a.tar.part."""
+    files = [path for path in folder.iterdir() if not is_hidden(path.name) and path.is_file() and not is_tar(path)]
+    return sorted(path.name for path in files if PACKED.intersection(suffix.lower() for suffix in path.suffixes))
 
 
 def tars_of_folder(folder: Path, everywhere: bool) -> tuple[list[str], list[str]]:
     """(the tars of a folder and of those folders in it whose names say a split, or `everywhere`; and the names of other
     folders that hold some)."""
-    found = sorted(str(path) for path in folder.glob("*.tar") if not is_hidden(path.name))
+    found = sorted(str(path) for path in folder.iterdir() if is_tar(path))
     others = []
     for inside in sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name)):
         if everywhere or names_split(inside.name):
             found += tars_in(inside)
-        elif any(inside.glob("*.tar")) or any(inside.glob("*/*.tar")):
+        elif any(map(is_tar, chain(inside.iterdir(), inside.glob("*/*")))):
             others.append(inside.name)
     return found, others
 
 
+def expand_pattern(pattern: str) -> list[str]:
+    """What a pattern with {a,b} or {0..9}, and of local paths with * and ?, stands for. Raises UserError."""
+    try:
+        expanded = list(braceexpand(pattern))
+    except ValueError:
+        raise UserError(f"{pattern}: a brace is missing: write it like 'a-{{000..099}}.tar'") from None
+    found: list[str] = []
+    for one in expanded:
+        is_one = storage.is_remote(one) or os.path.exists(one)
+        found += [one] if is_one else sorted(glob(one)) or [one]
+    return found
+
+
 def locate(source: str, everywhere: bool) -> tuple[list[str], list[str]]:
-    """The tars of a folder, or what a brace pattern stands for; and what is left out, in words.
+    """The tars of a folder, or what a pattern stands for; and what is left out, in words.
 
     Raises UserError when there are none.
     """
@@ -57,15 +84,15 @@ def locate(source: str, everywhere: bool) -> tuple[list[str], list[str]]:
             raise UserError(
                 f"{source}: no .tar files in it, but in {listed(others)}: index each of these, or {HOW_TO_SAY}"
             )
+        packed = other_archives(Path(source))
         if not shards:
-            packed = sorted(
-                path.name for kind in ("gz", "tgz", "bz2", "xz", "zip") for path in Path(source).glob(f"*.{kind}")
-            )
             unpack = f" ({listed(packed)}: unpack them to .tar files first)" if packed else ""
             make = f"Make some with: depthmup pack IMAGES {quote(source)}"
             raise UserError(f"{source}: no .tar files in it{unpack}. {make}")
+        if packed:
+            left_out.append(f"{listed(packed)}, no plain tars: unpack them to .tar files, or fetch the rest")
     else:
-        shards = list(braceexpand(source))
+        shards = expand_pattern(source)
     if missing := [shard for shard in shards if not storage.is_remote(shard) and not Path(shard).is_file()]:
         raise UserError(f"{missing[0]}: no such file")
     return shards, left_out
@@ -80,8 +107,9 @@ def name_in(folder: Path, location: str) -> str:
 
 
 def path_of(name: str) -> str:
-    """The part of a shard's name that may say its split: of a URL what follows the host or the bucket."""
-    return name.partition("://")[2].partition("/")[2] if storage.is_remote(name) else name
+    """The part of a shard's name that may say its split: of a URL what follows the host or the bucket, without the
+    query, which may hold a signature."""
+    return name.partition("://")[2].partition("/")[2].partition("?")[0] if storage.is_remote(name) else name
 
 
 def find_shards(source: str, folder: Path, train: Sequence[str] = (), val: Sequence[str] = ()) -> FoundShards:

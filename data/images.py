@@ -10,7 +10,8 @@ from PIL import Image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")  # no others: for EPS, PIL would start Ghostscript
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485  # PIL's own limit against decompression bombs
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # PIL's below twice the limit: check_pixels refuses
+# PIL's are about single images, which are counted where they are bad, and of large ones check_pixels refuses more.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class BadImage(Exception):

@@ -87,7 +87,7 @@ def describe_missing_index(root: str) -> str:
     """What is missing where `root` has no index.json, and how to go on."""
     if storage.is_remote(root):
         return f"{storage.join(root, INDEX_NAME)}: no such file. Make it with 'depthmup index PATTERN --out FOLDER'"
-    if any(Path(root).glob("*.tar")) or any(Path(root).glob("*/*.tar")):
+    if any(path.suffix.lower() == ".tar" for level in ("*", "*/*") for path in Path(root).glob(level)):
         return f"{root}: .tar files, but no {INDEX_NAME}. Make it with: depthmup index {quote(root)}"
     found = f"no {INDEX_NAME} and no .tar files in it" if Path(root).is_dir() else "no such folder"
     return f"{root}: {found}. Make shards from images (depthmup pack IMAGES {quote(root)}), or set data.source"

@@ -12,18 +12,19 @@ from concurrent.futures import as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import Image, ImageOps
 
 from depthmup.data import storage
 from depthmup.data.errors import UserError
 from depthmup.data.images import BadImage, eight_bits, open_image, refusing_bad_images
-from depthmup.data.index import INDEX_NAME, Index, Shard, sidecar
+from depthmup.data.index import INDEX_NAME, Index, Shard, counted, sidecar
 from depthmup.data.keys import random_generator
 from depthmup.data.lock import NoLocks, flock
-from depthmup.data.scan import process_pool, scan, webdataset_metadata
+from depthmup.data.scan import process_pool
 from depthmup.data.sources import UNPACKED_NAME, SourceImage, open_source, read_list
+from depthmup.data.tar_samples import scan, webdataset_metadata
 from depthmup.data.tars import import_webdataset
 
 webdataset = import_webdataset()
@@ -67,6 +68,19 @@ def record_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.json")
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """A new file, durable after the block. Where the block fails, as on a full disk, nothing of it stays."""
+    try:
+        with storage.naming(path), open(path, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
 def write_shard(
     path: Path, images: Sequence[SourceImage], labels: dict[str, int], resize: int | None, quality: int
 ) -> PackedShard:
@@ -74,28 +88,25 @@ def write_shard(
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     bad: list[str] = []
     keys: set[str] = set()
-    with open(temporary, "wb") as file:
-        with webdataset.TarWriter(file, encoder=False, mtime=0) as writer:
-            for image in images:
-                try:
-                    content = convert(image.read(), resize, quality)
-                except (BadImage, OSError) as error:
-                    bad.append(f"{image.path}: {error}")
-                    continue
-                key = sample_key(image)
-                while key in keys:  # 1.jpg beside 1.png
-                    key += "_"
-                keys.add(key)
-                extension = "jpg" if resize else Path(image.path).suffix.lower().lstrip(".")
-                writer.write({"__key__": key, "cls": str(labels[image.class_name]).encode(), extension: content})
-        file.flush()
-        os.fsync(file.fileno())
+    with writing(temporary) as file, webdataset.TarWriter(file, encoder=False, mtime=0) as writer:
+        for image in images:
+            try:
+                content = convert(image.read(), resize, quality)
+            except (BadImage, OSError) as error:
+                bad.append(f"{image.path}: {error}")
+                continue
+            key = sample_key(image)
+            while key in keys:  # 1.jpg beside 1.png
+                key += "_"
+            keys.add(key)
+            extension = "jpg" if resize else Path(image.path).suffix.lower().lstrip(".")
+            writer.write({"__key__": key, "cls": str(labels[image.class_name]).encode(), extension: content})
     shard = None
     if keys:
-        members, size, sha256 = scan(str(temporary))
-        members.save(Path(sidecar(str(path.parent), path.name)))
+        scanned = scan(str(temporary))
+        scanned.members.save(Path(sidecar(str(path.parent), path.name)))
         os.replace(temporary, path)
-        shard = Shard(path.name, len(keys), size, sha256)
+        shard = Shard(path.name, len(keys), scanned.size, scanned.sha256)
     else:
         temporary.unlink()
     packed = PackedShard(shard, bad)
@@ -114,6 +125,8 @@ def read_record(path: Path) -> PackedShard | None:
 
 def split_images(images: Sequence[SourceImage], validation_share: float, seed: int) -> dict[str, list[SourceImage]]:
     """Images per split, shuffled once by `seed`. Without splits of its own the source gives its last share to val."""
+    if not 0 <= validation_share < 1:  # or it is no number, which click's ranges let pass
+        raise UserError(f"validation_share {validation_share}: expected a number from 0 to below 1")
     named = any(image.split for image in images)
     if named and validation_share:
         raise UserError("the source has train and val images of its own: leave validation_share at 0")
@@ -121,6 +134,11 @@ def split_images(images: Sequence[SourceImage], validation_share: float, seed: i
     if named:
         return {split: chosen for split in ("train", "val") if (chosen := [i for i in shuffled if i.split == split])}
     held_out = round(len(shuffled) * validation_share)
+    if validation_share and not 0 < held_out < len(shuffled):
+        raise UserError(
+            f"validation_share {validation_share:g} holds out {held_out} of {counted(len(shuffled), 'image')}: state a "
+            "share that leaves some to each split"
+        )
     splits = {"train": shuffled[: len(shuffled) - held_out]}
     if held_out:
         splits["val"] = shuffled[len(shuffled) - held_out :]
@@ -238,7 +256,7 @@ def write_shards(
         bad = [line for packed in finished.values() for line in packed.bad]
         if len(bad) > max_bad:
             raise UserError(
-                f"more than {max_bad} unreadable images, the first: {bad[0]}. Mend them, or raise --max-bad"
+                f"more than {max_bad} unreadable images, the first: {bad[0]}. Repair them, or raise --max-bad"
             )
 
     def finish(path: Path, packed: PackedShard) -> None:
@@ -255,12 +273,8 @@ def write_shards(
         return
     with process_pool(min(processes, len(waiting))) as pool:
         futures = {pool.submit(write_shard, path, tasks[path], labels, resize, quality): path for path in waiting}
-        try:
-            for future in as_completed(futures):
-                finish(futures[future], future.result())
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        for future in as_completed(futures):
+            finish(futures[future], future.result())
 
 
 def pack(

@@ -6,23 +6,33 @@ import io
 import lzma
 import os
 import re
-import shutil
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from depthmup.data import storage
 from depthmup.data.errors import UserError
 from depthmup.data.find import find_shards, tars_of_folder
 from depthmup.data.index import INDEX_NAME, NO_LABEL, Index, counted
-from depthmup.data.scan import IMAGE_EXTENSIONS, HashingReader, archive_kind, check_end, parallel_map, scan
-from depthmup.data.splits import CONTENTS, is_hidden, split_folder, split_words, splits_by_word, stated_splits
+from depthmup.data.layout import SourceImage, place
+from depthmup.data.scan import parallel_map
+from depthmup.data.tar_samples import (
+    IMAGE_EXTENSIONS,
+    MAKE_ANEW,
+    HashingReader,
+    archive_kind,
+    check_end,
+    describe_other_file,
+    is_image,
+    scan,
+)
 
 COMPRESSED: dict[str, Callable[[Path], Any]] = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
 UNPACK_INNER = (
@@ -30,28 +40,6 @@ UNPACK_INNER = (
     'for t in *.tar; do mkdir "${t%.tar}" && tar -xf "$t" -C "${t%.tar}"; done'
 )
 UNPACKED_NAME = ".source.tar.tmp"
-
-
-@dataclass(frozen=True)
-class SourceImage:
-    """One image of a source: `size` bytes of `file` from `offset` on, or `content`.
-
-    `split` is train, val, or None where the source has no splits of its own.
-    """
-
-    path: str
-    class_name: str
-    split: str | None
-    size: int
-    file: str = ""
-    offset: int = 0
-    content: bytes | None = None
-
-    def read(self) -> bytes:
-        if self.content is not None:
-            return self.content
-        with open(self.file, "rb") as file:
-            return os.pread(file.fileno(), self.size, self.offset)
 
 
 @dataclass(frozen=True)
@@ -70,10 +58,6 @@ class Source:
         """'2 files left out: .gif, where jpg, ... are packed'."""
         counts = self.left_out.most_common()
         return [*self.notes, *(f"{counted(count, 'file')} left out: {reason}" for reason, count in counts)]
-
-
-def is_image(path: str) -> bool:
-    return PurePosixPath(path).suffix.lower().lstrip(".") in IMAGE_EXTENSIONS
 
 
 def not_an_image(path: str) -> str:
@@ -112,6 +96,8 @@ def tar_images(path: Path, left_out: Counter[str]) -> Iterator[SourceImage]:
     """The images of an uncompressed tar. Counts what it leaves out. Raises tarfile.TarError when it is not whole."""
     with tarfile.open(path, "r:") as archive:
         for member in archive:
+            if member.issparse():
+                raise tarfile.ReadError(f"{member.name} is stored with holes: {MAKE_ANEW}, without -S (--sparse)")
             if member.isreg() and is_image(member.name):
                 yield SourceImage(printable(member.name), "", None, member.size, str(path), member.offset_data)
             elif not member.isdir():
@@ -130,14 +116,18 @@ def unpack(path: Path, folder: Path) -> Path:
     Raises UserError for another kind of archive.
     """
     with open(path, "rb") as file:
-        kind = archive_kind(file.read(8))
-    if kind is None:
+        start = file.read(32)
+    if other := describe_other_file(start):
+        raise UserError(f"{path}: {other}")
+    if (kind := archive_kind(start)) is None:
         return path
     if kind not in COMPRESSED:
         raise UserError(f"{path}: a {kind} archive: unpack it into a folder, and pack that folder")
-    with COMPRESSED[kind](path) as packed, open(folder / UNPACKED_NAME, "wb") as plain:
-        shutil.copyfileobj(packed, plain, 1 << 20)
-    return folder / UNPACKED_NAME
+    unpacked = folder / UNPACKED_NAME
+    with COMPRESSED[kind](path) as packed, storage.naming(unpacked), open(unpacked, "wb") as plain:
+        while block := packed.read(1 << 20):
+            plain.write(block)
+    return unpacked
 
 
 def digits_images() -> Iterator[SourceImage]:
@@ -157,97 +147,18 @@ def digits_images() -> Iterator[SourceImage]:
 PACKAGED = {"sklearn:digits": digits_images}
 
 
-def find_root(folders: Collection[tuple[str, ...]]) -> int:
-    """How many folders stand above splits and classes: each holds all images, and some of them in folders below it."""
-    root = 0
-    while True:
-        tops = {path[root] for path in folders if len(path) > root}
-        if len(tops) != 1 or split_folder(min(tops)) or all(len(path) < root + 2 for path in folders):
-            return root
-        root += 1
-
-
-def find_splits(folders: Collection[tuple[str, ...]], has_list: bool) -> dict[str, str | None]:
-    """Of each top folder that is a split, its name (None: not packed); empty where the top folders are classes.
-
-    They are splits where there is a train with class folders in it, or nothing but names of splits. The images that a
-    list names are the split val where there is one, else the first of data.splits.VALIDATION.
-    """
-    tops = {path[0] for path in folders if path}
-    words = {top: word for top in sorted(tops) if (word := split_folder(top))}
-    if words.keys() != tops and not any(words.get(path[0]) == "train" for path in folders if len(path) > 1):
-        return {}
-    if has_list:
-        return {top: "train" if word == "train" else None for top, word in words.items()}
-    return splits_by_word(words)[0]
-
-
-def class_depth(folders: Collection[tuple[str, ...]]) -> int:
-    """How many folders of a split stand above its classes: 1 where all lies in one called images or the like."""
-    inside = {path[0] for path in folders if path}
-    words = split_words(min(inside)) if len(inside) == 1 else []
-    return int(bool(words) and {*words} <= CONTENTS)  # a folder called 1 has no word: it is a class
-
-
-def place(
-    found: Sequence[SourceImage],
-    validation: Mapping[str, str],
-    left_out: Counter[str],
-    train: Sequence[str] = (),
-    val: Sequence[str] = (),
-) -> list[SourceImage]:
-    """The images with class and split. Counts those that belong to none.
-
-    `validation`: classes of the images (by name, with or without extension) that a list makes the split val. `train`,
-    `val`: patterns of the splits' folders. 'train/dog/puppies/1.jpg' is a dog of the split train, 'dog/1.jpg' one of no
-    split.
-    """
-    visible = []
-    for image in found:
-        path = PurePosixPath(image.path)
-        if hidden := next((name for name in path.parts if is_hidden(name)), None):
-            left_out["hidden files" if hidden == path.name else f"in the hidden folder {hidden}"] += 1
-        else:
-            visible.append((image, path))
-    folders = {path.parts[:-1] for _, path in visible}
-    root = find_root(folders)
-    folders = {folder[root:] for folder in folders}
-    splits = find_splits(folders, bool(validation))
-    if train or val:
-        splits = stated_splits({folder[0] for folder in folders if folder}, train, val)
-    depth = {top: class_depth([f[1:] for f in folders if f[:1] == (top,)]) for top in splits}
-    placed = []
-    for image, path in visible:
-        inside = path.parts[root:-1]
-        if listed := validation.get(path.name) or validation.get(path.stem):
-            placed.append(replace(image, class_name=listed, split="val"))
-        elif not inside:
-            left_out["in no class folder"] += 1
-        elif not splits:
-            placed.append(replace(image, class_name=inside[0], split="train" if validation else None))
-        elif inside[0] not in splits:
-            left_out[f"in {inside[0]}, beside the folders of the splits ({', '.join(splits)})"] += 1
-        elif not (split := splits[inside[0]]):
-            chosen = "the listed images are" if validation else f"{next(n for n, s in splits.items() if s == 'val')} is"
-            left_out[f"in {inside[0]}, where {chosen} the validation split"] += 1
-        elif len(inside) < 2 + depth[inside[0]]:
-            left_out[f"in {inside[0]}, but in no class folder (--validation-list names the class of such images)"] += 1
-        else:
-            placed.append(replace(image, class_name=inside[1 + depth[inside[0]]], split=split))
-    return placed
-
-
 def shards_as_source(source: str, train: Sequence[str], val: Sequence[str], processes: int | None) -> Source:
     """The labelled images of a folder of WebDataset shards, which are packed to be shuffled. Their labels stay.
 
-    Raises UserError as data.find.find_shards and data.scan.scan do, and where there are no labels.
+    Raises UserError as data.find.find_shards and data.tar_samples.scan do, and where there are no labels.
     """
     found = find_shards(source, Path(source), train, val)
     indexed = Index.load(source) if (Path(source) / INDEX_NAME).exists() else None
     first_label = [indexed.first_label if indexed else 0] * len(found.names)
     images, left_out, highest = [], Counter[str](), NO_LABEL
     of_shards = parallel_map(scan, processes, found.locations, first_label)
-    for location, split, (members, _, _) in zip(found.locations, found.splits, of_shards, strict=True):
+    for location, split, scanned in zip(found.locations, found.splits, of_shards, strict=True):
+        members = scanned.members
         highest = max(highest, int(members.labels.max()))
         rows = zip(members.names.tolist(), members.labels, members.sizes, members.offsets, strict=True)
         for name, label, size, offset in rows:
@@ -265,11 +176,14 @@ def shards_as_source(source: str, train: Sequence[str], val: Sequence[str], proc
 
 def read_lines(path: Path) -> list[str]:
     """The lines of a text file in UTF-8, without a byte order mark and empty lines at its end. Raises UserError when it
-    is none."""
+    is none, or empty."""
     try:
-        return path.read_text("utf-8-sig").rstrip().splitlines()
+        text = path.read_text("utf-8-sig").rstrip()
     except UnicodeDecodeError:
-        raise UserError(f"{path}: no text file in UTF-8") from None
+        raise UserError(f"{path}: not a text file in UTF-8") from None
+    if not text:
+        raise UserError(f"{path}: empty: write a line for each name, or leave the option out")
+    return text.split("\n")  # splitlines would split at a form feed, too
 
 
 def read_list(path: Path, what: str) -> dict[str, str]:
@@ -314,13 +228,15 @@ def open_source(
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise UserError(f"{source}: not a whole tar ({error})") from None
     except OSError as error:
+        if storage.describe_full_disk(error):
+            raise  # there is no room for what it unpacks to
         raise UserError(f"{source}: cannot be read ({error})") from None
     validation = {}
     if validation_list:
         listed = read_list(validation_list, "'IMAGE CLASS'")
         validation = {name: rest.split()[0] for name, rest in listed.items()}
-    images = place(found, validation, left_out, train, val)
-    opened = Source(images, left_out, {name: name for name in sorted({image.class_name for image in images})})
+    images, notes = place(found, validation, left_out, train, val)
+    opened = Source(images, left_out, {name: name for name in sorted({image.class_name for image in images})}, notes)
     if not opened.images:
         raise UserError(
             f"{source}: no images. Expected class folders ({source}/CLASS/IMAGE.jpg or {source}/train/CLASS/IMAGE.jpg)"

@@ -14,16 +14,16 @@ VALIDATION = (  # the first that is there
     *("dev", "devset", "eval", "evaluation", "test", "tests", "testset", "testing", "tst"),
 )
 CONTENTS = {"image", "images", "img", "imgs", "jpeg", "jpegs", "jpg", "pictures", "photos", "data", "set", "split"}
-SYSTEM_FOLDERS = {
+SYSTEM_NAMES = {  # of folders and files
     *("__MACOSX", "__pycache__", "@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN", "System Volume Information"),
-    "lost+found",
+    *("#snapshot", "lost+found", "Thumbs.db", "desktop.ini"),
 }
 HOW_TO_SAY = "say it with --train PATTERN and --val PATTERN"
 
 
 def is_hidden(name: str) -> bool:
     """Whether a file or folder is none of the user's data, such as .ipynb_checkpoints or ._dog.jpg."""
-    return name.startswith(".") or name in SYSTEM_FOLDERS
+    return (name.startswith(".") and name != "..") or name in SYSTEM_NAMES
 
 
 def split_words(name: str) -> list[str]:
@@ -47,14 +47,20 @@ def split_word(path: str) -> str | None:
     return None
 
 
+def split_and_rest(name: str) -> tuple[str, tuple[str, ...]] | None:
+    """'seg_train' -> ('train', ('seg',)): the one word for a split in `name`, and all others; None without one."""
+    words = split_words(name)
+    chosen = [word for word in words if word in TRAINING + VALIDATION]
+    if len(chosen) != 1:
+        return None
+    return "train" if chosen[0] in TRAINING else chosen[0], tuple(word for word in words if word != chosen[0])
+
+
 def split_folder(name: str) -> str | None:
     """The word for a split where `name` says nothing else, as a folder of one does: Train, val2017, training_images;
     but not bullet_train, which may be a class."""
-    words = split_words(name)
-    chosen = [word for word in words if word in TRAINING + VALIDATION]
-    if len(chosen) != 1 or not {*words} <= {*chosen, *CONTENTS}:
-        return None
-    return "train" if chosen[0] in TRAINING else chosen[0]
+    found = split_and_rest(name)
+    return found[0] if found and {*found[1]} <= CONTENTS else None
 
 
 def matches(path: str, patterns: Sequence[str]) -> bool:
@@ -70,7 +76,7 @@ def stated_splits(paths: Collection[str], train: Sequence[str], val: Sequence[st
     for option, patterns in (("--train", train), ("--val", val)):
         for pattern in patterns:
             if not any(matches(path, [pattern]) for path in paths):
-                raise UserError(f"{option} {pattern}: nothing is called so, only {listed(sorted(paths))}")
+                raise UserError(f"{option} {pattern}: no name matches it, only {listed(sorted(paths))}")
     splits: dict[str, str | None] = {}
     for path in paths:
         in_train, in_val = matches(path, train) if train else not matches(path, val), matches(path, val)

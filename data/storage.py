@@ -1,5 +1,6 @@
 """Bytes of a file by offset: local, or remote through fsspec, with retries and a cache of blocks on disk."""
 
+import errno
 import hashlib
 import math
 import os
@@ -7,11 +8,10 @@ import random
 import re
 import secrets
 import stat
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from io import FileIO
@@ -20,16 +20,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from depthmup.data.ahead import ahead
+from depthmup.data.environment import environment
 from depthmup.data.errors import UserError
-from depthmup.data.paths import expand_path
 
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REMOTE_SCHEMES = ("http", "https", "s3", "gs", "az", "abfs", "hf")
 PACKAGES = {"gs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "hf": "huggingface_hub"}  # what fsspec needs for a scheme
 BLOCK = 4 << 20  # bytes of one request
 TRIES = 5
-TIMEOUT = float(os.environ.get("DEPTHMUP_TIMEOUT", "60"))  # seconds for one request
-CACHE = Path(expand_path(os.environ.get("DEPTHMUP_CACHE") or f"{tempfile.gettempdir()}/depthmup-cache-{os.getuid()}"))
-CACHE_BYTES = int(float(os.environ.get("DEPTHMUP_CACHE_GB", "50")) * 1e9)
+LONGEST_WAIT = 60.0  # seconds that a server may ask for before the next try
 CACHED_NAME = re.compile(r"[0-9a-f]{40}|(?P<unfinished>\.[0-9a-f]{40}\..+\.tmp)")  # all else in the folder is not ours
 TOUCH_AFTER = 60  # seconds since a block was last marked as used
 STALE_AFTER = 3600  # seconds after which an unfinished block is what a killed process has left
@@ -38,12 +37,30 @@ PAUSE = 60  # seconds without caching after a failure to write to the cache
 Result = TypeVar("Result")
 
 
+def describe_full_disk(error: BaseException) -> str | None:
+    """What to say of an error that means that there is no room for a file; None for any other."""
+    if not isinstance(error, OSError) or error.errno not in FULL_DISK:
+        return None
+    return f"{error.filename or 'standard output'}: {error.strerror}: free some space there"
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Has an OSError of the block say which file it is about: that of a write, as on a full disk, does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def write_atomically(path: Path, content: bytes, durable: bool = True) -> None:
     """Writes `content` to a temporary file beside `path`, makes it `durable`, and renames it into place."""
     # random: threads have one process id, and so may processes on machines that share the file system
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with open(temporary, "xb") as file:
+        with naming(path), open(temporary, "xb") as file:
             file.write(content)
             file.flush()
             if durable:
@@ -70,11 +87,24 @@ def join(root: str, name: str) -> str:
 def file_system(url: str) -> Any:
     import fsspec
 
+    # aiohttp, unlike all other clients, leaves the proxies of the environment and ~/.netrc aside unless it is told
+    settings = {"client_kwargs": {"trust_env": True}} if url.startswith("http") else {}
     try:
-        return fsspec.core.url_to_fs(url)
+        return fsspec.core.url_to_fs(url, **settings)
     except ImportError:
         package = PACKAGES.get(url.partition("://")[0], "'depthmup[remote]'")
         raise UserError(f"{url}: a package for this kind of URL is missing: pip install {package}") from None
+
+
+def http_status(error: BaseException | None) -> int | None:
+    """What an HTTP server answered, where that is what went wrong."""
+    return getattr(error, "status", None)
+
+
+def asked_wait(error: BaseException) -> float:
+    """Seconds that a server asks for before the next try (Retry-After, as a number), at most LONGEST_WAIT."""
+    asked = (getattr(error, "headers", None) or {}).get("Retry-After", "")
+    return min(float(asked), LONGEST_WAIT) if asked.isdigit() else 0.0
 
 
 def retry(url: str, attempt: Callable[[], Result]) -> Result:
@@ -87,15 +117,18 @@ def retry(url: str, attempt: Callable[[], Result]) -> Result:
         except PermissionError as error:
             raise UserError(f"{url}: no permission ({error})") from None
         except Exception as error:  # each backend has its own family of network errors
-            reason = f"{type(error).__name__} {error}".strip()
+            reason = " ".join(f"{type(error).__name__} {error}".split())
+            status, wait = http_status(error), asked_wait(error)
+        if status in (401, 403):
+            raise UserError(f"{url}: no permission (the server answered {status})")
         if number + 1 < TRIES:
-            time.sleep(min(0.2 * 2**number, 10) * random.uniform(0.5, 1.5))
+            time.sleep(max(0.2 * 2**number * random.uniform(0.5, 1.5), wait))
     raise UserError(f"{url}: {TRIES} tries failed, the last with {reason}")
 
 
 def timeout_of(system: Any) -> dict[str, float]:
     """The argument that limits one call of a file system: fsspec's own, which those that are not async lack."""
-    return {"timeout": TIMEOUT} if system.async_impl else {}
+    return {"timeout": environment.timeout} if system.async_impl else {}
 
 
 def request(url: str, **arguments: int) -> bytes:
@@ -124,8 +157,8 @@ def remote_size(url: str) -> int:
         try:
             size = system.info(path, **timeout_of(system))["size"]
         except FileNotFoundError as error:  # fsspec's HTTP raises it from whatever went wrong
-            if url.startswith("http") and getattr(error.__cause__, "status", None) not in (404, 410):
-                raise OSError(f"{error.__cause__!r}") from None
+            if url.startswith("http") and http_status(error.__cause__) not in (404, 410):
+                raise error.__cause__ or OSError(f"{error}") from None
             raise
         if size is None:
             raise UserError(f"{url}: the server does not tell its size")
@@ -150,7 +183,7 @@ cache_use = CacheUse()
 def evict() -> None:
     """Where the cache is over its cap, removes the blocks used longest ago down to 90 %; others may do so meanwhile."""
     blocks, now = [], time.time()
-    for entry in os.scandir(CACHE):
+    for entry in os.scandir(environment.cache):
         name = CACHED_NAME.fullmatch(entry.name)
         try:
             status = entry.stat()
@@ -164,7 +197,7 @@ def evict() -> None:
         elif name:
             blocks.append((status.st_mtime, status.st_size, entry.path))
     size = sum(size for _, size, _ in blocks)
-    excess = size - CACHE_BYTES * 0.9 if size > CACHE_BYTES else 0
+    excess = size - environment.cache_bytes * 0.9 if size > environment.cache_bytes else 0
     for _, size, path in sorted(blocks):
         if excess <= 0:
             break
@@ -203,17 +236,18 @@ def keep(cached: Path, content: bytes) -> None:
     """Puts a block into the cache, and has it evict after each 0.1 % of its cap. Where that fails, as on a full disk,
     warns once a process and caches nothing for a while: reading goes on, only slower."""
     try:
-        CACHE.mkdir(mode=0o700, parents=True, exist_ok=True)
+        environment.cache.mkdir(mode=0o700, parents=True, exist_ok=True)
         # A reader sees a whole block or none; who comes second writes the same bytes. A lost one is fetched again.
         write_atomically(cached, content, durable=False)
         cache_use.fetched += len(content)
-        if cache_use.fetched >= CACHE_BYTES / 1000:
+        if cache_use.fetched >= environment.cache_bytes / 1000:
             cache_use.fetched = 0
             evict()
     except OSError as error:
         cache_use.paused_until = time.monotonic() + PAUSE
         if next(cache_use.failures) == 0:
-            warnings.warn(f"{CACHE}: cannot cache remote data ({error.strerror or error}): slower", stacklevel=2)
+            reason = f"cannot cache remote data ({error.strerror or error}): slower"
+            warnings.warn(f"{environment.cache}: {reason}", stacklevel=2)
 
 
 def read_cached(cached: Path, block_size: int, start: int, stop: int) -> bytes | None:
@@ -233,7 +267,7 @@ def read_cached(cached: Path, block_size: int, start: int, stop: int) -> bytes |
 
 
 def is_caching() -> bool:
-    return cache_is_safe(CACHE) and time.monotonic() >= cache_use.paused_until
+    return cache_is_safe(environment.cache) and time.monotonic() >= cache_use.paused_until
 
 
 def bounds_of(number: int, file_size: int) -> tuple[int, int]:
@@ -243,7 +277,7 @@ def bounds_of(number: int, file_size: int) -> tuple[int, int]:
 
 def cached_file(url: str, version: str, first: int, end: int) -> Path:
     """With the user in the name, since users who share a folder may not replace each other's files."""
-    return CACHE / hashlib.sha256(f"{url} {version} {first} {end} {os.getuid()}".encode()).hexdigest()[:40]
+    return environment.cache / hashlib.sha256(f"{url} {version} {first} {end} {os.getuid()}".encode()).hexdigest()[:40]
 
 
 def fetch_block(url: str, first: int, end: int, cached: Path) -> bytes:
@@ -260,7 +294,7 @@ def fetch_ahead(url: str, first: int, end: int, cached: Path) -> bytes | None:
 def read_block(url: str, version: str, number: int, file_size: int, start: int, stop: int) -> bytes:
     """Bytes [start, stop), counted from the block's first, of block `number` of a remote file of `file_size` bytes."""
     first, end = bounds_of(number, file_size)
-    if not cache_is_safe(CACHE):
+    if not cache_is_safe(environment.cache):
         return fetch(url, first + start, first + stop)
     cached = cached_file(url, version, first, end)
     if (block := ahead().result(cached.name)) is not None:  # asked first: what is done lies in the cache

@@ -6,13 +6,14 @@ import sys
 import click
 
 from depthmup.data.errors import UserError
+from depthmup.data.storage import describe_full_disk
 from depthmup.launch.commands import images, single, studies, theory, tuning
 from depthmup.launch.commands.group import Commands
 from depthmup.models.errors import ModelError
+from depthmup.train.interrupt import prepare_streams
 
-# What keeps a command from writing where it was told to: a folder is another user's, or no folder, or full.
-NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
-NOT_WRITABLE |= {errno.ENOSPC, errno.EDQUOT}
+# What keeps a command from a file, beside a full disk: it is another user's, its folder is none, its name is too long.
+ITS_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
 
 SECTIONS = {
     "A study": [
@@ -45,13 +46,17 @@ def cli() -> None:
 
 def main() -> None:
     """The `depthmup` command: 0 on success, 2 with one line on a user's mistake."""
+    prepare_streams()
     try:
         cli()
     except (UserError, ModelError) as error:
         click.echo(f"depthmup: {error}", err=True)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in NOT_WRITABLE:
+        words = describe_full_disk(error)
+        if error.errno in ITS_PLACE:
+            words = f"{error.filename}: {error.strerror}: use another file or folder"
+        if not words:
             raise
-        click.echo(f"depthmup: {error.filename}: cannot write there ({error.strerror})", err=True)
+        click.echo(f"depthmup: {words}", err=True)
         sys.exit(2)

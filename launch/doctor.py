@@ -174,5 +174,5 @@ def examine(folder: Path, console: Console) -> bool:
         table.add_row(mark, *map(Text, (each.what, each.found, each.advice)))  # no markup: 'depthmup[wandb]'
     console.print(table)
     wrong = [each.what for each in findings if each.is_wrong]
-    console.print(f"To be mended first: {', '.join(wrong)}." if wrong else "Runs can start here.")
+    console.print(f"To be fixed first: {', '.join(wrong)}." if wrong else "Runs can start here.")
     return not wrong

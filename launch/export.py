@@ -4,15 +4,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from depthmup.data.config import per_channel
 from depthmup.data.errors import UserError
+from depthmup.data.storage import write_atomically
 from depthmup.models.build import build_meta
 from depthmup.models.export import folded_state
 from depthmup.models.timm_registry import timm_call
 from depthmup.train.config import RunConfig
+from depthmup.train.owner import check_owner
 from depthmup.train.reading import from_plain, read_yaml, to_plain
+from depthmup.train.record import save_weights
 from depthmup.train.rundir import RunDirectory
 
 
@@ -91,10 +95,13 @@ def export_run(run: Path, out: Path) -> tuple[str, dict[str, Any]]:
     if not directory.weights.exists():
         raise UserError(f"{run}: no {directory.weights.name} there; a run writes it when it is completed")
     config = from_plain(RunConfig, read_yaml(directory.config), str(directory.config))
+    done = directory.done()
+    if done and "identity" in done:  # a configuration that was changed since would have other multipliers
+        check_owner(directory.path / "done.json", done, config, None)
     scaled = build_meta(config.model, config.parameterization)
     try:
         scaled.network.load_state_dict(load_file(directory.weights), strict=True, assign=True)
-    except RuntimeError as error:
+    except (RuntimeError, SafetensorError) as error:
         raise UserError(f"{directory.weights}: not the weights of this run's model: {error}") from None
     name, model_arguments = timm_call(config.model)
     arguments = model_arguments | {"pretrained_cfg_overlay": preprocessing(config)}
@@ -105,15 +112,15 @@ def export_run(run: Path, out: Path) -> tuple[str, dict[str, Any]]:
         "model": json.dumps(to_plain(config.model)),
         "parameterization": json.dumps(to_plain(config.parameterization)),
     }
-    state = {key: tensor.contiguous() for key, tensor in folded_state(scaled).items()}
+    state = folded_state(scaled)
     try:
         file = weights_file(out)
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(state, file, metadata)
+        save_weights(file, state, metadata)
         if is_folder(out):
             num_features = state[f"{scaled.roles.readout}.weight"].shape[1]
             described = hugging_face_config(config, name, model_arguments, num_features)
-            (out / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+            write_atomically(out / "config.json", (json.dumps(described, indent=2) + "\n").encode())
     except OSError as error:
         raise UserError(f"{out}: cannot write there: {error.strerror}") from None
     return name, arguments

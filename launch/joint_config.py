@@ -22,7 +22,8 @@ class TuneConfig:
     trials: Positive | None = None  # null: as many as `flops` pays for, and 32 without that
     flops: Annotated[Number, Field(gt=0)] | None = None  # of all runs, the winners' too
     batch: Positive = 8  # suggestions that are trained side by side: one pack, or one array of jobs
-    sampler: Literal["tpe", "random"] = "tpe"  # of Optuna
+    # of Optuna; auto: a Gaussian process, and TPE where there are so many suggestions that it is too slow
+    sampler: Literal["auto", "tpe", "random"] = "auto"
     seeds: Seeds = (0,)  # of each suggestion
     seed: Annotated[Whole, Field(ge=0)] = 0  # of the sampler
     rerun: Positive = 3  # the best suggestions, which train again

@@ -10,6 +10,7 @@ from depthmup.data.errors import UserError
 from depthmup.data.look import look_at_images
 from depthmup.data.paths import protect
 from depthmup.data.sources import PACKAGED
+from depthmup.data.storage import write_atomically
 from depthmup.launch.config import folder_name
 from depthmup.launch.paths import command
 from depthmup.launch.reading import study_in
@@ -90,8 +91,8 @@ def write_new_study(name: str, family: str, source: str) -> list[str]:
     except ValueError as error:
         raise UserError(f"{name}: a study's name {error}") from None
     if file.exists():
-        raise UserError(f"{file} is there already: give another name, or delete it first")
+        raise UserError(f"{file} exists already: give another name, or delete it first")
     text = describe_study(name, file, family, source)
     study_in(load_yaml(text, str(file)), file)  # what is written is a study that can be launched
-    file.write_text(text)
+    write_atomically(file, text.encode())
     return [f"{file} is written. Next:", "", *(f"  {command(verb, file)}" for verb in ("plan", "transfer"))]

@@ -5,16 +5,19 @@
     depthmup.transfer("configs/digits_resnet.yaml")
     pandas.DataFrame(depthmup.report("runs/digits_resnet")["sizes"])
 
-CONFIG is a YAML file or a study's folder, and overrides are texts such as "model.depth=48", as on the command line. All
-functions raise UserError, or ModelError, with the line that a command would print.
+CONFIG is a YAML file, a recipe's name or a study's folder, with ~ and $VAR, and overrides are texts such as
+"model.depth=48", as on the command line. All functions raise UserError, or ModelError, with the line that a command
+would print.
 """
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from depthmup.launch.jobs import states
+from depthmup.launch.paths import find_configuration
 from depthmup.launch.reading import read_study_or_run
 from depthmup.launch.runs.cost import count_flops
 from depthmup.launch.runs.opened import open_planned
@@ -28,7 +31,7 @@ Record = dict[str, Any]
 
 
 def open_study(config: str | Path, overrides: tuple[str, ...]) -> Study:
-    path = Path(config).expanduser()
+    path = find_configuration(os.fspath(config))
     return open_planned(path, read_study_or_run(path, overrides), overrides)
 
 

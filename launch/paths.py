@@ -7,9 +7,17 @@ from typing import Any
 
 import click
 
+from depthmup.data.errors import UserError
 from depthmup.data.paths import expand_path, home
 
 PACKAGE = Path(__file__).parent.parent  # the folder `depthmup`, which holds the packages
+
+
+def refuse_empty(text: str) -> str:
+    """`text`; an empty one, mostly a variable that is not set, would be the folder that one is in. Raises UserError."""
+    if not text:
+        raise UserError("an argument is empty, and should be a path (a variable that is not set?)")
+    return text
 
 
 class Location(click.ParamType):
@@ -18,7 +26,7 @@ class Location(click.ParamType):
     name = "path"
 
     def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> str:
-        return expand_path(str(value))
+        return expand_path(refuse_empty(str(value)))
 
 
 class FilePath(click.Path):
@@ -28,20 +36,25 @@ class FilePath(click.Path):
         super().__init__(path_type=Path, **settings)
 
     def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
-        return super().convert(expand_path(os.fspath(value)), param, context)
+        return super().convert(expand_path(refuse_empty(os.fspath(value))), param, context)
+
+
+def find_configuration(text: str) -> Path:
+    """A configuration's file or a study's folder, with ~ and $VAR written out. What is not there is looked for among
+    the recipes that come with the package: digits_resnet, configs/digits_resnet.yaml, paper/vit. Raises UserError."""
+    path = Path(expand_path(refuse_empty(text)))
+    name = Path(*path.parts[1:]) if path.parts[:1] == ("configs",) else path
+    if path.exists() or path.is_absolute() or not name.name:
+        return path
+    recipe = PACKAGE / "configs" / name.with_suffix(".yaml")
+    return recipe if recipe.is_file() else path
 
 
 class ConfigPath(FilePath):
-    """A configuration's file or a study's folder. What is not there is looked for among the recipes that come with the
-    package: digits_resnet, configs/digits_resnet.yaml, paper/vit."""
+    """See find_configuration."""
 
-    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
-        path = super().convert(value, param, context)
-        name = Path(*path.parts[1:]) if path.parts[:1] == ("configs",) else path
-        if path.exists() or path.is_absolute() or not name.name:
-            return path
-        recipe = PACKAGE / "configs" / name.with_suffix(".yaml")
-        return recipe if recipe.is_file() else path
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Path:
+        return find_configuration(os.fspath(value))
 
 
 def command(verb: str, *words: str | Path) -> str:

@@ -35,6 +35,7 @@ from depthmup.launch.wording import duration
 
 POLL_SECONDS = 0.5
 SLURM_POLL_SECONDS = 10.0
+LOOKING_SHARE = 0.05  # of a core, at most, that who waits takes to look at thousands of runs
 GONE: tuple[State, ...] = ("interrupted", "lost")  # their jobs are gone, and nothing is wrong with them
 IDLE: tuple[State, ...] = ("new", *GONE)
 STOPPED: tuple[State, ...] = ("failed", "held", "lost", "interrupted", "cancelled")  # all that were submitted
@@ -210,20 +211,23 @@ def wait(study: Study, launched: Launched, console: Console) -> None:
     on_slurm = study.file.launch.cluster == "slurm"
     places: int | None = None  # that the study has, where Slurm has no place for more of its runs
     flops = {size: float(each) for size, (_, each) in count_flops(study.runs).items()}
-    shares = Share(flops, study.file.train.num_steps, study.file.launch.tasks)
+    shares = Share(flops, study.file.train.num_steps, study.file.launch.tasks, study.runs_to_come)
+    known: dict[str, states.RunState] = {}  # runs that have ended
     started, at_start = time.monotonic(), None
     with display(console, "runs") as shown:
         while True:
+            looked = time.process_time()
             ended = all(slot.poll() is not None for slot in launched.slots)  # asked before the markers are read
-            snapshot = states.take(study)
+            snapshot = states.take(study, known)
+            known = {found.run.directory.path.name: found for found in snapshot.of(*states.ENDED)}
             ended = ended and not snapshot.slurm_error and not snapshot.of(*states.ACTIVE)
             counts = snapshot.counts()
             left = [found.run for found in snapshot.runs if found.state not in states.ENDED]
             at_start = shares.look(snapshot) if at_start is None else at_start
             share, before = shares.of(snapshot, at_start)
             gained, elapsed = share - before, time.monotonic() - started
-            eta = f"ETA {duration(elapsed * (1 - share) / gained)}" if gained > 0.01 else "ETA ..."
-            text = f"{len(study.runs) - len(left)} of {len(study.runs)} done, {counts.get('running', 0)} running, {eta}"
+            text = f"{len(known)} of {len(study.runs) + shares.to_come} done, {counts.get('running', 0)} running"
+            text += f", ETA {duration(elapsed * (1 - share) / gained)}" if gained > 0.01 else ""
             text += "".join(
                 f", {counts[state]} {state}" for state in ("stalled", "starting", "failed", "held") if state in counts
             )
@@ -246,7 +250,8 @@ def wait(study: Study, launched: Launched, console: Console) -> None:
             shown.update(share, text, final=ended)
             if ended:
                 break
-            time.sleep(SLURM_POLL_SECONDS if on_slurm else POLL_SECONDS)
+            pause = (time.process_time() - looked) * (1 / LOOKING_SHARE - 1)
+            time.sleep(max(pause, SLURM_POLL_SECONDS if on_slurm else POLL_SECONDS))
     if left:
         raise unfinished(study)
 
@@ -279,11 +284,15 @@ def unfinished(study: Study) -> Unfinished:
 
 
 def waiting_for(snapshot: states.Snapshot) -> str:
-    """', 12 waiting (Priority)': with the commonest reason, and what it means."""
+    """', 12 waiting (Priority)': with the commonest reason, and what it means; ', 12 waiting for a free slot' here."""
     waiting = Counter(found.remark for found in snapshot.of("waiting", "preempted"))
     if not waiting:
         return ""
     reason = waiting.most_common(1)[0][0]
+    if reason == "None":  # Slurm has not looked yet
+        return f", {waiting.total()} waiting"
+    if reason.startswith(states.FREE_SLOT):
+        return f", {waiting.total()} waiting {states.FREE_SLOT}"
     meaning = explain(reason)
     return f", {waiting.total()} waiting ({reason}{f': {meaning}' if meaning else ''})"
 

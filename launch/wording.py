@@ -36,6 +36,19 @@ def show_share(share: float) -> str:
     return f"{percent:.0f} %" if percent >= 9.95 or percent < 0.05 else f"{percent:.1f} %"
 
 
+def show_times(factor: float) -> str:
+    """Of a cost: '0.35', '4.5', '15', '1500' with 'times one run' behind it."""
+    return f"{factor:.3g}" if factor < 1000 else f"{float(f'{factor:.3g}'):.0f}"
+
+
+def show_cost(share: float, of: str = "") -> str:
+    """What something costs beside `of`: '0.35 % of one run', '15 times one run'; '0.35 %' and '15 times' in a column
+    that says of what."""
+    if share < 9.995:
+        return f"{100 * share:.3g} %" + (f" of {of}" if of else "")
+    return f"{show_times(share)} times {of}".rstrip()
+
+
 def show_shares(found: tuple[float, float] | None) -> str:
     """An interval of such shares: '0 to 0.3 %'."""
     if not found:

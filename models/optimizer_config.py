@@ -81,7 +81,7 @@ class OptimizerConfig:
                     f"{each.name} would do nothing: {self.name} has none; leave it out, or use {' or '.join(users)}"
                 )
         if self.tau_ema and self.weight_decay:
-            raise ModelError("weight_decay and tau_ema say the same thing: leave one of them out")
+            raise ModelError("weight_decay and tau_ema set the same thing: leave one of them out")
         if self.nesterov and not self.momentum:
             raise ModelError("nesterov needs a momentum above 0")
         if min(self.scaled_betas) < 0:

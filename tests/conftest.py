@@ -17,11 +17,11 @@ from depthmup.train.reading import from_plain
 from slurm_cluster import Cluster
 from slurm_cluster import start as start_cluster
 
-
-def needs_cluster(path: str) -> bool:
-    return Path(path).name.startswith("test_slurm")
-
-
+# The files of a lane are one process's, which brings up a cluster of its own for them. The lanes last about as long.
+LANES = {
+    **dict.fromkeys(("slurm_survival", "slurm_tune", "slurm_chain"), "cluster 1"),
+    **dict.fromkeys(("slurm_nodes", "slurm_launch", "slurm_install"), "cluster 2"),
+}
 # Longest first: a file that begins last must not leave the other processes idle. Seconds of CPU on two busy cores.
 LONG_FILES = {
     **{"train_processes": 90, "train_pack": 80, "launch_transfer": 75, "train_engines": 70, "train_settings": 60},
@@ -29,25 +29,34 @@ LONG_FILES = {
 }
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The cluster's tests come first: they wait most of their time, while other processes have the cores."""
+def scope_of(nodeid: str) -> str:
+    """What one test process takes as a whole: a lane, or a file."""
+    file = nodeid.partition("::")[0]
+    return LANES.get(name_of(file), file)
 
-    def when(item: pytest.Item) -> tuple[bool, int]:
-        file = item.nodeid.partition("::")[0]
-        return not needs_cluster(file), -LONG_FILES.get(Path(file).stem.removeprefix("test_"), 0)
+
+def name_of(file: str) -> str:
+    return Path(file).stem.removeprefix("test_")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The clusters' tests come first: they wait most of their time, while other processes have the cores."""
+
+    def when(item: pytest.Item) -> tuple[str, int]:
+        name = name_of(item.nodeid.partition("::")[0])
+        return LANES.get(name, "no cluster"), -LONG_FILES.get(name, 0)
 
     items.sort(key=when)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With several test processes, one takes a whole file, and one takes all that need the cluster: there is one."""
+    """With several test processes."""
     from xdist.scheduler import LoadFileScheduling
 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file: str = super()._split_scope(nodeid)
-            return "cluster" if needs_cluster(file) else file
+            return scope_of(nodeid)
 
     return Scheduling(config, log)
 
@@ -61,7 +70,8 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings_on(root: Path) -> dict[str, Any]:
-    """A run of 12 steps on the digits in `root`, as plain data: change it, then `from_plain(RunConfig, ...)`."""
+    """A run of 12 steps on the digits in `root`, as plain data: change it, then `from_plain(RunConfig, ...)`. Studies
+    train one run after another: packs are for the tests that ask for them."""
     return {
         "model": {
             "family": "conv_resnet",
@@ -70,7 +80,10 @@ def settings_on(root: Path) -> dict[str, Any]:
         },
         "optimizer": {"name": "sgd", "lr": 0.0625},
         "data": {"name": "digits", "root": str(root), "minival": 0.1, "num_streams": 16},
-        "train": {"samples": 12 * 32, "global_batch_size": 32, "device": "cpu", "log_every": 2, "checkpoint_every": 4},
+        "train": {
+            **{"samples": 12 * 32, "global_batch_size": 32, "device": "cpu", "log_every": 2, "checkpoint_every": 4},
+            "pack": 1,
+        },
     }
 
 
@@ -103,5 +116,5 @@ def study_file(run_settings: dict[str, Any], tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """A real Slurm cluster of eight nodes on this machine."""
+    """A real Slurm cluster of eight nodes on this machine, of this test process alone."""
     yield from start_cluster()

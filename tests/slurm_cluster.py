@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,25 +36,30 @@ def succeeds(*command: str) -> bool:
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
-def free_port(count: int = 20) -> int:
-    """First of `count` free ports, below those that a run's processes meet at."""
+def claim_port(count: int = 20) -> tuple[int, Path]:
+    """First of `count` free ports, below those that a run's processes meet at, and a folder made for the cluster on
+    them: other test processes, which may look at the same time, take others."""
     for first in range(16800, 19000, count):
-        with socket.socket() as probe:
+        folder = Path(f"/tmp/depthmup-slurm-{first}")
+        with suppress(FileExistsError), socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", first)):
-                return first
+                folder.mkdir()
+                return first, folder
     raise RuntimeError("no free port")
 
 
 class Cluster:
-    """The running cluster. `environment` is what commands need to reach it."""
+    """The running cluster. `environment` is what commands need to reach it; with `hasty` they give up after a second
+    where the controller is away, not after nine."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, port: int = 16800) -> None:
         self.directory = directory
         self.sudo = ["sudo", "-n"] if os.geteuid() else []
         given = {key: value for key, value in os.environ.items() if key.startswith("SLURM_TEST_")}
-        self.settings = {**given, "SLURM_TEST_DIR": str(directory), "SLURM_TEST_PORT": str(free_port())}
+        self.settings = {**given, "SLURM_TEST_DIR": str(directory), "SLURM_TEST_PORT": str(port)}
         self.environment = {**os.environ, **self.settings, "SLURM_CONF": str(directory / "slurm.conf")}
         self.environment["PATH"] += ":/usr/sbin:/sbin"
+        self.hasty = {"SLURM_CONF": str(directory / "hasty.conf")}
 
     def script(self, name: str, *arguments: str) -> None:
         settings = [f"{key}={value}" for key, value in self.settings.items()]
@@ -133,7 +138,8 @@ def start() -> Iterator[Cluster]:
         if os.environ.get("DEPTHMUP_REQUIRE_SLURM"):
             pytest.fail(f"the Slurm tests must run here: {reason}")
         pytest.skip(f"no Slurm here: {reason}")
-    cluster = Cluster(Path(f"/tmp/depthmup-slurm-{os.getpid()}"))
+    port, folder = claim_port()
+    cluster = Cluster(folder, port)
     try:
         cluster.script("up.sh")
         yield cluster

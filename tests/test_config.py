@@ -113,7 +113,7 @@ def test_a_file_is_utf_8_whatever_wrote_it_and_an_empty_one_is_said_to_be(study_
     with pytest.raises(UserError, match=r"expected sections .*, found nothing"):
         read_study(study_file)
     study_file.write_bytes(text.encode("utf-16"))
-    with pytest.raises(UserError, match="no text in UTF-8"):
+    with pytest.raises(UserError, match="not text in UTF-8"):
         read_study(study_file)
 
 
@@ -147,7 +147,7 @@ def test_a_number_of_seeds_counts_however_it_is_written(study_file: Path) -> Non
     [
         (("train.log_every", "[1, 2, 3]"), "train.log_every changes how a run is trained, not what it learns"),
         (("parallel.micro_batch_size", "[8, 16, 32]"), "changes how a run is trained"),
-        (("model.width", "[8, 16, 32]"), "model.width: study.sizes says the sizes: sweep another key"),
+        (("model.width", "[8, 16, 32]"), "model.width: study.sizes sets the sizes: sweep another key"),
         (("train.samples", "[64, 128, 256]"), "losses after another number of samples are not comparable"),
         (("parameterization.alpha", "[0.5, 0.75, 1]"), r"do nothing at the base .*parameterizations=.{alpha: 0.5}, {"),
     ],

@@ -12,10 +12,17 @@ import torch
 from depthmup.data.errors import UserError
 from depthmup.launch.config import StudyFile
 from depthmup.models.build import ScaledModel, build
-from depthmup.models.config import ConvResNetConfig, ParameterizationConfig, ResNetConfig, VisionTransformerConfig
+from depthmup.models.config import (
+    ConvResNetConfig,
+    MixtureVitConfig,
+    ParameterizationConfig,
+    ResNetConfig,
+    VisionTransformerConfig,
+)
 from depthmup.models.errors import ModelError
+from depthmup.models.moe_vit import balance_experts, mixtures_of
 from depthmup.models.optimizer import build_optimizer, parameter_groups
-from depthmup.models.optimizer_config import OptimizerConfig
+from depthmup.models.optimizer_config import OptimizerConfig, RoleRates
 from depthmup.train.config import RunConfig, ScheduleConfig, TrainConfig
 from depthmup.train.loop import run as train
 from depthmup.train.reading import from_plain
@@ -32,6 +39,7 @@ OPTIMIZERS: tuple[dict[str, Any], ...] = tuple(
     {"name": name, "weight_decay_mode": mode, **DECAY}
     for name, mode in product(("sgd", "adamw", "muon"), ("independent", "coupled"))
 )
+DATA = {"name": "x", "root": "x", "num_streams": 4}
 SCHEDULES = ("cosine", "constant", "wsd")
 OTHER: dict[Any, dict[str, tuple[Any, ...]]] = {  # than the default, or than what is stated above
     OptimizerConfig: {
@@ -57,13 +65,24 @@ OF_ANY_MODEL: dict[str, tuple[Any, ...]] = {
     **{"width": (32,), "depth": (4,), "base_width": (32,), "base_depth": (8,), "num_classes": (5,)},
     **{"image_size": (16,), "in_channels": (1,)},
 }
+OF_VIT: dict[str, tuple[Any, ...]] = {
+    **{"timm_name": ("vit_base_patch16_clip_224",), "head_dim": (4,), "num_heads": (4,), "patch_size": (2,)},
+    **{"mlp_ratio": (2.0,), "qk_norm": (True,), "class_token": (False,), "global_pool": ("avg",)},
+    **{"layer_scale": (0.1,)},
+}
 OF_MODEL: dict[Any, tuple[list[dict[str, Any]], dict[str, tuple[Any, ...]]]] = {  # contexts, and other values
     VisionTransformerConfig: (
         [{"family": "vit", "num_heads": 2, "patch_size": 4}],
+        OF_VIT,
+    ),
+    MixtureVitConfig: (
+        [
+            {"family": "moe_vit", "num_heads": 2, "patch_size": 4, "num_experts": 4, "active_share": 0.5},
+            {"family": "moe_vit", "num_heads": 2, "patch_size": 4},
+        ],
         {
-            **{"timm_name": ("vit_base_patch16_clip_224",), "head_dim": (4,), "num_heads": (4,), "patch_size": (2,)},
-            **{"mlp_ratio": (2.0,), "qk_norm": (True,), "class_token": (False,), "global_pool": ("avg",)},
-            **{"layer_scale": (0.1,)},
+            **{**OF_VIT, "num_experts": (8,), "base_num_experts": (2,), "active_share": (0.25,)},
+            **{"base_mlp_ratio": (2.0,), "balance_rate": (0.1,)},
         },
     ),
     ResNetConfig: (
@@ -222,7 +241,11 @@ def computed(model: dict[str, Any]) -> tuple[Any, ...]:
     factors = [group["lr"] for group in parameter_groups(scaled.network, scaled.rules, scaled.scale, run.optimizer)]
     images = torch.randn(4, run.model.in_channels, *[run.model.image_size] * 2, generator=torch.Generator())
     logits = scaled.network(images).detach().numpy()
-    return {name: multiplier.value for name, multiplier in scaled.multipliers.items()}, factors, logits.tobytes()
+    if mixtures := mixtures_of(scaled.network):
+        balance_experts(mixtures)
+    balances = [mixture.balance.numpy().tobytes() for mixture in mixtures.values()]
+    multipliers = {name: multiplier.value for name, multiplier in scaled.multipliers.items()}
+    return multipliers, factors, logits.tobytes(), balances
 
 
 @pytest.mark.parametrize("section", OF_MODEL)
@@ -237,6 +260,29 @@ def test_every_field_of_a_model_acts_or_is_refused(section: Any) -> None:
         assert not idle
         acting |= working
     assert acting == all_of(section)
+
+
+def test_the_rate_of_every_role_acts_or_is_refused() -> None:
+    acting = set()
+    for section in (VisionTransformerConfig, MixtureVitConfig, ResNetConfig, ConvResNetConfig):
+        model = {**SHAPE, **OF_MODEL[section][0][0]}
+
+        def observe(rates: dict[str, float], model: dict[str, Any] = model) -> list[float]:
+            raw = {"model": model, "optimizer": {"lr": 0.01, "role_lr": rates}}
+            run = from_plain(RunConfig, {**raw, "data": DATA, "train": {"samples": 4, "global_batch_size": 4}}, "test")
+            scaled = build(run.model, run.parameterization, seed=0)
+            try:
+                groups = parameter_groups(scaled.network, scaled.rules, scaled.scale, run.optimizer)
+            except ModelError as error:
+                raise UserError(str(error)) from None
+            return sorted(group["lr"] for group in groups for _ in group["params"])
+
+        others = {field.name: (2.0,) for field in fields(RoleRates)}
+        idle, working, refused = tried(others, {}, observe({}), observe)
+        assert not idle
+        assert working | refused == all_of(RoleRates)
+        acting |= working
+    assert acting == all_of(RoleRates)
 
 
 @pytest.mark.parametrize("norm", ["none", "batch"])

@@ -23,7 +23,8 @@ from depthmup.data.index import Index, load_members
 from depthmup.data.inspect import inspect_split
 from depthmup.data.loader import TrainingLoader, TrainingStream, evaluation_batches
 from depthmup.data.order import State
-from depthmup.data.scan import index_shards, scan
+from depthmup.data.scan import index_shards
+from depthmup.data.tar_samples import scan
 from image_sets import config, write_tar
 
 
@@ -183,9 +184,9 @@ def test_a_tar_that_is_cut_damaged_or_joined_to_another_is_refused_and_loses_no_
     with tarfile.open(path) as archive:
         headers = [member.offset for member in archive]
         end = archive.offset
-    assert len(scan(str(path))[0].names) == 20
+    assert len(scan(str(path)).members.names) == 20
     path.write_bytes(content[: end + 512])  # one block of zeros is an end
-    assert len(scan(str(path))[0].names) == 20
+    assert len(scan(str(path)).members.names) == 20
     for stop in (headers[7], headers[8], headers[8] + 100, headers[8] + 700, end, end + 511):
         path.write_bytes(content[:stop])
         with pytest.raises(
@@ -212,7 +213,7 @@ def test_a_tar_that_is_cut_damaged_or_joined_to_another_is_refused_and_loses_no_
 
 def test_names_that_begin_with_underscores_are_samples_unless_webdataset_skips_them(tmp_path):
     write_tar(tmp_path / "a.tar", [("__misc/0.jpg", JPEG, b"0"), ("__info__/1.jpg", JPEG, b"0")])
-    assert scan(str(tmp_path / "a.tar"))[0].names.tolist() == [b"__misc/0.jpg"]
+    assert scan(str(tmp_path / "a.tar")).members.names.tolist() == [b"__misc/0.jpg"]
 
 
 @pytest.mark.parametrize("kind", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
@@ -322,5 +323,5 @@ def test_fuzzed_tars_are_scanned_whole_or_refused(tmp_path_factory, data):
     content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
     with contextlib.suppress(UserError):
-        members, _, _ = scan(str(path))
+        members = scan(str(path)).members
         assert len(members.names) == len(members.offsets) == 3

@@ -15,7 +15,8 @@ from depthmup.data.errors import UserError
 from depthmup.data.index import Index, load_members
 from depthmup.data.loader import TrainingLoader, TrainingStream
 from depthmup.data.order import State
-from depthmup.data.scan import index_shards, scan
+from depthmup.data.scan import index_shards
+from depthmup.data.tar_samples import scan
 from image_sets import config, make_shards, write_tar
 
 
@@ -157,7 +158,7 @@ def test_only_plain_decimal_numbers_are_labels(tmp_path):
     ]
     labels = [*numbers, *others]
     write_tar(tmp_path / "a.tar", [(f"{n:02d}.jpg", b"image", label) for n, label in enumerate(labels)])
-    assert scan(str(tmp_path / "a.tar"))[0].labels.tolist() == [*numbers.values(), *[-1] * len(others)]
+    assert scan(str(tmp_path / "a.tar")).members.labels.tolist() == [*numbers.values(), *[-1] * len(others)]
 
 
 @pytest.mark.parametrize(

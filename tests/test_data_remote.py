@@ -24,7 +24,9 @@ from fsspec.registry import _registry as fsspec_classes
 
 from depthmup.data import storage
 from depthmup.data.ahead import THREADS
+from depthmup.data.environment import Environment
 from depthmup.data.errors import UserError
+from depthmup.data.find import path_of
 from depthmup.data.index import Index, load_members
 from depthmup.data.loader import TrainingLoader, TrainingStream
 from depthmup.data.order import State
@@ -34,16 +36,16 @@ from image_sets import config, make_shards
 
 @pytest.fixture
 def shards(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(storage.environment, "cache", tmp_path / "cache")
     monkeypatch.setattr(storage, "BLOCK", 4096)
-    monkeypatch.setattr(storage, "TIMEOUT", 1.0)
+    monkeypatch.setattr(storage.environment, "timeout", 1.0)
     monkeypatch.setattr(storage, "cache_use", storage.CacheUse())
     return make_shards(tmp_path, samples=60)
 
 
 class Server(ThreadingHTTPServer):
-    """Serves a folder with ranges. `faults` are taken one a request: an HTTP status, 'stall', 'cut' or 'whole'
-    (the range is ignored)."""
+    """Serves a folder with ranges. `faults` are taken one a request: an HTTP status, one with the seconds to wait,
+    'stall', 'cut' or 'whole' (the range is ignored)."""
 
     daemon_threads = True
 
@@ -95,6 +97,11 @@ class Handler(BaseHTTPRequestHandler):
         fault = server.faults.pop(0) if server.faults else None
         if isinstance(fault, int):
             return self.send_error(fault)
+        if isinstance(fault, tuple):
+            self.send_response(fault[0])
+            self.send_header("Retry-After", fault[1])
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
         if fault == "stall":
             time.sleep(2.5)
         status, headers, content = server.answer(self.path, {} if fault == "whole" else self.headers)
@@ -129,7 +136,7 @@ def test_an_http_server_that_fails_stalls_and_cuts_gives_the_local_batches(shard
     got = epoch(Index.load(server.url))
     assert all(torch.equal(a.images, b.images) for a, b in zip(expected, got, strict=True))
     asked = len(server.requests)
-    shutil.rmtree(storage.CACHE)
+    shutil.rmtree(storage.environment.cache)
     load_members.cache_clear()
     epoch(Index.load(server.url))
     assert asked - (len(server.requests) - asked) >= 5  # each fault was asked for again, the stalled one too
@@ -188,7 +195,7 @@ def test_a_process_that_is_forked_reads_ahead_with_threads_of_its_own(shards, se
     index = Index.load(server.url)
     shard = index.shards[0]
     storage.prefetch(index.location(shard), shard.sha256, shard.size, 0, 10)
-    shutil.rmtree(storage.CACHE, ignore_errors=True)
+    shutil.rmtree(storage.environment.cache, ignore_errors=True)
     assert all(torch.equal(a.images, b.images) for a, b in zip(epoch(shards), epoch(index, 2), strict=True))
 
 
@@ -212,17 +219,17 @@ def test_a_sample_in_the_cache_costs_its_own_bytes_and_no_whole_block(shards, se
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_the_cache_stays_under_its_cap_and_touches_no_other_files(shards, server, monkeypatch, num_workers):
-    monkeypatch.setattr(storage, "CACHE_BYTES", 20_000)
-    storage.CACHE.mkdir()
-    others = [storage.CACHE / name for name in ("notes.txt", ".config", "f" * 39)]
-    being_written, left_by_a_killed_process = (storage.CACHE / f".{'f' * 40}.{part}.tmp" for part in "01")
+    monkeypatch.setattr(storage.environment, "cache_bytes", 20_000)
+    storage.environment.cache.mkdir()
+    others = [storage.environment.cache / name for name in ("notes.txt", ".config", "f" * 39)]
+    being_written, left_by_a_killed_process = (storage.environment.cache / f".{'f' * 40}.{part}.tmp" for part in "01")
     for path in (*others, being_written, left_by_a_killed_process):
         path.write_bytes(b"x")
     for path in (*others, left_by_a_killed_process):
         os.utime(path, (0, 0))
     got = epoch(Index.load(server.url), num_workers)
     assert all(torch.equal(a.images, b.images) for a, b in zip(epoch(shards), got, strict=True))
-    kept = set(storage.CACHE.iterdir())
+    kept = set(storage.environment.cache.iterdir())
     assert {*others, being_written} < kept
     assert left_by_a_killed_process not in kept
     if num_workers == 0:  # workers may have been stopped before they removed anything
@@ -239,21 +246,21 @@ def test_the_cache_is_listed_once_for_a_thousandth_of_its_cap_and_emptied_to_nin
     def fetch_block(number):
         storage.read_range(index.location(shard), str(number), shard.size, 0, 1)
 
-    monkeypatch.setattr(storage, "CACHE_BYTES", 3 * 4096 * 1000)
+    monkeypatch.setattr(storage.environment, "cache_bytes", 3 * 4096 * 1000)
     for number in range(7):
         fetch_block(number)
     assert len(listed) == 3  # at the first block, since processes may be short, then at each third
-    os.utime(next(storage.CACHE.iterdir()), (0, 0))
-    monkeypatch.setattr(storage, "CACHE_BYTES", 7 * 4096)
+    os.utime(next(storage.environment.cache.iterdir()), (0, 0))
+    monkeypatch.setattr(storage.environment, "cache_bytes", 7 * 4096)
     fetch_block(7)
-    assert len(list(storage.CACHE.iterdir())) == 6
+    assert len(list(storage.environment.cache.iterdir())) == 6
 
 
 def test_a_cached_block_that_is_gone_or_of_another_size_is_fetched_again(shards, server):
     expected = epoch(shards)
     index = Index.load(server.url)
     epoch(index)
-    blocks = sorted(storage.CACHE.iterdir())
+    blocks = sorted(storage.environment.cache.iterdir())
     contents = [block.read_bytes() for block in blocks]
     blocks[0].unlink()
     blocks[1].write_bytes(contents[1][:-1])
@@ -276,9 +283,9 @@ def give_to_another_user(path: Path, monkeypatch) -> None:
 def test_a_cache_folder_of_another_user_is_not_used_and_said(shards, server, monkeypatch):
     expected = epoch(shards)
     epoch(Index.load(server.url))
-    for block in storage.CACHE.iterdir():
+    for block in storage.environment.cache.iterdir():
         block.write_bytes(bytes(block.stat().st_size))  # what another user would have us train on
-    give_to_another_user(storage.CACHE, monkeypatch)
+    give_to_another_user(storage.environment.cache, monkeypatch)
     storage.cache_is_safe.cache_clear()
     with pytest.warns(UserWarning, match=r"cache: belongs to user \d+, .*not cached.* DEPTHMUP_CACHE") as warned:
         got = epoch(Index.load(server.url))
@@ -287,20 +294,20 @@ def test_a_cache_folder_of_another_user_is_not_used_and_said(shards, server, mon
 
 
 def test_a_cache_folder_that_everybody_can_change_is_not_used_but_one_with_the_sticky_bit_is(shards, monkeypatch):
-    storage.CACHE.mkdir()
+    storage.environment.cache.mkdir()
     for mode, safe in ((0o777, False), (0o1777, True), (0o775, True), (0o700, True)):
-        storage.CACHE.chmod(mode)
+        storage.environment.cache.chmod(mode)
         storage.cache_is_safe.cache_clear()
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
-            assert storage.cache_is_safe(storage.CACHE) == safe
+            assert storage.cache_is_safe(storage.environment.cache) == safe
         assert len(warned) == (not safe)
 
 
 def test_a_block_of_another_user_in_a_folder_of_ours_is_not_served(shards, server, monkeypatch):
     expected = epoch(shards)
     epoch(Index.load(server.url))
-    blocks = sorted(storage.CACHE.iterdir())
+    blocks = sorted(storage.environment.cache.iterdir())
     blocks[0].write_bytes(bytes(blocks[0].stat().st_size))
     give_to_another_user(blocks[0], monkeypatch)
     got = epoch(Index.load(server.url))
@@ -309,7 +316,7 @@ def test_a_block_of_another_user_in_a_folder_of_ours_is_not_served(shards, serve
 
 def test_a_new_cache_folder_is_for_its_user_alone(shards, server):
     epoch(Index.load(server.url))
-    assert stat.S_IMODE(storage.CACHE.stat().st_mode) == 0o700
+    assert stat.S_IMODE(storage.environment.cache.stat().st_mode) == 0o700
 
 
 @pytest.mark.parametrize("pause", [0, 60])
@@ -330,10 +337,10 @@ def test_a_disk_too_full_for_the_cache_costs_one_warning_and_the_cache_comes_bac
     whole_blocks = len(expected) * 8 * 4096
     # In the pause no more is fetched than is wanted, beside the 8 blocks on their way when it began.
     assert (server.sent < whole_blocks / 2) == (pause > 0)
-    assert list(storage.CACHE.iterdir()) == []  # nothing half written either
+    assert list(storage.environment.cache.iterdir()) == []  # nothing half written either
     storage.cache_use.paused_until = 1.0
     assert all(torch.equal(a.images, b.images) for a, b in zip(expected, epoch(Index.load(server.url)), strict=True))
-    assert len(list(storage.CACHE.iterdir())) > 10
+    assert len(list(storage.environment.cache.iterdir())) > 10
 
 
 def test_threads_that_write_one_file_leave_one_of_their_contents_whole(tmp_path):
@@ -355,6 +362,56 @@ def test_a_server_that_stays_down_or_lacks_a_file_ends_with_one_clear_error(shar
     server.faults = []
     with pytest.raises(UserError, match="no such file"):
         Index.load(server.url + "/nothing")
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_what_a_server_refuses_is_asked_for_once(shards, server, status):
+    server.faults = [status] * 9
+    with pytest.raises(UserError, match=rf"no permission \(the server answered {status}\)"):
+        storage.fetch(f"{server.url}/{shards.shards[0].name}", 0, 10)
+    assert len(server.requests) == 1
+    server.faults = [status] * 9
+    with pytest.raises(UserError, match=rf"no permission \(the server answered {status}\)"):
+        storage.remote_size(f"{server.url}/{shards.shards[0].name}")
+
+
+def test_a_server_that_asks_for_patience_gets_it(shards, server, monkeypatch):
+    waits = []
+    monkeypatch.setattr(storage.time, "sleep", waits.append)
+    server.faults = [(429, "7"), (503, "9999"), (503, "Fri, 31 Dec 1999 23:59:59 GMT"), 503]
+    assert len(storage.fetch(f"{server.url}/{shards.shards[0].name}", 0, 10)) == 10
+    assert waits[:2] == [7, storage.LONGEST_WAIT]
+    assert max(waits[2:]) < 7
+
+
+def test_a_proxy_of_the_environment_is_used(shards, monkeypatch):
+    class ForwardingServer(Server):
+        def answer(self, path, headers):
+            return super().answer(path.removeprefix("http://data.invalid"), headers)
+
+    server = ForwardingServer(Path(shards.root))
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", server.url)
+    assert Index.load("http://data.invalid").shards == shards.shards
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_query_of_an_address_says_no_split():
+    assert path_of("https://host/set/train-0.tar?type=a/test&sign=val") == "set/train-0.tar"
+
+
+@pytest.mark.parametrize("value", ["x", "nan", "-1", "0"])
+def test_a_number_in_the_environment_that_is_none_is_named_when_it_is_needed(monkeypatch, value):
+    for variable, name in (("DEPTHMUP_TIMEOUT", "timeout"), ("DEPTHMUP_CACHE_GB", "cache_bytes")):
+        monkeypatch.setenv(variable, value)
+        with pytest.raises(
+            UserError, match=rf"^{variable}={value}: expected a number above 0, as in {variable}=[56]0$"
+        ):
+            getattr(Environment(), name)
+        monkeypatch.setenv(variable, "")  # as not set
+        assert getattr(Environment(), name) in (60, 50e9)
 
 
 def pattern(server, shards):
@@ -413,7 +470,7 @@ def s3(shards, monkeypatch):
     for path in Path(shards.root).iterdir():
         client.upload_file(str(path), "bucket", f"set/{path.name}")
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-    monkeypatch.setattr(storage, "TIMEOUT", 30.0)
+    monkeypatch.setattr(storage.environment, "timeout", 30.0)
     yield proxy
     proxy.shutdown()
     proxy.server_close()
@@ -422,14 +479,14 @@ def s3(shards, monkeypatch):
 
 def test_an_s3_server_that_fails_stalls_and_cuts_gives_the_local_batches(shards, s3, monkeypatch):
     index = Index.load("s3://bucket/set")  # the first request waits for imports: the time-out is short from here on
-    monkeypatch.setattr(storage, "TIMEOUT", 2.0)
+    monkeypatch.setattr(storage.environment, "timeout", 2.0)
     s3.faults = [503, "cut", None, "stall", 500, "cut"]
     got = epoch(index)
     assert not s3.faults
     assert all(torch.equal(a.images, b.images) for a, b in zip(epoch(shards), got, strict=True))
     with pytest.raises(UserError, match="no such file"):
         Index.load("s3://bucket/nothing")
-    shutil.rmtree(storage.CACHE)
+    shutil.rmtree(storage.environment.cache)
     s3.faults = [503] * 100
     with pytest.raises(UserError, match=r"s3://bucket/set/.*5 tries failed"):
         epoch(index)

@@ -14,6 +14,7 @@ from depthmup.data.errors import UserError
 from depthmup.data.index import Index, load_members
 from depthmup.data.pack import pack
 from depthmup.data.scan import index_shards
+from depthmup.data.sources import read_lines
 from depthmup.data.splits import split_folder, split_word
 from depthmup.launch.cli import cli
 from image_sets import make_folder, write_tar
@@ -139,7 +140,7 @@ def test_the_user_says_which_shards_are_which_split(tmp_path):
     assert said == ["left out: 1 shard that neither --train nor --val names: holdout/0.tar"]
     with pytest.raises(UserError, match=r"index\.json exists and lists c-0\.tar in val, not in train\. Delete it"):
         index_shards(str(folder), train=["a-*", "c-*"], processes=1)
-    with pytest.raises(UserError, match=r"--val d-\*: nothing is called so, only a-0\.tar, a-1\.tar"):
+    with pytest.raises(UserError, match=r"--val d-\*: no name matches it, only a-0\.tar, a-1\.tar"):
         split(val=["d-*"])
     with pytest.raises(UserError, match=r"a-0\.tar: both --train and --val name it"):
         split(train=["a-*"], val=["*-0.tar"])
@@ -200,6 +201,11 @@ def test_names_of_classes_are_those_of_the_file_however_it_was_saved(tmp_path):
     (tmp_path / "shards" / "index.json").unlink()
     with pytest.raises(UserError, match="the name of class 2 is empty"):
         index_shards(str(tmp_path / "shards"), classes=["cat", "", "dog"], processes=1)
+    (tmp_path / "names.txt").write_text("cat\x0cfish\ndog\u2028y\n")  # as splitlines would not have it
+    assert read_lines(tmp_path / "names.txt") == ["cat\x0cfish", "dog\u2028y"]
+    (tmp_path / "names.txt").write_text("\n\n")
+    with pytest.raises(UserError, match=r"names\.txt: empty: write a line for each name"):
+        read_lines(tmp_path / "names.txt")
 
 
 def tar_of(path: Path, *members: str) -> None:
@@ -315,6 +321,14 @@ def images(folder: Path, *paths: str) -> str:
             "set/images/test/cat/3.jpg",
             "set/images/test/dog/4.jpg",
         ],
+        ["img_train/cat/1.jpg", "img_train/dog/2.jpg", "img_val/cat/3.jpg", "img_val/dog/4.jpg"],
+        ["train_small/cat/1.jpg", "train_small/dog/2.jpg", "val_small/cat/3.jpg", "val_small/dog/4.jpg"],
+        [
+            *("seg_train/seg_train/cat/1.jpg", "seg_train/seg_train/dog/2.jpg"),
+            *("seg_test/seg_test/cat/3.jpg", "seg_test/seg_test/dog/4.jpg"),
+        ],
+        ["cat/train/1.jpg", "cat/val/3.jpg", "dog/train/2.jpg", "dog/val/4.jpg"],
+        ["cat/train/images/1.jpg", "cat/test/3.jpg", "dog/train/2.jpg", "dog/test/images/4.jpg"],
     ],
 )
 def test_the_usual_names_of_folders_are_splits_and_no_classes(tmp_path, paths):
@@ -322,6 +336,51 @@ def test_the_usual_names_of_folders_are_splits_and_no_classes(tmp_path, paths):
     assert index.classes == ("cat", "dog")
     assert {split: sum(s.samples for s in of) for split, of in index.splits.items()} == {"train": 2, "val": 2}
     assert not left_out
+
+
+@pytest.mark.parametrize(
+    ("paths", "classes"),
+    [
+        (["cat/train/1.jpg", "cat/2.jpg", "dog/val/3.jpg"], ("cat", "dog")),  # not all images are in a split
+        (["cat/left/1.jpg", "cat/val/2.jpg", "dog/left/3.jpg"], ("cat", "dog")),
+        (["bullet_train/1.jpg", "steam_train/2.jpg", "bus/3.jpg"], ("bullet_train", "bus", "steam_train")),
+        (["a_train/1.jpg", "a_val/2.jpg", "b_train/3.jpg", "b_val/4.jpg"], ("a_train", "a_val", "b_train", "b_val")),
+        (["train/train/1.jpg", "train/train/2.jpg", "val/train/3.jpg"], ("train",)),
+    ],
+)
+def test_what_only_looks_like_a_split_stays_a_class(tmp_path, paths, classes):
+    assert pack(images(tmp_path / "images", *paths), tmp_path / "shards")[0].classes == classes
+
+
+def test_folders_that_hold_the_same_folders_are_said_to_look_like_splits(tmp_path):
+    source = images(tmp_path / "images", *(f"{top}/{name}/1.jpg" for top in ("tr", "va") for name in ("cat", "dog")))
+    index, said = pack(source, tmp_path / "shards")
+    assert index.classes == ("tr", "va")
+    assert said == [
+        "tr, va are packed as classes, and hold folders of the same names (cat, dog): where they are splits, say it "
+        "with --train PATTERN and --val PATTERN"
+    ]
+    assert pack(source, tmp_path / "again", train=["tr"], val=["va"])[0].classes == ("cat", "dog")
+    index, said = pack(source, tmp_path / "half", train=["tr"])
+    assert (index.describe(), said) == (
+        "2 samples in 1 shard",
+        ["2 files left out: in va, which --train does not name"],
+    )
+
+
+@pytest.mark.parametrize("share", [0.01, 0.99, float("nan"), 1.0, -0.1])
+def test_a_share_that_leaves_a_split_empty_is_refused(tmp_path, share):
+    source = images(tmp_path / "images", *(f"cat/{n}.jpg" for n in range(6)))
+    with pytest.raises(UserError, match=r"^validation_share .*: (state a share|expected a number from 0)"):
+        pack(source, tmp_path / "shards", validation_share=share)
+    assert not (tmp_path / "shards").exists()
+
+
+def test_a_shard_without_a_readable_image_shows_no_rate(tmp_path):
+    (tmp_path / "images" / "cat").mkdir(parents=True)
+    (tmp_path / "images" / "cat" / "1.jpg").write_bytes(b"no image")
+    result = CliRunner().invoke(cli, ["pack", str(tmp_path / "images"), str(tmp_path / "shards")])
+    assert not isinstance(result.exception, ZeroDivisionError)
 
 
 def test_hidden_folders_and_files_are_no_classes_and_no_images_and_are_counted(tmp_path):

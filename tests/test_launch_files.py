@@ -74,7 +74,7 @@ def test_where_nothing_can_be_written_the_command_says_so_and_a_report_is_printe
         done = subprocess.run(whole, capture_output=True, text=True, check=False)
         assert done.returncode == 2, done.stderr
         assert len(done.stderr.splitlines()) == 1
-        assert "cannot write there (Permission denied)" in done.stderr
+        assert "Permission denied: use another file or folder" in done.stderr
         return done
 
     for command in (("scale", study_file, "--out", locked / "large.yaml"), ("report", study_file, "--publish", locked)):

@@ -78,7 +78,7 @@ def test_a_new_study_replaces_no_file_and_says_what_is_wrong_with_a_name_or_a_so
     for file in broken.rglob("*.png"):
         file.write_bytes(b"no image")
     for words, said in (
-        (("mine",), "mine.yaml is there already"),
+        (("mine",), "mine.yaml exists already"),
         (("a/b",), "must be letters"),
         (("other", "--source", "nowhere"), "no such folder or tar"),
         (("other", "--source", "empty"), "no images"),
@@ -110,7 +110,7 @@ def test_the_doctor_names_what_keeps_runs_from_starting(tmp_path: Path, monkeypa
         patched.setattr(lock.fcntl, "flock", without_locks)
         ill = invoke("doctor", "--directory", tmp_path)
     assert ill.exit_code == 1
-    assert "To be mended first: file locks." in ill.output
+    assert "To be fixed first: file locks." in ill.output
     assert list(tmp_path.iterdir()) == []
 
     (tmp_path / "file").write_text("")

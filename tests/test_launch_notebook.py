@@ -50,6 +50,14 @@ def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path: Path, monke
     assert all(run["done"] for run in depthmup.plan("tiny.yaml"))
 
 
+def test_functions_find_configurations_where_the_commands_do(study_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STUDIES", str(study_file.parent))
+    assert depthmup.plan("$STUDIES/tiny.yaml") == depthmup.plan(study_file)
+    assert {run["done"] for run in depthmup.plan("digits_resnet", f"study.directory={study_file.parent}")} == {False}
+    with pytest.raises(UserError, match="the variable NOWHERE is not set"):
+        depthmup.plan("$NOWHERE/tiny.yaml")
+
+
 def test_functions_take_overrides_and_say_mistakes_as_the_commands_do(study_file: Path) -> None:
     fewer = depthmup.plan(study_file, "study.parameterizations=[sp]")
     assert {run["parameterization"] for run in fewer} == {"sp"}

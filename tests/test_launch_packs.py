@@ -108,11 +108,12 @@ def test_packs_are_as_large_as_allowed_while_every_process_has_one(runs: Callabl
     together = [{run.seed for run in found} for found in packs_of(large, local, on_gpu=False, slots=3)]
     assert together[1:] == [{0}, {1}]  # runs of one seed share their images
     for overrides, on_gpu, expected in (
-        ([], False, [1] * 24),  # batches of 32: packs do not pay on a CPU
-        (["train.global_batch_size=16"], False, [8, 8, 8]),
-        ([], True, [8, 16]),
+        (["train.pack=null"], False, [8, 8, 8]),
+        (["train.pack=null", "train.global_batch_size=256"], False, [8, 8, 8]),  # 8 x 256 x 64 pixels are 2^17 numbers
+        (["train.pack=null", "train.global_batch_size=272"], False, [1] * 24),  # packs do not pay on a CPU
+        (["train.pack=null"], True, [8, 16]),
         (["train.pack=0"], True, [1] * 24),
-        (["train.compile=block"], True, [1] * 24),
+        (["train.pack=null", "train.compile=block"], True, [1] * 24),
     ):
         assert sizes(packs_of(runs(*overrides), local, on_gpu, slots=1)) == expected
     assert packs_of([], local, on_gpu=True, slots=1) == []

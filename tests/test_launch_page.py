@@ -1,6 +1,7 @@
 """The page of a study: its structure for people and screen readers, its record, and its life in a browser."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from depthmup.launch.report import tracked
 from depthmup.launch.report.page import environment, inline, inline_json
 from depthmup.launch.report.record import CURVE_POINTS, read_record
 from depthmup.launch.runs.study import Study
+from planned_runs import finish
 from wandb_files import records_of
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -38,6 +40,18 @@ class Elements(HTMLParser):
 
     def of(self, *tags: str) -> list[dict[str, str | None]]:
         return [attributes for tag, attributes in self.found if tag in tags]
+
+
+@pytest.mark.parametrize("loss", [math.inf, 2.4])  # diverged, and no better than a guess among ten
+def test_a_study_in_which_nothing_trains_has_a_report(study_file: Path, loss: float) -> None:
+    study = Study(study_file, read_study(study_file))
+    study.write()
+    for run in study.runs:
+        finish(run, loss)
+    result = CliRunner().invoke(cli, ["report", str(study_file)], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert "inconclusive" in result.output
+    assert (study.file.directory / "report.html").exists()
 
 
 def write_page(study_file: Path, *overrides: str) -> Path:
@@ -155,14 +169,14 @@ def test_a_page_that_is_watched_loads_itself_again_and_a_finished_one_does_not(
 ) -> None:
     root = write_page(study_file)
     page = root / "report.html"
-    assert "http-equiv" not in page.read_text()
+    assert "location.reload" not in page.read_text()
     answers, watched = [True, False], []
     monkeypatch.setattr(status, "goes_on", lambda snapshot: answers.pop(0))
     monkeypatch.setattr(status.time, "sleep", lambda seconds: watched.append(page.read_text()))
     CliRunner().invoke(cli, ["report", str(study_file), "--watch"], catch_exceptions=False)
-    (refresh,) = [each for each in Elements(watched[0]).of("meta") if each.get("http-equiv") == "refresh"]
-    assert int(refresh["content"] or 0) == status.WATCH_SECONDS
-    assert "http-equiv" not in page.read_text()
+    (milliseconds,) = re.findall(r"setTimeout\(\(\) => location\.reload\(\), (\d+)\)", watched[0])
+    assert int(milliseconds) == 1000 * status.WATCH_SECONDS
+    assert "location.reload" not in page.read_text()
 
 
 def test_a_study_whose_every_run_failed_has_a_page_with_a_verdict(study_file: Path) -> None:

@@ -80,7 +80,7 @@ def test_a_marker_of_another_run_in_a_studys_folder_is_refused(study_file: Path)
     finish(study.runs)
     first, second = (run.directory.path / "done.json" for run in study.runs[:2])
     first.write_text(second.read_text())
-    with pytest.raises(UserError, match=r"done.json is of another run \(optimizer.lr: "):
+    with pytest.raises(UserError, match=r"done.json belongs to another run \(optimizer.lr: "):
         study.pending()
 
 

@@ -96,6 +96,18 @@ def test_a_size_that_ran_takes_what_it_took_and_others_what_their_flops_say() ->
     assert 9.0 / 4 < alone[small] < alone[middle] < 9.0  # a run's steps cost something whatever the network is
 
 
+def test_runs_that_are_to_come_are_part_of_the_time(study: Study) -> None:
+    flops = {size: float(each) for size, (_, each) in count_flops(study.runs).items()}
+    states = []
+    for run in study.runs:
+        run.directory.path.mkdir(parents=True)
+        run.directory.write_done({"outcome": "completed", "step": 12, "seconds": 2.0})
+        states.append(RunState(run, "done"))
+    ended = Snapshot(states, [], [], [])
+    assert Share(flops, 12).of(ended, {})[0] == 1.0
+    assert Share(flops, 12, to_come=len(states)).of(ended, {})[0] == pytest.approx(0.5)
+
+
 def test_overhead_is_the_starts_of_processes_and_the_time_between_runs() -> None:
     alone = [Start(("a", 1), 10.0 + 5 * i, 3.0 + 5 * i, 4.0) for i in range(3)]
     assert overhead(alone) == pytest.approx(3.0 / 3 + 1.0)

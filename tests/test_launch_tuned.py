@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +24,8 @@ from depthmup.launch.runs.search import Search
 from depthmup.launch.runs.study import Study
 from depthmup.launch.runs.tuned import keep_study, search_of, with_tuned
 from depthmup.launch.transfer import Launched
-from planned_runs import finish
+from planned_runs import finish, open_as
+from train_processes import FORK_SERVER
 
 SPACE = {
     "optimizer.momentum": [0.8, 0.9],
@@ -139,6 +143,59 @@ def test_one_command_goes_from_the_search_to_the_judged_target_and_goes_on_where
     shown = invoke("status", file).output
     assert f"Study: {root / 'whole'}" in shown
     assert f"Target: {root / 'whole_target'}" in shown
+
+
+def walk_until(killed: tuple[str, int] | None, output: str, *command: str) -> None:
+    """In a process of its own: `depthmup COMMAND` with a launcher that trains nothing, and writes down what it trained.
+    killed: (study, number) of the run of which the process ends before it is trained, as by kill -9."""
+
+    def train(study: Study, *given: Any, **options: Any) -> Launched:
+        study.write()
+        for run in study.pending():
+            if killed == (study.file.study.name, len(markers(study.file.directory))):
+                os.kill(os.getpid(), signal.SIGKILL)
+            with open(run.directory.path / "trained", "a") as file:
+                file.write("once\n")
+            finish(run, valley(run))
+        return Launched(study.runs, ["1"], [])
+
+    chain.launch = train  # type: ignore[assignment]  # this process has nothing else to do
+    ended = invoke(*command)
+    Path(output).write_text(f"{ended.output}{ended.exception or ''}")
+    sys.exit(ended.exit_code)
+
+
+def test_the_whole_path_killed_in_its_search_and_in_its_study_goes_on_by_the_same_command(
+    path_file: Callable[..., Path], target: Path, tmp_path: Path
+) -> None:
+    """Within a batch of the search, and within the study: to the target's line in the report."""
+    file, root, output = path_file(), tmp_path / "runs", tmp_path / "output"
+    command = ("transfer", str(file), "--tune", "--target", str(target), "launch.cluster=debug")
+
+    def walk(killed: tuple[str, int] | None) -> int | None:
+        process = FORK_SERVER.Process(target=walk_until, args=(killed, str(output), *command))
+        process.start()
+        process.join()
+        return process.exitcode
+
+    def suggested() -> list[dict[str, Any]]:
+        return [trial.params for trial in open_as(Search, file).trials()]
+
+    assert walk(("whole_tune", 1)) == -signal.SIGKILL
+    first, made = markers(root), suggested()
+    assert (len(first), len(made)) == (1, 2)
+    assert walk(("whole", 5)) == -signal.SIGKILL
+    second = markers(root)
+    assert len(second) == 3 + 2 + 5
+    assert walk(None) == 0, output.read_text()
+    ended = markers(root)
+    assert first.items() <= second.items() <= ended.items()
+    assert len(ended) == 3 + 2 + 12 + 1
+    assert {(path.parent / "trained").read_text() for path in ended} == {"once\n"}
+    assert suggested()[:2] == made
+    assert len(suggested()) == 3
+    assert "Target of width 16, depth 3 at optimizer.lr" in " ".join(output.read_text().split())
+    assert "Target of width 16, depth 3" in (root / "whole" / "report.html").read_text()
 
 
 def test_without_waiting_the_job_after_the_search_knows_that_a_study_follows_and_later_ones_go_on_with_that(

@@ -8,7 +8,7 @@ import pytest
 
 from depthmup.launch.findings.analysis import Result
 from depthmup.launch.findings.verdict import Analysis, Judgement, Limits, analyse, describe_rule, seeds_wanted
-from depthmup.launch.wording import show_interval, show_share, show_shares
+from depthmup.launch.wording import show_cost, show_interval, show_share, show_shares
 from test_launch_analysis import BASE, DEEP, GUESS, WIDE, failing, runs, valley
 
 Loss = Callable[[float, int], float]
@@ -228,6 +228,15 @@ def test_shares_and_intervals_are_shown_with_digits_that_matter() -> None:
     assert show_interval((-math.inf, -1.25)) in ("below -1.2", "below -1.3")
     assert show_interval((-math.inf, math.inf)) == "unknown"
     assert show_interval((-0.04, 0.3)) == "+0.0 to +0.3"
+
+
+def test_a_cost_beside_one_run_is_a_percentage_until_it_is_many_of_them() -> None:
+    costs = (0.0035, 0.1234, 1.301, 9.99, 9.996, 15.1, 1234.0)
+    assert [show_cost(share, "one run") for share in costs] == [
+        *("0.35 % of one run", "12.3 % of one run", "130 % of one run", "999 % of one run"),
+        *("10 times one run", "15.1 times one run", "1230 times one run"),
+    ]
+    assert [show_cost(share) for share in (0.0035, 15.1)] == ["0.35 %", "15.1 times"]
 
 
 # ---------------------------------------------------------------- studies that say little

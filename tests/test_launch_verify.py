@@ -13,6 +13,8 @@ import yaml
 from command_line import invoke
 from depthmup.data.errors import UserError
 from depthmup.launch.findings.share import Share
+from depthmup.launch.report.record import read_record
+from depthmup.launch.report.results import results
 from depthmup.launch.report.verification import Verified, collect_verification, sentences
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.verification import Verification
@@ -252,7 +254,15 @@ def test_a_verification_is_trained_by_the_real_launcher_and_given_again_trains_n
     assert again.output.splitlines()[:4] == first.output[first.output.index("hyperparameter") :].splitlines()[:4]
     assert {path: path.stat().st_mtime_ns for path in root.glob("runs/*/done.json")} == before
     assert "5 done" in invoke("status", root).output
-    for verb in ("report", "transfer", "scale"):
+    told = invoke("report", root, "--publish", tmp_path / "results")
+    assert told.exit_code == 0, told.exception
+    assert told.output.splitlines()[:4] == again.output.splitlines()[:4]
+    published = read_record(tmp_path / "results" / "checked.json")
+    row = next(line for line in results([published], tmp_path).splitlines() if line.startswith("| checked |"))
+    assert f"| {record['better']} of 3 by 0.5 % |" in row
+    assert f"{record['verdict']} " in row
+    assert row.endswith(" 5 % |")
+    for verb in ("transfer", "scale"):
         assert "section verify: and no sweep" in str(invoke(verb, root).exception), verb
 
 
@@ -263,5 +273,5 @@ def test_a_study_is_not_verified_in_its_own_folder_but_its_target_is_named(
     content["study"] |= {"parameterizations": ["depth_mup"], "values": [0.1, 0.2, 0.4]}
     content["study"] |= {"sizes": [{"width": content["model"]["width"], "depth": content["model"]["depth"]}]}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(content))
-    with pytest.raises(UserError, match=r"verify is of one run, and this is a study: give it the target's file"):
+    with pytest.raises(UserError, match=r"verify needs one run, and this is a study: give it the target's file"):
         open_verification(tmp_path / "study.yaml")

@@ -253,7 +253,7 @@ def test_a_run_that_states_tau_ema_trains_as_one_that_states_the_decay(
 
 def test_tau_ema_beside_weight_decay_and_one_that_leaves_nothing_are_refused(run_settings: dict[str, Any]) -> None:
     for optimizer, message in (
-        ({"weight_decay": 0.1, "tau_ema": 0.5}, "weight_decay and tau_ema say the same thing: leave one of them out"),
+        ({"weight_decay": 0.1, "tau_ema": 0.5}, "weight_decay and tau_ema set the same thing: leave one of them out"),
         ({"tau_ema": 0.01}, "which leave e"),
     ):
         with pytest.raises(UserError, match=message):

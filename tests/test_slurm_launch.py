@@ -1,6 +1,7 @@
 """Submission to a real Slurm: nothing twice, nothing half, whatever happens to the launcher. The jobs are held."""
 
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -8,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 
+from depthmup.launch import transfer
 from depthmup.launch.jobs import slurm
 from depthmup.launch.jobs.submission import load_all
 from depthmup.launch.jobs.submit import START as GO_ON
@@ -70,8 +73,8 @@ def test_nothing_is_submitted_twice_when_the_launcher_is_killed_at_any_point(
     assert cluster.queued("-after-") == []
 
     cluster.stop_controller()
-    launched = cluster.depthmup("launch", held, "study.name=before")
-    status = cluster.depthmup("status", held, "study.name=before")
+    launched = cluster.depthmup("launch", held, "study.name=before", env=cluster.hasty)
+    status = cluster.depthmup("status", held, "study.name=before", env=cluster.hasty)
     cluster.start_controller()
     assert launched.returncode == 2
     assert "Slurm does not answer" in launched.stderr
@@ -86,7 +89,8 @@ def test_what_was_submitted_is_said_when_the_controller_goes_away_right_after_th
 ) -> None:
     def without_controller(*command: str) -> subprocess.CompletedProcess[str]:
         controller = (cluster.directory / "run" / "slurmctld.pid").read_text()
-        said = cluster.depthmup(*command, env={"PATH": path, "WHEN": "gone", "CONTROLLER": controller})
+        gone = {"PATH": path, "WHEN": "gone", "CONTROLLER": controller}
+        said = cluster.depthmup(*command, env={**cluster.hasty, **gone})
         cluster.start_controller()
         assert said.returncode == 2, said.stderr
         assert len(said.stderr.strip().splitlines()) == 1, said.stderr
@@ -136,7 +140,8 @@ def test_the_job_after_the_runs_waits_for_a_slurm_that_does_not_answer_and_then_
     study.write()
     cluster.stop_controller()
     command = [sys.executable, "-c", GO_ON, str(REPOSITORY), str(study.file.directory)]
-    with subprocess.Popen(command, env=cluster.environment, stdout=subprocess.PIPE, text=True) as job:
+    environment = {**cluster.environment, **cluster.hasty}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as job:
         assert job.stdout is not None
         first = job.stdout.readline()
         cluster.start_controller()
@@ -191,6 +196,65 @@ def test_of_a_study_larger_than_the_limit_on_submitted_jobs_what_has_place_is_su
     assert jobs_of_runs() == []
     assert "1 run submitted" in cluster.depthmup("launch", *study, "study.name=one").stdout
     assert len(jobs_of_runs()) == 1
+
+
+TRAIN = """
+import json, os, sys
+from pathlib import Path
+submission = Path(sys.argv[-1])
+for name in json.loads(submission.read_text())["tasks"][int(os.environ["SLURM_ARRAY_TASK_ID"])]:
+    run = submission.parents[2] / "runs" / name
+    with open(run / "times_trained", "a") as file:
+        file.write("x")
+    (run / "done.json").write_text(json.dumps({"outcome": "completed", "step": 12, "minival_loss": 2, "seconds": 1}))
+"""
+
+
+@pytest.fixture
+def quick(cluster: Cluster, study_file: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A study of twelve runs for users who may submit four jobs. Its jobs run TRAIN instead of the worker. This process
+    is on the cluster, too."""
+    cluster.empty_the_queue()
+    cluster.call("sacctmgr", "-Q", "-i", "add", "account", "waves", "MaxSubmitJobs=4", root=True)
+    cluster.call("sacctmgr", "-Q", "-i", "add", "user", cluster.call("id", "-un"), "account=waves", root=True)
+    trainer = study_file.with_name("train.py")
+    trainer.write_text(TRAIN)
+    content = yaml.safe_load(study_file.read_text())
+    python = f"{sys.executable} -S {shlex.quote(str(trainer))}"
+    content["launch"] = {"cluster": "slurm", "account": "waves", "python": python}
+    study_file.write_text(yaml.safe_dump(content))
+    for key, value in cluster.environment.items():
+        monkeypatch.setenv(key, value)
+    return study_file
+
+
+def test_a_study_larger_than_the_limit_is_trained_in_waves_by_who_waits_and_by_the_job_after_the_runs(
+    cluster: Cluster, quick: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer, "SLURM_POLL_SECONDS", 0.2)
+
+    def waves(study: Study) -> list[int]:
+        """Runs of each submission; all are done, each was trained once."""
+        assert [(run.directory.path / "times_trained").read_text() for run in study.runs] == ["x"] * 12
+        submissions = load_all(study.file.directory / "jobs")
+        return [sum(map(len, submission.tasks)) for submission in submissions if not submission.goes_on]
+
+    study = Study(quick, read_study(quick, ("study.name=waited",)))
+    transfer.wait(study, transfer.launch(study), Console(quiet=True))
+    trained = waves(study)
+    assert sum(trained) == 12
+    assert max(trained) <= 4
+    assert len(trained) >= 3
+
+    detached = (quick, "study.name=detached", "launch.runs_per_job=3")  # four jobs, and the one that goes on
+    said = cluster.depthmup("transfer", *detached, "--detach")
+    assert "more when Slurm has place for them" in said.stdout, said.stderr
+    study = Study(quick, read_study(quick, tuple(map(str, detached[1:]))))
+    wait_for(lambda: not study.pending() and not cluster.queued("-detached-"))
+    trained = waves(study)
+    assert sum(trained) == 12
+    assert len(trained) >= 2
+    assert (study.file.directory / "report.md").exists()
 
 
 @pytest.mark.parametrize(
@@ -257,19 +321,6 @@ def test_probe_proposes_a_profile_that_launch_takes(cluster: Cluster, held: Path
     unknown = cluster.depthmup("launch", held, "--cluster", "other")
     assert unknown.returncode == 2
     assert "mine" in unknown.stderr
-
-
-def test_a_run_over_two_nodes_meets_and_finishes(cluster: Cluster, study_file: Path) -> None:
-    content = yaml.safe_load(study_file.read_text())
-    del content["study"]
-    content["launch"] = {"cluster": "slurm", "nodes": 2, "tasks_per_node": 1}
-    study_file.write_text(yaml.safe_dump(content))
-    folder = study_file.parent
-    launched = cluster.depthmup("launch", study_file, cwd=folder)
-    assert launched.returncode == 0, launched.stderr
-    done = wait_for(lambda: list(folder.glob("runs/tiny/runs/*/done.json")))[0]
-    assert "ddp on 2 x cpu" in (done.parent / "log-0.txt").read_text()
-    assert (done.parent / "log-1.txt").exists()
 
 
 @pytest.mark.parametrize("sudo", [None, "exit 1"])

@@ -1,5 +1,5 @@
 """What runs over two nodes survive on a real Slurm: each fate of a table befalls a run of each engine, one after the
-other, and the run must go on from its newest checkpoint. The runs of the engines stand side by side."""
+other, and the run must go on from its newest checkpoint. Several runs stand side by side, and share the fates."""
 
 import json
 import os
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 from conftest import settings_on
 from depthmup.train.reading import read_yaml
 from slurm_cluster import Cluster, wait_for
-from test_slurm_survival import Job, done, events, launch, steps
+from test_slurm_survival import Job, done, events, launch, slow_down, steps
 
 STEPS_PER_FATE = 90  # so many are made, at a third of a second each, before one has come and is over
 FIRST, LAST = 0, 1
@@ -26,22 +27,17 @@ ENGINES = {
     "fsdp": {"engine": "fsdp"},
     "zero2": {"engine": "deepspeed", "zero_stage": 2},
 }
-# As long as the file SLOW is there, a metrics line takes a third of a second, and a checkpoint's last rename a second.
-# A frozen process is taken for dead after 6 s, not 60.
-PACED = """
-import json, os, time
+LINE_SECONDS = 0.3
+# A checkpoint's last rename takes a second, too. A frozen process is taken for dead after 6 s, not 60.
+SLOW_SAVES = """
 from depthmup.train import lock
 lock.BEAT, lock.SILENCE = 1.0, 6.0
-dumps, rename = json.dumps, os.rename
-def slow_dumps(content, **options):
-    if isinstance(content, dict) and "grad_norm" in content and os.path.exists({slow!r}):
-        time.sleep(0.3)
-    return dumps(content, **options)
+rename = os.rename
 def slow_rename(source, target, **options):
-    if os.path.basename(target).startswith("step-") and os.path.exists({slow!r}):
+    if os.path.basename(target).startswith("step-") and os.path.exists(slow):
         time.sleep(1)
     return rename(source, target, **options)
-json.dumps, os.rename = slow_dumps, slow_rename
+os.rename = slow_rename
 """
 WHOLE_NODE = 8  # CPUs
 
@@ -81,10 +77,10 @@ class Outcome:
 
 
 class Chain:
-    """One run over two nodes, and what has befallen it."""
+    """One run over two nodes, what is to befall it, and what has."""
 
-    def __init__(self, cluster: Cluster, job: Job, nodes_to_lose: threading.Semaphore) -> None:
-        self.cluster, self.job, self.nodes_to_lose = cluster, job, nodes_to_lose
+    def __init__(self, cluster: Cluster, job: Job, fates: list[Fate], nodes_to_lose: threading.Semaphore) -> None:
+        self.cluster, self.job, self.fates, self.nodes_to_lose = cluster, job, fates, nodes_to_lose
         self.run = job.runs[0]
         self.outcomes: dict[str, Outcome] = {}
 
@@ -127,6 +123,10 @@ class Chain:
         """Whether the run has begun again, or has ended."""
         return len(self.starts()) > before or self.failed() is not None
 
+    def suffer_all(self) -> None:
+        for fate in self.fates:
+            self.suffer(fate)
+
     def suffer(self, fate: Fate) -> None:
         self.wait_for_progress()
         if self.failed():
@@ -154,13 +154,13 @@ class Chain:
         wait_for(lambda: not self.is_down(node))
 
 
-def begin(cluster: Cluster, digits: Path, folder: Path, engine: str, steps: int) -> Job:
+def begin(cluster: Cluster, digits: Path, file: Path, engine: str, steps: int) -> Job:
     content = settings_on(digits)
     content["train"] |= {"samples": steps * 32, "log_every": 1, "checkpoint_every": 5}
     content["parallel"] = {**ENGINES[engine], "step_timeout": 8}
     place = {"nodes": 2, "tasks_per_node": 1, "cpus_per_task": WHOLE_NODE}
-    content["launch"] = {"cluster": "slurm", **place, "setup": [f"export PYTHONPATH={folder}"]}
-    return launch(cluster, folder / f"{engine}.yaml", content)
+    content["launch"] = {"cluster": "slurm", **place, "setup": [f"export PYTHONPATH={file.parent}"]}
+    return launch(cluster, file, content)
 
 
 @contextmanager
@@ -187,33 +187,31 @@ def drained_nodes_are_resumed(cluster: Cluster) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def chains(
     cluster: Cluster, digits: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> dict[str, Chain]:
-    """The runs after everything that the chosen tests are about has befallen them."""
+) -> dict[str, list[Chain]]:
+    """The runs of each engine after everything that the chosen tests are about has befallen them: a run of each of
+    several engines, or two of one."""
     folder = tmp_path_factory.mktemp("nodes")
-    slow = folder / "slow"
-    slow.touch()
-    (folder / "sitecustomize.py").write_text(PACED.format(slow=str(slow)))
+    slow = slow_down(folder, LINE_SECONDS, SLOW_SAVES)
     wanted: dict[str, list[Fate]] = {}
     for item in request.session.items:
         given = getattr(item, "callspec", None)
         if given and item.fspath == request.fspath and "fate" in given.params:
             wanted.setdefault(given.params["engine"], []).append(given.params["fate"])
     nodes_to_lose = threading.Semaphore(2)  # beside the six that are in use
-    found = {}
-    for engine, fates in wanted.items():
-        job = begin(cluster, digits, folder, engine, 150 + STEPS_PER_FATE * len(fates))
-        found[engine] = Chain(cluster, job, nodes_to_lose)
-
-    def suffer_all(engine: str) -> None:
-        for fate in wanted[engine]:
-            found[engine].suffer(fate)
-
+    runs = 2 if len(wanted) == 1 else 1
+    found: dict[str, list[Chain]] = {engine: [] for engine in wanted}
+    for engine, number in product(wanted, range(runs)):
+        if fates := wanted[engine][number::runs]:
+            steps = 150 + STEPS_PER_FATE * len(fates)
+            job = begin(cluster, digits, folder / f"{engine}-{number}.yaml", engine, steps)
+            found[engine].append(Chain(cluster, job, fates, nodes_to_lose))
+    all_chains = list(chain.from_iterable(found.values()))
     with drained_nodes_are_resumed(cluster):
-        with ThreadPoolExecutor(len(found)) as threads:
-            list(threads.map(suffer_all, found))
+        with ThreadPoolExecutor(len(all_chains)) as threads:
+            list(threads.map(Chain.suffer_all, all_chains))
         slow.unlink()
-        for chain in found.values():
-            wait_for(lambda chain=chain: done(chain.run) or chain.failed())
+        for each in all_chains:
+            wait_for(lambda each=each: done(each.run) or each.failed())
     return found
 
 
@@ -229,19 +227,20 @@ CASES = [
 
 
 @pytest.mark.parametrize(("engine", "fate"), CASES)
-def test_the_run_goes_on_from_its_newest_checkpoint(chains: dict[str, Chain], engine: str, fate: Fate) -> None:
-    outcome = chains[engine].outcomes.get(str(fate))
+def test_the_run_goes_on_from_its_newest_checkpoint(chains: dict[str, list[Chain]], engine: str, fate: Fate) -> None:
+    (sufferer,) = (each for each in chains[engine] if fate in each.fates)
+    outcome = sufferer.outcomes.get(str(fate))
     print(f"{engine}, {fate}: {outcome}")
-    assert outcome, f"it had failed before: {chains[engine].failed()}"
+    assert outcome, f"it had failed before: {sufferer.failed()}"
     assert outcome.failed is None
     assert outcome.went_on_from >= outcome.saved > 0
 
 
 @pytest.mark.parametrize("engine", ["ddp", *(pytest.param(name, marks=pytest.mark.long) for name in ("fsdp", "zero2"))])
-def test_nothing_is_lost_and_no_step_is_done_twice(chains: dict[str, Chain], engine: str) -> None:
-    run = chains[engine].run
-    assert done(run), chains[engine].failed()
-    assert steps(run) == list(range(1, read_yaml(run / "config.yaml")["train"]["samples"] // 32 + 1))
-    starts = [start["step"] for start in events(run)["started"]]
-    assert starts == sorted(starts)
-    assert set(events(run)) <= {"started", "interrupted", "lost"}
+def test_nothing_is_lost_and_no_step_is_done_twice(chains: dict[str, list[Chain]], engine: str) -> None:
+    for run in (each.run for each in chains[engine]):
+        assert done(run), run
+        assert steps(run) == list(range(1, read_yaml(run / "config.yaml")["train"]["samples"] // 32 + 1))
+        starts = [start["step"] for start in events(run)["started"]]
+        assert starts == sorted(starts)
+        assert set(events(run)) <= {"started", "interrupted", "lost"}

@@ -22,19 +22,29 @@ from depthmup.train.reading import from_plain, read_yaml
 from depthmup.train.rundir import RunDirectory
 from slurm_cluster import Cluster, wait_for
 
-# The runs last as long on any machine, at little cost: each of their metrics lines takes a second. What befalls the
-# study's runs has half a minute for it. Slurm looks at time limits every 30 s: with a limit of 120 s its signal comes
-# within 90 s of the start, whatever the phase, and the runs that it is for last 120 s.
-STEPS, LINE_EVERY = 300, 10
+# The runs last until everything has befallen them, on any machine, at little cost: each of their metrics lines takes a
+# second until then. Slurm looks at time limits every 30 s: with a limit of 120 s its signal comes within 90 s of the
+# start, whatever the phase, and the runs that it is for last 120 s.
+STEPS, LINE_EVERY = 300, 5
 LIMITED_STEPS, LIMITED_LINE_EVERY = 240, 2
 PACED = """
-import json, time
-dumps = json.dumps
+import json, os, time
+slow, dumps = {file!r}, json.dumps
 def slowly(content, **options):
-    if isinstance(content, dict) and "grad_norm" in content:
-        time.sleep(1)
+    if isinstance(content, dict) and "grad_norm" in content and os.path.exists(slow):
+        time.sleep({seconds})
     return dumps(content, **options)
 json.dumps = slowly
+"""
+SLOW_TO_LEAVE = """
+import signal
+leave = os._exit
+def leave_late(code):
+    if os.environ.get("SLURM_PROCID") == "1" and os.path.exists(slow):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(60)
+    leave(code)
+os._exit = leave_late
 """
 NODE = 8  # CPUs of a node: with as many per task, every run has a node of its own
 
@@ -82,6 +92,15 @@ def launch(cluster: Cluster, file: Path, content: dict[str, Any]) -> Job:
     return Job(cluster, file, job_id, [submission.parents[2] / "runs" / names[0] for names in tasks])
 
 
+def slow_down(folder: Path, seconds: float, more: str = "") -> Path:
+    """Makes a metrics line take so long in the runs that have `folder` on PYTHONPATH, until the file that it returns is
+    deleted. `more`: what else their processes do when they start; it finds that file as `slow`."""
+    file = folder / "slow"
+    file.touch()
+    (folder / "sitecustomize.py").write_text(PACED.format(file=str(file), seconds=seconds) + more)
+    return file
+
+
 def steps(run_directory: Path) -> list[int]:
     metrics = run_directory / "metrics.jsonl"
     lines = metrics.read_text().splitlines() if metrics.exists() else []
@@ -109,9 +128,10 @@ class Wave:
     study: Job  # four runs, one per fate
     cancelled: Job  # preempted where preemption cancels
     limited: Job  # its time limit comes before its end
-    two_tasks: Job  # so does that of this one, over two nodes
+    two_tasks: Job  # so does that of this one, over two nodes, whose last task is killed while it leaves
     hung: Job  # its process was stopped
     of_hung: str  # status then
+    hungry: Job  # takes more memory than it asked for
     after_kill: list[subprocess.CompletedProcess[str]]  # status and retry once a run was killed
     sacct_calls: Path  # exists if anything called sacct
 
@@ -130,9 +150,8 @@ def lift_time_limit(cluster: Cluster, job: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def begun(cluster: Cluster, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Wave:
-    """The study's runs, after what befell them, and the others on their way to their ends: the tests that have runs of
-    their own come first, and use that time."""
+def wave(cluster: Cluster, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Wave:
+    """All runs, after everything befell them. What needs the longest time begins first."""
     folder = tmp_path_factory.mktemp("wave")
     sacct = folder / "bin" / "sacct"
     sacct.parent.mkdir()
@@ -142,22 +161,33 @@ def begun(cluster: Cluster, digits: Path, tmp_path_factory: pytest.TempPathFacto
     content = settings_on(digits)
     content["optimizer"]["lr"] = 2**-6
     content["train"] |= {"samples": STEPS * 32, "log_every": LINE_EVERY, "checkpoint_every": 10}
-    (folder / "sitecustomize.py").write_text(PACED)
-    paced = [f"export PYTHONPATH={folder}"]
-    launching = {"cluster": "slurm", "cpus_per_task": NODE, "timeout_min": 60, "setup": paced}
+    slow = slow_down(folder, 1, SLOW_TO_LEAVE)
+    launching = {"cluster": "slurm", "cpus_per_task": NODE, "timeout_min": 60, "setup": [f"export PYTHONPATH={folder}"]}
+    small = {**launching, "cpus_per_task": 1}
     sizes = [{"width": 8, "depth": 3}]
     grid = {"parameterizations": ["mup"], "sizes": sizes, "values": [2**-9, 2**-8, 2**-7, 2**-6], "extend": 0}
 
+    hung = launch(cluster, folder / "hung.yaml", {**content, "launch": small})
     low = {**launching, "partition": "lowcancel"}
-    longer = {**content["train"], "samples": 4 * STEPS * 32}  # it begins first, and must last until the others train
+    longer = {**content["train"], "samples": 2 * STEPS * 32}  # it begins first, and must last until the others train
     cancelled = launch(cluster, folder / "cancelled.yaml", {**content, "train": longer, "seed": 1, "launch": low})
     low = {**launching, "partition": "low"}
     study = launch(cluster, folder / "study.yaml", {**content, "study": {"name": "study", **grid}, "launch": low})
 
+    wait_for(lambda: list(hung.runs[0].glob("checkpoints/step-*")))
+    os.kill(hung.worker(0), signal.SIGSTOP)
     for path in (*study.runs, *cancelled.runs):
         wait_for(lambda path=path: list(path.glob("checkpoints/step-*")))
     cluster.stop_controller()  # running jobs go on without it
     cluster.start_controller()
+
+    # Only now: a job that is requeued while slurmctld restarts is held by it ("launch failed requeued held").
+    limits = {"timeout_min": 2, "signal_delay_s": 60}
+    train = {**content["train"], "samples": LIMITED_STEPS * 32, "log_every": LIMITED_LINE_EVERY}
+    long = {**content, "train": train}
+    two_nodes = {**small, **limits, "nodes": 2, "tasks_per_node": 1}
+    two_tasks = launch(cluster, folder / "two_tasks.yaml", {**long, "launch": two_nodes})
+    limited = launch(cluster, folder / "limited.yaml", {**long, "launch": {**small, **limits}})
 
     for job in (study.element(PREEMPTED), cancelled.element(0)):
         node = cluster.node_of(job)
@@ -168,95 +198,52 @@ def begun(cluster: Cluster, digits: Path, tmp_path_factory: pytest.TempPathFacto
     cluster.node("crash", node)
     cluster.node("start", node)
 
-    # Only now: a job that is requeued while slurmctld restarts is held by it ("launch failed requeued held").
-    limits = {"timeout_min": 2, "signal_delay_s": 60}
-    train = {**content["train"], "samples": LIMITED_STEPS * 32, "log_every": LIMITED_LINE_EVERY}
-    long = {**content, "train": train}
-    limited = launch(cluster, folder / "limited.yaml", {**long, "launch": {**launching, **limits}})
-    small = {**launching, "cpus_per_task": 1}
-    two_nodes = {**small, **limits, "nodes": 2, "tasks_per_node": 1}
-    two_tasks = launch(cluster, folder / "two_tasks.yaml", {**long, "launch": two_nodes})
-    hung = launch(cluster, folder / "hung.yaml", {**content, "launch": small})
-    wait_for(lambda: list(hung.runs[0].glob("checkpoints/step-*")))
-    os.kill(hung.worker(0), signal.SIGSTOP)
+    wide = {**content, "model": {**content["model"], "width": 2048}}  # 450 MB of weights, and as much of gradients
+    asking = {**small, "memory_gb": 1, "sbatch": {"acctg-freq": "task=1"}}
+    hungry = launch(cluster, folder / "hungry.yaml", {**wide, "launch": asking})
 
     wait_for(lambda: (study.runs[KILLED] / "failed.json").exists())
     after_kill = [study.depthmup("status"), study.depthmup("retry")]
+    wait_for(lambda: len(events(cancelled.runs[0])["started"]) > 1 or not cluster.queued("cancelled"))
+    cancelled.depthmup("launch")  # submits nothing where the job had itself requeued
     for job in (limited, two_tasks):
         wait_for(lambda job=job: "interrupted" in events(job.runs[0]), 600)
         lift_time_limit(cluster, job.element(0))  # once is enough
-    for path in study.runs:
-        wait_for(lambda path=path: done(path), 900)  # with them beside it, a busy machine leaves a start no time
-    wait_for(lambda: len(events(cancelled.runs[0])["started"]) > 1 or not cluster.queued("cancelled"))
-    cancelled.depthmup("launch")  # submits nothing where the job had itself requeued
+    known = steps(two_tasks.runs[0])
+    wait_for(lambda: steps(two_tasks.runs[0]) > known)
+    cluster.call("scontrol", "requeue", two_tasks.element(0))
     of_hung = wait_for(lambda: "stalled" in (shown := hung.depthmup("status").stdout) and shown)
     (requeue,) = re.findall(r"scontrol requeue \S+", of_hung)
     cluster.call(*requeue.split())
-    return Wave(study, cancelled, limited, two_tasks, hung, of_hung, after_kill, folder / "sacct-was-called")
-
-
-@pytest.fixture(scope="module")
-def wave(begun: Wave) -> Wave:
-    """All runs, after everything befell them."""
-    for path in all_runs(begun):
+    wait_for(lambda: len(events(two_tasks.runs[0])["started"]) > 2)
+    slow.unlink()
+    found = Wave(study, cancelled, limited, two_tasks, hung, of_hung, hungry, after_kill, folder / "sacct-was-called")
+    for path in all_runs(found):
         wait_for(lambda path=path: done(path), 900)
-    return begun
-
-
-SLOW_TO_LEAVE = """
-import os, signal, time
-leave = os._exit
-def slowly(code):
-    if os.environ.get("SLURM_PROCID") == "1":
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        time.sleep(60)
-    leave(code)
-os._exit = slowly
-"""
-
-
-@pytest.mark.usefixtures("begun")
-def test_a_run_of_two_tasks_goes_on_from_where_it_saved_though_one_task_is_killed_while_it_leaves(
-    cluster: Cluster, digits: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "sitecustomize.py").write_text(SLOW_TO_LEAVE)
-    content = settings_on(digits)
-    content["train"] |= {"samples": 600 * 32, "log_every": 50, "checkpoint_every": 50}
-    place = {"nodes": 2, "tasks_per_node": 1, "setup": [f"export PYTHONPATH={tmp_path}"]}
-    both = launch(cluster, tmp_path / "both.yaml", {**content, "launch": {"cluster": "slurm", **place}})
-    warning = ("scancel", "--signal=USR2")  # Slurm's own before the time limit
-    for number, command in enumerate((warning, ("scontrol", "requeue")), 1):
-        known = steps(both.runs[0])
-        wait_for(lambda known=known: steps(both.runs[0]) > known)
-        cluster.call(*command, both.element(0))
-        wait_for(lambda number=number: len(events(both.runs[0])["started"]) > number)
-    wait_for(lambda: done(both.runs[0]))
-    assert set(events(both.runs[0])) == {"started", "interrupted"}
-    first, second, third = (line["step"] for line in events(both.runs[0])["started"])
-    assert 0 == first < second < third
-    assert steps(both.runs[0]) == sorted({*steps(both.runs[0]), *range(50, 601, 50)})
-    assert not (both.runs[0] / "failed.json").exists()
-
-
-@pytest.mark.usefixtures("begun")
-def test_a_run_that_takes_more_memory_than_asked_for_is_killed_by_slurm_and_says_so(
-    cluster: Cluster, digits: Path, tmp_path: Path
-) -> None:
-    content = settings_on(digits)
-    content["model"]["width"] = 2048  # 450 MB of weights, and as much again of gradients and of moments
-    content["train"]["samples"] = 3200
-    content["launch"] = {"cluster": "slurm", "memory_gb": 1, "cpus_per_task": NODE, "sbatch": {"acctg-freq": "task=1"}}
-    hungry = launch(cluster, tmp_path / "hungry.yaml", content)
-    failed = hungry.runs[0] / "failed.json"
-    wait_for(failed.exists)
-    reason = json.loads(failed.read_text())
-    assert "out of memory: 1 GB were asked for; set launch.memory_gb higher" in reason["error"]
-    assert "exceeded memory limit" in reason["traceback"]  # Slurm's own words
-    wait_for(lambda: not cluster.queued("hungry"))  # not requeued: it would die again
+    return found
 
 
 def all_runs(wave: Wave) -> list[Path]:
     return [*wave.study.runs, *(run for job in wave.others for run in job.runs)]
+
+
+def test_a_run_of_two_tasks_goes_on_from_where_it_saved_though_one_task_is_killed_while_it_leaves(wave: Wave) -> None:
+    (run,) = wave.two_tasks.runs
+    assert set(events(run)) == {"started", "interrupted"}
+    first, second, third = (line["step"] for line in events(run)["started"])
+    assert 0 == first < second < third
+    assert not (run / "failed.json").exists()
+    assert "ddp on 2 x cpu" in (run / "log-0.txt").read_text()
+    assert (run / "log-1.txt").exists()
+
+
+def test_a_run_that_takes_more_memory_than_asked_for_is_killed_by_slurm_and_says_so(wave: Wave) -> None:
+    failed = wave.hungry.runs[0] / "failed.json"
+    wait_for(failed.exists)
+    reason = json.loads(failed.read_text())
+    assert "out of memory: 1 GB were asked for; set launch.memory_gb higher" in reason["error"]
+    assert "exceeded memory limit" in reason["traceback"]  # Slurm's own words
+    wait_for(lambda: not wave.hungry.cluster.queued("hungry"))  # not requeued: it would die again
 
 
 def test_no_run_is_lost_and_no_step_is_missing_or_done_twice(wave: Wave) -> None:

@@ -14,10 +14,10 @@ from depthmup.launch.reading import read_study_or_run
 from depthmup.launch.runs.opened import open_planned
 from depthmup.launch.runs.search import Search
 from slurm_cluster import Cluster, wait_for
-from test_slurm_survival import NODE, PACED, Job, events, steps
+from test_slurm_survival import NODE, Job, events, slow_down, steps
 from train_processes import START
 
-STEPS, LINE_EVERY, TRIALS = 60, 10, 6  # each line takes a second: what befalls the runs has the time for it
+STEPS, LINE_EVERY, TRIALS = 100, 5, 4  # each line takes a second at first: what befalls the runs has the time for it
 
 
 def search_in(folder: Path) -> Search:
@@ -29,7 +29,7 @@ def search_in(folder: Path) -> Search:
 def test_no_suggestion_is_lost_or_trained_twice_whatever_dies(
     cluster: Cluster, run_settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    (tmp_path / "sitecustomize.py").write_text(PACED)
+    slow = slow_down(tmp_path, 1)
     content = {
         **run_settings,
         "train": {**run_settings["train"], "samples": 32 * STEPS, "log_every": LINE_EVERY, "checkpoint_every": 10},
@@ -63,6 +63,8 @@ def test_no_suggestion_is_lost_or_trained_twice_whatever_dies(
     os.kill(job.worker(1), signal.SIGKILL)
     journal = folder / "search.journal"
     os.truncate(journal, journal.stat().st_size - 40)  # within its last suggestion
+    wait_for(lambda: len(events(job.runs[0])["started"]) > 1)
+    slow.unlink()
 
     wait_for(lambda: not cluster.queued("-search-"))
     left = cluster.depthmup("tune", file, "--detach")  # the killed worker's run goes again

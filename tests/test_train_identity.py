@@ -4,7 +4,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,15 @@ from depthmup.launch.values import Octaves
 from depthmup.models.errors import ModelError
 from depthmup.train import __main__ as command
 from depthmup.train import owner
-from depthmup.train.config import ParallelConfig, RunConfig, ScheduleConfig, TrackConfig, TrainConfig, run_hash
+from depthmup.train.config import (
+    ParallelConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrackConfig,
+    TrainConfig,
+    identity,
+    run_hash,
+)
 from depthmup.train.interrupt import Interrupt, Interrupted
 from depthmup.train.loop import run
 from depthmup.train.owner import code_fingerprint, differences
@@ -98,6 +106,22 @@ def test_a_new_field_at_its_default_leaves_every_run_what_it_was(shards: Path, t
         owner.finished(RunDirectory(tmp_path / "older"), with_new_field(config, new=0.6))
 
 
+@pytest.mark.parametrize("section", [field.name for field in fields(RunConfig) if field.name != "seed"])
+def test_a_new_field_of_any_section_at_its_default_leaves_the_hash(shards: Path, section: str) -> None:
+    config = run_config(shards)
+    kind = type(getattr(config, section))
+
+    @pydantic.dataclasses.dataclass(frozen=True, kw_only=True)
+    class Later(kind):  # type: ignore[misc, valid-type]
+        new: float = 0.5
+
+    def later(**stated: float) -> str:
+        return run_hash(replace(config, **{section: Later(**vars(getattr(config, section)), **stated)}))
+
+    assert later() == run_hash(config)
+    assert (later(new=0.6) != run_hash(config)) == (section in identity(config))
+
+
 def test_a_default_that_changed_makes_another_run(shards: Path) -> None:
     """The hash cannot see it, so the markers do."""
     config = run_config(shards)
@@ -172,12 +196,12 @@ def test_a_directory_of_another_run_is_refused_and_left_as_it_is(
         before = contents(directory)
         assert command.train(other, RunDirectory(directory)) == EXIT_USER_ERROR
         said = capsys.readouterr().err
-        assert "is of another run (model.depth: 6 there, 9 here; optimizer.lr: 0.05 there, 0.5 here)" in said
+        assert "belongs to another run (model.depth: 6 there, 9 here; optimizer.lr: 0.05 there, 0.5 here)" in said
         assert said.count("\n") == 1
         assert contents(directory) == before
-        with pytest.raises(UserError, match="is of another run"):
+        with pytest.raises(UserError, match="belongs to another run"):
             run(other, directory)
-    with pytest.raises(UserError, match="is of another run"):
+    with pytest.raises(UserError, match="belongs to another run"):
         run_pack([other, replace(other, seed=1)], [finished, tmp_path / "new"])
     assert command.train(short(shards), RunDirectory(finished)) == EXIT_DONE  # its own, again
 
@@ -191,7 +215,9 @@ def test_a_marker_that_does_not_say_whose_it_is_counts_only_under_the_runs_own_h
         directory.path.mkdir()
         directory.write_done({"outcome": "completed", "step": 4})
     assert run(config, tmp_path / run_hash(config))["step"] == 4
-    with pytest.raises(UserError, match="does not say which run it is of: use another directory, or delete this one"):
+    with pytest.raises(
+        UserError, match="does not say which run it belongs to: use another directory, or delete this one"
+    ):
         run(config, tmp_path / "anywhere")
 
 
@@ -203,7 +229,7 @@ def test_other_shards_under_the_same_name_do_not_count_as_done(
     run(one, tmp_path / "done")
     stopped(one, tmp_path / "begun")
     for directory in ("done", "begun"):
-        with pytest.raises(UserError, match=r"trained on other images .* give these a data.name of their own"):
+        with pytest.raises(UserError, match=r"trained on other images .* give the new images another data.name"):
             run(other, tmp_path / directory)
         assert command.train(other, RunDirectory(tmp_path / directory)) == EXIT_USER_ERROR
     moved = tmp_path / "moved"

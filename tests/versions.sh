@@ -2,9 +2,10 @@
 # Runs tests with other versions than the pinned ones:
 #   tests/versions.sh patch TEST...          the lowest patch release of the Python of .venv, with the packages of .venv
 #   tests/versions.sh lowest EXTRA TEST...   each dependency at the lower bound of pyproject.toml, all at once
-#   tests/versions.sh newest EXTRA TEST...   what a plain `pip install` gives today, with the newest Python
+#   tests/versions.sh newest EXTRA TEST...   what a plain install gives today, with the newest Python
 # Of Python it takes what is installed, on PATH or by pyenv; PYTHON names another. The last two ways make an environment
-# without constraints of ours, in a temporary folder, 6 GB with a torch for CUDA, which is deleted at the end.
+# without constraints of ours, in a temporary folder, 6 GB with a torch for CUDA, which is deleted at the end. It is made by
+# uv, whose files are links into its cache where that is on the same disk.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 end=$1
@@ -32,19 +33,20 @@ else
   trap 'rm -rf "$folder"' EXIT
   python=$folder/bin/python
 fi
+install() { # of pip's options
+  .venv/bin/uv pip install --quiet --python "$python" --editable ".[$extra]" "$@"
+}
 if [ "$end" = lowest ]; then
-  "${PYTHON:-python3}" -m venv "$folder"
+  "${PYTHON:-python3}" -m venv --without-pip "$folder"
   # What our dependencies need in turn stays as of the day on which the bounds were tried: later ones need more.
-  "$python" -m pip install --quiet uv
-  "$folder/bin/uv" pip install --quiet --python "$python" --resolution lowest-direct --exclude-newer 2026-11-28 \
-    --editable ".[$extra]"
+  install --resolution lowest-direct --exclude-newer 2026-11-28
   "$python" tests/lower_bounds.py "$extra"
 elif [ "$end" = newest ]; then
-  "${PYTHON:-$(installed | awk 'END {print $2}')}" -m venv "$folder"
-  "$python" -m pip install --quiet --no-compile --editable ".[$extra]"
+  "${PYTHON:-$(installed | awk 'END {print $2}')}" -m venv --without-pip "$folder"
+  install
 fi
 "$python" -c "
 import sys
 from importlib.metadata import version
 print('$end:', 'python', sys.version.split()[0], *(f'{name} {version(name)}' for name in ('torch', 'torchvision', 'timm', 'numpy')))"
-OMP_NUM_THREADS=1 "$python" -m pytest -p no:cacheprovider "$@"
+OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= "$python" -m pytest -p no:cacheprovider "$@"

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, NoReturn
 from depthmup.data.errors import UserError
 from depthmup.data.lock import NoLocks
 from depthmup.data.paths import expand_path
+from depthmup.data.storage import describe_full_disk
 from depthmup.models.errors import ModelError
 from depthmup.train.config import RunConfig, run_hash
-from depthmup.train.interrupt import Interrupt, Interrupted
+from depthmup.train.interrupt import Interrupt, Interrupted, prepare_streams
 from depthmup.train.lock import holder, take_lock
 from depthmup.train.owner import check_directory
 from depthmup.train.reading import read_yaml, run_in, set_dotted
@@ -121,9 +122,10 @@ def train_locked(config: RunConfig, directory: RunDirectory, world: "World") -> 
             is_first = True
             print(f"warning: no failed.json ({unwritable})", file=sys.stderr)
         directory.add_to_log(traceback.format_exc(), world.rank)
-        if isinstance(error, UserError | ModelError):
+        words = str(error) if isinstance(error, UserError | ModelError) else describe_full_disk(error)
+        if words:
             if is_first:  # torchrun stops the others before they can say it
-                print(f"error: {error}", file=sys.stderr)
+                print(f"error: {words}", file=sys.stderr)
             return EXIT_USER_ERROR
         traceback.print_exc()
         return EXIT_FAILED
@@ -149,6 +151,7 @@ def leave_after(lost: Exception, directory: RunDirectory, world: "World", starte
 
 
 def main() -> NoReturn:
+    prepare_streams()
     parser = argparse.ArgumentParser(prog="python -m depthmup.train", description=__doc__)
     parser.add_argument("config")
     parser.add_argument("directory", nargs="?", help="the run's directory [default: runs/HASH]")

@@ -6,7 +6,6 @@ processes, and state.json: the step, the data's position, losses that are not lo
 checksum of every file.
 """
 
-import errno
 import io
 import json
 import os
@@ -28,7 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from depthmup.data.errors import UserError
 from depthmup.data.order import State
-from depthmup.data.storage import write_atomically
+from depthmup.data.storage import describe_full_disk, naming, write_atomically
 from depthmup.train.config import RunConfig
 from depthmup.train.contents import CONTENTS, Reader, Writer
 from depthmup.train.owner import check_owner, owner
@@ -205,7 +204,8 @@ class Checkpoints:
         final, aside = self.directory / f"step-{progress.step}", self.directory / f"tmp-step-{progress.step}-old"
         content = {**asdict(progress), **self.owner, "files": files}
         try:
-            (temporary / "state.json").write_text(json.dumps(content))
+            with naming(temporary):
+                (temporary / "state.json").write_text(json.dumps(content))
             for path in (*temporary.iterdir(), temporary):
                 fsync(path)
             if final.exists():  # a corrupt one that was passed over, or that of a replica which was ahead of its pack
@@ -214,7 +214,7 @@ class Checkpoints:
             fsync(self.directory)
             write_atomically(self.directory / "latest", final.name.encode())
         except OSError as error:
-            return os.strerror(error.errno) if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
+            return describe_full_disk(error) or str(error)
         steps = [(int(path.name.removeprefix("step-")), path) for path in complete(self.directory)]
         upto = [(step, path) for step, path in steps if step <= progress.step]  # later ones are corrupt, passed over
         for step, path in upto[self.config.train.keep_last :]:
@@ -263,8 +263,8 @@ class Checkpoints:
             if not damage:
                 raise UserError(
                     f"{path} is as it was written, but this version of torch or depthmup, or this user, cannot read it "
-                    f"({problems[0].reason}). Go on with the version that wrote it, or train into another directory; "
-                    "nothing was changed here"
+                    f"({problems[0].reason}). Continue with the version that wrote it, or train into another "
+                    "directory; nothing was changed here"
                 )
             corrupt.append(f"{path.name} is corrupt ({damage.reason})")
             self.log(f"warning: {corrupt[-1]}: it is passed over")

@@ -96,7 +96,7 @@ def pick_device(name: str, world: World) -> torch.device:
         raise UserError("train.device is cuda, but torch sees no GPU: use train.device=cpu or auto")
     visible = torch.cuda.device_count()
     if world.local_rank >= visible > 1:
-        raise UserError(f"process {world.rank} is number {world.local_rank} on its node, which has {visible} GPUs")
+        raise UserError(f"process {world.rank} has local rank {world.local_rank}, but its node has {visible} GPUs")
     device = torch.device("cuda", world.local_rank % visible)  # srun --gpus-per-task shows each task just its own
     torch.cuda.set_device(device)
     return device

@@ -56,13 +56,15 @@ def check_owner(path: Path, marker: Mapping[str, Any], config: RunConfig, shards
     if "identity" not in marker:
         if path.parent.name == run_hash(config):
             return
-        raise UserError(f"{path} does not say which run it is of: use another directory, or delete this one")
+        raise UserError(f"{path} does not say which run it belongs to: use another directory, or delete this one")
     if different := differences(marker, config):
-        raise UserError(f"{path} is of another run ({'; '.join(different)}): use another directory, or that config")
+        raise UserError(
+            f"{path} belongs to another run ({'; '.join(different)}): use another directory, or its configuration"
+        )
     if shards and marker.get("shards") not in (None, shards):
         raise UserError(
             f"{path}: trained on other images (shards {marker['shards']}) than {config.data.root} holds ({shards}): "
-            "give these a data.name of their own, or use another directory"
+            "give the new images another data.name, or use another directory"
         )
 
 

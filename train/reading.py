@@ -43,7 +43,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise UserError(f"{path}: not YAML: no text in UTF-8") from None
+        raise UserError(f"{path}: not YAML: not text in UTF-8") from None
     if not isinstance(raw, dict):
         found = "nothing" if raw is None else type(raw).__name__
         raise UserError(f"{path}: expected sections (model:, optimizer:, ...), found {found}")

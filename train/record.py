@@ -2,16 +2,19 @@
 
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from depthmup.data.order import State
+from depthmup.data.storage import write_atomically
 from depthmup.train.checkpoint import Checkpoints, Progress, fsync
 from depthmup.train.config import RunConfig
 from depthmup.train.distributed import World
@@ -22,17 +25,27 @@ from depthmup.train.rundir import PRUNED, RunDirectory
 from depthmup.train.schedule import schedule
 from depthmup.train.trunk import read_trunk
 
+OS_ERROR = re.compile(r"\(os error (\d+)\)")  # safetensors has it in its text alone
 FINAL_SHARE = 0.1  # the reported training loss is the mean over this share of the steps, at the end
 Watch = Callable[[dict[str, Any]], None]
 
 
-def save_weights(path: Path, weights: dict[str, Tensor]) -> None:
-    """Writes whole, contiguous tensors; `path` is either complete and durable or absent."""
+def save_weights(path: Path, weights: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes whole, contiguous tensors; `path` is either complete and durable or as it was. Raises OSError."""
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary)
-    temporary.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets nobody else read it: whoever may see the run
-    fsync(temporary)
-    os.replace(temporary, path)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary, metadata)
+        mode = path.parent.stat().st_mode & 0o666  # safetensors lets nobody else read it: whoever may see the run
+        temporary.chmod(mode)
+        fsync(temporary)
+        os.replace(temporary, path)
+    except SafetensorError as error:
+        number = OS_ERROR.search(str(error))
+        if not number:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 class RunRecord:
@@ -81,7 +94,7 @@ class RunRecord:
     def open_metrics(self, step: int) -> None:
         """Writes the configuration, and opens metrics.jsonl, whose lines after `step` go, and the trackers."""
         if self.world.is_main:
-            self.directory.config.write_text(to_yaml(self.config))
+            write_atomically(self.directory.config, to_yaml(self.config).encode())
             trackers = open_trackers(self.config, self.directory.path, step, self.log)
             self.metrics = MetricsWriter(self.directory.metrics, step, self.log, trackers)
             self.closing.callback(self.metrics.close)

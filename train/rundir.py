@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from depthmup.data.errors import UserError
-from depthmup.data.storage import write_atomically
+from depthmup.data.storage import naming, write_atomically
 
 # Exit codes of `python -m depthmup.train`, which a launcher reads.
 EXIT_DONE = 0
@@ -51,6 +51,16 @@ def parse_lines(path: Path, *keys: str) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     return [parse(line, path, *keys) for line in lines]
+
+
+def add_line(path: Path, line: Mapping[str, Any]) -> None:
+    """Adds a JSON object to the lines of `path`. Half a line at its end, which a kill or a full disk has left, goes:
+    with the new one it would be a damaged line for ever."""
+    with naming(path), open(path, "a+b") as file:
+        file.seek(0)
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
+        file.write(json.dumps(line).encode() + b"\n")
 
 
 PRUNED = "pruned"  # outcome of a run that ended early because of its limits

@@ -82,7 +82,7 @@ def refuse_slips(node: yaml.Node, source: str) -> None:
                     )
                 if key.value in lines:
                     raise UserError(
-                        f"{source}:{line}: the key {key.value!r} is there already, in line {lines[key.value]}: "
+                        f"{source}:{line}: the key {key.value!r} is given twice, first in line {lines[key.value]}: "
                         "keep one of them"
                     )
                 lines[key.value] = line

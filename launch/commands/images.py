@@ -29,7 +29,9 @@ def reporter(shown: "Display", unit: str) -> Callable[[int, int], None]:
 
     def report(done: int, total: int) -> None:
         rate = done / max(time.monotonic() - started, 1e-9)
-        text = f"{done} of {total} {unit}, {rate:.0f}/s, {duration((total - done) / rate)} left"
+        text = f"{done} of {total} {unit}"
+        if done:
+            text += f", {rate:.0f}/s, {duration((total - done) / rate)} left"
         shown.update(done / total, text, final=done == total)
 
     return report

@@ -81,7 +81,7 @@ def transfer(config: Path, overrides: tuple[str, ...], targets: tuple[Path, ...]
         if not target.exists():
             raise UserError(f"{target}: no such file; it holds the target's sections, as model and train")
         if not target.is_file():
-            raise UserError(f"{target}: the target's file is read after the runs: give a file that is there then")
+            raise UserError(f"{target}: the target's file is read after the runs: give a file that still exists then")
     study.target_files(targets)
     if isinstance(study, Search):
         keep_study(study, file)
@@ -98,7 +98,8 @@ def print_launched(study: "Study", launched: "Launched", console: "Console") -> 
     if launched.job_ids:
         console.print(launched.describe_jobs(), highlight=False)
         if launched.left:
-            console.print(f"To submit those once jobs have ended: {study.command('launch')}", highlight=False)
+            again = f"To submit those once jobs have ended: {study.command('launch')}"
+            console.print(again, highlight=False, soft_wrap=True)
     elif launched.left:
         console.print(f"Slurm has no place for {launched.left} runs while jobs of this study wait or run.")
     elif launched.slots:
@@ -216,16 +217,23 @@ def status(config: Path, overrides: tuple[str, ...], watch: bool, everything: bo
 def report(config: Path, overrides: tuple[str, ...], publish: Path | None, watch: bool) -> None:
     """Write and print the table, curves and verdicts so far.
 
-    Further CONFIGs are reported too, and compared on one more page.
+    Further CONFIGs are reported too, and compared on one more page. Of a search or a verification, what it found once
+    it has ended.
     """
     from depthmup.launch.chain import show_report, watch_report
     from depthmup.launch.report.collect import check_swept
+    from depthmup.launch.report.joint import publish_joint, show_joint
+    from depthmup.launch.runs.joint import JointStudy
 
     changes = tuple(word for word in overrides if "=" in word)
     configs = [config, *(Path(expand_path(word)) for word in overrides if "=" not in word)]
     studies, console = [open_study(path, changes) for path in configs], new_console()
+    joint = [] if watch else [study for study in studies if isinstance(study, JointStudy)]
+    studies = [study for study in studies if study not in joint]
     for study in studies:
         check_swept(study)
+    for found in joint:
+        show_joint(found, console)
     if watch:
         watch_report(studies, console)
         studies = [open_study(path, changes) for path in configs]  # their grids may have grown
@@ -242,7 +250,8 @@ def report(config: Path, overrides: tuple[str, ...], publish: Path | None, watch
     if publish:
         from depthmup.launch.report.page import publish as copy
 
-        for path in (path for written in reports for path in copy(written, publish)):
+        copied = [path for found in joint for path in publish_joint(found, publish)]
+        for path in [*copied, *(path for written in reports for path in copy(written, publish))]:
             console.print(f"Published: {path}")
 
 

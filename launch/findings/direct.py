@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from depthmup.launch.config import Size
 from depthmup.launch.findings.analysis import Result
 from depthmup.launch.findings.verdict import Analysis
-from depthmup.launch.wording import show_share, show_shares
+from depthmup.launch.wording import show_cost, show_share, show_shares
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Direct:
         lost = f"{self.transferred:.3g}" if math.isfinite(self.transferred) else "failed runs"
         known = f", {show_shares(self.regret_interval)}" if self.regret_interval else ""
         return (
-            f"{self.parameterization}: the sweep at {self.base} cost {100 * self.cost_share:.3g} % of one run at "
-            f"{self.target}, {100 * self.share_of_sweep:.2g} % of a sweep there; "
+            f"{self.parameterization}: the sweep at {self.base} cost {show_cost(self.cost_share, 'one run')} at "
+            f"{self.target}, {show_cost(self.share_of_sweep, 'a sweep')} there; "
             f"the value carried over gives {lost}, the tuned one {self.tuned:.3g}"
             + (f" (regret {show_share(self.regret)}{known})" if math.isfinite(self.regret) else "")
         )

@@ -9,7 +9,7 @@ from typing import Any
 from depthmup.data.storage import write_atomically
 from depthmup.launch.jobs.code_copy import describe_code
 from depthmup.launch.paths import PACKAGE
-from depthmup.train.rundir import RunDirectory, parse_lines
+from depthmup.train.rundir import RunDirectory, add_line, parse_lines
 
 # Events of attempts.jsonl, beside those that are called what they are
 UNPACKED = "unpacked"  # the run was in a pack that failed, and goes on alone
@@ -23,9 +23,7 @@ def pending(directory: RunDirectory) -> bool:
 
 def note(directory: RunDirectory, event: str, **details: Any) -> None:
     """Adds a line to attempts.jsonl."""
-    line = {"event": event, "time": time.time(), **details}
-    with open(directory.path / "attempts.jsonl", "a") as file:
-        file.write(json.dumps(line) + "\n")
+    add_line(directory.path / "attempts.jsonl", {"event": event, "time": time.time(), **details})
 
 
 def attempts(directory: RunDirectory) -> list[dict[str, Any]]:
@@ -52,8 +50,9 @@ def process_age() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - began / os.sysconf("SC_CLK_TCK")
 
 
-def begin_attempt(directory: RunDirectory) -> None:
-    """Notes where and from which step the attempt begins. Raises RuntimeError when the last ones got no further."""
+def begin_attempt(directory: RunDirectory, lacks_gpu: bool = False) -> None:
+    """Notes where and from which step the attempt begins. `lacks_gpu`: its job has a GPU that torch does not see.
+    Raises RuntimeError when the last ones got no further."""
     step = directory.newest_step()
     lines = since_failure(directory)
     begun = [line["step"] for line in lines if line["event"] == "started"]
@@ -63,7 +62,7 @@ def begin_attempt(directory: RunDirectory) -> None:
             f"{MAX_ATTEMPTS} attempts ended at step {step}: raise launch.timeout_min or memory_gb{''.join(why)}"
         )
     place = {"job": job_name(), "restart": restart_count(), "host": socket.gethostname(), "pid": os.getpid()}
-    note(directory, "started", step=step, age=process_age(), **place)
+    note(directory, "started", step=step, age=process_age(), **place, **({"lacks_gpu": True} if lacks_gpu else {}))
     code = PACKAGE.parent / "code.json"
     content = code.read_text() if code.exists() else json.dumps(describe_code(), indent=1)
     write_atomically(directory.path / "code.json", content.encode())

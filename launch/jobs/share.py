@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
+from statistics import fmean
 
 from depthmup.launch.config import Size
 from depthmup.launch.jobs import states
@@ -47,11 +48,13 @@ def overhead(starts: Sequence[Start]) -> float:
 
 @dataclass
 class Share:
-    """Looks at a study again and again. `flops`: of one run of each size; `tasks`: processes of a run."""
+    """Looks at a study again and again. `flops`: of one run of each size; `tasks`: processes of a run; `to_come`: runs,
+    of the mean size, that will follow."""
 
     flops: Mapping[Size, float]
     num_steps: int
     tasks: int = 1
+    to_come: int = 0
     ended: dict[str, float] = field(default_factory=dict)  # by run: seconds that it trained
     starts: dict[str, Start] = field(default_factory=dict)
 
@@ -99,7 +102,8 @@ class Share:
         progress, expected, beside = self.look(snapshot), self.seconds(snapshot), overhead([*self.starts.values()])
         if not expected:
             return 0.0, 0.0
-        total = now = then = 0.0
+        total = self.to_come * (fmean(expected.values()) + beside)
+        now = then = 0.0
         for found in snapshot.runs:
             name = found.run.directory.path.name
             cost = self.ended.get(name, expected[found.run.size]) + beside

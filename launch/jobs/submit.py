@@ -161,7 +161,9 @@ def sbatch_text(
     come first there. Raises UserError for a folder with a % in its name: in the name of a log that is one of Slurm's
     patterns, and srun (22.05) finds no log through a path with %% for %."""
     if "%" in str(submission.path):
-        raise UserError(f"{submission.path}: Slurm takes % in a path for a pattern: set study.directory to one without")
+        raise UserError(
+            f"{submission.path}: Slurm reads % in a path as a pattern: set study.directory to a path without it"
+        )
     executor = Executor(folder=str(submission.path))
     executor.update_parameters(
         job_name=submission.name,

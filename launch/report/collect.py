@@ -27,7 +27,7 @@ from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.pool import describe_mixtures, refuse_mixture
 from depthmup.launch.runs.study import Study
 from depthmup.launch.runs.written import refuse_other_study
-from depthmup.launch.wording import quantity
+from depthmup.launch.wording import quantity, show_times
 from depthmup.models.training_scale import lr_exponents
 
 
@@ -173,7 +173,7 @@ class Report:
             f"{100 * file.data.minival:g} % of the training set held out as minival, seeds "
             f"{', '.join(map(str, sorted({result.seed for result in self.results})))}. {len(self.finished)} runs, "
             f"{self.num_diverged} of them diverged{early}; {quantity(self.total_flops)}FLOPs "
-            f"({self.total_flops / max(self.flops.values()):.3g} times one run of the costliest size), "
+            f"({show_times(self.total_flops / max(self.flops.values()))} times one run of the costliest size), "
             f"{self.hours:.2f} hours of training processes."
             f"{''.join(f' Results of {mixture}.' for mixture in describe_mixtures(self.study))}"
             f"{' ' + target if (target := target_line(self.study)) else ''}"

@@ -1,4 +1,7 @@
-"""The report of a search or of a verification."""
+"""The report of a search or of a verification, and what a repository keeps of it."""
+
+import shutil
+from pathlib import Path
 
 from rich.console import Console
 
@@ -22,3 +25,10 @@ def show_joint(study: JointStudy, console: Console) -> Study | None:
     assert isinstance(study, Search)
     found = show_search(study, console)
     return study_after(study, found.winners[0].values) if after_file(study).exists() else None
+
+
+def publish_joint(study: JointStudy, folder: Path) -> list[Path]:
+    """Copies the record that `show_joint` has written to `folder` as NAME.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    record = study.file.directory / ("search.json" if isinstance(study, Search) else "verify.json")
+    return [Path(shutil.copyfile(record, folder / f"{study.file.study.name}.json"))]

@@ -181,7 +181,10 @@ function drawCurves() {
     shape.xaxis.range = reach(own.map(position));
     Plotly.react(panel, traces, shape, options);
     panel.removeAllListeners("plotly_click");
-    panel.on("plotly_click", (event) => showRun(event.points[0].customdata, panel.dataset.parameterization));
+    panel.on("plotly_click", (event) => {
+      showRun(event.points[0].customdata, panel.dataset.parameterization);
+      remember();
+    });
   }
 }
 
@@ -190,7 +193,6 @@ function showRun(folder, parameterization) {
   const run = record.runs.find((each) => each.folder === folder && each.parameterization === parameterization);
   if (!run) return;
   element("run").value = String(record.runs.indexOf(run));
-  remember();
   const beside = record.runs.filter(
     (each) => each.parameterization === parameterization && nameOf(each) === nameOf(run) && each !== run,
   );
@@ -251,6 +253,7 @@ function fillRuns() {
   select.addEventListener("change", () => {
     const run = record.runs[Number(select.value)];
     showRun(run.folder, run.parameterization);
+    remember();
   });
 }
 

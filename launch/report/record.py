@@ -16,7 +16,7 @@ from depthmup.launch.findings.theory import expected_drifts, predicted_drifts
 from depthmup.launch.report.collect import Report, analyse_results, target_line
 from depthmup.launch.runs.planned import PlannedRun, scaling_of
 from depthmup.launch.runs.pool import count_origins
-from depthmup.launch.runs.study import Run
+from depthmup.launch.runs.study import Run, Study
 from depthmup.launch.wording import show_number
 from depthmup.models.parameterization import Role
 from depthmup.train.rundir import PRUNED, parse_lines
@@ -134,26 +134,34 @@ def round_records(report: Report) -> list[dict[str, Any]]:
     return found
 
 
-def as_record(report: Report) -> dict[str, Any]:
-    """What a report says of a study; infinite numbers (a run that diverged, an open interval) are null."""
-    file, study = report.study.file, report.study.file.study
-    path, price = report.study.path, file.launch.price_per_gpu_hour
+def task_record(study: Study) -> dict[str, Any]:
+    """What the runs of a study have in common."""
+    path, file = study.path, study.file
     return {
-        "study": study.name,
+        "study": file.study.name,
         "config": str(path.name if path.is_absolute() else path),
         "model": file.model.family,
         "optimizer": file.optimizer.name,
         "schedule": file.schedule.name,
         "data": file.data.name,
         "image_size": file.model.image_size,
-        "metric": study.metric,
-        "hyperparameter": study.hyperparameter,
-        "octaves_of": study.axis,
+        "metric": file.study.metric,
         "samples": file.train.samples,
         "steps": file.train.num_steps,
         "global_batch_size": file.train.global_batch_size,
-        "warmup": file.schedule.warmup,
         "minival": file.data.minival,
+    }
+
+
+def as_record(report: Report) -> dict[str, Any]:
+    """What a report says of a study; infinite numbers (a run that diverged, an open interval) are null."""
+    file, study = report.study.file, report.study.file.study
+    price = file.launch.price_per_gpu_hour
+    return {
+        **task_record(report.study),
+        "hyperparameter": study.hyperparameter,
+        "octaves_of": study.axis,
+        "warmup": file.schedule.warmup,
         "regret_limit": study.regret_limit,
         "cost_limit": study.cost_limit,
         "rule": report.rule,

@@ -14,9 +14,12 @@ from typing import Any
 from depthmup.launch.report.overview import overview
 from depthmup.launch.report.page import markdown_table
 from depthmup.launch.report.record import closed, read_record
+from depthmup.launch.report.search import search_rows
 from depthmup.launch.report.tables import planned_sentence
+from depthmup.launch.report.verification import verification_rows
 from depthmup.launch.wording import (
     quantity,
+    show_cost,
     show_drift,
     show_interval,
     show_number,
@@ -52,6 +55,11 @@ This page: `depthmup report runs/paper_* --publish docs/results`, then
 `python -m depthmup.launch.report.recompute docs/results` analyses the results in the records there once more and draws
 the figures.
 """
+
+TUNED = """`depthmup tune`: the loss of the best suggestion as the search saw it, and as the mean over new seeds with
+its 90 % interval. Searches of the rate alone stand beside those of several hyperparameters."""
+VERIFIED = """`depthmup verify`: runs with all hyperparameters perturbed at once, beside the transferred values. Each
+bound on the share of the space that is better holds with 95 %."""
 
 
 def interval(bounds: Sequence[float | None] | None) -> str:
@@ -188,8 +196,8 @@ def direct_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
             "parameterization": d["parameterization"],
             "base": show_size(record["base"]),
             "target": show_size(d["target"]),
-            "base's sweep / one run of the target": f"{100 * d['cost_share']:.3g} %",
-            "/ the target's sweep": f"{100 * d['cost_share_of_targets_sweep']:.2g} %",
+            "base's sweep / one run of the target": show_cost(d["cost_share"]),
+            "/ the target's sweep": show_cost(d["cost_share_of_targets_sweep"]),
             "transferred": metric(d, "transferred", d["transferred"] is None),
             "tuned": show_number(d["tuned"]),
             "regret": regret(d, d["transferred"] is None),
@@ -267,8 +275,21 @@ def study_section(record: dict[str, Any], folder: Path) -> list[str]:
     return [*lines, "", *convergence(record, folder)]
 
 
+def joint_sections(searches: Sequence[dict[str, Any]], verifications: Sequence[dict[str, Any]]) -> list[str]:
+    """Of searches and verifications, a table each."""
+    lines = []
+    if searches:
+        lines += ["## Several hyperparameters at once", "", TUNED, "", *markdown_table(search_rows(searches)), ""]
+    if verifications:
+        lines += ["## Verified", "", VERIFIED, "", *markdown_table(verification_rows(verifications)), ""]
+    return lines
+
+
 def results(records: Sequence[dict[str, Any]], folder: Path) -> str:
     """The whole document. `folder` has the figures and records."""
+    searches = [record for record in records if "winners" in record]
+    verifications = [record for record in records if "perturbed" in record]
+    records = [record for record in records if "verdicts" in record]
     judged = [record for record in records if swept(record)]
     forecasts, direct = forecast_rows(records), direct_rows(judged)
     lines = [INTRODUCTION, *markdown_table(overview(judged)), ""]
@@ -282,6 +303,7 @@ def results(records: Sequence[dict[str, Any]], folder: Path) -> str:
         "",
     ]
     lines += [*markdown_table(forecasts), ""]
+    lines += joint_sections(searches, verifications)
     for record in records:
         lines += study_section(record, folder)
     return "\n".join(lines).rstrip() + "\n"
@@ -291,8 +313,7 @@ def main() -> None:
     paths = [Path(argument) for argument in sys.argv[1:]]
     if not paths:
         sys.exit(f"give the records: python -m {__spec__.name} docs/results/*.json")
-    records = [record for record in map(read_record, paths) if "verdicts" in record]
-    print(results(records, paths[0].parent), end="")
+    print(results([*map(read_record, paths)], paths[0].parent), end="")
 
 
 if __name__ == "__main__":

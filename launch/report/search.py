@@ -4,6 +4,7 @@ import math
 import statistics
 import textwrap
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +17,11 @@ from depthmup.data.errors import UserError
 from depthmup.data.storage import write_atomically
 from depthmup.launch.findings.intervals import CONFIDENCE
 from depthmup.launch.paths import command
-from depthmup.launch.report.record import dump, plain
+from depthmup.launch.report.record import dump, plain, task_record
 from depthmup.launch.runs.search import Search
 from depthmup.launch.runs.space import fraction_at
 from depthmup.launch.values import Range
-from depthmup.launch.wording import show_number
+from depthmup.launch.wording import quantity, show_number
 from depthmup.train.reading import to_yaml
 
 if TYPE_CHECKING:
@@ -210,11 +211,13 @@ def lies_on_edge(search: Search, each: Dimension) -> bool:
 
 def search_record(found: Found) -> dict[str, Any]:
     """What search.json holds."""
+    search = found.search
     return {
-        "study": found.search.file.study.name,
-        "metric": found.search.file.study.metric,
-        "sampler": found.search.settings.sampler,
-        "seeds": list(found.search.settings.seeds),
+        **task_record(search),
+        **search.examples[0].size.axes,
+        "flops": sum(run.share_trained() for run in search.runs) * search.flops,
+        "sampler": search.settings.sampler,
+        "seeds": list(search.settings.seeds),
         "baseline": plain(found.baseline),
         "pruned": found.pruned,
         "winners": [
@@ -225,6 +228,25 @@ def search_record(found: Found) -> dict[str, Any]:
         "hyperparameters": [vars(each) for each in found.dimensions],
         "trials": [{"trial": number, "values": values, "loss": loss} for number, values, loss in found.trials],
     }  # fmt: skip
+
+
+def search_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """A row per record of a search: its best winner."""
+    return [
+        {
+            "search": record["study"],
+            "at": f"{record['model']} {record['width']} x {record['depth']}",
+            "suggestions": f"{len(record['trials']) + record['pruned']} ({record['sampler']})",
+            "FLOPs": quantity(record["flops"]),
+            "file's own": f"{record['baseline']:.4g}" if record["baseline"] else "",
+            "best, search": f"{best['search']:.4g}",
+            "new seeds": f"{best['mean']:.4g} +- {best['half_width']:.2g} ({len(best['losses'])})",
+            "best values": ", ".join(f"{key} {show_value(value)}" for key, value in best["values"].items()),
+            "not identified": ", ".join(h["key"] for h in record["hyperparameters"] if not h["identified"]),
+        }
+        for record in records
+        for best in record["winners"][:1]
+    ]
 
 
 def draw_slices(found: Found) -> "Figure":

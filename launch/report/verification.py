@@ -3,6 +3,7 @@
 import math
 import statistics
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,14 @@ from scipy import stats
 from depthmup.data.errors import UserError
 from depthmup.data.storage import write_atomically
 from depthmup.launch.findings.share import SURE, Share
-from depthmup.launch.report.record import dump, plain
+from depthmup.launch.report.record import dump, plain, task_record
 from depthmup.launch.report.search import show_value
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.pool import refuse_mixture
 from depthmup.launch.runs.space import value_at
 from depthmup.launch.runs.verification import Verification
 from depthmup.launch.values import Range
-from depthmup.launch.wording import show_number, show_share
+from depthmup.launch.wording import show_number, show_share, show_shares
 
 BEST_SHARE = 0.25  # of the perturbed runs: where their values lie shows where the optimum does
 
@@ -192,8 +193,7 @@ def write_verification(found: Verified) -> Path:
     """Writes verify.json into the verification's folder; returns its path."""
     settings, share = found.verification.settings, found.better_by(found.margin)
     record = {
-        "study": found.verification.file.study.name,
-        "metric": found.verification.file.study.metric,
+        **task_record(found.verification),
         **found.verification.size.axes,
         "cost": found.verification.cost,  # in runs of the file
         "top": settings.top,
@@ -213,3 +213,20 @@ def write_verification(found: Verified) -> Path:
     path = found.verification.file.directory / "verify.json"
     write_atomically(path, dump(record).encode())
     return path
+
+
+def verification_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """A row per record of a verification."""
+    return [
+        {
+            "verification": record["study"],
+            "at": f"{record['model']} {record['width']} x {record['depth']}",
+            "transferred": f"{statistics.fmean(losses):.4g} ({len(losses)} seeds)",
+            "better": f"{record['better']} of {record['runs']} by {show_share(record['margin'])}",
+            "share of the space": show_shares((record["share"][0], record["share"][1])),
+            "moved": ", ".join(h["key"] for h in record["hyperparameters"] if h["moved"]),
+            "verdict": f"{record['verdict']}{' of' * (record['verdict'] == 'undecided')} {100 * record['top']:g} %",
+        }
+        for record in records
+        for losses in [[math.inf if loss is None else loss for loss in record["transferred"]]]
+    ]

@@ -1,6 +1,8 @@
 """What Optuna's sampler has suggested so far, in Optuna's journal, and what it suggests next."""
 
+import math
 import warnings
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from depthmup.data.errors import UserError
 from depthmup.data.storage import write_atomically
 from depthmup.launch.joint_config import TuneConfig
-from depthmup.launch.runs.space import distributions, hashable
+from depthmup.launch.runs.space import distributions, hashable, value_at
 
 if TYPE_CHECKING:
     import optuna
@@ -17,7 +19,9 @@ if TYPE_CHECKING:
     from optuna.storages import JournalStorage
     from optuna.trial import FrozenTrial
 
-STARTUP = 10  # random suggestions before TPE's model
+STARTUP = 8  # suggestions before the sampler's model: evenly spread over the space
+MOST_GP = 200  # suggestions before which the model is a Gaussian process, whose cost grows with the third power
+SMALLEST = 1e-9  # loss of which the logarithm is taken
 NAME, SPACE = "search", "space"  # of Optuna's study, and the key under which it keeps what it belongs to
 
 
@@ -99,21 +103,32 @@ class Journal:
 
     def _sampler(self, number: int) -> "BaseSampler":
         """The same for suggestion `number` in every launcher: one that was lost is suggested again."""
-        from optuna.samplers import RandomSampler, TPESampler
+        from optuna.samplers import GPSampler, RandomSampler, TPESampler
 
         seed, space = self.settings.seed * 1_000_003 + number, self._distributions
-        if self.settings.sampler == "random":
+
+        def known_space(study: "optuna.Study", trial: "FrozenTrial") -> "dict[str, BaseDistribution]":
+            return dict(sorted(space.items()))
+
+        if self.settings.sampler == "random" or number < STARTUP:
             return RandomSampler(seed=seed)
+        found: BaseSampler
+        if self.settings.sampler == "tpe" or number >= MOST_GP:
+            found = TPESampler(seed=seed, n_startup_trials=1, multivariate=True, constant_liar=True)
+        else:
+            found = GPSampler(seed=seed, n_startup_trials=1)
+        # all suggestions are of one space, which a sampler would look for in every one of them, for each new one
+        found.infer_relative_search_space = known_space  # type: ignore[method-assign]
+        return found
 
-        class Sampler(TPESampler):
-            """All suggestions are of one space, which TPE would look for in every one of them, for each new one."""
+    @cached_property
+    def _spread(self) -> list[dict[str, Any]]:
+        """The first suggestions, which nothing is known for: scrambled Sobol points."""
+        from scipy.stats import qmc
 
-            def infer_relative_search_space(
-                self, study: "optuna.Study", trial: "FrozenTrial"
-            ) -> "dict[str, BaseDistribution]":
-                return dict(sorted(space.items()))
-
-        return Sampler(seed=seed, n_startup_trials=STARTUP, multivariate=True, constant_liar=True)
+        space = dict(sorted(self.settings.space.items()))
+        points = qmc.Sobol(len(space), seed=self.settings.seed).random(STARTUP).tolist()
+        return [{key: value_at(space[key], at) for key, at in zip(space, point, strict=True)} for point in points]
 
     @cached_property
     def _copy(self) -> "optuna.Study":
@@ -122,29 +137,39 @@ class Journal:
 
         return optuna.create_study()
 
-    def _update_copy(self, opened: "optuna.Study") -> int:
-        """Takes over what was told and suggested since the last batch; returns the number of suggestions."""
-        from optuna.trial import create_trial
+    def _update_copy(self, opened: "optuna.Study", ended: Mapping[int, float]) -> int:
+        """Takes over what was told and suggested since the last batch; returns the number of suggestions. The losses'
+        logarithms are what the sampler sees: a share of the loss counts alike where it is high and where it is low."""
+        from optuna.trial import TrialState, create_trial
 
         copied = self._copy.get_trials(deepcopy=False)
         trials = opened.get_trials(deepcopy=False)
-        for trial, known in zip(trials, copied, strict=False):
-            if trial.state != known.state:
-                self._copy.tell(trial.number, trial.value, state=trial.state)
-        for trial in trials[len(copied) :]:
-            params = {key: hashable(value) for key, value in trial.params.items()}
-            one = create_trial(state=trial.state, value=trial.value, params=params, distributions=self._distributions)
-            self._copy.add_trial(one)
+        for trial in trials:
+            loss = ended.get(trial.number, trial.value)
+            state = TrialState.COMPLETE if trial.number in ended else trial.state
+            value = None if loss is None else math.log(max(loss, SMALLEST))
+            if trial.number >= len(copied):
+                params = {key: hashable(given) for key, given in trial.params.items()}
+                self._copy.add_trial(
+                    create_trial(state=state, value=value, params=params, distributions=self._distributions)
+                )
+            elif state != copied[trial.number].state:
+                self._copy.tell(trial.number, value, state=state)
         return len(trials)
 
-    def suggest(self, opened: "optuna.Study", count: int, first: dict[str, Any] | None) -> None:
-        """Writes `count` more suggestions, each in one line. `first`: the values of the very first one."""
+    def suggest(
+        self, opened: "optuna.Study", count: int, first: dict[str, Any] | None, ended: Mapping[int, float]
+    ) -> None:
+        """Writes `count` more suggestions, each in one line. `first`: the values of the very first one; `ended`: the
+        losses at which suggestions ended early, by number."""
         from optuna.trial import TrialState, create_trial
 
-        known = self._update_copy(opened)
-        if known == 0 and first:
-            self._copy.enqueue_trial(first)
+        known = self._update_copy(opened, ended)
         for number in range(known, known + count):
+            if number == 0 and first:
+                self._copy.enqueue_trial(first)
+            elif number < STARTUP and self.settings.sampler != "random":
+                self._copy.enqueue_trial(self._spread[number])
             self._copy.sampler = self._sampler(number)
             params = self._copy.ask(self._distributions).params
             one = create_trial(state=TrialState.RUNNING, params=params, distributions=self._distributions)

@@ -19,7 +19,7 @@ from depthmup.launch.runs.seconds import expected_seconds
 from depthmup.launch.runs.study import Study
 from depthmup.launch.runs.verification import Verification
 from depthmup.launch.values import Dimension, Range
-from depthmup.launch.wording import duration, power_of_two, quantity, show_share
+from depthmup.launch.wording import duration, power_of_two, quantity, show_share, show_times
 from depthmup.train.packs.packing import may_differ, pack_limit
 
 
@@ -104,9 +104,10 @@ def print_verification_plan(verification: Verification, console: Console) -> Non
     done = sum(bool(run.done()) for run in runs)
     console.print(
         f"\n{len(runs)} runs at {verification.size} ({done} done), {quantity(len(runs) * each)}FLOPs in all, "
-        f"{verification.cost:.3g} times one\nrun of this file (verify.budget {settings.budget:g}): {settings.runs} "
-        f"perturbed, and the file's own values with {counted(len(settings.seeds), 'seed')}.\nWhere none is better, "
-        f"they are among the best {show_share(Share(0, settings.runs).high)} with {SURE:.0%} confidence",
+        f"{show_times(verification.cost)} times one\nrun of this file (verify.budget {settings.budget:g}): "
+        f"{settings.runs} perturbed, and the file's own values with {counted(len(settings.seeds), 'seed')}.\n"
+        f"Where none is better, they are among the best {show_share(Share(0, settings.runs).high)} with {SURE:.0%} "
+        "confidence",
         highlight=False,
     )
     jobs = [*describe_packs(verification, verification.space), *describe_jobs(verification)]
@@ -188,7 +189,9 @@ def print_plan(study: Study, console: Console) -> None:
             highlight=False,
         )
     largest = max(each for _, each in flops.values())
-    console.print(f"{everything / largest:.3g} times the cost of one run of the largest of these sizes", highlight=False)
+    console.print(
+        f"{show_times(everything / largest)} times the cost of one run of the largest of these sizes", highlight=False
+    )
     if finished:
         known: dict[Size, list[float]] = {}
         for run, done in finished:
@@ -204,7 +207,9 @@ def print_plan(study: Study, console: Console) -> None:
         return
     if study.file.study.extend:
         rounds = study.file.study.extend
-        console.print(f"and 2 values more, up to {rounds} times, where the best is on the edge (study.extend)")
+        console.print(
+            f"and 2 values more, up to {rounds} times, where the best is on the edge (study.extend)", highlight=False
+        )
     if study.file.study.more_seeds:
         rounds = study.file.study.more_seeds
-        console.print(f"and 1 seed more, up to {rounds} times, where noise decides (study.more_seeds)")
+        console.print(f"and 1 seed more, up to {rounds} times, where noise decides (study.more_seeds)", highlight=False)

@@ -44,7 +44,7 @@ def refuse_mixture(study: Study, starting: bool = False) -> None:
         if len(counts) > 1:
             allowed = ", ".join([*study.file.study.pool_different, key])
             raise UserError(
-                f"{study.file.directory}: {describe_mixture(key, counts)}. Their results may differ for that alone: "
-                f"choose another study.name to train all anew, delete the folders of the fewer ones, or compare "
-                f"them all the same with study.pool_different=[{allowed}]"
+                f"{study.file.directory}: {describe_mixture(key, counts)}. Their results may differ for this "
+                "reason alone: choose another study.name to train all runs again, delete the folders of the smaller "
+                f"group, or compare them anyway with study.pool_different=[{allowed}]"
             )

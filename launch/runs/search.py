@@ -22,7 +22,7 @@ from depthmup.launch.config import StudyFile
 from depthmup.launch.joint_config import TuneConfig
 from depthmup.launch.runs.cost import count_flops
 from depthmup.launch.runs.joint import JointStudy
-from depthmup.launch.runs.journal import STARTUP, Journal
+from depthmup.launch.runs.journal import Journal
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.space import check_space, default_values
 from depthmup.train.reading import to_plain
@@ -31,6 +31,8 @@ from depthmup.train.rundir import Limits, parse, parse_lines
 if TYPE_CHECKING:
     import optuna
     from optuna.trial import FrozenTrial
+
+WHOLE_BEFORE_PRUNING = 5  # suggestions trained to their end, as of Optuna's MedianPruner
 
 
 class Search(JointStudy):
@@ -52,7 +54,7 @@ class Search(JointStudy):
                 f"{path}: tune.flops {self.settings.flops:.3g} pays for no suggestion: a run is {self.flops:.3g}, and "
                 f"the winners' new seeds are {self.rerun_flops:.3g}; raise it, or lower tune.rerun"
             )
-        unlimited = math.ceil(STARTUP / self.settings.batch) * self.settings.batch
+        unlimited = math.ceil(WHOLE_BEFORE_PRUNING / self.settings.batch) * self.settings.batch
         if self.settings.prune and self.expected <= unlimited:
             raise UserError(
                 f"{path}: tune.prune would do nothing: it begins after {unlimited} suggestions, and there are "
@@ -155,6 +157,13 @@ class Search(JointStudy):
         trials = len(self.trials())
         return trials + self.affordable(trials)
 
+    @property
+    def runs_to_come(self) -> int:
+        """Those of the suggestions that are not made yet, and the winners' new seeds."""
+        settings, trials = self.settings, len(self.trials())
+        again = 0 if self.winners() else settings.most_winners * settings.rerun_seeds
+        return self.affordable(trials) * len(settings.seeds) + again
+
     # ------------------------------------------------------------ early ends
 
     def limits_of(self, number: int) -> dict[int, float | None]:
@@ -169,7 +178,7 @@ class Search(JointStudy):
             losses = [self._losses_on_the_way(run) for runs in whole for run in runs]
             self._limits[begin] = {
                 step: statistics.median(found)
-                if len(whole) >= STARTUP and (found := [at[step] for at in losses if step in at])
+                if len(whole) >= WHOLE_BEFORE_PRUNING and (found := [at[step] for at in losses if step in at])
                 else None
                 for step in steps
             }
@@ -178,6 +187,18 @@ class Search(JointStudy):
     @cached_property
     def _limits(self) -> dict[int, dict[int, float | None]]:
         return {}
+
+    def _losses_of_pruned(self, begin: int) -> dict[int, float]:
+        """Number -> loss at which it ended, of the suggestions before `begin` that were ended early: the sampler knows
+        them by that. At most that of a guess."""
+        found = {}
+        for trial in self.trials()[:begin]:
+            runs = self.runs_tried(trial)
+            if any(run.is_pruned() for run in runs):
+                last = [max(losses.items())[1] for run in runs if (losses := self._losses_on_the_way(run))]
+                known = [min(loss, self.chance) for loss in last if loss is not None and math.isfinite(loss)]
+                found[trial.number] = statistics.fmean(known) if known else self.chance
+        return found
 
     def _losses_on_the_way(self, run: PlannedRun) -> dict[int, float]:
         """Step -> the run's metric there."""
@@ -206,7 +227,7 @@ class Search(JointStudy):
         self.file.directory.mkdir(parents=True, exist_ok=True)
         with open(self.file.directory / "search.lock", "w") as lock:
             if not flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                raise UserError(f"{self.file.directory}: another process goes on with this search just now")
+                raise UserError(f"{self.file.directory}: another process is continuing this search now")
             yield
 
     def go_on(self) -> tuple[int, str]:
@@ -233,7 +254,7 @@ class Search(JointStudy):
             begin, left = asked, batch if asked == begin else 0
         self._tell(journal, begin)
         if count := min(left, self.affordable(begin)):
-            self.journal.suggest(journal, count, self.own_values())
+            self.journal.suggest(journal, count, self.own_values(), self._losses_of_pruned(begin))
             of_all = "" if self.settings.flops else f" of {self.settings.most_trials}"
             return f"suggestions {asked + 1} to {asked + count}{of_all}"
         return None if self.winners() else self._choose_winners(journal)

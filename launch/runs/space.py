@@ -89,7 +89,7 @@ def check_space(plain: dict[str, Any], space: Mapping[str, Dimension], source: s
         if idle and len(set(names)) < 2:  # the one value that is not refused is the key's default
             raise idle
         if len(set(names)) < len(names):
-            raise UserError(f"{where}: a value is there twice in {values}: leave one out")
+            raise UserError(f"{where}: a value occurs twice in {values}: leave one out")
         if section == "parameterization" and len({acting(run) for run in runs}) < 2:
             raise UserError(
                 f"{where}: would do nothing at width {runs[0].model.width}, depth {runs[0].model.depth}, the base's: "
@@ -105,7 +105,7 @@ def check_sweep(
     different tasks. `at_base`: from a value of `key` to the run's configuration; `source`: the study's file."""
     where = f"{source}: study.hyperparameter {key}"
     if key in SWEPT_BY_SIZES:
-        raise UserError(f"{where}: study.sizes says the sizes: sweep another key, as optimizer.lr")
+        raise UserError(f"{where}: study.sizes sets the sizes: sweep another key, such as optimizer.lr")
     if key in NO_RESULT or key.split(".")[0] not in (*TUNABLE, "model"):
         raise UserError(f"{where} changes how a run is trained, not what it learns: sweep another key")
     if key in ("train.samples", "data.minival"):

@@ -80,6 +80,11 @@ class Study:
             by_directory.setdefault(run.directory.path, run)
         return list(by_directory.values())
 
+    @property
+    def runs_to_come(self) -> int:
+        """How many more will follow from the results of these, where that is known."""
+        return 0
+
     def _forget_runs(self) -> None:
         """To be called once what they follow from has grown: they are then made anew."""
         for name in ("points", "runs"):
@@ -223,7 +228,7 @@ class Study:
         files = [self.target_file.with_stem(f"{self.target_file.stem}_{target.stem}") for target in targets]
         files[:1] = [self.target_file][: len(files)]
         if len(set(files)) < len(files):
-            raise UserError(f"two targets of one name: {', '.join(map(str, targets))}: rename one of them")
+            raise UserError(f"two targets have the same name: {', '.join(map(str, targets))}: rename one of them")
         return files
 
     def written_targets(self) -> list[Path]:
@@ -359,7 +364,7 @@ class Study:
                 if run.trunk and not (run.directory.path / "trunk.json").exists():
                     write_trunk(run.directory, run.trunk)
                 if not run.directory.config.exists() or run.directory.config.read_text() != content:
-                    run.directory.config.write_text(content)
+                    write_atomically(run.directory.config, content.encode())
             for run, limits in self.early_ends():
                 if not run.done():
                     run.directory.write_limits(limits)

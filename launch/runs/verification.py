@@ -15,7 +15,7 @@ from depthmup.launch.runs.joint import JointStudy
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.space import check_space, fraction_at, own_value, value_at
 from depthmup.launch.values import Dimension, Range
-from depthmup.launch.wording import quantity
+from depthmup.launch.wording import quantity, show_times
 
 MISSES = 50  # perturbations in a row whose values do not go together: then the space is a mistake
 
@@ -31,7 +31,7 @@ class Verification(JointStudy):
         super().__init__(path, file, overrides)
         if len(file.study.sizes) > 1 or len(file.study.grid) > 1:
             raise UserError(
-                f"{path}: verify is of one run, and this is a study: give it the target's file (of the study, "
+                f"{path}: verify needs one run, and this is a study: give it the target's file (of the study, "
                 f"{self.target_file}), or leave study.sizes and study.values out"
             )
         check_space(self._base, self.space, f"{path}: verify.space")
@@ -91,7 +91,7 @@ class Verification(JointStudy):
                 misses += 1
                 if misses == MISSES:
                     raise UserError(
-                        f"{error}; so it is with {MISSES} draws of verify.space in a row: narrow its ranges"
+                        f"{error}; the same holds for {MISSES} draws of verify.space in a row: narrow its ranges"
                     ) from None
             if len(found) == self.settings.runs:
                 break
@@ -153,7 +153,7 @@ class Verification(JointStudy):
         _, own = self.flops
         raise UserError(
             f"{self.path}: {self.settings.runs + len(self.settings.seeds)} runs at {self.size} are "
-            f"{quantity(self.cost * own)}FLOPs, {self.cost:.3g} times one run of this file, and verify.budget is "
-            f"{self.settings.budget:g}: verify at a smaller size (verify.width, verify.depth), give it fewer "
+            f"{quantity(self.cost * own)}FLOPs, {show_times(self.cost)} times one run of this file, and verify.budget "
+            f"is {self.settings.budget:g}: verify at a smaller size (verify.width, verify.depth), give it fewer "
             f"verify.runs, or set verify.budget={self.cost:.3g}"
         )

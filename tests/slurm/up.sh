@@ -37,6 +37,7 @@ mkdir -p "$D"; chmod 755 "$D"
 exec 9>"$D/.lock"; flock 9                       # two callers: the second waits, then finds it up
 
 # ---- 1. packages --------------------------------------------------------------------------------
+exec 8<"$HERE"; flock 8                          # of several clusters that come up at once, one installs
 need=()
 command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v sbatch >/dev/null || need+=(slurm-wlm)
 command -v munged >/dev/null || need+=(munge)
@@ -56,6 +57,7 @@ if [ ${#need[@]} -gt 0 ]; then
   [ -z "$tmp_policy" ] || rm -f /usr/sbin/policy-rc.d
   say "installed"
 fi
+exec 8<&-
 
 # ---- 2. already up? -----------------------------------------------------------------------------
 export SLURM_CONF=$D/slurm.conf
@@ -157,7 +159,8 @@ MinJobAge=600
 ReturnToService=2
 JobRequeue=1
 # job ids never start at 1 again: a rebuilt cluster must not reuse ids whose results lie in some folder
-FirstJobId=$(( $(date +%s) / 10 % 60000000 + 1000 ))
+# and clusters side by side must have others, too: the port at which a job's processes meet is made of its id
+FirstJobId=$(( $(date +%s) / 10 % 60000000 + 1000 + PORT / 20 % 6 * 200 ))
 # partition "high" preempts "low" (requeue) and "lowcancel" (cancel); the user's --signal is sent at preemption
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
@@ -171,6 +174,7 @@ PartitionName=lowcancel Nodes=$P[1-$N] MaxTime=INFINITE PriorityTier=1 PreemptMo
 PartitionName=high Nodes=$P[1-$N] MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF State=UP
 $cloud
 CONF
+sed 's/^MessageTimeout=.*/MessageTimeout=2/' "$D/slurm.conf" > "$D/hasty.conf"   # for commands while slurmctld is away
 
 # ---- 4. daemons (fd 9 closed, so that the lock is not inherited) ----------------------------------
 if [ ! -s "$D/munge/munge.key" ]; then (umask 077; head -c 1024 /dev/urandom > "$D/munge/munge.key"); fi

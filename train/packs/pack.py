@@ -55,7 +55,7 @@ def run_pack(
     that does not batch.
     """
     if len({Path(path).resolve() for path in paths}) < len(paths):
-        raise UserError("runs of one pack need a directory each, found one twice")
+        raise UserError("every run of a pack needs its own directory, and two have the same")
     if len(configs) > 1:
         check_pack(configs)
     interrupt = interrupt or Interrupt()

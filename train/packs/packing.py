@@ -56,8 +56,9 @@ HONOURED_FIELDS = {
 OPTIMIZERS = ("sgd", "adamw")
 
 # Where train.pack is null (docs/packed.md): on a CPU, packs of wider networks or larger batches are slower than run
-# after run, as a single run's tensors fit into the caches and those of a pack do not.
-CPU_PACK, CPU_WIDTH, CPU_PIXELS = 8, 32, 16 * 8**2
+# after run, as a single run's tensors fit into the caches and those of a pack do not. Activations of CPU_NUMBERS are
+# the largest with which packs of eight gained at these widths, whatever the network.
+CPU_PACK, CPU_WIDTH, CPU_NUMBERS = 8, 32, 2**17
 GPU_PACK = 16
 
 
@@ -123,8 +124,8 @@ def pack_limit(config: RunConfig, on_gpu: bool) -> int:
         return max(train.pack, 1)
     if on_gpu:
         return GPU_PACK
-    small = model.width <= CPU_WIDTH and train.global_batch_size * model.image_size**2 <= CPU_PIXELS
-    return CPU_PACK if small else 1
+    numbers = model.width * train.global_batch_size * model.image_size**2
+    return CPU_PACK if model.width <= CPU_WIDTH and numbers <= CPU_NUMBERS else 1
 
 
 def stand_at_one_step(directories: Sequence[RunDirectory]) -> bool:
