@@ -484,6 +484,8 @@ def test_what_is_made_of_parameters_alone_has_the_role_of_the_operation_that_tak
     assert rules[f"{block}.gate"].role is Role.ROUTER
     assert rules[f"{block}.scales"].role is Role.BRANCH_VECTOR
     assert count(roles.branches, network) == 5 * 3
+    scaled = models.build_scaled(build, size=Size(width=64, depth=2), base=Size(width=16, depth=2), inputs=TOKENS)
+    assert scaled.rules["body.layers.0.gate"].role is Role.ROUTER  # (width, 1): a ratio of 4 divides one of its sides
 
 
 def test_glorots_init_of_blocks_of_several_shapes_is_found() -> None:
