@@ -170,7 +170,8 @@ def write_scaled(
     write_forecast(scaled, path)
     for fact in scaled.facts:
         console.print(fact, highlight=False)
-    console.print(f"Written: {path}. Start it with: {command('launch', path)}", highlight=False)
+    start = command("launch", path)
+    console.print(f"Written: {path}. Start it with: {start}", highlight=False, soft_wrap=True)  # it can be pasted
 
 
 def target_studies(study: Study, targets: Sequence[Path], console: Console) -> list[Study]:
