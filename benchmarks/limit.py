@@ -4,7 +4,7 @@ OMP_NUM_THREADS=1 python -m benchmarks.limit     # the solvers
 python -m benchmarks.limit --save kernels.npz    # kernels of finite depth, to compare
 python benchmarks/limit.py --compare kernels.npz # where neural-tangents is: see docs/theory.md for the versions
 
-The whole command: `time depthmup limit configs/digits_resnet.yaml`.
+The whole command: `time depthmup limit configs/digits_resnet.yaml model.activation=relu`.
 """
 
 import argparse

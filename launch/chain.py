@@ -129,7 +129,7 @@ def finish(study: Study, console: Console, begun: bool = False) -> None:
             place = study.file.launch.cluster
             others = place == "slurm" or (place == "local" and not launched.slots)  # an earlier launch's
             go_on = f" Its jobs go on; to stop them: {study.command('cancel')}" if others else ""
-            console.print(f"{interrupted(study)}{go_on}", highlight=False)
+            console.print(f"{interrupted(study)}{go_on}", highlight=False, soft_wrap=True)
             sys.exit(130)
 
 
@@ -161,17 +161,25 @@ def write_scaled(
     scale_batch: bool = False,
     force: bool = False,
 ) -> None:
-    """Writes the target's file and says what it holds. Raises UserError when the study is inconclusive."""
+    """Writes the target's file and says what it holds. Raises UserError when the study is inconclusive, with what to
+    type where its value is to be used all the same."""
     from depthmup.launch.report.collect import collect
-    from depthmup.launch.scale import read_changes, scale, write_forecast, write_target
+    from depthmup.launch.scale import Doubtful, read_changes, scale, write_forecast, write_target
 
-    scaled = scale(collect(study), path.stem, read_changes(target, changes), parameterization, scale_batch, force)
+    try:
+        scaled = scale(collect(study), path.stem, read_changes(target, changes), parameterization, scale_batch, force)
+    except Doubtful as error:
+        words = [*changes, *(["--target", str(target)] if target else [])]
+        words += [] if path == study.target_file else ["--out", str(path)]
+        words += ["--parameterization", parameterization] if parameterization else []
+        words += ["--scale-batch"] if scale_batch else []
+        forced = study.command("scale", *words, "--force")
+        raise UserError(f"{error}. To use its value all the same: {forced}, then 'launch' of that file") from None
     write_target(scaled, path)
     write_forecast(scaled, path)
     for fact in scaled.facts:
         console.print(fact, highlight=False)
-    start = command("launch", path)
-    console.print(f"Written: {path}. Start it with: {start}", highlight=False, soft_wrap=True)  # it can be pasted
+    console.print(f"Written: {path}. Start it with: {command('launch', path)}", highlight=False, soft_wrap=True)
 
 
 def target_studies(study: Study, targets: Sequence[Path], console: Console) -> list[Study]:
@@ -190,7 +198,7 @@ def say_next_step(report: "Report", console: Console) -> None:
         file = report.study.file
         size = (f"model.width={4 * file.model.base_width}", f"model.depth={4 * file.model.base_depth}")
         words = (file.directory, *size, f"train.samples={10 * file.train.samples}")
-        console.print(f"Next, for a target of your size: {command('scale', *words)}", markup=False)
+        console.print(f"Next, for a target of your size: {command('scale', *words)}", markup=False, soft_wrap=True)
 
 
 def transfer(study: Study, targets: Sequence[Path], console: Console) -> None:
@@ -269,7 +277,7 @@ def advance_study(
             raise unfinished(current[0])
         attach(sorted(job_ids))
     then = f"Job {job_id} goes on after {', '.join(sorted(job_ids))}"
-    console.print(f"{then}: see {study.command('status', '--watch')}", highlight=False)
+    console.print(f"{then}: see {study.command('status', '--watch')}", highlight=False, soft_wrap=True)
 
 
 def take(study: Study, job_ids: Sequence[str]) -> states.Snapshot:

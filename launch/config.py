@@ -166,7 +166,9 @@ class StudyConfig:
         return math.log2(1 - value if self.complement else value)
 
     def show(self, octaves: float) -> str:
-        """The value there as a power of two."""
+        """The value there as a power of two; '0' or 'inf' of an interval whose side is open."""
+        if math.isinf(octaves):
+            return f"{self.value_at(octaves):g}"
         return f"{'1 - ' if self.complement else ''}2^{octaves:.1f}"
 
     def value_at(self, octaves: float) -> float:

@@ -44,6 +44,10 @@ NOT_NAMED = (*KEPT, "train.samples", "train.global_batch_size", "train.evaluate"
 SECTIONS = ("model", "optimizer", "schedule", "data", "train", "parallel", "track", "seed", "launch")
 
 
+class Doubtful(UserError):
+    """The study does not say that its value holds for the target; `force` scales all the same."""
+
+
 @dataclass(frozen=True)
 class Transferred:
     """The target's configuration, and what is to be said of it: a line each."""
@@ -71,7 +75,7 @@ def choose_curve(report: Report, parameterization: str | None, force: bool) -> t
     """The base's curve of the parameterization to use, the value to carry over, and how sure it is.
 
     Without a name: the one with the best verdict of CARRIED, of several the one whose value has the lowest loss at the
-    largest size: at the base they may be the same network. Raises UserError where no verdict says what the value
+    largest size: at the base they may be the same network. Raises Doubtful where no verdict says what the value
     costs, unless `force`.
     """
     path, base_size = report.study.path, report.study.file.study.sizes[0]
@@ -91,7 +95,7 @@ def choose_curve(report: Report, parameterization: str | None, force: bool) -> t
         why = [f"{len(report.unfinished)} runs are not finished"] if report.unfinished else []
         why += [f"{name} {judgements[name].verdict} ({judgements[name].reason})" for name in names]
         reasons = "; ".join(why)
-        raise UserError(f"{path}: this study does not say which value to use: {reasons}. --force uses it all the same")
+        raise Doubtful(f"{path}: this study does not say which value to use: {reasons}")
     at_largest = {direct.parameterization: direct.transferred for direct in report.direct}
     candidates = good or names
     curve = min(
@@ -176,8 +180,8 @@ def scale(
     """The study's configuration with `changes` (sections of the target) and the transferred hyperparameters. Its run
     goes to the folder `name` beside the study's.
 
-    Raises UserError when the study is inconclusive, the target differs in what the optimum belongs to (KEPT), both
-    unless `force`, or the target is no valid run.
+    Raises Doubtful when the study is inconclusive or the target differs in what the optimum belongs to (KEPT), both
+    unless `force`, and UserError when the target is no valid run.
     """
     file: StudyFile = report.study.file
     curve, carried, facts = choose_curve(report, parameterization, force)
@@ -194,10 +198,9 @@ def scale(
     ours, theirs = task_values(proxy), task_values(target)
     if (changed := describe_differences(ours, theirs)) and not force:
         why = "".join(f" ({said})" for key, said in WITHOUT_RULE.items() if ours.get(key) != theirs.get(key))
-        raise UserError(
+        raise Doubtful(
             f"{report.study.path}: the proxy's optimum does not hold for a target with {changed}: the rules cover "
-            f"width and depth alone{why}. Leave it as the proxy has it, run the study anew with the target's, or use "
-            "the value all the same with --force"
+            f"width and depth alone{why}. Leave it as the proxy has it, or run the study anew with the target's"
         )
     if changed:
         facts.append(f"Forced: no rule covers {changed}.")

@@ -289,6 +289,8 @@ def waiting_for(snapshot: states.Snapshot) -> str:
     if not waiting:
         return ""
     reason = waiting.most_common(1)[0][0]
+    if reason == "None":  # Slurm has not looked yet
+        return f", {waiting.total()} waiting"
     if reason.startswith(states.FREE_SLOT):
         return f", {waiting.total()} waiting {states.FREE_SLOT}"
     meaning = explain(reason)

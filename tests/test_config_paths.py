@@ -294,5 +294,5 @@ def test_what_names_no_file_is_refused_as_a_configuration(
     given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"no study.yaml in this folder|No such file"):
+    with pytest.raises(UserError, match=r"no study.yaml in this folder|No such file|an argument is empty"):
         read_study(ConfigPath().convert(given, None, None))

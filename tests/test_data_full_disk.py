@@ -181,6 +181,15 @@ def test_a_name_that_the_outputs_encoding_lacks_is_written_all_the_same(monkeypa
     assert (ended.value.code, "train has 1 class: caf\\xe9 4" in output.getvalue().decode()) == (0, True)
 
 
+def test_a_terminal_without_columns_gets_the_output(monkeypatch, capsys, tmp_path):
+    make_folder(tmp_path / "images", samples=4, classes=1)
+    monkeypatch.setenv("COLUMNS", "0")
+    monkeypatch.setattr(sys, "argv", ["depthmup", "pack", str(tmp_path / "images"), str(tmp_path / "shards")])
+    with pytest.raises(SystemExit):
+        main()
+    assert "train: 4 images in 1 shard" in capsys.readouterr().out
+
+
 def test_an_empty_path_is_refused(monkeypatch, capsys, tmp_path):
     """A variable that is not set, in quotes: it would be the working folder."""
     for command in (["pack", str(tmp_path), ""], ["pack", "", str(tmp_path / "out")], ["index", ""], ["plan", ""]):

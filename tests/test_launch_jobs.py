@@ -27,7 +27,8 @@ from depthmup.launch.jobs.code_copy import copy_code
 from depthmup.launch.jobs.follower import Postponed, follower
 from depthmup.launch.jobs.reasons import explain
 from depthmup.launch.jobs.slurm import QueuedTask, SlurmError
-from depthmup.launch.jobs.status import print_status
+from depthmup.launch.jobs.states import RunState, Snapshot
+from depthmup.launch.jobs.status import goes_on, print_status
 from depthmup.launch.jobs.submission import Submission, ask, cancelled, load_all, places_taken
 from depthmup.launch.jobs.submit import Turns, deal, dry_run_script, submit_continuation, take_turns
 from depthmup.launch.paths import PACKAGE
@@ -36,6 +37,7 @@ from depthmup.launch.runs.opened import path_of
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.study import Study
 from depthmup.launch.transfer import IDLE, launch, unfinished, wait, waiting_for
+from depthmup.train.rundir import EXIT_LOST_PEER
 from test_launch_scale import finish
 
 FAKES = {
@@ -167,6 +169,78 @@ def test_whatever_number_of_places_there_is_at_least_half_of_them_are_taken_and_
     taken = sum(job["tasks"] for job in in_queue(fake))
     assert places / 2 <= taken <= places
     assert (len(launched.runs), launched.left) == (taken, 12 - taken)
+
+
+def test_what_slurm_took_before_it_refused_is_tried_again_as_it_is_and_the_costliest_runs_come_first(
+    fake: Path, study_of: Callable[..., Study]
+) -> None:
+    (fake / "places").write_text("8")  # two arrays of four are taken, the third is refused
+    launched = launch(study_of())
+    assert len(launched.runs) == 8
+    assert len(submitted(fake)) == 2 + 2
+    depths = [run.size.depth for run in launched.runs]
+    assert depths == sorted(depths, reverse=True)
+    assert depths[0] == 6
+
+
+def test_runs_that_have_failed_stay_failed_where_slurm_refuses_them(fake: Path, study_of: Callable[..., Study]) -> None:
+    study = study_of()
+    study.write()
+    study.runs[0].directory.write_failed({"error": "no such file"})
+    (fake / "places").write_text("0")
+    with pytest.raises(slurm.Full):
+        launch(study)
+    assert study.runs[0].directory.failed() == {"error": "no such file"}
+    assert states.take(study).counts() == {"failed": 1, "new": 11}
+    (fake / "places").write_text("12")
+    assert len(launch(study).runs) == 12
+    assert study.runs[0].directory.failed() is None
+
+
+def test_nothing_is_submitted_while_slurm_does_not_say_what_waits(fake: Path, study_of: Callable[..., Study]) -> None:
+    study = study_of()
+    launch(study)
+    before = submitted(fake)
+    (fake / "squeue").write_text("#!/bin/bash\necho 'Unable to contact slurm controller' >&2; exit 1\n")
+    with pytest.raises(slurm.Silent, match=r"Unable to contact.*Nothing was submitted"):
+        launch(study)
+    with pytest.raises(slurm.Silent, match=r"Unable to contact.*Nothing was submitted"), follower(study, []):
+        raise AssertionError("it has a place in the queue")
+    assert submitted(fake) == before
+    snapshot = states.take(study)
+    assert snapshot.counts() == {"waiting": 12}
+    assert goes_on(snapshot)  # who watches goes on
+
+
+@pytest.mark.parametrize(
+    ("settings", "size"),
+    [
+        ({}, 1001),
+        ({"MaxArraySize": "50"}, 50),
+        ({"MaxArraySize": "50", "SchedulerParameters": "bf_interval=1,max_array_tasks=7,defer"}, 7),
+        ({"MaxArraySize": "5", "SchedulerParameters": "max_array_tasks=7"}, 5),
+    ],
+)
+def test_arrays_are_as_large_as_both_of_slurms_limits_allow(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, str], size: int
+) -> None:
+    monkeypatch.setattr(slurm, "configuration", lambda: settings)
+    assert slurm.max_array_size() == size
+
+
+def test_a_cluster_without_arrays_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slurm, "configuration", lambda: {"MaxArraySize": "0"})
+    with pytest.raises(UserError, match="takes no job arrays"):
+        slurm.max_array_size()
+
+
+def test_slurms_commands_are_told_nothing_of_a_users_own_formats_or_of_the_job_that_this_runs_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("SQUEUE_FORMAT", "SQUEUE_STATES", "SBATCH_PARTITION", "SLURM_JOB_ID", "SLURM_CONF", "PATH_OF_MINE"):
+        monkeypatch.setenv(name, "x")
+    kept = [name for name in slurm.clean_environment() if name.startswith(("SQUEUE_", "SBATCH_", "SLURM_", "PATH_"))]
+    assert sorted(kept) == ["PATH_OF_MINE", "SLURM_CONF"]
 
 
 def test_no_job_of_a_launch_begins_before_slurm_has_taken_all_of_them(
@@ -327,6 +401,42 @@ def test_the_job_that_goes_on_leaves_its_successor_to_try_again_where_others_fil
     (fake / "ended").write_text("1")
     with pytest.raises(slurm.Full, match="AssocMaxSubmitJobLimit"):  # no place for it either: this job waits for one
         advance_study(study, [], Console(quiet=True), by_itself=True)
+
+
+def test_the_job_that_goes_on_ends_well_where_it_tries_again_later_and_badly_where_it_stops(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ends_with(error: UserError) -> tuple[int, str]:
+        def go_on(*arguments: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(chain, "go_on", go_on)
+        return chain.main(), capsys.readouterr().out
+
+    monkeypatch.setattr(sys, "argv", ["chain", "runs/tiny"])
+    assert ends_with(Postponed("Job 1 tries again in 10 minutes")) == (0, "Job 1 tries again in 10 minutes\n")
+    assert ends_with(UserError("2 runs failed")) == (2, "Stopped: 2 runs failed\n")
+
+
+def test_while_the_next_job_waits_for_its_time_the_last_one_says_why(
+    fake: Path, study_of: Callable[..., Study], capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = study_of()
+    study.write()
+    for number in ("1", "2"):
+        (fake / "places").write_text(number)
+        with pytest.raises(Postponed) as postponed:
+            advance_study(study, [], Console(quiet=True), by_itself=True)
+        load_all(study.file.directory / "jobs")[-1].log(0).write_text(f"{postponed.value}\n")
+        (fake / "ended").write_text("1")
+    (fake / "state").write_text("PENDING|BeginTime")
+    print_status(study, Console(width=400))
+    shown = capsys.readouterr().out
+    assert "then: job 2 goes on (PENDING, BeginTime)" in shown
+    assert "the one before it: Slurm takes no more jobs now" in shown
+    (fake / "state").write_text("PENDING|Dependency")
+    print_status(study, Console(width=400))
+    assert "the one before it" not in capsys.readouterr().out
 
 
 def test_a_path_without_a_place_for_a_run_and_the_job_after_it_leaves_nothing(
@@ -494,10 +604,20 @@ def test_transfer_and_status_say_why_runs_wait(
     (fake / "state").write_text("PENDING|PartitionConfig")
     said = waiting_for(states.take(study))
     assert said.startswith(", 12 waiting (PartitionConfig: no node of its partition")
+    (fake / "state").write_text("PENDING|None")
+    assert waiting_for(states.take(study)) == ", 12 waiting"  # Slurm has not looked yet
+    (fake / "state").write_text("PENDING|PartitionConfig")
     print_status(study, Console(width=200))
     shown = capsys.readouterr().out
     assert shown.count("PartitionConfig: no node of its partition") == 1
     assert "launch.nodes" in shown
+
+
+def test_of_several_reasons_transfer_says_the_commonest(study_of: Callable[..., Study]) -> None:
+    runs = study_of().runs
+    reasons = ["Priority", "PartitionConfig", "PartitionConfig"]
+    found = [RunState(run, "waiting", reason) for run, reason in zip(runs, reasons, strict=False)]
+    assert waiting_for(Snapshot(found, [], [], [])).startswith(", 3 waiting (PartitionConfig: ")
 
 
 def test_a_job_that_loads_its_libraries_is_starting_and_what_one_has_cancelled_is_cancelled(
@@ -522,6 +642,17 @@ def test_a_job_that_loads_its_libraries_is_starting_and_what_one_has_cancelled_i
     assert "cancelled: 12 of 12" in str(unfinished(study))
     assert len(launch(study).runs) == 12
     assert cancelled(root) == set()
+
+
+def test_runs_of_a_job_that_is_ending_wait_for_that_and_start_nothing(
+    fake: Path, study_of: Callable[..., Study]
+) -> None:
+    study = study_of("launch.runs_per_job=12")
+    launch(study)
+    (fake / "state").write_text("COMPLETING|None")  # as after a cancel, until its processes have ended
+    snapshot = states.take(study)
+    assert snapshot.counts() == {"waiting": 12}  # the lock of one may still be held: nothing is submitted again yet
+    assert snapshot.runs[0].remark == "job 1_0 is ending"
 
 
 def test_only_what_a_cancel_stopped_is_cancelled(tmp_path: Path) -> None:
@@ -586,6 +717,28 @@ def test_a_cancel_stops_the_whole_path_and_says_what_of_it(fake: Path, study_of:
     (fake / "jobs").write_text("")
     assert states.take(target).counts() == {"cancelled": 1}
     assert CliRunner().invoke(cli, ["cancel", str(study.file.directory)]).output == "Nothing waits or runs.\n"
+
+
+def test_a_job_after_the_runs_that_was_ended_by_another_is_missed_with_what_to_type(
+    fake: Path, study_of: Callable[..., Study], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = study_of("launch.runs_per_job=12")
+    with follower(study, [Path("large.yaml")]) as (job_id, _):
+        launch(study)
+
+    def shown() -> str:
+        print_status(study, Console(width=200))
+        return capsys.readouterr().out
+
+    assert "then: job 1 goes on" in shown()
+    (fake / "ended").write_text(f"{job_id}\n")  # scancel
+    again = study.command("transfer", "--target", str(Path("large.yaml").absolute()), "--detach")
+    assert f"after the runs: nothing goes on by itself, job {job_id} has gone without a word: {again}\n" in shown()
+    with monkeypatch.context() as colleague:
+        colleague.setattr(os, "getuid", lambda: 54321)  # to whom it may not be shown
+        assert "after the runs" not in shown()
+    ask(study.file.directory, "cancel")
+    assert "after the runs" not in shown()
 
 
 def test_nothing_goes_on_by_itself_after_a_cancel_wherever_on_the_path_that_comes(
@@ -655,13 +808,38 @@ def test_printed_commands_can_be_pasted(fake: Path, study_of: Callable[..., Stud
     assert study.command("transfer") in str(said.exception)
 
 
+def test_a_line_with_a_command_is_not_broken_in_a_narrow_terminal(
+    fake: Path, study_of: Callable[..., Study], capsys: pytest.CaptureFixture[str]
+) -> None:
+    narrow = Console(width=40)
+    study = study_of("launch.runs_per_job=12")
+    advance_study(study, [], narrow)
+    (submission,) = [each for each in load_all(study.file.directory / "jobs") if not each.goes_on]
+    submission.held_file.write_text(json.dumps({"reason": "3 runs failed for one reason"}))
+    (fake / "ended").write_text("2\n")
+    print_status(study, narrow)
+    finish(study, best=-4.8)
+    chain.write_scaled(study, study.target_file, None, (), narrow, force=True)
+    said = capsys.readouterr().out.splitlines()
+    launched = study.command("launch")
+    for command in (
+        study.command("status", "--watch"),
+        f"held runs: mend that, then {launched}; to try them as they are: {launched} launch.hold_after=0",
+        f"Start it with: depthmup launch {study.target_file}",
+    ):
+        assert any(line.endswith(command) for line in said), command
+
+
 # ---------------------------------------------------------------- the script
 
 
-def run_script(script: str, fake: Path, worker: int) -> subprocess.CompletedProcess[str]:
-    """Runs a batch script whose worker ends with `worker`; Slurm calls the job RUNNING."""
+def run_script(
+    script: str, fake: Path, worker: int, slurm_says: str = "RUNNING N/A 0"
+) -> subprocess.CompletedProcess[str]:
+    """Runs a batch script whose worker ends with `worker`. `slurm_says`: the job's state, when it was preempted, and
+    how often it was requeued."""
     (fake / "srun").write_text(f"#!/bin/bash\nexit {worker}\n")
-    (fake / "squeue").write_text("#!/bin/bash\necho 'RUNNING N/A 0'\n")
+    (fake / "squeue").write_text(f"#!/bin/bash\necho '{slurm_says}'\n")
     (fake / "scontrol").write_text(f'#!/bin/bash\necho "$@" >> {fake}/told\n')
     job = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0", "SLURM_CPUS_PER_TASK": "1"}
     return subprocess.run(
@@ -692,6 +870,47 @@ def test_a_signalled_job_asks_for_its_requeue_whatever_the_setup_lines_set(
     assert ended.returncode == code, ended.stderr
     assert (fake / "told").read_text() == "requeue 7\n"
     assert json.loads(Path(folder).read_text())["cause"] == "signal"
+
+
+@pytest.mark.parametrize(
+    ("code", "slurm_says", "cause", "requeues"),
+    [
+        (75, "RUNNING N/A 0", "signal", True),
+        (EXIT_LOST_PEER, "RUNNING N/A 0", "a process was lost", True),
+        (75, "RUNNING 2026-01-01T00:00:00 0", "preempted", True),
+        (75, "RUNNING N/A 1", "requeued", False),  # and its successor runs already: that must go on
+        (75, "COMPLETING N/A 1", "requeued", False),
+        (75, "CANCELLED N/A 0", "cancelled", False),
+    ],
+)
+def test_a_job_asks_for_its_requeue_once_and_notes_why_it_ended(
+    fake: Path, study_of: Callable[..., Study], code: int, slurm_says: str, cause: str, requeues: bool
+) -> None:
+    (fake / "python").write_text(f"#!/bin/bash\nexit {code}\n")  # asked for what the step's end means
+    (fake / "python").chmod(0o755)
+    script = dry_run_script(study_of(f"launch.python={fake}/python"))
+    (folder,) = {line.split()[-1] for line in script.splitlines() if ">> " in line and "stopped.jsonl" in line}
+    Path(folder).parent.mkdir(parents=True)
+    place = next(line for line in script.splitlines() if line.startswith("cd "))
+    ended = run_script(script.replace(place, "cd /"), fake, code, slurm_says)
+    assert ended.returncode == code, ended.stderr
+    assert json.loads(Path(folder).read_text()) == {"job": "7_0", "restart": 0, "cause": cause}
+    assert (fake / "told").exists() == requeues
+
+
+def test_the_job_after_the_runs_is_a_small_one_whatever_they_ask_for(
+    fake: Path, study_of: Callable[..., Study]
+) -> None:
+    large = ("nodes=4", "gpus_per_node=8", "cpus_per_task=12", "memory_gb=900", "timeout_min=1440", "partition=gpu")
+    study = study_of(*(f"launch.{key}" for key in large), "launch.continuation={partition: cpu}")
+    asked = submit_continuation(study, [], after=False, lock=0).script.read_text()
+    options = dict(line[8:].partition("=")[::2] for line in asked.splitlines() if line.startswith("#SBATCH --"))
+    wanted = {"--nodes": "1", "--ntasks-per-node": "1", "--cpus-per-task": "1", "--mem": "4GB", "--time": "60"}
+    assert {key: options.get(key) for key in wanted} == wanted
+    assert options["--partition"] == "cpu"
+    assert not any("gpu" in key for key in options)
+    short = study_of("launch.timeout_min=30")
+    assert "#SBATCH --time=30\n" in submit_continuation(short, [], after=False, lock=0).script.read_text()
 
 
 @pytest.mark.parametrize("name", ["100%job", "%j", "a%%t", "%n%x%A%a"])

@@ -98,7 +98,7 @@ def test_what_transfer_saved_is_said_beside_tuning_the_target_directly(study_fil
     assert lost.cost_share == pytest.approx(9 * 2 * ratio)  # 9 values, 2 seeds
     said = " ".join(invoke("report", path).split())
     assert f"{100 * lost.cost_share:.3g} % of one run at" in said
-    assert f"{100 * lost.share_of_sweep:.2g} % of a sweep there" in said
+    assert f"{100 * lost.share_of_sweep:.3g} % of a sweep there" in said
 
 
 def test_an_unfinished_study_says_how_much_is_missing_and_how_to_go_on(

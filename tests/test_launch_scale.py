@@ -74,6 +74,16 @@ def test_a_censored_study_is_refused_unless_forced(study_file: Path) -> None:
     assert "censored on the low edge" in invoke("scale", study_file, "--force")
 
 
+def test_an_open_side_of_an_interval_is_shown_as_the_value_that_it_is(study_file: Path) -> None:
+    rate = read_study(study_file).study
+    momentum = read_study(
+        study_file,
+        ("optimizer.momentum=0.9", "study.hyperparameter=optimizer.momentum", "study.values=[0.5, 0.75, 0.9]"),
+    ).study
+    assert [rate.show(octaves) for octaves in (-math.inf, -3, math.inf)] == ["0", "2^-3.0", "inf"]
+    assert momentum.show(-math.inf) == "1"
+
+
 def test_scale_batch_hands_the_ratios_to_the_optimizer_which_knows_the_rule(study_file: Path) -> None:
     two_seeds(study_file)
     adamw = ("optimizer={name: adamw, lr: 0.01}", "study.name=adamw")

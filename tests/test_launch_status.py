@@ -4,18 +4,21 @@ import json
 import os
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 from rich.console import Console
 
-from depthmup.launch.jobs.attempts import note
+from depthmup.launch.jobs.attempts import begin_attempt, note
 from depthmup.launch.jobs.slurm import QueuedTask
 from depthmup.launch.jobs.states import RunState, state_of
-from depthmup.launch.jobs.status import print_status, watch_status
+from depthmup.launch.jobs.status import print_status, short, watch_status
 from depthmup.launch.jobs.submission import Submission
+from depthmup.launch.jobs.worker import lacks_gpu
 from depthmup.launch.reading import read_study, read_study_or_run
+from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.study import Study
 from depthmup.launch.wording import duration
 from depthmup.train.lock import Lock, take_lock
@@ -61,6 +64,103 @@ def test_status_shows_that_runs_were_preempted_or_stopped_otherwise_how_often_an
     (row,) = (line for line in shown.splitlines() if line.startswith(runs[0].path.name))
     assert " preempted " in row
     assert shown.splitlines()[-1] == "1 running, 2 waiting, 1 preempted, 1 interrupted, 7 new"
+
+
+def written(study_file: Path) -> list[PlannedRun]:
+    """The runs of the study, whose folders are there."""
+    study = Study(study_file, read_study(study_file))
+    study.write()
+    return study.runs
+
+
+def print_jobs(
+    study_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *queue: str, per_job: int = 1
+) -> list[str]:
+    """The lines of `status` when Slurm shows element i of one array as `queue[i]`, 'STATE REASON'."""
+    study = Study(study_file, read_study(study_file))
+    study.write()
+    names = [run.directory.path.name for run in study.runs]
+    tasks = [names[first : first + per_job] for first in range(0, len(names), per_job)]
+    job = Submission.create(study.file.directory / "jobs", "depthmup-tiny", tasks, {})
+    job.write_job_id("7")
+    tasks_queued = [QueuedTask("7", index, *state.split(), job.name) for index, state in enumerate(queue)]
+    monkeypatch.setattr("depthmup.launch.jobs.slurm.queue", lambda ids, names: tasks_queued)
+    print_status(study, Console(width=80))
+    return capsys.readouterr().out.splitlines()
+
+
+def test_what_differs_in_the_number_of_the_job_only_is_said_once_with_a_count_and_an_example(
+    study_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = written(study_file)
+    study = Study(study_file, read_study(study_file))
+    first = runs[0].directory
+    begin(runs[4].directory, 4, "interrupted")
+    shown = print_jobs(study_file, monkeypatch, capsys, *["RUNNING None"] * 12)
+    assert [line for line in shown if line.startswith("starting, ")] == [
+        f"starting, 12 runs, as {first.path.name}: job 7_0 has begun"
+    ]
+    assert len([line for line in shown if " starting " in line]) == 1  # and one row
+    assert shown[-1] == "12 starting"
+    print_status(study, Console(width=80), everything=True)
+    assert capsys.readouterr().out.count("has begun") == 12
+
+
+def test_a_job_whose_nodes_boot_has_not_begun_and_trains_nothing(
+    study_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = written(study_file)[0].directory
+    begin(run, 0, "killed")  # requeued: its last start has ended without a word
+    shown = print_jobs(study_file, monkeypatch, capsys, *["CONFIGURING None"] * 12)
+    assert f"starting, 12 runs, as {run.path.name}: job 7_0 waits for its nodes to boot" in shown
+    assert shown[-1] == "12 starting"
+
+
+def test_of_a_job_with_several_runs_one_starts_and_the_others_wait_in_it(
+    study_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [run.directory for run in written(study_file)]
+    for number in (0, 4, 8):
+        begin(runs[number], number // 4, "killed")
+    shown = print_jobs(study_file, monkeypatch, capsys, *["RUNNING None"] * 3, per_job=4)
+    assert f"waiting, 9 runs, as {runs[1].path.name}: in job 7_0" in shown
+    assert shown[-1] == "3 running, 9 waiting"
+
+
+def test_every_stalled_run_has_its_own_command(
+    study_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, run in enumerate(written(study_file)[:3]):
+        begin(run.directory, number, "killed")
+        age(run.directory, 4000)
+    shown = " ".join(print_jobs(study_file, monkeypatch, capsys, *["RUNNING None"] * 3))
+    for number in range(3):
+        assert f"scontrol requeue 7_{number}" in shown
+
+
+def test_a_run_that_takes_the_cpu_though_its_job_has_a_gpu_says_so(
+    study_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = written(study_file)
+    auto, cpu = (replace(runs[0].config, train=replace(runs[0].config.train, device=name)) for name in ("auto", "cpu"))
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "1")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for number, config in enumerate((auto, cpu)):
+        monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(number))
+        begin_attempt(runs[number].directory, lacks_gpu(config))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert not lacks_gpu(auto)
+    shown = print_jobs(study_file, monkeypatch, capsys, *["RUNNING None"] * 2)
+    on_cpu = [line for line in shown if "on the CPU" in line]
+    assert on_cpu == [f"running, {runs[0].directory.path.name}: on the CPU: its job has a GPU, and torch sees none"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(4, "4s"), (59.6, "1m00"), (185, "3m05"), (3600, "1h00"), (7800, "2h10"), (360000, "100h00")]
+)
+def test_the_time_left_says_whether_it_is_seconds_minutes_or_hours(seconds: float, words: str) -> None:
+    assert short(seconds) == words
 
 
 def age(directory: RunDirectory, seconds: float) -> None:

@@ -221,11 +221,12 @@ def test_the_main_path_goes_from_a_proxy_to_a_target_and_its_line_in_the_report(
     refused = depthmup(*proxy, "study.regret_limit=1e-9", "--target", target)
     assert refused.returncode == 2
     assert "this study does not say which value to use: depth_mup" in refused.stderr
+    folder = study_file.parent / "runs" / "tiny"
+    assert f"all the same: depthmup scale {folder} --target {target} --force" in refused.stderr
     deeper = target.with_name("deeper.yaml")
     deeper.write_text("model: {width: 8, depth: 9}\n")
     walked = depthmup(*proxy, "--target", target, "--target", deeper)
     assert walked.returncode == 0, walked.stderr
-    folder = study_file.parent / "runs" / "tiny"
     for words in ("Target of width 16, depth 6 at optimizer.lr", "Target of width 8, depth 9 at optimizer.lr"):
         assert words in walked.stdout.splitlines()[-1]
         assert words in (folder / "report.html").read_text()

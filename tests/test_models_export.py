@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from depthmup import models
+from depthmup.data.errors import UserError
 from depthmup.launch.cli import cli
 from depthmup.launch.export import export_run
 from depthmup.models import Init, ParameterizationConfig, ParameterRule, Role, Roles, Size, Slot
@@ -30,7 +31,9 @@ from depthmup.models.errors import ModelError
 from depthmup.models.export import folded_state
 from depthmup.models.family import match_rules
 from depthmup.train.config import RunConfig
+from depthmup.train.owner import owner
 from depthmup.train.reading import from_plain, to_yaml
+from depthmup.train.rundir import RunDirectory
 
 VIT = {"family": "vit", "patch_size": 8, "image_size": 32, "num_heads": 4}
 RESNET = {
@@ -140,6 +143,21 @@ def test_the_command_prints_code_that_loads_the_file_in_a_new_process(tmp_path: 
     loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     for line, ours in zip(loaded, expected, strict=True):
         assert rms(ours - torch.tensor(json.loads(line))) <= 1e-5 * rms(ours)
+
+
+def test_a_run_whose_configuration_was_changed_since_or_whose_weights_are_damaged_is_refused(tmp_path: Path) -> None:
+    """Other multipliers would be folded into its weights."""
+    run, _, config = finished_run(tmp_path / "run", VIT)
+    RunDirectory(run).write_done({"outcome": "completed", "step": 1, **owner(config)})
+    export_run(run, tmp_path / "out.safetensors")
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("name: depth_mup", "name: completep"))
+    with pytest.raises(UserError, match=r"done\.json is of another run \(parameterization\.name: depth_mup there"):
+        export_run(run, tmp_path / "out.safetensors")
+    (run / "config.yaml").write_text(text)
+    (run / "weights.safetensors").write_bytes((run / "weights.safetensors").read_bytes()[:500])
+    with pytest.raises(UserError, match=r"weights\.safetensors: not the weights of this run's model"):
+        export_run(run, tmp_path / "out.safetensors")
 
 
 def test_what_is_no_run_is_refused_and_a_study_names_its_best_runs(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Submission to a real Slurm: nothing twice, nothing half, whatever happens to the launcher. The jobs are held."""
 
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -8,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 
+from depthmup.launch import transfer
 from depthmup.launch.jobs import slurm
 from depthmup.launch.jobs.submission import load_all
 from depthmup.launch.jobs.submit import START as GO_ON
@@ -193,6 +196,65 @@ def test_of_a_study_larger_than_the_limit_on_submitted_jobs_what_has_place_is_su
     assert jobs_of_runs() == []
     assert "1 run submitted" in cluster.depthmup("launch", *study, "study.name=one").stdout
     assert len(jobs_of_runs()) == 1
+
+
+TRAIN = """
+import json, os, sys
+from pathlib import Path
+submission = Path(sys.argv[-1])
+for name in json.loads(submission.read_text())["tasks"][int(os.environ["SLURM_ARRAY_TASK_ID"])]:
+    run = submission.parents[2] / "runs" / name
+    with open(run / "times_trained", "a") as file:
+        file.write("x")
+    (run / "done.json").write_text(json.dumps({"outcome": "completed", "step": 12, "minival_loss": 2, "seconds": 1}))
+"""
+
+
+@pytest.fixture
+def quick(cluster: Cluster, study_file: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A study of twelve runs for users who may submit four jobs. Its jobs run TRAIN instead of the worker. This process
+    is on the cluster, too."""
+    cluster.empty_the_queue()
+    cluster.call("sacctmgr", "-Q", "-i", "add", "account", "waves", "MaxSubmitJobs=4", root=True)
+    cluster.call("sacctmgr", "-Q", "-i", "add", "user", cluster.call("id", "-un"), "account=waves", root=True)
+    trainer = study_file.with_name("train.py")
+    trainer.write_text(TRAIN)
+    content = yaml.safe_load(study_file.read_text())
+    python = f"{sys.executable} -S {shlex.quote(str(trainer))}"
+    content["launch"] = {"cluster": "slurm", "account": "waves", "python": python}
+    study_file.write_text(yaml.safe_dump(content))
+    for key, value in cluster.environment.items():
+        monkeypatch.setenv(key, value)
+    return study_file
+
+
+def test_a_study_larger_than_the_limit_is_trained_in_waves_by_who_waits_and_by_the_job_after_the_runs(
+    cluster: Cluster, quick: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer, "SLURM_POLL_SECONDS", 0.2)
+
+    def waves(study: Study) -> list[int]:
+        """Runs of each submission; all are done, each was trained once."""
+        assert [(run.directory.path / "times_trained").read_text() for run in study.runs] == ["x"] * 12
+        submissions = load_all(study.file.directory / "jobs")
+        return [sum(map(len, submission.tasks)) for submission in submissions if not submission.goes_on]
+
+    study = Study(quick, read_study(quick, ("study.name=waited",)))
+    transfer.wait(study, transfer.launch(study), Console(quiet=True))
+    trained = waves(study)
+    assert sum(trained) == 12
+    assert max(trained) <= 4
+    assert len(trained) >= 3
+
+    detached = (quick, "study.name=detached", "launch.runs_per_job=3")  # four jobs, and the one that goes on
+    said = cluster.depthmup("transfer", *detached, "--detach")
+    assert "more when Slurm has place for them" in said.stdout, said.stderr
+    study = Study(quick, read_study(quick, tuple(map(str, detached[1:]))))
+    wait_for(lambda: not study.pending() and not cluster.queued("-detached-"))
+    trained = waves(study)
+    assert sum(trained) == 12
+    assert len(trained) >= 2
+    assert (study.file.directory / "report.md").exists()
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,15 @@ AGAIN_SECONDS = 0.01
 
 def prepare_streams() -> None:
     """Has the standard streams that a shell closed (>&-) lead to nowhere: Python has None for them, and the next file
-    that is opened would get a stream's number. And has names that the output's encoding lacks written as \\xe9."""
+    that is opened would get a stream's number. And has names that the output's encoding lacks written as \\xe9, and
+    lines written where a terminal says that it has no columns: rich would write nothing at all."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - as long as the process
     if isinstance(sys.stdout, io.TextIOWrapper):  # standard error does so already
         sys.stdout.reconfigure(errors="backslashreplace")
+    if os.environ.get("COLUMNS") == "0":
+        del os.environ["COLUMNS"]
 
 
 def stop_now(number: int, frame: FrameType | None) -> NoReturn:

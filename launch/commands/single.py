@@ -72,9 +72,9 @@ def cluster() -> None:
     """Look at this machine's Slurm cluster."""
 
 
-@cluster.command("probe", epilog="Example: depthmup cluster probe > configs/cluster/mine.yaml")
+@cluster.command("probe", epilog="Example: mkdir -p cluster && depthmup cluster probe > cluster/mine.yaml")
 def probe() -> None:
-    """Propose a profile for configs/cluster from what sinfo says."""
+    """Propose a profile from what sinfo says; --cluster finds it by its name in cluster/ or configs/cluster."""
     from depthmup.launch.jobs.probe import propose_profile
 
     click.echo(propose_profile(), nl=False)

@@ -98,7 +98,8 @@ def print_launched(study: "Study", launched: "Launched", console: "Console") -> 
     if launched.job_ids:
         console.print(launched.describe_jobs(), highlight=False)
         if launched.left:
-            console.print(f"To submit those once jobs have ended: {study.command('launch')}", highlight=False)
+            again = f"To submit those once jobs have ended: {study.command('launch')}"
+            console.print(again, highlight=False, soft_wrap=True)
     elif launched.left:
         console.print(f"Slurm has no place for {launched.left} runs while jobs of this study wait or run.")
     elif launched.slots:

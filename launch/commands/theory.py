@@ -41,7 +41,7 @@ def exponents_command(config: Path, overrides: tuple[str, ...], own: bool) -> No
         console.print(f"Written: {path}", highlight=False)
 
 
-@command("limit", example="depthmup limit configs/digits_resnet.yaml")
+@command("limit", example="depthmup limit configs/digits_resnet.yaml model.activation=relu")
 @with_config
 @click.option("--lr", type=float, help="The base's learning rate [default: an eighth of the largest stable one].")
 def limit(config: Path, overrides: tuple[str, ...], lr: float | None) -> None:

@@ -50,8 +50,9 @@ def process_age() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - began / os.sysconf("SC_CLK_TCK")
 
 
-def begin_attempt(directory: RunDirectory) -> None:
-    """Notes where and from which step the attempt begins. Raises RuntimeError when the last ones got no further."""
+def begin_attempt(directory: RunDirectory, lacks_gpu: bool = False) -> None:
+    """Notes where and from which step the attempt begins. `lacks_gpu`: its job has a GPU that torch does not see.
+    Raises RuntimeError when the last ones got no further."""
     step = directory.newest_step()
     lines = since_failure(directory)
     begun = [line["step"] for line in lines if line["event"] == "started"]
@@ -61,7 +62,7 @@ def begin_attempt(directory: RunDirectory) -> None:
             f"{MAX_ATTEMPTS} attempts ended at step {step}: raise launch.timeout_min or memory_gb{''.join(why)}"
         )
     place = {"job": job_name(), "restart": restart_count(), "host": socket.gethostname(), "pid": os.getpid()}
-    note(directory, "started", step=step, age=process_age(), **place)
+    note(directory, "started", step=step, age=process_age(), **place, **({"lacks_gpu": True} if lacks_gpu else {}))
     code = PACKAGE.parent / "code.json"
     content = code.read_text() if code.exists() else json.dumps(describe_code(), indent=1)
     write_atomically(directory.path / "code.json", content.encode())

@@ -16,6 +16,13 @@ class Postponed(UserError):
     """Slurm has place for no run now; the job that goes on after the runs tries again."""
 
 
+def path_command(study: Study, targets: Sequence[str], after: bool) -> str:
+    """What a user gives to walk the path on from here, without --detach; `after`: from a search to its study."""
+    to = [word for target in targets for word in ("--target", target)]
+    verb = study.verb if isinstance(study, JointStudy) and not after else "transfer"
+    return study.command(verb, *(["--tune"] if after else []), *to)
+
+
 @contextmanager
 def follower(
     study: Study, targets: Sequence[Path], after: bool = False, by_itself: bool = False
@@ -37,9 +44,7 @@ def follower(
             raise slurm.Silent(f"Slurm does not answer: {snapshot.slurm_error}. Nothing was submitted")
         if by_itself and asked(study.file.directory)[0] == "cancel":
             raise UserError("cancelled; the same command continues")
-        to = [word for target in targets for word in ("--target", str(target))]
-        verb = study.verb if isinstance(study, JointStudy) and not after else "transfer"
-        again = study.command(verb, *(["--tune"] if after else []), *to)
+        again = path_command(study, [str(target) for target in targets], after)
         wanted = [[str(target.absolute()) for target in targets], after]
         goes_to = {s.name: [s.details.get("targets"), s.details.get("after", False)] for s in snapshot.submissions}
         queued = {task.job_id: goes_to[task.name] for task in snapshot.continuations if task.waits}

@@ -66,9 +66,9 @@ def propose_profile() -> str:
         raise UserError("sinfo shows no partition that is up: try again once one is")
     best = max(found, key=lambda p: (p.gpus > 0, p.default, p.gpus * p.nodes))
     lines = [
-        "# Save as configs/cluster/NAME.yaml, or ~/.config/depthmup/cluster/NAME.yaml for all your work, and launch"
+        "# Save as cluster/NAME.yaml where you work, or ~/.config/depthmup/cluster/NAME.yaml",
+        "# for all your work, and launch with --cluster NAME. Proposed from sinfo:",
     ]
-    lines += ["# with --cluster NAME. Proposed from sinfo:"]
     for p in found:
         limit = "no limit" if p.minutes is None else f"{p.minutes} min"
         lines.append(

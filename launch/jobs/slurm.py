@@ -63,13 +63,23 @@ class QueuedTask:
 
     job_id: str  # of the array
     index: int
-    state: str  # PENDING, RUNNING, COMPLETING, ...
+    state: str  # Slurm's word: PENDING, CONFIGURING, RUNNING, COMPLETING, ...
     reason: str  # why it waits
     name: str  # of the job
 
     @property
     def waits(self) -> bool:
         return self.state == "PENDING"
+
+    @property
+    def boots(self) -> bool:
+        """It has nodes, and no process there yet: they are switched on for it."""
+        return self.state == "CONFIGURING"
+
+    @property
+    def ends(self) -> bool:
+        """Its processes are told to end, or have ended: it leaves the queue, or waits in it again."""
+        return self.state == "COMPLETING"
 
 
 def missing(name: str) -> str | None:

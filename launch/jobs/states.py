@@ -27,17 +27,18 @@ ACTIVE: tuple[State, ...] = get_args(Activity)
 ENDED: tuple[State, ...] = ("done", "diverged", "pruned")  # each a result, of a kind
 TRAINS: tuple[State, ...] = ("running", "stalled")
 FREE_SLOT = "for a free slot"
+BEGINS = {"CONFIGURING": "waits for its nodes to boot", "RUNNING": "has begun"}  # what a job does, by Slurm's word
 Causes = Mapping[tuple[str, int], str]  # as stop_causes gives them
 
 
 @dataclass(frozen=True)
 class RunState:
     """`stalled`: a process has it and gives no sign of life, or none for much too long; `waiting`: a job will train it;
-    `preempted`: that job was preempted, and waits again; `starting`: its process runs, and has not begun it. No job has
-    the others: `held` was not begun since all before it failed for one reason, `cancelled` was stopped by the user's
-    last command, `interrupted` was told to stop otherwise and has saved, `lost` began or was submitted and ended
-    without a word, `new` is none of these. `remark` holds why it waits, and how often and why it was stopped before its
-    end."""
+    `preempted`: that job was preempted, and waits again; `starting`: its nodes boot, or its process runs, and has not
+    begun it. No job has the others: `held` was not begun since all before it failed for one reason, `cancelled` was
+    stopped by the user's last command, `interrupted` was told to stop otherwise and has saved, `lost` began or was
+    submitted and ended without a word, `new` is none of these. `remark` holds why it waits, and how often and why it
+    was stopped before its end."""
 
     run: PlannedRun
     state: State
@@ -89,7 +90,8 @@ def state_of(
     event = begun[-1]["event"] if (begun := attempts(directory)) else None
     held = holder(directory.lock) if event == "started" else None
     frozen_elsewhere = bool(held and held.is_frozen and not held.is_here)
-    running = event == "started" and (not task.waits if task else held and not frozen_elsewhere)
+    has_process = not (task.waits or task.boots) if task else held and not frozen_elsewhere
+    running = event == "started" and has_process
     stops = interruptions(begun[:-1] if running else begun, causes)
     if task and task.waits:
         state: State = "preempted" if stops[-1:] == ["preempted"] else "waiting"
@@ -97,9 +99,12 @@ def state_of(
     if running:
         silence, is_stalled = stalled(run, held, task)
         again = f"began again ({counted(stops)})" if stops else ""
-        return RunState(run, "stalled" if is_stalled else "running", ", ".join(filter(None, (again, silence))), task)
+        on_cpu = "on the CPU: its job has a GPU, and torch sees none" if begun[-1].get("lacks_gpu") else ""
+        said = ", ".join(filter(None, (again, on_cpu, silence)))
+        return RunState(run, "stalled" if is_stalled else "running", said, task)
     if task:
-        return RunState(run, "waiting", f"in job {task.job_id}_{task.index}", task)
+        job = f"job {task.job_id}_{task.index}"
+        return RunState(run, "waiting", f"{job} is ending" if task.ends else f"in {job}", task)
     if slot:
         return RunState(run, "waiting", f"{FREE_SLOT} on {slot.host}")
     if submitted and not asked:
@@ -201,13 +206,15 @@ def take(study: Study, ended: Mapping[str, RunState] = MappingProxyType({})) -> 
 
 
 def show_starting(found: Sequence[RunState], slots: Sequence[Holder]) -> list[RunState]:
-    """Of a job that runs, and of processes here, none of whose runs has begun, the first ones are starting."""
+    """Of a job that runs or whose nodes boot, and of processes here, none of whose runs has begun, the first ones are
+    starting."""
     busy = {state.task for state in found if state.state in TRAINS}
     idle_slots = 0 if None in busy else len(slots)
     shown = []
     for state in found:
-        if state.state == "waiting" and state.task and not state.task.waits and state.task not in busy:
-            state = replace(state, state="starting", remark=f"job {state.task.job_id}_{state.task.index} has begun")
+        if state.state == "waiting" and state.task and state.task.state in BEGINS and state.task not in busy:
+            does = BEGINS[state.task.state]
+            state = replace(state, state="starting", remark=f"job {state.task.job_id}_{state.task.index} {does}")
         elif state.state == "waiting" and state.task is None and state.remark.startswith(FREE_SLOT) and idle_slots:
             idle_slots -= 1
             state = replace(state, state="starting", remark="")

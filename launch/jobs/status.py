@@ -1,5 +1,6 @@
 """`depthmup status`: one table, from the run directories and one call to squeue."""
 
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -10,8 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from depthmup.launch.jobs import states
+from depthmup.launch.jobs.follower import path_command
+from depthmup.launch.jobs.hold import kind
 from depthmup.launch.jobs.reasons import explain
 from depthmup.launch.jobs.states import RunState, Snapshot, State, last_line
+from depthmup.launch.jobs.submission import asked
 from depthmup.launch.runs.opened import open_planned, path_of
 from depthmup.launch.runs.study import Study
 from depthmup.launch.runs.tuned import is_over_sizes
@@ -36,7 +40,9 @@ def hint(remark: str) -> str | None:
 
 
 def short(seconds: float) -> str:
-    return duration(seconds).replace(" min ", ":").replace(" h ", ":").replace(" min", "").removesuffix(" s")
+    """For a narrow column: '42s', '3m05' or '2h10'."""
+    words = duration(seconds).replace(" min ", "m").replace(" h ", "h").removesuffix(" min")
+    return words.replace(" s", "" if "m" in words else "s")
 
 
 def progress(found: RunState) -> tuple[str, str, str, str]:
@@ -56,9 +62,9 @@ def listed(snapshot: Snapshot, everything: bool) -> Iterable[RunState]:
     """What needs a look: all that began and is not done, and of those that wait the first of each reason."""
     seen: dict[tuple[str, str], int] = {}
     for found in sorted(snapshot.runs, key=lambda found: ORDER.index(found.state)):
-        kind = (found.state, found.remark if found.state == "waiting" else "")
-        seen[kind] = seen.get(kind, 0) + 1
-        if everything or seen[kind] <= FEW.get(found.state, MAX_ROWS):
+        group = (found.state, kind(found.remark) if found.state == "waiting" else "")
+        seen[group] = seen.get(group, 0) + 1
+        if everything or seen[group] <= FEW.get(found.state, MAX_ROWS):
             yield found
 
 
@@ -87,17 +93,23 @@ def table(snapshot: Snapshot, hyperparameter: str, everything: bool) -> Table:
     return shown
 
 
-def remarks(snapshot: Snapshot) -> list[str]:
-    """Every different thing that is said of runs that are not done, with their number."""
+def remarks(snapshot: Snapshot, everything: bool = False) -> list[str]:
+    """Every different kind of thing that is said of runs that are not done, with their number. Of those that differ in
+    numbers only, as in the job, one stands for all, by its name, unless `everything` is asked for; but what mends a
+    stalled run is another command for each."""
     grouped: dict[tuple[str, str], list[RunState]] = {}
     told = (state for state in ORDER if state not in ("new", *states.ENDED))
     for found in snapshot.of(*told):
         if found.remark:
-            grouped.setdefault((found.state, found.remark), []).append(found)
+            what = found.remark if everything or found.state == "stalled" else kind(found.remark)
+            grouped.setdefault((found.state, what), []).append(found)
     lines = []
-    for (state, remark), members in grouped.items():
-        which = members[0].run.directory.path.name if len(members) == 1 else f"{len(members)} runs"
-        lines.append(f"{state}, {which}: {remark}")
+    for (state, _), members in grouped.items():
+        first = members[0]
+        name, many = first.run.directory.path.name, f"{len(members)} runs"
+        if any(found.remark != first.remark for found in members):
+            many += f", as {name}"
+        lines.append(f"{state}, {name if len(members) == 1 else many}: {first.remark}")
     return lines
 
 
@@ -108,9 +120,10 @@ def meanings(snapshot: Snapshot) -> list[str]:
     return [f"{reason}: {meaning}" for reason in reasons if (meaning := explain(reason))]
 
 
-def going_on(snapshot: Snapshot) -> list[str]:
+def going_on(snapshot: Snapshot, study: Study) -> list[str]:
     """Which job goes on with the study after its runs, or else the last words of the last one. Where the next one waits
-    for its time, and for no run, these say why."""
+    for its time, and for no run, these say why. One that has gone without a word, and not by the user's `cancel`, was
+    ended by another, as with scancel."""
     there = {task.name for task in snapshot.continuations}
     ended = [submission for submission in snapshot.submissions if submission.goes_on and submission.name not in there]
     said = last_line(ended[-1].log(0)) if ended else None
@@ -125,7 +138,14 @@ def going_on(snapshot: Snapshot) -> list[str]:
         return [*lines, f"the one before it: {said}"] if said and begins_later else lines
     if ended and (refusal := ended[-1].refused()):
         return [f"after the runs: nothing goes on by itself, that job was refused ({refusal})"]
-    return [f"after the runs: {said}"] if said else []
+    if said:
+        return [f"after the runs: {said}"]
+    ours = [submission for submission in ended if submission.owner == os.getuid()]  # others' jobs may be hidden
+    if not ours or snapshot.slurm_error or asked(study.file.directory)[0] == "cancel":
+        return []
+    gone = ours[-1]
+    again = path_command(study, gone.details.get("targets", []), gone.details.get("after", False))
+    return [f"after the runs: nothing goes on by itself, job {gone.job_id} has gone without a word: {again} --detach"]
 
 
 def how_to_go_on(study: Study) -> str:
@@ -137,11 +157,12 @@ def how_to_go_on(study: Study) -> str:
 def parts_of(snapshot: Snapshot, study: Study, everything: bool) -> list[Table | Text]:
     shown = table(snapshot, study.file.study.hyperparameter, everything)
     parts: list[Table | Text] = [shown] if shown.row_count else []
-    parts += [Text(line) for line in remarks(snapshot)[:MAX_ROWS]]
+    said = remarks(snapshot, everything)
+    parts += [Text(line) for line in (said if everything else said[:MAX_ROWS])]
     parts += [Text(line) for line in meanings(snapshot)]
     if snapshot.of("held"):
         parts.append(Text(how_to_go_on(study)))
-    parts += [Text(line) for line in going_on(snapshot)]
+    parts += [Text(line) for line in going_on(snapshot, study)]
     if study.file.study.adaptive:
         parts.append(Text(f"round {len(study.rounds())}: {study.rounds()[-1].reason}"))
     if snapshot.slurm_error:
@@ -171,8 +192,10 @@ def goes_on(snapshot: Snapshot) -> bool:
 
 
 def print_status(study: Study, console: Console, everything: bool = False) -> None:
-    """A row per run that needs a look, what is said of them, and the counts; and the same of the targets."""
-    console.print(render(take_path(study), everything))
+    """A row per run that needs a look, what is said of them, and the counts; and the same of the targets. A line is
+    left to the terminal to break, so that a command in it can be copied."""
+    for part in render(take_path(study), everything).renderables:
+        console.print(part, soft_wrap=isinstance(part, Text))
 
 
 def watch(studies: Sequence[Study], show: Callable[[Sequence[Sequence[tuple[Study, Snapshot]]]], None]) -> None:

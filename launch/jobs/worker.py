@@ -101,9 +101,9 @@ def train_some(directories: Sequence[RunDirectory], interrupt: Interrupt) -> boo
         raise Interrupted("asked to stop before the next run began")
     with ExitStack() as held:
         claimed = claim(directories, held)
-        for directory in claimed:
+        for directory, config in claimed.items():
             try:
-                begin_attempt(directory)
+                begin_attempt(directory, lacks_gpu(config))
             except RuntimeError as error:
                 fail(directory, str(error))
         begun = {directory: config for directory, config in claimed.items() if pending(directory)}
@@ -209,6 +209,16 @@ def record_failure(directory: RunDirectory, error: Exception) -> None:
     fail(directory, one_line(error), traceback=traceback.format_exc())
 
 
+def lacks_gpu(config: RunConfig) -> bool:
+    """Whether the run takes the CPU though its job has a GPU: torch sees none, as with a driver that is too old for it.
+    It is no failure, since the study may well be trained so; `status` says it."""
+    import torch
+
+    return (
+        bool(os.environ.get("SLURM_GPUS_ON_NODE")) and config.train.device == "auto" and not torch.cuda.is_available()
+    )
+
+
 def read_config(directory: RunDirectory) -> RunConfig:
     return from_plain(RunConfig, read_yaml(directory.config), str(directory.config))
 
@@ -226,17 +236,17 @@ def run_distributed(directory: RunDirectory) -> int:
 
     if directory.done() or directory.failed():
         return 0
-    first = os.environ["SLURM_PROCID"] == "0"
+    config, first = read_config(directory), os.environ["SLURM_PROCID"] == "0"
     if first:
         held = take_lock(directory.lock)  # as long as this process lives
         if held is None:
             sys.exit(f"{directory.path}: {holder(directory.lock) or 'another process'} trains it")
         try:
-            begin_attempt(directory)
+            begin_attempt(directory, lacks_gpu(config))
         except RuntimeError as error:
             fail(directory, str(error))
             return 1
-    code = train_locked(read_config(directory), directory, world_from_environment())
+    code = train_locked(config, directory, world_from_environment())
     if code == EXIT_REQUEUE and first:
         note(directory, "interrupted")
     return 0 if code == EXIT_REQUEUE and not first else code

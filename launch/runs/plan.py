@@ -207,7 +207,9 @@ def print_plan(study: Study, console: Console) -> None:
         return
     if study.file.study.extend:
         rounds = study.file.study.extend
-        console.print(f"and 2 values more, up to {rounds} times, where the best is on the edge (study.extend)")
+        console.print(
+            f"and 2 values more, up to {rounds} times, where the best is on the edge (study.extend)", highlight=False
+        )
     if study.file.study.more_seeds:
         rounds = study.file.study.more_seeds
-        console.print(f"and 1 seed more, up to {rounds} times, where noise decides (study.more_seeds)")
+        console.print(f"and 1 seed more, up to {rounds} times, where noise decides (study.more_seeds)", highlight=False)
