@@ -152,7 +152,7 @@ def test_a_run_whose_configuration_was_changed_since_or_whose_weights_are_damage
     export_run(run, tmp_path / "out.safetensors")
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace("name: depth_mup", "name: completep"))
-    with pytest.raises(UserError, match=r"done\.json is of another run \(parameterization\.name: depth_mup there"):
+    with pytest.raises(UserError, match=r"done\.json belongs to another run \(parameterization\.name: depth_mup"):
         export_run(run, tmp_path / "out.safetensors")
     (run / "config.yaml").write_text(text)
     (run / "weights.safetensors").write_bytes((run / "weights.safetensors").read_bytes()[:500])

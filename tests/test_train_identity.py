@@ -4,7 +4,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +106,9 @@ def test_a_new_field_at_its_default_leaves_every_run_what_it_was(shards: Path, t
         owner.read_finished(RunDirectory(tmp_path / "older"), with_new_field(config, new=0.6))
 
 
-@pytest.mark.parametrize("section", [field.name for field in fields(RunConfig) if field.name != "seed"])
+@pytest.mark.parametrize("section", ["model", "optimizer", "schedule", "data", "train", "parallel", "track"])
 def test_a_new_field_of_any_section_at_its_default_leaves_the_hash(shards: Path, section: str) -> None:
-    config = run_config(shards)
+    config = replace(run_config(shards), schedule=ScheduleConfig(name="constant"))  # not a section's whole default
     kind = type(getattr(config, section))
 
     @pydantic.dataclasses.dataclass(frozen=True, kw_only=True)
