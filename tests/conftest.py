@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from depthmup.data.pack import pack
@@ -59,6 +60,27 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return scope_of(nodeid)
 
     return Scheduling(config, log)
+
+
+def torch_functions() -> dict[str, Any]:
+    """The functions and classes of torch that a library may replace for the whole process, by owner and name."""
+    owners = {"torch": torch, "nn": torch.nn, "nn.functional": torch.nn.functional}
+    owners |= {"Tensor": torch.Tensor, "nn.Module": torch.nn.Module, "optim.Optimizer": torch.optim.Optimizer}
+    return {
+        f"{owner}.{name}": value for owner in owners for name, value in vars(owners[owner]).items() if callable(value)
+    }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def torch_as_it_was() -> Iterator[None]:
+    """A file of tests that leaves a function of torch replaced fails itself, not those after it in the same process.
+
+    Torch replaces some by its own, as `manual_seed` when its compiler is imported.
+    """
+    before = torch_functions()
+    yield
+    replaced = {name: value for name, value in torch_functions().items() if before.get(name, value) is not value}
+    assert not {name for name, value in replaced.items() if not str(value.__module__).startswith("torch")}
 
 
 @pytest.fixture(scope="session")

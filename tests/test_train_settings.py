@@ -31,12 +31,9 @@ from train_configs import VIT, pack_digits, run_config
 
 @pytest.fixture(scope="module")
 def one_group() -> Iterator[None]:
-    """A process group for several runs of one process: DeepSpeed keeps the first one that it sees. Under ZeRO 3 it
-    replaces torch's linear for the whole process, whose later tests get theirs back."""
-    linear = torch.nn.functional.linear
+    """A process group for several runs of one process: DeepSpeed keeps the first one that it sees."""
     with process_group(World(), torch.device("cpu"), ParallelConfig(), "ddp"):
         yield
-    torch.nn.functional.linear = linear
 
 
 # 8 kinds of block, as a ResNet-50 has
@@ -103,10 +100,12 @@ def test_channels_last_leaves_the_losses_as_they_are_under_every_engine(shards: 
     plain = run_config(shards, *common, "train.channels_last=false", model=model)
     expected = run(plain, tmp_path / "plain")["train_loss"]
     zero = [("parallel.engine=deepspeed", f"parallel.zero_stage={stage}") for stage in range(4)]
+    linear = torch.nn.functional.linear
     for engine in (("parallel.engine=none",), ("parallel.engine=ddp",), ("parallel.engine=fsdp",), *zero):
         config = run_config(shards, *common, *engine, model=model)
         found = run(config, tmp_path / "-".join(engine))["train_loss"]
         assert found == pytest.approx(expected, rel=1e-5), engine
+        assert torch.nn.functional.linear is linear  # which ZeRO 3 replaces for the whole process
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from depthmup.data.errors import UserError
 from depthmup.data.index import Index
@@ -61,6 +61,8 @@ def run(
         raise UserError(str(error)) from None
     device = pick_device(config.train.device, world)
     with process_group(world, device, config.parallel, engine_name), ExitStack() as closing:
+        # ZeRO 3 replaces it for the whole process, whose next networks then compute no linear that find_roles knows.
+        closing.callback(setattr, nn.functional, "linear", nn.functional.linear)
         try:
             record = RunRecord(config, path, closing, world, watch)
             index = open_data(config)
