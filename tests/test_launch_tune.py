@@ -388,7 +388,7 @@ def test_a_journal_of_another_space_is_refused(tune_file: Callable[..., Path]) -
 
 def test_two_launchers_do_not_suggest_at_the_same_time(tune_file: Callable[..., Path]) -> None:
     first, second = open_search(tune_file()), open_search(tune_file())
-    with first._alone(), pytest.raises(UserError, match="another process goes on with this search"):
+    with first._alone(), pytest.raises(UserError, match="another process is continuing this search"):
         second.go_on()
 
 
@@ -478,7 +478,7 @@ def test_a_search_is_trained_by_the_real_launcher_and_its_best_file_is_a_run(
         ({"optimizer.batch_ratio": [1, 2]}, "batch_ratio: cannot be tuned: it says how the batch differs"),
         (
             {"optimizer.tau_ema": {"first": 0.5, "last": 2}, "optimizer.weight_decay": {"first": 1e-4, "last": 1e-2}},
-            "weight_decay and tau_ema say the same thing.*the same for each of 50 draws",
+            "weight_decay and tau_ema set the same thing.*the same for each of 50 draws",
         ),
     ],
 )

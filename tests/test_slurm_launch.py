@@ -314,6 +314,7 @@ def test_probe_proposes_a_profile_that_launch_takes(cluster: Cluster, held: Path
     (folder / "mine.yaml").write_text(proposed)
     content = yaml.safe_load(held.read_text())
     content["launch"] = {"sbatch": {"hold": True}}
+    content["train"]["pack"] = None
     held.write_text(yaml.safe_dump(content))
     launched = cluster.depthmup("launch", held, "--cluster", "mine")
     assert launched.returncode == 0, launched.stderr

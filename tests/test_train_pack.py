@@ -480,7 +480,7 @@ def test_what_cannot_be_packed_is_named(make: Callable[..., RunConfig], tmp_path
     assert list_obstacles(compiled, compiled) == ["train.compile"]
     with pytest.raises(UserError, match=r"runs 0 and 1 cannot be packed together: data.window, model.width"):
         run_pack([base, other], [tmp_path / "a", tmp_path / "b"])
-    with pytest.raises(UserError, match="found one twice"):
+    with pytest.raises(UserError, match="two have the same"):
         run_pack([base, packs[0]], [tmp_path / "a", tmp_path / "b" / ".." / "a"])
     with pytest.raises(UserError, match=r"packs do not know the setting of: train\.compile"):
         run_pack([compiled, compiled], [tmp_path / "a", tmp_path / "b"])
