@@ -52,7 +52,7 @@ def test_a_damaged_file_or_one_of_another_version_is_named_and_nothing_starts(
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.parent.parent.name == "jobs":  # status reads what lies beside a submission of a run that is not done
         (file.parent / "submission.json").write_text(json.dumps({"tasks": [[run.path.name]], "details": {}}))
-        monkeypatch.setattr("depthmup.launch.jobs.slurm.queue", lambda ids, names: [])
+        monkeypatch.setattr("depthmup.launch.jobs.slurm.read_queue", lambda ids, names: [])
     file.write_text(DAMAGED[place])
     before = sorted(study.file.directory.rglob("*"))
     assert f"{file}: damaged, or written by another version" in said(["status", str(study_file)], monkeypatch, capsys)

@@ -119,6 +119,7 @@ def test_plan_dry_run_and_launch_refuse_it_all_three_and_leave_nothing(study_fil
 
 def test_plan_and_dry_run_say_how_many_jobs_come_out_on_what_and_for_how_long(study_file: Path) -> None:
     place = ["--cluster", "slurm", "launch.gpus_per_node=1", "launch.timeout_min=90", "launch.max_running=1"]
+    place.append("train.pack=null")
     planned = CliRunner().invoke(cli, ["plan", str(study_file), *place]).output
     lines = ["2 jobs of up to 8 runs, in packs of up to 8, at most 1 at once", "each job: 1 GPU, up to 1 h 30 min"]
     lines.append("the packs are assumed: how many fit, a job finds on its own GPU")

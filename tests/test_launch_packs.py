@@ -52,7 +52,7 @@ def packs_in_logs(runs: Path) -> list[int]:
 
 
 def test_a_packed_study_has_the_table_of_an_unpacked_one_also_after_a_kill(study_file: Path) -> None:
-    longer = "train.samples=1280"  # 40 steps: time for a kill
+    longer = "train.samples=2560"  # 80 steps: time for a kill
     alone = depthmup("transfer", study_file, "study.name=alone", longer, "launch.cluster=debug")
     assert alone.returncode == 0, alone.stderr
     runs = study_file.parent / "runs"

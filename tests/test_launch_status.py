@@ -51,7 +51,7 @@ def test_status_shows_that_runs_were_preempted_or_stopped_otherwise_how_often_an
     job.stopped.write_text("\n".join([*lines, '{"job": "7_4", "rest']))  # being written
     states = ("PENDING BeginTime", "PENDING BeginTime", "RUNNING None", "PENDING Priority")
     queue = [QueuedTask("7", index, *state.split(), job.name) for index, state in enumerate(states)]
-    monkeypatch.setattr("depthmup.launch.jobs.slurm.queue", lambda ids, names: queue)
+    monkeypatch.setattr("depthmup.launch.jobs.slurm.read_queue", lambda ids, names: queue)
 
     print_status(study, Console(width=80))
     shown = capsys.readouterr().out
@@ -84,7 +84,7 @@ def print_jobs(
     job = Submission.create(study.file.directory / "jobs", "depthmup-tiny", tasks, {})
     job.write_job_id("7")
     tasks_queued = [QueuedTask("7", index, *state.split(), job.name) for index, state in enumerate(queue)]
-    monkeypatch.setattr("depthmup.launch.jobs.slurm.queue", lambda ids, names: tasks_queued)
+    monkeypatch.setattr("depthmup.launch.jobs.slurm.read_queue", lambda ids, names: tasks_queued)
     print_status(study, Console(width=80))
     return capsys.readouterr().out.splitlines()
 
@@ -257,7 +257,7 @@ def test_one_command_shows_the_whole_path_and_watches_it_to_its_end(
         run.directory.write_done({"outcome": "completed", "step": 12, "minival_loss": 2.0})
     waiting = QueuedTask("8", 0, "PENDING", "Dependency", job.name)
     queue = [waiting]
-    monkeypatch.setattr("depthmup.launch.jobs.slurm.queue", lambda ids, names: list(queue))
+    monkeypatch.setattr("depthmup.launch.jobs.slurm.read_queue", lambda ids, names: list(queue))
 
     def target(name: str) -> Study:
         content = yaml.safe_load(study_file.read_text())

@@ -65,7 +65,7 @@ def walk(file: Path, stop_after: int = 10**6) -> list[str]:
     trained: list[str] = []
     while True:
         search = open_search(file)
-        if not search.pending() and not search.go_on()[0]:
+        if not search.pending() and not search.plan_next_batch()[0]:
             return trained
         for run in search.pending():
             if len(trained) == stop_after:
@@ -105,10 +105,10 @@ def test_one_launcher_suggests_what_launchers_of_one_batch_each_do(
 
     settings = {"sampler": sampler, "prune": [0.5], "trials": 24}
     one = open_search(tune_file("one", **settings))
-    while one.go_on()[0]:
+    while one.plan_next_batch()[0]:
         for run in one.pending():
             end(run)
-    while (other := open_search(tune_file("other", **settings))).go_on()[0]:
+    while (other := open_search(tune_file("other", **settings))).plan_next_batch()[0]:
         for run in other.pending():
             end(run)
     suggested = [[(trial.params, trial.state) for trial in each.trials()] for each in (one, other)]
@@ -122,7 +122,7 @@ def test_who_waits_for_a_search_is_told_of_all_of_its_runs(
     """Not of those alone that have been suggested so far: of 16 suggestions, and of two winners with two new seeds."""
     search = open_search(tune_file())
     said = []
-    while search.go_on()[0]:
+    while search.plan_next_batch()[0]:
         for run in search.pending():
             finish(run, bowl(run))
         wait(search, Launched([], [], []), Console(width=200))
@@ -134,7 +134,7 @@ def test_the_first_suggestions_are_spread_evenly_over_the_space(tune_file: Calla
     """Each quarter of a range has two of the first eight, of which one is the file's own values instead."""
     file = tune_file(trials=8, batch=8)
     search = open_search(file)
-    search.go_on()
+    search.plan_next_batch()
     tried = [trial.params for trial in search.trials()]
     assert tried[0] == search.own_values()
     for key in ("optimizer.lr", "schedule.warmup"):
@@ -148,7 +148,7 @@ def test_suggestions_of_a_launcher_that_was_killed_before_it_trained_them_are_tr
     tune_file: Callable[..., Path],
 ) -> None:
     file = tune_file()
-    suggested, _ = open_search(file).go_on()
+    suggested, _ = open_search(file).plan_next_batch()
     assert suggested == 4
     assert [trial.number for trial in open_search(file).trials()] == [0, 1, 2, 3]
     assert len(open_search(file).pending()) == 4
@@ -234,7 +234,7 @@ def walk_with_limits(file: Path, stop_after: int = 10**6) -> tuple[list[str], li
     pruned: list[str] = []
     while True:
         search = open_search(file)
-        if not search.pending() and not search.go_on()[0]:
+        if not search.pending() and not search.plan_next_batch()[0]:
             return trained, pruned
         search.write()  # as every launch does
         for run in search.pending():
@@ -380,16 +380,16 @@ def test_where_nothing_learns_no_value_is_called_best(tune_file: Callable[..., P
 
 
 def test_a_journal_of_another_space_is_refused(tune_file: Callable[..., Path]) -> None:
-    open_search(tune_file()).go_on()
+    open_search(tune_file()).plan_next_batch()
     changed = tune_file(space={"optimizer.lr": {"first": "2**-10", "last": "2**-1"}})
     with pytest.raises(UserError, match="another space: choose another"):
-        open_search(changed).go_on()
+        open_search(changed).plan_next_batch()
 
 
 def test_two_launchers_do_not_suggest_at_the_same_time(tune_file: Callable[..., Path]) -> None:
     first, second = open_search(tune_file()), open_search(tune_file())
     with first._alone(), pytest.raises(UserError, match="another process is continuing this search"):
-        second.go_on()
+        second.plan_next_batch()
 
 
 @pytest.mark.parametrize(
