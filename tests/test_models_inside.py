@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from depthmup import models
 from depthmup.launch.cli import cli
 from depthmup.models.build import build
-from depthmup.models.check_record import Inside, Layer, branch_layers
+from depthmup.models.check_record import Inside, Layer, Position, branch_layers
 from depthmup.models.config import (
     AnyModelConfig,
     ConvResNetConfig,
@@ -94,7 +94,7 @@ def test_the_two_parts_are_the_whole_change_of_a_layers_output() -> None:
             parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     scaled.network(images)
     changes = watched.changes()
-    whole = changes["last layer, own 2.2"]["", 1] + changes["last layer, passed 2.2"]["", 1]
+    whole = sum(changes[f"last layer, {part} 2.2"][Position("", 1)] for part in ("own", "passed"))
     assert torch.allclose(whole, outputs[1] - outputs[0], atol=1e-5)
     watched.close()
     with torch.no_grad():

@@ -201,13 +201,14 @@ def test_a_readouts_bias_that_is_drawn_is_no_mean_over_the_width() -> None:
 def test_sizes_that_lie_in_a_configuration_of_timms_are_changed_there(
     name: str, head_dim: int | None, width: int
 ) -> None:
-    shape: dict[str, Any] = {"num_classes": 10, "image_size": 64, "head_dim": head_dim, "base_depth": 1}
-    config = TimmConfig(timm_name=name, width=2 * width, depth=2, base_width=width, **shape)
+    shape: dict[str, Any] = {"num_classes": 10, "image_size": 64, "head_dim": head_dim}
+    depth = 2 if name == "lcnetv2_base" else 1  # whose later blocks of a stage are of another kind than the first
+    config = TimmConfig(timm_name=name, width=2 * width, depth=2 * depth, base_width=width, base_depth=depth, **shape)
     scaled = build_meta(config, COMPLETEP)
     assert scaled.branches
     widest = max(parameter.shape[0] for parameter in build_at_base(config).parameters())
     assert max(parameter.shape[0] for parameter in scaled.network.parameters()) == 2 * widest
-    assert len(scaled.blocks) > len(build_meta(replace(config, depth=1), COMPLETEP).blocks)
+    assert len(scaled.blocks) > len(build_meta(replace(config, depth=depth), COMPLETEP).blocks)
 
 
 def build_at_base(config: TimmConfig) -> torch.nn.Module:
