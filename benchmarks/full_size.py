@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from depthmup.data.errors import UserError
-from depthmup.data.storage import write_atomically
+from depthmup.data.files import write_atomically
 
 PAPER = Path(__file__).resolve().parents[1] / "configs" / "paper"
 SMALL = 1 << 19  # bytes of a file that is kept: results, metrics and reports, but no weights

@@ -25,7 +25,7 @@ from timm.models import model_entrypoint
 from depthmup.models.build import build
 from depthmup.models.config import ParameterizationConfig, TimmConfig
 from depthmup.models.coordinate_check import Settings, check
-from depthmup.models.discovery.find import MORE_BLOCKS
+from depthmup.models.discovery.parameters import MORE_BLOCKS
 from depthmup.models.errors import ModelError
 from depthmup.models.optimizer_config import OptimizerConfig
 from depthmup.models.timm_family import roles, stated_arguments

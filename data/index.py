@@ -23,15 +23,15 @@ from pydantic import Field, PlainValidator, TypeAdapter, ValidationError
 from depthmup.data import storage
 from depthmup.data.class_order import describe_class_order
 from depthmup.data.errors import UserError
+from depthmup.data.files import write_atomically
 from depthmup.data.fingerprint import INDEX_NAME
 from depthmup.data.minival import choose_held_out, hash_names
 
 AGAIN = f"delete {INDEX_NAME} and pack or index again"  # what mends an index that is wrong
 NO_LABEL = -1
 READERS = 16  # threads that read sidecars, which may be remote
-PARSER = (
-    threading.Lock()
-)  # numpy parses headers by ast, whose threads disturb each other before Python 3.11.8 (gh-106905)
+# numpy parses headers by ast, whose threads disturb each other before Python 3.11.8 (gh-106905)
+PARSER = threading.Lock()
 SHOWN_CLASSES = 20
 TAR_BLOCK = 512  # bytes: contents of a tar's members begin at multiples of it, each after one such header
 
@@ -185,7 +185,7 @@ class Index:
             "first_label": self.first_label,
             "splits": {name: [asdict(shard) for shard in shards] for name, shards in self.splits.items()},
         }
-        storage.write_atomically(Path(self.root) / INDEX_NAME, (json.dumps(raw, indent=1) + "\n").encode())
+        write_atomically(Path(self.root) / INDEX_NAME, (json.dumps(raw, indent=1) + "\n").encode())
 
     def check_classes(self, num_classes: int) -> None:
         """Raises UserError where a network of `num_classes` would not have an output for each class, and no more."""
@@ -240,7 +240,7 @@ class Members:
     def save(self, path: Path) -> None:
         content = io.BytesIO()
         np.savez_compressed(content, offsets=self.offsets, sizes=self.sizes, labels=self.labels, names=self.names)
-        storage.write_atomically(path, content.getvalue())
+        write_atomically(path, content.getvalue())
 
 
 def sidecar(root: str, shard_name: str) -> str:

@@ -12,12 +12,12 @@ from concurrent.futures import as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from PIL import Image, ImageOps
 
-from depthmup.data import storage
 from depthmup.data.errors import UserError
+from depthmup.data.files import write_atomically, writing
 from depthmup.data.images import BadImage, eight_bits, open_image, refusing_bad_images
 from depthmup.data.index import INDEX_NAME, Index, Shard, counted, sidecar
 from depthmup.data.keys import random_generator
@@ -68,19 +68,6 @@ def record_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.json")
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[BinaryIO]:
-    """A new file, durable after the block. Where the block fails, as on a full disk, nothing of it stays."""
-    try:
-        with storage.naming(path), open(path, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
-
-
 def write_shard(
     path: Path, images: Sequence[SourceImage], labels: dict[str, int], resize: int | None, quality: int
 ) -> PackedShard:
@@ -110,7 +97,7 @@ def write_shard(
     else:
         temporary.unlink()
     packed = PackedShard(shard, bad)
-    storage.write_atomically(record_path(path), json.dumps(asdict(packed)).encode())
+    write_atomically(record_path(path), json.dumps(asdict(packed)).encode())
     return packed
 
 
@@ -220,7 +207,7 @@ def check_plan(out: Path, plan: dict[str, Any]) -> None:
             )
     elif (out / INDEX_NAME).exists():
         raise UserError(f"{out}: holds shards that were not packed by this command. Pack into another folder")
-    storage.write_atomically(path, (json.dumps(plan, indent=1) + "\n").encode())
+    write_atomically(path, (json.dumps(plan, indent=1) + "\n").encode())
 
 
 def archive_stamp(source: str) -> list[int] | None:

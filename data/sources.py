@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from depthmup.data import storage
 from depthmup.data.errors import UserError
+from depthmup.data.files import describe_full_disk, naming
 from depthmup.data.find import find_shards, tars_of_folder
 from depthmup.data.index import INDEX_NAME, NO_LABEL, Index, counted
 from depthmup.data.layout import SourceImage, place
@@ -124,7 +124,7 @@ def unpack(path: Path, folder: Path) -> Path:
     if kind not in COMPRESSED:
         raise UserError(f"{path}: a {kind} archive: unpack it into a folder, and pack that folder")
     unpacked = folder / UNPACKED_NAME
-    with COMPRESSED[kind](path) as packed, storage.naming(unpacked), open(unpacked, "wb") as plain:
+    with COMPRESSED[kind](path) as packed, naming(unpacked), open(unpacked, "wb") as plain:
         while block := packed.read(1 << 20):
             plain.write(block)
     return unpacked
@@ -228,7 +228,7 @@ def open_source(
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise UserError(f"{source}: not a whole tar ({error})") from None
     except OSError as error:
-        if storage.describe_full_disk(error, source):
+        if describe_full_disk(error, source):
             raise  # there is no room for what it unpacks to
         raise UserError(f"{source}: cannot be read ({error})") from None
     validation = {}

@@ -1,17 +1,15 @@
 """Bytes of a file by offset: local, or remote through fsspec, with retries and a cache of blocks on disk."""
 
-import errno
 import hashlib
 import math
 import os
 import random
 import re
-import secrets
 import stat
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from io import FileIO
@@ -22,8 +20,8 @@ from typing import Any, TypeVar
 from depthmup.data.ahead import ahead
 from depthmup.data.environment import environment
 from depthmup.data.errors import UserError
+from depthmup.data.files import write_atomically
 
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REMOTE_SCHEMES = ("http", "https", "s3", "gs", "az", "abfs", "hf")
 PACKAGES = {"gs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "hf": "huggingface_hub"}  # what fsspec needs for a scheme
 BLOCK = 4 << 20  # bytes of one request
@@ -35,41 +33,6 @@ STALE_AFTER = 3600  # seconds after which an unfinished block is what a killed p
 PAUSE = 60  # seconds without caching after a failure to write to the cache
 
 Result = TypeVar("Result")
-
-
-def describe_full_disk(error: BaseException, otherwise: str) -> str | None:
-    """What to say of an error that means that there is no room for a file, or for `otherwise` where the error names
-    none; None for any other error."""
-    if not isinstance(error, OSError) or error.errno not in FULL_DISK:
-        return None
-    return f"{error.filename or otherwise}: {error.strerror}: free some space there"
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Has an OSError of the block say which file it is about: that of a write, as on a full disk, does not."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None:
-            error.filename = str(path)
-        raise
-
-
-def write_atomically(path: Path, content: bytes, durable: bool = True) -> None:
-    """Writes `content` to a temporary file beside `path`, makes it `durable`, and renames it into place."""
-    # random: threads have one process id, and so may processes on machines that share the file system
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with naming(path), open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def is_remote(location: str) -> bool:

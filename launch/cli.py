@@ -6,7 +6,7 @@ import sys
 import click
 
 from depthmup.data.errors import UserError
-from depthmup.data.storage import describe_full_disk
+from depthmup.data.files import describe_full_disk
 from depthmup.launch.commands import images, single, studies, theory, tuning
 from depthmup.launch.commands.group import Commands
 from depthmup.models.errors import ModelError

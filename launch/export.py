@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from depthmup.data.config import per_channel
 from depthmup.data.errors import UserError
-from depthmup.data.storage import write_atomically
+from depthmup.data.files import write_atomically
 from depthmup.models.build import build_meta
 from depthmup.models.export import folded_state
 from depthmup.models.timm_registry import timm_call

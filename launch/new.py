@@ -7,10 +7,10 @@ from typing import Any
 import jinja2
 
 from depthmup.data.errors import UserError
+from depthmup.data.files import write_atomically
 from depthmup.data.look import look_at_images
 from depthmup.data.paths import protect
 from depthmup.data.sources import PACKAGED
-from depthmup.data.storage import write_atomically
 from depthmup.launch.config import folder_name
 from depthmup.launch.paths import command
 from depthmup.launch.reading import study_in

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from depthmup.data.errors import UserError
+from depthmup.data.files import write_atomically
 from depthmup.data.paths import protect
-from depthmup.data.storage import write_atomically
 from depthmup.launch.axes import MODEL_AXES, TRAINING_AXES
 from depthmup.launch.config import Size, StudyFile, label
 from depthmup.launch.findings.analysis import Curve

@@ -12,8 +12,8 @@ from pathlib import Path
 from rich.console import Console
 
 from depthmup.data.errors import UserError
+from depthmup.data.files import write_atomically
 from depthmup.data.index import counted
-from depthmup.data.storage import write_atomically
 from depthmup.launch.jobs import slurm, states
 from depthmup.launch.jobs.code_copy import copy_code
 from depthmup.launch.jobs.reasons import explain

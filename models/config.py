@@ -1,6 +1,7 @@
 """The models' and the parameterization's configuration. Nothing here imports torch, so that a plan of thousands of runs
 is read in no time."""
 
+import math
 from dataclasses import field, fields, replace
 from typing import Annotated, Any, Literal
 
@@ -49,6 +50,11 @@ class ModelConfig:
     @property
     def base_size(self) -> Size:
         return Size(width=self.base_width, depth=self.base_depth)
+
+    @property
+    def chance(self) -> float:
+        """The loss of a guess."""
+        return math.log(self.num_classes)
 
 
 def check_multiple(name: str, value: int, divisor: int, what: str) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from depthmup.data import storage
+from depthmup.data.files import write_atomically
 from depthmup.data.index import Index
 from depthmup.data.pack import pack
 from depthmup.data.scan import index_shards
@@ -96,7 +96,7 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"before")
     with room(1000), pytest.raises(OSError, match="File too large") as refused:
-        storage.write_atomically(path, b"x" * 5000)
+        write_atomically(path, b"x" * 5000)
     assert refused.value.filename == str(path)
     assert whole_files(tmp_path) == {"file": b"before"}
 

@@ -26,6 +26,7 @@ from depthmup.data import storage
 from depthmup.data.ahead import THREADS
 from depthmup.data.environment import Environment
 from depthmup.data.errors import UserError
+from depthmup.data.files import write_atomically
 from depthmup.data.find import path_of
 from depthmup.data.index import Index, load_members
 from depthmup.data.loader import TrainingLoader, TrainingStream
@@ -346,7 +347,7 @@ def test_a_disk_too_full_for_the_cache_costs_one_warning_and_the_cache_comes_bac
 def test_threads_that_write_one_file_leave_one_of_their_contents_whole(tmp_path):
     contents = [bytes([number]) * 100_000 for number in range(8)]
     with ThreadPoolExecutor(8) as threads:
-        list(threads.map(lambda content: storage.write_atomically(tmp_path / "file", content), contents * 5))
+        list(threads.map(lambda content: write_atomically(tmp_path / "file", content), contents * 5))
     assert (tmp_path / "file").read_bytes() in contents
     assert len(list(tmp_path.iterdir())) == 1
 

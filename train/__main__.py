@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from depthmup.data.errors import UserError
+from depthmup.data.files import describe_full_disk
 from depthmup.data.lock import NoLocks
 from depthmup.data.paths import expand_path
-from depthmup.data.storage import describe_full_disk
 from depthmup.models.errors import ModelError
 from depthmup.train.config import RunConfig, run_hash
 from depthmup.train.interrupt import Interrupt, Interrupted, prepare_streams

@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from depthmup.data.errors import UserError
+from depthmup.data.files import describe_full_disk, naming, write_atomically
 from depthmup.data.order import State
-from depthmup.data.storage import describe_full_disk, naming, write_atomically
 from depthmup.train.config import RunConfig
 from depthmup.train.contents import CONTENTS, Reader, Writer
 from depthmup.train.owner import check_owner, describe_owner

@@ -1,6 +1,5 @@
 """What a person sees of a run: a live line on a terminal (elsewhere metrics.jsonl alone), and its end."""
 
-import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,7 +47,7 @@ def summary(config: RunConfig, result: dict[str, Any], directory: Path) -> str:
         f"{result['outcome']}: {result['step']} steps, {result['samples']:,} samples; {', '.join(numbers)}",
         f"results: {directory} (done.json, metrics.jsonl, weights.safetensors)",
     ]
-    chance = math.log(config.model.num_classes)
+    chance = config.model.chance
     if losses and min(losses.values()) >= chance:
         lines.append(
             f"warning: nothing was learnt: guessing among {config.model.num_classes} classes has a loss of "

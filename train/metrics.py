@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from depthmup.data.errors import UserError
-from depthmup.data.storage import write_atomically
+from depthmup.data.files import write_atomically
 from depthmup.train.config import RunConfig, TrackConfig, run_hash
 from depthmup.train.reading import to_plain
 from depthmup.train.rundir import RunDirectory

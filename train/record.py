@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from depthmup.data.files import write_atomically
 from depthmup.data.order import State
-from depthmup.data.storage import write_atomically
 from depthmup.train.checkpoint import Checkpoints, Progress, fsync
 from depthmup.train.config import RunConfig
 from depthmup.train.distributed import World

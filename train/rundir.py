@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from depthmup.data.errors import UserError
-from depthmup.data.storage import naming, write_atomically
+from depthmup.data.files import naming, write_atomically
 
 # Exit codes of `python -m depthmup.train`, which a launcher reads.
 EXIT_DONE = 0

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from depthmup.data.storage import write_atomically
+from depthmup.data.files import write_atomically
 from depthmup.train.rundir import RunDirectory
 
 

@@ -28,6 +28,13 @@ from depthmup.launch.findings.intervals import CONFIDENCE, quantile, quantiles, 
 Side = Literal["low", "high"]
 
 
+def average_losses(usable: np.ndarray) -> np.ndarray:
+    """(seeds, values) -> (values,): geometric means over the seeds that trained, free of the seeds' offsets, infinite
+    where the value fails."""
+    found: np.ndarray = np.exp(average_seeds(np.log(usable)))
+    return found
+
+
 @dataclass(frozen=True)
 class Result:
     """One finished run. `metric` is infinite where it diverged."""
@@ -73,9 +80,8 @@ class Curve:
 
     @property
     def mean(self) -> np.ndarray:
-        """Geometric mean over the seeds that trained, free of the seeds' offsets, infinite where the value fails.
-        (values,)"""
-        return np.exp(average_seeds(np.log(self.usable)))
+        """`average_losses` of the usable runs. (values,)"""
+        return average_losses(self.usable)
 
     def failures(self, index: int) -> Failures:
         """Of the runs at one value."""
@@ -145,7 +151,7 @@ def find_optimum(x: np.ndarray, usable: np.ndarray, learns: bool, posterior: Pos
     Without a posterior (fewer than three values about the best train, or nothing tells the noise) the optimum is
     known to lie between the neighbours of the best value, no better.
     """
-    mean = np.exp(average_seeds(np.log(usable)))
+    mean = average_losses(usable)
     finite = np.isfinite(mean)
     if not finite.any():
         return Optimum(None, math.inf, None, None)

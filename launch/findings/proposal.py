@@ -25,38 +25,16 @@ from depthmup.launch.findings.precision import (
 from depthmup.launch.findings.verdict import SURE, Analysis, judge_size
 
 OCTAVE, CLOSEST = 1.0, 0.25  # octaves between values about the best, and to one at which runs fail
-
-
 MOST_BEYOND = 6.0  # octaves that the search may leave the range
-
-
 KNOWN = 0.25  # octaves: half-width of the interval of the base's optimum at which the search there ends
-
-
 SPREADS = (0.5, 1.0, 1.5)  # octaves of new values about the carried one
-
-
 ENOUGH = 0.7  # a round is filled until it settles a size with this probability
-
-
 DEAREST = 1.5  # shares of the budget, one for each parameterization, that a settled verdict may be expected to cost
-
-
 SPENDINGS = tuple(2.0**-halvings for halvings in range(5))  # of what is left, of which the best price is the verdict's
-
-
 PROBABLE = 0.5  # that one size says that the value costs: the others need not be settled then
-
-
 LEAST = 4  # runs of one size that a round may add to it
-
-
 MOST_AT_BASE = 30  # runs, before the other sizes begin
-
-
 MOST_AHEAD = 60  # runs of one size that are looked ahead
-
-
 FIRST_SEEDS = 2
 FIRST_RUNS = 3 * FIRST_SEEDS  # of a size, at least
 

@@ -6,7 +6,7 @@ import socket
 import time
 from typing import Any
 
-from depthmup.data.storage import write_atomically
+from depthmup.data.files import write_atomically
 from depthmup.launch.jobs.code_copy import describe_code
 from depthmup.launch.paths import PACKAGE
 from depthmup.train.rundir import RunDirectory, add_line, parse_lines

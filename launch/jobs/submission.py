@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from depthmup.data.errors import UserError
+from depthmup.data.files import write_atomically
 from depthmup.data.lock import flock
-from depthmup.data.storage import write_atomically
 from depthmup.launch.jobs.slurm import QueuedTask
 from depthmup.train.lock import Holder, find_holder
 from depthmup.train.rundir import parse, parse_lines

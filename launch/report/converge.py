@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from depthmup.data.errors import UserError
-from depthmup.data.storage import write_atomically
+from depthmup.data.files import write_atomically
 from depthmup.launch.findings.analysis import Comparison
 from depthmup.launch.findings.convergence import MIN_SIZES, Line, Rate, select_along_axis
 from depthmup.launch.findings.verdict import Analysis

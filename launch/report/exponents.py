@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from depthmup.data.errors import UserError
-from depthmup.data.storage import write_atomically
+from depthmup.data.files import write_atomically
 from depthmup.launch.findings.analysis import Comparison
 from depthmup.launch.findings.convergence import select_along_axis
 from depthmup.launch.findings.exponents import MEASURES, MIN_DEPTHS, Slope, fit_slope, measures_of, name_regime

@@ -17,8 +17,8 @@ import torch
 from rich.console import Console
 
 from depthmup.data.errors import UserError
+from depthmup.data.files import write_atomically
 from depthmup.data.scan import parallel_map
-from depthmup.data.storage import write_atomically
 from depthmup.launch.config import StudyFile, label
 from depthmup.launch.findings.convergence import LAWS
 from depthmup.launch.findings.grid import GridRate, fit_grid, points_of

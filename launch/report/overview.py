@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 from rich.console import Console
 
-from depthmup.data.storage import write_atomically
+from depthmup.data.files import write_atomically
 from depthmup.launch.report.page import environment, inline
 from depthmup.launch.report.record import closed
 from depthmup.launch.report.tables import print_table, say

@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 from matplotlib.figure import Figure
 
-from depthmup.data.storage import write_atomically
+from depthmup.data.files import write_atomically
 from depthmup.launch.config import Size
 from depthmup.launch.findings.intervals import CONFIDENCE
 from depthmup.launch.findings.theory import predicted_drifts

@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from depthmup.data.storage import write_atomically
+from depthmup.data.files import write_atomically
 from depthmup.launch.config import StudyConfig
 from depthmup.launch.findings.convergence import Line, Rate, select_along_axis
 from depthmup.launch.findings.verdict import Analysis

@@ -14,7 +14,7 @@ from rich.table import Table
 from scipy import stats
 
 from depthmup.data.errors import UserError
-from depthmup.data.storage import write_atomically
+from depthmup.data.files import write_atomically
 from depthmup.launch.findings.intervals import CONFIDENCE
 from depthmup.launch.paths import command
 from depthmup.launch.report.record import dump, plain, task_record

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from depthmup.data.index import counted
 from depthmup.launch.findings.intervals import CONFIDENCE
 from depthmup.launch.report.record import closed
 from depthmup.launch.wording import show_drift, show_interval, show_number, show_share, show_shares
@@ -83,7 +84,7 @@ def forecast_row(forecast: Mapping[str, Any]) -> dict[str, str]:
         "interval": interval or "",
         "seen": "fails" if forecast["diverged"] else show_number(forecast["seen"]),
         "inside": inside,
-        "fitted on": f"{forecast['fitted_sizes']} size{'s' if forecast['fitted_sizes'] != 1 else ''}",
+        "fitted on": counted(forecast["fitted_sizes"], "size"),
         "law": forecast["law"],
         "remark": forecast["remark"],
     }

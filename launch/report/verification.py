@@ -13,7 +13,7 @@ from rich.table import Table
 from scipy import stats
 
 from depthmup.data.errors import UserError
-from depthmup.data.storage import write_atomically
+from depthmup.data.files import write_atomically
 from depthmup.launch.findings.share import SURE, Share
 from depthmup.launch.report.record import dump, plain, task_record
 from depthmup.launch.report.search import show_value

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from depthmup.data.storage import write_atomically
+from depthmup.data.files import write_atomically
 from depthmup.launch.config import Size
 from depthmup.launch.paths import PACKAGE, user_folder
 from depthmup.launch.runs.flops import by_formula

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from depthmup.data.storage import write_atomically
+from depthmup.data.files import write_atomically
 from depthmup.train.reading import make_adapter
 from depthmup.train.rundir import unreadable
 

@@ -28,9 +28,9 @@ def has_learned_early(run: PlannedRun, metric: str) -> bool:
     last = run.loss(metric)
     if last is None or last >= run.hopeless_loss:
         return False
-    lines = parse_lines(run.directory.metrics, "step", "loss")
+    lines, chance = parse_lines(run.directory.metrics, "step", "loss"), run.config.model.chance
     losses = [line["loss"] for line in lines if line["step"] <= limit_step(run)]
-    return bool(losses) and math.log(run.chance / losses[-1]) >= LOST * math.log(run.chance / last)
+    return bool(losses) and math.log(chance / losses[-1]) >= LOST * math.log(chance / last)
 
 
 def limit_hopeless(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from depthmup.data.errors import UserError
-from depthmup.data.storage import write_atomically
+from depthmup.data.files import write_atomically
 from depthmup.launch.joint_config import TuneConfig
 from depthmup.launch.runs.space import distributions, hashable, value_at
 

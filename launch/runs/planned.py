@@ -66,7 +66,7 @@ class PlannedRun:
         if (done := self.done()) is None:
             return None
         if self.ended_hopeless():
-            return self.chance
+            return self.config.model.chance
         if done["outcome"] == PRUNED:
             raise UserError(
                 f"{self.directory.path}: a search ended this run early, after step {done.get('step')}: choose another "
@@ -81,14 +81,9 @@ class PlannedRun:
         return loss
 
     @property
-    def chance(self) -> float:
-        """The loss of a guess."""
-        return math.log(self.config.model.num_classes)
-
-    @property
     def hopeless_loss(self) -> float:
         """The lowest loss that is within noise of that of a guess."""
-        return self.chance * math.exp(-ERRORS * MOST_GUESS_NOISE)
+        return self.config.model.chance * math.exp(-ERRORS * MOST_GUESS_NOISE)
 
     def ended_hopeless(self) -> bool:
         """Whether it ended early at the loss of a guess (launch.runs.hopeless)."""

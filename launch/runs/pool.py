@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from depthmup.data.errors import UserError
+from depthmup.data.index import counted
 from depthmup.launch.runs.study import Study
 from depthmup.train.owner import code_fingerprint, data_fingerprint
 
@@ -23,7 +24,7 @@ def count_origins(study: Study) -> dict[str, Counter[str]]:
 def describe_mixture(key: str, counts: Mapping[str, int]) -> str:
     """'2 versions of the code: 12 runs of 0123..., 3 of 4567...'"""
     ordered = sorted(counts.items(), key=lambda item: -item[1])
-    shown = ", ".join(f"{count} run{'s' if count != 1 else ''} of {value}" for value, count in ordered)
+    shown = ", ".join(f"{counted(count, 'run')} of {value}" for value, count in ordered)
     return f"{len(counts)} {WHAT[key]}: {shown}"
 
 

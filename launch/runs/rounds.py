@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from depthmup.data.storage import write_atomically
+from depthmup.data.files import write_atomically
 from depthmup.launch.config import Size
 from depthmup.train.reading import make_adapter
 from depthmup.train.rundir import unreadable

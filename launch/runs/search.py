@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from depthmup.data.errors import UserError
+from depthmup.data.files import write_atomically
 from depthmup.data.lock import flock
-from depthmup.data.storage import write_atomically
 from depthmup.launch.config import StudyFile
 from depthmup.launch.joint_config import TuneConfig
 from depthmup.launch.runs.cost import count_flops

@@ -1,7 +1,6 @@
 """A study's runs: the grid written out, each run with its identity and its directory."""
 
 import glob
-import math
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from depthmup.data.errors import UserError
-from depthmup.data.storage import write_atomically
+from depthmup.data.files import write_atomically
 from depthmup.launch.axes import MODEL_AXES, TRAINING_AXES
 from depthmup.launch.config import Size, StudyFile, label
 from depthmup.launch.paths import command
@@ -56,7 +55,7 @@ class Study:
     @property
     def chance(self) -> float:
         """The loss of a guess."""
-        return math.log(self.file.model.num_classes)
+        return self.file.model.chance
 
     def command(self, verb: str, *words: str) -> str:
         """A command on this study that a shell takes as it stands: by its folder, which knows the overrides that it was

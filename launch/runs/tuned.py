@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from depthmup.data.errors import UserError
-from depthmup.data.storage import write_atomically
+from depthmup.data.files import write_atomically
 from depthmup.launch.config import StudyConfig, StudyFile
 from depthmup.launch.reading import read_study
 from depthmup.launch.runs.space import list_examples, with_values

@@ -1,12 +1,12 @@
 """The Roles of a network, found by looking: which dimensions grow, where branches end, which module is the readout."""
 
 import re
-from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator
+from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from depthmup.models.discovery.branches import (
     ATTENTION,
@@ -20,18 +20,22 @@ from depthmup.models.discovery.branches import (
     find_branches,
 )  # fmt: skip
 from depthmup.models.discovery.growth import Builder, Growth, compare_sizes
-from depthmup.models.discovery.initial import measure_init
+from depthmup.models.discovery.parameters import (
+    BY_HAND,
+    CONTRACTIONS,
+    MATRIX_PRODUCTS,
+    MORE_BLOCKS,
+    Weights,
+    parameter_rules,
+    role_of,
+    settle_roles,
+)
 from depthmup.models.discovery.trace import Node, trace
 from depthmup.models.errors import ModelError
-from depthmup.models.family import ParameterRule, Roles, Slot
+from depthmup.models.family import Roles, Slot
 from depthmup.models.parameterization import Role
 
-Weights = dict[str, Tensor]  # by name
-BY_HAND = "write its Roles by hand, see docs/your-model.md"
-MORE_BLOCKS = "take a base of more blocks"
-MATRIX_PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm"}
 STACKS = {"stack", "sum", "mean"}
-CONTRACTIONS = MATRIX_PRODUCTS | {"addmm", "addbmm", "mm", "einsum", "tensordot", "lstm", "gru", "rnn_tanh", "rnn_relu"}
 
 
 @dataclass(frozen=True)
@@ -103,97 +107,6 @@ def users_of(nodes: list[Node]) -> dict[str, list[Node]]:
             for name in names:
                 found[name].append(node)
     return found
-
-
-# ---------------------------------------------------------------- parameters
-
-
-def role_of(name: str, growth: Growth, users: list[Node], branches: list[Branch]) -> Role:
-    """Raises ModelError for a parameter that no rule covers."""
-    places = {next((i for i, branch in enumerate(branches) if user in branch.nodes), None) for user in users}
-    shared_in_block = growth.place(name) is not None and None not in places  # a block has as many uses at every depth
-    if len(places) > 1 and not shared_in_block:
-        raise ModelError(
-            f"{name} is used in several places, branches among them: shared weights have no rule. {BY_HAND}"
-        )
-    in_branch, grows = places != {None}, growth.grows_by_pattern.get(growth.pattern(name))
-    if grows is None:
-        raise ModelError(
-            f"{name} is in the deeper network, and in no block of the base, so that nothing is known of its growth: "
-            f"{MORE_BLOCKS}"
-        )
-    user, growing = users[0], sum(grows)
-    if growing == 0:
-        return Role.BRANCH_SCALAR if in_branch else Role.SCALAR
-    if growing > 2 or (growing == 2 and len(grows) > 2 and user.operation not in PRODUCTS):
-        raise ModelError(f"{name}: {growing} of its {len(grows)} dimensions grow, in {user.operation}: {BY_HAND}")
-    if growing == 2:
-        return Role.BRANCH_HIDDEN if in_branch else Role.HIDDEN
-    if reads_width(name, user, grows):
-        return Role.ROUTER if in_branch else Role.READOUT
-    if in_branch:
-        return Role.BRANCH_VECTOR
-    is_gain = user.operation in PRODUCTS and name not in user.parameters  # of a weight's rows
-    return Role.VECTOR if len(grows) == 1 or user.grouped or is_gain else Role.INPUT
-
-
-def reads_width(name: str, user: Node, grows: tuple[bool, ...]) -> bool:
-    """Whether the one dimension of a parameter that grows is what its operation sums over. Raises ModelError where the
-    operation does not tell."""
-    if len(grows) == 1:
-        return False
-    if user.operation in PRODUCTS:
-        return grows[1]
-    if user.operation in MATRIX_PRODUCTS:
-        return grows[-2] if user.parameter_last else grows[-1]
-    if user.operation in CONTRACTIONS:
-        raise ModelError(f"{name} grows in one dimension, and {user.operation} does not tell which: {BY_HAND}")
-    return False
-
-
-def settle_roles(growth: Growth, roles: dict[str, Role]) -> dict[str, Role]:
-    """One role for a parameter in every block. What some blocks have in a branch, and others before both branch and
-    shortcut, is the branch's. The first block of a container may have no shortcut, and roles of its own. Raises
-    ModelError for blocks that differ otherwise."""
-    by_pattern: dict[Any, set[Role]] = defaultdict(set)
-    for name, role in roles.items():
-        by_pattern[growth.pattern(name)].add(role)
-        if not growth.is_first(name):
-            by_pattern[growth.pattern(name), "later"].add(role)
-    vectors = {Role.VECTOR, Role.BRANCH_VECTOR}
-    settled = {}
-    for name, role in roles.items():
-        same = by_pattern[growth.pattern(name)]
-        later = by_pattern[growth.pattern(name), "later"]
-        if len(same) > 1 and same != vectors and len(later) > 1:
-            raise ModelError(
-                f"{name} is {role.value}, and the same parameter of other blocks "
-                f"{', '.join(sorted(each.value for each in same - {role}))}: {BY_HAND}"
-            )
-        settled[name] = Role.BRANCH_VECTOR if same == vectors else role
-    return settled
-
-
-def parameter_rules(
-    growth: Growth,
-    roles: dict[str, Role],
-    used: dict[str, list[Node]],
-    drawn: tuple[Weights, Weights],
-    exempt: set[str],
-) -> Iterator[ParameterRule]:
-    """A rule for each parameter of a block and each outside of blocks, in the network's order."""
-    alike = defaultdict(list)
-    for name in drawn[1]:
-        alike[growth.pattern(name), roles[name]].append(name)
-    patterns = Counter(pattern for pattern, _ in alike)
-    for (pattern, _), names in alike.items():
-        if patterns[pattern] > 1:
-            pattern = growth.pattern(names[0], first=growth.is_first(names[0]))
-        first = names[0]
-        fans = used[first][0].operation in PRODUCTS and drawn[1][first].ndim > 1
-        base, deeper = ([weights[name] for name in names if name in weights] for weights in drawn)
-        init = measure_init(first, base or deeper, deeper, fans)  # the base may have no second block of a kind
-        yield ParameterRule(pattern, roles[first], init, decays=not exempt & set(names))
 
 
 # ---------------------------------------------------------------- modules

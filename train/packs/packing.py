@@ -101,7 +101,7 @@ def list_common(config: RunConfig) -> dict[str, Any]:
 def list_obstacles(a: RunConfig, b: RunConfig) -> list[str]:
     """Names of the fields that keep `a` and `b` out of one pack, sorted; empty when they can share one.
 
-    They are fields that differ and may not, and fields that no pack honours (so `packable(a, a)` may be non-empty).
+    They are fields that differ and may not, and fields that no pack honours: `list_obstacles(a, a)` may be non-empty.
     """
     of_a, of_b = list_common(a), list_common(b)
     different = {name for name in of_a.keys() | of_b.keys() if of_a.get(name) != of_b.get(name)}

@@ -1,0 +1,59 @@
+"""Local files that are written whole or not at all, and what a full disk means for them."""
+
+import errno
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def describe_full_disk(error: BaseException, otherwise: str) -> str | None:
+    """What to say of an error that means that there is no room for a file, or for `otherwise` where the error names
+    none; None for any other error."""
+    if not isinstance(error, OSError) or error.errno not in FULL_DISK:
+        return None
+    return f"{error.filename or otherwise}: {error.strerror}: free some space there"
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Has an OSError of the block say which file it is about: that of a write, as on a full disk, does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def write_atomically(path: Path, content: bytes, durable: bool = True) -> None:
+    """Writes `content` to a temporary file beside `path`, makes it `durable`, and renames it into place."""
+    # random: threads have one process id, and so may processes on machines that share the file system
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with naming(path), open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """A new file, durable after the block. Where the block fails, as on a full disk, nothing of it stays."""
+    try:
+        with naming(path), open(path, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
