@@ -80,7 +80,7 @@ def test_a_hopeless_run_ends_early_and_is_shown_as_such(study: Study) -> None:
     for run in hopeless:
         done = run.done() or {}
         assert (done["outcome"], done["step"]) == ("pruned", limit_step(run)) == ("pruned", 30)
-        assert run.loss(METRIC) == run.chance == CHANCE
+        assert run.loss(METRIC) == run.config.model.chance == CHANCE
     report = collect(study)
     assert f"{len(hopeless)} ended early at the loss of a guess" in report.facts
     record = page_record(report)
