@@ -17,6 +17,8 @@ from depthmup.train.config import RunConfig
 from depthmup.train.reading import from_plain
 from slurm_cluster import Cluster
 from slurm_cluster import start as start_cluster
+from slurm_stand_ins import fake as fake
+from slurm_stand_ins import study_of as study_of
 
 # The files of a lane are one process's, which brings up a cluster of its own for them. The lanes last about as long.
 LANES = {

@@ -123,6 +123,55 @@ def test_a_process_that_cannot_start_is_a_failure_at_once_but_not_where_a_node_f
     assert failed["error"] == "process 1 on sn2: Exited with exit code 1; see the job's log"
 
 
+def test_the_same_reason_at_the_same_step_is_the_first_again_once_a_person_has_asked_for_another_try(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(2):
+        end(run, 137, KILLED, GONE.format(1))
+        start_again(run, monkeypatch)
+    assert run.failed()
+    (run.path / "failed.json").unlink()  # retry
+    start_again(run, monkeypatch)
+    assert end(run, 137, KILLED, GONE.format(1)) == EXIT_LOST_PEER
+    assert run.failed() is None
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "words"),
+    [
+        (137, "", "killed (SIGKILL), most likely out of memory: 4 GB were asked for; set launch.memory_gb"),
+        (1, "slurmstepd: error: Exceeded job memory limit\n", "most likely out of memory: 4 GB were asked for"),
+        (1, "", "its process ended with 1; see "),
+    ],
+)
+def test_a_run_of_one_process_that_dies_has_failed_with_the_reason(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, code: int, said: str, words: str
+) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    assert end(run, code, said) == code
+    assert words in (run.failed() or {})["error"]
+
+
+def test_a_process_that_is_killed_after_it_has_saved_starts_again(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    note_attempt(run, "interrupted")
+    assert end(run, 137, "") == EXIT_REQUEUE
+    assert run.failed() is None
+
+
+def test_of_a_jobs_list_only_what_it_had_begun_has_failed_with_it_and_a_log_need_not_be_there(
+    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    other = RunDirectory(tmp_path / "other")
+    other.path.mkdir()
+    assert record_end([run, other], 1, tmp_path / "no.out", {"memory_gb": None}) == 1
+    assert run.failed()
+    assert other.failed() is None
+
+
 def test_words_of_an_earlier_start_in_the_jobs_log_are_not_this_ones(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

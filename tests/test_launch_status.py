@@ -258,10 +258,28 @@ def test_the_first_steps_may_take_longer(
     assert f"no news for {duration(seconds)}, since it began" in found.remark
 
 
-def test_a_slow_run_has_more_patience(begun: RunState, hold: Callable[..., Lock]) -> None:
-    line = {"step": 2, "loss": 2.0, "images_per_second": 0.1}
+@pytest.mark.parametrize(
+    ("lines", "state", "said"),
+    [(2, "running", False), (4, "running", True), (15, "running", True), (25, "stalled", True)],
+)
+def test_a_slow_run_has_more_patience(
+    begun: RunState, hold: Callable[..., Lock], lines: float, state: str, said: bool
+) -> None:
+    seconds = 120.0
+    train = begun.run.config.train
+    line = {"step": 2, "loss": 2.0, "images_per_second": train.log_every * train.global_batch_size / seconds}
     begun.run.directory.metrics.write_text(json.dumps(line) + "\n")
+    age(begun.run.directory, lines * seconds)
+    hold(begun.run.directory)
+    found = judged(begun, QueuedTask("7", 0, "RUNNING", "None", "tiny"))
+    assert (found.state, "no news" in found.remark) == (state, said)
+
+
+def test_a_checkpoint_is_news_of_a_run_whose_metrics_lines_are_far_apart(
+    begun: RunState, hold: Callable[..., Lock]
+) -> None:
     age(begun.run.directory, 600)
+    (begun.run.directory.checkpoints / "step-4").mkdir(parents=True)
     hold(begun.run.directory)
     assert judged(begun, QueuedTask("7", 0, "RUNNING", "None", "tiny")).state == "running"
 
