@@ -20,7 +20,7 @@ from depthmup.launch.path_cost import PathCost, count_path
 from depthmup.launch.paths import PACKAGE
 from depthmup.launch.reading import read_study
 from depthmup.launch.scale import read_changes
-from depthmup.launch.wording import show_share
+from depthmup.launch.wording import quantity, show_share
 
 
 def invoke(*words: str | Path) -> Result:
@@ -85,6 +85,8 @@ def test_tuning_a_proxy_that_is_sized_for_a_target_costs_the_share_that_was_give
     planned = invoke("plan", "large.yaml", "--target", "large_target.yaml")
     assert planned.exit_code == 0, planned.output
     assert f"Tuning costs at most {show_share(cost.share)} of the target's" in planned.output
+    assert f"{quantity(cost.search)}FLOPs in all" in planned.output  # of the search's own plan
+    assert f"at most {quantity(cost.study)}FLOPs (study.budget)" in invoke("plan", "large.yaml", "tune=null").output
 
 
 def test_runs_of_a_proxy_are_no_longer_than_the_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
