@@ -1,7 +1,6 @@
 """A study's runs: the grid written out, each run with its identity and its directory."""
 
 import glob
-import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from depthmup.data.errors import UserError
-from depthmup.data.files import write_atomically
+from depthmup.data.files import find_locked_folder, write_atomically
 from depthmup.launch.axes import MODEL_AXES, TRAINING_AXES
 from depthmup.launch.config import Size, StudyFile, label
 from depthmup.launch.paths import command
@@ -240,9 +239,8 @@ class Study:
     def check_writable(self) -> None:
         """Raises UserError when the study's folder could not be made. Makes nothing."""
         root = self.file.directory.absolute()
-        nearest = next(path for path in (root, *root.parents) if path.exists())
-        if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
-            raise UserError(f"{root}: {nearest} is not writable; set study.directory to a folder that is")
+        if locked := find_locked_folder(root):
+            raise UserError(f"{root}: {locked} is not writable; set study.directory to a folder that is")
 
     # ------------------------------------------------------------ rounds of an adaptive design
 
