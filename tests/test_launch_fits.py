@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from depthmup.data.errors import UserError
@@ -85,6 +86,11 @@ NODES = ("launch.cluster=slurm", "launch.nodes=4", "launch.gpus_per_node=8")
             "launch.tasks_per_node 16 is more than launch.gpus_per_node 8",
         ),
         (("data.root=s3://bucket/shards", "data.window=epoch"), "copy the shards to a local disk"),
+        (("data.backend=nvjpeg", "train.device=cpu"), "set train.device=cuda, or use data.backend=fast"),
+        (
+            ("data.backend=nvjpeg", "launch.cluster=slurm", "train.device=auto"),
+            "set launch.gpus_per_node, or use data.back",
+        ),
         (("launch.cluster=slurm", "train.device=cuda"), "set launch.gpus_per_node"),
         (("parallel.engine=deepspeed", "parallel.zero_stage=3", "train.ema=0.9"), "parallel.zero_stage=2"),
         (("model.norm=batch", "parallel.micro_batch_size=4"), "use parallel.micro_batch_size=32"),
@@ -104,6 +110,23 @@ def test_a_run_that_would_end_on_its_nodes_is_refused_with_the_mend(
     study_file: Path, overrides: tuple[str, ...], mend: str
 ) -> None:
     assert mend in refusal(study_file, *overrides)
+
+
+def test_a_gpu_that_decodes_is_asked_for_where_the_run_is_to_be(
+    study_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_gpu = ("data.backend=nvjpeg", "train.device=auto")
+    check_fits(Study(study_file, read_study(study_file, (*on_gpu, "launch.cluster=slurm", "launch.gpus_per_node=1"))))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    check_fits(Study(study_file, read_study(study_file, on_gpu)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "torch sees none here: use a machine with one, or use data.backend=fast" in refusal(study_file, *on_gpu)
+    for command in ("plan", "launch", "transfer"):
+        said = CliRunner().invoke(cli, [command, str(study_file), *on_gpu])
+        assert "torch sees none here" in str(said.exception), command
+    said = CliRunner().invoke(cli, ["launch", str(study_file), "--cluster", "slurm", "--dry-run", *on_gpu])
+    assert "set launch.gpus_per_node, or use data.backend=fast" in str(said.exception)
+    assert not (study_file.parent / "runs").exists()
 
 
 def test_plan_dry_run_and_launch_refuse_it_all_three_and_leave_nothing(study_file: Path) -> None:
