@@ -11,7 +11,6 @@ from concurrent.futures import as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from depthmup.data.errors import UserError
 from depthmup.data.files import write_atomically, writing
@@ -19,6 +18,7 @@ from depthmup.data.images import BadImage, convert_image
 from depthmup.data.index import INDEX_NAME, Index, Shard, counted, sidecar
 from depthmup.data.keys import random_generator
 from depthmup.data.lock import NoLocks, flock
+from depthmup.data.plan import check_plan, read_plan
 from depthmup.data.scan import process_pool
 from depthmup.data.sources import UNPACKED_NAME, SourceImage, open_source, read_list
 from depthmup.data.tar_samples import scan, webdataset_metadata
@@ -29,7 +29,6 @@ Progress = Callable[[int, int], None]  # (images done, images in all)
 IMAGES_PER_PROCESS = 2000  # less is packed before another process has started
 LOCK_NAME = ".lock"
 CLAIM_NAME = ".claimed"  # in place of the lock, where the file system has no locks
-PLAN_NAME = "pack.json"  # stays beside index.json: what was packed, and how
 
 
 @dataclass(frozen=True)
@@ -85,12 +84,12 @@ def write_shard(
 
 
 def read_record(path: Path) -> PackedShard | None:
-    """What a killed pack has left of a shard: None when it was not done."""
+    """What a killed pack has left of a shard: None when it was not done, or the record is damaged."""
     try:
         raw = json.loads(record_path(path).read_text())
-    except FileNotFoundError:
+        return PackedShard(Shard(**raw["shard"]) if raw["shard"] else None, [*raw["bad"]])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
-    return PackedShard(Shard(**raw["shard"]) if raw["shard"] else None, raw["bad"])
 
 
 def split_images(images: Sequence[SourceImage], validation_share: float, seed: int) -> dict[str, list[SourceImage]]:
@@ -126,18 +125,6 @@ def divide(images: Sequence[SourceImage], shard_samples: int, shard_bytes: int |
         parts[-1].append(image)
         size += image.size
     return parts
-
-
-def differences(recorded: dict[str, Any], plan: dict[str, Any]) -> list[str]:
-    """What another plan does otherwise, in words; of the same images under another path nothing."""
-    found = []
-    if recorded["listing"] != plan["listing"]:
-        found.append(f"then {recorded['images']} images of {recorded['source']}, now {plan['images']} others")
-    for name, value in plan["options"].items():
-        if (before := recorded["options"].get(name)) != value:
-            shown = ["unset" if choice is None else choice for choice in (before, value)]
-            found.append(f"then --{name} {shown[0]}, now {shown[1]}")
-    return found
 
 
 @contextmanager
@@ -178,19 +165,6 @@ def claim_folder(out: Path) -> Iterator[None]:
                 file_of_ours.unlink(missing_ok=True)
             if not any(out.iterdir()):  # nothing was packed
                 out.rmdir()
-
-
-def check_plan(out: Path, plan: dict[str, Any]) -> None:
-    """Raises UserError when `out` holds anything but shards of `plan`; else records the plan there."""
-    path = out / PLAN_NAME
-    if path.exists():
-        if found := differences(json.loads(path.read_text()), plan):
-            raise UserError(
-                f"{out}: holds another pack ({'; '.join(found)}). Pack into another folder, or delete this one first"
-            )
-    elif (out / INDEX_NAME).exists():
-        raise UserError(f"{out}: holds shards that were not packed by this command. Pack into another folder")
-    write_atomically(path, (json.dumps(plan, indent=1) + "\n").encode())
 
 
 def archive_stamp(source: str) -> list[int] | None:
@@ -289,10 +263,10 @@ def pack(
     }
     stamp, done = archive_stamp(source), out / INDEX_NAME
     with claim_folder(out):
-        if stamp and not validation_list and done.exists() and (out / PLAN_NAME).exists():
-            recorded = json.loads((out / PLAN_NAME).read_text())
-            if (recorded["archive"], recorded["options"]) == (stamp, options):
-                return packed_before(out), recorded["left_out"]
+        recorded = read_plan(out)
+        same = recorded and (recorded["archive"], recorded["options"]) == (stamp, options)
+        if recorded and same and stamp and not validation_list and done.exists():
+            return packed_before(out), recorded["left_out"]
         opened = open_source(source, out, validation_list, train, val, processes)
         images = opened.images
         splits = split_images(images, validation_share, seed)

@@ -32,7 +32,7 @@ SHARED_MEMORY = Path("/dev/shm")
 PREFETCHED = 2  # batches that workers make ready ahead
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 # Sent to all processes of a job, they are for the one that trains: a worker that died of them would end the run.
-JOB_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR2}
+JOB_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP}
 
 OTHER_TORCH = (
     f"torch {torch.__version__} asks its workers in an order that is not known here: use another version of torch, or "

@@ -17,6 +17,7 @@ from depthmup.models.config import (
     MixtureVitConfig,
     ParameterizationConfig,
     ResNetConfig,
+    TimmConfig,
     VisionTransformerConfig,
 )
 from depthmup.models.errors import ModelError
@@ -70,6 +71,7 @@ OF_VIT: dict[str, tuple[Any, ...]] = {
     **{"mlp_ratio": (2.0,), "qk_norm": (True,), "class_token": (False,), "global_pool": ("avg",)},
     **{"layer_scale": (0.1,)},
 }
+SMALL = {"family": "timm", "width": 16, "depth": 2, "base_width": 16, "base_depth": 1}  # roles are found by looking
 OF_MODEL: dict[Any, tuple[list[dict[str, Any]], dict[str, tuple[Any, ...]]]] = {  # contexts, and other values
     VisionTransformerConfig: (
         [{"family": "vit", "num_heads": 2, "patch_size": 4}],
@@ -96,7 +98,19 @@ OF_MODEL: dict[Any, tuple[list[dict[str, Any]], dict[str, tuple[Any, ...]]]] = {
         [{"family": "conv_resnet", "num_stages": 2}],
         {"num_stages": (4,), "convs_per_branch": (2,), "norm": ("batch", "layer"), "activation": ("tanh",)},
     ),
+    TimmConfig: (
+        [
+            {"timm_name": "vit_tiny_patch16_224", "head_dim": 8, "arguments": {"patch_size": 4}, **SMALL},
+            {"timm_name": "resnet26", **SMALL, "width": 32, "base_width": 32},
+        ],
+        {
+            **{"timm_name": ("resnet26d", "vit_base_patch16_clip_224"), "head_dim": (None, 4)},
+            "arguments": ({"patch_size": 2}, {"avg_down": True}),
+        },
+    ),
 }
+# of timm's network: heads without a head_dim, which another network has, and arguments that are another network's
+OF_OTHER_NETWORKS = ("state head_dim", "timm cannot build")
 BESIDE: dict[str, dict[str, Any]] = {
     "tau_ema": {"weight_decay": 0.0},
     "head_dim": {"num_heads": None},
@@ -255,9 +269,17 @@ def test_every_field_of_a_model_acts_or_is_refused(section: Any) -> None:
     others = {**OF_ANY_MODEL, **others}
     assert {"family", *others} == all_of(section)
     acting = {"family"}
+
+    def observe(model: dict[str, Any]) -> tuple[Any, ...]:
+        try:
+            return computed({**SHAPE, **model})
+        except ModelError as error:
+            raise UserError(str(error)) from None
+
+    refusals = ("would do nothing", *(OF_OTHER_NETWORKS if section is TimmConfig else ()))
     for context in contexts:
-        base = computed({**SHAPE, **context})
-        idle, working, _ = tried(others, context, base, lambda model: computed({**SHAPE, **model}), beside=BESIDE)
+        beside = {} if section is TimmConfig else BESIDE
+        idle, working, _ = tried(others, context, observe(context), observe, refusals, beside)
         assert not idle
         acting |= working
     assert acting == all_of(section)

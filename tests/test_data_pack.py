@@ -56,6 +56,28 @@ def test_packed_shards_keep_the_files_bytes_and_labels(tmp_path):
     )
 
 
+@pytest.mark.parametrize("content", ["", '{"listing"', "[]", "7", '{"name": "bundle"}', '{"options": 1}', "\x00\x00"])
+def test_what_another_program_or_a_full_disk_left_as_pack_json_is_named_and_nothing_is_changed(tmp_path, content):
+    source, out = make_folder(tmp_path / "images", 4), tmp_path / "out"
+    out.mkdir()
+    (out / "pack.json").write_text(content)
+    with pytest.raises(UserError, match=r"out/pack\.json: damaged, or another program's.*pack into another folder"):
+        pack(str(source), out)
+    assert contents(out) == {"pack.json": content.encode()}
+
+
+@pytest.mark.parametrize("content", ["", '{"shard": nul', '{"shard": {"name": "a"}, "bad": []}', "[]", "{}"])
+def test_a_damaged_record_of_a_shard_has_that_shard_packed_again(tmp_path, monkeypatch, content):
+    source, out = make_folder(tmp_path / "images", 4), tmp_path / "out"
+    with monkeypatch.context() as killed:
+        killed.setattr(Index, "save", lambda index: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            pack(str(source), out)
+    (record,) = (path for path in out.iterdir() if path.suffix == ".json" and path.name != "pack.json")
+    record.write_text(content)
+    assert pack(str(source), out)[0].describe() == "4 samples in 1 shard"
+
+
 def test_a_killed_pack_leaves_whole_shards_and_the_next_one_finishes_the_same(tmp_path):
     source = make_folder(tmp_path / "images", 400)
     arguments = [str(source), str(tmp_path / "killed"), "--shard-samples", "20", "--processes", "2"]

@@ -18,6 +18,7 @@ from depthmup.data.files import write_atomically
 from depthmup.data.index import counted
 from depthmup.launch.findings.intervals import CONFIDENCE
 from depthmup.launch.paths import command
+from depthmup.launch.report.place import open_results
 from depthmup.launch.report.record import dump, plain, task_record
 from depthmup.launch.runs.search import Search
 from depthmup.launch.runs.space import fraction_at
@@ -285,21 +286,22 @@ def list_again(value: Any) -> Any:
     return [list_again(each) for each in value] if isinstance(value, tuple) else value
 
 
-def show_search(search: Search, console: Console) -> Found:
-    """Writes and prints what a search found, and the tuned proxy's file. Raises UserError before its end."""
+def show_search(search: Search, console: Console, out: Path | None) -> Found:
+    """Prints what a search found, and writes it and the tuned proxy's file into its folder, or that of its name in
+    `out`. Raises UserError before its end."""
     found = collect_search(search)
     print_search(found, console)
-    best = write_search(found)
+    with open_results(search, out) as root:
+        best = write_search(found, root)
     console.print(f"Written: {best} (also search.json, search.png)", highlight=False)
     return found
 
 
-def write_search(found: Found) -> Path:
-    """Writes search.json, search.png and best.yaml into the search's folder; returns the last. Its values are those of
+def write_search(found: Found, root: Path) -> Path:
+    """Writes search.json, search.png and best.yaml into the folder `root`; returns the last. Its values are those of
     the best winner by its new seeds."""
     from depthmup.launch.report import plots
 
-    root = found.search.file.directory
     plots.save_figure(draw_slices(found), root / "search.png")
     write_atomically(root / "search.json", dump(search_record(found)).encode())
     config = found.search.runs_of(found.winners[0].values, (found.search.file.seed,))[0].config

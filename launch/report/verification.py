@@ -16,6 +16,7 @@ from depthmup.data.errors import UserError
 from depthmup.data.files import write_atomically
 from depthmup.data.index import counted
 from depthmup.launch.findings.share import SURE, Share
+from depthmup.launch.report.place import open_results
 from depthmup.launch.report.record import dump, plain, task_record
 from depthmup.launch.report.search import show_value
 from depthmup.launch.runs.planned import PlannedRun
@@ -176,11 +177,13 @@ def print_verification(found: Verified, console: Console) -> None:
         console.print(textwrap.fill(sentence, 80), highlight=False, markup=False)
 
 
-def show_verification(verification: Verification, console: Console) -> None:
-    """Writes and prints what a verification found. Raises UserError before its end."""
+def show_verification(verification: Verification, console: Console, out: Path | None) -> None:
+    """Prints what a verification found, and writes it into its folder, or that of its name in `out`. Raises UserError
+    before its end."""
     found = collect_verification(verification)
     print_verification(found, console)
-    console.print(f"Written: {write_verification(found)}", highlight=False)
+    with open_results(verification, out) as root:
+        console.print(f"Written: {write_verification(found, root)}", highlight=False)
 
 
 def show_dimension(verification: Verification, key: str) -> str:
@@ -190,7 +193,7 @@ def show_dimension(verification: Verification, key: str) -> str:
     return ", ".join(map(str, dimension))
 
 
-def write_verification(found: Verified) -> Path:
+def write_verification(found: Verified, root: Path) -> Path:
     """Writes verify.json into the verification's folder; returns its path."""
     settings, share = found.verification.settings, found.better_by(found.margin)
     record = {
@@ -211,7 +214,7 @@ def write_verification(found: Verified) -> Path:
             for (values, _), loss in zip(found.verification.perturbed, found.losses, strict=True)
         ],
     }
-    path = found.verification.file.directory / "verify.json"
+    path = root / "verify.json"
     write_atomically(path, dump(record).encode())
     return path
 

@@ -93,7 +93,9 @@ def study_after(search: "Search", values: Mapping[str, Any]) -> Study:
     file = read_study(after_file(search))
     path = tuned_file(search, file)
     tuned = with_tuned(file, values, str(path))
-    write_atomically(path, dump_yaml(portable_settings(after_file(search), tuned)).encode())
+    content = dump_yaml(portable_settings(after_file(search), tuned)).encode()
+    if not path.exists() or path.read_bytes() != content:  # a colleague, who may not write there, finds it
+        write_atomically(path, content)
     return Study(path, tuned)
 
 

@@ -1,13 +1,12 @@
 """What stands in a study's folder before its runs train: the study's file, which can be read from anywhere and is
 compared with another, and each run's configuration."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from depthmup.data.errors import UserError
-from depthmup.data.files import write_atomically
+from depthmup.data.files import find_locked_folder, write_atomically
 from depthmup.data.storage import is_remote
 from depthmup.launch.config import StudyFile
 from depthmup.launch.reading import CONFIGURATION_FOLDER, configuration_folders, settings_of
@@ -87,9 +86,8 @@ def comparable_settings(file: StudyFile) -> dict[str, Any]:
 def check_writable(folder: Path) -> None:
     """Raises UserError when a study's folder could not be made there. Makes nothing."""
     root = folder.absolute()
-    nearest = next(path for path in (root, *root.parents) if path.exists())
-    if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
-        raise UserError(f"{root}: {nearest} is not writable; set study.directory to a folder that is")
+    if locked := find_locked_folder(root):
+        raise UserError(f"{root}: {locked} is not writable; set study.directory to a folder that is")
 
 
 def write_study(study: "Study") -> None:
