@@ -106,7 +106,7 @@ def packed(runs: list[RunConfig], device: torch.device, dtype: torch.dtype | Non
     compiled, or one of the ways to convolve."""
     replicas = Replicas(runs, device, dtype, variant if variant in CONVOLUTIONS else None)
     if variant == "eager":
-        replicas.step_function = replicas.eager_step
+        replicas.graph = None
     if variant in ("vmap", "compiled"):
         replicas.mode = nullcontext()  # no mode at all
     if variant == "compiled":
