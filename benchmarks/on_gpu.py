@@ -36,7 +36,7 @@ class Command:
 TESTS = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_cuda.py")
 TINY = ("--models", "tiny", "--batch", "8", "--steps", "1", "--rounds", "2", "--compile", "off")
 IDEAS = ("-m", "benchmarks.step_ideas")
-FEW_IDEAS = ("--ideas", "attention: efficient", "196 tokens (another network)")
+FEW_IDEAS = ("--ideas", "attention: flash", "196 tokens (another network)")
 LITTLE = (*TINY, "--workers", "1", "--images", "16")
 COMMANDS = (
     Command("nvjpeg tests", (*TESTS, "-k", "nvjpeg or decodes"), (*TESTS, "-k", "nvjpeg or decodes"), 5),
@@ -51,7 +51,7 @@ COMMANDS = (
     Command(
         "packs",
         ("-m", "benchmarks.packed", "--seconds", "500"),
-        ("-m", "benchmarks.packed", "--quick", "--widths", "8", "--batch", "4", "--seconds", "1"),
+        ("-m", "benchmarks.packed", "--quick", "--widths", "16", "--batch", "4", "--seconds", "1"),
         12,
     ),
     Command("ideas, ViT-B", (*IDEAS, "--models", "vit_b16"), (*IDEAS, *TINY, "--ideas", "compile: block"), 12),
