@@ -8,6 +8,7 @@ from typing import Any
 
 from depthmup.data.errors import UserError
 from depthmup.data.files import write_atomically
+from depthmup.data.index import counted
 from depthmup.data.paths import protect
 from depthmup.launch.axes import MODEL_AXES, TRAINING_AXES
 from depthmup.launch.config import Size, StudyFile, label
@@ -113,7 +114,7 @@ def choose_curve(report: Report, parameterization: str | None, force: bool) -> t
         f"Transferred from study {study.name} with {curve.parameterization}: {judgement.verdict} ({judgement.reason}).",
         f"{study.hyperparameter} {study.show(study.octaves(carried))}{interval}"
         + (f", censored on the {curve.optimum.censored} edge of the grid" if curve.optimum.censored else "")
-        + f", from {curve.num_seeds} seed(s) at {curve.size}.",
+        + f", from {counted(curve.num_seeds, 'seed')} at {curve.size}.",
         f"Horizon of the proxy: {train.samples} samples in batches of {train.global_batch_size} "
         f"({train.num_steps} steps).",
     ]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from depthmup.launch.transfer import Launched
 
 
-@command("new", example="depthmup new flowers --source ~/flowers --family vit")
+@command("new", example="depthmup new flowers --source ~/flowers --target width=768,depth=24")
 @click.argument("name")
 @click.option(
     "--family", type=click.Choice(["vit", "conv_resnet", "resnet"]), default="vit", show_default=True, help="Network."
@@ -36,14 +36,25 @@ if TYPE_CHECKING:
     show_default=True,
     help="A folder or tar of class folders, or a folder of indexed shards.",
 )
-def new(name: str, family: str, source: str) -> None:
+@click.option(
+    "--target", help="The large network, as width=768,depth=24[,samples=1e8][,batch=1024]: the proxy is sized for it."
+)
+@click.option(
+    "--share",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.01,
+    show_default=True,
+    help="Of the target's FLOPs, that tuning may cost.",
+)
+def new(name: str, family: str, source: str, target: str | None, share: float) -> None:
     """Write NAME.yaml, a commented study to start from.
 
-    It is fitted to the images of --source: their classes, size and colours.
+    It is fitted to the images of --source: their classes, size and colours. With --target it begins with a search of
+    several hyperparameters, all runs are as long as --share pays for, and NAME_target.yaml is written, too.
     """
     from depthmup.launch.new import write_new_study
 
-    click.echo("\n".join(write_new_study(name, family, source)))
+    click.echo("\n".join(write_new_study(name, family, source, target, share)))
 
 
 @command("transfer", example="depthmup transfer configs/digits_resnet.yaml study.directory=/scratch/runs")
@@ -188,11 +199,19 @@ def cancel_command(config: Path, overrides: tuple[str, ...]) -> None:
 
 @command("plan", example="depthmup plan configs/digits_resnet.yaml")
 @with_config
-def plan(config: Path, overrides: tuple[str, ...]) -> None:
+@click.option("--target", "targets", type=FilePath(), multiple=True, help="Compare with the cost of this target.")
+def plan(config: Path, overrides: tuple[str, ...], targets: tuple[Path, ...]) -> None:
     """Print every run and its cost; launches nothing."""
+    from depthmup.launch.path_cost import count_path
+    from depthmup.launch.reading import read_study_or_run
     from depthmup.launch.runs.plan import print_plan
+    from depthmup.launch.scale import read_changes
 
-    print_plan(open_study(config, overrides), new_console())
+    console = new_console()
+    print_plan(open_study(config, overrides), console)
+    for target in targets:
+        cost = count_path(config, read_study_or_run(config, overrides), read_changes(target, ()))
+        console.print(f"{target}: {cost}", highlight=False, markup=False)
 
 
 @command("status", example="depthmup status configs/digits_resnet.yaml")

@@ -23,9 +23,9 @@ from depthmup.launch.wording import duration, power_of_two
 
 WATCH_SECONDS = 10.0
 MAX_ROWS = 40  # more of one state are counted, not listed
-ORDER: tuple[State, ...] = ("failed", "stalled", "lost", "interrupted", "preempted", "running", "starting", "diverged")
-ORDER += ("cancelled", "held", "waiting", "new", "pruned", "done")
-FEW: dict[State, int] = {"starting": 1, "waiting": 1, "held": 0, "cancelled": 1, "diverged": 0, "new": 0}
+ORDER: tuple[State, ...] = ("failed", "stalled", "lost", "interrupted", "preempted", "running", "ending", "starting")
+ORDER += ("diverged", "cancelled", "held", "waiting", "new", "pruned", "done")
+FEW: dict[State, int] = {"ending": 1, "starting": 1, "waiting": 1, "held": 0, "cancelled": 1, "diverged": 0, "new": 0}
 FEW |= {"pruned": 0, "done": 0}
 PLAIN = ("Priority", "Resources", "None")  # reasons that need no word
 HINTS = (  # what an error says -> what may help

@@ -8,7 +8,8 @@ jobs/NAME/stopped.jsonl     why a job ended before its runs did, a line each tim
 jobs/NAME/held.json         why its other runs do not begin (launch.jobs.hold)
 jobs/NAME/refused.json      why Slurm did not take the job that was to go on after the runs
 
-On this machine: local/NAME/submission.json, and slot-N.lock, which slot N holds as long as it lives.
+On this machine: local/NAME/submission.json, slot-N.lock, which slot N holds as long as it lives, and slot-N.told once
+`cancel` has told it to stop.
 asked.json                  the user's last command, launch or cancel, and the runs that it stopped
 """
 
@@ -20,6 +21,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -92,9 +94,10 @@ class Submission:
     def write_refused(self, reason: str) -> None:
         write_atomically(self.path / "refused.json", json.dumps({"reason": reason}).encode())
 
-    def slots(self) -> list["Holder"]:
-        """The processes on some machine that still work through it."""
-        return [found for lock in sorted(self.path.glob("slot-*.lock")) if (found := find_holder(lock))]
+    def slots(self) -> list["Slot"]:
+        """The processes on some machine that are still there for it."""
+        locks = sorted(self.path.glob("slot-*.lock"))
+        return [Slot(self, lock, found) for lock in locks if (found := find_holder(lock))]
 
     @classmethod
     def create(cls, jobs: Path, name: str, tasks: Sequence[Sequence[str]], details: dict[str, Any]) -> "Submission":
@@ -111,6 +114,28 @@ class Submission:
         content = parse(file.read_text(), file, "tasks", "details")
         status = file.stat()
         return cls(file.parent, content["tasks"], content["details"], status.st_mtime_ns, status.st_uid)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A process on some machine that works through a submission without Slurm, while it holds `lock`."""
+
+    submission: Submission
+    lock: Path
+    holder: Holder
+
+    @property
+    def names(self) -> list[str]:
+        """Of the run directories on its list."""
+        return [*chain.from_iterable(self.submission.tasks)]
+
+    @property
+    def is_told(self) -> bool:
+        """Whether `cancel` has told it to stop: it begins no run any more."""
+        return self.lock.with_suffix(".told").exists()
+
+    def note_told(self) -> None:
+        self.lock.with_suffix(".told").touch()
 
 
 def read_reason(file: Path) -> str | None:

@@ -15,6 +15,7 @@ from scipy import stats
 
 from depthmup.data.errors import UserError
 from depthmup.data.files import write_atomically
+from depthmup.data.index import counted
 from depthmup.launch.findings.intervals import CONFIDENCE
 from depthmup.launch.paths import command
 from depthmup.launch.report.record import dump, plain, task_record
@@ -156,7 +157,8 @@ def short(key: str) -> str:
 def print_search(found: Found, console: Console) -> None:
     """80 columns: the winners, the hyperparameters, and what follows."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in ("trial", "search", "new seeds", "+-", *map(short, found.search.settings.space)):
+    keys = [short(key).replace("_", " ") for key in found.search.settings.space]  # two lines where a name is long
+    for heading in ("trial", "search", "new seeds", "+-", *keys):
         table.add_column(heading, justify="right")
     for winner in found.winners:
         numbers = (winner.searched, winner.mean, winner.half_width)
@@ -183,7 +185,8 @@ def sentences(found: Found) -> list[str]:
         f"search itself saw {show_number(best.searched)}: the lowest of many noisy losses flatters."
     ]
     if (baseline := found.baseline) is not None:
-        said.append(f"The file's own values had {show_number(baseline)} ({len(found.search.settings.seeds)} seed(s)).")
+        seeds = counted(len(found.search.settings.seeds), "seed")
+        said.append(f"The file's own values had {show_number(baseline)} ({seeds}).")
     noise = best.half_width
     if close := [other.trial for other in found.winners[1:] if other.mean - best.mean < noise + other.half_width]:
         said.append(f"Within noise of it: trial {', '.join(map(str, close))}.")

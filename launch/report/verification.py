@@ -14,6 +14,7 @@ from scipy import stats
 
 from depthmup.data.errors import UserError
 from depthmup.data.files import write_atomically
+from depthmup.data.index import counted
 from depthmup.launch.findings.share import SURE, Share
 from depthmup.launch.report.record import dump, plain, task_record
 from depthmup.launch.report.search import show_value
@@ -131,8 +132,8 @@ def sentences(found: Verified) -> list[str]:
             "would narrow that.",
         }[verdict],
         f"{share.better} of {count} perturbed runs at {at} are better by more than that, {any_better.better} are "
-        f"better at all: {metric} {show_number(found.mean)} with the transferred values (mean of {len(found.own)} "
-        f"seed(s)), {show_number(min(found.losses))} is the lowest of the others.",
+        f"better at all: {metric} {show_number(found.mean)} with the transferred values (mean of "
+        f"{counted(len(found.own), 'seed')}), {show_number(min(found.losses))} is the lowest of the others.",
     ]  # fmt: skip
     if len(found.own) > 1 and found.noise > found.margin:
         said.append(
