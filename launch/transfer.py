@@ -106,8 +106,8 @@ def launch(study: Study, only: Sequence[State] = UNFINISHED, by_itself: bool = F
             return Launched(runs, [], submit_local(packs, config, study.file.directory / "local"))
     try:
         run_here(packs, config, study.file.directory / "local")
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(interrupted(study)) from None
+    except KeyboardInterrupt as told:
+        raise type(told)(interrupted(study)) from None
     return Launched(runs, [], [])
 
 

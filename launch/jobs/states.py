@@ -1,6 +1,8 @@
 """Where every run stands: its own files say what it did, one call to squeue says what waits and runs."""
 
+import errno
 import os
+import shutil
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
+from depthmup.data.files import describe_full_disk
 from depthmup.launch.jobs import slurm
 from depthmup.launch.jobs.attempts import LOST, last_start, read_attempts
 from depthmup.launch.jobs.slurm import QueuedTask
@@ -35,6 +38,7 @@ ACTIVE: tuple[State, ...] = get_args(Activity)
 ENDED: tuple[State, ...] = ("done", "diverged", "pruned")  # each a result, of a kind
 TRAINS: tuple[State, ...] = ("running", "stalled")
 FREE_SLOT = "for a free slot"
+LITTLE_ROOM = 1 << 20  # bytes that are left on a disk that is as good as full: less than a checkpoint
 Causes = Mapping[tuple[str, int], str]  # as stop_causes gives them
 
 
@@ -188,8 +192,11 @@ def count_causes(causes: Sequence[str]) -> str:
 
 
 def last_words(submitted: tuple[Submission, int] | None) -> str:
-    """The last line that the job printed: there slurmstepd says why it ended it."""
+    """The last line that the job printed: there slurmstepd says why it ended it. On a full disk it has printed none."""
     said = last_line(submitted[0].log(submitted[1])) if submitted else None
+    if submitted and not said and shutil.disk_usage(submitted[0].path).free < LITTLE_ROOM:
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(submitted[0].path))
+        return f"its job ended without a word; {describe_full_disk(full, '')}"
     return said or "its job ended without a word"
 
 
