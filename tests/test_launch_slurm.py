@@ -18,7 +18,7 @@ from depthmup.launch.jobs.attempts import note_attempt
 from depthmup.launch.jobs.cancel import cancel
 from depthmup.launch.jobs.states import RunState, Snapshot
 from depthmup.launch.jobs.status import MAX_ROWS, format_progress, list_remarks, print_status, print_troubles
-from depthmup.launch.jobs.submission import Submission, load_all, read_last_command
+from depthmup.launch.jobs.submission import Submission, load_all, note_command, read_last_command
 from depthmup.launch.runs.study import Study
 from depthmup.launch.transfer import Unfinished, launch
 from depthmup.train.lock import take_lock
@@ -236,6 +236,25 @@ def test_the_path_stops_where_runs_failed_and_does_not_try_them_again_by_itself(
     assert in_queue(fake) == []
     advance_study(study, [], Console(quiet=True))  # the user's word counts
     assert sum(job["tasks"] for job in in_queue(fake)) == 12 + 1
+
+
+def test_a_round_that_comes_after_a_cancel_begins_nothing(
+    fake: Path, study_of: STUDY, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, begun = study_of("launch.runs_per_job=12"), list[int]()
+
+    def cancelled_meanwhile(study: Study, launched: transfer.Launched, console: Console) -> None:
+        begun.append(len(launched.runs))
+        note_command(study.file.directory, "cancel")
+        (fake / "ended").write_text("1\n")
+        if len(begun) == 2:
+            for run in study.runs:
+                run.directory.write_done({"outcome": "completed", "minival_loss": 1.0})
+
+    monkeypatch.setattr(chain, "wait", cancelled_meanwhile)
+    chain.finish_study(study, Console(quiet=True))
+    assert begun == [12, 0]
+    assert read_last_command(study.file.directory)[0] == "cancel"
 
 
 def test_where_slurm_falls_silent_after_it_took_the_runs_their_jobs_are_named(fake: Path, study_of: STUDY) -> None:

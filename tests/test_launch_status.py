@@ -243,6 +243,7 @@ def test_a_run_without_news_says_since_when_and_is_stalled_after_a_multiple_of_i
     found = judged(begun, QueuedTask("7", 0, "RUNNING", "None", "tiny"))
     assert found.state == state
     assert found.remark.startswith(words)
+    assert bool(found.remark) == bool(words)
     assert found.remark.endswith("scontrol requeue 7_0" if state == "stalled" else words)
 
 
