@@ -2,7 +2,6 @@
 
 import fcntl
 import hashlib
-import io
 import json
 import os
 import re
@@ -13,11 +12,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from PIL import Image, ImageOps
-
 from depthmup.data.errors import UserError
 from depthmup.data.files import write_atomically, writing
-from depthmup.data.images import BadImage, eight_bits, open_image, refusing_bad_images
+from depthmup.data.images import BadImage, convert_image
 from depthmup.data.index import INDEX_NAME, Index, Shard, counted, sidecar
 from depthmup.data.keys import random_generator
 from depthmup.data.lock import NoLocks, flock
@@ -42,20 +39,6 @@ class PackedShard:
     bad: list[str]
 
 
-def convert(content: bytes, resize: int | None, quality: int) -> bytes:
-    """The image as it is packed: with `resize` as a JPEG whose shorter side is at most that. Raises BadImage."""
-    with refusing_bad_images():
-        image = open_image(content)
-        if resize is None:
-            return content
-        upright = eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
-        scale = min(resize / min(upright.size), 1)
-        size = (max(round(upright.width * scale), 1), max(round(upright.height * scale), 1))
-        output = io.BytesIO()
-        upright.resize(size, Image.Resampling.BICUBIC).save(output, "jpeg", quality=quality)
-    return output.getvalue()
-
-
 def sample_key(image: SourceImage) -> str:
     """A webdataset key that still names the source file: no dots, which webdataset reads as the extension's start, and
     no name that it takes for its own metadata."""
@@ -77,7 +60,7 @@ def write_shard(
     with writing(temporary) as file, webdataset.TarWriter(file, encoder=False, mtime=0) as writer:
         for image in images:
             try:
-                content = convert(image.read(), resize, quality)
+                content = convert_image(image.read(), resize, quality)
             except (BadImage, OSError) as error:
                 bad.append(f"{image.path}: {error}")
                 continue

@@ -24,7 +24,7 @@ from depthmup.train.batches import open_data
 from depthmup.train.config import ParallelConfig, RunConfig
 from depthmup.train.distributed import World, process_group
 from depthmup.train.interrupt import Interrupt, Interrupted
-from depthmup.train.packs.memory import pack_bytes
+from depthmup.train.packs.memory import count_bytes
 from depthmup.train.packs.pack import run_pack
 from train_configs import CONV_RESNET, VIT, losses, metric, pack_digits, run_config
 
@@ -260,10 +260,9 @@ def test_a_pack_on_a_gpu_has_the_losses_of_its_runs_alone_and_goes_on_after_a_st
 def test_memory_of_a_pack_is_what_the_gpus_allocator_counts(shards: Path) -> None:
     for network in NETWORKS:
         config = on_gpu(shards, network, *ADAMW, BF16, "data.in_memory=true")
-        pack_bytes(config, 4, CUDA)  # libraries take their workspaces
-        pack_bytes.cache_clear()
+        count_bytes(config, 4, CUDA)  # libraries take their workspaces
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        counted = pack_bytes(config, 4, CUDA)
+        counted = count_bytes(config, 4, CUDA)
         taken = torch.cuda.max_memory_allocated() - before
         assert counted == pytest.approx(taken, rel=0.15), network

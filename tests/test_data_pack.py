@@ -19,6 +19,7 @@ from PIL import Image
 
 from depthmup.data import pack as packing
 from depthmup.data.errors import UserError
+from depthmup.data.images import convert_image
 from depthmup.data.index import Index, Span, load_members
 from depthmup.data.inspect import inspect_split
 from depthmup.data.pack import pack
@@ -168,7 +169,7 @@ def test_resize_scales_16_bits_to_8_as_training_does():
     ramp = (np.arange(4096).reshape(64, 64) * 16).astype(np.uint16)
     content = io.BytesIO()
     Image.fromarray(ramp).save(content, "png")
-    small = Image.open(io.BytesIO(packing.convert(content.getvalue(), 32, 95)))
+    small = Image.open(io.BytesIO(convert_image(content.getvalue(), 32, 95)))
     assert abs(np.asarray(small).mean() - (ramp >> 8).mean()) < 1
 
 

@@ -24,12 +24,12 @@ def test_a_ladder_whose_jobs_are_requeued_and_killed_has_the_results_of_runs_beg
 ) -> None:
     slow = slow_down(study_file.parent, 1, SOON_TAKEN_FOR_DEAD)
     place = {"cluster": "slurm", "cpus_per_task": NODE, "setup": [f"export PYTHONPATH={study_file.parent}"]}
-    study = ladder(study_file, values=2, launch=place, train={"log_every": 1})
+    study = ladder(study_file, values=3, launch=place, train={"log_every": 1})
     launched = cluster.depthmup("launch", study_file)
-    assert "6 runs submitted" in launched.stdout, launched.stderr
+    assert "9 runs submitted" in launched.stdout, launched.stderr
     (submission,) = load_all(study.file.directory / "jobs")
     runs = {each.directory.path.name: each for each in study.runs}
-    assert [[runs[name].trunk is None for name in task] for task in submission.tasks] == [[True, False, False]] * 2
+    assert [[runs[name].trunk is None for name in task] for task in submission.tasks] == [[True, False, False]] * 3
 
     assert submission.job_id
     trunks = [runs[task[0]].directory.path for task in submission.tasks]
@@ -59,4 +59,4 @@ def test_a_ladder_whose_jobs_are_requeued_and_killed_has_the_results_of_runs_beg
         taken = read_trunk(planned.directory)
         assert bool(taken and taken.taken) == (planned.trunk is not None)
     assert len(events(trunks[0])["started"]) == 2
-    assert len(events(trunks[1])["started"]) == 1
+    assert len(events(trunks[1])["started"]) == len(events(trunks[2])["started"]) == 1

@@ -24,8 +24,9 @@ from train_processes import START
 STEPS, LINE_EVERY, TRIALS = 100, 5, 4  # each line takes a second at first: what befalls the runs has the time for it
 
 
-def search_in(folder: Path) -> Search:
-    search = open_planned(folder, read_study_or_run(folder))
+def search_in(place: Path) -> Search:
+    """The search of a folder or of a file."""
+    search = open_planned(place, read_study_or_run(place))
     assert isinstance(search, Search)
     return search
 
@@ -115,7 +116,8 @@ def test_a_search_that_nobody_waits_for_goes_on_though_its_launcher_and_the_job_
     killed = cluster.depthmup("tune", file, "--detach", env={"PATH": write_sbatch(cluster, tmp_path), "WHEN": "after"})
     assert killed.returncode == -9
     assert [name.split()[1] for name in cluster.queued("-search-")] == ["PENDING"]  # the job that goes on, alone
-    first = [trial.params for trial in search_in(folder).trials()]
+    first = [trial.params for trial in search_in(file).trials()]  # its folder does not know it yet
+    assert len(first) == 3
     again = cluster.depthmup("tune", file, "--detach")
     assert again.returncode == 0, again.stderr
     (follower,) = {element.split("_")[0] for element in cluster.queued("-search-then-")}

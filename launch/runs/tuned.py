@@ -15,7 +15,7 @@ from depthmup.launch.config import StudyConfig, StudyFile
 from depthmup.launch.reading import read_study
 from depthmup.launch.runs.space import list_examples, with_values
 from depthmup.launch.runs.study import Study
-from depthmup.launch.runs.written import portable_settings
+from depthmup.launch.runs.written import check_writable, portable_settings
 from depthmup.train.reading import from_plain, to_plain
 from depthmup.train.yaml_text import dump_yaml
 
@@ -83,7 +83,7 @@ def keep_study(search: "Search", file: StudyFile) -> None:
             f"alone: {search.command('tune')}"
         )
     with_tuned(file, {key: list_examples(each)[0] for key, each in search.settings.space.items()}, str(search.path))
-    search.check_writable()
+    check_writable(search.file.directory)
     search.file.directory.mkdir(parents=True, exist_ok=True)
     write_atomically(path, dump_yaml(portable_settings(search.path, file)).encode())
 
