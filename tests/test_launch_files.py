@@ -82,11 +82,11 @@ def test_half_a_line_that_a_batch_script_left_on_a_full_disk_hides_neither_the_s
     stopped = study_file.parent / "stopped.jsonl"
     stopped.write_text(half)
     note = note.replace(note.split(">> ")[1], shlex.quote(str(stopped)))
-    job = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1", "restart": "2", "cause": "time limit"}
-    for _ in range(2):
-        subprocess.run(["bash", "-c", note], env={**os.environ, **job}, check=True)
+    job = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1", "cause": "time limit"}
+    for restart in ("2", "3"):
+        subprocess.run(["bash", "-c", note], env={**os.environ, **job, "restart": restart}, check=True)
     stopped.write_text(stopped.read_text() + '{"job": "7_1", "rest')  # being written now
-    assert stop_causes([Submission(study_file.parent, [], {})]) == {("7_1", 2): "time limit"}
+    assert stop_causes([Submission(study_file.parent, [], {})]) == {("7_1", 2): "time limit", ("7_1", 3): "time limit"}
 
 
 HALF, WHOLE = '{"step": 4, "lo', '{"step": 2, "loss": 1.5}\n'

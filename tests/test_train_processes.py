@@ -330,7 +330,7 @@ def test_a_signal_to_every_process_of_a_job_stops_the_run_and_its_data_workers(c
     wait_for_step(tmp_path, 3)
     workers = children(process)
     assert len(workers) >= 2
-    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGUSR2, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP):
         os.killpg(process.pid, number)
     codes, output = finish([process])
     assert codes == [EXIT_REQUEUE], output

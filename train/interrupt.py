@@ -103,13 +103,14 @@ class Interrupt:
     signals (data.workers.JOB_SIGNALS): those to the whole job do not take the data away."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested = self.pressed = False
 
     def request(self, number: int = 0, frame: FrameType | None = None) -> None:
-        if number == signal.SIGINT and self.requested:
+        if number == signal.SIGINT and self.pressed:
             raise KeyboardInterrupt  # the second Ctrl-C means now
         if number == signal.SIGHUP:
             leave_terminal()
+        self.pressed = self.pressed or number == signal.SIGINT
         self.requested = True
 
     @classmethod
