@@ -201,7 +201,8 @@ def page(rows: list[Row]) -> str:
         f"timm {timm.__version__}: of {len(residual)} modules with residual blocks {found} scale "
         f"({found / len(residual):.0%}), and {passing} of them pass every slope\n"
         f"of the check ({passing / len(residual):.0%}; {passing / len(rows):.0%} of all {len(rows)} modules, of which "
-        f"{len(rows) - len(residual)} have no residual blocks).\n\n"
+        f"{len(rows) - len(residual)} have no residual blocks).\n"
+        "Of those that are `found` the roles are known, and the check has not been run.\n\n"
         f"| module | network | result | why |\n|---|---|---|---|\n{table}\n"
     )
 

@@ -7,7 +7,7 @@ block of tied weights that is iterated (Wu and Tu, 2311.15211; its scaling with 
     scores_i          tau (S_i + sum_c (U_c' sum_j Q(H_ci = j) V_c x_j + V_c' sum_j Q(H_cj = i) U_c x_j) + B' y_i)
     readout           of the mean over patches of norm(scores)
 
-S is the unary factor, an embedding of the patch and of its place. The ternary factor U_c' V_c is of rank N / channels,
+S is the unary factor, an embedding of the patch and of its place. The ternary factor U_c' V_c has rank N / channels,
 B is the binary one. Every iteration has the same weights, so there is no residual branch and no factor of depth: the
 iterations go to a fixed point, and so do the gradients.
 
