@@ -215,14 +215,16 @@ def plan(
                 for family, lr in (("vit", 1e-3), ("conv_resnet", 0.05)):
                     yield config(family, width, quick_size, lr), num_replicas, "default", None
         return
-    for num_replicas in (8, 16):
-        for family, image_size, lr in (vit, small, large):
-            for width in (32, 64, 128, 256):
-                yield config(family, width, image_size, lr), num_replicas, "default", bf16
+    for family, image_size, lr in (vit, small, large):
+        for width in (32, 64, 128, 256):
+            yield config(family, width, image_size, lr), 16, "default", bf16
     for family, image_size, lr in (large, small):
         for width in (64, 128):
             for variant in CONVOLUTIONS:
                 yield config(family, width, image_size, lr), 8, variant, bf16
+    for family, image_size, lr in (vit, small, large):
+        for width in (32, 64, 128, 256):
+            yield config(family, width, image_size, lr), 8, "default", bf16
     for family, image_size, lr in (vit, small, large):
         for width in (32, 64, 128):
             yield config(family, width, image_size, lr), 8, "default", None

@@ -104,6 +104,8 @@ class StudyConfig:
     cost_limit: Annotated[Number, Field(gt=0)] = 0.05  # share of the loss beyond which it does not transfer at all
     # adaptive: rounds of runs where they tell most, over a range of values; grid, and every list: all values
     design: Literal["adaptive", "grid"] = "adaptive"
+    # adaptive: octaves to either side to which drifts are to be known as well; without it the verdict alone counts
+    drift_precision: Annotated[Number, Field(gt=0)] | None = None
     budget: Annotated[Number, Field(gt=0)] = 1.0  # adaptive: FLOPs of all rounds at most, in those of the grid
     extend: Annotated[Whole, Field(ge=0)] = (
         2  # grid: rounds in which it grows by two values where its best is on the edge
@@ -118,7 +120,7 @@ class StudyConfig:
     def __post_init__(self) -> None:
         if self.complement and max(self.grid) >= 1:
             raise ValueError(f"values of {self.hyperparameter} must be below 1, found {max(self.grid):g}")
-        idle = ("extend", "more_seeds") if self.adaptive else ("budget",)
+        idle = ("extend", "more_seeds") if self.adaptive else ("budget", "drift_precision")
         needed = "design grid" if self.adaptive else "design adaptive and a range of values, {first: ..., last: ...}"
         for key in idle:
             if getattr(self, key) not in (getattr(StudyConfig, key), 0):  # 0 switches off what is not there

@@ -10,7 +10,10 @@ from scipy.stats import binom
 
 from depthmup.launch.config import Size
 from depthmup.launch.findings.analysis import Comparison, Curve, Result, analyse_sizes, carry_optimum
+from depthmup.launch.findings.curve_model import fit_curves
+from depthmup.launch.findings.direct import compare_with_direct
 from depthmup.launch.findings.failures import Failures, dead_runs, lost_runs
+from depthmup.launch.findings.verdict import analyse
 
 BASE, DEEP, WIDE, LARGE = (Size(width=width, depth=depth) for width, depth in ((16, 3), (16, 27), (64, 3), (64, 27)))
 GRID = tuple(float(x) for x in range(-10, 1))
@@ -312,6 +315,35 @@ def test_drift_and_regret_are_those_of_the_curves(drift: float) -> None:
     assert low > 0.5 * true
     assert deep.regret_interval[1] <= deep.regret_bound
     assert deep.at_base_optimum == pytest.approx(0.2 * (1 + true), rel=0.02)
+
+
+@pytest.mark.parametrize("x", [-3.5625, -3.4375])
+def test_a_regret_between_the_points_at_which_a_curve_is_drawn_is_that_of_the_curve(x: float) -> None:
+    """On straight lines between them it would be twice as high here, which decides where seeds are many."""
+    grid = np.arange(-6.0, -1.0)
+    (posterior,) = fit_curves([(grid, 0.05 * (grid + 3.5) ** 2 + np.zeros((3, 1)))])
+    assert posterior
+    assert np.median(posterior.regrets(x)) == pytest.approx(0.05 * (x + 3.5) ** 2, abs=5e-5)
+
+
+def test_an_optimum_between_three_values_of_a_fine_grid_is_found() -> None:
+    x = -4 + np.array([0.0, 1 / 16, 1 / 8])
+    (posterior,) = fit_curves([(x, (x - x[1]) ** 2 + np.zeros((3, 1)))])
+    assert posterior
+    assert posterior.optima == pytest.approx(x[1], abs=0.01)
+
+
+def test_tuned_at_the_target_is_never_worse_than_carried_over_however_noisy_its_runs() -> None:
+    """Where the carried value did not run itself, the best of few runs may lie above the curve."""
+    below = 0
+    for number in range(20):
+        results = [*runs(BASE, valley(-4.0, number=number)), *runs(DEEP, valley(-4.3, 0.03, number, 0.02), seeds=2)]
+        (found,) = compare_with_direct(analyse(results, BASE, chance=GUESS), results, BASE, {BASE: 1.0, DEEP: 9.0})
+        deep = analyse_sizes(results, BASE, chance=GUESS)[1][1]
+        below += found.transferred < deep.curve.optimum.metric
+        assert found.tuned <= found.transferred
+        assert found.transferred / found.tuned - 1 == pytest.approx(found.regret)
+    assert below  # else nothing was shown
 
 
 def test_a_regret_far_from_the_optimum_is_that_of_the_runs_there() -> None:

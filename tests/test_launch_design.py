@@ -216,6 +216,31 @@ def test_a_verdict_that_would_be_too_dear_is_left_open_for_less_than_the_budget(
     assert cost(results) < 0.6 * GRID_COST
 
 
+def half_widths(results: list[Result]) -> list[float]:
+    """Of the intervals of all drifts."""
+    intervals = [each.interval for each in DESIGN.analyse(results).comparisons[1:]]
+    return [(each[1] - each[0]) / 2 if each else math.inf for each in intervals]
+
+
+def test_a_study_may_go_on_until_its_drifts_are_known() -> None:
+    wide = replace(DESIGN, limits=Limits(0.1, 0.3))  # settled before drifts are known
+    loss = valley(-4.0, -4.2, -4.3, noise=0.01)
+    plain, sharp = (walk(loss, replace(wide, drift_precision=most))[1] for most in (math.inf, 0.2))
+    assert verdict(plain, wide) == verdict(sharp, wide) == "transfers"
+    assert max(half_widths(plain)) > 0.2 >= max(half_widths(sharp))
+    assert cost(sharp) < 2 * cost(plain)
+
+
+def test_where_the_value_does_not_transfer_no_run_is_spent_on_its_drift() -> None:
+    assert walk(MOVES, replace(DESIGN, drift_precision=0.01))[1] == walk(MOVES)[1]
+
+
+def test_drifts_that_the_budget_leaves_unknown_are_said_to_be() -> None:
+    rounds, results = walk(STAYS, replace(DESIGN, drift_precision=0.01))
+    assert verdict(results) == "transfers"
+    assert "settled, but no run that is left makes its drifts known to 0.01 octaves" in rounds[-1].reason
+
+
 def test_what_the_budget_cannot_settle_ends_with_the_reason() -> None:
     rounds, results = walk(valley(-4.0, -4.3, -4.3, noise=0.06))
     assert verdict(results) == "inconclusive"

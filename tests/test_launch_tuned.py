@@ -25,7 +25,7 @@ from depthmup.launch.runs.study import Study
 from depthmup.launch.runs.tuned import keep_study, search_of, with_tuned
 from depthmup.launch.transfer import Launched
 from planned_runs import finish, open_as
-from train_processes import FORK_SERVER
+from train_processes import fork_server
 
 SPACE = {
     "optimizer.momentum": [0.8, 0.9],
@@ -176,7 +176,7 @@ def test_the_whole_path_killed_in_its_search_and_in_its_study_goes_on_by_the_sam
     command = ("transfer", str(file), "--tune", "--target", str(target), "launch.cluster=debug")
 
     def walk(killed: tuple[str, int] | None) -> int | None:
-        process = FORK_SERVER.Process(target=walk_until, args=(killed, str(output), *command))
+        process = fork_server().Process(target=walk_until, args=(killed, str(output), *command))
         process.start()
         process.join()
         return process.exitcode

@@ -7,6 +7,7 @@ the one model of launch.findings.curve_model.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -73,12 +74,12 @@ class Curve:
     posterior: Posterior | None = field(repr=False)
     optimum: Optimum
 
-    @property
+    @cached_property
     def usable(self) -> np.ndarray:
         """`metric`, infinite where a value fails, NaN where a single run did."""
         return usable_runs(self.metric, self.failed, self.fails)
 
-    @property
+    @cached_property
     def mean(self) -> np.ndarray:
         """`average_losses` of the usable runs. (values,)"""
         return average_losses(self.usable)

@@ -58,7 +58,8 @@ class CurveFit:
 
     def __init__(self, effects: ValueEffects, low: float, high: float) -> None:
         self.effects = effects
-        self.grid = np.linspace(low, high, math.ceil((high - low) * STEPS_PER_OCTAVE) + 1)
+        steps = max(math.ceil((high - low) * STEPS_PER_OCTAVE), 2)  # a parabola takes three points
+        self.grid = np.linspace(low, high, steps + 1)
         points = np.concatenate([effects.x, self.grid])
         self.cubic = (points - effects.x.mean()) ** 3 / 6  # (values + grid points,)
         self.quartic = QUARTIC_DEVIATION * (points - effects.x.mean()) ** 4 / 24
@@ -195,12 +196,14 @@ class Posterior:
         return self._lowest[1]
 
     def at(self, x: float) -> np.ndarray:
-        """Log loss at `x` octaves, NaN outside of the grid. (DRAWS,)"""
+        """Log loss at `x` octaves, between grid points by a parabola, as the lowest is: a straight line lies above it
+        by up to curvature x step^2 / 8. NaN outside of the grid. (DRAWS,)"""
         if not self.grid[0] <= x <= self.grid[-1]:
             return np.full(len(self.draws), math.nan)
-        right = int(np.clip(np.searchsorted(self.grid, x), 1, len(self.grid) - 1))
-        share = (x - self.grid[right - 1]) / (self.grid[right] - self.grid[right - 1])
-        return np.asarray((1 - share) * self.draws[:, right - 1] + share * self.draws[:, right])
+        inner = int(np.clip(np.abs(self.grid - x).argmin(), 1, len(self.grid) - 2))
+        share = (x - self.grid[inner]) / (self.grid[1] - self.grid[0])
+        left, centre, right = self.draws[:, inner - 1 : inner + 2].T
+        return np.asarray(centre + share * (right - left) / 2 + share**2 * (left - 2 * centre + right) / 2)
 
     def regrets(self, x: float) -> np.ndarray:
         """Log of the loss at `x` octaves over the lowest, infinite beyond an edge. (DRAWS,)"""

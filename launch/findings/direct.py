@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from depthmup.launch.config import Size
-from depthmup.launch.findings.analysis import Result
+from depthmup.launch.findings.analysis import Comparison, Result
 from depthmup.launch.findings.verdict import Analysis
 from depthmup.launch.wording import show_cost, show_share, show_shares
 
@@ -21,7 +21,7 @@ class Direct:
     target_sweep_flops: float
     target_run_flops: float
     transferred: float  # the target's metric at the base's optimum; infinite if it diverged
-    tuned: float  # its best
+    tuned: float  # what its own optimum would give: the same loss without the regret, so never more
     regret: float  # share of the target's lowest loss
     regret_interval: tuple[float, float] | None
 
@@ -41,9 +41,18 @@ class Direct:
         return (
             f"{self.parameterization}: the sweep at {self.base} cost {show_cost(self.cost_share, 'one run')} at "
             f"{self.target}, {show_cost(self.share_of_sweep, 'a sweep')} there; "
-            f"the value carried over gives {lost}, the tuned one {self.tuned:.3g}"
+            f"the value carried over gives {lost}, the target's own optimum {self.tuned:.3g}"
             + (f" (regret {show_share(self.regret)}{known})" if math.isfinite(self.regret) else "")
         )
+
+
+def tuned_loss(comparison: Comparison) -> float:
+    """The size's loss at its own optimum, from the curve that the carried value's regret is from: the best of a few
+    noisy runs, which is lower or higher by luck, beside it could look like a gain. Where the carried value fails there
+    is the best run value alone."""
+    if math.isfinite(comparison.regret):
+        return comparison.at_base_optimum / (1 + comparison.regret)
+    return comparison.curve.optimum.metric
 
 
 def compare_with_direct(
@@ -70,7 +79,7 @@ def compare_with_direct(
                 target_flops,
                 flops[target],
                 comparison.at_base_optimum,
-                curve.optimum.metric,
+                tuned_loss(comparison),
                 comparison.regret,
                 comparison.regret_interval,
             )

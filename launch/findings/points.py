@@ -8,11 +8,11 @@ import numpy as np
 
 from depthmup.launch.config import LATTICE, Size
 from depthmup.launch.findings.analysis import Carry, Curve, Result
-from depthmup.launch.findings.precision import (
-    Run,
-)
+from depthmup.launch.findings.precision import Run
 from depthmup.launch.findings.verdict import Analysis, Limits, analyse
 
+OCTAVE, CLOSEST = 1.0, 0.25  # octaves between values about the best, and to one at which runs fail
+MOST_BEYOND = 6.0  # octaves that the search may leave the range
 SAME = 0.3  # octaves: a value that was run at every size, and as good, is carried if the base's optimum is so near
 
 
@@ -49,10 +49,15 @@ class Design:
     chance: float  # the loss of a guess
     octaves: Callable[[float], float] = math.log2
     alike: Mapping[tuple[str, Size], str] | None = None  # whose runs those of (parameterization, size) are
+    drift_precision: float = math.inf  # octaves: half-width of the drifts' intervals at which the design may end
     is_valid: Callable[[float], bool] = lambda x: True  # whether a run may have the value at x octaves
 
     def owner(self, name: str, size: Size) -> str:
         return self.alike[name, size] if self.alike else name
+
+    def may_search(self, x: float) -> bool:
+        """Whether the search may leave the range so far."""
+        return self.low - MOST_BEYOND <= x <= self.high + MOST_BEYOND and self.is_valid(x)
 
     def on_lattice(self, x: float) -> float:
         return on_lattice(x, self.low)
@@ -113,3 +118,34 @@ def runs_of(curve: Curve) -> set[Run]:
 def list_failing_values(curve: Curve) -> np.ndarray:
     """Octaves of the values at which runs fail."""
     return np.asarray(curve.x[np.isinf(curve.mean)])
+
+
+def bracket_best(curve: Curve, design: Design) -> list[float]:
+    """Values that show the curve's best to lie between others: two beyond an edge, the middle of a wide gap, and of a
+    gap to a value at which runs fail. Empty where there is nothing to add."""
+    mean = curve.mean
+    finite = np.isfinite(mean)
+    if not finite.any():
+        return [x for step in (1, 2) if (x := curve.x[0] - step * OCTAVE) >= design.low - MOST_BEYOND]
+    best = int(np.where(finite, mean, math.inf).argmin())
+    found = []
+    for side in (-1, 1):
+        index, x = best + side, float(curve.x[best])
+        if not 0 <= index < len(curve.x):
+            found.append(x + side * OCTAVE)
+            continue
+        gap = abs(float(curve.x[index]) - x)
+        if gap > (OCTAVE if finite[index] else CLOSEST):
+            found.append(design.on_lattice(x + side * gap / 2))
+        elif not finite[index] and not 1 < best < len(curve.x) - 2:  # three in a row, to fit a curve to
+            beyond = best - 2 * side
+            if not 0 <= beyond < len(curve.x):
+                found.append(x - 2 * side * OCTAVE)
+    return [x for x in found if design.may_search(x) and not has_value(curve, x)]
+
+
+def list_values_about_best(curve: Curve) -> list[float]:
+    """The best value that trains, and those within an octave of it that do."""
+    mean = np.where(np.isfinite(curve.mean), curve.mean, math.inf)
+    best = float(curve.x[int(mean.argmin())])
+    return [float(x) for x in curve.x[np.isfinite(mean)] if abs(x - best) <= OCTAVE]

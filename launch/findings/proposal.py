@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, islice, product
 
 import numpy as np
@@ -11,7 +12,16 @@ from depthmup.launch.config import COARSE, Size
 from depthmup.launch.findings.analysis import Comparison, Curve
 from depthmup.launch.findings.failures import Failures
 from depthmup.launch.findings.intervals import quantile
-from depthmup.launch.findings.points import Design, Point, has_value, list_failing_values, round_octaves, runs_of
+from depthmup.launch.findings.points import (
+    OCTAVE,
+    Design,
+    Point,
+    bracket_best,
+    list_failing_values,
+    list_values_about_best,
+    round_octaves,
+    runs_of,
+)
 from depthmup.launch.findings.precision import (
     SURENESS,
     Aim,
@@ -24,8 +34,7 @@ from depthmup.launch.findings.precision import (
 )
 from depthmup.launch.findings.verdict import SURE, Analysis, judge_size
 
-OCTAVE, CLOSEST = 1.0, 0.25  # octaves between values about the best, and to one at which runs fail
-MOST_BEYOND = 6.0  # octaves that the search may leave the range
+SPARED = 0.9  # share of a wanted half-width at which runs are foreseen to be enough: the rest is for chance
 KNOWN = 0.25  # octaves: half-width of the interval of the base's optimum at which the search there ends
 SPREADS = (0.5, 1.0, 1.5)  # octaves of new values about the carried one
 ENOUGH = 0.7  # a round is filled until it settles a size with this probability
@@ -39,41 +48,14 @@ FIRST_SEEDS = 2
 FIRST_RUNS = 3 * FIRST_SEEDS  # of a size, at least
 
 
-def bracket_best(curve: Curve, design: Design) -> list[float]:
-    """Values that show the curve's best to lie between others: two beyond an edge, the middle of a wide gap, and of a
-    gap to a value at which runs fail. Empty where there is nothing to add."""
-    mean = curve.mean
-    finite = np.isfinite(mean)
-    if not finite.any():
-        return [x for step in (1, 2) if (x := curve.x[0] - step * OCTAVE) >= design.low - MOST_BEYOND]
-    best = int(np.where(finite, mean, math.inf).argmin())
-    found = []
-    for side in (-1, 1):
-        index, x = best + side, float(curve.x[best])
-        if not 0 <= index < len(curve.x):
-            found.append(x + side * OCTAVE)
-            continue
-        gap = abs(float(curve.x[index]) - x)
-        if gap > (OCTAVE if finite[index] else CLOSEST):
-            found.append(design.on_lattice(x + side * gap / 2))
-        elif not finite[index] and not 1 < best < len(curve.x) - 2:  # three in a row, to fit a curve to
-            beyond = best - 2 * side
-            if not 0 <= beyond < len(curve.x):
-                found.append(x - 2 * side * OCTAVE)
-    lowest, highest = design.low - MOST_BEYOND, design.high + MOST_BEYOND
-    return [x for x in found if lowest <= x <= highest and design.is_valid(x) and not has_value(curve, x)]
+def is_known(half: float, aim: Aim, deviation: float) -> bool:
+    """Whether an optimum is, to `half` octaves."""
+    return SURENESS * deviation <= half
 
 
-def list_values_about_best(curve: Curve) -> list[float]:
-    """The best value that trains, and those within an octave of it that do."""
-    mean = np.where(np.isfinite(curve.mean), curve.mean, math.inf)
-    best = float(curve.x[int(mean.argmin())])
-    return [float(x) for x in curve.x[np.isfinite(mean)] if abs(x - best) <= OCTAVE]
-
-
-def is_known(aim: Aim, deviation: float) -> bool:
-    """Whether the base's optimum is, with something to spare."""
-    return SURENESS * deviation <= 0.9 * KNOWN
+def half_width(interval: tuple[float, float] | None) -> float:
+    """Octaves, infinite where an end is open or nothing is known."""
+    return (interval[1] - interval[0]) / 2 if interval else math.inf
 
 
 @dataclass(frozen=True)
@@ -170,6 +152,45 @@ class Proposal:
 
     def propose(self) -> str | None:
         """Fills `wants`; where that leaves none, why the parameterization has ended."""
+        ended = self.settle_verdict()
+        if not ended or not self.sharpen_drifts() or self.wants:
+            return None if self.wants else ended
+        return f"{ended}, but no run that is left makes its drifts known to {self.design.drift_precision:g} octaves"
+
+    def sharpen_drifts(self) -> bool:
+        """Whether drifts of a value that is carried over, or may be, are known too roughly: then runs at the size, at
+        the base, or at both, whichever gives more than half of the drift's variance."""
+        most = self.design.drift_precision
+        verdict = next((j.verdict for j in self.analysis.judgements if j.parameterization == self.name), None)
+        base = self.curve(self.design.sizes[0])
+        if math.isinf(most) or verdict in (None, "does not transfer") or base is None:
+            return False
+        curves: dict[Size, tuple[Curve, float]] = {}  # with the half-width of the other end of the drift
+        rough = False
+        for each in self.analysis.comparisons:
+            if each.curve.parameterization != self.name or each.curve is base or half_width(each.interval) <= most:
+                continue
+            rough = True
+            ends = ((each.curve, half_width(base.optimum.interval)), (base, half_width(each.curve.optimum.interval)))
+            for curve, other in ends:
+                if half_width(curve.optimum.interval) > most / math.sqrt(2) and curve.posterior is not None:
+                    curves.setdefault(curve.size, (curve, other))
+        for size, (curve, other) in curves.items():
+            assert curve.optimum.x is not None
+            x = self.design.on_lattice(curve.optimum.x)
+            spared = (SPARED * most) ** 2
+            enough = math.sqrt(max(spared - other**2, spared / 2))
+            runs = self.sharpen(curve, x, self.most_to_add(curve), partial(is_known, enough))
+            self.want(size, runs, "a drift is known too roughly")
+            self.want(size, self.grid(curve, self.list_values_beyond(curve)), "a drift is known too roughly")
+        return rough
+
+    def most_to_add(self, curve: Curve) -> int:
+        """Runs of a round to a size that has some."""
+        return min(max(len(runs_of(curve)) // 2, LEAST), self.affordable(curve.size))
+
+    def settle_verdict(self) -> str | None:
+        """Fills `wants` with what the verdict needs; where that leaves none, why it needs none."""
         base_size = self.design.sizes[0]
         base = self.curve(base_size)
         if base is None:
@@ -208,8 +229,8 @@ class Proposal:
             return f"to settle it would cost {show_price(price)} its share of the budget"
         for comparison in wanted:
             curve = comparison.curve
-            most = min(max(len(runs_of(curve)) // 2, LEAST), self.affordable(curve.size))
-            self.want(curve.size, self.sharpen(curve, carried, most, self.settles), "the cost is known too roughly")
+            runs = self.sharpen(curve, carried, self.most_to_add(curve), self.settles)
+            self.want(curve.size, runs, "the cost is known too roughly")
             self.want(
                 curve.size, self.grid(curve, self.list_values_beyond(curve)), "the optimum may lie beyond the values"
             )
@@ -219,7 +240,7 @@ class Proposal:
         """A value an octave beyond those of the curve, on each side on which nothing bounds its optimum."""
         low, high = curve.optimum.interval or (0.0, 0.0)
         ends = [curve.x[0] - OCTAVE] * math.isinf(low) + [curve.x[-1] + OCTAVE] * math.isinf(high)
-        return [round_octaves(x) for x in ends if self.design.is_valid(x)]
+        return [round_octaves(x) for x in ends if self.design.may_search(x)]
 
     def settled(self, comparisons: Sequence[Comparison]) -> bool:
         """Whether no run can change the answer, the carried value having been run at every size."""
@@ -268,7 +289,8 @@ class Proposal:
         most = min(len(runs_of(base)), affordable, MOST_AT_BASE - len(runs_of(base)))
         if most < 2:
             return False
-        self.want(size, self.sharpen(base, x, most, is_known), "the base's optimum to a quarter octave")
+        runs = self.sharpen(base, x, most, partial(is_known, SPARED * KNOWN))
+        self.want(size, runs, "the base's optimum to a quarter octave")
         return bool(self.wants)
 
     def search(self, comparison: Comparison, carried: float) -> bool:

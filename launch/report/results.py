@@ -34,7 +34,9 @@ The answers in short, question by question: [findings](findings.md). Here every 
 
 Widths and depths are written width x depth; optima and drifts are octaves (log2); losses are geometric means over
 seeds of the study's metric; regrets are shares of a size's lowest loss. Intervals are 90 %, from one model of all
-curves of a study ([verdict.md](verdict.md)). Nothing is learned at a size whose best loss is within noise of a guess's.
+curves of a study ([verdict.md](verdict.md)). `at base optimum` is what the fitted curve says where this very value did
+not run: below `best`, the mean of the best value that was run, it is noise, and no gain.
+Nothing is learned at a size whose best loss is within noise of a guess's.
 Parameterizations that make the same of a size (at the base all do) share its runs, and the seeds that were added there.
 To a grid, seeds are added while a verdict is open (`study.more_seeds`), which flatters one that is then settled just
 so: the verdict at the planned seeds stands beside it. An adaptive design runs in rounds until its verdicts are settled
@@ -199,7 +201,7 @@ def direct_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
             "base's sweep / one run of the target": show_cost(d["cost_share"]),
             "/ the target's sweep": show_cost(d["cost_share_of_targets_sweep"]),
             "transferred": metric(d, "transferred", d["transferred"] is None),
-            "tuned": show_number(d["tuned"]),
+            "at the target's own optimum": show_number(d["tuned"]),
             "regret": regret(d, d["transferred"] is None),
         }
         for record in records

@@ -1,5 +1,6 @@
 """What a study with a sequential design fixes beforehand."""
 
+import math
 from functools import partial
 
 from depthmup.launch.config import label
@@ -32,5 +33,6 @@ def design_of(study: Study) -> Design:
         octaves=settings.octaves,
         chance=study.chance,
         alike=study.owners,
+        drift_precision=settings.drift_precision or math.inf,
         is_valid=partial(study.may_have, settings.sizes[0]),
     )
