@@ -379,6 +379,20 @@ def test_where_nothing_learns_no_value_is_called_best(tune_file: Callable[..., P
         walk(file)
 
 
+def test_where_all_are_ended_early_the_line_says_so_and_how_to_go_on(tune_file: Callable[..., Path]) -> None:
+    file = tune_file(trials=4)
+    search = open_search(file)
+    search.plan_next_batch()
+    for run in search.pending():
+        run.directory.path.mkdir(parents=True)
+        ended = {"outcome": PRUNED, "step": 3, "seconds": 1.0, "loss": 2.0, "limit": 1.0, "code": code_fingerprint()}
+        run.directory.write_done(ended | describe_owner(run.config))
+    with pytest.raises(
+        UserError, match=r"\(0 finished, 4 ended early\): leave tune.prune out, or give it later shares"
+    ):
+        open_search(file).plan_next_batch()
+
+
 def test_a_journal_of_another_space_is_refused(tune_file: Callable[..., Path]) -> None:
     open_search(tune_file()).plan_next_batch()
     changed = tune_file(space={"optimizer.lr": {"first": "2**-10", "last": "2**-1"}})

@@ -75,12 +75,19 @@ def set_limits(folder: Path, ends: Sequence[int | None], steps: Sequence[int]) -
     ]
 
 
-@pytest.mark.parametrize("stop", [None, 2, 5, 7, 10])
+@pytest.mark.parametrize(
+    ("stop", "ends"),
+    [(None, (None, 3, 9, 6, 9)), *((stop, (None, 3, None, 6, 9)) for stop in (None, 2, 5, 7, 10))],
+)
 def test_those_of_a_pack_that_go_on_learn_bit_for_bit_what_they_would_have_while_it_shrinks(
-    make: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int | None
+    make: Callable[..., RunConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stop: int | None,
+    ends: Sequence[int | None],
 ) -> None:
-    """At each rung it shrinks, at the end to one run; also where it was stopped and went on in between, from the
-    checkpoints of what was left of it."""
+    """At each rung it shrinks, to two replicas where one run is left; also where it was stopped and went on in between,
+    from the checkpoints of what was left of it."""
     sizes: list[int] = []
     step = Replicas.step
 
@@ -94,7 +101,6 @@ def test_those_of_a_pack_that_go_on_learn_bit_for_bit_what_they_would_have_while
     ]
     plain = [tmp_path / "plain" / str(number) for number in range(5)]
     run_pack(configs, plain)
-    ends = [None, 3, None, 6, 9]
     paths = set_limits(tmp_path / "limits", ends, (3, 6, 9))
     monkeypatch.setattr(Replicas, "step", counted)
     if stop:

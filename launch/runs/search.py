@@ -281,9 +281,14 @@ class Search(JointStudy):
         count = len(self.trials())
         learned = [trial for trial in finished if trial.value is not None and trial.value < self.chance]
         if not learned:
+            pruned = len(journal.get_trials(deepcopy=False, states=(TrialState.PRUNED,)))
+            mend = "move tune.space, or give the runs more train.samples"
+            if pruned > len(finished):
+                mend = "leave tune.prune out, or give it later shares"
+            early = f", {pruned} ended early" if pruned else ""
             raise UserError(
-                f"{self.path}: none of {count} suggestions learned anything ({len(finished)} finished): "
-                "move tune.space, or give the runs more train.samples, under another study.name"
+                f"{self.path}: none of {count} suggestions learned anything ({len(finished)} finished{early}): "
+                f"{mend}, under another study.name"
             )
         best = sorted(learned, key=lambda trial: (trial.value, trial.number))[: self.settings.rerun]
         chosen = {"of": count, "trials": [trial.number for trial in best]}
