@@ -1,6 +1,6 @@
 """Images per second and core: this loader beside others, on the same photographs.
 
-    OMP_NUM_THREADS=1 python benchmarks/loader.py PHOTOS [--repeats 15] [--workers 0]
+    OMP_NUM_THREADS=1 python benchmarks/loader.py PHOTOS [--repeats 15] [--workers 0] [--resize 256]
 
 PHOTOS is a folder (or tar) of class folders of JPEG files; they are repeated to 512 samples. Each loader delivers uint8
 or float batches of 64 random resized crops of 224 pixels, ready for the network, and all take turns, so that a busy
@@ -43,8 +43,8 @@ from depthmup.models import torchvision_ops  # noqa: F401  before torchvision: m
 SIZE, BATCH, SAMPLES = 224, 64, 512
 
 
-def make_shards(photos: str, folder: Path) -> Index:
-    """The photographs, repeated, in shards of 128."""
+def make_shards(photos: str, folder: Path, resize: int | None = None) -> Index:
+    """The photographs, repeated, in shards of 128; with `resize` their shorter side is at most that (pack --resize)."""
     from depthmup.data.sources import open_source
 
     images = open_source(photos, folder).images
@@ -53,7 +53,7 @@ def make_shards(photos: str, folder: Path) -> Index:
         path = folder / "images" / image.class_name / f"{number:04d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(image.read())
-    return pack(str(folder / "images"), folder / "shards", shard_samples=128)[0]
+    return pack(str(folder / "images"), folder / "shards", shard_samples=128, resize=resize)[0]
 
 
 def own(index: Index, backend: str, workers: int) -> Iterator[object]:
@@ -210,11 +210,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--workers", type=int, default=0, help="processes of each loader")
     parser.add_argument("--batches", type=int, default=4, help="in one turn")
+    parser.add_argument("--resize", type=int, help="pack smaller photographs: pixels of their shorter side")
     arguments = parser.parse_args()
     workers = arguments.workers
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        index = make_shards(arguments.photos, folder)
+        index = make_shards(arguments.photos, folder, arguments.resize)
         loaders = {
             "depthmup": partial(own, index, "fast", workers),
             "depthmup, data.backend: pil": partial(own, index, "pil", workers),

@@ -106,7 +106,7 @@ def packed(runs: list[RunConfig], device: torch.device, dtype: torch.dtype | Non
     compiled, or one of the ways to convolve."""
     replicas = Replicas(runs, device, dtype, variant if variant in CONVOLUTIONS else None)
     if variant == "eager":
-        replicas.step_function = replicas.eager_step
+        replicas.graph = None
     if variant in ("vmap", "compiled"):
         replicas.mode = nullcontext()  # no mode at all
     if variant == "compiled":
@@ -215,14 +215,16 @@ def plan(
                 for family, lr in (("vit", 1e-3), ("conv_resnet", 0.05)):
                     yield config(family, width, quick_size, lr), num_replicas, "default", None
         return
-    for num_replicas in (8, 16):
-        for family, image_size, lr in (vit, small, large):
-            for width in (32, 64, 128, 256):
-                yield config(family, width, image_size, lr), num_replicas, "default", bf16
+    for family, image_size, lr in (vit, small, large):
+        for width in (32, 64, 128, 256):
+            yield config(family, width, image_size, lr), 16, "default", bf16
     for family, image_size, lr in (large, small):
         for width in (64, 128):
             for variant in CONVOLUTIONS:
                 yield config(family, width, image_size, lr), 8, variant, bf16
+    for family, image_size, lr in (vit, small, large):
+        for width in (32, 64, 128, 256):
+            yield config(family, width, image_size, lr), 8, "default", bf16
     for family, image_size, lr in (vit, small, large):
         for width in (32, 64, 128):
             yield config(family, width, image_size, lr), 8, "default", None

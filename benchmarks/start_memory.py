@@ -39,8 +39,9 @@ def reset_peak() -> None:
     CLEAR.write_text("5")
 
 
-def measure(config: RunConfig, rank: int, world_size: int, port: int) -> tuple[float, float, float]:
-    """MB of all weights, at the peak of the start and at that of a step; the peaks above what was held before."""
+def measure(config: RunConfig, rank: int, world_size: int, port: int, steps: bool = True) -> tuple[float, float, float]:
+    """MB of all weights, at the peak of the start and at that of a step (0 without one); the peaks above what was held
+    before."""
     torch.set_num_threads(1)
     world = World(rank, world_size, rank, "localhost", port)
     engine, device = config.parallel.engine, torch.device("cpu")
@@ -50,12 +51,15 @@ def measure(config: RunConfig, rank: int, world_size: int, port: int) -> tuple[f
         reset_peak()
         network = OneNetwork(config, engine, 1, world, device)
         started = held("VmHWM") - before
+        weights = num_parameters(network.engine.network) * 4 / 2**20
+        if not steps:
+            return weights, started, 0.0
         reset_peak()
         shape = (config.model.in_channels, config.model.image_size, config.model.image_size)
         images = torch.zeros(1, config.train.global_batch_size // world_size, *shape)
         network.step(images, torch.zeros(*images.shape[:2], dtype=torch.int64))
         stepped = held("VmHWM") - before
-        return num_parameters(network.engine.network) * 4 / 2**20, started, stepped
+        return weights, started, stepped
 
 
 def main() -> None:
@@ -63,6 +67,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--depth", type=int, default=12)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--start-only", action="store_true", help="no step, which takes gradients and moments too")
     parser.add_argument("--engines", nargs="+", default=["ddp", "fsdp"])
     arguments = parser.parse_args()
     model = VisionTransformerConfig(
@@ -82,9 +87,12 @@ def main() -> None:
             probe.bind(("localhost", 0))
             port = probe.getsockname()[1]
         with multiprocessing.get_context("spawn").Pool(count) as pool:
-            found = pool.starmap(measure, [(chosen, rank, count, port) for rank in range(count)], chunksize=1)
+            of_ranks = [(chosen, rank, count, port, not arguments.start_only) for rank in range(count)]
+            found = pool.starmap(measure, of_ranks, chunksize=1)
         weights, started, stepped = map(max, zip(*found, strict=True))
-        peaks = f"peak at the start {started:.0f} MB, in the first step {stepped:.0f} MB"
+        peaks = f"peak at the start {started:.0f} MB"
+        if not arguments.start_only:
+            peaks += f", in the first step {stepped:.0f} MB"
         print(f"{engine}: weights {weights:.0f} MB; {peaks}")
 
 

@@ -21,6 +21,7 @@ class BadCount:
         self.allowed, self.max_bad_fraction, self.samples = max_bad_fraction * samples, max_bad_fraction, samples
         self.counts: Counter[tuple[str, str]] = Counter()
         self.by_epoch: Counter[int] = Counter()
+        self.missed = 0  # samples that data.backend nvjpeg left to PIL
 
     def add(self, bad: Iterable[BadSample], epoch: int = 0) -> None:
         for sample in bad:
@@ -33,6 +34,7 @@ class BadCount:
         for count in of_all:
             total.counts += count.counts
             total.by_epoch += count.by_epoch
+            total.missed += count.missed
         return total
 
     def check(self) -> None:
@@ -50,7 +52,8 @@ class BadCount:
     def metrics(self) -> dict[str, int]:
         """For a line of metrics: all, and the most frequent as 'bad_samples/train-000001.tar/empty file'."""
         shown = {f"bad_samples/{shard}/{reason}": n for (shard, reason), n in self.counts.most_common(SHOWN)}
-        return {"bad_samples": self.total(), **shown}
+        missed = {"decoded_by_pil": self.missed} if self.missed else {}
+        return {"bad_samples": self.total(), **shown, **missed}
 
     def lines(self) -> list[str]:
         """'train-000001.tar: 2 x empty file', the most frequent first."""

@@ -25,6 +25,7 @@ class Batch:
     images: Tensor
     labels: Tensor
     bad: tuple[BadSample, ...] = ()
+    missed: int = 0  # samples that data.backend nvjpeg left to PIL
 
     def copy(self) -> "Batch":
         """In memory of its own, on the CPU."""
@@ -36,12 +37,16 @@ class Batch:
         runs while the GPU still computes what was asked of it before."""
         with torch.cuda.stream(stream) if stream else nullcontext():
             images, labels = (tensor.to(device, non_blocking=True) for tensor in (self.images, self.labels))
-        if stream:
-            computing = torch.cuda.current_stream(device)
-            computing.wait_stream(stream)
-            for tensor in (images, labels):
-                tensor.record_stream(computing)  # or its memory would be reused too early
-        return replace(self, images=images, labels=labels)
+        batch = replace(self, images=images, labels=labels)
+        return batch.after(stream.record_event()) if stream else batch
+
+    def after(self, made: torch.cuda.Event) -> "Batch":
+        """For use in the current stream, which waits until another one has `made` it."""
+        computing = torch.cuda.current_stream(self.images.device)
+        computing.wait_event(made)
+        for tensor in (self.images, self.labels):
+            tensor.record_stream(computing)  # or its memory would be reused too early
+        return self
 
 
 def decode_sample(

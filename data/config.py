@@ -10,6 +10,7 @@ from pydantic.dataclasses import dataclass
 from depthmup.data.paths import expand_read, protect
 from depthmup.data.storage import BLOCK, is_remote
 
+OTHER_DECODER = "use data.backend=fast (other pixels: another run)"
 NOT_IDENTITY = {"identity": False}  # on a field that does not change a result: no part of a run's hash
 
 
@@ -87,7 +88,8 @@ class DataConfig:
     num_streams: Positive = 64  # parts of the data that are read side by side; divides the global batch size
     # Samples shuffled together inside a stream, or the whole epoch, which reads each sample by itself.
     window: Window = 64
-    backend: Literal["fast", "pil"] = "fast"  # pil is the reference that fast is compared with
+    # pil is the reference that the others are compared with; nvjpeg decodes on the GPU. Each has pixels of its own.
+    backend: Literal["fast", "pil", "nvjpeg"] = "fast"
     max_bad_fraction: Annotated[Real, Field(ge=0, le=1)] = field(default=0.001, metadata=NOT_IDENTITY)  # of an epoch
     trust: bool = field(default=False, metadata=NOT_IDENTITY)  # lets an index name files outside its own folder
     in_memory: bool = field(default=False, metadata=NOT_IDENTITY)  # decode once, keep the pixels: for small data sets
@@ -99,6 +101,11 @@ class DataConfig:
                 f"rand_augment {self.rand_augment!r} is none of timm's: write it like rand-m9-mstd0.5-inc1 "
                 "(sections m, n, p, mstd, mmax, inc, t)"
             )
+        for key in ("rand_augment", "color_jitter", "in_memory"):
+            if self.backend == "nvjpeg" and getattr(self, key):
+                raise ValueError(
+                    f"backend nvjpeg does not go with {key}, which needs pixels on the CPU: {OTHER_DECODER}"
+                )
 
 
 def window_misfit(config: DataConfig, location: str) -> str | None:

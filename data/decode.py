@@ -1,7 +1,8 @@
 """One image file -> uint8 pixels (channels, height, width). Floating point starts on the device, after the copy.
 
 Two backends give the same pictures: `fast` (libjpeg-turbo through simplejpeg, torch's uint8 antialiased resize) and
-`pil`, the reference. What is no plain JPEG (PNG, WebP, CMYK) is read by PIL in both.
+`pil`, the reference. What is no plain JPEG (PNG, WebP, CMYK) is read by PIL in both, and what comes here of a third,
+`nvjpeg` (data.nvjpeg).
 """
 
 import numpy as np
@@ -60,7 +61,7 @@ def crop_resize(image: Tensor, box: tuple[int, int, int, int], size: int, backen
     crop = image[:, top : top + height, left : left + width]
     if (height, width) == (size, size):
         return crop.clone()
-    if backend == "pil":
+    if backend != "fast":
         return from_array(np.array(to_pil(crop).resize((size, size), Image.Resampling.BICUBIC)))
     pixels = crop[None].contiguous(
         memory_format=torch.channels_last

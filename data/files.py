@@ -4,7 +4,7 @@ import errno
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,7 +16,16 @@ def describe_full_disk(error: BaseException, otherwise: str) -> str | None:
     none; None for any other error."""
     if not isinstance(error, OSError) or error.errno not in FULL_DISK:
         return None
-    return f"{error.filename or otherwise}: {error.strerror}: free some space there"
+    place = error.filename2 or error.filename or otherwise  # of a copy, where it was to go
+    return f"{place}: {error.strerror}: free some space there"
+
+
+def find_locked_folder(folder: Path) -> Path | None:
+    """What keeps this user from making files in `folder`, which need not be there yet: the nearest folder, or file,
+    that is; None where nothing does."""
+    folder = folder.absolute()
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    return None if nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK) else nearest
 
 
 @contextmanager
@@ -31,18 +40,22 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, content: bytes, durable: bool = True) -> None:
-    """Writes `content` to a temporary file beside `path`, makes it `durable`, and renames it into place."""
+    """Writes `content` to a temporary file beside `path`, makes it `durable`, and renames it into place. An OSError
+    names `path`."""
     # random: threads have one process id, and so may processes on machines that share the file system
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with naming(path), open(temporary, "xb") as file:
+        with open(temporary, "xb") as file:
             file.write(content)
             file.flush()
             if durable:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):  # where nothing can be written, nothing lies there
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename, error.filename2 = str(path), None
         raise
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")  # no others: for EPS, PIL would start Ghostscript
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485  # PIL's own limit against decompression bombs
@@ -47,3 +47,17 @@ def eight_bits(image: Image.Image) -> Image.Image:
     if not image.mode.startswith("I"):
         return image
     return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+
+
+def convert_image(content: bytes, resize: int | None, quality: int) -> bytes:
+    """The image as it is packed: with `resize` as a JPEG whose shorter side is at most that. Raises BadImage."""
+    with refusing_bad_images():
+        image = open_image(content)
+        if resize is None:
+            return content
+        upright = eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
+        scale = min(resize / min(upright.size), 1)
+        size = (max(round(upright.width * scale), 1), max(round(upright.height * scale), 1))
+        output = io.BytesIO()
+        upright.resize(size, Image.Resampling.BICUBIC).save(output, "jpeg", quality=quality)
+    return output.getvalue()

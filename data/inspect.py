@@ -11,6 +11,7 @@ from PIL import Image
 
 from depthmup.data.decode import decode, to_pil
 from depthmup.data.errors import UserError
+from depthmup.data.files import write_atomically
 from depthmup.data.images import FORMATS, BadImage
 from depthmup.data.index import Index, Shard, Span, counted
 from depthmup.data.keys import random_generator
@@ -89,7 +90,9 @@ def contact_sheet(index: Index, split: str, path: Path) -> None:
     if not shown:
         raise UserError(f"{index.root}: no image of {split} can be decoded")
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path, "png")
+    drawn = io.BytesIO()
+    sheet.save(drawn, "png")
+    write_atomically(path, drawn.getvalue())
 
 
 def summary(index: Index, split: str, found: Findings) -> list[str]:

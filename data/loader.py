@@ -17,13 +17,43 @@ from depthmup.data.decode import center_crop, scratch
 from depthmup.data.distort import num_draws, rand_augment, training_image
 from depthmup.data.errors import UserError
 from depthmup.data.index import NO_LABEL, Index, Span
+from depthmup.data.nvjpeg import Jpeg, cut, decoded_batches, open_sample
 from depthmup.data.order import EpochOrder, State, rows_of, streams_of
 from depthmup.data.reader import BadSample, prefetch
-from depthmup.data.workers import Slots, batches
+from depthmup.data.workers import Slots, Work, batches
 
 CPU = torch.device("cpu")
-Samples = StandIns[tuple[Span, int], tuple[Tensor, int]]  # read by (span, number)
-Prepared = tuple[Tensor, np.ndarray, int]  # image (channels, size, size), its random numbers, its label
+Place = tuple[Span, int]  # a sample's number in a span
+Samples = StandIns[Place, tuple[Jpeg | Tensor, int]]
+Prepared = tuple[Jpeg | Tensor, np.ndarray, int]  # image (channels, size, size), its random numbers, its label
+NO_DRAWS = np.empty(0)
+
+
+def open_image(
+    config: DataConfig, index: Index, place: Place, channels: int, buffer: np.ndarray
+) -> tuple[Jpeg | Tensor, int]:
+    """A sample's picture, decoded unless the device does it, and its label. Raises BadSample."""
+    if config.backend == "nvjpeg":
+        return open_sample(index, *place, channels)
+    return decode_sample(index, *place, channels, config.backend, buffer)
+
+
+def prepare_training(image: Jpeg | Tensor, config: DataConfig, size: int, draws: np.ndarray) -> Jpeg | Tensor:
+    """Cropped and distorted, as far as that is not the device's work."""
+    if config.backend == "nvjpeg":
+        return cut(image, config.augment, size, draws)
+    assert isinstance(image, Tensor)
+    return training_image(image, config, size, draws)
+
+
+def start_reading(
+    work: Work, config: DataConfig, shape: tuple[int, int, int, int], num_workers: int, device: torch.device
+) -> Iterator[Batch]:
+    """The batches of `work` on `device`, decoded by workers or there."""
+    if config.backend == "nvjpeg":
+        augment = None if isinstance(work, Evaluation) else config.augment
+        return decoded_batches(work, shape, num_workers, device, augment)
+    return batches(work, shape, num_workers, device)
 
 
 @dataclass(frozen=True)
@@ -70,8 +100,8 @@ class TrainingStream:
             self.read_ahead(order, stream, window)
             return order.samples(stream, window)
 
-        def read(place: tuple[Span, int]) -> tuple[Tensor, int]:
-            return decode_sample(self.index, *place, self.channels, self.config.backend, buffer)
+        def read(place: Place) -> tuple[Jpeg | Tensor, int]:
+            return open_image(self.config, self.index, place, self.channels, buffer)
 
         return StandIns(order, places, read, self.config.max_bad_fraction)
 
@@ -87,10 +117,10 @@ class TrainingStream:
         return OpenWindow(stream, window, samples.places(stream, window), draws)
 
     def read_sample(self, samples: Samples, opened: OpenWindow, served: int) -> Prepared:
-        """The sample that is served as number `served` of a window, decoded and distorted."""
+        """The sample that is served as number `served` of a window."""
         image, label = samples.find_first_good(opened.stream, opened.window, served, opened.places)
         draws = opened.draws[served]
-        return training_image(image, self.config, self.image_size, draws), draws, label
+        return prepare_training(image, self.config, self.image_size, draws), draws, label
 
     def fill(self, slots: Slots, worker: int, num_workers: int) -> Iterator[tuple[BadSample, ...]]:
         """See data.workers.Work."""
@@ -118,11 +148,12 @@ class TrainingStream:
                     if stream not in windows or windows[stream].window != window:
                         windows[stream] = self.open_window(samples, order, stream, window)
                     opened = windows[stream]
-                    images[row], drawn, labels[row] = self.read_sample(samples, opened, served)
+                    image, drawn, labels[row] = self.read_sample(samples, opened, served)
+                    slots.put(number, row, image, drawn)
                     draws.append(drawn)
                     if opened.places[served] in samples.bad:
                         bad.append(samples.bad[opened.places[served]])
-                if draws and self.config.augment == "crop_flip":
+                if draws and self.config.augment == "crop_flip" and self.config.backend != "nvjpeg":
                     filled = slice(rows.start, rows.stop)
                     images[filled] = crop_flip(images[filled], torch.from_numpy(np.stack(draws)))
                 yield tuple(bad)
@@ -162,11 +193,12 @@ class TrainingLoader:
         if config.window == "epoch":
             stream.index.keep_members("train")  # before the workers start, who share it
         shape = (stream.local_batch_size, stream.channels, stream.image_size, stream.image_size)
-        return batches(stream, shape, config.num_workers, self.device)
+        return start_reading(stream, config, shape, config.num_workers, self.device)
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self.local_batches():
             self.bad.add(batch.bad, self.state.epoch)
+            self.bad.missed += batch.missed
             if self.stream.world_size == 1:
                 self.bad.check()
             position = self.state.position + self.stream.global_batch_size
@@ -242,7 +274,8 @@ def evaluated(
         return
     work = Evaluation(config, index, spans, batch_size, image_size, channels)
     num_workers = min(config.num_workers, batch_size, len(work.places))
-    yield from batches(work, (batch_size, channels, image_size, image_size), num_workers, device)
+    shape = (batch_size, channels, image_size, image_size)
+    yield from start_reading(work, config, shape, num_workers, device)
 
 
 class Evaluation:
@@ -260,14 +293,17 @@ class Evaluation:
         buffer = scratch()
         for step, first in enumerate(range(0, len(self.places), self.batch_size)):
             places = self.places[first : first + self.batch_size]
-            images, labels = slots.of(step)
+            labels = slots.of(step)[1]
             labels[worker::num_workers] = NO_LABEL
             bad = []
             for row in range(worker, len(places), num_workers):
                 try:
-                    image, label = decode_sample(self.index, *places[row], self.channels, self.config.backend, buffer)
+                    image, labels[row] = open_image(self.config, self.index, places[row], self.channels, buffer)
                 except BadSample as error:
                     bad.append(error)
                     continue
-                images[row], labels[row] = center_crop(image, self.image_size, self.config.backend), label
+                if isinstance(image, Jpeg):
+                    slots.put(step, row, cut(image, "none", self.image_size, NO_DRAWS), NO_DRAWS)
+                else:
+                    slots.put(step, row, center_crop(image, self.image_size, self.config.backend), NO_DRAWS)
             yield tuple(bad)

@@ -2,7 +2,6 @@
 
 import fcntl
 import hashlib
-import io
 import json
 import os
 import re
@@ -12,16 +11,14 @@ from concurrent.futures import as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-from PIL import Image, ImageOps
 
 from depthmup.data.errors import UserError
 from depthmup.data.files import write_atomically, writing
-from depthmup.data.images import BadImage, eight_bits, open_image, refusing_bad_images
+from depthmup.data.images import BadImage, convert_image
 from depthmup.data.index import INDEX_NAME, Index, Shard, counted, sidecar
 from depthmup.data.keys import random_generator
 from depthmup.data.lock import NoLocks, flock
+from depthmup.data.plan import check_plan, read_plan
 from depthmup.data.scan import process_pool
 from depthmup.data.sources import UNPACKED_NAME, SourceImage, open_source, read_list
 from depthmup.data.tar_samples import scan, webdataset_metadata
@@ -32,7 +29,6 @@ Progress = Callable[[int, int], None]  # (images done, images in all)
 IMAGES_PER_PROCESS = 2000  # less is packed before another process has started
 LOCK_NAME = ".lock"
 CLAIM_NAME = ".claimed"  # in place of the lock, where the file system has no locks
-PLAN_NAME = "pack.json"  # stays beside index.json: what was packed, and how
 
 
 @dataclass(frozen=True)
@@ -41,20 +37,6 @@ class PackedShard:
 
     shard: Shard | None
     bad: list[str]
-
-
-def convert(content: bytes, resize: int | None, quality: int) -> bytes:
-    """The image as it is packed: with `resize` as a JPEG whose shorter side is at most that. Raises BadImage."""
-    with refusing_bad_images():
-        image = open_image(content)
-        if resize is None:
-            return content
-        upright = eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
-        scale = min(resize / min(upright.size), 1)
-        size = (max(round(upright.width * scale), 1), max(round(upright.height * scale), 1))
-        output = io.BytesIO()
-        upright.resize(size, Image.Resampling.BICUBIC).save(output, "jpeg", quality=quality)
-    return output.getvalue()
 
 
 def sample_key(image: SourceImage) -> str:
@@ -78,7 +60,7 @@ def write_shard(
     with writing(temporary) as file, webdataset.TarWriter(file, encoder=False, mtime=0) as writer:
         for image in images:
             try:
-                content = convert(image.read(), resize, quality)
+                content = convert_image(image.read(), resize, quality)
             except (BadImage, OSError) as error:
                 bad.append(f"{image.path}: {error}")
                 continue
@@ -102,12 +84,12 @@ def write_shard(
 
 
 def read_record(path: Path) -> PackedShard | None:
-    """What a killed pack has left of a shard: None when it was not done."""
+    """What a killed pack has left of a shard: None when it was not done, or the record is damaged."""
     try:
         raw = json.loads(record_path(path).read_text())
-    except FileNotFoundError:
+        return PackedShard(Shard(**raw["shard"]) if raw["shard"] else None, [*raw["bad"]])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
-    return PackedShard(Shard(**raw["shard"]) if raw["shard"] else None, raw["bad"])
 
 
 def split_images(images: Sequence[SourceImage], validation_share: float, seed: int) -> dict[str, list[SourceImage]]:
@@ -143,18 +125,6 @@ def divide(images: Sequence[SourceImage], shard_samples: int, shard_bytes: int |
         parts[-1].append(image)
         size += image.size
     return parts
-
-
-def differences(recorded: dict[str, Any], plan: dict[str, Any]) -> list[str]:
-    """What another plan does otherwise, in words; of the same images under another path nothing."""
-    found = []
-    if recorded["listing"] != plan["listing"]:
-        found.append(f"then {recorded['images']} images of {recorded['source']}, now {plan['images']} others")
-    for name, value in plan["options"].items():
-        if (before := recorded["options"].get(name)) != value:
-            shown = ["unset" if choice is None else choice for choice in (before, value)]
-            found.append(f"then --{name} {shown[0]}, now {shown[1]}")
-    return found
 
 
 @contextmanager
@@ -195,19 +165,6 @@ def claim_folder(out: Path) -> Iterator[None]:
                 file_of_ours.unlink(missing_ok=True)
             if not any(out.iterdir()):  # nothing was packed
                 out.rmdir()
-
-
-def check_plan(out: Path, plan: dict[str, Any]) -> None:
-    """Raises UserError when `out` holds anything but shards of `plan`; else records the plan there."""
-    path = out / PLAN_NAME
-    if path.exists():
-        if found := differences(json.loads(path.read_text()), plan):
-            raise UserError(
-                f"{out}: holds another pack ({'; '.join(found)}). Pack into another folder, or delete this one first"
-            )
-    elif (out / INDEX_NAME).exists():
-        raise UserError(f"{out}: holds shards that were not packed by this command. Pack into another folder")
-    write_atomically(path, (json.dumps(plan, indent=1) + "\n").encode())
 
 
 def archive_stamp(source: str) -> list[int] | None:
@@ -306,10 +263,10 @@ def pack(
     }
     stamp, done = archive_stamp(source), out / INDEX_NAME
     with claim_folder(out):
-        if stamp and not validation_list and done.exists() and (out / PLAN_NAME).exists():
-            recorded = json.loads((out / PLAN_NAME).read_text())
-            if (recorded["archive"], recorded["options"]) == (stamp, options):
-                return packed_before(out), recorded["left_out"]
+        recorded = read_plan(out)
+        same = recorded and (recorded["archive"], recorded["options"]) == (stamp, options)
+        if recorded and same and stamp and not validation_list and done.exists():
+            return packed_before(out), recorded["left_out"]
         opened = open_source(source, out, validation_list, train, val, processes)
         images = opened.images
         splits = split_images(images, validation_share, seed)

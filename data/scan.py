@@ -15,6 +15,7 @@ import numpy as np
 
 from depthmup.data import storage
 from depthmup.data.errors import UserError
+from depthmup.data.files import find_locked_folder
 from depthmup.data.find import FoundShards, find_shards
 from depthmup.data.index import INDEX_NAME, NO_LABEL, Index, Shard, counted, load_members, sidecar
 from depthmup.data.tar_samples import describe_first_sample, scan
@@ -83,11 +84,9 @@ def same_index(index: Index, splits: Mapping[str, str], classes: tuple[str, ...]
 def check_writable(folder: Path, found: FoundShards) -> None:
     """Raises UserError unless `folder` and those of local shards, beside which their sidecars lie, can be written."""
     for place in dict.fromkeys([folder, *(Path(sidecar(str(folder), name)).parent for name in found.names)]):
-        while not place.exists():
-            place = place.parent
-        if not os.access(place, os.W_OK):
+        if locked := find_locked_folder(place):
             raise UserError(
-                f"{place}: cannot be written, but the index of a shard lies beside it. Make a folder of links and "
+                f"{locked}: cannot be written, but the index of a shard lies beside it. Make a folder of links and "
                 f"index that: cp -rs {quote(str(folder.resolve()))} links && depthmup index links"
             )
 

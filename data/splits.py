@@ -13,17 +13,35 @@ VALIDATION = (  # the first that is there
     *("val", "vals", "valset", "valid", "validate", "validation", "validations", "holdout", "heldout", "minival"),
     *("dev", "devset", "eval", "evaluation", "test", "tests", "testset", "testing", "tst"),
 )
-CONTENTS = {"image", "images", "img", "imgs", "jpeg", "jpegs", "jpg", "pictures", "photos", "data", "set", "split"}
-SYSTEM_NAMES = {  # of folders and files
-    *("__MACOSX", "__pycache__", "@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN", "System Volume Information"),
-    *("#snapshot", "lost+found", "Thumbs.db", "desktop.ini"),
+CONTENTS = {  # words for what any folder holds
+    *(
+        "image",
+        "images",
+        "img",
+        "imgs",
+        "jpeg",
+        "jpegs",
+        "jpg",
+        "png",
+        "pictures",
+        "pics",
+        "photos",
+        "files",
+        "samples",
+    ),
+    *("data", "dataset", "set", "split", "folder", "dir"),
+}
+SYSTEM_NAMES = {  # of folders and files, in small letters, since not all systems tell them apart
+    *("__macosx", "__pycache__", "$recycle.bin", "recycler", "system volume information", "found.000"),
+    *("@eadir", "#recycle", "@recycle", "@recently-snapshot", "#snapshot", "~snapshot", "lost+found"),
+    *("network trash folder", "temporary items", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"),
 }
 HOW_TO_SAY = "say it with --train PATTERN and --val PATTERN"
 
 
 def is_hidden(name: str) -> bool:
     """Whether a file or folder is none of the user's data, such as .ipynb_checkpoints or ._dog.jpg."""
-    return (name.startswith(".") and name != "..") or name in SYSTEM_NAMES
+    return (name.startswith(".") and name != "..") or name.lower() in SYSTEM_NAMES
 
 
 def split_words(name: str) -> list[str]:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ SHARED_MEMORY = Path("/dev/shm")
 PREFETCHED = 2  # batches that workers make ready ahead
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 # Sent to all processes of a job, they are for the one that trains: a worker that died of them would end the run.
-JOB_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR2}
+JOB_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP}
 
 OTHER_TORCH = (
     f"torch {torch.__version__} asks its workers in an order that is not known here: use another version of torch, or "
@@ -137,19 +137,27 @@ class Slots:
     def end(self, number: int, worker: int) -> None:
         self.done[number % len(self.images), worker] = number
 
+    def put(self, number: int, row: int, image: Any, draws: np.ndarray) -> None:
+        """Fills a row with `image`. `draws`: the random numbers that its sample has taken."""
+        self.images[number % len(self.images), row] = image
+
     def release(self, number: int) -> None:
         """Once all that was read of batch `number` is elsewhere."""
         self.in_use.fill_(number + 1)
 
-    def filled(self, number: int, bad: tuple[BadSample, ...]) -> Batch:
-        """The rows of batch `number` that hold a sample; good until it is released. Raises UserError where a worker has
-        not filled its rows."""
+    def check_filled(self, number: int) -> None:
+        """Raises UserError where a worker has not filled its rows of batch `number`."""
         done = self.done[number % len(self.images)].tolist()
         if wrong := [worker for worker, of_worker in enumerate(done) if of_worker != number]:
             raise UserError(
                 f"batch {number} was handed out, and data worker {wrong[0]} has filled its rows of batch "
                 f"{done[wrong[0]]}: {OTHER_TORCH}"
             )
+
+    def filled(self, number: int, bad: tuple[BadSample, ...]) -> Batch:
+        """The rows of batch `number` that hold a sample; good until it is released. Raises UserError where a worker has
+        not filled its rows."""
+        self.check_filled(number)
         images, labels = self.of(number)
         good = labels != NO_LABEL
         return Batch(images, labels, bad) if good.all() else Batch(images[good], labels[good], bad)

@@ -43,10 +43,12 @@ if TYPE_CHECKING:
     from depthmup.launch.report.collect import Report
 
 
-def show_report(study: Study, console: Console) -> "Report":
-    """Writes the report and prints it. Raises UserError when no run is finished."""
+def show_report(study: Study, console: Console, out: Path | None = None) -> "Report":
+    """Prints the report, and writes it into the study's folder, or that of its name in `out`. Raises UserError when no
+    run is finished."""
     from depthmup.launch.report.collect import collect
     from depthmup.launch.report.page import write_report
+    from depthmup.launch.report.place import open_results
     from depthmup.launch.report.record import page_record
     from depthmup.launch.report.tables import print_report
 
@@ -55,8 +57,9 @@ def show_report(study: Study, console: Console) -> "Report":
         raise UserError(f"no run of {study.path} is finished: start them with {study.command('transfer')}")
     record = page_record(report)
     print_report(record, console)  # first: the folder may be another user's
-    write_report(report, record)
-    console.print(f"Report: {study.file.directory / 'report.html'} (also .csv and .json)", highlight=False)
+    with open_results(study, out) as root:
+        write_report(report, record, root)
+    console.print(f"Report: {root / 'report.html'} (also .csv and .json)", highlight=False)
     track = study.file.track
     if track.wandb != "off" or track.tensorboard:
         from depthmup.launch.report.tracked import track_study  # torch, for TensorBoard, which takes seconds
@@ -64,7 +67,7 @@ def show_report(study: Study, console: Console) -> "Report":
         def warn(text: str) -> None:
             console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-        track_study(track, record, study.file.directory, warn)
+        track_study(track, record, root, warn)
     return report
 
 
@@ -76,29 +79,32 @@ def run_search(study: JointStudy, console: Console) -> Study | None:
     return show_joint(study, console)
 
 
-def watch_report(studies: list[Study], console: Console) -> None:
-    """Writes the reports again and again until nothing of the studies waits or runs, or Ctrl-C."""
+def watch_report(studies: list[Study], console: Console, out: Path | None) -> None:
+    """Writes the reports again and again until nothing of the studies waits or runs, or Ctrl-C; where `show_report`
+    does."""
     from depthmup.launch.jobs.status import WATCH_SECONDS, watch_studies
 
     def show(paths: Sequence[Sequence[tuple[Study, states.Snapshot]]]) -> None:
         for (study, snapshot), *_ in paths:
-            write_what_is_there(study, round(WATCH_SECONDS))
+            write_what_is_there(study, out, round(WATCH_SECONDS))
             done = len(snapshot.of(*states.ENDED))
             console.print(f"{study.file.study.name}: {done} of {len(study.runs)} runs are done", highlight=False)
 
     watch_studies(studies, show)
 
 
-def write_what_is_there(study: Study, reload_seconds: int | None = None) -> bool:
-    """Writes the report of the runs that are done, and returns whether there are any. `reload_seconds`: as
-    `write_report` takes it."""
+def write_what_is_there(study: Study, out: Path | None = None, reload_seconds: int | None = None) -> bool:
+    """Writes the report of the runs that are done where `show_report` does, and returns whether there are any.
+    `reload_seconds`: as `write_report` takes it."""
     from depthmup.launch.report.collect import collect
     from depthmup.launch.report.page import write_report
+    from depthmup.launch.report.place import open_results
     from depthmup.launch.report.record import page_record
 
     report = collect(study)
     if report.results:
-        write_report(report, page_record(report), reload_seconds)
+        with open_results(study, out) as root:
+            write_report(report, page_record(report), root, reload_seconds)
     return bool(report.results)
 
 
@@ -124,13 +130,12 @@ def finish_study(study: Study, console: Console, begun: bool = False) -> None:
                 launched = launch(study)
             later = True
             wait(study, launched, console)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as told:
             launched.stop()
             place = study.file.launch.cluster
             others = place == "slurm" or (place == "local" and not launched.slots)  # an earlier launch's
             go_on = f" Its jobs go on; to stop them: {study.command('cancel')}" if others else ""
-            console.print(f"{interrupted(study)}{go_on}", highlight=False, soft_wrap=True)
-            sys.exit(130)
+            raise type(told)(f"{interrupted(study)}{go_on}") from None
 
 
 def describe_round(study: Study) -> str:

@@ -1,5 +1,6 @@
 """`depthmup check`: the coordinate check of a configuration as a table, a plot and a verdict."""
 
+import io
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import matplotlib
 from rich.console import Console
 
 from depthmup.data.errors import UserError
+from depthmup.data.files import find_locked_folder, write_atomically
 from depthmup.data.paths import expand_path
 from depthmup.launch.findings.theory import activation_of, drift_sentence, not_covered
 from depthmup.launch.progress import display
@@ -83,8 +85,10 @@ def write_plot(lines: list[Line], title: str, path: Path) -> None:
             panel.set_ylabel("RMS")
             panel.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     figure.suptitle(title)
-    figure.savefig(path, dpi=120)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=path.suffix.lstrip("."), dpi=120)
     plt.close(figure)
+    write_atomically(path, drawn.getvalue())
 
 
 def default_plot(config: Path, raw: dict[str, Any], parameterization: str) -> Path:
@@ -158,6 +162,8 @@ def run_check(
     axes = (axis,) if axis else AXES + (EXPERT_AXES if mixture else ())
     if not mixture and axis in EXPERT_AXES:
         raise UserError(f"--axis {axis} is for a mixture of experts: model.family is {run.model.family}, not moe_vit")
+    if locked := find_locked_folder(plot.parent):  # before the training
+        raise UserError(f"{plot}: {locked} is not writable: --plot FILE names another file")
     total, started = len(axes) * len(settings.factors), 0
     with display(console, "coordinate check") as shown:
 
@@ -171,11 +177,6 @@ def run_check(
     alpha = p.resolve().alpha
     title = f"{run.model.family}, {p.name} (alpha {alpha:g}, beta {p.beta:g}), {run.optimizer.name}, "
     title += f"lr {run.optimizer.lr:g}"
-    try:
-        plot.parent.mkdir(parents=True, exist_ok=True)
-        write_plot(lines, title, plot)
-    except OSError as error:
-        raise UserError(f"--plot {plot}: cannot write there ({error.strerror})") from None
     for one in axes:
         console.print("\n".join(table(one, [line for line in lines if line.axis == one])), "", highlight=False)
     console.print(title, verdict(lines, seeds), sep="\n", highlight=False)
@@ -187,5 +188,7 @@ def run_check(
         console.print(advice, highlight=False)
     if advice := freezing(lines, alpha):
         console.print(advice, highlight=False)
+    plot.parent.mkdir(parents=True, exist_ok=True)
+    write_plot(lines, title, plot)
     console.print(f"plot: {plot}", highlight=False)
     return all(line.verdict == "ok" for line in lines)

@@ -10,7 +10,7 @@ from depthmup.data.files import describe_full_disk
 from depthmup.launch.commands import images, single, studies, theory, tuning
 from depthmup.launch.commands.group import Commands
 from depthmup.models.errors import ModelError
-from depthmup.train.interrupt import prepare_streams
+from depthmup.train.interrupt import ended_as_by_ctrl_c, prepare_streams
 
 # What keeps a command from a file, beside a full disk: it is another user's, its folder is none, its name is too long.
 ITS_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
@@ -45,10 +45,11 @@ def cli() -> None:
 
 
 def main() -> None:
-    """The `depthmup` command: 0 on success, 2 with one line on a user's mistake."""
+    """The `depthmup` command: 0 on success, 2 with one line on a user's mistake, 128 + the signal that ended it."""
     prepare_streams()
     try:
-        cli()
+        with ended_as_by_ctrl_c():
+            cli()
     except (UserError, ModelError) as error:
         click.echo(f"depthmup: {error}", err=True)
         sys.exit(2)

@@ -1,6 +1,8 @@
-"""`depthmup new`: a commented study to start from, fitted to the images that it will train on."""
+"""`depthmup new`: a commented study to start from, fitted to the images that it will train on and to its target."""
 
+import math
 import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,12 @@ from depthmup.data.files import write_atomically
 from depthmup.data.look import look_at_images
 from depthmup.data.paths import protect
 from depthmup.data.sources import PACKAGED
-from depthmup.launch.config import folder_name
+from depthmup.launch.config import Size, folder_name
+from depthmup.launch.path_cost import PathCost, count_path
 from depthmup.launch.paths import command
 from depthmup.launch.reading import study_in
+from depthmup.launch.wording import show_share
+from depthmup.train.reading import from_plain, set_dotted
 from depthmup.train.yaml_text import load_yaml
 
 SIDES = (224, 128, 64, 32, 16, 8)  # pixels of the square that a proxy sees
@@ -21,20 +26,24 @@ PATCHES = 8  # of a ViT along a side, where that gives patches of 2 to 16 pixels
 IMAGENET = "[0.485, 0.456, 0.406]", "[0.229, 0.224, 0.225]"  # mean and std that most recipes take for photographs
 BATCH, STEPS, EPOCHS = 64, 300, 10  # of each run: the longer of STEPS and EPOCHS, but at most MOST_STEPS
 MOST_STEPS = 2000
+FEWEST_STEPS = 150  # of a run whose optimum is to be told; the demo's runs have as many
+TARGET_EPOCHS = 90  # of a target that states no samples
+DECAYS = 0.05, 2.0  # what the steps of a run take off the weights, in logarithms: little, and most
+LONGER = 4  # times the samples of the others: a size that measures how the optimum moves with them
 
 # What a small proxy of each family is, as keys of the file.
 FAMILIES: dict[str, dict[str, Any]] = {
     "vit": {
         "network": "Vision Transformer",
-        "sizes": [(64, 3), (64, 12), (256, 3)],
+        "base": Size(width=64, depth=3),
         "model": {"head_dim": 16, "class_token": "false", "global_pool": "avg"},
-        "optimizer": {"name": "adamw", "lr": "2**-8", "weight_decay": "1e-4"},
+        "optimizer": {"name": "adamw", "lr": "2**-8"},
         "first": "2**-13",
         "last": "2**-4",
     },
     "conv_resnet": {
         "network": "ResNet of the paper, without normalisation,",
-        "sizes": [(32, 3), (32, 12), (128, 3)],
+        "base": Size(width=32, depth=3),
         "model": {},
         "optimizer": {"name": "sgd", "lr": "2**-4", "momentum": 0.9},
         "first": "2**-10",
@@ -42,7 +51,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "resnet": {
         "network": "timm ResNet",
-        "sizes": [(32, 4), (32, 16), (128, 4)],
+        "base": Size(width=32, depth=4),
         "model": {"block": "basic", "norm": "batch"},
         "optimizer": {"name": "sgd", "lr": "2**-3", "momentum": 0.9},
         "first": "2**-10",
@@ -51,48 +60,155 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def describe_study(name: str, file: Path, family: str, source: str) -> str:
-    """The text of a study of `family` on the images of `source`, fitted to them. Raises UserError."""
-    look = look_at_images(source)
-    pixels = next((side for side in SIDES if side <= look.pixels), SIDES[-1])
-    steps = min(max(STEPS, EPOCHS * look.images // BATCH), MOST_STEPS)
-    row = FAMILIES[family]
-    model = {**row["model"], **({"patch_size": min(max(pixels // PATCHES, 2), 16)} if family == "vit" else {})}
-    mean, std = IMAGENET if look.has_colours else (0.5, 0.5)
-    images = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(source.rpartition(":")[2]).name.split(".")[0]).strip("-.") or name
-    where = source if source in PACKAGED else protect(str(Path(source).resolve()))
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("depthmup.launch", "."),
-        undefined=jinja2.StrictUndefined,
-        keep_trailing_newline=True,
-    )
-    return environment.get_template("new.yaml.j2").render(
-        {**row, "model": model},
-        name=name,
-        file=file,
-        family=family,
-        source=None if look.is_indexed else where,
-        images=images,
-        root=where if look.is_indexed else f"shards/{images}",
-        look=look,
-        pixels=pixels,
-        mean=mean,
-        std=std,
-        batch=BATCH,
-        samples=steps * BATCH,
-    )
+@dataclass(frozen=True)
+class NewStudy:
+    """The text of a study's file; with a target, the text of its file and what tuning costs beside it."""
+
+    text: str
+    target: str = ""
+    cost: PathCost | None = None
 
 
-def write_new_study(name: str, family: str, source: str) -> list[str]:
-    """Writes NAME.yaml into the working folder, and returns the lines that say what comes next. Raises UserError."""
+def choose_sizes(base: Size, target: Size | None) -> list[Size]:
+    """The base, wider and deeper ones, which cost less than the target. Raises UserError when that is too small."""
+    factors = (2, 4) if target else (4,)  # a forecast needs three sizes along an axis
+    wider = [replace(base, width=factor * base.width) for factor in factors]
+    deeper = [replace(base, depth=factor * base.depth) for factor in factors]
+    if target is None:
+        return [base, *deeper, *wider]
+    sizes = [base, *(size for size in deeper if size.depth < target.depth)]
+    sizes += [size for size in wider if size.width < target.width]
+    if target.width < base.width or target.depth < base.depth or len(sizes) == 1:
+        raise UserError(
+            f"--target {target}: the proxy has {base}, and a study over sizes needs one between the two: give a target "
+            "more than twice as wide or as deep"
+        )
+    return sizes
+
+
+def read_target(text: str) -> Size:
+    """'width=768,depth=24,samples=1e8,batch=1024', of which samples and batch may be left out. Raises UserError."""
+    changes: dict[str, Any] = {}
+    for part in text.split(","):
+        if "=" not in part:
+            raise UserError(f"--target {text}: a target looks like width=768,depth=24,samples=1e8,batch=1024")
+        set_dotted(changes, part)
+    return from_plain(Size, changes, f"--target {text}")
+
+
+class Template:
+    """What a study of `family` on the images of `source` says, but for its samples. Raises UserError."""
+
+    def __init__(self, name: str, file: Path, family: str, source: str, target: Size | None) -> None:
+        look = look_at_images(source)
+        pixels = next((side for side in SIDES if side <= look.pixels), SIDES[-1])
+        row = FAMILIES[family]
+        patch = {"patch_size": min(max(pixels // PATCHES, 2), 16)} if family == "vit" else {}
+        mean, std = IMAGENET if look.has_colours else (0.5, 0.5)
+        images = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(source.rpartition(":")[2]).name.split(".")[0]).strip("-.")
+        where = source if source in PACKAGED else protect(str(Path(source).resolve()))
+        self.name, self.file, self.num_images = name, file, look.images
+        self.batch = target.batch if target and target.batch else BATCH
+        self.target = target and replace(
+            target, batch=self.batch, samples=target.samples or TARGET_EPOCHS * look.images // self.batch * self.batch
+        )
+        self.sizes = choose_sizes(row["base"], target)
+        self.values: dict[str, Any] = {
+            **row,
+            **{"name": name, "file": file, "family": family, "sizes": self.sizes, "target": self.target},
+            **{"target_file": target_file(name), "look": look, "pixels": pixels, "mean": mean, "std": std},
+            "model": {**row["model"], **patch},
+            "source": None if look.is_indexed else where,
+            "images": images or name,
+            "root": where if look.is_indexed else f"shards/{images or name}",
+            "batch": self.batch,
+        }
+
+    def render(self, steps: int, longer: bool = False) -> str:
+        """`longer`: with a size of LONGER times the samples."""
+        environment = jinja2.Environment(
+            loader=jinja2.PackageLoader("depthmup.launch", "."),
+            undefined=jinja2.StrictUndefined,
+            keep_trailing_newline=True,
+        )
+        samples = steps * self.batch
+        decay, most_decay = (f"{share / steps:.0e}" for share in DECAYS)
+        return environment.get_template("new.yaml.j2").render(
+            self.values,
+            samples=samples,
+            longest=LONGER * samples if longer else None,
+            decay=decay,
+            most_decay=most_decay,
+        )
+
+    def render_target(self) -> str:
+        """The target's own keys."""
+        size = self.target
+        assert size
+        return (
+            f"# The target of the study {self.name}: what differs from the proxy in {self.file}.\n"
+            f"model: {{width: {size.width}, depth: {size.depth}}}\n"
+            f"train: {{samples: {size.samples}}}\n"
+        )
+
+    def count(self, text: str) -> PathCost:
+        """What the path that `text` begins costs."""
+        changes = load_yaml(self.render_target(), target_file(self.name).name)
+        return count_path(self.file, study_in(load_yaml(text, str(self.file)), self.file), changes)
+
+
+def target_file(name: str) -> Path:
+    return Path(f"{name}_target.yaml")
+
+
+def describe_study(
+    name: str, file: Path, family: str, source: str, target: Size | None = None, share: float = 0.01
+) -> NewStudy:
+    """A study of `family` on the images of `source`. With a `target` its runs are as long as `share` of the target's
+    FLOPs pays for, at most as long as the target's. Raises UserError, also where that is too short to tell an optimum.
+    """
+    template = Template(name, file, family, source, target)
+    if not template.target:
+        return NewStudy(template.render(min(max(STEPS, EPOCHS * template.num_images // BATCH), MOST_STEPS)))
+    assert template.target.samples
+    most = template.target.samples // template.batch
+    for longer in (True, False):
+        # FLOPs are proportional to the steps.
+        cost = template.count(template.render(FEWEST_STEPS, longer))
+        steps = min(math.floor(FEWEST_STEPS * share / cost.share), most)
+        if LONGER * steps <= most:
+            break
+    if steps < FEWEST_STEPS:
+        raise UserError(
+            f"--target {target}: {show_share(share)} of its FLOPs pays for runs of {steps} steps, and an optimum needs "
+            f"{FEWEST_STEPS}: add --share {math.ceil(1000 * cost.share) / 1000:g}, or give the target more samples"
+        )
+    text = template.render(steps, longer)
+    return NewStudy(text, template.render_target(), template.count(text))
+
+
+def write_new_study(name: str, family: str, source: str, target: str | None = None, share: float = 0.01) -> list[str]:
+    """Writes NAME.yaml into the working folder, and NAME_target.yaml where a `target` is given as `read_target` takes
+    it. Returns the lines that say what comes next. Raises UserError."""
     file = Path(f"{name}.yaml")
     try:
         folder_name(name)
     except ValueError as error:
         raise UserError(f"{name}: a study's name {error}") from None
-    if file.exists():
-        raise UserError(f"{file} exists already: give another name, or delete it first")
-    text = describe_study(name, file, family, source)
-    study_in(load_yaml(text, str(file)), file)  # what is written is a study that can be launched
-    write_atomically(file, text.encode())
-    return [f"{file} is written. Next:", "", *(f"  {command(verb, file)}" for verb in ("plan", "transfer"))]
+    for each in (file, *([target_file(name)] if target else [])):
+        if each.exists():
+            raise UserError(f"{each} exists already: give another name, or delete it first")
+    found = describe_study(name, file, family, source, read_target(target) if target else None, share)
+    study_in(load_yaml(found.text, str(file)), file)  # what is written is a study that can be launched
+    write_atomically(file, found.text.encode())
+    if not found.cost:
+        return [f"{file} is written. Next:", "", *(f"  {command(verb, file)}" for verb in ("plan", "transfer"))]
+    write_atomically(target_file(name), found.target.encode())
+    words = (file, "--target", target_file(name))
+    next_commands = (command("plan", *words), command("transfer", file, "--tune", *words[1:]))
+    return [
+        f"{file} and {target_file(name)} are written. {found.cost}",
+        "Next:",
+        "",
+        *(f"  {each}" for each in next_commands),
+    ]

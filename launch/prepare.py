@@ -11,6 +11,7 @@ from depthmup.launch.jobs import slurm
 from depthmup.launch.progress import display
 from depthmup.launch.runs.fits import check_fits
 from depthmup.launch.runs.study import Study
+from depthmup.launch.runs.written import check_writable
 
 
 def pack_source(data: DataConfig, console: Console) -> None:
@@ -35,7 +36,7 @@ def pack_source(data: DataConfig, console: Console) -> None:
 def prepare_data(study: Study, console: Console) -> None:
     """Packs data.source where there are no shards yet, and checks that the images are those of the model. Raises
     UserError."""
-    study.check_writable()
+    check_writable(study.file.directory)
     check_fits(study)  # before an hour of packing
     if study.file.launch.cluster == "slurm":
         slurm.require_slurm()

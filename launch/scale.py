@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from depthmup.data.errors import UserError
-from depthmup.data.files import write_atomically
+from depthmup.data.files import find_locked_folder, write_atomically
+from depthmup.data.index import counted
 from depthmup.data.paths import protect
 from depthmup.launch.axes import MODEL_AXES, TRAINING_AXES
 from depthmup.launch.config import Size, StudyFile, label
@@ -113,7 +114,7 @@ def choose_curve(report: Report, parameterization: str | None, force: bool) -> t
         f"Transferred from study {study.name} with {curve.parameterization}: {judgement.verdict} ({judgement.reason}).",
         f"{study.hyperparameter} {study.show(study.octaves(carried))}{interval}"
         + (f", censored on the {curve.optimum.censored} edge of the grid" if curve.optimum.censored else "")
-        + f", from {curve.num_seeds} seed(s) at {curve.size}.",
+        + f", from {counted(curve.num_seeds, 'seed')} at {curve.size}.",
         f"Horizon of the proxy: {train.samples} samples in batches of {train.global_batch_size} "
         f"({train.num_steps} steps).",
     ]
@@ -299,6 +300,8 @@ def run_of(config: dict[str, Any], source: str) -> RunConfig:
 def write_target(transferred: Transferred, path: Path) -> None:
     """Writes the target's file. Raises UserError when that of another run is there: it may have been edited. Where it
     runs, and what comments say of it, does not make it another."""
+    if locked := find_locked_folder(path.parent):
+        raise UserError(f"{path}: {locked} is not writable: --out FILE names another file")
     path.parent.mkdir(parents=True, exist_ok=True)
     ours = load_yaml(transferred.text(), path.name)
     if path.exists() and {**read_yaml(path), "launch": None} != {**ours, "launch": None}:

@@ -106,8 +106,8 @@ def launch(study: Study, only: Sequence[State] = UNFINISHED, by_itself: bool = F
             return Launched(runs, [], submit_local(packs, config, study.file.directory / "local"))
     try:
         run_here(packs, config, study.file.directory / "local")
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(interrupted(study)) from None
+    except KeyboardInterrupt as told:
+        raise type(told)(interrupted(study)) from None
     return Launched(runs, [], [])
 
 
@@ -228,9 +228,8 @@ def wait(study: Study, launched: Launched, console: Console) -> None:
             gained, elapsed = share - before, time.monotonic() - started
             text = f"{len(known)} of {len(study.runs) + shares.to_come} done, {counts.get('running', 0)} running"
             text += f", ETA {duration(elapsed * (1 - share) / gained)}" if gained > 0.01 else ""
-            text += "".join(
-                f", {counts[state]} {state}" for state in ("stalled", "starting", "failed", "held") if state in counts
-            )
+            shown_states = ("stalled", "starting", "ending", "failed", "held")
+            text += "".join(f", {counts[state]} {state}" for state in shown_states if state in counts)
             text += waiting_for(snapshot)
             text += ", Slurm does not answer" if snapshot.slurm_error else ""
             active = len(snapshot.of(*states.ACTIVE))

@@ -19,11 +19,14 @@ from depthmup.models.init import init_std, initialize, keep_whole, materialize
 from depthmup.models.moe_vit import MOE_VIT
 from depthmup.models.multiplier import Multiplier, is_scaled, scale_input, scale_output
 from depthmup.models.parameterization import BRANCH_ROLES, Role, Scale
+from depthmup.models.probabilistic import PROBABILISTIC
 from depthmup.models.resnet import RESNET
 from depthmup.models.timm_family import TIMM
 from depthmup.models.vit import VIT
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (VIT, MOE_VIT, RESNET, CONV_RESNET, TIMM)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (VIT, MOE_VIT, RESNET, CONV_RESNET, TIMM, PROBABILISTIC)
+}
 
 
 @dataclass(frozen=True)
@@ -62,10 +65,17 @@ def rules_of(network: nn.Module, roles: Roles, scale: Scale) -> dict[str, Parame
 def scaled_model(network: nn.Module, roles: Roles, scale: Scale) -> ScaledModel:
     """Gives every parameter its role and puts the multipliers on `network`. All is checked before any change.
 
-    Raises UnmatchedParameterError, or ModelError for a pattern that no module matches or an init that does not fit.
+    Raises UnmatchedParameterError, or ModelError for a pattern that no module matches, an init that does not fit, or
+    rules of depth for a network without branches.
     """
     rules = rules_of(network, roles, scale)
     branches, queries = find_slots(network, roles.branches), find_slots(network, roles.queries)
+    distributions = find_slots(network, roles.distributions)
+    if not branches and (scale.parameterization.depth_rules or scale.parameterization.beta != 1):
+        raise ModelError(
+            f"{type(network).__name__} has no residual branches, so that rules of depth and beta would do nothing: use "
+            "parameterization.name mup, or sp, and leave beta out"
+        )
     blocks = stated_blocks(network, roles, branches)
     for readout in roles.readouts:
         if readout not in dict(network.named_modules()):
@@ -75,6 +85,8 @@ def scaled_model(network: nn.Module, roles: Roles, scale: Scale) -> ScaledModel:
         installed[name] = scale_output(network, name, scale.branch_multiplier())
     for name in queries:
         installed[name] = scale_output(network, name, scale.attention_multiplier())
+    for name in distributions:
+        installed[name] = scale_output(network, name, scale.distribution_multiplier())
     for name in roles.readouts:
         installed[name] = scale_input(network, name, scale.readout_multiplier())
     multipliers = {name: multiplier for name, multiplier in installed.items() if multiplier is not None}

@@ -52,6 +52,11 @@ class ModelConfig:
         return Size(width=self.base_width, depth=self.base_depth)
 
     @property
+    def head_dim_grows(self) -> bool:
+        """Whether the dimension over which attention sums grows with width."""
+        return False
+
+    @property
     def chance(self) -> float:
         """The loss of a guess."""
         return math.log(self.num_classes)
@@ -96,6 +101,10 @@ class VisionTransformerConfig(ModelConfig):
         assert divisor is not None
         check_multiple("width", self.width, divisor, what)
         check_multiple("base_width", self.base_width, divisor, what)
+
+    @property
+    def head_dim_grows(self) -> bool:
+        return self.num_heads is not None
 
     def heads(self, width: int) -> tuple[int, int]:
         """(number of heads, head dim) at `width`."""
@@ -221,6 +230,41 @@ class MixtureVitConfig(VisionTransformerConfig):
         return replace(super().base_size, num_experts=self.base_num_experts, mlp_ratio=self.base_mlp_ratio)
 
 
+@checked_model
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class ProbabilisticConfig(ModelConfig):
+    """The Probabilistic Transformer on patches: `width` labels of each, and `depth` iterations of one tied block, whose
+    number has no factor. Its ternary factors have rank width / channels, which grows."""
+
+    family: Literal["probabilistic"] = field(default="probabilistic", metadata=TAG)
+    channels: Positive = 4  # of dependencies between patches; it divides the width
+    patch_size: Positive = 4  # pixels of a side; image_size is a multiple
+    tau: Annotated[Number, Field(gt=0)] = 0.5  # strength of all potentials, a constant to tune
+
+    def __post_init__(self) -> None:
+        check_multiple("image_size", self.image_size, self.patch_size, "patch_size")
+        check_multiple("width", self.width, self.channels, "channels")
+        check_multiple("base_width", self.base_width, self.channels, "channels")
+        if self.num_patches == 1:
+            raise ModelError("one patch has no other to depend on: take a smaller patch_size")
+
+    @property
+    def head_dim_grows(self) -> bool:
+        return True  # it is the rank
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def size(self) -> Size:
+        return Size(width=self.width, depth=self.depth, head_dim=self.width // self.channels)
+
+    @property
+    def base_size(self) -> Size:
+        return Size(width=self.base_width, depth=self.base_depth, head_dim=self.base_width // self.channels)
+
+
 OF_SEVERAL_EXPERTS = ("active_share", "balance_rate")  # what the dense network of one expert does not read
 
 VIT_16 = {"family": "vit", "head_dim": 64, "patch_size": 16, "image_size": 224}
@@ -246,7 +290,7 @@ def expand_named_size(raw: Any) -> Any:
 
 
 AnyModelConfig = Annotated[
-    VisionTransformerConfig | ResNetConfig | ConvResNetConfig | TimmConfig | MixtureVitConfig,
+    VisionTransformerConfig | ResNetConfig | ConvResNetConfig | TimmConfig | MixtureVitConfig | ProbabilisticConfig,
     Field(discriminator="family"),
     BeforeValidator(expand_named_size),
 ]

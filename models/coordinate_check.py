@@ -250,6 +250,6 @@ def check(
         optimizer,
         settings,
         axes,
-        head_dim_grows=getattr(config, "num_heads", None) is not None,
+        head_dim_grows=config.head_dim_grows,
         progress=progress,
     )

@@ -42,7 +42,7 @@ def folded_state(scaled: ScaledModel) -> dict[str, Tensor]:
     """
     network, roles = scaled.network, scaled.roles
     state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    slots = find_slots(network, roles.branches) | find_slots(network, roles.queries)
+    slots = find_slots(network, (*roles.branches, *roles.queries, *roles.distributions))
     for name, multiplier in scaled.multipliers.items():
         if name in roles.readouts:
             readout = network.get_submodule(name)

@@ -102,6 +102,8 @@ class Roles:
     # alone needs them in a network of your own, finds them in a forward pass (models.stream).
     blocks: RegularExpression | None = None
     routers: RegularExpression | None = None  # modules whose output routes tokens to experts; for the check, too
+    # Modules whose output is a distribution over what grows, times a constant of the base: they get a multiplier N.
+    distributions: tuple[Slot, ...] = ()
     more_readouts: tuple[str, ...] = ()  # other such modules, whose outputs are added to the readout's
 
     @property

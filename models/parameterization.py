@@ -289,9 +289,16 @@ class Scale:
         """sqrt(d0 / d), which turns the usual 1 / sqrt(d) into sqrt(d0) / d (2203.03466, definition 4.1)."""
         return self.head_dim_ratio**-0.5 if self.parameterization.width_rules else 1.0
 
+    def distribution_multiplier(self) -> float:
+        """N, on probabilities of as many values as the network is wide, which are of order 1 / N (2604.25409)."""
+        return self._N
+
     def all_factors(self, optimizer: Literal["sgd", "adamw", "muon"]) -> tuple[Any, ...]:
         """Everything that the rules change. Where two scales have it in common, they train the same network alike."""
-        multipliers = self.branch_multiplier(), self.readout_multiplier(), self.attention_multiplier()
+        multipliers = (
+            *(self.branch_multiplier(), self.readout_multiplier()),
+            *(self.attention_multiplier(), self.distribution_multiplier()),
+        )
         return *multipliers, *((self.init_variance(role), self.factors(role, optimizer)) for role in Role)
 
     def init_variance(self, role: Role) -> float:

@@ -11,11 +11,13 @@ from depthmup.models.config import (
     AnyModelConfig,
     ConvResNetConfig,
     MixtureVitConfig,
+    ProbabilisticConfig,
     ResNetConfig,
     TimmConfig,
     VisionTransformerConfig,
 )
 from depthmup.models.conv_resnet import ConvResNet
+from depthmup.models.errors import ModelError
 from depthmup.models.moe_vit import build as build_moe_vit
 from depthmup.models.moe_vit import mixtures_of
 from depthmup.models.resnet import build as build_resnet
@@ -58,9 +60,12 @@ def with_preprocessing(network: nn.Module, arguments: dict[str, Any]) -> nn.Modu
 
 
 def timm_call(config: AnyModelConfig) -> tuple[str, dict[str, Any]]:
-    """Name and arguments with which timm.create_model makes the plain network of `config`."""
+    """Name and arguments with which timm.create_model makes the plain network of `config`. Raises ModelError for one
+    that has no plain network."""
     if type(config) is VisionTransformerConfig:
         return config.timm_name, timm_arguments(config)
+    if isinstance(config, ProbabilisticConfig):
+        raise ModelError("cannot export: the factor N on probabilities has no weight to go into (family probabilistic)")
     if isinstance(config, TimmConfig):
         return plain_call(config)
     if isinstance(config, ResNetConfig) and config.width == 64 and config.norm == "batch" and not config.preactivation:

@@ -242,13 +242,14 @@ def gpu_net(stated: Arguments, wanted: Wanted) -> Arguments:
 
 def xception(stated: Arguments, wanted: Wanted) -> Arguments:
     """The width is what the first block puts out; its stem has 64 channels at any. `depth` blocks follow each of the
-    blocks that shrink the image, but the last."""
+    blocks that shrink the image. The last block has a shortcut here, so that every block has a branch of one kind."""
     blocks, ratio = stated["block_cfg"], Fraction(wanted.width, first_number(stated["block_cfg"][0]["out_chs"]))
     made: list[Arguments] = []
     for block in (each for each in blocks if each["stride"] > 1 or each.get("no_skip")):
         before = first_number(made[-1]["out_chs"][-1]) if made else block["in_chs"]
         outs = scaled(ratio, "out_chs", block["out_chs"])
-        made.append(block | {"in_chs": before, "out_chs": (outs,) * 3 if isinstance(outs, int) else outs})
+        outs = (outs,) * 3 if isinstance(outs, int) else outs
+        made.append(block | {"in_chs": before, "out_chs": outs, "no_skip": False})
         if not block.get("no_skip"):
             made += [
                 {"in_chs": made[-1]["out_chs"][-1], "out_chs": (made[-1]["out_chs"][-1],) * 3, "stride": 1}

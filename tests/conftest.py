@@ -20,8 +20,8 @@ from slurm_cluster import start as start_cluster
 
 # The files of a lane are one process's, which brings up a cluster of its own for them. The lanes last about as long.
 LANES = {
-    **dict.fromkeys(("slurm_survival", "slurm_tune", "slurm_chain"), "cluster 1"),
-    **dict.fromkeys(("slurm_nodes", "slurm_launch", "slurm_install"), "cluster 2"),
+    **dict.fromkeys(("slurm_survival", "slurm_tune", "slurm_chain", "slurm_ladder"), "cluster 1"),
+    **dict.fromkeys(("slurm_nodes", "slurm_launch", "slurm_install", "slurm_status"), "cluster 2"),
 }
 # Longest first: a file that begins last must not leave the other processes idle. Seconds of CPU on two busy cores.
 LONG_FILES = {

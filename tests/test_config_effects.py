@@ -16,7 +16,9 @@ from depthmup.models.config import (
     ConvResNetConfig,
     MixtureVitConfig,
     ParameterizationConfig,
+    ProbabilisticConfig,
     ResNetConfig,
+    TimmConfig,
     VisionTransformerConfig,
 )
 from depthmup.models.errors import ModelError
@@ -70,6 +72,7 @@ OF_VIT: dict[str, tuple[Any, ...]] = {
     **{"mlp_ratio": (2.0,), "qk_norm": (True,), "class_token": (False,), "global_pool": ("avg",)},
     **{"layer_scale": (0.1,)},
 }
+SMALL = {"family": "timm", "width": 16, "depth": 2, "base_width": 16, "base_depth": 1}  # roles are found by looking
 OF_MODEL: dict[Any, tuple[list[dict[str, Any]], dict[str, tuple[Any, ...]]]] = {  # contexts, and other values
     VisionTransformerConfig: (
         [{"family": "vit", "num_heads": 2, "patch_size": 4}],
@@ -92,11 +95,29 @@ OF_MODEL: dict[Any, tuple[list[dict[str, Any]], dict[str, tuple[Any, ...]]]] = {
             **{"norm": ("batch", "group", "none"), "num_groups": (8,)},
         },
     ),
+    ProbabilisticConfig: (
+        [{"family": "probabilistic"}],
+        {"channels": (2,), "patch_size": (2,), "tau": (1.0,)},
+    ),
     ConvResNetConfig: (
         [{"family": "conv_resnet", "num_stages": 2}],
         {"num_stages": (4,), "convs_per_branch": (2,), "norm": ("batch", "layer"), "activation": ("tanh",)},
     ),
+    TimmConfig: (
+        [
+            {"timm_name": "vit_tiny_patch16_224", "head_dim": 8, "arguments": {"patch_size": 4}, **SMALL},
+            {"timm_name": "resnet26", **SMALL, "width": 32, "base_width": 32},
+        ],
+        {
+            **{"timm_name": ("resnet26d", "vit_base_patch16_clip_224"), "head_dim": (None, 4)},
+            "arguments": ({"patch_size": 2}, {"avg_down": True}),
+        },
+    ),
 }
+# of timm's network: heads without a head_dim, which another network has, and arguments that are another network's
+OF_OTHER_NETWORKS = ("state head_dim", "timm cannot build")
+OF_FAMILY = {"probabilistic": {"name": "mup"}}  # it has no branches, for which the others have rules
+IDLE = {ProbabilisticConfig: ["base_depth: 8"]}  # as under mup for every family: the number of iterations has no factor
 BESIDE: dict[str, dict[str, Any]] = {
     "tau_ema": {"weight_decay": 0.0},
     "head_dim": {"num_heads": None},
@@ -234,7 +255,7 @@ def computed(model: dict[str, Any]) -> tuple[Any, ...]:
     """All that a model section can change: factors, and the logits of the initial network."""
     raw = {
         **{"model": model, "optimizer": {"lr": 0.01}, "data": {"name": "x", "root": "x", "num_streams": 4}},
-        "train": {"samples": 4, "global_batch_size": 4},
+        **{"train": {"samples": 4, "global_batch_size": 4}, "parameterization": OF_FAMILY.get(model["family"], {})},
     }
     run = from_plain(RunConfig, raw, "test")
     scaled = build(run.model, run.parameterization, seed=0)
@@ -255,12 +276,20 @@ def test_every_field_of_a_model_acts_or_is_refused(section: Any) -> None:
     others = {**OF_ANY_MODEL, **others}
     assert {"family", *others} == all_of(section)
     acting = {"family"}
+
+    def observe(model: dict[str, Any]) -> tuple[Any, ...]:
+        try:
+            return computed({**SHAPE, **model})
+        except ModelError as error:
+            raise UserError(str(error)) from None
+
+    refusals = ("would do nothing", *(OF_OTHER_NETWORKS if section is TimmConfig else ()))
     for context in contexts:
-        base = computed({**SHAPE, **context})
-        idle, working, _ = tried(others, context, base, lambda model: computed({**SHAPE, **model}), beside=BESIDE)
-        assert not idle
+        beside = {} if section is TimmConfig else BESIDE
+        idle, working, _ = tried(others, context, observe(context), observe, refusals, beside)
+        assert [text.partition(" in ")[0] for text in idle] == IDLE.get(section, [])
         acting |= working
-    assert acting == all_of(section)
+    assert acting == all_of(section) - {text.partition(":")[0] for text in IDLE.get(section, [])}
 
 
 def test_the_rate_of_every_role_acts_or_is_refused() -> None:

@@ -6,20 +6,25 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from depthmup.data.batch import Batch
+from depthmup.data.config import DataConfig
+from depthmup.data.index import Index
 from depthmup.data.loader import TrainingLoader, TrainingStream
 from depthmup.data.memory import open_store
 from depthmup.data.order import State
+from depthmup.data.pack import pack
 from depthmup.data.workers import Slots
 from depthmup.train import loop
 from depthmup.train.batches import open_data
 from depthmup.train.config import ParallelConfig, RunConfig
 from depthmup.train.distributed import World, process_group
 from depthmup.train.interrupt import Interrupt, Interrupted
-from depthmup.train.packs.memory import pack_bytes
+from depthmup.train.packs.memory import count_bytes
 from depthmup.train.packs.pack import run_pack
 from train_configs import CONV_RESNET, VIT, losses, metric, pack_digits, run_config
 
@@ -82,6 +87,57 @@ def test_a_batch_on_a_gpu_keeps_its_pixels_when_workers_fill_its_slot_again(shar
         assert got.images.device == CUDA
         assert torch.equal(got.images.cpu(), expected.images)
         assert torch.equal(got.labels.cpu(), expected.labels)
+
+
+def photographs(folder: Path) -> Path:
+    """64 pictures of smooth colours, of several sizes, and one that is no JPEG."""
+    random = np.random.default_rng(0)
+    for number in range(64):
+        rows, columns = np.mgrid[: random.integers(100, 300), : random.integers(100, 300)] / 60
+        colors = [np.sin(random.uniform(1, 4) * rows + random.uniform(1, 4) * columns) for _ in range(3)]
+        path = folder / "images" / f"class{number % 2}" / f"{number}.{'png' if number == 7 else 'jpg'}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = (127 + 100 * np.stack(colors, 2)).astype(np.uint8)
+        Image.fromarray(pixels).save(path, **({} if number == 7 else {"quality": 90, "progressive": number % 5 == 0}))
+    pack(str(folder / "images"), folder / "shards", shard_samples=17)
+    return folder / "shards"
+
+
+@pytest.mark.parametrize("augment", ["none", "crop_flip", "resized_crop_flip"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_nvjpeg_has_the_references_samples_and_crops_and_its_pixels_to_three_levels_on_average(
+    tmp_path: Path, augment: str, channels: int
+) -> None:
+    """On average, as nvJPEG enlarges the colours' planes in another way than libjpeg."""
+    index = Index.load(str(photographs(tmp_path)))
+
+    def batches(backend: str, num_workers: int, device: torch.device) -> list[Batch]:
+        data = DataConfig(
+            name="photographs", root=index.root, minival=0, num_streams=4, augment=augment, backend=backend,
+            num_workers=num_workers,
+        )  # fmt: skip
+        stream = TrainingStream(data, index, State(0), 16, 64, channels)
+        return list(islice(TrainingLoader(stream, device), 12))
+
+    once, again = batches("nvjpeg", 2, CUDA), batches("nvjpeg", 0, CUDA)
+    for got, other, expected in zip(once, again, batches("pil", 0, torch.device("cpu")), strict=True):
+        assert got.images.device == CUDA
+        assert torch.equal(got.images, other.images)
+        assert torch.equal(got.labels.cpu(), expected.labels)
+        assert (got.images.cpu().int() - expected.images.int()).abs().float().mean() < 3
+    assert sum(batch.missed for batch in once[:4]) == 1
+
+
+def test_a_run_that_decodes_on_the_gpu_trains_evaluates_and_goes_on_after_a_stop(tmp_path: Path) -> None:
+    overrides = ("data.backend=nvjpeg", "data.augment=resized_crop_flip", "data.num_workers=2", "data.minival=0.25")
+    sizes = ("model.in_channels=3", "model.num_classes=2", "train.evaluate=[minival]", "train.evaluate_every=7")
+    config = on_gpu(photographs(tmp_path), "vit", *ADAMW, *overrides, *sizes)
+    loop.run(config, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        loop.run(config, tmp_path / "stopped", interrupt=StopAfter(10))
+    loop.run(config, tmp_path / "stopped")
+    assert losses(tmp_path / "stopped") == pytest.approx(losses(tmp_path / "whole"), rel=1e-3)
+    assert metric(tmp_path / "whole", "decoded_by_pil")
 
 
 def test_what_workers_fill_is_pinned_while_it_is_used() -> None:
@@ -204,10 +260,9 @@ def test_a_pack_on_a_gpu_has_the_losses_of_its_runs_alone_and_goes_on_after_a_st
 def test_memory_of_a_pack_is_what_the_gpus_allocator_counts(shards: Path) -> None:
     for network in NETWORKS:
         config = on_gpu(shards, network, *ADAMW, BF16, "data.in_memory=true")
-        pack_bytes(config, 4, CUDA)  # libraries take their workspaces
-        pack_bytes.cache_clear()
+        count_bytes(config, 4, CUDA)  # libraries take their workspaces
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        counted = pack_bytes(config, 4, CUDA)
+        counted = count_bytes(config, 4, CUDA)
         taken = torch.cuda.max_memory_allocated() - before
         assert counted == pytest.approx(taken, rel=0.15), network

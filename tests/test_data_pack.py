@@ -19,6 +19,7 @@ from PIL import Image
 
 from depthmup.data import pack as packing
 from depthmup.data.errors import UserError
+from depthmup.data.images import convert_image
 from depthmup.data.index import Index, Span, load_members
 from depthmup.data.inspect import inspect_split
 from depthmup.data.pack import pack
@@ -53,6 +54,28 @@ def test_packed_shards_keep_the_files_bytes_and_labels(tmp_path):
             *(f"{n}.{e}" for n in ("train-000000", "train-000001", "val-000000") for e in ("tar", "index.npz")),
         ]
     )
+
+
+@pytest.mark.parametrize("content", ["", '{"listing"', "[]", "7", '{"name": "bundle"}', '{"options": 1}', "\x00\x00"])
+def test_what_another_program_or_a_full_disk_left_as_pack_json_is_named_and_nothing_is_changed(tmp_path, content):
+    source, out = make_folder(tmp_path / "images", 4), tmp_path / "out"
+    out.mkdir()
+    (out / "pack.json").write_text(content)
+    with pytest.raises(UserError, match=r"out/pack\.json: damaged, or another program's.*pack into another folder"):
+        pack(str(source), out)
+    assert contents(out) == {"pack.json": content.encode()}
+
+
+@pytest.mark.parametrize("content", ["", '{"shard": nul', '{"shard": {"name": "a"}, "bad": []}', "[]", "{}"])
+def test_a_damaged_record_of_a_shard_has_that_shard_packed_again(tmp_path, monkeypatch, content):
+    source, out = make_folder(tmp_path / "images", 4), tmp_path / "out"
+    with monkeypatch.context() as killed:
+        killed.setattr(Index, "save", lambda index: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            pack(str(source), out)
+    (record,) = (path for path in out.iterdir() if path.suffix == ".json" and path.name != "pack.json")
+    record.write_text(content)
+    assert pack(str(source), out)[0].describe() == "4 samples in 1 shard"
 
 
 def test_a_killed_pack_leaves_whole_shards_and_the_next_one_finishes_the_same(tmp_path):
@@ -146,7 +169,7 @@ def test_resize_scales_16_bits_to_8_as_training_does():
     ramp = (np.arange(4096).reshape(64, 64) * 16).astype(np.uint16)
     content = io.BytesIO()
     Image.fromarray(ramp).save(content, "png")
-    small = Image.open(io.BytesIO(packing.convert(content.getvalue(), 32, 95)))
+    small = Image.open(io.BytesIO(convert_image(content.getvalue(), 32, 95)))
     assert abs(np.asarray(small).mean() - (ramp >> 8).mean()) < 1
 
 

@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -381,6 +382,29 @@ def test_a_shard_without_a_readable_image_shows_no_rate(tmp_path):
     (tmp_path / "images" / "cat" / "1.jpg").write_bytes(b"no image")
     result = CliRunner().invoke(cli, ["pack", str(tmp_path / "images"), str(tmp_path / "shards")])
     assert not isinstance(result.exception, ZeroDivisionError)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("$Recycle.Bin", "RECYCLER", "~snapshot", "@Recently-Snapshot", "__macosx", "Network Trash Folder"),
+        *("system volume information", "FOUND.000", "Lost+Found", "#Recycle"),
+    ],
+)
+def test_folders_of_systems_are_no_classes_however_they_are_written(tmp_path, name):
+    source = make_folder(tmp_path / "images", 4, classes=2)
+    shutil.copytree(source / "class0", source / name)
+    index, said = pack(str(source), tmp_path / "out")
+    assert index.classes == ("class0", "class1")
+    assert said == [f"2 files left out: in the hidden folder {name}"]
+
+
+@pytest.mark.parametrize("name", ["train_dataset", "train-files", "TrainPNG", "train_folder", "train pics"])
+def test_words_for_what_any_folder_holds_make_no_class_of_a_split(tmp_path, name):
+    source = make_folder(tmp_path / "images" / name, 4, classes=2)
+    make_folder(source.parent / "val", 4, classes=2)
+    index, _ = pack(str(source.parent), tmp_path / "out")
+    assert (sorted(index.splits), index.classes) == (["train", "val"], ("class0", "class1"))
 
 
 def test_hidden_folders_and_files_are_no_classes_and_no_images_and_are_counted(tmp_path):

@@ -1,8 +1,10 @@
 """What cannot run where it is to run is refused before anything waits, with the mend; what is shipped fits."""
 
+from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from depthmup.data.errors import UserError
@@ -12,6 +14,7 @@ from depthmup.launch.jobs.submit import dry_run_script
 from depthmup.launch.reading import PLACES, read_study, read_study_or_run
 from depthmup.launch.runs.fits import check_fits, processes_of
 from depthmup.launch.runs.plan import describe_jobs
+from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.study import Study
 from depthmup.launch.transfer import launch
 
@@ -24,11 +27,17 @@ RECIPES = sorted(
 PROFILES = [path.stem for path in sorted((CONFIGS / "cluster").glob("*.yaml"))]
 
 
+@cache
+def runs_of(recipe: str) -> list[PlannedRun]:
+    return Study(CONFIGS / recipe, read_study_or_run(CONFIGS / recipe)).runs
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("cluster", [*PLACES, *PROFILES])
 def test_every_shipped_recipe_can_run_with_every_shipped_profile(recipe: str, cluster: str, tmp_path: Path) -> None:
     place = (f"launch.cluster={cluster}", f"study.directory={tmp_path}")
     study = Study(CONFIGS / recipe, read_study_or_run(CONFIGS / recipe, place))
+    study.runs = runs_of(recipe)  # which are the same wherever they run: they are planned once
     check_fits(study)
     if study.file.launch.cluster == "slurm":
         assert "launch.jobs.worker" in dry_run_script(study)
@@ -85,6 +94,11 @@ NODES = ("launch.cluster=slurm", "launch.nodes=4", "launch.gpus_per_node=8")
             "launch.tasks_per_node 16 is more than launch.gpus_per_node 8",
         ),
         (("data.root=s3://bucket/shards", "data.window=epoch"), "copy the shards to a local disk"),
+        (("data.backend=nvjpeg", "train.device=cpu"), "set train.device=cuda, or use data.backend=fast"),
+        (
+            ("data.backend=nvjpeg", "launch.cluster=slurm", "train.device=auto"),
+            "set launch.gpus_per_node, or use data.back",
+        ),
         (("launch.cluster=slurm", "train.device=cuda"), "set launch.gpus_per_node"),
         (("parallel.engine=deepspeed", "parallel.zero_stage=3", "train.ema=0.9"), "parallel.zero_stage=2"),
         (("model.norm=batch", "parallel.micro_batch_size=4"), "use parallel.micro_batch_size=32"),
@@ -104,6 +118,23 @@ def test_a_run_that_would_end_on_its_nodes_is_refused_with_the_mend(
     study_file: Path, overrides: tuple[str, ...], mend: str
 ) -> None:
     assert mend in refusal(study_file, *overrides)
+
+
+def test_a_gpu_that_decodes_is_asked_for_where_the_run_is_to_be(
+    study_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_gpu = ("data.backend=nvjpeg", "train.device=auto")
+    check_fits(Study(study_file, read_study(study_file, (*on_gpu, "launch.cluster=slurm", "launch.gpus_per_node=1"))))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    check_fits(Study(study_file, read_study(study_file, on_gpu)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "torch sees none here: use a machine with one, or use data.backend=fast" in refusal(study_file, *on_gpu)
+    for command in ("plan", "launch", "transfer"):
+        said = CliRunner().invoke(cli, [command, str(study_file), *on_gpu])
+        assert "torch sees none here" in str(said.exception), command
+    said = CliRunner().invoke(cli, ["launch", str(study_file), "--cluster", "slurm", "--dry-run", *on_gpu])
+    assert "set launch.gpus_per_node, or use data.backend=fast" in str(said.exception)
+    assert not (study_file.parent / "runs").exists()
 
 
 def test_plan_dry_run_and_launch_refuse_it_all_three_and_leave_nothing(study_file: Path) -> None:

@@ -60,5 +60,5 @@ def test_counts_are_kept_on_disk_and_a_damaged_file_of_them_only_costs_time(
         cache_file().write_text(damaged)
         assert count_flops(runs) == counted
         assert cache_file().read_text() == kept
-    monkeypatch.setattr("depthmup.launch.runs.cost.count_run", None)  # not asked again
+    monkeypatch.setattr("depthmup.launch.runs.cost.count_network", None)  # not asked again
     assert count_flops(runs) == counted

@@ -40,16 +40,16 @@ def test_a_law_without_noise_is_continued_closely() -> None:
     assert interval[0] <= law(target) <= interval[1]
 
 
-@pytest.mark.parametrize(("sizes", "count"), [(DEPTHS[:3], 3), (BOTH, 2)])
-def test_nine_of_ten_intervals_hold_the_largest_models_loss(sizes: list[Size], count: int) -> None:
+@pytest.mark.parametrize(("sizes", "count", "studies"), [(DEPTHS[:3], 3, 200), (BOTH, 2, 100)])
+def test_nine_of_ten_intervals_hold_the_largest_models_loss(sizes: list[Size], count: int, studies: int) -> None:
     target = Size(width=16, depth=24) if sizes != BOTH else Size(width=256, depth=48)
     generator, held = np.random.default_rng(0), []
-    for _ in range(200):
+    for _ in range(studies):
         known = {size: seeds(generator, law(size), count) for size in sizes}
         if interval := predict_loss(known, target, count)[2]:
             held.append(interval[0] <= seeds(generator, law(target), count).mean() <= interval[1])
-    assert len(held) > 180
-    assert 0.84 <= np.mean(held) <= 0.97  # its standard error is 0.022
+    assert len(held) > 0.9 * studies
+    assert 0.84 <= np.mean(held) <= 0.97  # its standard error is 0.02 to 0.03
 
 
 def refusal(losses: Sequence[float], target: Size = DEPTHS[3], noise: float = 0.001) -> str:

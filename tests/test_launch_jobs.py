@@ -37,6 +37,7 @@ from depthmup.launch.runs.opened import path_of
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.study import Study
 from depthmup.launch.transfer import IDLE, launch, unfinished, wait, waiting_for
+from depthmup.train.lock import take_lock
 from depthmup.train.rundir import EXIT_LOST_PEER
 from test_launch_scale import finish
 
@@ -67,7 +68,7 @@ gone=" $(cat ended 2>/dev/null | tr '\n' ' ') "
 while read -r id name last throttle rest; do
   [[ "$gone" == *" $id "* ]] && continue
   case $column in 1) key=$id;; 2) key=$name;; esac
-  [[ "$wanted" == *,$key,* ]] && for index in $(seq 0 $last); do echo "$id|$index|$(cat state)|$name"; done
+  [[ "$wanted" == *,$key,* ]] && for index in $(seq 0 $last); do echo "$id|$index|$(cat state)|0|$name"; done
 done < jobs; exit 0""",
     "scontrol": """
 echo "$*" >> told; echo 'MaxArraySize = 4'; [ -e hidden ] && echo 'PrivateData = jobs,usage'; exit 0""",
@@ -631,7 +632,8 @@ def test_a_job_that_loads_its_libraries_is_starting_and_what_one_has_cancelled_i
     first = load_all(root / "jobs")[0].tasks[0][0]
     begun = next(run.directory for run in study.runs if run.directory.path.name == first)
     note_attempt(begun, "started", step=0, job="1_0", restart=0)
-    assert states.take_snapshot(study).counts() == {"running": 1, "starting": 8, "waiting": 3}
+    with take_lock(begun.lock) or pytest.fail("no lock"):
+        assert states.take_snapshot(study).counts() == {"running": 1, "starting": 8, "waiting": 3}
 
     said = CliRunner().invoke(cli, ["cancel", str(root)]).output
     assert said.startswith("Stopped: job 1")
@@ -644,15 +646,16 @@ def test_a_job_that_loads_its_libraries_is_starting_and_what_one_has_cancelled_i
     assert read_cancelled_runs(root) == set()
 
 
-def test_runs_of_a_job_that_is_ending_wait_for_that_and_start_nothing(
+def test_runs_of_a_job_that_is_ending_are_not_submitted_again_before_it_has_ended(
     fake: Path, study_of: Callable[..., Study]
 ) -> None:
     study = study_of("launch.runs_per_job=12")
     launch(study)
     (fake / "state").write_text("COMPLETING|None")  # as after a cancel, until its processes have ended
     snapshot = states.take_snapshot(study)
-    assert snapshot.counts() == {"waiting": 12}  # the lock of one may still be held: nothing is submitted again yet
+    assert snapshot.counts() == {"ending": 12}
     assert snapshot.runs[0].remark == "job 1_0 is ending"
+    assert launch(study).runs == []  # the lock of one may still be held
 
 
 def test_only_what_a_cancel_stopped_is_cancelled(tmp_path: Path) -> None:

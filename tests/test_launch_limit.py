@@ -91,8 +91,8 @@ def test_the_command_shows_networks_nearing_the_limit(study_file: Path, monkeypa
     monkeypatch.setattr(limit, "WIDTHS", (16, 32, 64))
     monkeypatch.setattr(limit_task, "SOLVED_DEPTHS", (3, 6, 9))
     monkeypatch.setattr(limit_task, "SITES", 1200)
-    monkeypatch.setattr(limit, "SEEDS", 6)
-    monkeypatch.setattr(limit, "FEW_SEEDS", 6)
+    monkeypatch.setattr(limit, "SEEDS", 4)
+    monkeypatch.setattr(limit, "FEW_SEEDS", 4)
     result = CliRunner().invoke(cli, ["limit", str(study_file)], catch_exceptions=False)
     assert result.exit_code == 0
     folder = study_file.parent / "runs" / "tiny"

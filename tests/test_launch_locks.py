@@ -1,11 +1,12 @@
 """A file system without file locks: one line that says so, whatever is asked for, and nothing is submitted."""
 
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from test_launch_transfer import COMMAND
+from train_processes import START
 
 
 @pytest.fixture
@@ -26,7 +27,9 @@ def test_every_command_says_in_one_line_that_there_are_no_locks(
     monkeypatch.setenv("LD_PRELOAD", without_locks["LD_PRELOAD"])
     (study_file.parent / "runs" / "tiny").mkdir(parents=True)
     for command in ("launch", "cancel", "transfer"):
-        said = subprocess.run([*COMMAND, command, str(study_file)], capture_output=True, text=True, check=False)
+        said = subprocess.run(
+            [sys.executable, "-c", START, command, str(study_file)], capture_output=True, text=True, check=False
+        )
         assert said.returncode == 2, (command, said.stderr)
         assert len(said.stderr.splitlines()) == 1, said.stderr
         assert "has no file locks" in said.stderr

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,15 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from depthmup.data import lock
+from depthmup.data.errors import UserError
 from depthmup.launch import doctor
 from depthmup.launch.cli import cli
+from depthmup.launch.new import FEWEST_STEPS
+from depthmup.launch.path_cost import PathCost, count_path
 from depthmup.launch.paths import PACKAGE
 from depthmup.launch.reading import read_study
+from depthmup.launch.scale import read_changes
+from depthmup.launch.wording import quantity, show_share
 
 
 def invoke(*words: str | Path) -> Result:
@@ -51,6 +57,77 @@ def test_a_new_study_fits_its_images_and_can_be_planned(
     planned = invoke("plan", "flowers.yaml")
     assert planned.exit_code == 0, planned.output
     assert "0 done" in planned.output
+
+
+def cost_of(name: str) -> PathCost:
+    file = Path(f"{name}.yaml")
+    return count_path(file, read_study(file), read_changes(Path(f"{name}_target.yaml"), ()))
+
+
+@pytest.mark.parametrize("family", ["vit", "conv_resnet", "resnet"])
+@pytest.mark.parametrize("share", [0.01, 0.04])
+def test_tuning_a_proxy_that_is_sized_for_a_target_costs_the_share_that_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, share: float
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    size = "width=768,depth=24,samples=4e9,batch=256"
+    made = invoke("new", "large", "--family", family, "--target", size, "--share", share)
+    assert made.exit_code == 0, made.output
+    cost = cost_of("large")
+    assert 0.98 * share < cost.share <= share
+    assert cost.search > 0
+    file = read_study(Path("large.yaml"))
+    assert file.tune
+    assert file.train.global_batch_size == 256
+    longer = [each for each in file.study.sizes if each.samples not in (None, file.train.samples)]
+    assert len(longer) == (4 * file.train.samples <= 4e9)
+    assert {(each.width, each.depth) for each in longer} <= {(file.model.base_width, file.model.base_depth)}
+    planned = invoke("plan", "large.yaml", "--target", "large_target.yaml")
+    assert planned.exit_code == 0, planned.output
+    assert f"Tuning costs at most {show_share(cost.share)} of the target's" in planned.output
+    assert f"{quantity(cost.search)}FLOPs in all" in planned.output  # of the search's own plan
+    assert f"at most {quantity(cost.study)}FLOPs (study.budget)" in invoke("plan", "large.yaml", "tune=null").output
+
+
+def test_runs_of_a_proxy_are_no_longer_than_the_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much may be spent."""
+    monkeypatch.chdir(tmp_path)
+    assert invoke("new", "large", "--target", "width=1024,depth=96,samples=64000", "--share", 0.9).exit_code == 0
+    file = read_study(Path("large.yaml"))
+    assert file.train.samples == 64000
+    assert {each.samples for each in file.study.sizes} == {None}
+
+
+def test_a_target_that_cannot_pay_for_its_tuning_is_refused_with_the_share_that_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ("new", "large", "--target", "width=256,depth=24,samples=640000")
+    refused = invoke(*words)
+    assert (found := re.search(r"add --share (\S+), or", str(refused.exception))), refused.output
+    assert not list(tmp_path.iterdir())
+    assert invoke(*words, "--share", found[1]).exit_code == 0
+    assert read_study(Path("large.yaml")).train.num_steps >= FEWEST_STEPS
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("width=64,depth=3", "give a target more than twice as wide or as deep"),
+        ("width=32,depth=48", "give a target"),
+        ("width=768", "depth: missing"),
+        ("widht=768,depth=3", "did you mean 'width'?"),
+        ("768x24", "looks like width=768,depth=24"),
+    ],
+)
+def test_a_target_that_is_none_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused = invoke("new", "large", "--target", target)
+    assert isinstance(refused.exception, UserError)
+    assert said in str(refused.exception)
+    assert not list(tmp_path.iterdir())
 
 
 def test_splits_of_the_source_are_kept_and_shards_with_an_index_are_taken_as_they_are(

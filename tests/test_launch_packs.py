@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -32,10 +31,8 @@ from depthmup.train.loop import run
 from depthmup.train.packs.pack import run_pack
 from depthmup.train.reading import from_plain, to_yaml
 from depthmup.train.rundir import EXIT_REQUEUE, RunDirectory
-from test_launch_transfer import COMMAND
 from train_configs import After
-from train_processes import ROOT as REPOSITORY
-from train_processes import depthmup
+from train_processes import START, Process, depthmup
 
 
 def table(study_file: Path, name: str) -> list[dict[str, str]]:
@@ -52,25 +49,29 @@ def packs_in_logs(runs: Path) -> list[int]:
 
 
 def test_a_packed_study_has_the_table_of_an_unpacked_one_also_after_a_kill(study_file: Path) -> None:
-    longer = "train.samples=2560"  # 80 steps: time for a kill
-    alone = depthmup("transfer", study_file, "study.name=alone", longer, "launch.cluster=debug")
+    longer = (
+        "train.samples=1280",
+        "train.checkpoint_every=8",
+        "study.parameterizations=[sp]",
+    )  # 40 steps: time for a kill
+    alone = depthmup("transfer", study_file, "study.name=alone", *longer, "launch.cluster=debug")
     assert alone.returncode == 0, alone.stderr
     runs = study_file.parent / "runs"
-    assert packs_in_logs(runs / "alone" / "runs") == [1] * 12  # batches of 32 are not packed on a CPU by default
+    assert packs_in_logs(runs / "alone" / "runs") == [1] * 8  # batches of 32 are not packed on a CPU by default
 
-    packed = ["transfer", str(study_file), "study.name=packed", longer, "train.pack=6", "launch.slots=1"]
-    process = subprocess.Popen([*COMMAND, *packed], stdout=subprocess.PIPE, start_new_session=True)
+    packed = ["transfer", str(study_file), "study.name=packed", *longer, "train.pack=6", "launch.slots=1"]
+    process = Process(["-c", START, *packed], dict(os.environ))
     deadline = time.monotonic() + 300
     while len(saved := list((runs / "packed" / "runs").glob("*/checkpoints/step-8"))) < 4:
-        assert process.poll() is None
+        assert process.returncode is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
     os.kill(json.loads((saved[0].parents[1] / "lock").read_text())["pid"], signal.SIGKILL)
-    process.communicate()
+    process.communicate(timeout=300)
     assert process.returncode == 2  # runs are left over
     again = depthmup(*packed, "launch.cluster=debug")
     assert again.returncode == 0, again.stderr
-    assert packs_in_logs(runs / "packed" / "runs") == [4] * 12
+    assert packs_in_logs(runs / "packed" / "runs") == [4] * 8
     assert any("resumed from" in log.read_text() for log in (runs / "packed" / "runs").glob("*/log-0.txt"))
 
     for one, other in zip(table(study_file, "alone"), table(study_file, "packed"), strict=True):
@@ -80,7 +81,7 @@ def test_a_packed_study_has_the_table_of_an_unpacked_one_also_after_a_kill(study
                 assert float(other[key]) == pytest.approx(float(value), rel=1e-4), key
             except ValueError:
                 assert other[key] == value, key
-    assert depthmup("status", study_file, "study.name=packed", longer).stdout.strip() == "12 done"
+    assert depthmup("status", study_file, "study.name=packed", *longer).stdout.strip() == "8 done"
 
 
 @pytest.fixture
@@ -220,9 +221,11 @@ def test_slots_that_share_a_list_do_not_halve_each_others_packs(
     root = directories[0].path.parents[1]
     names = [d.path.name for d in directories]
     submission = Submission.create(root / "jobs", "local", [names[:8], names[8:]], {})
-    command = [sys.executable, "-m", "depthmup.launch.jobs.worker", str(submission.file), "--local"]
-    slots = [subprocess.Popen(command, cwd=REPOSITORY) for _ in range(2)]
-    assert [slot.wait() for slot in slots] == [0, 0]
+    command = ["-m", "depthmup.launch.jobs.worker", str(submission.file), "--local"]
+    slots = [Process(command, dict(os.environ)) for _ in range(2)]
+    for slot in slots:
+        said, _ = slot.communicate(timeout=300)
+        assert slot.returncode == 0, said
     assert packs_in_logs(directories[0].path.parent) == [8] * 16
 
 

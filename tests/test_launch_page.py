@@ -152,28 +152,19 @@ def test_text_in_a_record_cannot_end_its_script() -> None:
     assert json.loads(text) == {"remark": "</script><b>"}
 
 
-def test_watching_writes_the_page_anew_until_nothing_runs(study_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = write_page(study_file)
-    (root / "report.html").unlink()
-    answers, written = [True, False], []
-    monkeypatch.setattr(status, "goes_on", lambda snapshot: answers.pop(0))
-    monkeypatch.setattr(status.time, "sleep", lambda seconds: written.append((root / "report.html").exists()))
-    result = CliRunner().invoke(cli, ["report", str(study_file), "--watch"], catch_exceptions=False)
-    assert result.exit_code == 0
-    assert written == [True]
-    assert not answers
-
-
-def test_a_page_that_is_watched_loads_itself_again_and_a_finished_one_does_not(
+def test_watching_writes_a_page_that_loads_itself_again_until_nothing_runs(
     study_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = write_page(study_file)
-    page = root / "report.html"
+    page = write_page(study_file) / "report.html"
     assert "location.reload" not in page.read_text()
+    page.unlink()
     answers, watched = [True, False], []
     monkeypatch.setattr(status, "goes_on", lambda snapshot: answers.pop(0))
     monkeypatch.setattr(status.time, "sleep", lambda seconds: watched.append(page.read_text()))
-    CliRunner().invoke(cli, ["report", str(study_file), "--watch"], catch_exceptions=False)
+    result = CliRunner().invoke(cli, ["report", str(study_file), "--watch"], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert not answers
+    assert len(watched) == 1
     (milliseconds,) = re.findall(r"setTimeout\(\(\) => location\.reload\(\), (\d+)\)", watched[0])
     assert int(milliseconds) == 1000 * status.WATCH_SECONDS
     assert "location.reload" not in page.read_text()

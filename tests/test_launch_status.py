@@ -1,9 +1,13 @@
 """What `depthmup status` says of runs that Slurm stopped before their end. squeue's answer is given; files are real."""
 
+import fcntl
 import json
 import os
 import socket
+import subprocess
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +15,11 @@ import pytest
 import yaml
 from rich.console import Console
 
+from depthmup.launch import transfer
 from depthmup.launch.jobs.attempts import begin_attempt, note_attempt
+from depthmup.launch.jobs.cancel import cancel
 from depthmup.launch.jobs.slurm import QueuedTask
-from depthmup.launch.jobs.states import RunState, state_of
+from depthmup.launch.jobs.states import RunState, state_of, take_snapshot
 from depthmup.launch.jobs.status import format_duration, print_status, watch_status
 from depthmup.launch.jobs.submission import Submission
 from depthmup.launch.jobs.worker import lacks_gpu
@@ -21,7 +27,7 @@ from depthmup.launch.reading import read_study, read_study_or_run
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.study import Study
 from depthmup.launch.wording import duration
-from depthmup.train.lock import Lock, take_lock
+from depthmup.train.lock import Lock, take_lock, write_holder
 from depthmup.train.rundir import RunDirectory
 
 
@@ -34,7 +40,10 @@ def begin(run: RunDirectory, index: int, *ends: str) -> None:
 
 
 def test_status_shows_that_runs_were_preempted_or_stopped_otherwise_how_often_and_why(
-    study_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    study_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    hold: Callable[..., Lock],
 ) -> None:
     study = Study(study_file, read_study(study_file))
     study.write()
@@ -50,7 +59,8 @@ def test_status_shows_that_runs_were_preempted_or_stopped_otherwise_how_often_an
     lines = [json.dumps({"job": job, "restart": restart, "cause": cause}) for job, restart, cause in causes]
     job.stopped.write_text("\n".join([*lines, '{"job": "7_4", "rest']))  # being written
     states = ("PENDING BeginTime", "PENDING BeginTime", "RUNNING None", "PENDING Priority")
-    queue = [QueuedTask("7", index, *state.split(), job.name) for index, state in enumerate(states)]
+    queue = [QueuedTask("7", index, *state.split(), job.name, restarts=1) for index, state in enumerate(states)]
+    hold(runs[2])
     monkeypatch.setattr("depthmup.launch.jobs.slurm.read_queue", lambda ids, names: queue)
 
     print_status(study, Console(width=80))
@@ -64,6 +74,20 @@ def test_status_shows_that_runs_were_preempted_or_stopped_otherwise_how_often_an
     (row,) = (line for line in shown.splitlines() if line.startswith(runs[0].path.name))
     assert " preempted " in row
     assert shown.splitlines()[-1] == "1 running, 2 waiting, 1 preempted, 1 interrupted, 7 new"
+
+
+@pytest.fixture
+def hold() -> Iterator[Callable[..., Lock]]:
+    """Takes a run's lock until the test ends, as the process that trains it does; with a silence of so many seconds."""
+    with ExitStack() as held:
+
+        def take(run: RunDirectory, silent: float = 0.0) -> Lock:
+            lock = held.enter_context(take_lock(run.lock) or pytest.fail("no lock"))
+            lock.ended.set()
+            os.utime(run.lock, (time.time() - silent,) * 2)
+            return lock
+
+        yield take
 
 
 def written(study_file: Path) -> list[PlannedRun]:
@@ -95,7 +119,6 @@ def test_what_differs_in_the_number_of_the_job_only_is_said_once_with_a_count_an
     runs = written(study_file)
     study = Study(study_file, read_study(study_file))
     first = runs[0].directory
-    begin(runs[4].directory, 4, "interrupted")
     shown = print_jobs(study_file, monkeypatch, capsys, *["RUNNING None"] * 12)
     assert [line for line in shown if line.startswith("starting, ")] == [
         f"starting, 12 runs, as {first.path.name}: job 7_0 has begun"
@@ -112,26 +135,35 @@ def test_a_job_whose_nodes_boot_has_not_begun_and_trains_nothing(
     run = written(study_file)[0].directory
     begin(run, 0, "killed")  # requeued: its last start has ended without a word
     shown = print_jobs(study_file, monkeypatch, capsys, *["CONFIGURING None"] * 12)
-    assert f"starting, 12 runs, as {run.path.name}: job 7_0 waits for its nodes to boot" in shown
+    boots = "job 7_0 waits for its nodes to boot"
+    assert f"starting, {run.path.name}: {boots}, requeued (node failed or killed)" in shown
     assert shown[-1] == "12 starting"
 
 
 def test_of_a_job_with_several_runs_one_starts_and_the_others_wait_in_it(
-    study_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    study_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    hold: Callable[..., Lock],
 ) -> None:
     runs = [run.directory for run in written(study_file)]
     for number in (0, 4, 8):
         begin(runs[number], number // 4, "killed")
+        hold(runs[number])
     shown = print_jobs(study_file, monkeypatch, capsys, *["RUNNING None"] * 3, per_job=4)
     assert f"waiting, 9 runs, as {runs[1].path.name}: in job 7_0" in shown
     assert shown[-1] == "3 running, 9 waiting"
 
 
 def test_every_stalled_run_has_its_own_command(
-    study_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    study_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    hold: Callable[..., Lock],
 ) -> None:
     for number, run in enumerate(written(study_file)[:3]):
         begin(run.directory, number, "killed")
+        hold(run.directory)
         age(run.directory, 4000)
     shown = " ".join(print_jobs(study_file, monkeypatch, capsys, *["RUNNING None"] * 3))
     for number in range(3):
@@ -139,7 +171,10 @@ def test_every_stalled_run_has_its_own_command(
 
 
 def test_a_run_that_takes_the_cpu_though_its_job_has_a_gpu_says_so(
-    study_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    study_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    hold: Callable[..., Lock],
 ) -> None:
     runs = written(study_file)
     auto, cpu = (replace(runs[0].config, train=replace(runs[0].config.train, device=name)) for name in ("auto", "cpu"))
@@ -149,6 +184,7 @@ def test_a_run_that_takes_the_cpu_though_its_job_has_a_gpu_says_so(
         monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
         monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(number))
         begin_attempt(runs[number].directory, lacks_gpu(config))
+        hold(runs[number].directory)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert not lacks_gpu(auto)
     shown = print_jobs(study_file, monkeypatch, capsys, *["RUNNING None"] * 2)
@@ -187,7 +223,7 @@ def begun(study_file: Path) -> RunState:
 
 
 def judged(begun: RunState, task: QueuedTask | None = None) -> RunState:
-    return state_of(begun.run, task, None, None, True, {}, False)
+    return state_of(begun.run, task, None, None, True, {}, False, ())
 
 
 @pytest.mark.parametrize(
@@ -200,9 +236,10 @@ def judged(begun: RunState, task: QueuedTask | None = None) -> RunState:
     ],
 )
 def test_a_run_without_news_says_since_when_and_is_stalled_after_a_multiple_of_its_own_pace(
-    begun: RunState, seconds: float, state: str, words: str
+    begun: RunState, hold: Callable[..., Lock], seconds: float, state: str, words: str
 ) -> None:
     age(begun.run.directory, seconds)
+    hold(begun.run.directory)
     found = judged(begun, QueuedTask("7", 0, "RUNNING", "None", "tiny"))
     assert found.state == state
     assert found.remark.startswith(words)
@@ -210,40 +247,177 @@ def test_a_run_without_news_says_since_when_and_is_stalled_after_a_multiple_of_i
 
 
 @pytest.mark.parametrize(("seconds", "state"), [(1200, "running"), (2400, "stalled")])
-def test_the_first_steps_may_take_longer(begun: RunState, seconds: float, state: str) -> None:
+def test_the_first_steps_may_take_longer(
+    begun: RunState, hold: Callable[..., Lock], seconds: float, state: str
+) -> None:
     begun.run.directory.metrics.unlink()
     age(begun.run.directory, seconds)
+    hold(begun.run.directory)
     found = judged(begun, QueuedTask("7", 0, "RUNNING", "None", "tiny"))
     assert found.state == state
     assert f"no news for {duration(seconds)}, since it began" in found.remark
 
 
-def test_a_slow_run_has_more_patience(begun: RunState) -> None:
+def test_a_slow_run_has_more_patience(begun: RunState, hold: Callable[..., Lock]) -> None:
     line = {"step": 2, "loss": 2.0, "images_per_second": 0.1}
     begun.run.directory.metrics.write_text(json.dumps(line) + "\n")
     age(begun.run.directory, 600)
+    hold(begun.run.directory)
     assert judged(begun, QueuedTask("7", 0, "RUNNING", "None", "tiny")).state == "running"
 
 
-def test_a_frozen_process_is_seen_by_its_lock_and_is_no_running_one_with_an_empty_queue(begun: RunState) -> None:
+def test_a_frozen_process_is_seen_by_its_lock_and_is_no_running_one_with_an_empty_queue(
+    begun: RunState, hold: Callable[..., Lock]
+) -> None:
     lock = begun.run.directory.lock
-    held = take_lock(lock)
-    assert held
-    held.ended.set()
+    hold(begun.run.directory)
+    assert judged(begun).state == "running"
+    os.utime(lock, (time.time() - 200,) * 2)
+    here = judged(begun)
+    assert here.state == "stalled"
+    assert "has not moved for 3 min 20 s" in here.remark
+    assert f"kill -9 {os.getpid()} on {socket.gethostname()}, then launch" in here.remark
+    lock.write_text(json.dumps({"host": "elsewhere", "pid": 5}))
+    os.utime(lock, (time.time() - 200,) * 2)
+    elsewhere = judged(begun)
+    assert elsewhere.state == "lost"  # `launch` and a waiting `transfer` submit it again
+    assert elsewhere.remark.startswith("process 5 on elsewhere has not moved for 3 min 20 s")
+
+
+# Attempts as (event, job, how often it had been requeued)
+BEGUN = ("started", "7_0", 0)
+SAVED = ("interrupted", "7_0", 0)
+BEGUN_AGAIN = ("started", "7_0", 1)
+BEGUN_IN_ANOTHER_JOB = ("started", "6_3", 0)
+KILLED = "requeued (node failed or killed)"
+STOPPED = "requeued (stopped)"
+WAITS = f"job 7_0 has begun, {KILLED}, waits for process 5 on sn3 to end"
+# Slurm's words for job 7_0, how often it was requeued, what the run's files say, who has the lock -> what is said
+MOMENTS = [
+    ("PENDING Priority", 0, [], "free", "waiting", "Priority"),
+    ("CONFIGURING None", 0, [], "free", "starting", "job 7_0 waits for its nodes to boot"),
+    ("RUNNING None", 0, [], "free", "starting", "job 7_0 has begun"),
+    ("RUNNING None", 0, [BEGUN], "held", "running", ""),
+    ("SIGNALING None", 0, [BEGUN], "held", "running", ""),
+    # frozen, at first and once it is known; killed, or its node has failed and Slurm does not know
+    ("RUNNING None", 0, [BEGUN], "silent for 30 s", "running", ""),
+    ("RUNNING None", 0, [BEGUN], "silent for 90 s", "stalled", "has not moved for 1 min 30 s"),
+    ("RUNNING None", 0, [BEGUN], "free", "stalled", "no process has it: it was killed, or its node has failed"),
+    ("SUSPENDED None", 0, [BEGUN], "silent for 90 s", "waiting", "job 7_0 is suspended"),
+    # told to stop, and requeued or cancelled
+    ("RUNNING None", 0, [BEGUN, SAVED], "free", "ending", "job 7_0 is ending"),
+    ("COMPLETING None", 0, [], "free", "ending", "job 7_0 is ending"),
+    ("COMPLETING None", 0, [BEGUN], "held", "ending", "job 7_0 is ending"),
+    ("COMPLETING None", 1, [BEGUN], "on a node that is gone", "ending", "job 7_0 is ending"),
+    ("REQUEUED None", 1, [BEGUN, SAVED], "free", "waiting", f"{STOPPED}, None"),
+    ("PENDING BeginTime", 1, [BEGUN, SAVED], "free", "waiting", f"{STOPPED}, BeginTime"),
+    ("PENDING BeginTime", 1, [BEGUN], "on a node that is gone", "waiting", f"{KILLED}, BeginTime"),
+    ("REQUEUE_HOLD JobHoldMaxRequeue", 5, [BEGUN], "free", "waiting", f"{KILLED}, JobHoldMaxRequeue"),
+    ("SPECIAL_EXIT JobHeldUser", 1, [BEGUN], "free", "waiting", f"{KILLED}, JobHeldUser"),
+    # its job has begun again, and its process has not
+    ("CONFIGURING None", 1, [BEGUN], "free", "starting", f"job 7_0 waits for its nodes to boot, {KILLED}"),
+    ("RUNNING None", 1, [BEGUN], "free", "starting", f"job 7_0 has begun, {KILLED}"),
+    ("RUNNING None", 1, [BEGUN, SAVED], "free", "starting", f"job 7_0 has begun, {STOPPED}"),
+    ("RUNNING None", 1, [BEGUN], "on a node that is gone", "starting", WAITS),
+    ("RUNNING None", 0, [BEGUN_IN_ANOTHER_JOB], "free", "starting", f"job 7_0 has begun, {KILLED}"),
+    ("RUNNING None", 1, [BEGUN, BEGUN_AGAIN], "held", "running", "began again (node failed or killed)"),
+    ("PENDING BeginTime", 2, [BEGUN, BEGUN_AGAIN], "free", "waiting", "requeued (node failed or killed twice)"),
+    # no longer in the queue
+    ("", 0, [], "free", "lost", "its job ended without a word"),
+    ("", 0, [BEGUN], "free", "lost", "its job ended without a word"),
+    ("", 0, [BEGUN, SAVED], "free", "interrupted", "stopped, and saved"),
+    ("", 0, [BEGUN], "on a node that is gone", "running", ""),  # as its lock says, for a minute
+]
+
+
+@pytest.mark.parametrize(("word", "restarts", "attempts", "lock", "state", "said"), MOMENTS)
+def test_whatever_slurm_and_the_files_say_at_a_moment_status_says_where_the_run_stands(
+    study_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    hold: Callable[..., Lock],
+    word: str,
+    restarts: int,
+    attempts: Sequence[tuple[str, str, int]],
+    lock: str,
+    state: str,
+    said: str,
+) -> None:
+    study = Study(study_file, read_study(study_file))
+    study.write()
+    run = study.runs[0].directory
+    job = Submission.create(study.file.directory / "jobs", "depthmup-tiny", [[run.path.name]], {})
+    job.write_job_id("7")
+    for event, of, restart in attempts:
+        note_attempt(run, event, step=0, **({"job": of, "restart": restart} if event == "started" else {}))
+    if lock == "on a node that is gone":
+        run.lock.write_text(json.dumps({"host": "sn3", "pid": 5}))
+    elif lock != "free":
+        hold(run, float(lock.split()[2]) if "silent" in lock else 0.0)
+    queue = [QueuedTask("7", 0, *word.split(), job.name, restarts)] if word else []
+    monkeypatch.setattr("depthmup.launch.jobs.slurm.read_queue", lambda ids, names: queue)
+    found = take_snapshot(study).runs[0]
+    assert (found.state, said in found.remark) == (state, True), found.remark
+    if not said:
+        assert found.remark == ""
+
+
+def test_a_run_that_ends_while_status_looks_is_done_and_not_lost(
+    begun: RunState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end(lock: Path) -> None:
+        begun.run.directory.write_done({"outcome": "completed", "step": 12})
+
+    monkeypatch.setattr("depthmup.launch.jobs.states.find_holder", end)
+    assert judged(begun).state == "done"
+    assert begun.run.done()
+
+
+def test_what_cancel_has_told_to_stop_here_trains_nothing_more_though_its_process_is_there_yet(
+    study_file: Path, monkeypatch: pytest.MonkeyPatch, hold: Callable[..., Lock]
+) -> None:
+    study = Study(study_file, read_study(study_file))
+    study.write()
+    names = [run.directory.path.name for run in study.runs]
+    slow_to_end = ["sh", "-c", "trap '' TERM; exec sleep 300"]
+    submission = Submission.create(study.file.directory / "local", "local", [names], {})
+    with open(submission.path / "slot-0.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        slot = subprocess.Popen(slow_to_end, pass_fds=[lock.fileno()])
+        write_holder(lock, slot.pid)
     try:
-        assert judged(begun).state == "running"
-        os.utime(lock, (time.time() - 200,) * 2)
-        here = judged(begun)
-        assert here.state == "stalled"
-        assert "has not moved for 3 min 20 s" in here.remark
-        assert f"kill -9 {os.getpid()} on {socket.gethostname()}, then launch" in here.remark
-        lock.write_text(json.dumps({"host": "elsewhere", "pid": 5}))
-        os.utime(lock, (time.time() - 200,) * 2)
-        elsewhere = judged(begun)
-        assert elsewhere.state == "lost"  # `launch` and a waiting `transfer` submit it again
-        assert elsewhere.remark.startswith("process 5 on elsewhere has not moved for 3 min 20 s")
+        assert take_snapshot(study).counts() == {"starting": 1, "waiting": 11}
+        assert cancel(study).pids == [slot.pid]
+        assert slot.poll() is None
+        assert take_snapshot(study).counts() == {"cancelled": 12}
+        begun = study.runs[0].directory
+        note_attempt(begun, "started", step=0)
+        write_holder(hold(begun).file, slot.pid)  # it had just taken a run
+        assert take_snapshot(study).counts() == {"ending": 1, "cancelled": 11}
+        started: list[list[str]] = []
+        monkeypatch.setattr(
+            "depthmup.launch.jobs.submit.submit_local",
+            lambda packs, *rest: started.append([run.directory.path.name for pack in packs for run in pack]) or [],
+        )
+        transfer.launch(study)
+        assert sorted(*started) == sorted(names[1:])
+        assert take_snapshot(study).counts() == {"ending": 1, "new": 11}  # as that one is not told to go on
     finally:
-        held.file.close()
+        slot.kill()
+        slot.wait()
+
+
+def test_a_cancel_here_does_not_call_cancelled_what_a_process_elsewhere_trains(
+    study_file: Path, hold: Callable[..., Lock]
+) -> None:
+    study = Study(study_file, read_study(study_file))
+    study.write()
+    names = [run.directory.path.name for run in study.runs]
+    submission = Submission.create(study.file.directory / "local", "local", [names[:3]], {})
+    (submission.path / "slot-0.lock").write_text(json.dumps({"host": "elsewhere", "pid": 5}))
+    note_attempt(study.runs[0].directory, "started", step=0)
+    study.runs[0].directory.lock.write_text(json.dumps({"host": "elsewhere", "pid": 5}))
+    assert cancel(study).elsewhere == ["elsewhere"]
+    assert take_snapshot(study).counts() == {"running": 1, "waiting": 2, "new": 9}
 
 
 def test_one_command_shows_the_whole_path_and_watches_it_to_its_end(

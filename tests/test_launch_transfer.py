@@ -25,9 +25,8 @@ from depthmup.launch.runs.grouping import slot_gpus
 from depthmup.launch.runs.study import Study
 from depthmup.launch.transfer import select_resubmittable
 from test_launch_scale import finish
-from train_processes import START, depthmup
+from train_processes import START, Process, depthmup
 
-COMMAND = [sys.executable, "-c", START]
 # A shell starts what it puts in the background with Ctrl-C ignored, and that is inherited: not here.
 HEARS_CTRL_C = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {START}"
 
@@ -50,7 +49,7 @@ def slots_of(study_file: Path) -> list[str]:
 
 
 def test_a_study_runs_to_its_report_and_a_second_call_only_reports(study_file: Path) -> None:
-    first = depthmup("transfer", study_file)
+    first = depthmup("transfer", study_file, "launch.slots=1")
     assert first.returncode == 0, first.stderr
     assert "12 of 12 done" in first.stdout
     for name in ("sp", "depth_mup"):
@@ -84,12 +83,10 @@ def test_a_study_runs_to_its_report_and_a_second_call_only_reports(study_file: P
 
 
 def test_an_interrupted_study_continues_where_it_was(study_file: Path) -> None:
-    longer = "train.samples=3200"  # so that a run is left when the signal comes
+    longer = "train.samples=3200"  # 100 steps, so that a run is left when the signal comes
     three = ("study.sizes=[{width: 8, depth: 3}]", "study.values=[2**-6, 2**-5, 2**-4]", longer)
-    arguments = [sys.executable, "-c", HEARS_CTRL_C, "transfer", str(study_file), "launch.slots=1", *three]
-    process = subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+    arguments = ["-c", HEARS_CTRL_C, "transfer", str(study_file), "launch.slots=1", *three]
+    process = Process(arguments, dict(os.environ))
     runs = study_file.parent / "runs" / "tiny" / "runs"
     deadline = time.monotonic() + 300
 
@@ -98,7 +95,7 @@ def test_an_interrupted_study_continues_where_it_was(study_file: Path) -> None:
         return any(runs.glob("*/done.json")) and any(not (path.parent / "done.json").exists() for path in trains)
 
     while not one_is_done_and_another_trains():
-        assert process.poll() is None
+        assert process.returncode is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does on Ctrl-C
@@ -116,7 +113,7 @@ def test_an_interrupted_study_continues_where_it_was(study_file: Path) -> None:
     done = {path: path.stat().st_mtime_ns for path in runs.glob("*/done.json")}
     assert 0 < len(done) < 3
 
-    again = depthmup("transfer", study_file, "launch.slots=1", *three)
+    again = depthmup("transfer", study_file, "launch.cluster=debug", *three)
     assert again.returncode == 0, again.stderr
     assert len(list(runs.glob("*/done.json"))) == 3
     assert {path: path.stat().st_mtime_ns for path in done} == done
@@ -124,15 +121,14 @@ def test_an_interrupted_study_continues_where_it_was(study_file: Path) -> None:
 
 def test_ctrl_c_in_the_foreground_saves_says_where_the_runs_stand_and_ends_130(study_file: Path) -> None:
     place = ("--cluster", "debug", "train.samples=640000", "train.pack=1")  # longer than this test
-    command = [sys.executable, "-c", HEARS_CTRL_C, "launch", str(study_file), *place]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        deadline = time.monotonic() + 300
-        while not any(path.stat().st_size for path in study_file.parent.glob("runs/tiny/runs/*/metrics.jsonl")):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=300)
+    process = Process(["-c", HEARS_CTRL_C, "launch", str(study_file), *place], dict(os.environ))
+    deadline = time.monotonic() + 300
+    while not any(path.stat().st_size for path in study_file.parent.glob("runs/tiny/runs/*/metrics.jsonl")):
+        assert process.returncode is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 130, output
     said = output.splitlines()[-1]
     stand = r"Interrupted: 0 of 12 runs are done, (\w{12}) saved at step \d+; the same command continues."
@@ -214,6 +210,7 @@ def test_the_main_path_goes_from_a_proxy_to_a_target_and_its_line_in_the_report(
     target.write_text("model: {width: 16, depth: 6}\ntrain: {samples: 640}\n")
     values = "study.values={first: 2**-8, last: 2**-2}"
     overrides = (values, "study.design=grid", "study.parameterizations=[depth_mup]", "study.seeds=2")
+    overrides += ("launch.cluster=debug",)
     study = Study(study_file, read_study(study_file, overrides))
     finish(study, best=-4.8)  # runs as short as a test's have no optimum
     (study.runs[0].directory.path / "done.json").unlink()  # but one is left to train

@@ -25,7 +25,7 @@ from depthmup.launch.runs.study import Study
 from depthmup.launch.runs.tuned import keep_study, search_of, with_tuned
 from depthmup.launch.transfer import Launched
 from planned_runs import finish, open_as
-from train_processes import FORK_SERVER
+from train_processes import fork_server
 
 SPACE = {
     "optimizer.momentum": [0.8, 0.9],
@@ -80,6 +80,9 @@ def valley(run: PlannedRun) -> float:
     return 0.6 + 0.01 * rate**2 + warmup**2 - 0.01 * config.model.width / 8 + 0.001 * config.seed
 
 
+loss_of: Callable[[PlannedRun], float] = valley  # of what a launcher that trains nothing finishes
+
+
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """A launcher that trains nothing: its runs have the losses of `valley`. (study, number of runs) of each launch."""
@@ -89,7 +92,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         study.write()
         launched.append((study.file.study.name, len(study.pending())))
         for run in study.pending():
-            finish(run, valley(run))
+            finish(run, loss_of(run))
         return Launched(study.runs, ["1"], [])
 
     monkeypatch.setattr(chain, "launch", train)
@@ -173,7 +176,7 @@ def test_the_whole_path_killed_in_its_search_and_in_its_study_goes_on_by_the_sam
     command = ("transfer", str(file), "--tune", "--target", str(target), "launch.cluster=debug")
 
     def walk(killed: tuple[str, int] | None) -> int | None:
-        process = FORK_SERVER.Process(target=walk_until, args=(killed, str(output), *command))
+        process = fork_server().Process(target=walk_until, args=(killed, str(output), *command))
         process.start()
         process.join()
         return process.exitcode
@@ -249,6 +252,62 @@ def test_tuned_values_are_those_of_all_that_are_compared(path_file: Callable[...
     assert tuned.optimizer.momentum == 0.8
     assert [preset.beta for preset in tuned.study.parameterizations] == [0.7, 0.7]
     assert (tuned.tune, tuned.study.values) == (None, file.study.values)
+
+
+PAIR = {"optimizer.lr": {"first": 2**-9, "last": 2**-3}, "optimizer.tau_ema": {"first": 0.25, "last": 4}}
+
+
+def pair_valley(best_tau: float) -> Callable[[PlannedRun], float]:
+    """Losses whose best rate is 2^-6, and whose best tau_ema is `best_tau`, at every size."""
+
+    def loss(run: PlannedRun) -> float:
+        tau = run.config.optimizer.tau_ema
+        assert tau
+        return valley(run) + 0.05 * math.log2(tau / best_tau) ** 2
+
+    return loss
+
+
+@pytest.mark.parametrize(("best_tau", "inside"), [(1.0, True), (16.0, False)])
+def test_a_pair_of_rate_and_tau_ema_is_searched_carried_and_verified(
+    path_file: Callable[..., Path],
+    target: Path,
+    tmp_path: Path,
+    launches: list[tuple[str, int]],
+    monkeypatch: pytest.MonkeyPatch,
+    best_tau: float,
+    inside: bool,
+) -> None:
+    """The search says where the best of one of the two is on the edge; the target has both; the verification perturbs
+    both at once."""
+    monkeypatch.setattr(sys.modules[__name__], "loss_of", pair_valley(best_tau))
+    tune = {"space": PAIR, "trials": 32, "batch": 8, "rerun": 2, "rerun_seeds": 2}
+    file = path_file("pair", tune=tune, optimizer={"name": "sgd", "lr": 2**-5, "tau_ema": 0.5})
+    ended = invoke("transfer", file, "--tune", "--target", target, "launch.cluster=debug")
+    assert ended.exit_code == 0, ended.exception
+    root = tmp_path / "runs"
+    best = json.loads((root / "pair_tune" / "search.json").read_text())["winners"][0]["values"]
+    said = " ".join(ended.output.split())
+    assert ("On the edge of the space: optimizer.tau_ema; widen tune.space there" in said) is not inside
+    assert abs(math.log2(best["optimizer.tau_ema"] / min(best_tau, 4.0))) < 0.75
+    large = read_run(root / "pair" / "pair_target.yaml")
+    assert large.optimizer.tau_ema == best["optimizer.tau_ema"]
+    assert large.optimizer.lr == pytest.approx(2**-6, rel=0.1)
+    assert large.resolved_optimizer.weight_decay > 0
+    space = "verify.space={optimizer.lr: 4, optimizer.tau_ema: 4}"
+    verified = invoke(
+        "verify",
+        root / "pair" / "pair_target.yaml",
+        space,
+        "verify.width=12",
+        "verify.budget=62",
+        "launch.cluster=debug",
+    )
+    assert verified.exit_code == 0, verified.exception
+    record = json.loads((root / "pair_target" / "verify.json").read_text())
+    assert [each["key"] for each in record["hyperparameters"]] == ["optimizer.lr", "optimizer.tau_ema"]
+    assert record["verdict"] == ("among the best" if inside else "not among the best")
+    assert record["hyperparameters"][1]["moved"] is not inside
 
 
 @pytest.mark.parametrize(

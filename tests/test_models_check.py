@@ -42,7 +42,7 @@ TIMM_RESNET = ResNetConfig(
 )
 SGD, ADAMW = OptimizerConfig(name="sgd", lr=0.03), OptimizerConfig(name="adamw", lr=1e-3)
 MUON = replace(ADAMW, name="muon")
-SMALL = Settings(factors=(1, 4), steps=2, num_seeds=4)
+SMALL = Settings(factors=(1, 4), steps=2, num_seeds=3)
 
 
 @pytest.fixture(autouse=True, scope="module")

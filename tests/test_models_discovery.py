@@ -594,3 +594,44 @@ def test_a_slot_whose_branches_end_after_different_layers_folds_into_none_of_the
     roles = find_roles(Ending, torch.zeros(2, 12), 16, 2).roles
     (slot,) = roles.branches
     assert slot.last_before("blocks.7.drop") == "blocks.7.drop"
+
+
+class Narrow(nn.Module):
+    """A block that reads `inputs` features, and has a shortcut of its own where it puts out another number."""
+
+    def __init__(self, inputs: int, width: int) -> None:
+        super().__init__()
+        self.local, self.mix = nn.Conv1d(inputs, inputs, 3, padding=1, groups=inputs), nn.Conv1d(inputs, width, 1)
+        self.shortcut = nn.Conv1d(inputs, width, 1) if inputs != width else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shortcut(x) + self.mix(self.local(torch.relu(x)))
+
+
+class FixedStem(nn.Module):
+    """As Xception: the first block reads a stem that does not grow."""
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv1d(5, 6, 1)
+        self.blocks = nn.ModuleList([Narrow(6, width), *(Narrow(width, width) for _ in range(depth))])
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(-1))
+
+
+def test_a_first_block_that_reads_a_fixed_stem_has_roles_of_its_own() -> None:
+    found = find_roles(FixedStem, TOKENS, 16, 2).roles
+    network = FixedStem(32, 5)
+    rules = match_rules((name for name, _ in network.named_parameters()), found.parameters)
+    expected = {
+        "stem.weight": Role.SCALAR, "blocks.0.shortcut.weight": Role.INPUT,
+        "blocks.0.local.weight": Role.BRANCH_SCALAR, "blocks.0.mix.weight": Role.BRANCH_VECTOR,
+        "blocks.1.local.weight": Role.BRANCH_VECTOR, "blocks.1.mix.weight": Role.BRANCH_HIDDEN,
+        "blocks.5.local.weight": Role.BRANCH_VECTOR, "blocks.5.mix.weight": Role.BRANCH_HIDDEN,
+    }  # fmt: skip
+    assert {name: rules[name].role for name in expected} == expected

@@ -8,6 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from depthmup.models import Role, ScaledModel, Size, build_scaled
+from depthmup.models.config import ParameterizationConfig
+from depthmup.models.coordinate_check import Settings, check_sizes
+from depthmup.models.optimizer_config import OptimizerConfig
+from stranger_network import make_network
 from train_processes import start
 
 PAGE = Path(__file__).parents[1] / "docs" / "your-model.md"
@@ -82,3 +87,59 @@ def test_a_trainer_of_another_library_takes_the_optimizer(
     exec(compile(example(library), str(PAGE), "exec"), names)
     after = weights(names["scaled"].network)
     assert all(not torch.equal(before[name], after[name]) for name in before)
+
+
+# ---------------------------------------------------------------- a stranger's network of 200 lines
+
+
+def lines_for(builder: str, inputs: str) -> str:
+    """The page's first example with another builder and another batch in the place of its own."""
+    first = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[0]
+    imports, call = first.partition("class ")[0], first[first.index("scaled = ") :]
+    for old, new in (("    Net,", f"    {builder},"), ("torch.zeros(1, 64)", inputs)):
+        assert call.count(old) == 1
+        call = call.replace(old, new)
+    return imports + call
+
+
+def test_a_strangers_network_of_200_lines_is_scaled_by_the_pages_lines_alone() -> None:
+    names: dict[str, Any] = {"make_network": make_network}
+    exec(lines_for("make_network", "torch.zeros(1, 3, 8, 8)"), names)
+    scaled, optimizer = names["scaled"], names["optimizer"]
+    block = "encoder.late.layers.5.mix"
+    expected = {
+        "patches.embed.weight": Role.INPUT, "patches.registers": Role.INPUT, "between.weight": Role.HIDDEN,
+        f"{block}.tokens.inner.to_queries.weight": Role.BRANCH_HIDDEN, f"{block}.tokens.gain": Role.BRANCH_VECTOR,
+        f"{block}.tokens.inner.project.bias": Role.BRANCH_VECTOR, f"{block}.features.norm.gain": Role.BRANCH_VECTOR,
+        f"{block}.features.inner.gate.weight": Role.BRANCH_HIDDEN, "norm.gain": Role.VECTOR,
+        f"{block}.features.inner.down.weight": Role.BRANCH_HIDDEN, "classifier.weight": Role.READOUT,
+    }  # fmt: skip
+    assert {name: scaled.rules[name].role for name in expected} == expected
+    values = [multiplier.value for multiplier in scaled.multipliers.values()]
+    assert sorted(values) == [pytest.approx(0.25)] + [pytest.approx((3 / 24) ** 0.5)] * 48
+    images, labels = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 10
+    trained = []
+    for _ in range(6):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(scaled.network(images), labels)
+        loss.backward()
+        optimizer.step()
+        trained.append(loss.item())
+    assert trained[-1] < trained[0]
+
+
+def test_the_check_passes_on_the_strangers_network_of_200_lines() -> None:
+    base = Size(width=32, depth=4)
+    completep = ParameterizationConfig(name="completep", beta=1 / 4)
+
+    def build_at(size: Size, seed: int) -> ScaledModel:
+        inputs = torch.zeros(1, 3, 8, 8)
+        return build_scaled(make_network, size=size, base=base, inputs=inputs, parameterization=completep, seed=seed)
+
+    def batch(seed: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn((16, 3, 8, 8), generator=generator), torch.randint(10, (16,), generator=generator)
+
+    lines = check_sizes(build_at, batch, base, OptimizerConfig(name="adamw", lr=2**-9), Settings((1, 4), steps=2))
+    assert {line.axis for line in lines} == {"width", "depth"}
+    assert [line for line in lines if line.verdict != "ok"] == []

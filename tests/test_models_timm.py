@@ -17,6 +17,8 @@ from depthmup.models.build import build, build_meta
 from depthmup.models.check_record import positions_of
 from depthmup.models.config import TimmConfig
 from depthmup.models.coordinate_check import Line, Settings, align, at_positions, check, without_bias
+from depthmup.models.discovery.branches import find_branches
+from depthmup.models.discovery.trace import trace
 from depthmup.models.errors import ModelError
 from depthmup.models.export import folded_state
 from depthmup.models.optimizer_config import OptimizerConfig
@@ -213,3 +215,28 @@ def test_sizes_that_lie_in_a_configuration_of_timms_are_changed_there(
 
 def build_at_base(config: TimmConfig) -> torch.nn.Module:
     return build_meta(replace(config, width=config.base_width, depth=config.base_depth), COMPLETEP).network
+
+
+NOT_RESIDUAL = {  # whose sums, if they have any, are none of a stream and a branch
+    "concatenates": ["densenet121", "inception_v3", "inception_v4", "rdnet_tiny", "selecsls42"],
+    "has no shortcuts": ["vgg11"],
+    "concatenates cells": ["nasnetalarge", "pnasnet5large"],
+}
+
+
+@pytest.mark.parametrize("name", [name for names in NOT_RESIDUAL.values() for name in names])
+def test_modules_that_do_not_count_as_residual_have_no_residual_stream(name: str) -> None:
+    with torch.device("meta"):
+        network = timm.create_model(name)
+    nodes = trace(network, (torch.zeros(2, 3, 299, 299),))
+    if name in NOT_RESIDUAL["concatenates cells"]:
+        with pytest.raises(ModelError, match="neither addend alone is the residual stream"):
+            find_branches(nodes)
+    else:
+        assert find_branches(nodes) == []
+
+
+def test_a_residual_network_has_a_stream_in_the_same_look() -> None:
+    with torch.device("meta"):
+        network = timm.create_model("resnet18")
+    assert len(find_branches(trace(network, (torch.zeros(2, 3, 64, 64),)))) == 8

@@ -43,14 +43,18 @@ def held(cluster: Cluster, study_file: Path) -> Iterator[Path]:
     cluster.empty_the_queue()
 
 
-@pytest.fixture
-def path(cluster: Cluster, tmp_path: Path) -> str:
-    """A PATH on which sbatch is SBATCH."""
-    fake = tmp_path / "bin" / "sbatch"
+def write_sbatch(cluster: Cluster, folder: Path) -> str:
+    """A PATH on which sbatch is SBATCH, written into `folder`."""
+    fake = folder / "bin" / "sbatch"
     fake.parent.mkdir()
     fake.write_text(SBATCH.format(sbatch=cluster.call("which", "sbatch")))
     fake.chmod(0o755)
     return f"{fake.parent}:{cluster.environment['PATH']}"
+
+
+@pytest.fixture
+def path(cluster: Cluster, tmp_path: Path) -> str:
+    return write_sbatch(cluster, tmp_path)
 
 
 def test_nothing_is_submitted_twice_when_the_launcher_is_killed_at_any_point(

@@ -1,8 +1,12 @@
-"""Every engine trains the same run: same groups, same learning rates, same losses, on one process and on two."""
+"""Every engine trains the same run: same groups, same learning rates, same losses, on one process and on two.
+
+ZeRO without parts of parameters is one code: stage 2 stands for stages 0 and 1, which are in `make test-long`.
+"""
 
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,8 +26,8 @@ CASES = {
         (SHALLOW, CONV_RESNET), ("sp", "depth_mup"), ("sgd", "adamw")
     )
 }
-# Each value of a choice beside each value of another. Two of them are enough for the stages of ZeRO that share their
-# code with stage 2 but for half. `make test-long` has all cases on every engine.
+# Each value of a choice beside each value of another; two of them for stage 3. `make test-long` has all cases on every
+# engine.
 PAIRS = ["vit-sp-sgd", "vit-depth_mup-adamw", "conv_resnet-sp-adamw", "conv_resnet-depth_mup-sgd"]
 STEPS = 6
 DEEPER = ("model.depth=4", "model.base_depth=2")
@@ -58,12 +62,17 @@ def config_of(shards: str, case: str, *overrides: str) -> RunConfig:
     )
 
 
-def cases_of(engine: str) -> list[str]:
-    return PAIRS[1:3] if engine in ("zero0", "zero1", "zero3") else PAIRS
+def chosen_engines(*left_out: str) -> list[Any]:
+    return [pytest.param(e, marks=pytest.mark.long if e in LONG else ()) for e in ENGINES if e not in left_out]
 
 
+def is_long(case: str, engine: str) -> bool:
+    return engine in LONG or case not in (PAIRS[1:3] if engine == "zero3" else PAIRS)
+
+
+LONG = ("zero0", "zero1")
 CHOSEN = [
-    pytest.param(case, engine, id=f"{case}-{engine}", marks=() if case in cases_of(engine) else pytest.mark.long)
+    pytest.param(case, engine, id=f"{case}-{engine}", marks=pytest.mark.long if is_long(case, engine) else ())
     for engine in ENGINES
     for case in CASES
 ]
@@ -89,8 +98,9 @@ def record_groups() -> None:
     loop.Loop.finish = recording  # type: ignore[method-assign]
 
 
-def train_all(shards: str, out: str, chosen: str) -> None:
-    """In each of two processes: the `chosen` cases, a comma between two of them, in two micro-batches."""
+def train_all(shards: str, out: str, engines: str, chosen: str) -> None:
+    """In each of two processes: what each of `engines` trains, and the `chosen` cases, in two micro-batches. A comma is
+    between two of them."""
     import torch
 
     from depthmup.train.distributed import process_group, world_from_environment
@@ -99,7 +109,8 @@ def train_all(shards: str, out: str, chosen: str) -> None:
     world = world_from_environment()
     record_groups()
     with process_group(world, torch.device("cpu"), ParallelConfig(), "ddp"):
-        for name, overrides in ENGINES.items():  # ZeRO 3 is last: DeepSpeed then puts a linear of its own into torch
+        for name in (each for each in ENGINES if each in engines.split(",")):  # ZeRO 3, which changes torch, is last
+            overrides = ENGINES[name]
             for place in chosen.split(","):
                 engine, _, case = place.partition("/")
                 if engine == name:
@@ -131,6 +142,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
     here = [item for item in request.session.items if item.fspath == request.fspath and hasattr(item, "callspec")]
     stated = [item.callspec.params for item in here]
     chosen = {f"{params['engine']}/{params['case']}": params["case"] for params in stated if "case" in params}
+    engines = {params["engine"] for params in stated} | {"ddp", "fsdp"}
     out = tmp_path_factory.mktemp("engines")
     shards = pack_digits(out / "shards")
     with pytest.MonkeyPatch.context() as patch:
@@ -142,7 +154,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
         run(run_config(str(shards), *MUON, *SIX_STEPS, model=CONV_RESNET), out / "none" / "muon_convolutions")
         run(config_of(str(shards), "vit-depth_mup-adamw", *RECIPE, "train.ema=0.9"), out / "none" / "recipe")
         run(run_config(str(shards), *STATISTICS, model=BATCH_NORM), out / "none" / "batch_norm")
-    run_function("test_train_engines", "train_all", 2, str(shards), str(out), ",".join(chosen))
+    run_function("test_train_engines", "train_all", 2, str(shards), str(out), ",".join(engines), ",".join(chosen))
     return out
 
 
@@ -161,7 +173,7 @@ def test_no_parameter_group_is_lost_or_merged_by_wrapping(runs: Path, case: str,
     assert wrapped_groups(runs / engine / case) == expected
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", chosen_engines())
 def test_mixing_smoothing_stochastic_depth_and_the_average_are_the_same_under_every_engine(
     runs: Path, engine: str
 ) -> None:
@@ -172,14 +184,14 @@ def test_mixing_smoothing_stochastic_depth_and_the_average_are_the_same_under_ev
         assert found["val_ema_loss"] == pytest.approx(expected["val_ema_loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", chosen_engines())
 def test_batch_norm_learns_and_is_evaluated_the_same_under_every_engine(runs: Path, engine: str) -> None:
     assert losses(runs / engine / "batch_norm") == pytest.approx(losses(runs / "none" / "batch_norm"), rel=1e-5)
     found, expected = (json.loads((runs / e / "batch_norm" / "done.json").read_text()) for e in (engine, "none"))
     assert found["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine != "ddp"])
+@pytest.mark.parametrize("engine", chosen_engines("ddp"))
 def test_gradients_of_bf16_are_averaged_in_fp32_under_every_engine(runs: Path, engine: str) -> None:
     """bf16 itself rounds to 4e-3; but what each process computes before they average is the same. The first step's norm
     shows it: later AdamW makes whole steps of what is zero but for rounding. Averaged in bf16, it differs by 1e-5."""

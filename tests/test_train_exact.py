@@ -1,6 +1,6 @@
 """Several processes that stop and go on end bit for bit as those that never stopped, under every engine.
 
-The stages of ZeRO between none and all are in `make test-long`: they save and load by the code of stage 2.
+`make test` has the two whose processes save parts: FSDP and ZeRO 2. The others are in `make test-long`.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ from train_processes import run_function
 
 WORLD_SIZE = 3  # sums of two numbers have one order only
 STEPS = 6
-CHOSEN = [pytest.param(name, marks=pytest.mark.long if name in ("zero0", "zero1") else ()) for name in ENGINES]
+CHOSEN = [pytest.param(name, marks=() if name in ("fsdp", "zero2") else pytest.mark.long) for name in ENGINES]
 
 
 def stop_and_go_on(shards: str, out: str, *engines: str) -> None:

@@ -431,6 +431,39 @@ def test_a_frozen_replica_keeps_its_weights_while_the_others_learn(make: Callabl
         assert not torch.equal(replicas.weights(0)["head.weight"], before[0]["head.weight"])
 
 
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("optimizer", RATES)
+def test_replicas_that_are_left_out_change_nothing_for_the_others_to_the_last_bit(
+    network: str, optimizer: str, make: Callable[..., RunConfig]
+) -> None:
+    """Down to two, with all that may differ, and with the seeds becoming fewer. One alone differs by rounding."""
+    make = partial(make, network, optimizer, steps=9, data__mixup=0.4)
+    own = [(0, 0.0, 0.5, 0.5), (0, 0.1, 0.0, 0.9), (1, 0.3, 0.2, 0.7), (0, 0.0, 0.1, 0.8), (1, 0.0, 0.0, 0.6)]
+    configs = [
+        make(seed=seed, train__label_smoothing=smoothing, train__drop_path=drop, train__ema=decay,
+             train__clip_norm=clip, optimizer__lr=RATES[optimizer] * (1 + seed), parameterization={"beta": 1 + decay})
+        for (seed, smoothing, drop, decay), clip in zip(own, (1.0, None, 2.0, 1.0, None), strict=True)
+    ]  # fmt: skip
+    whole, fewer = Replicas(configs, CPU), Replicas(configs, CPU)
+    generator = torch.Generator().manual_seed(0)
+    left = [0, 1, 2, 3, 4]
+    for step, places in enumerate(([0, 2, 3, 4], [0, 1, 3], [1, 2], [0, 1])):
+        images = torch.rand(2, 8, 1, 8, 8, generator=generator)
+        targets = torch.rand(2, 8, 10, generator=generator).softmax(2)
+        uniform = torch.rand(2, whole.num_drop_branches, 8, generator=generator)
+        losses = whole.step(images, targets, uniform, measure=True)
+        seeds = fewer.seeds
+        assert torch.equal(fewer.step(images[seeds], targets[seeds], uniform[seeds], measure=True), losses[left]), step
+        assert fewer.measurements() == [whole.measurements()[number] for number in left]
+        fewer.keep(places)
+        left = [left[place] for place in places]
+        for place, number in enumerate(left):
+            of_whole, of_fewer = whole.state(number), fewer.state(place)
+            for part in ("model", "average"):
+                assert all(torch.equal(w, of_fewer[part][name]) for name, w in of_whole[part].items())
+    assert (left, fewer.seeds, len(fewer.configs)) == ([2, 4], [1], 2)
+
+
 def test_bf16_replicas_learn_like_bf16_runs(make: Callable[..., RunConfig], tmp_path: Path) -> None:
     """Rounding differs between batched and single kernels, so bf16 is compared in its own precision."""
     configs = [make("vit", "adamw", train__precision="bf16", optimizer__lr=rate) for rate in (0.01, 0.02)]

@@ -1,20 +1,22 @@
 """A run with limits of a search ends early where its loss is above them; the others learn what they would have."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from depthmup.train.config import RunConfig
 from depthmup.train.interrupt import Interrupted
 from depthmup.train.loop import run
 from depthmup.train.packs.pack import run_pack
+from depthmup.train.packs.replicas import Replicas
 from depthmup.train.reading import from_plain
 from depthmup.train.rundir import Limits, RunDirectory
-from train_configs import After, metrics
+from train_configs import After, metric, metrics
 
 RATES = (0.004, 1e-6, 0.003, 2e-6)  # of four runs
 
@@ -65,30 +67,60 @@ def test_a_run_below_its_limits_is_bit_for_bit_what_it_is_without(
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
 
 
-@pytest.mark.parametrize("stop", [None, 2, 6])
-def test_of_a_pack_those_above_their_limits_end_and_the_others_go_on_to_what_they_would_have_learnt(
-    make: Callable[..., RunConfig], tmp_path: Path, stop: int | None
+def set_limits(folder: Path, ends: Sequence[int | None], steps: Sequence[int]) -> list[Path]:
+    """Folders of runs of which each ends after its step of `ends`, whatever its loss is there; None: at the last."""
+    return [
+        with_limits(folder / str(number), {step: 0.0 if step == end else None for step in steps})
+        for number, end in enumerate(ends)
+    ]
+
+
+@pytest.mark.parametrize("stop", [None, 2, 5, 7, 10])
+def test_those_of_a_pack_that_go_on_learn_bit_for_bit_what_they_would_have_while_it_shrinks(
+    make: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int | None
 ) -> None:
-    """Half of the pack goes, so the others go on in a smaller one; also where it was stopped in between."""
-    configs = [make(rate, evaluate_every=8) for rate in RATES]
-    plain = run_pack(configs, [tmp_path / f"plain-{number}" for number in range(4)])
-    then = [next(m for m in metrics(tmp_path / f"plain-{n}") if m["step"] == 8)["minival_loss"] for n in range(4)]
-    limit = (sorted(then)[1] + sorted(then)[2]) / 2
-    paths = [with_limits(tmp_path / f"limits-{number}", {8: limit}) for number in range(4)]
+    """At each rung it shrinks, at the end to one run; also where it was stopped and went on in between, from the
+    checkpoints of what was left of it."""
+    sizes: list[int] = []
+    step = Replicas.step
+
+    def counted(self: Replicas, *given: Any, **settings: Any) -> Tensor:
+        sizes.append(len(losses := step(self, *given, **settings)))
+        return losses
+
+    configs = [
+        make(rate, evaluate_every=3, label_smoothing=smoothing)
+        for rate, smoothing in zip((*RATES, 0.001), (0.0, 0.1, 0.0, 0.05, 0.1), strict=True)
+    ]
+    plain = [tmp_path / "plain" / str(number) for number in range(5)]
+    run_pack(configs, plain)
+    ends = [None, 3, None, 6, 9]
+    paths = set_limits(tmp_path / "limits", ends, (3, 6, 9))
+    monkeypatch.setattr(Replicas, "step", counted)
     if stop:
         with pytest.raises(Interrupted):
             run_pack(configs, paths, After(stop))
     results = run_pack(configs, paths)
-    assert [result["outcome"] for result in results] == ["pruned" if t > limit else "completed" for t in then]
-    ended = [number for number, loss in enumerate(then) if loss > limit]
-    assert len(ended) == 2
-    for number in {0, 1, 2, 3} - {*ended}:
-        assert results[number]["minival_loss"] == pytest.approx(plain[number]["minival_loss"], rel=1e-4)
-        lines = [line["step"] for line in metrics(paths[number])]
-        assert lines == sorted(set(lines))
-        assert 8 in lines
-    for number in ended:
-        assert max(line["step"] for line in metrics(paths[number])) == 8
+    assert sizes == [5] * 3 + [4] * 3 + [3] * 3 + [2] * 3
+    assert [result["step"] for result in results] == [end or 12 for end in ends]
+    for path, alike, end in zip(paths, plain, ends, strict=True):
+        assert metric(path, "loss") == metric(alike, "loss")[: len(metric(path, "loss"))]
+        assert metric(path, "step")[-1] == (end or 12)
+        if not end:
+            expected = load_file(RunDirectory(alike).weights)
+            assert all(torch.equal(w, expected[name]) for name, w in load_file(RunDirectory(path).weights).items())
+
+
+def test_a_run_that_diverged_is_computed_no_longer_than_to_the_next_metrics_line(
+    make: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[list[int]] = []
+    keep = Replicas.keep
+    monkeypatch.setattr(Replicas, "keep", lambda self, numbers: [kept.append([*numbers]), keep(self, numbers)])
+    configs = [make(rate, log_every=4) for rate in (RATES[0], 1e37, RATES[2])]
+    results = run_pack(configs, [tmp_path / str(number) for number in range(3)])
+    assert [result["outcome"] for result in results] == ["completed", "diverged", "completed"]
+    assert kept == [[0, 2]]
 
 
 def test_a_pack_all_of_which_is_above_its_limits_ends_there(make: Callable[..., RunConfig], tmp_path: Path) -> None:

@@ -53,8 +53,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("train.device=cuda", r"torch sees no GPU: use train.device=cpu or auto"),
         ("data.num_streams=5", r"num_streams 5 must divide train.global_batch_size 32: .*global_batch_size=30 or 35,"),
         (
-            "train.global_batch_size=1600 train.samples=1600",
-            r"train.global_batch_size 1600 is more than the \d+ training samples: use at most 14\d\d$",
+            "train.global_batch_size=1760 train.samples=1760",
+            r"train.global_batch_size 1760 is more than the \d+ training samples: use at most 16\d\d$",
         ),
     ],
 )

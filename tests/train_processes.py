@@ -3,8 +3,7 @@
 They are forked from one process that has imported torch and the loop before, which takes seconds of a core each time.
 """
 
-import gc
-import multiprocessing
+import multiprocessing.forkserver
 import os
 import runpy
 import signal
@@ -13,8 +12,11 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from functools import cache
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FORK_SERVER = multiprocessing.get_context("forkserver")
@@ -26,6 +28,16 @@ FORK_SERVER.set_forkserver_preload(
         "preloaded",
     ]
 )
+
+
+@cache
+def fork_server() -> Any:
+    """The running server; its `Process` is multiprocessing's. Before Python 3.13 it does not look for what it preloads
+    where this process does, and leaves out silently what it does not find."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{ROOT / 'src'}:{ROOT / 'tests'}")
+        multiprocessing.forkserver.ensure_running()
+    return FORK_SERVER
 
 
 def free_port() -> int:
@@ -50,8 +62,8 @@ def environment(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 
 def become(arguments: list[str], environment: dict[str, str], output: str, errors: str, folder: Path = ROOT) -> None:
-    """In a process just forked: what `cd folder; python ARGUMENTS > output 2> errors` does."""
-    gc.freeze()  # a collection would walk through all that was imported before the fork, and copy its pages
+    """In a process just forked: what `cd folder; python ARGUMENTS > output 2> errors` does, in a session of its own."""
+    os.setsid()
     for descriptor, file in ((1, output), (2, errors)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), descriptor)
     os.environ.clear()
@@ -74,7 +86,7 @@ class Process:
 
     def __init__(self, arguments: list[str], environment: dict[str, str]) -> None:
         self.output: IO[str] = tempfile.NamedTemporaryFile("r+", prefix="depthmup-test-")  # noqa: SIM115  (kept open)
-        self.process = FORK_SERVER.Process(target=become, args=(arguments, environment, *[self.output.name] * 2))
+        self.process = fork_server().Process(target=become, args=(arguments, environment, *[self.output.name] * 2))
         self.process.start()
 
     @property
@@ -116,7 +128,7 @@ def depthmup(
     command = ["-c", START, *map(str, arguments)]
     with tempfile.NamedTemporaryFile("r+") as output, tempfile.NamedTemporaryFile("r+") as errors:
         given = (command, dict(os.environ if env is None else env), output.name, errors.name, cwd or Path.cwd())
-        process = FORK_SERVER.Process(target=become, args=given)
+        process = fork_server().Process(target=become, args=given)
         process.start()
         process.join()
         assert process.exitcode is not None

@@ -43,6 +43,13 @@ class WeightAverage:
         for average, tensor in zip(averages, tensors, strict=True):
             average.lerp_(tensor, weight.view(-1, *[1] * (tensor.ndim - 1)))
 
+    def keep(self, rows: Tensor, tensors: Mapping[str, Tensor]) -> None:
+        """Of tensors that lie side by side leaves out those that are not among `rows`; `tensors` are the others."""
+        self.tensors = tensors
+        self.weights = {name: weights[rows] for name, weights in self.weights.items()}
+        if isinstance(self.decay, Tensor):
+            self.decay = self.decay[rows]
+
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
         """The tensors hold the average while the block runs."""

@@ -9,6 +9,7 @@ from depthmup.data.batch import to_float
 from depthmup.data.index import Index
 from depthmup.data.loader import TrainingLoader, TrainingStream
 from depthmup.data.mixing import mix, mixes, pairs
+from depthmup.data.nvjpeg import check_decoder
 from depthmup.data.order import State, places
 from depthmup.train.config import RunConfig
 from depthmup.train.distributed import World
@@ -18,8 +19,9 @@ from depthmup.train.stochastic_depth import draw_uniform
 
 def open_data(config: RunConfig) -> Index:
     """The data set's index. Raises UserError when it does not fit the model or a shard is missing."""
-    if config.data.rand_augment or mixes(config.data):
-        import depthmup.models.torchvision_ops  # noqa: F401  (must run before timm, which data.distort and data.mixing import)
+    if config.data.rand_augment or mixes(config.data) or config.data.backend == "nvjpeg":
+        # It must run before timm, which data.distort and data.mixing import, and before torchvision.
+        import depthmup.models.torchvision_ops  # noqa: F401
     index = Index.load(config.data.root, config.data.trust)
     index.check_files()
     for split in ("train", *config.train.evaluate):  # an empty one is to be known before training, not after
@@ -38,7 +40,9 @@ class Batches:
     def __init__(
         self, config: RunConfig, index: Index, state: State, first_step: int, world: World, networks: Networks
     ) -> None:
-        """Raises UserError where the data cannot be spread over so many processes."""
+        """Raises UserError where the data cannot be spread over so many processes, or decoded on the device."""
+        if config.data.backend == "nvjpeg":
+            check_decoder(networks.device)
         self.config, self.seed, self.first_step, self.networks = config, state.seed, first_step, networks
         batch = config.data.num_streams, config.train.global_batch_size
         self.places = places(world.rank, world.size, *batch)

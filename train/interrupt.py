@@ -3,6 +3,7 @@
 import io
 import os
 import signal
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -24,6 +25,51 @@ def prepare_streams() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     if os.environ.get("COLUMNS") == "0":
         del os.environ["COLUMNS"]
+
+
+class HungUp(KeyboardInterrupt):
+    """SIGHUP: the terminal is gone, as when an ssh session ends. What obeys Ctrl-C obeys it."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, from `kill` or a batch system. What obeys Ctrl-C obeys it."""
+
+
+ENDINGS: dict[type[KeyboardInterrupt], signal.Signals] = {
+    KeyboardInterrupt: signal.SIGINT,
+    HungUp: signal.SIGHUP,
+    Terminated: signal.SIGTERM,
+}
+
+
+def leave_terminal() -> None:
+    """Has streams whose terminal is gone lead to nowhere: a write there would fail, and end what is to be saved."""
+    for stream in (1, 2):
+        if stat.S_ISCHR(os.fstat(stream).st_mode) and not os.isatty(stream):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream)
+            os.close(nowhere)
+
+
+@contextmanager
+def ended_as_by_ctrl_c() -> Iterator[None]:
+    """SIGHUP and SIGTERM end the block as Ctrl-C does, with what it stops and says then. Under nohup, where SIGHUP is
+    ignored, it stays so. Only in the main thread."""
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        # A shell sends SIGHUP once more. A second SIGTERM ends the process at once.
+        signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else signal.SIG_DFL)
+        leave_terminal()
+        raise HungUp if number == signal.SIGHUP else Terminated
+
+    obeyed = [each for each in (signal.SIGHUP, signal.SIGTERM) if signal.getsignal(each) is signal.SIG_DFL]
+    for number in obeyed:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in obeyed:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def stop_now(number: int, frame: FrameType | None) -> NoReturn:
@@ -62,14 +108,18 @@ class Interrupt:
     def request(self, number: int = 0, frame: FrameType | None = None) -> None:
         if number == signal.SIGINT and self.requested:
             raise KeyboardInterrupt  # the second Ctrl-C means now
+        if number == signal.SIGHUP:
+            leave_terminal()
         self.requested = True
 
     @classmethod
     @contextmanager
     def on_signals(cls, *more: signal.Signals) -> Iterator["Interrupt"]:
-        """A flag that SIGUSR2, SIGTERM and the signals `more` set while the block runs. Only in the main thread."""
+        """A flag that SIGUSR2, SIGTERM, SIGHUP where nohup has not had it ignored, and the signals `more` set while the
+        block runs. Only in the main thread."""
         interrupt = cls()
-        before = {number: signal.signal(number, interrupt.request) for number in (*STOP_SIGNALS, *more)}
+        hangup = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)
+        before = {number: signal.signal(number, interrupt.request) for number in (*STOP_SIGNALS, *hangup, *more)}
         try:
             with raised_again() if signal.SIGINT in more else nullcontext():
                 yield interrupt

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
+from depthmup.data.files import naming
 from depthmup.data.lock import flock
 from depthmup.train.rundir import EXIT_LOST_PEER
 
@@ -49,9 +50,10 @@ class Holder:
 
 def write_holder(file: TextIO, pid: int) -> None:
     """Says in a lock's file who holds it."""
-    file.truncate(0)
-    file.write(json.dumps({"host": socket.gethostname(), "pid": pid}))
-    file.flush()
+    with naming(Path(file.name)):
+        file.truncate(0)
+        file.write(json.dumps({"host": socket.gethostname(), "pid": pid}))
+        file.flush()
 
 
 def read_holder(lock: Path) -> Holder:

@@ -35,7 +35,7 @@ from depthmup.train.networks import Networks
 from depthmup.train.one_network import OneNetwork
 from depthmup.train.owner import read_finished, result_of
 from depthmup.train.record import RunRecord, Watch
-from depthmup.train.rundir import PRUNED, RunDirectory
+from depthmup.train.rundir import RunDirectory
 from depthmup.train.telemetry import Clock, memory_gb, peak_flops
 
 
@@ -77,10 +77,6 @@ def run(
     return record.result
 
 
-class Shrunk(Exception):
-    """So few runs of a pack are left that they go on faster in a pack of their own."""
-
-
 class Loop:
     """Runs that differ in nothing but what `networks` keeps apart; `records` are theirs, in the same order."""
 
@@ -93,7 +89,7 @@ class Loop:
         world: World = World(),  # noqa: B008  (a frozen value)
     ) -> None:
         """Resumes what is there. Raises UserError when the runs do not all stand at one step."""
-        self.networks, self.records, self.index, self.world = networks, records, index, world
+        self.networks, self.records, self.index, self.world = networks, list(records), index, world
         self.config = config = records[0].config  # what follows reads of it is the same for all
         shape = (config.model.in_channels, config.model.image_size, config.model.image_size)
         self.flops = training_flops(build_meta(config.model, config.parameterization).network, shape)
@@ -115,6 +111,7 @@ class Loop:
         self.batches = {
             seed: Batches(config, index, states[seed], self.step, world, networks) for seed in networks.seeds
         }
+        self.streams = {seed: iter(batches) for seed, batches in self.batches.items()}
         for record in records:
             for problem in (too_few_cpus(config.data.num_workers), record.config.decay_warning):
                 if problem:
@@ -130,12 +127,10 @@ class Loop:
         return ((number, record) for number, record in enumerate(self.records) if record.result is None)
 
     def train(self) -> None:
-        """The steps, then evaluation and the done markers. Raises Interrupted after a stop that was asked for, and
-        Shrunk, with all saved, once half of several runs or fewer are left because the others were ended early."""
+        """The steps, then evaluation and the done markers. Raises Interrupted after a stop that was asked for."""
         config, num_steps, first_step = self.config, self.config.train.num_steps, self.step
-        streams = [iter(self.batches[seed]) for seed in self.networks.seeds]
         while self.step < num_steps and any(self.active):
-            images, targets, uniform = self.clock.wait(lambda: stack_seeds([next(stream) for stream in streams]))
+            images, targets, uniform = self.clock.wait(self.next_batches)
             logs = config.train.logs(self.step + 1) or self.step + 1 in self.rungs
             self.pending.append(self.networks.step(images, targets, uniform, measure=logs))
             self.step += 1
@@ -148,19 +143,31 @@ class Loop:
                 self.save()
             if self.vote.stop() and self.step < num_steps and any(self.active):
                 self.stop()
-            if self.step in self.rungs:
-                self.shrink()
+            if logs:
+                self.leave_out_ended()
         self.finish()
 
-    def shrink(self) -> None:
-        """Saves and raises Shrunk where it pays to go on without the runs that were ended early."""
-        left = sum(1 for _ in self.active)
-        pruned = any(record.result and record.result["outcome"] == PRUNED for record in self.records)
-        if pruned and 0 < left <= len(self.records) / 2:
-            self.save()
-            for _, record in self.active:
-                record.checkpoints.wait()
-            raise Shrunk
+    def next_batches(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return stack_seeds([next(self.streams[seed]) for seed in self.networks.seeds])
+
+    def leave_out_ended(self) -> None:
+        """Goes on without the runs that have ended, where that pays: always on a CPU; on a GPU, where the smaller pack
+        is captured anew, once half of them have. Two stay: with one, kernels add up in another order, and the last run
+        would end otherwise in the last digits."""
+        active = dict(self.active)
+        ended = [number for number, record in enumerate(self.records) if record.result is not None]
+        left = sorted([*active, *ended[: max(2 - len(active), 0)]])
+        most = len(self.records) // 2 if self.networks.device.type == "cuda" else len(self.records) - 1
+        if not active or len(left) > most:
+            return
+        for number, record in enumerate(self.records):
+            if number not in left:
+                self.log_bad_samples(record)
+        self.networks.keep(left)
+        self.records = [self.records[number] for number in left]
+        self.measured = [self.measured[number] for number in left]
+        for seed in self.batches.keys() - {*self.networks.seeds}:
+            del self.batches[seed], self.streams[seed]
 
     def read_losses(self) -> None:
         """Hands the losses to the records: the mean over the processes."""
@@ -195,8 +202,8 @@ class Loop:
     def write_metrics(self) -> None:
         """One metrics line for each run; those whose loss is not finite are done.
 
-        A stop during an evaluation is obeyed, and leaves the lines without it. Here and in `save` alone the host waits
-        for the device.
+        A stop during an evaluation is obeyed, and leaves the lines without it, unless it decides which runs end early:
+        in a loop that was stopped the same ones do. Here and in `save` alone the host waits for the device.
         """
         config, networks = self.config, self.networks
         self.read_losses()
@@ -212,11 +219,13 @@ class Loop:
         stopped = False
         evaluated: list[dict[str, float]] = [{} for _ in self.records]
         limited = {record.limits.metric for record in self.records if self.step in record.limits.steps}
-        evaluates = config.train.evaluates(self.step) or "minival_loss" in limited
+        decides = "minival_loss" in limited
+        evaluates = config.train.evaluates(self.step) or decides
         if evaluates and None in diverged_at.values():
             try:
                 with self.clock.stopped():
-                    evaluated = evaluate_splits(networks, config, self.index, self.world, self.vote.stop)
+                    asked = (lambda: False) if decides else self.vote.stop
+                    evaluated = evaluate_splits(networks, config, self.index, self.world, asked)
             except Interrupted as interrupted:
                 self.records[0].log(f"{interrupted}, after step {self.step}")
                 stopped = True
@@ -231,7 +240,7 @@ class Loop:
         for number, step in diverged_at.items():
             if step is not None:
                 self.records[number].diverge(step, self.step)
-            elif not stopped:
+            else:
                 self.records[number].prune(lines[number])
         if stopped:
             self.stop()
@@ -239,6 +248,10 @@ class Loop:
     def copy_weights(self, number: int) -> dict[str, Tensor]:
         """What `full_weights` gives now: on a CPU its tensors are the network's own, which the average leaves again."""
         return {name: tensor.clone() for name, tensor in self.networks.full_weights(number).items()}
+
+    def log_bad_samples(self, record: RunRecord) -> None:
+        for line in self.batches[record.config.seed].loader.bad.lines():
+            record.log(f"bad samples: {line}")
 
     def finish(self) -> None:
         """Evaluates the runs that still train, writes their weights, and marks them done."""
@@ -249,8 +262,7 @@ class Loop:
             except Interrupted:
                 self.stop()
         for record in self.records:
-            for line in self.batches[record.config.seed].loader.bad.lines():
-                record.log(f"bad samples: {line}")
+            self.log_bad_samples(record)
         weights = {number: self.networks.full_weights(number) for number, _ in active}
         averages: dict[int, dict[str, Tensor]] = {}
         if active and self.networks.average:

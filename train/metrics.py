@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -12,7 +13,7 @@ from depthmup.data.errors import UserError
 from depthmup.data.files import write_atomically
 from depthmup.train.config import RunConfig, TrackConfig, run_hash
 from depthmup.train.reading import to_plain
-from depthmup.train.rundir import RunDirectory
+from depthmup.train.rundir import RunDirectory, parse_lines
 
 Log = Callable[[str], None]
 Result = TypeVar("Result")
@@ -21,20 +22,17 @@ silent_servers: set[str | None] = set()  # of wandb, that did not answer this pr
 
 
 def truncate_after(path: Path, step: int) -> None:
-    """Keeps the lines up to `step`, so that no step stands twice after a resume. A half-written line goes too."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["step"] > step:
-            break
-        kept.append(line)
-    write_atomically(path, "".join(kept).encode())
+    """Keeps the lines up to `step`, so that no step stands twice after a resume. A half-written line goes too. Raises
+    UserError for a damaged one before the last."""
+    lines = parse_lines(path, "step")
+    if path.exists():
+        kept = takewhile(lambda line: line["step"] <= step, lines)
+        write_atomically(path, "".join(f"{json.dumps(line)}\n" for line in kept).encode())
 
 
 def mean_loss(path: Path, after_step: int) -> float:
     """Mean training loss over the steps after `after_step`, as far as whole lines lie there, else the last line's."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = parse_lines(path, "step", "loss")
     steps, losses, before = 0, 0.0, 0
     for line in lines:
         if before >= after_step or line is lines[-1]:

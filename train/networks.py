@@ -4,6 +4,7 @@
 every weight stacked.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -53,6 +54,10 @@ class Networks(Protocol):
 
     def load(self, number: int, state: TensorState, step: int) -> None:
         """Puts back what `state` gave after `step` steps, or what was written into it."""
+
+    def keep(self, numbers: Sequence[int]) -> None:
+        """Leaves out the networks that are not among `numbers`, of which there is at least one; the others are numbered
+        anew, in the order of `numbers`. What they learn is what they would have learnt, on a CPU to the last bit."""
 
     def full_weights(self, number: int) -> dict[str, Tensor]:
         """Parameters and buffers, whole, on rank 0's CPU, perhaps the network's own; other ranks get an empty dict."""

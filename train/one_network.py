@@ -1,6 +1,6 @@
 """One network in training: a plain torch module and a plain torch optimizer, spread over processes by an engine."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -152,6 +152,9 @@ class OneNetwork:
     def load(self, number: int, state: TensorState, step: int) -> None:
         self.steps = step
         self.engine.load_state(state)
+
+    def keep(self, numbers: Sequence[int]) -> None:
+        """There is one."""
 
     def full_weights(self, number: int) -> dict[str, Tensor]:
         average_buffers(self.engine.network)

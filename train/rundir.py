@@ -46,11 +46,22 @@ def parse(text: str, path: Path, *keys: str) -> dict[str, Any]:
 def parse_lines(path: Path, *keys: str) -> list[dict[str, Any]]:
     """The lines of `path`, each as `parse`; a half-written one at its end is left out, and without a file there is
     none. Raises UserError."""
+    text = read_text(path)
+    return [parse(line, path, *keys) for line in text.split("\n")[:-1]] if text else []
+
+
+def read_text(path: Path) -> str | None:
+    """None without a file. Bytes that are no text, of a damaged file, come as such that no reader takes."""
     try:
-        lines = path.read_text().split("\n")[:-1]
+        return path.read_text(errors="replace")
     except FileNotFoundError:
-        return []
-    return [parse(line, path, *keys) for line in lines]
+        return None
+
+
+def read_object(path: Path, *keys: str) -> dict[str, Any] | None:
+    """The JSON object in the file `path`, as `parse`; None without a file. Raises UserError."""
+    text = read_text(path)
+    return None if text is None else parse(text, path, *keys)
 
 
 def add_line(path: Path, line: Mapping[str, Any]) -> None:
@@ -170,12 +181,7 @@ class RunDirectory:
         return True
 
     def read_marker(self, name: str, *keys: str) -> dict[str, Any] | None:
-        path = self.path / name
-        try:
-            text = path.read_text()
-        except FileNotFoundError:
-            return None
-        return parse(text, path, *keys)
+        return read_object(self.path / name, *keys)
 
     def done(self) -> dict[str, Any] | None:
         """The marker's content, None before the run's end. Raises UserError for one that cannot be read."""

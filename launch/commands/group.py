@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from depthmup.data.errors import UserError
-from depthmup.launch.paths import ConfigPath
+from depthmup.launch.paths import ConfigPath, FilePath
+from depthmup.train.interrupt import ENDINGS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,12 +43,13 @@ class Commands(click.Group):
                 )
 
     def invoke(self, context: click.Context) -> Any:
-        """Ctrl-C ends a command with one line; click itself says Aborted! and ends 1."""
+        """Ctrl-C, a closed terminal and SIGTERM end a command with one line and 128 + the signal, as a shell counts;
+        click itself says Aborted! and ends 1."""
         try:
             return super().invoke(context)
         except KeyboardInterrupt as stopped:
-            click.echo(str(stopped) or "Interrupted; the same command continues.", err=True)
-            sys.exit(130)
+            click.echo(str(stopped) or "Interrupted; the same command does what is left.", err=True)
+            sys.exit(128 + ENDINGS[type(stopped)])
 
 
 def show_example(example: str) -> str:
@@ -83,6 +85,11 @@ def with_config(function: Callable[..., None]) -> Callable[..., None]:
 
 detachable = click.option(
     "--detach", is_flag=True, help="On Slurm: return at once; a job continues after the runs, to the end."
+)
+
+
+results_out = click.option(
+    "--out", type=FilePath(), help="Write to the folder OUT/NAME [default: the study's own folder]."
 )
 
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from depthmup.data.errors import UserError
+from depthmup.data.files import find_locked_folder
 from depthmup.launch.commands.group import command, new_console
 from depthmup.launch.paths import FilePath, Location
 
@@ -198,6 +200,8 @@ def inspect(shards: str, sheet: Path | None, processes: int | None) -> None:
     from depthmup.data.inspect import contact_sheet, inspect_split, summary
     from depthmup.launch.progress import display
 
+    if sheet and (locked := find_locked_folder(sheet.parent)):  # before all images are decoded
+        raise UserError(f"{sheet}: {locked} is not writable: name another file")
     console = new_console()
     opened = Index.load(shards)
     opened.check_files()

@@ -13,6 +13,7 @@ from depthmup.launch.commands.group import (
     new_console,
     open_study,
     refuse_detached_elsewhere,
+    results_out,
     with_config,
 )
 from depthmup.launch.paths import FilePath, Location
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from depthmup.launch.transfer import Launched
 
 
-@command("new", example="depthmup new flowers --source ~/flowers --family vit")
+@command("new", example="depthmup new flowers --source ~/flowers --target width=768,depth=24")
 @click.argument("name")
 @click.option(
     "--family", type=click.Choice(["vit", "conv_resnet", "resnet"]), default="vit", show_default=True, help="Network."
@@ -36,14 +37,25 @@ if TYPE_CHECKING:
     show_default=True,
     help="A folder or tar of class folders, or a folder of indexed shards.",
 )
-def new(name: str, family: str, source: str) -> None:
+@click.option(
+    "--target", help="The large network, as width=768,depth=24[,samples=1e8][,batch=1024]: the proxy is sized for it."
+)
+@click.option(
+    "--share",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.01,
+    show_default=True,
+    help="Of the target's FLOPs, that tuning may cost.",
+)
+def new(name: str, family: str, source: str, target: str | None, share: float) -> None:
     """Write NAME.yaml, a commented study to start from.
 
-    It is fitted to the images of --source: their classes, size and colours.
+    It is fitted to the images of --source: their classes, size and colours. With --target it begins with a search of
+    several hyperparameters, all runs are as long as --share pays for, and NAME_target.yaml is written, too.
     """
     from depthmup.launch.new import write_new_study
 
-    click.echo("\n".join(write_new_study(name, family, source)))
+    click.echo("\n".join(write_new_study(name, family, source, target, share)))
 
 
 @command("transfer", example="depthmup transfer configs/digits_resnet.yaml study.directory=/scratch/runs")
@@ -188,11 +200,19 @@ def cancel_command(config: Path, overrides: tuple[str, ...]) -> None:
 
 @command("plan", example="depthmup plan configs/digits_resnet.yaml")
 @with_config
-def plan(config: Path, overrides: tuple[str, ...]) -> None:
+@click.option("--target", "targets", type=FilePath(), multiple=True, help="Compare with the cost of this target.")
+def plan(config: Path, overrides: tuple[str, ...], targets: tuple[Path, ...]) -> None:
     """Print every run and its cost; launches nothing."""
+    from depthmup.launch.path_cost import count_path
+    from depthmup.launch.reading import read_study_or_run
     from depthmup.launch.runs.plan import print_plan
+    from depthmup.launch.scale import read_changes
 
-    print_plan(open_study(config, overrides), new_console())
+    console = new_console()
+    print_plan(open_study(config, overrides), console)
+    for target in targets:
+        cost = count_path(config, read_study_or_run(config, overrides), read_changes(target, ()))
+        console.print(f"{target}: {cost}", highlight=False, markup=False)
 
 
 @command("status", example="depthmup status configs/digits_resnet.yaml")
@@ -212,9 +232,10 @@ def status(config: Path, overrides: tuple[str, ...], watch: bool, everything: bo
 
 @command("report", example="depthmup report configs/digits_resnet.yaml configs/digits_vit.yaml --publish docs/results")
 @with_config
+@results_out
 @click.option("--publish", type=FilePath(), help="Also copy JSON and figures to this folder.")
 @click.option("--watch", is_flag=True, help="Write it again every 10 seconds until nothing waits or runs.")
-def report(config: Path, overrides: tuple[str, ...], publish: Path | None, watch: bool) -> None:
+def report(config: Path, overrides: tuple[str, ...], out: Path | None, publish: Path | None, watch: bool) -> None:
     """Write and print the table, curves and verdicts so far.
 
     Further CONFIGs are reported too, and compared on one more page. Of a search or a verification, what it found once
@@ -223,6 +244,7 @@ def report(config: Path, overrides: tuple[str, ...], publish: Path | None, watch
     from depthmup.launch.chain import show_report, watch_report
     from depthmup.launch.report.collect import check_swept
     from depthmup.launch.report.joint import publish_joint, show_joint
+    from depthmup.launch.report.place import results_folder
     from depthmup.launch.runs.joint import JointStudy
 
     changes = tuple(word for word in overrides if "=" in word)
@@ -233,25 +255,28 @@ def report(config: Path, overrides: tuple[str, ...], publish: Path | None, watch
     for study in studies:
         check_swept(study)
     for found in joint:
-        show_joint(found, console)
+        show_joint(found, console, out)
     if watch:
-        watch_report(studies, console)
+        watch_report(studies, console, out)
         studies = [open_study(path, changes) for path in configs]  # their grids may have grown
-    reports = [show_report(study, console) for study in studies]
+    reports = [show_report(study, console, out) for study in studies]
     if len(reports) > 1:
         from depthmup.launch.report.overview import print_overview, write_overview
         from depthmup.launch.report.record import told_record
 
         records = [told_record(report) for report in reports]
         print_overview(records, console)
-        page = studies[0].file.directory.parent / "overview.html"
-        write_overview(records, [study.file.directory / "report.html" for study in studies], page)
+        pages = [results_folder(study, out) / "report.html" for study in studies]
+        page = pages[0].parent.parent / "overview.html"
+        write_overview(records, pages, page)
         console.print(f"Overview: {page}")
     if publish:
         from depthmup.launch.report.page import publish as copy
 
-        copied = [path for found in joint for path in publish_joint(found, publish)]
-        for path in [*copied, *(path for written in reports for path in copy(written, publish))]:
+        copied = [path for found in joint for path in publish_joint(found, results_folder(found, out), publish)]
+        for written in reports:
+            copied += copy(written, results_folder(written.study, out), publish)
+        for path in copied:
             console.print(f"Published: {path}")
 
 

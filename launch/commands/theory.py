@@ -5,12 +5,13 @@ from pathlib import Path
 import click
 
 from depthmup.data.errors import UserError
-from depthmup.launch.commands.group import command, new_console, open_study, with_config
+from depthmup.launch.commands.group import command, new_console, open_study, results_out, with_config
 
 
 @command("converge", example="depthmup converge configs/paper/convergence_depth.yaml")
 @with_config
-def converge_command(config: Path, overrides: tuple[str, ...]) -> None:
+@results_out
+def converge_command(config: Path, overrides: tuple[str, ...], out: Path | None) -> None:
     """Fit how fast a finished study approaches its limit.
 
     Compares the runs at the base's optimum with those of the largest size: the distances of loss curves and last-layer
@@ -20,14 +21,15 @@ def converge_command(config: Path, overrides: tuple[str, ...]) -> None:
     from depthmup.launch.report.converge import converge
 
     console = new_console()
-    for path in converge(open_study(config, overrides), console):
+    for path in converge(open_study(config, overrides), out, console):
         console.print(f"Written: {path}", highlight=False)
 
 
 @command("exponents", example="depthmup exponents configs/paper/exponents.yaml --own")
 @with_config
 @click.option("--own", is_flag=True, help="Use each size's own best value that ran [default: the base's].")
-def exponents_command(config: Path, overrides: tuple[str, ...], own: bool) -> None:
+@results_out
+def exponents_command(config: Path, overrides: tuple[str, ...], own: bool, out: Path | None) -> None:
     """Fit how trained weights of a finished study change with depth.
 
     Takes the weights in residual branches, at the start, trained, and their change: norms, increments from block to
@@ -37,7 +39,7 @@ def exponents_command(config: Path, overrides: tuple[str, ...], own: bool) -> No
     from depthmup.launch.report.exponents import show_exponents
 
     console = new_console()
-    for path in show_exponents(open_study(config, overrides), own, console):
+    for path in show_exponents(open_study(config, overrides), own, out, console):
         console.print(f"Written: {path}", highlight=False)
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from depthmup.data.files import write_atomically
@@ -29,6 +30,12 @@ def note_attempt(directory: RunDirectory, event: str, **details: Any) -> None:
 def read_attempts(directory: RunDirectory) -> list[dict[str, Any]]:
     """The attempts to train the run, the oldest first; a half-written line is left out. Raises UserError."""
     return parse_lines(directory.path / "attempts.jsonl", "event")
+
+
+def last_start(lines: Sequence[Mapping[str, Any]]) -> tuple[str | None, int]:
+    """The job of the run's last attempt, and how often that had been requeued; `lines` are those of attempts.jsonl."""
+    started = [line for line in lines if line["event"] == "started"]
+    return (started[-1].get("job"), started[-1].get("restart", 0)) if started else (None, 0)
 
 
 def mark_failed(directory: RunDirectory, error: str, **details: Any) -> None:

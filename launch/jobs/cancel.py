@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -57,7 +56,12 @@ def cancel(study: Study) -> Stopped:
                 "command again later"
             )
         active = snapshot.of(*states.ACTIVE)
-        note_command(root, "cancel", [found.run.directory.path.name for found in active])
+        holders = {name_of(found): find_holder(found.run.directory.lock) for found in active if found.task is None}
+        processes = {process for process in (*(slot.holder for slot in snapshot.slots), *holders.values()) if process}
+        elsewhere = {process.host for process in processes if not process.is_here}
+        left = {name for slot in snapshot.slots if not slot.holder.is_here for name in slot.names}
+        left |= {name for name, holder in holders.items() if holder and not holder.is_here}
+        note_command(root, "cancel", {name_of(found) for found in active} - left)
         job_ids = sorted({found.task.job_id for found in active if found.task})
         going_on = sorted({task.job_id for task in snapshot.continuations})
         try:
@@ -66,11 +70,15 @@ def cancel(study: Study) -> Stopped:
             raise UserError(
                 f"Slurm does not cancel the jobs of {root}: {error}. Give the same command again later"
             ) from None
-        alone = (find_holder(found.run.directory.lock) for found in active if found.task is None)  # as 'debug' trains
-        holders = {process for process in (*snapshot.slots, *alone) if process and process.pid}
-        here = {process.pid for process in holders if process.host == socket.gethostname()}
+        here = sorted({process.pid for process in processes if process.is_here and process.pid})
         for pid in here:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
-    elsewhere = {process.host for process in holders} - {socket.gethostname()}
-    return Stopped(study, job_ids, going_on, sorted(here), sorted(elsewhere))
+        for slot in snapshot.slots:
+            if slot.holder.is_here:
+                slot.note_told()
+    return Stopped(study, job_ids, going_on, here, sorted(elsewhere))
+
+
+def name_of(found: states.RunState) -> str:
+    return found.run.directory.path.name

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from depthmup.data.files import write_atomically
 from depthmup.launch.paths import PACKAGE
 
 PACKAGES = ("models", "data", "train", "launch")
@@ -35,12 +36,16 @@ def copy_code(folder: Path) -> Path:
     if not target.exists():
         temporary = folder / f".{target.name}.{os.getpid()}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
-        for file in files:
-            copy = temporary / PACKAGE.name / file
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(PACKAGE / file, copy)
-        (temporary / "code.json").write_text(json.dumps(describe_code(), indent=1))
-        os.replace(temporary, target)
+        try:
+            for file in files:
+                copy = temporary / PACKAGE.name / file
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(PACKAGE / file, copy)
+            write_atomically(temporary / "code.json", json.dumps(describe_code(), indent=1).encode())
+            os.replace(temporary, target)
+        except BaseException:  # as on a full disk
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
     return target
 
 

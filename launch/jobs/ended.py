@@ -12,6 +12,7 @@ from depthmup.launch.jobs.attempts import (
     LOST,
     is_pending,
     job_name,
+    last_start,
     mark_failed,
     note_attempt,
     read_attempts,
@@ -36,7 +37,7 @@ def record_end(directories: Sequence[RunDirectory], code: int, log: Path, detail
     """
     number = code - 128 if code > 128 else None
     left = [directory for directory in directories if is_pending(directory) and not taken_over(directory)]
-    begun = [directory for directory in left if last_start(directory) == (job_name(), restart_count())]
+    begun = [directory for directory in left if last_start(read_attempts(directory)) == (job_name(), restart_count())]
     if not left:
         return 1 if code == EXIT_LOST_PEER else code  # whoever failed has said why
     if number == signal.SIGKILL and any(read_attempts(directory)[-1]["event"] == "interrupted" for directory in begun):
@@ -59,14 +60,9 @@ def record_end(directories: Sequence[RunDirectory], code: int, log: Path, detail
 
 def taken_over(directory: RunDirectory) -> bool:
     """Whether another process trains the run now: a later start of this job, while this one was frozen, or another."""
-    newer = any(job == job_name() and restart > restart_count() for job, restart in [last_start(directory)])
-    return newer or find_holder(directory.lock) is not None
-
-
-def last_start(directory: RunDirectory) -> tuple[str | None, int]:
-    """The job of the run's last attempt, and how often that had been requeued."""
-    started = [line for line in read_attempts(directory) if line["event"] == "started"]
-    return (started[-1]["job"], started[-1].get("restart", 0)) if started else (None, 0)
+    job, restart = last_start(read_attempts(directory))
+    is_newer = job == job_name() and restart > restart_count()
+    return is_newer or find_holder(directory.lock) is not None
 
 
 def said_since_start(log: Path) -> str:

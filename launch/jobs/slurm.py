@@ -42,6 +42,13 @@ HINTS = (
 )
 
 
+# squeue's words for what a job does. With any other it ends: COMPLETING, STAGE_OUT, or what it then has ended with.
+WAITS = ("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
+BOOTS = ("CONFIGURING", "POWER_UP_NODE")
+RUNS = ("RUNNING", "RESIZING", "SIGNALING")
+SUSPENDED = ("SUSPENDED", "STOPPED")
+
+
 class SlurmError(Exception):
     """A Slurm command failed; the message is its own words."""
 
@@ -66,20 +73,38 @@ class QueuedTask:
     state: str  # Slurm's word: PENDING, CONFIGURING, RUNNING, COMPLETING, ...
     reason: str  # why it waits
     name: str  # of the job
+    restarts: int = 0  # how often it was requeued
+
+    def __str__(self) -> str:
+        return f"job {self.element}"
+
+    @property
+    def element(self) -> str:
+        """'4711_3', as Slurm calls it, and as the job calls itself in attempts.jsonl."""
+        return f"{self.job_id}_{self.index}"
 
     @property
     def waits(self) -> bool:
-        return self.state == "PENDING"
+        return self.state in WAITS
 
     @property
     def boots(self) -> bool:
         """It has nodes, and no process there yet: they are switched on for it."""
-        return self.state == "CONFIGURING"
+        return self.state in BOOTS
+
+    @property
+    def runs(self) -> bool:
+        return self.state in RUNS
+
+    @property
+    def is_suspended(self) -> bool:
+        """Its processes are there, and stopped."""
+        return self.state in SUSPENDED
 
     @property
     def ends(self) -> bool:
         """Its processes are told to end, or have ended: it leaves the queue, or waits in it again."""
-        return self.state == "COMPLETING"
+        return not (self.waits or self.boots or self.runs or self.is_suspended)
 
 
 def describe_missing(name: str) -> str | None:
@@ -137,17 +162,18 @@ def read_queue(job_ids: Sequence[str], names: Sequence[str] = ()) -> list[Queued
 def ask_queue(option: str, wanted: Sequence[str]) -> list[QueuedTask]:
     if not wanted:
         return []
-    form = "%F|%K|%T|%r|%j"
+    # Longer words are cut: a job's name is at most as long as that of a folder.
+    fields = "ArrayJobID:20|,ArrayTaskID:12|,State:20|,Reason:120|,RestartCnt:12|,Name:255"
     try:
-        lines = call_slurm("squeue", "--noheader", "--array", f"--{option}={','.join(wanted)}", f"--format={form}")
+        lines = call_slurm("squeue", "--noheader", "--array", f"--{option}={','.join(wanted)}", f"--Format={fields}")
     except SlurmError as error:
         if GONE in str(error).lower():  # of one job alone, squeue says so; of several it shows the others
             return []
         raise
     found = []
     for line in lines.splitlines():
-        job_id, index, state, reason, name = line.split("|", 4)
-        found.append(QueuedTask(job_id, int(index) if index.isdigit() else 0, state, reason, name.strip()))
+        job_id, index, state, reason, restarts, name = map(str.strip, line.split("|", 5))
+        found.append(QueuedTask(job_id, int(index) if index.isdigit() else 0, state, reason, name, int(restarts)))
     return found
 
 

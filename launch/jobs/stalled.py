@@ -43,13 +43,16 @@ def measure_silence(run: PlannedRun) -> tuple[str, bool]:
 def describe_stall(run: PlannedRun, holder: Holder | None, task: QueuedTask | None) -> tuple[str, bool]:
     """What there is to say of a run that should train, and whether it is stalled; with what mends it then."""
     said, too_long = measure_silence(run)
+    if task and not holder:
+        said = "no process has it: it was killed, or its node has failed, and Slurm does not know yet"
+        too_long = True
     if holder and holder.is_frozen:
         said = f"{holder} has not moved for {duration(holder.silent)}: it is stopped, or its host is"
         too_long = True
     if not too_long:
         return said, False
     if task:
-        return f"{said}. To start it again from its checkpoint: scontrol requeue {task.job_id}_{task.index}", True
+        return f"{said}. To start it again from its checkpoint: scontrol requeue {task.element}", True
     on = f" on {holder.host}" if holder and holder.host else ""
     return (
         f"{said}. To start it again from its checkpoint: kill -9 {holder.pid if holder else 'PID'}{on}, then launch",

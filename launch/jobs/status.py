@@ -3,7 +3,6 @@
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -23,9 +22,9 @@ from depthmup.launch.wording import duration, power_of_two
 
 WATCH_SECONDS = 10.0
 MAX_ROWS = 40  # more of one state are counted, not listed
-ORDER: tuple[State, ...] = ("failed", "stalled", "lost", "interrupted", "preempted", "running", "starting", "diverged")
-ORDER += ("cancelled", "held", "waiting", "new", "pruned", "done")
-FEW: dict[State, int] = {"starting": 1, "waiting": 1, "held": 0, "cancelled": 1, "diverged": 0, "new": 0}
+ORDER: tuple[State, ...] = ("failed", "stalled", "lost", "interrupted", "preempted", "running", "ending", "starting")
+ORDER += ("diverged", "cancelled", "held", "waiting", "new", "pruned", "done")
+FEW: dict[State, int] = {"ending": 1, "starting": 1, "waiting": 1, "held": 0, "cancelled": 1, "diverged": 0, "new": 0}
 FEW |= {"pruned": 0, "done": 0}
 PLAIN = ("Priority", "Resources", "None")  # reasons that need no word
 HINTS = (  # what an error says -> what may help
@@ -201,7 +200,7 @@ def print_status(study: Study, console: Console, everything: bool = False) -> No
 def watch_studies(studies: Sequence[Study], show: Callable[[Sequence[Sequence[tuple[Study, Snapshot]]]], None]) -> None:
     """Shows where the studies stand, each as `take_path` says it, again and again: a last time when nothing of them
     waits or runs, and until Ctrl-C."""
-    with suppress(KeyboardInterrupt):
+    try:
         while True:
             now = [open_planned(each.path, each.file, each.overrides) for each in studies]  # they may have grown
             paths = [take_path(study) for study in now]
@@ -209,6 +208,8 @@ def watch_studies(studies: Sequence[Study], show: Callable[[Sequence[Sequence[tu
             if not any(goes_on(snapshot) for path in paths for _, snapshot in path):
                 return
             time.sleep(WATCH_SECONDS)
+    except KeyboardInterrupt as told:
+        raise type(told)("No longer watched; what waits or runs goes on, and the same command watches it.") from None
 
 
 def watch_status(study: Study, console: Console, everything: bool = False) -> None:

@@ -8,7 +8,8 @@ jobs/NAME/stopped.jsonl     why a job ended before its runs did, a line each tim
 jobs/NAME/held.json         why its other runs do not begin (launch.jobs.hold)
 jobs/NAME/refused.json      why Slurm did not take the job that was to go on after the runs
 
-On this machine: local/NAME/submission.json, and slot-N.lock, which slot N holds as long as it lives.
+On this machine: local/NAME/submission.json, slot-N.lock, which slot N holds as long as it lives, and slot-N.told once
+`cancel` has told it to stop.
 asked.json                  the user's last command, launch or cancel, and the runs that it stopped
 """
 
@@ -18,8 +19,9 @@ import os
 import secrets
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +30,7 @@ from depthmup.data.files import write_atomically
 from depthmup.data.lock import flock
 from depthmup.launch.jobs.slurm import QueuedTask
 from depthmup.train.lock import Holder, find_holder
-from depthmup.train.rundir import parse, parse_lines
+from depthmup.train.rundir import parse, read_object
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,8 @@ class Submission:
 
     @property
     def job_id(self) -> str | None:
-        try:
-            text = (self.path / "job.json").read_text()
-        except FileNotFoundError:
-            return None
-        return str(parse(text, self.path / "job.json", "job_id")["job_id"])
+        content = read_object(self.path / "job.json", "job_id")
+        return str(content["job_id"]) if content else None
 
     def write_job_id(self, job_id: str) -> None:
         write_atomically(self.path / "job.json", json.dumps({"job_id": job_id}).encode())
@@ -92,9 +91,10 @@ class Submission:
     def write_refused(self, reason: str) -> None:
         write_atomically(self.path / "refused.json", json.dumps({"reason": reason}).encode())
 
-    def slots(self) -> list["Holder"]:
-        """The processes on some machine that still work through it."""
-        return [found for lock in sorted(self.path.glob("slot-*.lock")) if (found := find_holder(lock))]
+    def slots(self) -> list["Slot"]:
+        """The processes on some machine that are still there for it."""
+        locks = sorted(self.path.glob("slot-*.lock"))
+        return [Slot(self, lock, found) for lock in locks if (found := find_holder(lock))]
 
     @classmethod
     def create(cls, jobs: Path, name: str, tasks: Sequence[Sequence[str]], details: dict[str, Any]) -> "Submission":
@@ -108,16 +108,37 @@ class Submission:
     @classmethod
     def load(cls, file: Path) -> "Submission":
         """Raises UserError for a file that cannot be read."""
-        content = parse(file.read_text(), file, "tasks", "details")
+        content = read_object(file, "tasks", "details")
+        assert content, f"{file} was there"
         status = file.stat()
         return cls(file.parent, content["tasks"], content["details"], status.st_mtime_ns, status.st_uid)
 
 
+@dataclass(frozen=True)
+class Slot:
+    """A process on some machine that works through a submission without Slurm, while it holds `lock`."""
+
+    submission: Submission
+    lock: Path
+    holder: Holder
+
+    @property
+    def names(self) -> list[str]:
+        """Of the run directories on its list."""
+        return [*chain.from_iterable(self.submission.tasks)]
+
+    @property
+    def is_told(self) -> bool:
+        """Whether `cancel` has told it to stop: it begins no run any more."""
+        return self.lock.with_suffix(".told").exists()
+
+    def note_told(self) -> None:
+        self.lock.with_suffix(".told").touch()
+
+
 def read_reason(file: Path) -> str | None:
-    try:
-        return str(parse(file.read_text(), file, "reason")["reason"])
-    except FileNotFoundError:
-        return None
+    content = read_object(file, "reason")
+    return str(content["reason"]) if content else None
 
 
 def load_all(jobs: Path) -> list[Submission]:
@@ -127,17 +148,29 @@ def load_all(jobs: Path) -> list[Submission]:
 
 
 def stop_causes(submissions: Sequence[Submission]) -> dict[tuple[str, int], str]:
-    """(array element as '4711_3', how often it had been requeued) -> why that start of it ended before its runs did.
-    Raises UserError."""
-    lines = [line for s in submissions for line in parse_lines(s.stopped, "job", "restart", "cause")]
+    """(array element as '4711_3', how often it had been requeued) -> why that start of it ended before its runs did."""
+    lines = [line for submission in submissions for line in read_causes(submission.stopped)]
     return {(line["job"], line["restart"]): line["cause"] for line in lines}
 
 
+def read_causes(file: Path) -> Iterator[dict[str, Any]]:
+    """The lines that batch scripts have added. Half a line, which a full disk has left of one, is no reason to keep the
+    study from its user: it is passed over, and its job ended for no known reason."""
+    try:
+        lines = file.read_text(errors="replace").split("\n")
+    except FileNotFoundError:
+        return
+    for line in lines:
+        with suppress(UserError):
+            yield parse(line, file, "job", "restart", "cause")
+
+
 def recover_ids(submissions: Sequence[Submission], queue: Sequence[QueuedTask]) -> None:
-    """Writes the ids of jobs that were submitted by a launcher that was killed before it could."""
+    """Writes the ids of jobs that were submitted by a launcher that was killed before it could. A colleague who looks
+    may not write there, and the next one who may does it."""
     by_name = {task.name: task.job_id for task in queue}
     for submission in submissions:
-        if submission.name in by_name and submission.job_id is None:
+        if submission.name in by_name and submission.job_id is None and os.access(submission.path, os.W_OK):
             submission.write_job_id(by_name[submission.name])
 
 
@@ -177,21 +210,15 @@ def note_command(folder: Path, command: Command, stopped: Collection[str] = ()) 
 
 def read_cancelled_runs(folder: Path) -> set[str]:
     """The runs that the user's last command stopped, where that was `cancel`."""
-    file = folder / "asked.json"
-    try:
-        return set(parse(file.read_text(), file, "command").get("runs", ()))
-    except FileNotFoundError:
-        return set()
+    content = read_object(folder / "asked.json", "command") or {}
+    return set(content.get("runs", ()))
 
 
 def read_last_command(folder: Path) -> tuple[Command, int]:
     """The user's last command, and when: in nanoseconds of the file system's clock, as `Submission.created` is."""
     file = folder / "asked.json"
-    try:
-        text, since = file.read_text(), file.stat().st_mtime_ns
-    except FileNotFoundError:
-        return "launch", 0
-    return parse(text, file, "command")["command"], since
+    content = read_object(file, "command")
+    return (content["command"], file.stat().st_mtime_ns) if content else ("launch", 0)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from pathlib import Path
 import submitit
 
 from depthmup.data.errors import UserError
+from depthmup.data.files import write_atomically
 from depthmup.data.lock import flock
 from depthmup.launch.config import LaunchConfig
 from depthmup.launch.jobs import slurm
@@ -113,7 +114,8 @@ TEARDOWN = (
     '  [ "$state" = RUNNING ] || cause=cancelled',
     '  [ "${{restarts:-0}}" -le $restart ] || cause=requeued',
     '  [ "${{preempted:-N/A}}" = N/A ] || cause=preempted',
-    """  [ -z "$found" ] || printf '{{"job": "%s", "restart": %d, "cause": "%s"}}\\n' """
+    # on a line of its own, also after half a line that a full disk has left
+    """  [ -z "$found" ] || printf '\\n{{"job": "%s", "restart": %d, "cause": "%s"}}\\n' """
     '${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID $restart "$cause" >> {stopped}',
     '  [ "$state" = RUNNING ] && [ "${{restarts:-0}}" -le $restart ] && scontrol requeue $SLURM_JOB_ID;;',
     "esac",
@@ -243,7 +245,7 @@ def prepare_arrays(
     for number, tasks in enumerate(arrays):
         details = {**{key: getattr(config, key) for key in keys}, "throttle": turns.throttle(number)}
         submission = Submission.create(jobs.absolute(), name, tasks, details)
-        submission.script.write_text(script_text(submission, config, code, turns.throttle(number)))
+        write_atomically(submission.script, script_text(submission, config, code, turns.throttle(number)).encode())
         submissions.append(submission)
     return submissions
 
@@ -325,7 +327,8 @@ def submit_continuation(study: Study, targets: Sequence[Path], after: bool, lock
     arguments = [sys.executable, "-c", START, str(code), str(root), *files, *(["--after"] if after else [])]
     details = {"targets": files, "after": after}
     submission = Submission.create(root / "jobs", f"depthmup-{study.file.study.name}-then", [[]], details)
-    submission.script.write_text(sbatch_text(submission, small, Path.cwd(), shlex.join(arguments), []))
+    script = sbatch_text(submission, small, Path.cwd(), shlex.join(arguments), [])
+    write_atomically(submission.script, script.encode())
     try:
         submit_arrays([submission], Turns([1], []), small, lock)
     except UserError as error:

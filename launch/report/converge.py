@@ -5,7 +5,6 @@ in one axis only. The kernel of a run is F F^T / N, F (images, N) being what its
 the evaluation split, before any multiplier; N is its number of features.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,13 +23,14 @@ from depthmup.launch.findings.verdict import Analysis
 from depthmup.launch.report import plots
 from depthmup.launch.report.collect import collect
 from depthmup.launch.report.page import CONVERGENCE_FILES
+from depthmup.launch.report.place import open_results
 from depthmup.launch.report.record import dump, rate_record
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.study import Study
 from depthmup.models.build import build_meta
 from depthmup.train.config import RunConfig
 from depthmup.train.evaluate import held_out_images
-from depthmup.train.rundir import RunDirectory
+from depthmup.train.rundir import RunDirectory, parse_lines
 
 IMAGES = 128
 QUANTITIES = ("loss curve", "feature kernel")
@@ -45,7 +45,7 @@ NO_LIMIT = (
 
 def loss_curve(directory: RunDirectory) -> tuple[np.ndarray, np.ndarray]:
     """(steps, training losses) of the metrics file's lines."""
-    lines = [json.loads(line) for line in directory.metrics.read_text().splitlines()]
+    lines = parse_lines(directory.metrics, "step", "loss")
     return np.array([line["step"] for line in lines]), np.array([line["loss"] for line in lines])
 
 
@@ -173,8 +173,9 @@ def describe_rate(found: Line, quantity: str, rate: Rate) -> list[str]:
     return [*said, *(f"  {note}" for note in notes if note)]
 
 
-def converge(study: Study, console: Console) -> list[Path]:
-    """Prints the rates and writes convergence.json and the figures into the study's folder; returns these paths.
+def converge(study: Study, out: Path | None, console: Console) -> list[Path]:
+    """Prints the rates, writes convergence.json and the figures into the study's folder, or that of its name in `out`,
+    and returns these paths.
 
     Raises UserError where no parameterization has an optimum and MIN_SIZES sizes along an axis.
     """
@@ -185,12 +186,13 @@ def converge(study: Study, console: Console) -> list[Path]:
             f"sizes along width or depth: add to study.sizes, or finish it with {study.command('transfer')}"
         )
     all_rates = [(each, quantity, rate) for each in found for quantity in QUANTITIES for rate in each.rates(quantity)]
-    paths = [study.file.directory / name for name in CONVERGENCE_FILES]
-    record = {"study": study.file.study.name, "images": IMAGES, "rates": [as_record(*each) for each in all_rates]}
-    write_atomically(paths[0], dump(record).encode())
-    plots.save_figure(plots.draw_distances(all_rates), paths[1])
-    plots.save_figure(plots.draw_loss_curves(found), paths[2])
     for each in all_rates:
         console.print("\n".join(describe_rate(*each)), highlight=False, markup=False)
     console.print(NO_LIMIT, highlight=False)
+    record = {"study": study.file.study.name, "images": IMAGES, "rates": [as_record(*each) for each in all_rates]}
+    with open_results(study, out, "converge") as root:
+        paths = [root / name for name in CONVERGENCE_FILES]
+        write_atomically(paths[0], dump(record).encode())
+        plots.save_figure(plots.draw_distances(all_rates), paths[1])
+        plots.save_figure(plots.draw_loss_curves(found), paths[2])
     return paths

@@ -22,6 +22,7 @@ from depthmup.launch.findings.exponents import MEASURES, MIN_DEPTHS, Slope, fit_
 from depthmup.launch.report import plots
 from depthmup.launch.report.collect import collect
 from depthmup.launch.report.converge import runs_along
+from depthmup.launch.report.place import open_results
 from depthmup.launch.report.record import dump
 from depthmup.launch.report.tables import print_table, say
 from depthmup.launch.runs.planned import PlannedRun
@@ -174,8 +175,9 @@ def draw_exponents(found: list[Growth]) -> Figure:
     return figure
 
 
-def show_exponents(study: Study, own: bool, console: Console) -> list[Path]:
-    """Prints the exponents and regimes, writes FILES into the study's folder, and returns their paths.
+def show_exponents(study: Study, own: bool, out: Path | None, console: Console) -> list[Path]:
+    """Prints the exponents and regimes, writes FILES into the study's folder, or that of its name in `out`, and returns
+    their paths.
 
     Raises UserError where no parameterization has MIN_DEPTHS depths that train.
     """
@@ -202,8 +204,9 @@ def show_exponents(study: Study, own: bool, console: Console) -> list[Path]:
         f"{each.parameterization}: left out: {each.left_out}" for each in found if each.left_out
     ):
         say(console, sentence)
-    paths = [study.file.directory / name for name in FILES]
     record = {"study": study.file.study.name, "own_values": own, "growths": [each.record for each in found]}
-    write_atomically(paths[0], dump(record).encode())
-    plots.save_figure(draw_exponents(found), paths[1])
+    with open_results(study, out, "exponents") as root:
+        paths = [root / name for name in FILES]
+        write_atomically(paths[0], dump(record).encode())
+        plots.save_figure(draw_exponents(found), paths[1])
     return paths

@@ -42,6 +42,7 @@ from depthmup.launch.report.limit_task import (
 from depthmup.launch.report.record import bounds, dump, plain
 from depthmup.launch.report.tables import print_table, say
 from depthmup.launch.runs.study import Study
+from depthmup.launch.runs.written import check_writable
 from depthmup.models.config import ParameterizationConfig, Size
 from depthmup.models.limit.drift import has_limit, kernel_at, kernel_in_limit, predicted_drift
 from depthmup.models.limit.finite import train_finite
@@ -315,7 +316,7 @@ def limit_command(study: Study, lr: float | None, console: Console) -> list[Path
     Raises UserError for a study that the theory does not cover, and for a rate past the edge of stability.
     """
     limited, file = refuse_not_covered(study), study.file
-    study.check_writable()
+    check_writable(study.file.directory)
     file.directory.mkdir(parents=True, exist_ok=True)
     kernels = kernel_rows(file)
     say(console, "The tangent kernel of one input at the start, and the largest stable rate on the squared loss:")

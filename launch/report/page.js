@@ -13,8 +13,13 @@ const SYMBOLS = ["circle", "square", "diamond", "triangle-up", "star", "pentagon
 
 const element = (id) => document.getElementById(id);
 const chosen = (name) => document.querySelector(`input[name="${name}"]:checked`)?.value;
-const nameOf = (run) =>
-  `${run.width} x ${run.depth}` + ["batch", "samples"].map((axis) => (run[axis] ? `, ${axis} ${run[axis]}` : "")).join("");
+// '32 x 3', and '32 x 3, batch 256' where that is not the base's.
+const OTHER_AXES = { num_experts: "experts", batch: "batch", samples: "samples" };
+const nameOf = (size) =>
+  `${size.width} x ${size.depth}` +
+  Object.entries(OTHER_AXES)
+    .map(([axis, name]) => (size[axis] && size[axis] !== record.base[axis] ? `, ${name} ${size[axis]}` : ""))
+    .join("");
 const octavesOf = (value) => (record.octaves_of.startsWith("1 - ") ? 1 - value : value); // momentum: of 1 - momentum
 const axisName = record.octaves_of.startsWith("1 - ") ? record.octaves_of : record.hyperparameter;
 const valueText = (value) => `${value.toPrecision(4)} (${axisName === record.hyperparameter ? "" : "1 - "}2^${Math.log2(octavesOf(value)).toFixed(2)})`;

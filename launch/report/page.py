@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import shutil
 from collections.abc import Mapping
 from datetime import datetime
 from importlib.metadata import version
@@ -177,10 +176,9 @@ def render(record: Mapping[str, Any], svg: Mapping[str, str], reload_seconds: in
     )
 
 
-def write_report(report: Report, record: Mapping[str, Any], reload_seconds: int | None = None) -> None:
-    """Writes report.html, .md, .csv and .json and the figures into the study's folder. `record`: that of the report, of
+def write_report(report: Report, record: Mapping[str, Any], root: Path, reload_seconds: int | None = None) -> None:
+    """Writes report.html, .md, .csv and .json and the figures into the folder `root`. `record`: that of the report, of
     `page_record`; `reload_seconds`: how often an open page loads itself again."""
-    root = report.study.file.directory
     svg = {name: plots.save_figure(figure, root / f"{name}.png") for name, figure in figures(report).items()}
     write_atomically(root / "report.csv", as_csv(rows(record)).encode())
     write_atomically(root / "report.json", dump(record).encode())
@@ -188,13 +186,15 @@ def write_report(report: Report, record: Mapping[str, Any], reload_seconds: int 
     write_atomically(root / "report.html", render(record, svg, reload_seconds).encode())
 
 
-def publish(report: Report, folder: Path) -> list[Path]:
-    """Copies what a repository keeps to `folder`: the record without single runs as NAME.json, figures and rates as
-    NAME-*."""
-    root, name = report.study.file.directory, report.study.file.study.name
+def publish(report: Report, root: Path, folder: Path) -> list[Path]:
+    """Copies what a repository keeps from `root`, where the report was written, to `folder`: the record without single
+    runs as NAME.json, figures and rates as NAME-*."""
+    name = report.study.file.study.name
     folder.mkdir(parents=True, exist_ok=True)
     swept = ("curves.png", "drift.png") if len(report.study.file.study.grid) > 1 else ()  # one value has no optimum
     kept = {file: f"{name}-{file}" for file in (*swept, *CONVERGENCE_FILES)}
     write_atomically(folder / f"{name}.json", dump(as_record(report)).encode())
-    figures = [Path(shutil.copyfile(root / old, folder / new)) for old, new in kept.items() if (root / old).exists()]
-    return [folder / f"{name}.json", *figures]
+    there = {folder / new: root / old for old, new in kept.items() if (root / old).exists()}
+    for copy, figure in there.items():
+        write_atomically(copy, figure.read_bytes())
+    return [folder / f"{name}.json", *there]

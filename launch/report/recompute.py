@@ -99,8 +99,9 @@ def main() -> None:
             report = collect(restore(record, configs[record["study"]], Path(scratch)))
             assert (len(report.finished), report.num_diverged) == (record["num_runs"], record["num_diverged"])
             assert len(report.unfinished) == record["num_unfinished"]
-            write_report(report, page_record(report))
-            publish(report, folder)
+            root = report.study.file.directory
+            write_report(report, page_record(report), root)
+            publish(report, root, folder)
         print(record["study"])
 
 

@@ -15,8 +15,10 @@ from scipy import stats
 
 from depthmup.data.errors import UserError
 from depthmup.data.files import write_atomically
+from depthmup.data.index import counted
 from depthmup.launch.findings.intervals import CONFIDENCE
 from depthmup.launch.paths import command
+from depthmup.launch.report.place import open_results
 from depthmup.launch.report.record import dump, plain, task_record
 from depthmup.launch.runs.search import Search
 from depthmup.launch.runs.space import fraction_at
@@ -156,7 +158,8 @@ def short(key: str) -> str:
 def print_search(found: Found, console: Console) -> None:
     """80 columns: the winners, the hyperparameters, and what follows."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in ("trial", "search", "new seeds", "+-", *map(short, found.search.settings.space)):
+    keys = [short(key).replace("_", " ") for key in found.search.settings.space]  # two lines where a name is long
+    for heading in ("trial", "search", "new seeds", "+-", *keys):
         table.add_column(heading, justify="right")
     for winner in found.winners:
         numbers = (winner.searched, winner.mean, winner.half_width)
@@ -183,7 +186,8 @@ def sentences(found: Found) -> list[str]:
         f"search itself saw {show_number(best.searched)}: the lowest of many noisy losses flatters."
     ]
     if (baseline := found.baseline) is not None:
-        said.append(f"The file's own values had {show_number(baseline)} ({len(found.search.settings.seeds)} seed(s)).")
+        seeds = counted(len(found.search.settings.seeds), "seed")
+        said.append(f"The file's own values had {show_number(baseline)} ({seeds}).")
     noise = best.half_width
     if close := [other.trial for other in found.winners[1:] if other.mean - best.mean < noise + other.half_width]:
         said.append(f"Within noise of it: trial {', '.join(map(str, close))}.")
@@ -282,21 +286,22 @@ def list_again(value: Any) -> Any:
     return [list_again(each) for each in value] if isinstance(value, tuple) else value
 
 
-def show_search(search: Search, console: Console) -> Found:
-    """Writes and prints what a search found, and the tuned proxy's file. Raises UserError before its end."""
+def show_search(search: Search, console: Console, out: Path | None) -> Found:
+    """Prints what a search found, and writes it and the tuned proxy's file into its folder, or that of its name in
+    `out`. Raises UserError before its end."""
     found = collect_search(search)
     print_search(found, console)
-    best = write_search(found)
+    with open_results(search, out) as root:
+        best = write_search(found, root)
     console.print(f"Written: {best} (also search.json, search.png)", highlight=False)
     return found
 
 
-def write_search(found: Found) -> Path:
-    """Writes search.json, search.png and best.yaml into the search's folder; returns the last. Its values are those of
+def write_search(found: Found, root: Path) -> Path:
+    """Writes search.json, search.png and best.yaml into the folder `root`; returns the last. Its values are those of
     the best winner by its new seeds."""
     from depthmup.launch.report import plots
 
-    root = found.search.file.directory
     plots.save_figure(draw_slices(found), root / "search.png")
     write_atomically(root / "search.json", dump(search_record(found)).encode())
     config = found.search.runs_of(found.winners[0].values, (found.search.file.seed,))[0].config

@@ -37,10 +37,12 @@ function placeOf(size, parameterization) {
 
 function overSizes(element, title, y, traces, change) {
   const shape = layout(title, "width x depth", y, false);
-  Object.assign(shape, { height: 440, legend: { orientation: "h", y: -0.32 } });
-  Object.assign(shape.xaxis, { tickvals: places.map((_, i) => i), ticktext: places, range: [-0.5, places.length - 0.5] });
+  Object.assign(shape, { height: 440, legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom" } });
+  shape.margin.b = 140; // for the longest legend and names of three lines
+  const names = places.map((place) => place.replaceAll(/, (\w+) /g, "<br>$1<br>"));
+  Object.assign(shape.xaxis, { tickvals: places.map((_, i) => i), ticktext: names, range: [-0.5, places.length - 0.5] });
   if (places.length > 5) shape.xaxis.tickangle = -35;
-  Object.assign(shape.xaxis, { showgrid: false, zeroline: false });
+  Object.assign(shape.xaxis, { showgrid: false, zeroline: false, ticklabeloverflow: "allow" });
   Object.assign(shape.yaxis, { type: "linear", zeroline: true });
   change(shape);
   Plotly.react(element, traces, shape, options);

@@ -14,7 +14,9 @@ from scipy import stats
 
 from depthmup.data.errors import UserError
 from depthmup.data.files import write_atomically
+from depthmup.data.index import counted
 from depthmup.launch.findings.share import SURE, Share
+from depthmup.launch.report.place import open_results
 from depthmup.launch.report.record import dump, plain, task_record
 from depthmup.launch.report.search import show_value
 from depthmup.launch.runs.planned import PlannedRun
@@ -131,8 +133,8 @@ def sentences(found: Verified) -> list[str]:
             "would narrow that.",
         }[verdict],
         f"{share.better} of {count} perturbed runs at {at} are better by more than that, {any_better.better} are "
-        f"better at all: {metric} {show_number(found.mean)} with the transferred values (mean of {len(found.own)} "
-        f"seed(s)), {show_number(min(found.losses))} is the lowest of the others.",
+        f"better at all: {metric} {show_number(found.mean)} with the transferred values (mean of "
+        f"{counted(len(found.own), 'seed')}), {show_number(min(found.losses))} is the lowest of the others.",
     ]  # fmt: skip
     if len(found.own) > 1 and found.noise > found.margin:
         said.append(
@@ -175,11 +177,13 @@ def print_verification(found: Verified, console: Console) -> None:
         console.print(textwrap.fill(sentence, 80), highlight=False, markup=False)
 
 
-def show_verification(verification: Verification, console: Console) -> None:
-    """Writes and prints what a verification found. Raises UserError before its end."""
+def show_verification(verification: Verification, console: Console, out: Path | None) -> None:
+    """Prints what a verification found, and writes it into its folder, or that of its name in `out`. Raises UserError
+    before its end."""
     found = collect_verification(verification)
     print_verification(found, console)
-    console.print(f"Written: {write_verification(found)}", highlight=False)
+    with open_results(verification, out) as root:
+        console.print(f"Written: {write_verification(found, root)}", highlight=False)
 
 
 def show_dimension(verification: Verification, key: str) -> str:
@@ -189,7 +193,7 @@ def show_dimension(verification: Verification, key: str) -> str:
     return ", ".join(map(str, dimension))
 
 
-def write_verification(found: Verified) -> Path:
+def write_verification(found: Verified, root: Path) -> Path:
     """Writes verify.json into the verification's folder; returns its path."""
     settings, share = found.verification.settings, found.better_by(found.margin)
     record = {
@@ -210,7 +214,7 @@ def write_verification(found: Verified) -> Path:
             for (values, _), loss in zip(found.verification.perturbed, found.losses, strict=True)
         ],
     }
-    path = found.verification.file.directory / "verify.json"
+    path = root / "verify.json"
     write_atomically(path, dump(record).encode())
     return path
 

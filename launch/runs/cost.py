@@ -13,7 +13,7 @@ from depthmup.launch.config import Size
 from depthmup.launch.paths import PACKAGE, user_folder
 from depthmup.launch.runs.flops import by_formula
 from depthmup.launch.runs.planned import PlannedRun
-from depthmup.train.config import identity
+from depthmup.train.config import RunConfig, identity
 
 
 def cache_file() -> Path | None:
@@ -36,16 +36,16 @@ def read_cache(file: Path | None) -> dict[str, list[int]]:
     return found if isinstance(found, dict) else {}
 
 
-def count_run(run: PlannedRun) -> list[int]:
+def count_network(config: RunConfig) -> list[int]:
     """[parameters, FLOPs of one image in training]."""
-    model = run.config.model
+    model = config.model
     if counted := by_formula(model):
         parameters, forward = counted
         return [parameters, 3 * forward]  # twice the forward pass for the gradients of inputs and of weights
     from depthmup.models.build import build_meta  # torch, which most commands do not need
     from depthmup.models.flops import num_parameters, training_flops
 
-    network = build_meta(model, run.config.parameterization).network
+    network = build_meta(model, config.parameterization).network
     shape = (model.in_channels, model.image_size, model.image_size)
     return [num_parameters(network), training_flops(network, shape)]
 
@@ -56,19 +56,24 @@ def cache_key(model: Any) -> str:
 
 def count_flops(runs: Sequence[PlannedRun]) -> dict[Size, tuple[int, int]]:
     """Per size: (parameters, FLOPs of one run: forward and backward over all its samples)."""
-    first = {run.size: run for run in reversed(runs)}
+    first = {run.size: run.config for run in reversed(runs)}
+    counted = dict(zip(first, count_runs(list(first.values())), strict=True))
+    return {run.size: counted[run.size] for run in runs}
+
+
+def count_runs(configs: Sequence[RunConfig]) -> list[tuple[int, int]]:
+    """Of each run: (parameters, FLOPs forward and backward over all its samples)."""
     file = cache_file()
     cache = read_cache(file)
-    missing = {cache_key(run.config.model): run for run in first.values() if cache_key(run.config.model) not in cache}
+    missing = {name: config for config in configs if (name := cache_key(config.model)) not in cache}
     if missing:
-        cache |= {name: count_run(run) for name, run in missing.items()}
+        cache |= {name: count_network(config) for name, config in missing.items()}
         with suppress(OSError):  # a home that cannot be written to costs time, not correctness
             if file:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(file, json.dumps(cache).encode())
-    counted = {}
-    for size, run in first.items():
-        parameters, each = cache[cache_key(run.config.model)]
-        train = run.config.train
-        counted[size] = (parameters, each * train.num_steps * train.global_batch_size)
-    return {run.size: counted[run.size] for run in runs}
+    counted = []
+    for config in configs:
+        parameters, each = cache[cache_key(config.model)]
+        counted.append((parameters, each * config.train.num_steps * config.train.global_batch_size))
+    return counted

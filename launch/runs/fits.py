@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 
-from depthmup.data.config import DataConfig, window_misfit
+from depthmup.data.config import OTHER_DECODER, DataConfig, window_misfit
 from depthmup.data.errors import UserError
 from depthmup.data.index import counted
 from depthmup.data.order import streams_of
@@ -42,6 +42,8 @@ def find_misfits(run: RunConfig, config: LaunchConfig) -> Iterator[str]:
         yield f"{error}: use {mend_streams(run.data, run.train.global_batch_size, processes)}"
     if misfit := window_misfit(run.data, run.data.root):
         yield misfit
+    if run.data.backend == "nvjpeg" and (missing := find_missing_gpu(run, config)):
+        yield f"data.backend nvjpeg decodes on a GPU, and {missing}, or {OTHER_DECODER}"
     if parallel.engine == "deepspeed" and parallel.zero_stage == 3 and run.train.ema:
         yield "train.ema cannot see ZeRO 3's shards: use parallel.engine=fsdp, or parallel.zero_stage=2"
     if config.cluster != "slurm":
@@ -54,6 +56,17 @@ def find_misfits(run: RunConfig, config: LaunchConfig) -> Iterator[str]:
             f"launch.tasks_per_node {tasks_per_node} is more than launch.gpus_per_node {config.gpus_per_node}: each "
             "process takes a GPU of its own"
         )
+
+
+def find_missing_gpu(run: RunConfig, config: LaunchConfig) -> str | None:
+    """Why a run has no GPU where it is to run, and how it gets one; None where it has."""
+    if run.train.device == "cpu":
+        return "train.device is cpu: set train.device=cuda"
+    if config.cluster == "slurm":
+        return None if config.gpus_per_node else "no GPU is asked for: set launch.gpus_per_node"
+    import torch  # which other plans do without
+
+    return None if torch.cuda.is_available() else "torch sees none here: use a machine with one"
 
 
 def idle_roles(run: RunConfig) -> Iterator[str]:

@@ -26,7 +26,7 @@ from depthmup.launch.runs.journal import Journal
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.space import check_space, default_values
 from depthmup.train.reading import to_plain
-from depthmup.train.rundir import Limits, parse, parse_lines
+from depthmup.train.rundir import Limits, parse_lines, read_object
 
 if TYPE_CHECKING:
     import optuna
@@ -268,9 +268,9 @@ class Search(JointStudy):
 
     def winners(self) -> list[int]:
         """Numbers of the trials that are run anew; none before the search's end."""
-        if not self._winners_file.exists():
+        content = read_object(self._winners_file, "of", "trials")
+        if not content:
             return []
-        content = parse(self._winners_file.read_text(), self._winners_file, "of", "trials")
         found: list[int] = content["trials"]
         return found if content["of"] == len(self.trials()) else []  # others: the search was made longer since
 

@@ -1,7 +1,6 @@
 """A study's runs: the grid written out, each run with its identity and its directory."""
 
 import glob
-import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from depthmup.data.errors import UserError
-from depthmup.data.files import write_atomically
 from depthmup.launch.axes import MODEL_AXES, TRAINING_AXES
 from depthmup.launch.config import Size, StudyFile, label
 from depthmup.launch.paths import command
@@ -31,13 +29,11 @@ from depthmup.launch.runs.rounds import (
     write_rounds,
 )
 from depthmup.launch.runs.space import check_sweep
-from depthmup.launch.runs.written import portable_settings, refuse_other_study, with_absolute_paths
+from depthmup.launch.runs.written import with_absolute_paths, write_study
 from depthmup.models.config import OF_SEVERAL_EXPERTS, ParameterizationConfig
 from depthmup.train.config import RunConfig, run_hash
-from depthmup.train.reading import STUDY_SECTIONS, from_plain, set_dotted, to_plain, to_yaml
+from depthmup.train.reading import STUDY_SECTIONS, from_plain, set_dotted, to_plain
 from depthmup.train.rundir import Limits, RunDirectory
-from depthmup.train.trunk import write_trunk
-from depthmup.train.yaml_text import dump_yaml
 
 if TYPE_CHECKING:
     from depthmup.launch.findings.analysis import Result
@@ -237,13 +233,6 @@ class Study:
     def pending(self) -> list[PlannedRun]:
         return [run for run in self.runs if not run.done()]
 
-    def check_writable(self) -> None:
-        """Raises UserError when the study's folder could not be made. Makes nothing."""
-        root = self.file.directory.absolute()
-        nearest = next(path for path in (root, *root.parents) if path.exists())
-        if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
-            raise UserError(f"{root}: {nearest} is not writable; set study.directory to a folder that is")
-
     # ------------------------------------------------------------ rounds of an adaptive design
 
     @property
@@ -350,24 +339,4 @@ class Study:
     def write(self) -> None:
         """Writes the study's own file, every run's configuration, and where it ends early. Raises UserError for an
         unwritable folder."""
-        refuse_other_study(self.file)
-        root = self.file.directory
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            write_atomically(root / "study.yaml", dump_yaml(portable_settings(self.path, self.file)).encode())
-            for run in self.pending():
-                content = to_yaml(run.config)
-                run.directory.path.mkdir(parents=True, exist_ok=True)
-                if run.directory.failed() and not run.failed():
-                    (run.directory.path / "failed.json").unlink()  # of another run, which would keep this one back
-                if run.trunk and not (run.directory.path / "trunk.json").exists():
-                    write_trunk(run.directory, run.trunk)
-                if not run.directory.config.exists() or run.directory.config.read_text() != content:
-                    write_atomically(run.directory.config, content.encode())
-            for run, limits in self.early_ends():
-                if not run.done():
-                    run.directory.write_limits(limits)
-        except OSError as error:
-            raise UserError(
-                f"{root}: cannot write there ({error.strerror}); set study.directory to a folder that is writable"
-            ) from None
+        write_study(self)

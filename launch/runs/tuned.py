@@ -15,7 +15,7 @@ from depthmup.launch.config import StudyConfig, StudyFile
 from depthmup.launch.reading import read_study
 from depthmup.launch.runs.space import list_examples, with_values
 from depthmup.launch.runs.study import Study
-from depthmup.launch.runs.written import portable_settings
+from depthmup.launch.runs.written import check_writable, portable_settings
 from depthmup.train.reading import from_plain, to_plain
 from depthmup.train.yaml_text import dump_yaml
 
@@ -83,7 +83,7 @@ def keep_study(search: "Search", file: StudyFile) -> None:
             f"alone: {search.command('tune')}"
         )
     with_tuned(file, {key: list_examples(each)[0] for key, each in search.settings.space.items()}, str(search.path))
-    search.check_writable()
+    check_writable(search.file.directory)
     search.file.directory.mkdir(parents=True, exist_ok=True)
     write_atomically(path, dump_yaml(portable_settings(search.path, file)).encode())
 
@@ -93,7 +93,9 @@ def study_after(search: "Search", values: Mapping[str, Any]) -> Study:
     file = read_study(after_file(search))
     path = tuned_file(search, file)
     tuned = with_tuned(file, values, str(path))
-    write_atomically(path, dump_yaml(portable_settings(after_file(search), tuned)).encode())
+    content = dump_yaml(portable_settings(after_file(search), tuned)).encode()
+    if not path.exists() or path.read_bytes() != content:  # a colleague, who may not write there, finds it
+        write_atomically(path, content)
     return Study(path, tuned)
 
 

@@ -1,15 +1,23 @@
-"""A study's file in the study's folder: written so that it can be read from anywhere, and compared with another."""
+"""What stands in a study's folder before its runs train: the study's file, which can be read from anywhere and is
+compared with another, and each run's configuration."""
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from depthmup.data.errors import UserError
+from depthmup.data.files import find_locked_folder, write_atomically
 from depthmup.data.storage import is_remote
 from depthmup.launch.config import StudyFile
 from depthmup.launch.reading import CONFIGURATION_FOLDER, configuration_folders, settings_of
+from depthmup.launch.runs.planned import PlannedRun
 from depthmup.train.config import flat, identity
-from depthmup.train.reading import from_plain, read_yaml
+from depthmup.train.reading import from_plain, read_yaml, to_yaml
+from depthmup.train.trunk import write_trunk
+from depthmup.train.yaml_text import dump_yaml
+
+if TYPE_CHECKING:
+    from depthmup.launch.runs.study import Study
 
 COMPARED = ("model", "optimizer", "schedule", "data", "train")
 
@@ -73,3 +81,41 @@ def comparable_settings(file: StudyFile) -> dict[str, Any]:
     for key in ("model.width", "model.depth", file.study.hyperparameter):
         found.pop(key, None)
     return {**found, "study.hyperparameter": file.study.hyperparameter}
+
+
+def check_writable(folder: Path) -> None:
+    """Raises UserError when a study's folder could not be made there. Makes nothing."""
+    root = folder.absolute()
+    if locked := find_locked_folder(root):
+        raise UserError(f"{root}: {locked} is not writable; set study.directory to a folder that is")
+
+
+def write_study(study: "Study") -> None:
+    """Writes the study's file, every run's configuration, and where runs end early. Raises UserError for an unwritable
+    folder, and for one that holds another study."""
+    refuse_other_study(study.file)
+    root = study.file.directory
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        write_atomically(root / "study.yaml", dump_yaml(portable_settings(study.path, study.file)).encode())
+        for run in study.pending():
+            write_run(run)
+        for run, limits in study.early_ends():
+            if not run.done():
+                run.directory.write_limits(limits)
+    except OSError as error:
+        raise UserError(
+            f"{root}: cannot write there ({error.strerror}); set study.directory to a folder that is writable"
+        ) from None
+
+
+def write_run(run: PlannedRun) -> None:
+    """Writes what the run's worker reads."""
+    content = to_yaml(run.config)
+    run.directory.path.mkdir(parents=True, exist_ok=True)
+    if run.directory.failed() and not run.failed():
+        (run.directory.path / "failed.json").unlink()  # of another run, which would keep this one back
+    if run.trunk and not (run.directory.path / "trunk.json").exists():
+        write_trunk(run.directory, run.trunk)
+    if not run.directory.config.exists() or run.directory.config.read_text() != content:
+        write_atomically(run.directory.config, content.encode())

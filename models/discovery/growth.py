@@ -30,8 +30,15 @@ class Growth:
     containers: tuple[str, ...]  # up to the number of what a deeper network has more of: "blocks.", "stage1.b"
 
     @cached_property
-    def grows_by_pattern(self) -> dict[str, tuple[bool, ...]]:
-        return {self.pattern(name): grows for name, grows in self.grows.items()}
+    def grows_in_blocks(self) -> dict[tuple[str, bool], tuple[bool, ...]]:
+        """(pattern, whether of the first block of a container, which may read what does not grow) -> what grows."""
+        return {(self.pattern(name), self.is_first(name)): grows for name, grows in self.grows.items()}
+
+    def grows_of(self, name: str) -> tuple[bool, ...] | None:
+        """What grows of a parameter of a network of any depth: as in the base's block of the same name or, where the
+        base has one block alone, in that. None for what no block of the base has."""
+        pattern, first = self.pattern(name), self.is_first(name)
+        return self.grows_in_blocks.get((pattern, first), self.grows_in_blocks.get((pattern, not first)))
 
     def place(self, name: str) -> tuple[str, str, str] | None:
         """(container, number, rest) of a parameter or module in a block; None outside of blocks."""

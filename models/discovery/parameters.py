@@ -29,7 +29,7 @@ def role_of(name: str, growth: Growth, users: list[Node], branches: list[Branch]
         raise ModelError(
             f"{name} is used in several places, branches among them: shared weights have no rule. {BY_HAND}"
         )
-    in_branch, grows = places != {None}, growth.grows_by_pattern.get(growth.pattern(name))
+    in_branch, grows = places != {None}, growth.grows_of(name)
     if grows is None:
         raise ModelError(
             f"{name} is in the deeper network, and in no block of the base, so that nothing is known of its growth: "

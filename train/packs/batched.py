@@ -212,6 +212,19 @@ def batched_pool(method: str) -> type[torch.autograd.Function]:
     return BatchedPool
 
 
+def mean_losses(logits: Tensor, targets: Tensor, smoothing: Tensor) -> Tensor:
+    """(K, batch, classes) logits, (K, batch) classes or (K, batch, classes) probabilities -> (K,) cross entropies, each
+    with its run's smoothing (K, 1): F.cross_entropy takes one number for all. In the order of its own operations."""
+    likelihoods = logits.log_softmax(2)
+    if targets.is_floating_point():
+        of_targets = -(likelihoods * targets).sum(2)
+    else:
+        of_targets = -likelihoods.gather(2, targets[..., None]).squeeze(2)
+    of_all = -likelihoods.sum(2)
+    kept, spread = (1 - smoothing).float(), (smoothing / logits.shape[2]).float()
+    return (of_targets * kept + of_all * spread).mean(1)
+
+
 class HandBatched(TorchFunctionMode):
     """Inside this mode and `vmap`, the functions above stand in for torch's, where they fit."""
 

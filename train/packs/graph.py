@@ -9,16 +9,17 @@ EAGER_STEPS = 3  # before a CUDA graph is captured: libraries choose their kerne
 
 
 class GraphedStep:
-    """A step function of fixed shapes as one CUDA graph: eager for the first steps, captured once, then replayed."""
+    """A step function of fixed shapes as one CUDA graph: eager for the first steps, captured once, then replayed. It
+    does not keep the function, whose object holds it: their memory is then free as soon as nobody has that object."""
 
-    def __init__(self, function: Callable[..., None]) -> None:
-        self.function = function
+    def __init__(self) -> None:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inputs: tuple[Tensor, ...] = ()
         self.calls = 0
         self.stream = torch.cuda.Stream()  # autograd's bookkeeping must not tie the capture to the default stream
 
-    def __call__(self, *inputs: Tensor) -> None:
+    def __call__(self, function: Callable[..., None], *inputs: Tensor) -> None:
+        """One step. `function` is the same in every call."""
         if not self.inputs:
             self.inputs = tuple(tensor.clone() for tensor in inputs)
         for mine, new in zip(self.inputs, inputs, strict=True):
@@ -26,7 +27,7 @@ class GraphedStep:
         if self.graph is None and self.calls < EAGER_STEPS:
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
-                self.function(*self.inputs)
+                function(*self.inputs)
             torch.cuda.current_stream().wait_stream(self.stream)
             self.calls += 1
             return
@@ -35,5 +36,5 @@ class GraphedStep:
             self.graph = torch.cuda.CUDAGraph()
             # "thread_local": the loader's thread may allocate pinned memory meanwhile, which "global" takes for a fault
             with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                self.function(*self.inputs)
+                function(*self.inputs)
         self.graph.replay()

@@ -3,7 +3,6 @@
 import os
 import weakref
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from depthmup.train.config import RunConfig
-from depthmup.train.packs.packing import pack_limit
+from depthmup.train.packs.packing import list_common, pack_limit
 from depthmup.train.packs.replicas import Replicas
 from depthmup.train.prepare import autocast_dtype
 
@@ -51,9 +50,19 @@ class PeakBytes(TorchDispatchMode):
         self.live -= size
 
 
-@cache  # a worker asks to choose a pack, and the pack itself asks again
+counted: dict[Any, int] = {}  # a worker asks to choose a pack, the pack itself asks again, and the next ones do
+
+
 def pack_bytes(config: RunConfig, num_replicas: int, device: torch.device) -> int:
-    """The most memory that is taken at once while so many replicas of `config` are built and make their first step."""
+    """The most memory that is taken at once while so many replicas of `config` are built and make their first step.
+    Of what may differ in a pack, stochastic depth alone takes any that counts."""
+    key = repr(list_common(config)), config.train.drop_path > 0, num_replicas, device
+    if key not in counted:
+        counted[key] = count_bytes(config, num_replicas, device)
+    return counted[key]
+
+
+def count_bytes(config: RunConfig, num_replicas: int, device: torch.device) -> int:
     model, batch = config.model, config.train.global_batch_size
     with PeakBytes() as memory:
         replicas = Replicas([config] * num_replicas, device, autocast_dtype(config.train, device))

@@ -1,7 +1,7 @@
 """K runs as one process, each with the run directory that it would have alone."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from depthmup.train.checkpoint import complete, find_fault
 from depthmup.train.config import RunConfig
 from depthmup.train.distributed import World, pick_device
 from depthmup.train.interrupt import Interrupt
-from depthmup.train.loop import Loop, Shrunk, run
+from depthmup.train.loop import Loop, run
 from depthmup.train.owner import read_finished, result_of
 from depthmup.train.packs.memory import largest_pack
 from depthmup.train.packs.packing import list_obstacles
@@ -49,8 +49,7 @@ def run_pack(
 
     Resumes what is there: runs that are done are left alone. Runs that stand at different steps, as after a kill
     between two replicas' saves, go on in a pack for each step, one after the other, as none gives up its checkpoint for
-    the others; what is left of a pack of which half was ended early goes on in a smaller one. `interrupt` is looked at
-    after every step: when set, all save and Interrupted is raised.
+    the others. `interrupt` is looked at after every step: when set, all save and Interrupted is raised.
     Raises UserError when the runs cannot be packed together, do not fit into memory, or the network has an operation
     that does not batch.
     """
@@ -61,12 +60,11 @@ def run_pack(
     interrupt = interrupt or Interrupt()
     while standing := standing_alike(configs, paths):
         runs = standing[max(standing)]
-        with suppress(Shrunk):  # what is left of them comes next
-            if len(runs) == 1:
-                [(config, path)] = runs
-                run(config, path, interrupt=interrupt)
-            else:
-                train_together(runs, interrupt)
+        if len(runs) == 1:
+            [(config, path)] = runs
+            run(config, path, interrupt=interrupt)
+        else:
+            train_together(runs, interrupt)
     return [result_of(RunDirectory(path).done() or {}) for path in paths]
 
 

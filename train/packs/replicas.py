@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call, vmap
 
@@ -23,13 +22,21 @@ from depthmup.train.batch_norm import BatchStatistics, batch_norms, grouping, mo
 from depthmup.train.config import RunConfig
 from depthmup.train.engines.base import TensorState
 from depthmup.train.networks import describe
-from depthmup.train.packs.batched import HandBatched, default_convolution
+from depthmup.train.packs.batched import HandBatched, default_convolution, mean_losses
 from depthmup.train.packs.graph import GraphedStep
 from depthmup.train.packs.stacking import Group, column, group_parameters, stack_multipliers
 from depthmup.train.packs.telemetry import role_statistics
 from depthmup.train.prepare import set_stream_type
 from depthmup.train.schedule import schedule
 from depthmup.train.stochastic_depth import install_stochastic_depth
+
+PER_REPLICA = ("smoothing", "momentum", "coupled", "schedule_of", "alive", "losses", "logit_rms", "gradient_norms")
+
+
+def number_seeds(configs: Sequence[RunConfig], device: torch.device) -> tuple[list[int], Tensor]:
+    """The different seeds, and which of them is each run's, (K,)."""
+    seeds = sorted({config.seed for config in configs})
+    return seeds, torch.tensor([seeds.index(config.seed) for config in configs], device=device)
 
 
 class Replicas:
@@ -56,16 +63,15 @@ class Replicas:
         # (K, branches), or (1, branches) where all runs drop alike
         keeps = [self.draws.keeps_at(rate) for rate in (rates if len(set(rates)) > 1 else rates[:1])]
         self.keeps = torch.tensor(keeps, dtype=torch.float64, device=device)
-        smoothings = [c.train.label_smoothing for c in configs]
-        self.smoothing = column(smoothings, device) if len(set(smoothings)) > 1 else smoothings[0]
+        self.smoothing = column([c.train.label_smoothing for c in configs], device)
         if autocast_dtype:
             set_stream_type(self.network, blocks, branches, autocast_dtype if train.bf16_residual else torch.float32)
         self.multipliers = stack_multipliers(scaled, device)
         self.installed = scaled[0].multipliers
         self.roles = {name: rule.role.value for name, rule in scaled[0].rules.items()}
         self.groups = group_parameters(scaled, configs, device)
-        self.seeds = sorted({c.seed for c in configs})
-        self.seed_of = torch.tensor([self.seeds.index(c.seed) for c in configs], device=device)
+        self.seeds, self.seed_of = number_seeds(configs, device)
+        self.share_images = len(self.seeds) == 1
         self.mode = HandBatched(convolution or default_convolution(device))
 
         initial = [build(c.model, c.parameterization, c.seed).network for c in configs]
@@ -100,7 +106,7 @@ class Replicas:
         self.logit_rms = torch.zeros(len(configs), device=device)
         self.gradients: Sequence[Tensor] = []  # of the last step, after clipping, one (K, weights) for each group
         self.gradient_norms = torch.zeros(len(configs), device=device)  # before clipping
-        self.step_function = GraphedStep(self.eager_step) if device.type == "cuda" else self.eager_step
+        self.graph = GraphedStep() if device.type == "cuda" else None
         self.check_batches()
         self.grouping = grouping(configs[0], 1, 1) if batch_norms(self.network) else None
         self.install_batch_norm()
@@ -152,19 +158,40 @@ class Replicas:
         self.steps = step  # the rest of the state are views, written into already
         self.steps_done.fill_(step)
 
+    def keep(self, numbers: Sequence[int]) -> None:
+        rows = torch.tensor(numbers, device=self.device)
+        self.configs = [self.configs[number] for number in numbers]
+        self.descriptions = [self.descriptions[number] for number in numbers]
+        self.seeds, self.seed_of = number_seeds(self.configs, self.device)
+        for group in self.groups:
+            group.keep(rows)
+        for name in PER_REPLICA:
+            setattr(self, name, getattr(self, name)[rows])
+        for tensors in (self.multipliers, self.buffers):
+            tensors.update({name: tensor[rows] for name, tensor in tensors.items()})
+        self.batch_norms = self.list_batch_norms()
+        self.betas = [beta[rows] for beta in self.betas]
+        if len(self.keeps) > 1:
+            self.keeps = self.keeps[rows]
+        if self.clip is not None:
+            self.clip = self.clip[rows]
+        if self.average:
+            self.average.keep(rows, self.averaged())
+        self.graph = GraphedStep() if self.graph else None
+
     def full_weights(self, number: int) -> dict[str, Tensor]:
         return {name: tensor.cpu() for name, tensor in self.weights(number).items()}
 
     # ------------------------------------------------------------ forward
 
     def forward(self, images: Tensor, uniform: Tensor | None = None) -> Tensor:
-        """(S, batch, channels, size, size) images, (S, branches, batch) uniform numbers -> (K, batch, classes) logits,
-        for the S seeds' runs, or for all where S is 1."""
+        """(K, batch, channels, size, size) images, (K, branches, batch) uniform numbers -> (K, batch, classes) logits.
+        A leading 1 in place of K: the same for all."""
         parameters = {name: value for group in self.groups for name, value in group.parameters().items()}
         if uniform is None:  # nothing is dropped
             uniform = images.new_zeros(len(images), self.num_drop_branches, images.shape[1])
         shared, alike = len(images) == 1, len(self.keeps) == 1
-        inputs = [tensor[0] if shared else tensor[self.seed_of] for tensor in (images, uniform)]
+        inputs = [tensor[0] if shared else tensor for tensor in (images, uniform)]
         inputs.append(self.keeps[0] if alike else self.keeps)
         in_dims = (0, 0, 0, *((None, None) if shared else (0, 0)), None if alike else 0)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None), self.mode:
@@ -208,7 +235,8 @@ class Replicas:
             handles.append(module.register_forward_pre_hook(lambda *_, name=name: entered.append(name)))
             handles.append(module.register_forward_hook(leave))
         model = self.configs[0].model
-        shape = (len(self.seeds), 2, model.in_channels, model.image_size, model.image_size)
+        count = 1 if self.share_images else len(self.configs)
+        shape = (count, 2, model.in_channels, model.image_size, model.image_size)
         buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
         try:
             self.forward(torch.zeros(shape, device=self.device))
@@ -225,20 +253,28 @@ class Replicas:
 
     def install_batch_norm(self) -> None:
         """Statistics over train.batch_norm_images, as a run alone takes them."""
-        statistics = BatchStatistics(self.network, self.configs[0].train.batch_norm_images)
+        BatchStatistics(self.network, self.configs[0].train.batch_norm_images)
         for name, buffer in self.network.named_buffers():
             if name not in self.buffers:
                 self.buffers[name] = torch.zeros(len(self.configs), *buffer.shape, device=self.device)
-        self.batch_norms = [
+        self.batch_norms = self.list_batch_norms()
+
+    def list_batch_norms(self) -> list[tuple[float, dict[str, Tensor]]]:
+        """(momentum, buffers (K, channels) by their own names) of each."""
+        return [
             (momentum_of(module), {key: self.buffers[f"{name}.{key}"] for key, _ in module.named_buffers()})
-            for name, module in statistics.modules.items()
+            for name, module in batch_norms(self.network).items()
         ]
 
     # ------------------------------------------------------------ one step
 
     def step(self, images: Tensor, targets: Tensor, uniform: Tensor | None = None, measure: bool = False) -> Tensor:
         self.before = self.values() if measure else []
-        self.step_function(images, targets, *([] if uniform is None else [uniform]))
+        inputs = [images, targets, *([] if uniform is None else [uniform])]
+        if self.graph:
+            self.graph(self.eager_step, *inputs)
+        else:
+            self.eager_step(*inputs)
         if self.average:
             self.average.update(self.steps)
         self.steps += 1
@@ -246,35 +282,18 @@ class Replicas:
 
     def eager_step(self, images: Tensor, targets: Tensor, uniform: Tensor | None = None) -> None:
         """One step of all replicas, kernel by kernel, which `step` captures as one CUDA graph: sets losses (K,) and
-        logit_rms (K,), and updates the weights. images: (1 or K, batch, channels, size, size)."""
+        logit_rms (K,), and updates the weights. Arguments as those of `step`."""
         self.gradients = []  # the last step's would take memory beside this one's
+        if not self.share_images:
+            images, uniform = images[self.seed_of], None if uniform is None else uniform[self.seed_of]
         logits = self.forward(images, uniform)
-        of_all = targets.expand(len(logits), *targets.shape[1:]) if len(targets) == 1 else targets[self.seed_of]
-        losses = self.mean_losses(logits.float(), of_all)
+        losses = mean_losses(logits.float(), targets[self.seed_of], self.smoothing)
         self.gradients = torch.autograd.grad(losses.sum(), [group.values for group in self.groups])
         for momentum, buffers in self.batch_norms:
             move(buffers, momentum)
         self.losses.copy_(losses.detach())
         self.logit_rms.copy_(logits.detach().float().square().mean((1, 2)).sqrt())
         self.update()
-
-    def mean_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """(K, batch, classes) logits, (K, batch) classes or (K, batch, classes) probabilities -> (K,) cross entropies,
-        each with its run's smoothing, in the order of F.cross_entropy's own operations where runs smooth differently,
-        as that takes one number for all."""
-        if not isinstance(self.smoothing, Tensor):
-            each = F.cross_entropy(
-                logits.flatten(0, 1), targets.flatten(0, 1), label_smoothing=self.smoothing, reduction="none"
-            )
-            return each.view(len(logits), -1).mean(1)
-        likelihoods = logits.log_softmax(2)
-        if targets.is_floating_point():
-            of_targets = -(likelihoods * targets).sum(2)
-        else:
-            of_targets = -likelihoods.gather(2, targets[..., None]).squeeze(2)
-        of_all = -likelihoods.sum(2)
-        kept, spread = (1 - self.smoothing).float(), (self.smoothing / logits.shape[2]).float()
-        return (of_targets * kept + of_all * spread).mean(1)
 
     def measurements(self) -> list[dict[str, float]]:
         norms, logits = self.gradient_norms.tolist(), self.logit_rms.tolist()

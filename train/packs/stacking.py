@@ -36,6 +36,12 @@ class Group:
             for (name, (_, shape)), piece in zip(self.slots.items(), pieces, strict=True)
         }
 
+    def keep(self, rows: Tensor) -> None:
+        """Leaves out the replicas that are not among `rows`."""
+        self.values = self.values.detach()[rows].requires_grad_()
+        for tensors in (self.moments, self.settings):
+            tensors.update({name: tensor[rows] for name, tensor in tensors.items()})
+
     def replica(self, matrix: Tensor, replica: int) -> dict[str, Tensor]:
         """Parameter name -> its part of `matrix` (values or a moment) in one replica, a view."""
         row = matrix.detach()[replica]

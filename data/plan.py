@@ -1,0 +1,52 @@
+"""What `pack` was told to put into a folder: recorded there, so that another pack is not mixed into it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from depthmup.data.errors import UserError
+from depthmup.data.files import write_atomically
+from depthmup.data.index import INDEX_NAME
+
+PLAN_NAME = "pack.json"  # stays beside index.json: what was packed, and how
+KEYS = {"source", "archive", "images", "listing", "left_out", "options"}
+
+
+def differences(recorded: dict[str, Any], plan: dict[str, Any]) -> list[str]:
+    """What another plan does otherwise, in words; of the same images under another path nothing."""
+    found = []
+    if recorded["listing"] != plan["listing"]:
+        found.append(f"then {recorded['images']} images of {recorded['source']}, now {plan['images']} others")
+    for name, value in plan["options"].items():
+        if (before := recorded["options"].get(name)) != value:
+            shown = ["unset" if choice is None else choice for choice in (before, value)]
+            found.append(f"then --{name} {shown[0]}, now {shown[1]}")
+    return found
+
+
+def read_plan(out: Path) -> dict[str, Any] | None:
+    """What was packed into `out`, None where nothing was. Raises UserError for a file that this command did not write
+    so."""
+    path = out / PLAN_NAME
+    try:
+        found = json.loads(path.read_text())
+        whole = found.keys() >= KEYS and isinstance(found["options"], dict)
+    except FileNotFoundError:
+        return None
+    except (ValueError, AttributeError):
+        whole = False
+    if not whole:
+        raise UserError(f"{path}: damaged, or another program's, and says what was packed: pack into another folder")
+    return dict(found)
+
+
+def check_plan(out: Path, plan: dict[str, Any]) -> None:
+    """Raises UserError when `out` holds anything but shards of `plan`; else records the plan there."""
+    if recorded := read_plan(out):
+        if found := differences(recorded, plan):
+            raise UserError(
+                f"{out}: holds another pack ({'; '.join(found)}). Pack into another folder, or delete this one first"
+            )
+    elif (out / INDEX_NAME).exists():
+        raise UserError(f"{out}: holds shards that were not packed by this command. Pack into another folder")
+    write_atomically(out / PLAN_NAME, (json.dumps(plan, indent=1) + "\n").encode())

@@ -1,0 +1,58 @@
+"""What it costs to tune a proxy for a target: at most so many FLOPs, as a share of the target's."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from depthmup.launch.config import StudyFile
+from depthmup.launch.reading import settings_of
+from depthmup.launch.runs.cost import count_flops, count_runs
+from depthmup.launch.runs.design import design_of
+from depthmup.launch.runs.search import Search
+from depthmup.launch.runs.study import Study
+from depthmup.launch.runs.tuned import search_of
+from depthmup.launch.scale import SECTIONS, merge, run_of
+from depthmup.launch.wording import quantity, show_share
+
+
+@dataclass(frozen=True)
+class PathCost:
+    """FLOPs, forward and backward: of the search at the base (0 without one), of the study over sizes at most, and of
+    the target's run."""
+
+    search: float
+    study: float
+    target: float
+
+    @property
+    def share(self) -> float:
+        """Of the target's FLOPs, that tuning costs at most."""
+        return (self.search + self.study) / self.target
+
+    def __str__(self) -> str:
+        parts = [f"{quantity(self.search)}FLOPs for the search"] if self.search else []
+        parts.append(f"at most {quantity(self.study)}FLOPs for the study over sizes")
+        return (
+            f"Tuning costs at most {show_share(self.share)} of the target's {quantity(self.target)}FLOPs: "
+            f"{', '.join(parts)}."
+        )
+
+
+def count_path(path: Path, file: StudyFile, changes: dict[str, Any]) -> PathCost:
+    """The cost of the study `file`, of the search before it where it has a section `tune`, and of the target that the
+    sections `changes` make of it. Raises UserError for a target that is no valid run."""
+    study = Study(path, replace(file, tune=None))
+    if file.study.adaptive:
+        over_sizes = design_of(study).budget
+    else:
+        flops = count_flops(study.runs)
+        over_sizes = sum(run.share * flops[run.size][1] for run in study.runs)
+    plain = settings_of(file)
+    target = run_of(merge({key: plain[key] for key in SECTIONS if key in plain}, changes), f"{path}, the target")
+    ((_, of_target),) = count_runs([target])
+    return PathCost(count_search(Search(path, search_of(file))) if file.tune else 0.0, over_sizes, of_target)
+
+
+def count_search(search: Search) -> float:
+    """FLOPs of all its suggestions, and of the best with new seeds."""
+    return search.expected * len(search.settings.seeds) * search.flops + search.rerun_flops
