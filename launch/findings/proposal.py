@@ -159,7 +159,7 @@ class Proposal:
 
     def sharpen_drifts(self) -> bool:
         """Whether drifts of a value that is carried over, or may be, are known too roughly: then runs at the size, at
-        the base, or at both, whichever gives more than half of the drift's variance."""
+        the base, or at both, wherever more than half of the variance comes from that a drift may have."""
         most = self.design.drift_precision
         verdict = next((j.verdict for j in self.analysis.judgements if j.parameterization == self.name), None)
         base = self.curve(self.design.sizes[0])
@@ -171,9 +171,10 @@ class Proposal:
             if each.curve.parameterization != self.name or each.curve is base or half_width(each.interval) <= most:
                 continue
             rough = True
-            ends = ((each.curve, half_width(base.optimum.interval)), (base, half_width(each.curve.optimum.interval)))
-            for curve, other in ends:
-                if half_width(curve.optimum.interval) > most / math.sqrt(2) and curve.posterior is not None:
+            own, of_base = half_width(each.curve.optimum.interval), half_width(base.optimum.interval)
+            least = min(most / math.sqrt(2), max(own, of_base))  # the wider one at least
+            for curve, half, other in ((each.curve, own, of_base), (base, of_base, own)):
+                if half >= least and curve.posterior is not None:
                     curves.setdefault(curve.size, (curve, other))
         for size, (curve, other) in curves.items():
             assert curve.optimum.x is not None
