@@ -5,7 +5,7 @@
 # make test-versions: the core tests with the lowest versions that pyproject.toml allows, then with the newest and the
 # newest Python that is installed, each in a new environment of 6 GB (about 3 GB to download), and those of checkpoints on
 # the lowest patch release of our Python that is installed. make test-versions-short: one short way through the package
-# instead of the core tests.
+# instead of the core tests, and of those of checkpoints the ones that what a version reads and writes decides.
 PYTHON ?= python3
 VENV ?= .venv
 TEST_PROCESSES ?= 4
@@ -14,6 +14,9 @@ BIN := $(VENV)/bin
 PYTEST = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --durations 10
 CORE_TESTS := tests/test_versions.py $(wildcard tests/test_data_*.py tests/test_models_*.py tests/test_train_*.py)
 RESUME_TESTS := tests/test_train_resume.py
+LOADING_TESTS := $(addprefix $(RESUME_TESTS)::test_,killed_inside_a_checkpoint_write \
+	a_checkpoint_of_an_older_version_is_resumed a_checkpoint_holds_no_pickled_table_of_contents \
+	no_code_in_a_checkpoint_is_run)
 UV_ENV := UV_CONSTRAINT=constraints.txt $(if $(wildcard $(PIP_FIND_LINKS)),UV_FIND_LINKS=$(PIP_FIND_LINKS))
 
 demo: $(VENV)/.installed-demo
@@ -46,9 +49,9 @@ test-versions: $(VENV)/.installed-dev
 	tests/versions.sh newest test $(CORE_TESTS)
 
 test-versions-short: $(VENV)/.installed-dev
-	tests/versions.sh patch $(RESUME_TESTS)
+	tests/versions.sh patch $(LOADING_TESTS)
 	PYTHON=$(PYTHON) tests/versions.sh lowest test-core tests/test_versions.py
-	tests/versions.sh newest test-core tests/test_versions.py $(RESUME_TESTS)
+	tests/versions.sh newest test-core tests/test_versions.py $(LOADING_TESTS)
 
 clean:
 	rm -rf runs shards docs/_build

@@ -27,8 +27,9 @@ LANES = {
 }
 # Longest first: a file that begins last must not leave the other processes idle. Seconds of CPU on two busy cores.
 LONG_FILES = {
-    **{"train_processes": 90, "train_pack": 80, "launch_transfer": 75, "train_engines": 70, "train_settings": 60},
-    **{"train_resume": 40, "launch_packs": 40, "train_exact": 30, "train_layout": 30},
+    **{"train_pack": 60, "launch_transfer": 60, "train_engines": 45, "train_processes": 40, "train_settings": 40},
+    **{"models_check": 35, "train_resume": 30, "launch_jobs": 25, "launch_packs": 20, "train_layout": 20},
+    **{"launch_tune": 20, "models_limit": 20, "launch_page": 20, "launch_tuned": 20, "config_effects": 20},
 }
 
 

@@ -222,8 +222,11 @@ def test_every_field_of_the_optimizer_acts_or_is_refused() -> None:
 
 
 def test_every_field_of_the_parameterization_acts_or_is_refused() -> None:
+    """Every preset with half of the optimizers: each name, and each way to decay, is beside each preset."""
     acting = set()
-    for optimizer, name in product(OPTIMIZERS, PRESETS):
+    for (number, optimizer), (place, name) in product(enumerate(OPTIMIZERS), enumerate(PRESETS)):
+        if (number + number // 2 + place) % 2:
+            continue
 
         def observe(parameterization: dict[str, Any], optimizer: dict[str, Any] = optimizer) -> tuple[Any, ...]:
             return learned(run_of(optimizer, parameterization, {}))

@@ -66,7 +66,9 @@ def test_a_draw_below_one_half_mirrors_left_and_right():
     assert torch.equal(mirrored, kept.flip(2))
 
 
-@pytest.mark.parametrize("augment", ["none", "crop_flip", "resized_crop_flip"])
+@pytest.mark.parametrize(
+    "augment", ["resized_crop_flip", *(pytest.param(name, marks=pytest.mark.long) for name in ("none", "crop_flip"))]
+)
 def test_distorted_batches_are_the_same_for_any_workers_ranks_resume_and_in_memory(tmp_path, augment):
     index = make_shards(tmp_path, samples=90, size=(10, 12))
     settings = config(index, augment=augment, **STREAMS, **DISTORTED)

@@ -161,7 +161,7 @@ def photos(tmp_path_factory):
     return make_shards(tmp_path_factory.mktemp("photos"), samples=150, size=None, shard_samples=61)
 
 
-@pytest.mark.parametrize("augment", ["crop_flip", "resized_crop_flip"])
+@pytest.mark.parametrize("augment", [pytest.param("crop_flip", marks=pytest.mark.long), "resized_crop_flip"])
 def test_global_batches_are_bit_identical_for_worlds_and_workers_and_after_a_resume(photos, augment):
     settings = config(photos, num_streams=8, window=6, augment=augment, minival=0)
     steps = 12  # 9 in the first epoch

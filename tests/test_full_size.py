@@ -17,6 +17,7 @@ def call(monkeypatch: pytest.MonkeyPatch, steps: list[Step], archive: Path, fold
     main(steps)
 
 
+@pytest.mark.long
 def test_a_call_on_another_machine_goes_on_from_the_archive(
     study_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -134,10 +135,16 @@ def test_tanh_is_another_network_with_the_same_weights() -> None:
     assert torch.allclose(block(-x) + x, -branch, atol=1e-6)  # an odd function, as ReLU is not
 
 
-@pytest.fixture
-def trained(digits: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def trained_once(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study of one rate, three depths and two seeds, all of whose runs are done."""
-    return train_depths(settings_on(digits), tmp_path, lr=0.0625, seeds=2)
+    return train_depths(settings_on(digits), tmp_path_factory.mktemp("trained"), lr=0.0625, seeds=2)
+
+
+@pytest.fixture
+def trained(trained_once: Path, tmp_path: Path) -> Path:
+    """Its folder, to be changed."""
+    return Path(shutil.copytree(trained_once, tmp_path / "grown"))
 
 
 def test_a_studys_runs_give_exponents_a_table_and_a_figure(trained: Path) -> None:

@@ -266,7 +266,7 @@ def test_a_failed_run_is_named_and_the_others_finish(study_file: Path) -> None:
     (broken / "weights.safetensors").mkdir()  # the run cannot write its weights
     report = broken.parents[1] / "report.html"
     report.unlink()
-    failed = depthmup("transfer", study_file, *few)
+    failed = depthmup("transfer", study_file, "launch.slots=1", *few)
     assert failed.returncode == 2
     assert broken.name in failed.stderr
     assert broken.name in report.read_text()  # it is of what is done, and says what is not

@@ -35,6 +35,7 @@ SPACE: dict[str, Any] = {
     "schedule.warmup": {"first": 0, "last": 0.5, "scale": "linear"},
     "train.label_smoothing": [0, 0.1],
 }
+LONG = pytest.mark.long
 
 
 @pytest.fixture
@@ -154,7 +155,7 @@ def test_suggestions_of_a_launcher_that_was_killed_before_it_trained_them_are_tr
     assert len(open_search(file).pending()) == 4
 
 
-@pytest.mark.parametrize("trained", [9, 20])
+@pytest.mark.parametrize("trained", [9, pytest.param(20, marks=LONG)])
 def test_a_journal_that_was_cut_anywhere_is_written_again_as_it_was_and_nothing_is_trained_twice(
     tune_file: Callable[..., Path], trained: int
 ) -> None:
@@ -273,7 +274,7 @@ def test_runs_that_are_ended_early_are_neither_winners_nor_averaged_nor_failures
         run.loss("minival_loss")
 
 
-@pytest.mark.parametrize("stop_after", [13, 18, 30])
+@pytest.mark.parametrize("stop_after", [13, pytest.param(18, marks=LONG), pytest.param(30, marks=LONG)])
 def test_a_search_with_early_ends_that_was_stopped_ends_the_same_runs(
     tune_file: Callable[..., Path], stop_after: int
 ) -> None:

@@ -36,6 +36,7 @@ SWIN = TimmConfig(
     **{"timm_name": "swinv2_tiny_window8_256", "width": 32, "depth": 2, "base_width": 16, "base_depth": 1},
     **{"image_size": 32, "num_classes": 10, "head_dim": 16, "arguments": {"window_size": 4, "patch_size": 2}},
 )
+LONG = pytest.mark.long
 
 
 def off(lines: list[Line]) -> set[str]:
@@ -195,9 +196,12 @@ def test_a_readouts_bias_that_is_drawn_is_no_mean_over_the_width() -> None:
 @pytest.mark.parametrize(
     ("name", "head_dim", "width"),
     [
-        *[("efficientnet_b0", None, 32), ("gernet_s", None, 48), ("mvitv2_tiny", 16, 32), ("regnetx_002", None, 32)],
-        *[("mobilevit_s", None, 32), ("lcnetv2_base", None, 64)],
-        *[("nf_resnet26", None, 32), ("cspresnet50", None, 64), ("xcit_nano_12_p16_224", 16, 32)],
+        *[("gernet_s", None, 48), ("mvitv2_tiny", 16, 32), ("nf_resnet26", None, 32), ("xcit_nano_12_p16_224", 16, 32)],
+        pytest.param("efficientnet_b0", None, 32, marks=LONG),
+        pytest.param("regnetx_002", None, 32, marks=LONG),
+        pytest.param("mobilevit_s", None, 32, marks=LONG),
+        pytest.param("lcnetv2_base", None, 64, marks=LONG),
+        pytest.param("cspresnet50", None, 64, marks=LONG),
     ],
 )
 def test_sizes_that_lie_in_a_configuration_of_timms_are_changed_there(

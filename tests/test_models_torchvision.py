@@ -106,6 +106,7 @@ def logits_of_a_compiled_vit() -> tuple[int, ...]:
     return tuple(torch.compile(network, backend="eager")(torch.zeros(2, 3, 32, 32)).shape)
 
 
+@pytest.mark.long
 def test_a_vit_is_compiled_in_a_process_that_is_spawned() -> None:
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         assert pool.submit(logits_of_a_compiled_vit).result(timeout=600)[0] == 2

@@ -1,6 +1,7 @@
 """One configuration has one result, however its global batch is spread over processes and micro-batches."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ BATCH_NORM = {**CONV_RESNET, "norm": "batch"}
 RESNET = {"family": "resnet", "width": 8, "depth": 4, "base_width": 8, "base_depth": 4}
 PREACTIVATION = {**RESNET, "preactivation": True}  # timm's BatchNormAct2d
 RECIPE = ("data.mixup=0.3", "data.cutmix=0.5", "train.drop_path=0.4", "train.label_smoothing=0.1")
+# Those in `make test-long`; others have their BatchNorm in another network, or over fewer images.
+LONG = ("ResNet, statistics of all", "pre-activation, statistics of all")
 # name -> model, what makes it this run, micro-batch sizes on one process, on two
 LAYOUTS: dict[str, tuple[dict[str, Any], tuple[str, ...], tuple[int | None, ...], tuple[int | None, ...]]] = {
     "statistics of a quarter": (BATCH_NORM, ("train.batch_norm_images=8",), (None, 8), (None, 8)),
@@ -38,21 +41,22 @@ LAYOUTS: dict[str, tuple[dict[str, Any], tuple[str, ...], tuple[int | None, ...]
 }
 
 
-def train_layouts(shards: str, out: str, world_size: int) -> None:
+def train_layouts(shards: str, out: str, world_size: int, chosen: Sequence[str]) -> None:
     from depthmup.train.distributed import process_group, world_from_environment
 
     world = world_from_environment()
     engine = "ddp" if world_size == 2 else "none"
     with process_group(world, torch.device("cpu"), ParallelConfig(), engine):
-        for name, (model, overrides, one, two) in LAYOUTS.items():
+        for name in chosen:
+            model, overrides, one, two = LAYOUTS[name]
             for size in two if world_size == 2 else one:
                 stated = (*overrides, *([f"parallel.micro_batch_size={size}"] if size else []))
                 config = run_config(shards, "train.samples=192", *stated, model=model)
                 run(config, Path(out) / name / f"{world_size} x {size}", world)
 
 
-def train_on_two(shards: str, out: str) -> None:
-    train_layouts(shards, out, 2)
+def train_on_two(shards: str, out: str, *chosen: str) -> None:
+    train_layouts(shards, out, 2, chosen)
 
 
 @pytest.fixture(scope="module")
@@ -61,23 +65,26 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(shards: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """All layouts, of the LONG ones those that the chosen tests are about."""
+    stated = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    chosen = [name for name in LAYOUTS if name not in LONG or {"layout": name} in stated]
     out = tmp_path_factory.mktemp("layouts")
-    train_layouts(str(shards), str(out), 1)
-    run_function("test_train_layout", "train_on_two", 2, str(shards), str(out))
+    train_layouts(str(shards), str(out), 1, chosen)
+    run_function("test_train_layout", "train_on_two", 2, str(shards), str(out), *chosen)
     return out
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_a_result_does_not_depend_on_processes_and_micro_batches(runs: Path, name: str) -> None:
-    _, _, one, two = LAYOUTS[name]
-    layouts = [*(f"1 x {size}" for size in one), *(f"2 x {size}" for size in two)]
-    expected = losses(runs / name / layouts[0])
-    result = json.loads((runs / name / layouts[0] / "done.json").read_text())
-    for layout in layouts[1:]:
-        assert losses(runs / name / layout) == pytest.approx(expected, rel=1e-5), layout
-        found = json.loads((runs / name / layout / "done.json").read_text())
-        assert found["val_loss"] == pytest.approx(result["val_loss"], rel=1e-5), layout  # with running statistics
+@pytest.mark.parametrize("layout", [pytest.param(n, marks=pytest.mark.long if n in LONG else ()) for n in LAYOUTS])
+def test_a_result_does_not_depend_on_processes_and_micro_batches(runs: Path, layout: str) -> None:
+    _, _, one, two = LAYOUTS[layout]
+    first, *others = (*(f"1 x {size}" for size in one), *(f"2 x {size}" for size in two))
+    expected = losses(runs / layout / first)
+    result = json.loads((runs / layout / first / "done.json").read_text())
+    for other in others:
+        assert losses(runs / layout / other) == pytest.approx(expected, rel=1e-5), other
+        found = json.loads((runs / layout / other / "done.json").read_text())
+        assert found["val_loss"] == pytest.approx(result["val_loss"], rel=1e-5), other  # with running statistics
 
 
 def test_the_number_of_images_of_a_statistic_is_part_of_a_runs_identity_and_matters(runs: Path, shards: Path) -> None:

@@ -78,6 +78,12 @@ def losses(directory: Path) -> list[float]:
     return metric(directory, "loss")
 
 
+def test_the_fork_server_has_done_what_each_of_its_processes_would_need_seconds_for() -> None:
+    """It leaves out silently what it does not find."""
+    (process,) = start(["-c", "import sys; print('preloaded' in sys.modules)"], world_size=1)
+    assert finish([process]) == ([0], "True\n")
+
+
 def test_stopped_and_killed_runs_go_on_with_other_engines_and_world_sizes(config: Path, tmp_path: Path) -> None:
     """fsdp x 4 in two copies, SIGUSR2 to one process -> ZeRO 2 x 2, one process killed -> ddp x 2, SIGTERM -> one."""
     processes = train(config, tmp_path, "parallel.engine=fsdp", "parallel.shard_size=2", world_size=4)

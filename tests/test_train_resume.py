@@ -31,6 +31,8 @@ from depthmup.train.metrics import MetricsWriter
 from depthmup.train.rundir import RunDirectory
 from train_configs import metrics, pack_digits, run_config, timeless_metrics
 
+LONG = pytest.mark.long
+
 
 def config_of(shards: Path, *overrides: str) -> RunConfig:
     """30 steps: AdamW, BatchNorm, stochastic depth and an average; metrics every 3 steps, a checkpoint every 4."""
@@ -119,7 +121,7 @@ def test_killed_again_and_again_where_a_run_is_between_two_things_and_resumed(
     assert_same_end(tmp_path, whole)
 
 
-@pytest.mark.long
+@LONG
 def test_killed_at_20_random_points_and_resumed(shards: Path, whole: Path, tmp_path: Path) -> None:
     config = config_of(shards)
     start = time.monotonic()
@@ -137,9 +139,9 @@ def test_killed_at_20_random_points_and_resumed(shards: Path, whole: Path, tmp_p
 @pytest.mark.parametrize(
     ("module", "name", "number"),
     [
-        (checkpoint.dcp, "save", 2),  # inside a checkpoint write, before the tensors
-        (checkpoint, "checksum", 3),  # after them
-        (checkpoint, "fsync", 5),  # not durable yet
+        pytest.param(checkpoint.dcp, "save", 2, marks=LONG),  # inside a checkpoint write, before the tensors
+        pytest.param(checkpoint, "checksum", 3, marks=LONG),  # after them
+        pytest.param(checkpoint, "fsync", 5, marks=LONG),  # not durable yet
         (os, "rename", 5),  # between tmp and rename
         (checkpoint, "write_atomically", 2),  # between rename and pointer
         (checkpoint.shutil, "rmtree", 4),

@@ -99,7 +99,7 @@ def test_channels_last_leaves_the_losses_as_they_are_under_every_engine(shards: 
     common = ("train.samples=96", "train.checkpoint_every=2")
     plain = run_config(shards, *common, "train.channels_last=false", model=model)
     expected = run(plain, tmp_path / "plain")["train_loss"]
-    zero = [("parallel.engine=deepspeed", f"parallel.zero_stage={stage}") for stage in range(4)]
+    zero = [("parallel.engine=deepspeed", f"parallel.zero_stage={stage}") for stage in (2, 3)]
     linear = torch.nn.functional.linear
     for engine in (("parallel.engine=none",), ("parallel.engine=ddp",), ("parallel.engine=fsdp",), *zero):
         config = run_config(shards, *common, *engine, model=model)
@@ -109,20 +109,26 @@ def test_channels_last_leaves_the_losses_as_they_are_under_every_engine(shards: 
 
 
 @pytest.mark.parametrize(
-    ("model", "overrides"),
+    ("model", "backend", "overrides"),
     [
-        (VIT, ("train.compile=block", "parallel.engine=fsdp", "train.activation_checkpointing=true")),
-        (VIT, ("train.compile=model", "train.activation_checkpointing=true")),
-        (BOTTLENECKS, ("train.compile=block",)),
+        (VIT, "aot_eager", ("train.compile=block", "parallel.engine=fsdp", "train.activation_checkpointing=true")),
+        (VIT, "aot_eager", ("train.compile=model", "train.activation_checkpointing=true")),
+        (BOTTLENECKS, "eager", ("train.compile=block",)),
     ],
 )
 def test_compilation_takes_every_block_and_leaves_the_losses_as_they_are(
-    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: dict[str, Any], overrides: tuple[str, ...]
+    shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    model: dict[str, Any],
+    backend: str,
+    overrides: tuple[str, ...],
 ) -> None:
-    """With what traces the code alone: torch's compiler of kernels takes a minute on a CPU."""
+    """With what traces the code alone, of many kinds of block without their backward pass: torch's compiler of kernels
+    takes a minute on a CPU."""
     common = ("train.samples=64", "train.drop_path=0.1")
     plain = run(run_config(shards, *common, model=model), tmp_path / "plain")
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     torch._dynamo.reset()
     counters.clear()
     compiled = run(run_config(shards, *common, *overrides, model=model), tmp_path / "compiled")
@@ -162,6 +168,7 @@ def test_bf16_gives_the_residual_stream_the_same_type_and_the_losses_the_same_si
     losses = []
     for engine in ("none", "ddp", "fsdp", "deepspeed"):
         overrides = ("train.precision=bf16", f"train.bf16_residual={residual}", f"parallel.engine={engine}")
+        overrides += ("train.samples=192",)
         losses.append(run(run_config(shards, *overrides, model=VIT), tmp_path / engine)["train_loss"])
     assert set(types) == {torch.bfloat16 if residual == "true" else torch.float32}
     assert losses == pytest.approx([losses[0]] * 4, rel=0.002)

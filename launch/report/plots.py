@@ -221,6 +221,7 @@ def save_figure(figure: Figure, png: Path) -> str:
     """Writes `png` and returns the figure as SVG text to stand in a page."""
     image, text = io.BytesIO(), io.StringIO()
     figure.savefig(image, format="png", dpi=110)
+    figure.set_layout_engine("none")  # it stays as it is: to lay it out takes as long as to draw it
     write_atomically(png, image.getvalue())
     figure.savefig(text, format="svg")
     plt.close(figure)
