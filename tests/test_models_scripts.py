@@ -15,7 +15,8 @@ from depthmup.models.optimizer_config import OptimizerConfig
 from stranger_network import make_network
 from train_processes import start
 
-PAGE = Path(__file__).parents[1] / "docs" / "your-model.md"
+README = Path(__file__).parents[1] / "README.md"
+PAGE = README.parent / "docs" / "your-model.md"
 NEEDED = "is not installed; depthmup does not need it, and its example is run where it is"
 
 
@@ -92,19 +93,14 @@ def test_a_trainer_of_another_library_takes_the_optimizer(
 # ---------------------------------------------------------------- a stranger's network of 200 lines
 
 
-def lines_for(builder: str, inputs: str) -> str:
-    """The page's first example with another builder and another batch in the place of its own."""
-    first = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[0]
-    imports, call = first.partition("class ")[0], first[first.index("scaled = ") :]
-    for old, new in (("    Net,", f"    {builder},"), ("torch.zeros(1, 64)", inputs)):
-        assert call.count(old) == 1
-        call = call.replace(old, new)
-    return imports + call
+def readme_lines() -> str:
+    (block,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    return str(block)
 
 
-def test_a_strangers_network_of_200_lines_is_scaled_by_the_pages_lines_alone() -> None:
-    names: dict[str, Any] = {"make_network": make_network}
-    exec(lines_for("make_network", "torch.zeros(1, 3, 8, 8)"), names)
+def test_a_strangers_network_of_200_lines_is_scaled_by_the_readmes_lines_alone() -> None:
+    names: dict[str, Any] = {"make_network": make_network, "images": torch.zeros(1, 3, 8, 8)}
+    exec(readme_lines(), names)
     scaled, optimizer = names["scaled"], names["optimizer"]
     block = "encoder.late.layers.5.mix"
     expected = {
