@@ -26,7 +26,7 @@ from depthmup.launch.findings.points import Design, Point
 from depthmup.launch.findings.verdict import Analysis, analyse
 from depthmup.launch.reading import read_study
 from depthmup.launch.report.page import markdown_table
-from depthmup.launch.report.recompute import CONFIGS
+from depthmup.launch.report.recompute import find_configs
 from depthmup.launch.report.record import read_record
 from depthmup.launch.runs.design import design_of
 from depthmup.launch.runs.study import Study
@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("records", type=Path, nargs="+")
     parser.add_argument("--replays", type=int, default=10)
     asked = parser.parse_args()
-    configs = {read_study(path).study.name: path for path in CONFIGS.glob("*.yaml")}
+    configs = find_configs()
     for number, path in enumerate(asked.records):
         lines = markdown_table([row(path, configs[path.stem], asked.replays)])
         print("\n".join(lines if number == 0 else lines[2:]), flush=True)

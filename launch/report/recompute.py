@@ -26,7 +26,7 @@ from depthmup.launch.runs.rounds import (
 from depthmup.launch.runs.study import Study
 from depthmup.train.rundir import PRUNED
 
-CONFIGS = Path("configs/paper")
+CONFIGS = Path("configs")
 
 
 def points_beyond(study: Study, points: list[dict[str, Any]]) -> tuple[list[AddedValues], list[AddedSeed]]:
@@ -87,10 +87,15 @@ def restore(record: dict[str, Any], config: Path, folder: Path) -> Study:
     return study
 
 
+def find_configs() -> dict[str, Path]:
+    """The files of studies by the study's name; others are runs."""
+    paths = [path for path in sorted(CONFIGS.rglob("*.yaml")) if "study" in read_raw(path, ())]
+    return {read_study(path).study.name: path for path in paths}
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
-    paths = [path for path in CONFIGS.glob("*.yaml") if "study" in read_raw(path, ())]  # others are targets
-    configs = {read_study(path).study.name: path for path in paths}
+    configs = find_configs()
     for path in sorted(folder.glob("*.json")):
         record = read_record(path)
         if "points" not in record:
