@@ -200,20 +200,20 @@ class Decoder:
         pictures = dict(zip(files, decoded, strict=True))
         crops = []
         for row in rows:
-            picture = pictures.get(row)
-            if picture is None and row in files:
-                content, shard, key = files[row]
+            if row not in files:
+                crops.append(slots.images[slot, row].to(self.device))
+                continue
+            picture, (content, shard, key) = pictures[row], files[row]
+            if picture is None:
                 try:
                     picture = decode_pil(content.numpy().tobytes(), channels).to(self.device)
                 except BadImage as error:
                     late[row] = BadSample(shard, key, str(error))
-            if picture is not None:
-                top, left, height, width = slots.boxes[slot, row].tolist()
-                crops.append(picture[:, top : top + height, left : left + width])
-            elif row not in late:
-                crops.append(slots.images[slot, row].to(self.device))
-            elif self.augment is not None:
-                crops.append(torch.zeros(channels, size, size, dtype=torch.uint8, device=self.device))
+                    if self.augment is not None:
+                        crops.append(torch.zeros(channels, size, size, dtype=torch.uint8, device=self.device))
+                    continue
+            top, left, height, width = slots.boxes[slot, row].tolist()
+            crops.append(picture[:, top : top + height, left : left + width])
         images = resize(crops, size) if crops else slots.images[slot, :0].to(self.device)
         return images, len(rows) - sum(picture is not None for picture in decoded)
 

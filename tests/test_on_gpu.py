@@ -5,7 +5,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from benchmarks.on_gpu import Command, main
+
+
+@pytest.fixture(autouse=True)
+def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
 
 SAY = "import sys; print('said', sys.argv[1:])"
 
@@ -41,3 +48,13 @@ def test_nothing_begins_once_the_time_is_up(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(sys, "argv", ["on_gpu", "--minutes", "0", "--out", str(tmp_path), "--source", "images.tar"])
     main((Command("quick", ("-c", SAY), ()),))
     assert not list(tmp_path.iterdir())
+
+
+def test_without_a_gpu_nothing_counts_as_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        call(monkeypatch, tmp_path / "out", (Command("quick", ("-c", SAY), ()),))
+    assert "torch sees no GPU here; --toy" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
