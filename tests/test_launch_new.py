@@ -216,7 +216,7 @@ def test_recipes_that_come_with_the_package_are_found_from_any_folder(
     for name in ("digits_resnet", "digits_resnet.yaml", "configs/digits_resnet.yaml"):
         assert "runs (0 done)" in invoke("plan", name).output
     own = yaml.safe_load((PACKAGE / "configs" / "digits_resnet.yaml").read_text())
-    own["study"] |= {"values": [0.1, 0.2, 0.4], "seeds": [0], "parameterizations": ["sp"]}
+    own["study"] |= {"values": [0.1, 0.2, 0.4], "seeds": [0], "parameterizations": ["sp"], "drift_precision": None}
     own["study"]["sizes"] = own["study"]["sizes"][:1]
     Path("digits_resnet.yaml").write_text(yaml.safe_dump(own))
     assert "\n3 runs (0 done)" in invoke("plan", "digits_resnet.yaml").output  # what is there comes first
