@@ -9,7 +9,6 @@ from the archive. A run that was under way begins anew there. The archive holds 
 
 import argparse
 import io
-import signal
 import subprocess
 import sys
 import time
@@ -90,7 +89,7 @@ def train_step(step: Step, folder: Path, data: Sequence[str], archive: Path, dea
         except subprocess.TimeoutExpired:
             save(folder, archive)
     if process.poll() is None:
-        process.send_signal(signal.SIGINT)
+        process.terminate()  # as Ctrl-C; a job in a shell's background ignores SIGINT, with all that it starts
         try:
             process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:

@@ -89,6 +89,8 @@ def main(commands: tuple[Command, ...] = COMMANDS) -> None:
     arguments = parser.parse_args()
     if not arguments.toy and not torch.cuda.is_available():  # the tests would be skipped, and count as done
         parser.error("torch sees no GPU here; --toy tries the commands on a CPU")
+    # A shell has a job in the background ignore SIGINT, and what that starts would do so, too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     deadline = time.monotonic() + 60 * arguments.minutes
     arguments.out.mkdir(parents=True, exist_ok=True)
     file = arguments.out / ENDED
