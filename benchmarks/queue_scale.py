@@ -24,8 +24,8 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 START = f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); from depthmup.launch.cli import main; main()"
 POINTS = 100  # of a study with one seed
 
-from depthmup.data.pack import pack  # noqa: E402
-from slurm_cluster import Cluster, start, wait_for  # noqa: E402
+from depthmup.data.pack import pack  # noqa: E402  (behind the path)
+from slurm_cluster import Cluster, start, wait_for  # noqa: E402  (behind the path, on which it is found)
 
 
 def write_study(folder: Path, runs: int, nodes: int) -> Path:

@@ -28,7 +28,8 @@ def measure(config: Any, out: Path) -> tuple[float, float]:
     """Images per second, and the share of the time that was spent waiting for data."""
     lines: list[dict[str, Any]] = []
     run(config, out, watch=lines.append)
-    return tuple(statistics.median(line[key] for line in lines[1:]) for key in ("images_per_second", "data_wait"))  # type: ignore[return-value]
+    speed, waited = ([line[key] for line in lines[1:]] for key in ("images_per_second", "data_wait"))
+    return statistics.median(speed), statistics.median(waited)
 
 
 def main() -> None:

@@ -112,11 +112,11 @@ class Template:
         self.target = target and replace(
             target, batch=self.batch, samples=target.samples or TARGET_EPOCHS * look.images // self.batch * self.batch
         )
-        self.sizes = choose_sizes(row["base"], target)
         self.values: dict[str, Any] = {
             **row,
-            **{"name": name, "file": file, "family": family, "sizes": self.sizes, "target": self.target},
+            **{"name": name, "file": file, "family": family, "target": self.target},
             **{"target_file": target_file(name), "look": look, "pixels": pixels, "mean": mean, "std": std},
+            "sizes": choose_sizes(row["base"], target),
             "model": {**row["model"], **patch},
             "source": None if look.is_indexed else where,
             "images": images or name,

@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from depthmup.launch.config import StudyFile
-from depthmup.launch.reading import settings_of
 from depthmup.launch.runs.cost import count_flops, count_runs
 from depthmup.launch.runs.design import design_of
 from depthmup.launch.runs.search import Search
 from depthmup.launch.runs.study import Study
 from depthmup.launch.runs.tuned import search_of
-from depthmup.launch.scale import SECTIONS, merge, run_of
+from depthmup.launch.scale import merge, run_of, run_settings
 from depthmup.launch.wording import quantity, show_share
 
 
@@ -47,12 +46,6 @@ def count_path(path: Path, file: StudyFile, changes: dict[str, Any]) -> PathCost
     else:
         flops = count_flops(study.runs)
         over_sizes = sum(run.share * flops[run.size][1] for run in study.runs)
-    plain = settings_of(file)
-    target = run_of(merge({key: plain[key] for key in SECTIONS if key in plain}, changes), f"{path}, the target")
+    target = run_of(merge(run_settings(file), changes), f"{path}, the target")
     ((_, of_target),) = count_runs([target])
-    return PathCost(count_search(Search(path, search_of(file))) if file.tune else 0.0, over_sizes, of_target)
-
-
-def count_search(search: Search) -> float:
-    """FLOPs of all its suggestions, and of the best with new seeds."""
-    return search.expected * len(search.settings.seeds) * search.flops + search.rerun_flops
+    return PathCost(Search(path, search_of(file)).total_flops if file.tune else 0, over_sizes, of_target)

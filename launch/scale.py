@@ -162,6 +162,12 @@ def movable_values(run: RunConfig) -> dict[str, Any]:
     }
 
 
+def run_settings(file: StudyFile) -> dict[str, Any]:
+    """The sections of a study's file that a run of its own has, as plain data."""
+    plain = settings_of(file)
+    return {key: plain[key] for key in SECTIONS if key in plain}
+
+
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """`base` with every section of `changes` laid over it."""
     merged = {**base}
@@ -187,8 +193,7 @@ def scale(
     file: StudyFile = report.study.file
     curve, carried, facts = choose_curve(report, parameterization, force)
     chosen = next(p for p in file.study.parameterizations if label(p) == curve.parameterization)
-    plain = settings_of(file)
-    config = {key: plain[key] for key in SECTIONS if key in plain}
+    config = run_settings(file)
     config["parameterization"] = {key: value for key, value in vars(chosen).items() if value is not None}
     set_dotted(config, f"{file.study.hyperparameter}={carried!r}")
     if named_cluster(changes):

@@ -210,9 +210,11 @@ def plan(config: Path, overrides: tuple[str, ...], targets: tuple[Path, ...]) ->
 
     console = new_console()
     print_plan(open_study(config, overrides), console)
-    for target in targets:
-        cost = count_path(config, read_study_or_run(config, overrides), read_changes(target, ()))
-        console.print(f"{target}: {cost}", highlight=False, markup=False)
+    if targets:
+        file = read_study_or_run(config, overrides)  # whole, where a search knows its base alone
+        for target in targets:
+            cost = count_path(config, file, read_changes(target, ()))
+            console.print(f"{target}: {cost}", highlight=False, markup=False)
 
 
 @command("status", example="depthmup status configs/digits_resnet.yaml")

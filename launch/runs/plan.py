@@ -79,11 +79,11 @@ def print_search_plan(search: Search, console: Console) -> None:
     settings, known = search.settings, len(search.trials())
     print_space(settings.space, console)
     searched, again = search.expected * len(settings.seeds), settings.most_winners * settings.rerun_seeds
-    ((parameters, each),) = count_flops(search.examples).values()
+    ((parameters, _),) = count_flops(search.examples).values()
     done = sum(bool(run.done()) for run in search.runs)
     console.print(
         f"\n{searched + again} runs of {parameters:,} parameters ({done} done), "
-        f"{quantity((searched + again) * each)}FLOPs in all:\n"
+        f"{quantity(search.total_flops)}FLOPs in all:\n"
         f"{search.expected} suggestions ({known} made, {settings.sampler}) x {counted(len(settings.seeds), 'seed')}, "
         f"{settings.batch} suggestions at once;\n"
         f"the best {settings.most_winners} again with {settings.rerun_seeds} new seeds",

@@ -140,6 +140,11 @@ class Search(JointStudy):
     def rerun_flops(self) -> int:
         return self.settings.most_winners * self.settings.rerun_seeds * self.flops
 
+    @property
+    def total_flops(self) -> int:
+        """Of all suggestions, each trained to its end, and of the best with new seeds."""
+        return self.expected * len(self.settings.seeds) * self.flops + self.rerun_flops
+
     def affordable(self, begun: int) -> int:
         """How many more suggestions the budget pays for. Those from number `begun` on count as trained to their end,
         those before it as far as they were trained."""
