@@ -18,9 +18,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # works without an installation
 
 from depthmup.models.build import build, build_meta
-from depthmup.models.config import ParameterizationConfig, VisionTransformerConfig
+from depthmup.models.config import VisionTransformerConfig
 from depthmup.models.optimizer import build_optimizer, parameter_groups
 from depthmup.models.optimizer_config import OptimizerConfig
+from depthmup.models.parameterization_config import ParameterizationConfig
 
 
 def main() -> None:

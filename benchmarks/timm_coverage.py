@@ -23,11 +23,12 @@ import timm
 from timm.models import model_entrypoint
 
 from depthmup.models.build import build
-from depthmup.models.config import ParameterizationConfig, TimmConfig
+from depthmup.models.config import TimmConfig
 from depthmup.models.coordinate_check import Settings, check
 from depthmup.models.discovery.parameters import MORE_BLOCKS
 from depthmup.models.errors import ModelError
 from depthmup.models.optimizer_config import OptimizerConfig
+from depthmup.models.parameterization_config import ParameterizationConfig
 from depthmup.models.timm_family import roles, stated_arguments
 from depthmup.models.timm_sizes import has_heads, least_width
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from itertools import product
 
-from depthmup.models.config import ParameterizationConfig
+from depthmup.models.parameterization_config import ParameterizationConfig
 from depthmup.train.config import RunConfig
 
 TRAINING_AXES = {"batch": "global_batch_size", "samples": "samples"}  # axis -> key of train

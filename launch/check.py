@@ -14,8 +14,9 @@ from depthmup.data.paths import expand_path
 from depthmup.launch.findings.theory import activation_of, drift_sentence, not_covered
 from depthmup.launch.progress import display
 from depthmup.launch.reading import read_raw
-from depthmup.models.config import MixtureVitConfig, ParameterizationConfig
+from depthmup.models.config import MixtureVitConfig
 from depthmup.models.coordinate_check import AXES, BAND, EXPERT_AXES, Axis, Line, Settings, check
+from depthmup.models.parameterization_config import ParameterizationConfig
 from depthmup.train.reading import run_in
 
 matplotlib.use("agg")

@@ -16,8 +16,8 @@ from depthmup.launch.axes import AXES, TRAINING_AXES, axes_misfit, ladder_misfit
 from depthmup.launch.joint_config import TuneConfig, VerifyConfig
 from depthmup.launch.values import Octaves, Seeds, Values, ascending, listed
 from depthmup.models.checked import STRICT
-from depthmup.models.config import ParameterizationConfig
 from depthmup.models.number import Number
+from depthmup.models.parameterization_config import ParameterizationConfig
 from depthmup.train.config import RunConfig, checked_setting
 
 Preset = Annotated[

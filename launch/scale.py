@@ -20,7 +20,8 @@ from depthmup.launch.reading import apply_profile, named_cluster, read_study_or_
 from depthmup.launch.report.collect import Report
 from depthmup.launch.runs.foretold import Foretold, write_foretold
 from depthmup.launch.runs.study import Study
-from depthmup.models.config import MixtureVitConfig, ParameterizationConfig, VisionTransformerConfig
+from depthmup.models.config import MixtureVitConfig, VisionTransformerConfig
+from depthmup.models.parameterization_config import ParameterizationConfig
 from depthmup.models.training_scale import lr_exponents
 from depthmup.train.config import RunConfig
 from depthmup.train.reading import from_plain, read_yaml, set_dotted

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from depthmup.models.build import ScaledModel, apply, build_scaled
-    from depthmup.models.config import ParameterizationConfig, Size
+    from depthmup.models.config import Size
     from depthmup.models.discovery.find import find_roles
     from depthmup.models.discovery.show import roles_code, roles_table
     from depthmup.models.errors import ModelError
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from depthmup.models.optimizer import build_optimizer, parameter_groups
     from depthmup.models.optimizer_config import OptimizerConfig
     from depthmup.models.parameterization import Role
+    from depthmup.models.parameterization_config import ParameterizationConfig
 
 HOME = {
     "ScaledModel": "build",
@@ -25,7 +26,7 @@ HOME = {
     "roles_code": "discovery.show",
     "roles_table": "discovery.show",
     "OptimizerConfig": "optimizer_config",
-    "ParameterizationConfig": "config",
+    "ParameterizationConfig": "parameterization_config",
     "Size": "config",
     "ModelError": "errors",
     "Slot": "family",

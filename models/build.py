@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from depthmup.models.config import AnyModelConfig, ParameterizationConfig, Size, scale_of
+from depthmup.models.config import AnyModelConfig, Size
 from depthmup.models.conv_resnet import CONV_RESNET
 from depthmup.models.discovery.find import find_roles, readout_features
 from depthmup.models.discovery.growth import Builder, build_network
@@ -19,6 +19,7 @@ from depthmup.models.init import init_std, initialize, keep_whole, materialize
 from depthmup.models.moe_vit import MOE_VIT
 from depthmup.models.multiplier import Multiplier, is_scaled, scale_input, scale_output
 from depthmup.models.parameterization import BRANCH_ROLES, Role, Scale
+from depthmup.models.parameterization_config import ParameterizationConfig, scale_of
 from depthmup.models.probabilistic import PROBABILISTIC
 from depthmup.models.resnet import RESNET
 from depthmup.models.timm_family import TIMM

@@ -30,9 +30,10 @@ from torch import Tensor
 from depthmup.models.build import ScaledModel, build
 from depthmup.models.check_record import ONLY, Inside, Position, Values, branch_layers, observe, recording
 from depthmup.models.check_targets import INSIDE, Span, Target, target_of, targets_for
-from depthmup.models.config import AnyModelConfig, MixtureVitConfig, ParameterizationConfig, Size
+from depthmup.models.config import AnyModelConfig, MixtureVitConfig, Size
 from depthmup.models.optimizer import build_optimizer, parameter_groups
 from depthmup.models.optimizer_config import OptimizerConfig
+from depthmup.models.parameterization_config import ParameterizationConfig
 
 Axis = Literal["width", "depth", "num_experts", "mlp_ratio"]
 Verdict = Literal["ok", "off", "unclear"]

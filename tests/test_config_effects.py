@@ -15,7 +15,6 @@ from depthmup.models.build import ScaledModel, build
 from depthmup.models.config import (
     ConvResNetConfig,
     MixtureVitConfig,
-    ParameterizationConfig,
     ProbabilisticConfig,
     ResNetConfig,
     TimmConfig,
@@ -25,6 +24,7 @@ from depthmup.models.errors import ModelError
 from depthmup.models.moe_vit import balance_experts, mixtures_of
 from depthmup.models.optimizer import build_optimizer, parameter_groups
 from depthmup.models.optimizer_config import OptimizerConfig, RoleRates
+from depthmup.models.parameterization_config import ParameterizationConfig
 from depthmup.train.config import RunConfig, ScheduleConfig, TrainConfig
 from depthmup.train.loop import run as train
 from depthmup.train.reading import from_plain

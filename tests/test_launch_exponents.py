@@ -17,7 +17,8 @@ from depthmup.launch.reading import read_study
 from depthmup.launch.report.exponents import FILES, block_tensors, branch_factors, run_measures
 from depthmup.launch.runs.study import Study
 from depthmup.models.build import build, build_meta
-from depthmup.models.config import ConvResNetConfig, ParameterizationConfig
+from depthmup.models.config import ConvResNetConfig
+from depthmup.models.parameterization_config import ParameterizationConfig
 from planned_runs import train_depths
 
 DEPTHS = (8, 16, 32, 64, 128)

@@ -9,14 +9,9 @@ from depthmup.launch.runs.cost import cache_file, count_flops
 from depthmup.launch.runs.flops import by_formula
 from depthmup.launch.runs.study import Study
 from depthmup.models.build import build_meta
-from depthmup.models.config import (
-    AnyModelConfig,
-    ConvResNetConfig,
-    ParameterizationConfig,
-    ResNetConfig,
-    VisionTransformerConfig,
-)
+from depthmup.models.config import AnyModelConfig, ConvResNetConfig, ResNetConfig, VisionTransformerConfig
 from depthmup.models.flops import forward_flops, num_parameters
+from depthmup.models.parameterization_config import ParameterizationConfig
 
 SMALL = {"width": 64, "depth": 6, "base_width": 64, "base_depth": 3, "num_classes": 10, "image_size": 32}
 VIT = {**SMALL, "patch_size": 4}

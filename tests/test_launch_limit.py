@@ -13,7 +13,8 @@ from depthmup.launch.cli import cli
 from depthmup.launch.findings.theory import drift_sentence
 from depthmup.launch.reading import read_study
 from depthmup.launch.report import limit, limit_task
-from depthmup.models.config import ParameterizationConfig, Size
+from depthmup.models.config import Size
+from depthmup.models.parameterization_config import ParameterizationConfig
 
 
 def test_the_predicted_drift_is_said_with_the_beta_that_avoids_it() -> None:

@@ -11,15 +11,10 @@ from depthmup.launch.config import label
 from depthmup.launch.reading import read_study
 from depthmup.launch.report.record import read_record
 from depthmup.models.build import build_meta
-from depthmup.models.config import (
-    AnyModelConfig,
-    ConvResNetConfig,
-    ParameterizationConfig,
-    VisionTransformerConfig,
-    kind_of,
-)
+from depthmup.models.config import AnyModelConfig, ConvResNetConfig, VisionTransformerConfig
 from depthmup.models.errors import ModelError
 from depthmup.models.parameterization import AUTO
+from depthmup.models.parameterization_config import ParameterizationConfig, kind_of
 from depthmup.train.config import RunConfig, identity
 from depthmup.train.reading import from_plain, to_yaml
 

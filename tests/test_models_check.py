@@ -15,16 +15,11 @@ from depthmup.models import coordinate_check
 from depthmup.models import parameterization as rules
 from depthmup.models.build import ScaledModel
 from depthmup.models.check_targets import Target
-from depthmup.models.config import (
-    AnyModelConfig,
-    ConvResNetConfig,
-    ParameterizationConfig,
-    ResNetConfig,
-    VisionTransformerConfig,
-)
+from depthmup.models.config import AnyModelConfig, ConvResNetConfig, ResNetConfig, VisionTransformerConfig
 from depthmup.models.coordinate_check import AXES, Axis, Batch, Line, Measured, Settings, at_positions, check
 from depthmup.models.optimizer_config import OptimizerConfig
 from depthmup.models.parameterization import Role, Scale
+from depthmup.models.parameterization_config import ParameterizationConfig
 
 CONV_RESNET = ConvResNetConfig(
     width=32, depth=3, base_width=32, base_depth=3, num_classes=10, image_size=8, in_channels=1

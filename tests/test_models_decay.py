@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from depthmup.data.errors import UserError
 from depthmup.launch.cli import cli
 from depthmup.models.build import build
-from depthmup.models.config import ConvResNetConfig, ParameterizationConfig, VisionTransformerConfig
+from depthmup.models.config import ConvResNetConfig, VisionTransformerConfig
 from depthmup.models.optimizer import build_optimizer, parameter_groups
 from depthmup.models.optimizer_config import OptimizerConfig
 from depthmup.models.parameterization import Role
+from depthmup.models.parameterization_config import ParameterizationConfig
 from depthmup.train.config import RunConfig, ScheduleConfig, run_hash
 from depthmup.train.loop import run
 from depthmup.train.packs.pack import run_pack

@@ -13,15 +13,10 @@ import pytest
 import torch.nn.functional as F
 
 from depthmup.models.build import build, build_meta
-from depthmup.models.config import (
-    AnyModelConfig,
-    ConvResNetConfig,
-    ParameterizationConfig,
-    ResNetConfig,
-    VisionTransformerConfig,
-)
+from depthmup.models.config import AnyModelConfig, ConvResNetConfig, ResNetConfig, VisionTransformerConfig
 from depthmup.models.coordinate_check import BAND, Settings, fixed_batch
 from depthmup.models.parameterization import Role
+from depthmup.models.parameterization_config import ParameterizationConfig
 
 CLASSES = {"num_classes": 10, "in_channels": 1}
 VIT = VisionTransformerConfig(

@@ -12,17 +12,12 @@ from depthmup import models
 from depthmup.launch.cli import cli
 from depthmup.models.build import build
 from depthmup.models.check_record import Inside, Layer, Position, branch_layers
-from depthmup.models.config import (
-    AnyModelConfig,
-    ConvResNetConfig,
-    ParameterizationConfig,
-    ResNetConfig,
-    VisionTransformerConfig,
-)
+from depthmup.models.config import AnyModelConfig, ConvResNetConfig, ResNetConfig, VisionTransformerConfig
 from depthmup.models.coordinate_check import Line, Settings, check
 from depthmup.models.errors import ModelError
 from depthmup.models.optimizer_config import OptimizerConfig
 from depthmup.models.parameterization import Role
+from depthmup.models.parameterization_config import ParameterizationConfig
 
 DIGITS = {"num_classes": 10, "image_size": 8, "in_channels": 1}
 VIT = VisionTransformerConfig(width=32, depth=3, base_width=32, base_depth=3, num_heads=4, patch_size=4, **DIGITS)

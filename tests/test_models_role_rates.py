@@ -13,11 +13,12 @@ from depthmup.data.errors import UserError
 from depthmup.launch.config import StudyFile
 from depthmup.launch.runs.study import Study
 from depthmup.models.build import build
-from depthmup.models.config import ConvResNetConfig, ParameterizationConfig, VisionTransformerConfig
+from depthmup.models.config import ConvResNetConfig, VisionTransformerConfig
 from depthmup.models.errors import ModelError
 from depthmup.models.optimizer import build_optimizer, parameter_groups
 from depthmup.models.optimizer_config import OptimizerConfig, RoleRates
 from depthmup.models.parameterization import Role
+from depthmup.models.parameterization_config import ParameterizationConfig
 from depthmup.train.config import run_hash
 from depthmup.train.loop import run
 from depthmup.train.packs.packing import group_alike, list_obstacles

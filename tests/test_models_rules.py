@@ -17,7 +17,6 @@ from depthmup.models.config import (
     NAMED_SIZES,
     AnyModelConfig,
     ConvResNetConfig,
-    ParameterizationConfig,
     ResNetConfig,
     Size,
     VisionTransformerConfig,
@@ -30,6 +29,7 @@ from depthmup.models.init import init_std, initialize, materialize
 from depthmup.models.optimizer import build_optimizer, parameter_groups
 from depthmup.models.optimizer_config import OptimizerConfig
 from depthmup.models.parameterization import PRESETS, Role, Scale
+from depthmup.models.parameterization_config import ParameterizationConfig
 
 VIT = VisionTransformerConfig(
     width=64, depth=4, base_width=32, base_depth=2, num_heads=4, patch_size=8, image_size=32, num_classes=10

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from depthmup.models import Role, ScaledModel, Size, build_scaled
-from depthmup.models.config import ParameterizationConfig
 from depthmup.models.coordinate_check import Settings, check_sizes
 from depthmup.models.optimizer_config import OptimizerConfig
+from depthmup.models.parameterization_config import ParameterizationConfig
 from stranger_network import make_network
 from train_processes import start
 

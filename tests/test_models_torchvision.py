@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from depthmup.models.build import build
-from depthmup.models.config import ParameterizationConfig, VisionTransformerConfig
+from depthmup.models.config import VisionTransformerConfig
+from depthmup.models.parameterization_config import ParameterizationConfig
 
 SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 NEEDS_OPERATORS = """
@@ -40,7 +41,8 @@ import json, os, sys, traceback
 import torch
 import depthmup.train.loop
 from depthmup.models.build import build
-from depthmup.models.config import ConvResNetConfig, ParameterizationConfig
+from depthmup.models.config import ConvResNetConfig
+from depthmup.models.parameterization_config import ParameterizationConfig
 
 build(ConvResNetConfig(width=8, depth=3, base_width=8, base_depth=3), ParameterizationConfig(), seed=0)
 assert "torchvision" not in sys.modules, "a network that is not timm's needs no torchvision"

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from depthmup.data.errors import UserError
 from depthmup.models.build import ScaledModel, build, build_meta
-from depthmup.models.config import ParameterizationConfig
+from depthmup.models.parameterization_config import ParameterizationConfig
 from depthmup.train.config import RunConfig, TrainConfig
 from depthmup.train.packs.replicas import Replicas
 from depthmup.train.prepare import autocast_dtype, set_stream_type, set_tf32

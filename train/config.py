@@ -16,15 +16,10 @@ from pydantic.dataclasses import dataclass
 from depthmup.data.config import NOT_IDENTITY, DataConfig, Positive, Whole, channels_misfit, streams_misfit
 from depthmup.data.errors import UserError
 from depthmup.models.checked import STRICT, checked
-from depthmup.models.config import (
-    OF_SEVERAL_EXPERTS,
-    AnyModelConfig,
-    MixtureVitConfig,
-    ParameterizationConfig,
-    ResNetConfig,
-)
+from depthmup.models.config import OF_SEVERAL_EXPERTS, AnyModelConfig, MixtureVitConfig, ResNetConfig
 from depthmup.models.number import Number
 from depthmup.models.optimizer_config import OptimizerConfig, refuse_idle
+from depthmup.models.parameterization_config import ParameterizationConfig
 
 # Independent weight decay is a mistake where weights remember fewer than 100 steps and the run is many times as long:
 # only e^-3 of what was there at the start is left (a warning), or e^-30 (refused). The runs of a few hundred steps of a

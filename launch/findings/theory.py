@@ -4,10 +4,11 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from depthmup.launch.config import StudyFile, label
-from depthmup.models.config import ConvResNetConfig, ParameterizationConfig, Size
+from depthmup.models.config import ConvResNetConfig, Size
 from depthmup.models.limit.drift import has_limit, predicted_drift
 from depthmup.models.limit.network import ActivationName
 from depthmup.models.optimizer_config import RoleRates
+from depthmup.models.parameterization_config import ParameterizationConfig
 from depthmup.train.config import RunConfig
 
 COVERED = "a conv_resnet with norm none and convs_per_branch 1, trained by sgd without nesterov or role_lr"

@@ -43,12 +43,13 @@ from depthmup.launch.report.record import bounds, dump, plain
 from depthmup.launch.report.tables import print_table, say
 from depthmup.launch.runs.study import Study
 from depthmup.launch.runs.written import check_writable
-from depthmup.models.config import ParameterizationConfig, Size
+from depthmup.models.config import Size
 from depthmup.models.limit.drift import has_limit, kernel_at, kernel_in_limit, predicted_drift
 from depthmup.models.limit.finite import train_finite
 from depthmup.models.limit.kernels import largest_rate
 from depthmup.models.limit.network import ActivationName
 from depthmup.models.optimizer_config import OptimizerConfig
+from depthmup.models.parameterization_config import ParameterizationConfig
 
 RATE = 0.125  # of the largest stable rate, where no learning rate is given
 SEEDS, FEW_SEEDS = 64, 4  # of a size; of one whose rules have no limit

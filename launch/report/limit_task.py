@@ -10,11 +10,12 @@ from torch import Tensor
 
 from depthmup.data.errors import UserError
 from depthmup.launch.config import StudyFile
-from depthmup.models.config import ParameterizationConfig, Size
+from depthmup.models.config import Size
 from depthmup.models.limit.drift import network_under_rules
 from depthmup.models.limit.network import ActivationName, Training, to_infinite_depth
 from depthmup.models.limit.rich import train_rich
 from depthmup.models.optimizer_config import OptimizerConfig
+from depthmup.models.parameterization_config import ParameterizationConfig
 from depthmup.train.evaluate import held_out_images
 
 SAMPLES, STEPS, PIXELS = 6, 8, 8  # inputs; steps; images are shrunk to PIXELS x PIXELS

@@ -9,8 +9,8 @@ from depthmup.data.errors import UserError
 from depthmup.data.storage import is_remote
 from depthmup.launch.config import Size
 from depthmup.launch.findings.failures import ERRORS, MOST_GUESS_NOISE
-from depthmup.models.config import scale_of
 from depthmup.models.parameterization import Scale
+from depthmup.models.parameterization_config import scale_of
 from depthmup.models.training_scale import TrainingFactors, training_factors
 from depthmup.train.config import RunConfig
 from depthmup.train.owner import check_owner, data_fingerprint

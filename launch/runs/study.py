@@ -30,7 +30,8 @@ from depthmup.launch.runs.rounds import (
 )
 from depthmup.launch.runs.space import check_sweep
 from depthmup.launch.runs.written import with_absolute_paths, write_study
-from depthmup.models.config import OF_SEVERAL_EXPERTS, ParameterizationConfig
+from depthmup.models.config import OF_SEVERAL_EXPERTS
+from depthmup.models.parameterization_config import ParameterizationConfig
 from depthmup.train.config import RunConfig, run_hash
 from depthmup.train.reading import STUDY_SECTIONS, from_plain, set_dotted, to_plain
 from depthmup.train.rundir import Limits, RunDirectory

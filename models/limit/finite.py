@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from depthmup.models.build import ScaledModel, apply
-from depthmup.models.config import ParameterizationConfig, Size
+from depthmup.models.config import Size
 from depthmup.models.family import Init, ParameterRule, Roles, Slot
 from depthmup.models.limit.network import ActivationName
 from depthmup.models.optimizer import build_optimizer, parameter_groups
 from depthmup.models.optimizer_config import OptimizerConfig
 from depthmup.models.parameterization import Role
+from depthmup.models.parameterization_config import ParameterizationConfig
 
 FUNCTIONS = {"relu": torch.relu, "tanh": torch.tanh, "erf": torch.erf, "linear": lambda x: x}
 FAN_IN = Init("normal_fan_in", 1.0)

@@ -24,8 +24,9 @@ from depthmup.train.engines.base import TensorState
 from depthmup.train.networks import describe
 from depthmup.train.packs.batched import HandBatched, default_convolution, mean_losses
 from depthmup.train.packs.graph import GraphedStep
-from depthmup.train.packs.stacking import Group, column, group_parameters, stack_multipliers
+from depthmup.train.packs.stacking import column, group_parameters, stack_multipliers
 from depthmup.train.packs.telemetry import role_statistics
+from depthmup.train.packs.updates import update_adamw, update_sgd
 from depthmup.train.prepare import set_stream_type
 from depthmup.train.schedule import schedule
 from depthmup.train.stochastic_depth import install_stochastic_depth
@@ -310,6 +311,7 @@ class Replicas:
     @torch.no_grad()
     def update(self) -> None:
         """The runs' own SGD or AdamW in all replicas at once. One whose loss is not finite stays as it is from then."""
+        optimizer = self.configs[0].optimizer
         self.alive &= self.losses.isfinite()[:, None]
         factors = self.schedules.index_select(0, self.steps_done)[0]
         factor = factors.index_select(0, self.schedule_of)[:, None] * self.alive  # (K, 1)
@@ -324,31 +326,8 @@ class Replicas:
                 gradient.mul_(shrink)
             gradient.masked_fill_(~self.alive, 0)  # a NaN times zero would not be zero
             lr = group.settings["lr"] * factor
-            if self.configs[0].optimizer.name == "sgd":
-                self.update_sgd(group, gradient, lr)
+            if optimizer.name == "sgd":
+                nesterov = optimizer.nesterov
+                update_sgd(group, gradient, lr, momentum=self.momentum, coupled=self.coupled, nesterov=nesterov)
             else:
-                self.update_adamw(group, gradient, lr)
-
-    def update_sgd(self, group: Group, gradient: Tensor, lr: Tensor) -> None:
-        """torch's SGD with momentum in all replicas: gradient (K, weights), lr (K, 1), 0 for a run that has stopped.
-        In place: a copy of the weights beside the moments would be a fifth of a pack's memory at a small batch."""
-        momentum, decay = self.momentum.float(), (group.settings["weight_decay"] * self.coupled).float()
-        buffer = group.moments["momentum_buffer"].mul_(momentum).add_(gradient).addcmul_(group.values, decay)
-        if self.configs[0].optimizer.nesterov:
-            buffer = gradient.addcmul(group.values, decay).addcmul_(buffer, momentum)
-        group.values.mul_((1 - lr * group.settings["weight_decay"] * (1 - self.coupled)).float())
-        group.values.addcmul_(buffer, -lr.float())
-
-    def update_adamw(self, group: Group, gradient: Tensor, lr: Tensor) -> None:
-        """torch's AdamW (1711.05101) in all replicas: gradient (K, weights), lr (K, 1), 0 for a run that has stopped.
-
-        w <- (1 - lr * decay) w - lr * m / (1 - beta_1^t) / (sqrt(v / (1 - beta_2^t)) + eps)
-        """
-        first, second = group.moments["exp_avg"], group.moments["exp_avg_sq"]
-        corrections = [1 - beta**self.steps_done for beta in self.betas]  # (K, 1)
-        group.values.mul_((1 - lr * group.settings["weight_decay"]).float())
-        first.lerp_(gradient, (1 - self.betas[0]).float())
-        second.lerp_(gradient.square(), (1 - self.betas[1]).float())
-        denominator = second.sqrt().div_(corrections[1].sqrt().float()).add_(group.settings["eps"].float())
-        quotient = torch.div(first, denominator, out=denominator)  # in place: a pack's memory is K runs' and no more
-        group.values.addcmul_(quotient, (-lr / corrections[0]).float())
+                update_adamw(group, gradient, lr, betas=self.betas, steps_done=self.steps_done)
