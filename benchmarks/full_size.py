@@ -9,6 +9,7 @@ from the archive. A run that was under way begins anew there. The archive holds 
 
 import argparse
 import io
+import signal
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ PAPER = Path(__file__).resolve().parents[1] / "configs" / "paper"
 SMALL = 1 << 19  # bytes of a file that is kept: results, metrics and reports, but no weights
 RUNS = "runs"  # a study's folder of runs
 SAVE_SECONDS = 60
-STOP_SECONDS = 60  # for a run that is told to stop
+STOP_SECONDS = 60  # for what is told to stop
 START = "from depthmup.launch.cli import main; main()"
 SHORT = ("train.samples=256_000", "study.design=adaptive")  # 2,000 steps
 
@@ -76,6 +77,16 @@ def restore(archive: Path, folder: Path) -> None:
         raise UserError(f"{archive}: not an archive of studies ({error}): name another --archive") from None
 
 
+def stop_process(process: subprocess.Popen[bytes], how: signal.Signals) -> None:
+    """Tells it to stop, and kills it where it does not within STOP_SECONDS."""
+    process.send_signal(how)
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
 def train_step(step: Step, folder: Path, data: Sequence[str], archive: Path, deadline: float) -> bool:
     """Whether the study is finished. It is stopped at the deadline."""
     target = ("--target", str(step.target)) if step.target else ()
@@ -89,12 +100,8 @@ def train_step(step: Step, folder: Path, data: Sequence[str], archive: Path, dea
         except subprocess.TimeoutExpired:
             save(folder, archive)
     if process.poll() is None:
-        process.terminate()  # as Ctrl-C; a job in a shell's background ignores SIGINT, with all that it starts
-        try:
-            process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        # SIGTERM is as Ctrl-C; a job in a shell's background ignores SIGINT, with all that it starts.
+        stop_process(process, signal.SIGTERM)
     save(folder, archive)
     return process.returncode == 0
 

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from benchmarks.full_size import STOP_SECONDS, stop_process
 
 ENDED = "ended.json"  # of --out: the exit code and seconds of each command that came to its end
-STOP_SECONDS = 60  # for a command that is told to stop
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,7 @@ def run(command: list[str], log: Path, seconds: float) -> int | None:
         try:
             return process.wait(max(seconds, 0))
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)
-        try:
-            process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            stop_process(process, signal.SIGINT)
         print("\nstopped: its time was up", file=said)
         return None
 

@@ -23,6 +23,7 @@ from depthmup.models.flops import num_parameters
 from depthmup.models.optimizer_config import OptimizerConfig
 from depthmup.train.config import ParallelConfig, RunConfig, TrainConfig
 from depthmup.train.distributed import World, process_group
+from depthmup.train.engines.zero import import_deepspeed
 from depthmup.train.one_network import OneNetwork
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -47,11 +48,13 @@ def measure(config: RunConfig, rank: int, world_size: int, port: int, steps: boo
     engine, device = config.parallel.engine, torch.device("cpu")
     with process_group(world, device, config.parallel, engine):
         build_meta(config.model, config.parameterization)  # timm, which is imported here
+        if engine == "deepspeed":
+            import_deepspeed(device)
         before = held()
         reset_peak()
         network = OneNetwork(config, engine, 1, world, device)
         started = held("VmHWM") - before
-        weights = num_parameters(network.engine.network) * 4 / 2**20
+        weights = num_parameters(build_meta(config.model, config.parameterization).network) * 4 / 2**20
         if not steps:
             return weights, started, 0.0
         reset_peak()
@@ -68,7 +71,9 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=12)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--start-only", action="store_true", help="no step, which takes gradients and moments too")
-    parser.add_argument("--engines", nargs="+", default=["ddp", "fsdp"])
+    parser.add_argument(
+        "--engines", nargs="+", default=["ddp", "fsdp", "deepspeed-3"], help="ZeRO's stage after a dash"
+    )
     arguments = parser.parse_args()
     model = VisionTransformerConfig(
         width=arguments.width, depth=arguments.depth, base_width=arguments.width, base_depth=arguments.depth,
@@ -82,7 +87,8 @@ def main() -> None:
         train=TrainConfig(samples=count, global_batch_size=count, device="cpu", precision="fp32"),
     )
     for engine in arguments.engines:
-        chosen = replace(config, parallel=ParallelConfig(engine=engine))
+        name, _, stage = engine.partition("-")
+        chosen = replace(config, parallel=ParallelConfig(engine=name, **({"zero_stage": int(stage)} if stage else {})))
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             port = probe.getsockname()[1]

@@ -8,6 +8,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from depthmup.data.errors import UserError
+
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -20,12 +22,13 @@ def describe_full_disk(error: BaseException, otherwise: str) -> str | None:
     return f"{place}: {error.strerror}: free some space there"
 
 
-def find_locked_folder(folder: Path) -> Path | None:
-    """What keeps this user from making files in `folder`, which need not be there yet: the nearest folder, or file,
-    that is; None where nothing does."""
-    folder = folder.absolute()
-    nearest = next(path for path in (folder, *folder.parents) if path.exists())
-    return None if nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK) else nearest
+def refuse_locked(path: Path, cure: str, folder: Path | None = None) -> None:
+    """Raises UserError, with the `cure`, where this user can make no file in `folder`, else in that of the file
+    `path`. The folder need not be there yet: the nearest that is, or a file in its place, decides."""
+    folder = (folder or path.parent).absolute()
+    nearest = next(place for place in (folder, *folder.parents) if place.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
+        raise UserError(f"{path}: {nearest} is not writable: {cure}")
 
 
 @contextmanager

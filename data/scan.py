@@ -15,7 +15,7 @@ import numpy as np
 
 from depthmup.data import storage
 from depthmup.data.errors import UserError
-from depthmup.data.files import find_locked_folder
+from depthmup.data.files import refuse_locked
 from depthmup.data.find import FoundShards, find_shards
 from depthmup.data.index import INDEX_NAME, NO_LABEL, Index, Shard, counted, load_members, sidecar
 from depthmup.data.tar_samples import describe_first_sample, scan
@@ -84,11 +84,10 @@ def same_index(index: Index, splits: Mapping[str, str], classes: tuple[str, ...]
 def check_writable(folder: Path, found: FoundShards) -> None:
     """Raises UserError unless `folder` and those of local shards, beside which their sidecars lie, can be written."""
     for place in dict.fromkeys([folder, *(Path(sidecar(str(folder), name)).parent for name in found.names)]):
-        if locked := find_locked_folder(place):
-            raise UserError(
-                f"{locked}: cannot be written, but the index of a shard lies beside it. Make a folder of links and "
-                f"index that: cp -rs {quote(str(folder.resolve()))} links && depthmup index links"
-            )
+        links = f"cp -rs {quote(str(folder.resolve()))} links && depthmup index links"
+        refuse_locked(
+            folder, f"the index of a shard lies beside it. Make a folder of links and index that: {links}", place
+        )
 
 
 def first_unlabelled(root: str, shards: Sequence[Shard]) -> str:

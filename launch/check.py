@@ -9,7 +9,7 @@ import matplotlib
 from rich.console import Console
 
 from depthmup.data.errors import UserError
-from depthmup.data.files import find_locked_folder, write_atomically
+from depthmup.data.files import refuse_locked, write_atomically
 from depthmup.data.paths import expand_path
 from depthmup.launch.findings.theory import activation_of, drift_sentence, not_covered
 from depthmup.launch.progress import display
@@ -163,8 +163,7 @@ def run_check(
     axes = (axis,) if axis else AXES + (EXPERT_AXES if mixture else ())
     if not mixture and axis in EXPERT_AXES:
         raise UserError(f"--axis {axis} is for a mixture of experts: model.family is {run.model.family}, not moe_vit")
-    if locked := find_locked_folder(plot.parent):  # before the training
-        raise UserError(f"{plot}: {locked} is not writable: --plot FILE names another file")
+    refuse_locked(plot, "--plot FILE names another file")  # before the training
     total, started = len(axes) * len(settings.factors), 0
     with display(console, "coordinate check") as shown:
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from depthmup.data.errors import UserError
-from depthmup.data.files import find_locked_folder, write_atomically
+from depthmup.data.files import refuse_locked, write_atomically
 from depthmup.data.index import counted
 from depthmup.data.paths import protect
 from depthmup.launch.axes import MODEL_AXES, TRAINING_AXES
@@ -306,8 +306,7 @@ def run_of(config: dict[str, Any], source: str) -> RunConfig:
 def write_target(transferred: Transferred, path: Path) -> None:
     """Writes the target's file. Raises UserError when that of another run is there: it may have been edited. Where it
     runs, and what comments say of it, does not make it another."""
-    if locked := find_locked_folder(path.parent):
-        raise UserError(f"{path}: {locked} is not writable: --out FILE names another file")
+    refuse_locked(path, "--out FILE names another file")
     path.parent.mkdir(parents=True, exist_ok=True)
     ours = load_yaml(transferred.text(), path.name)
     if path.exists() and {**read_yaml(path), "launch": None} != {**ours, "launch": None}:

@@ -139,11 +139,16 @@ def fill(
     seed: int,
     device: torch.device | str,
     spread: Callable[[Tensor, Tensor], Tensor] = keep_whole,
+    take: Callable[[nn.Module], object] | None = None,
 ) -> None:
     """Moves a network on meta, or this process's shards of one, to `device` with initial weights, a function of (seed,
-    parameter name) alone. No more than one whole parameter is held beside it. `spread`: see `initialize`."""
-    materialize(scaled.network, device)
-    initialize(scaled.network, scaled.rules, scaled.scale, seed, spread)
+    parameter name) alone. No more than one whole parameter is held beside it, and with `take` no more than a module's
+    own beside what that leaves of the others. `spread`, `take`: see `initialize`."""
+    if take:
+        initialize(scaled.network, scaled.rules, scaled.scale, seed, spread, device, take)
+    else:
+        materialize(scaled.network, device)
+        initialize(scaled.network, scaled.rules, scaled.scale, seed, spread)
 
 
 def check_own(network: nn.Module, roles: Roles) -> None:

@@ -55,28 +55,37 @@ def initialize(
     scale: Scale,
     seed: int,
     spread: Callable[[Tensor, Tensor], Tensor] = keep_whole,
+    device: torch.device | str | None = None,
+    take: Callable[[nn.Module], object] | None = None,
 ) -> None:
-    """Fills every parameter of `model` in place and resets running statistics. `rules`: parameter name -> its rule;
-    `spread`: (value on the CPU, parameter) -> the value as it is to be copied there, where parameters are sharded.
+    """Fills every parameter of `model` in place and resets running statistics, module by module, the inner ones first.
 
+    `rules`: parameter name -> its rule; `spread`: (value on the CPU, parameter) -> the value as it is to be copied
+    there, where parameters are sharded; `device`: where each module of a model on meta is moved before it is filled;
+    `take`: is given each module with parameters of its own once these are filled, and may put others in their place.
     Raises RuntimeError when a parameter or buffer is NaN afterwards, which means that nothing initialised it.
     """
-    for name, parameter in model.named_parameters():
-        if name in rules:
-            parameter.copy_(spread(draw(name, parameter.shape, rules[name], scale, seed), parameter))
-    for module in model.modules():
+    for prefix, module in reversed(list(model.named_modules())):
+        if device is not None:
+            materialize(module, device, recurse=False)
+        own = list(module.named_parameters(prefix, recurse=False))
+        for name, parameter in own:
+            if name in rules:
+                parameter.copy_(spread(draw(name, parameter.shape, rules[name], scale, seed), parameter))
         reset = getattr(module, "reset_running_stats", None)  # of BatchNorm and of a mixture of experts
         if callable(reset):
             reset()
-    tensors = (*model.named_parameters(), *model.named_buffers())
-    if forgotten := [name for name, tensor in tensors if torch.isnan(tensor).any()]:
-        raise RuntimeError(f"no initialiser filled {', '.join(forgotten)}")
+        tensors = (*own, *module.named_buffers(prefix, recurse=False))
+        if forgotten := [name for name, tensor in tensors if torch.isnan(tensor).any()]:
+            raise RuntimeError(f"no initialiser filled {', '.join(forgotten)}")
+        if take and own:
+            take(module)
 
 
-def materialize(model: nn.Module, device: torch.device | str) -> None:
+def materialize(model: nn.Module, device: torch.device | str, recurse: bool = True) -> None:
     """Moves a meta model to `device`, filled with NaN so that a forgotten initialiser cannot pass unseen."""
-    model.to_empty(device=device)
+    model.to_empty(device=device, recurse=recurse)
     with torch.no_grad():
-        for tensor in (*model.parameters(), *model.buffers()):
+        for tensor in (*model.parameters(recurse), *model.buffers(recurse)):
             if tensor.is_floating_point():
                 tensor.fill_(math.nan)

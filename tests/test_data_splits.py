@@ -279,7 +279,7 @@ def test_shards_that_cannot_be_written_beside_are_refused_with_the_cure_which_wo
 
     monkeypatch.setattr(os, "access", read_only)
     with pytest.raises(
-        UserError, match=r"cannot be written.*cp -rs '\S+my shards' links && depthmup index links"
+        UserError, match=r"is not writable.*cp -rs '\S+my shards' links && depthmup index links"
     ) as refused:
         index_shards(str(folder), processes=1)
     command = str(refused.value).partition("index that: ")[2].partition(" && ")[0]

@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import nn
 
-from depthmup.models.build import build, build_meta
+from depthmup.models.build import build, build_meta, fill
 from depthmup.models.config import (
     NAMED_SIZES,
     AnyModelConfig,
@@ -383,6 +383,27 @@ def test_initial_weights_depend_on_seed_and_name_alone() -> None:
     assert all(torch.equal(shallow[name], deep[name]) for name in shallow)
     other = build(replace(VIT, depth=2), ParameterizationConfig(name="mup"), seed=4).network.state_dict()
     assert not torch.equal(shallow["head.weight"], other["head.weight"])
+
+
+def test_a_network_whose_modules_are_taken_one_by_one_is_never_whole_and_has_the_same_weights() -> None:
+    expected = build(VIT, ParameterizationConfig(), seed=3).network.state_dict()
+    scaled = build_meta(VIT, ParameterizationConfig())
+    modules = scaled.network.modules()
+    largest = max(sum(p.numel() for p in module.parameters(recurse=False)) for module in modules)
+    taken, most = dict[str, torch.Tensor](), 0
+
+    def take(module: nn.Module) -> None:
+        nonlocal most
+        most = max(most, sum(p.numel() for p in scaled.network.parameters() if not p.is_meta))
+        name = next(name for name, each in scaled.network.named_modules() if each is module)
+        for key, parameter in module.named_parameters(name, recurse=False):
+            taken[key] = parameter.detach().clone()
+            parameter.data = torch.empty(0)
+
+    fill(scaled, 3, "cpu", take=take)
+    assert taken.keys() == dict(scaled.network.named_parameters()).keys()
+    assert all(torch.equal(taken[name], expected[name]) for name in taken)
+    assert most == largest
 
 
 def test_a_forgotten_parameter_or_buffer_is_an_error() -> None:

@@ -84,18 +84,27 @@ def wrapped_groups(run: Path) -> list[dict[str, object]]:
 
 
 def record_groups() -> None:
-    """Lets every run leave groups.json in its directory."""
-    from depthmup.train import loop
+    """Lets every run leave groups.json in its directory, and held.json: how many numbers of its network's parameters a
+    process holds when the optimizer is made."""
+    from depthmup.train import loop, one_network
 
-    finish = loop.Loop.finish
+    finish, parameter_groups = loop.Loop.finish, one_network.parameter_groups
+    held = list[int]()
+
+    def counting(network: Any, *arguments: Any) -> Any:
+        held.append(sum(parameter.numel() for parameter in network.parameters()))
+        return parameter_groups(network, *arguments)
 
     def recording(self: loop.Loop) -> None:
         keys = ("name", "lr", "lr_mult", "weight_decay", "eps")
         found = [{k: g[k] for k in keys if k in g} for g in self.networks.engine.optimizer.param_groups]
-        (self.records[0].directory.path / "groups.json").write_text(json.dumps(found))
+        folder = self.records[0].directory.path
+        (folder / "groups.json").write_text(json.dumps(found))
+        (folder / "held.json").write_text(json.dumps(held[-1]))
         finish(self)
 
     loop.Loop.finish = recording  # type: ignore[method-assign]
+    one_network.parameter_groups = counting  # type: ignore[assignment]
 
 
 def train_all(shards: str, out: str, engines: str, chosen: str) -> None:
@@ -137,6 +146,7 @@ def train_all(shards: str, out: str, engines: str, chosen: str) -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     """All runs that the chosen tests are about: one group of processes trains them."""
+    from depthmup.train import one_network
     from depthmup.train.loop import Loop, run
 
     here = [item for item in request.session.items if item.fspath == request.fspath and hasattr(item, "callspec")]
@@ -147,6 +157,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
     shards = pack_digits(out / "shards")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Loop, "finish", Loop.finish)  # puts it back afterwards: other tests run in this process
+        patch.setattr(one_network, "parameter_groups", one_network.parameter_groups)
         record_groups()
         for case in dict.fromkeys(chosen.values()):
             run(config_of(str(shards), case), out / "none" / case)
@@ -171,6 +182,14 @@ def test_no_parameter_group_is_lost_or_merged_by_wrapping(runs: Path, case: str,
     expected = wrapped_groups(runs / "none" / case)
     assert len({(group["lr_mult"], group["weight_decay"]) for group in expected}) > 1
     assert wrapped_groups(runs / engine / case) == expected
+
+
+@pytest.mark.parametrize("engine", ["zero3"])
+def test_a_process_of_zero_3_holds_no_whole_parameter_once_its_network_is_drawn(runs: Path, engine: str) -> None:
+    """What runs on one process is whole, and the losses tell that the weights are the same."""
+    whole, held = (json.loads((runs / each / "batch_norm" / "held.json").read_text()) for each in ("none", engine))
+    assert whole > 0
+    assert held == 0
 
 
 @pytest.mark.parametrize("engine", chosen_engines())

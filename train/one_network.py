@@ -15,7 +15,7 @@ from depthmup.train.average import WeightAverage, averaged_tensors
 from depthmup.train.batch_norm import BatchStatistics, batch_norms, grouping, process_group_of
 from depthmup.train.config import RunConfig
 from depthmup.train.distributed import World, sum_over_ranks
-from depthmup.train.engines.base import TensorState, average_buffers
+from depthmup.train.engines.base import Fill, TensorState, average_buffers
 from depthmup.train.engines.choice import make_engine, starts_on_meta
 from depthmup.train.networks import describe
 from depthmup.train.prepare import prepare, prepare_device, set_stream_type
@@ -26,7 +26,7 @@ from depthmup.train.telemetry import RoleStatistics
 from depthmup.train.tensors import spread_like
 
 
-def do_nothing() -> None:
+def do_nothing(*, take: Callable[[nn.Module], object] | None = None) -> None:
     """In the place of what fills a network on meta, for one that is whole."""
 
 
@@ -41,9 +41,9 @@ class OneNetwork:
         self.seeds, self.steps = [config.seed], 0
         self.descriptions: list[str] = []
         self.dtype = prepare_device(config.train, device)
-        if starts_on_meta(engine_name) and can_start_on_meta(config.model):
+        if starts_on_meta(engine_name, config.parallel) and can_start_on_meta(config.model):
             scaled = build_meta(config.model, config.parameterization)
-            fill_network: Callable[[], None] = partial(fill, scaled, config.seed, device, spread_like)
+            fill_network: Fill = partial(fill, scaled, config.seed, device, spread_like)
         else:
             scaled = build(config.model, config.parameterization, config.seed, device)
             fill_network = do_nothing

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from depthmup.data.errors import UserError
-from depthmup.data.files import find_locked_folder
+from depthmup.data.files import refuse_locked
 from depthmup.launch.commands.group import command, new_console
 from depthmup.launch.paths import FilePath, Location
 
@@ -200,8 +199,8 @@ def inspect(shards: str, sheet: Path | None, processes: int | None) -> None:
     from depthmup.data.inspect import contact_sheet, inspect_split, summary
     from depthmup.launch.progress import display
 
-    if sheet and (locked := find_locked_folder(sheet.parent)):  # before all images are decoded
-        raise UserError(f"{sheet}: {locked} is not writable: name another file")
+    if sheet:
+        refuse_locked(sheet, "name another file")  # before all images are decoded
     console = new_console()
     opened = Index.load(shards)
     opened.check_files()

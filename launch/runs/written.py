@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from depthmup.data.errors import UserError
-from depthmup.data.files import find_locked_folder, write_atomically
+from depthmup.data.files import refuse_locked, write_atomically
 from depthmup.data.storage import is_remote
 from depthmup.launch.config import StudyFile
 from depthmup.launch.reading import CONFIGURATION_FOLDER, configuration_folders, settings_of
@@ -86,8 +86,7 @@ def comparable_settings(file: StudyFile) -> dict[str, Any]:
 def check_writable(folder: Path) -> None:
     """Raises UserError when a study's folder could not be made there. Makes nothing."""
     root = folder.absolute()
-    if locked := find_locked_folder(root):
-        raise UserError(f"{root}: {locked} is not writable; set study.directory to a folder that is")
+    refuse_locked(root, "set study.directory to a folder that is", root)
 
 
 def write_study(study: "Study") -> None:

@@ -5,7 +5,7 @@ parameter names are those of the plain model, and `optimizer`, whose groups are 
 """
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,12 @@ from depthmup.train.tensors import full_tensor
 
 OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
 TensorState = dict[str, dict[str, Any]]
+
+
+class Fill(Protocol):
+    """models.build.fill for one network, or nothing where that is filled already."""
+
+    def __call__(self, *, take: Callable[[nn.Module], object] | None = None) -> None: ...
 
 
 class Engine:

@@ -1,13 +1,11 @@
 """Which engine a run has, from its configuration and its number of processes."""
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
 
 from depthmup.data.errors import UserError
 from depthmup.train.config import ParallelConfig
-from depthmup.train.engines.base import Engine, OptimizerFactory
+from depthmup.train.engines.base import Engine, Fill, OptimizerFactory
 from depthmup.train.engines.parallel import DistributedDataParallel, FullyShardedDataParallel
 from depthmup.train.engines.zero import ZeroRedundancy
 
@@ -21,10 +19,10 @@ def choose(config: ParallelConfig, world_size: int) -> str:
     return config.engine
 
 
-def starts_on_meta(name: str) -> bool:
-    """Whether an engine is given a network on meta, which it fills (moves to the device, with initial weights) once it
-    is sharded; the others are given one that is filled."""
-    return name == "fsdp"
+def starts_on_meta(name: str, config: ParallelConfig) -> bool:
+    """Whether an engine is given a network on meta, which it fills (moves to the device, with initial weights) shard by
+    shard; the others are given one that is filled."""
+    return name == "fsdp" or (name == "deepspeed" and config.zero_stage == 3)
 
 
 def make_engine(
@@ -34,7 +32,7 @@ def make_engine(
     *,
     blocks: list[str],
     device: torch.device,
-    fill: Callable[[], None],
+    fill: Fill,
     config: ParallelConfig,
     autocast_dtype: torch.dtype | None,
     clip_norm: float | None,
@@ -51,6 +49,8 @@ def make_engine(
     return ZeroRedundancy(
         network,
         make_optimizer,
+        device=device,
+        fill=fill,
         stage=config.zero_stage,
         autocast_dtype=autocast_dtype,
         clip_norm=clip_norm,

@@ -1,14 +1,12 @@
 """torch's own ways to spread a network over processes: the whole of it in each, or a shard."""
 
-from collections.abc import Callable
-
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from depthmup.data.errors import UserError
 from depthmup.train.config import ParallelConfig
-from depthmup.train.engines.base import Engine, OptimizerFactory
+from depthmup.train.engines.base import Engine, Fill, OptimizerFactory
 
 
 class DistributedDataParallel(Engine):
@@ -52,7 +50,7 @@ class FullyShardedDataParallel(Engine):
         make_optimizer: OptimizerFactory,
         blocks: list[str],
         device: torch.device,
-        fill: Callable[[], None],
+        fill: Fill,
         config: ParallelConfig,
     ) -> None:
         """`network` is on meta; `fill` moves what a process keeps of it to `device`, with initial weights. So no

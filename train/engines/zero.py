@@ -7,6 +7,7 @@ moments are gathered one parameter at a time and saved by qualified name, like t
 import inspect
 import math
 import os
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from depthmup.data.errors import UserError
-from depthmup.train.engines.base import Engine, OptimizerFactory, TensorState
+from depthmup.train.engines.base import Engine, Fill, OptimizerFactory, TensorState
 
 STEP = "step"  # Adam's count of steps: a number, the same for all parameters
 
@@ -51,13 +52,19 @@ class ZeroRedundancy(Engine):
         network: nn.Module,
         make_optimizer: OptimizerFactory,
         *,
+        device: torch.device,
+        fill: Fill,
         stage: int,
         autocast_dtype: torch.dtype | None,
         clip_norm: float | None,
         micro_batches: int,
         micro_batch_size: int,
     ) -> None:
-        deepspeed = import_deepspeed(next(network.parameters()).device)
+        """For stage 3 `network` may be on meta: `fill` moves it to `device`, and each module's weights are sharded as
+        soon as they are filled, so that no process ever holds the whole of it."""
+        deepspeed = import_deepspeed(device)
+        shard = partial(deepspeed.zero.Init, mem_efficient_linear=False, dtype=torch.float32)
+        fill(take=shard if stage == 3 else None)
         optimizer = make_optimizer(network)
         if not isinstance(optimizer, torch.optim.SGD | torch.optim.AdamW):
             raise UserError(
