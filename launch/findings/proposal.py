@@ -1,7 +1,7 @@
 """What the next round of a sequential design wants of one parameterization."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice, product
@@ -32,18 +32,14 @@ from depthmup.launch.findings.precision import (
     noise_of,
     slope_variance,
 )
+from depthmup.launch.findings.price import DEAREST, Outlook, show_price
 from depthmup.launch.findings.verdict import SURE, Analysis, judge_size
 
 SPARED = 0.9  # share of a wanted half-width at which runs are foreseen to be enough: the rest is for chance
 KNOWN = 0.25  # octaves: half-width of the interval of the base's optimum at which the search there ends
-SPREADS = (0.5, 1.0, 1.5)  # octaves of new values about the carried one
 ENOUGH = 0.7  # a round is filled until it settles a size with this probability
-DEAREST = 1.5  # shares of the budget, one for each parameterization, that a settled verdict may be expected to cost
-SPENDINGS = tuple(2.0**-halvings for halvings in range(5))  # of what is left, of which the best price is the verdict's
-PROBABLE = 0.5  # that one size says that the value costs: the others need not be settled then
 LEAST = 4  # runs of one size that a round may add to it
 MOST_AT_BASE = 30  # runs, before the other sizes begin
-MOST_AHEAD = 60  # runs of one size that are looked ahead
 FIRST_SEEDS = 2
 FIRST_RUNS = 3 * FIRST_SEEDS  # of a size, at least
 
@@ -73,8 +69,7 @@ class Proposal:
 
     def __init__(self, design: Design, analysis: Analysis, name: str, left: float, reserved: float) -> None:
         """left: FLOPs of the budget. reserved: those of them that first runs will take, which no seeds may."""
-        open_ones = sum(each.verdict == "inconclusive" for each in analysis.judgements)
-        self.share = left / max(open_ones, 1)  # of what is left, for each verdict that is open
+        self.outlook = Outlook(design, analysis, name, left)
         self.design, self.analysis, self.name, self.left, self.reserved = design, analysis, name, left, reserved
         self.wants: list[Want] = []
         self.ended = self.propose()
@@ -93,57 +88,19 @@ class Proposal:
         good = [round_octaves(x) for x in values if round_octaves(x) not in bad]
         return [(x, seed) for x in good for seed in map(self.design.seed, range(seeds)) if (x, seed) not in done]
 
-    def aim(self, curve: Curve, x: float) -> Aim:
-        assert curve.posterior is not None
-        distances = curve.posterior.optima - x
-        runs = tuple(sorted(run for run in runs_of(curve) if np.isfinite(curve.mean[curve.at(run[0])])))
-        own = [each for each in self.analysis.curves if each.parameterization == self.name]
-        noise = noise_of(own)
-        base = self.curve(self.design.sizes[0])
-        curvature = math.sqrt(curvature_of(curve, x) * curvature_of(base or curve, x))  # one curve's own is uncertain
-        low, high = np.quantile(distances, [0.05, 0.95])
-        return Aim(runs, x, noise, curvature, float(np.median(distances)), float(high - low) / (2 * SURENESS))
-
     def sharpen(self, curve: Curve, x: float, most: int, is_enough: Callable[[Aim, float], bool]) -> list[Run]:
         """Up to `most` runs that tell the curve's slope at x."""
-        aim = self.aim(curve, x)
-        values, seeds = self.values(curve, x), [self.design.seed(index) for index in range(FIRST_SEEDS)]
+        aim = self.outlook.aim_at(curve, x)
+        values, seeds = self.outlook.list_values(curve, x), [self.design.seed(index) for index in range(FIRST_SEEDS)]
         runs, added = list(aim.runs), list[Run]()
         while len(added) < most and (len(added) < LEAST or not is_enough(aim, aim.after(runs))):
-            options = list_moves(runs, x, values, seeds, next(self.find_fresh_seeds(curve, runs)))
+            options = list_moves(runs, x, values, seeds, next(self.outlook.find_fresh_seeds(curve, runs)))
             options = [move for move in options if len(move) + len(added) <= most]
             if not options:
                 break
             move = best_move(aim, runs, options)
             runs, added = runs + move, added + move
         return added
-
-    def find_fresh_seeds(self, curve: Curve, runs: Sequence[Run]) -> Iterator[int]:
-        """Seeds that the curve does not have, failed runs included."""
-        known = {*curve.seeds, *(seed for _, seed in runs)}
-        return (seed for index in count() if (seed := self.design.seed(index)) not in known)
-
-    def values(self, curve: Curve, x: float) -> list[float]:
-        """Octaves at which more runs may be put: about x, where none fails."""
-        low, high = self.trained_range(curve, x)
-        about = (x + side * spread for spread in SPREADS for side in (-1, 1))
-        return sorted(
-            {
-                round_octaves(x),
-                *(round_octaves(each) for each in about if low < each < high and self.design.is_valid(each)),
-            }
-        )
-
-    def trained_range(self, curve: Curve, x: float) -> tuple[float, float]:
-        """Octaves between which values may be put: not beyond one about x at which runs fail."""
-        bad = list_failing_values(curve)
-        low = max((value for value in bad if value < x), default=-math.inf)
-        high = min((value for value in bad if value > x), default=math.inf)
-        return float(low), float(high)
-
-    def curve(self, size: Size) -> Curve | None:
-        found = (each for each in self.analysis.curves if (each.parameterization, each.size) == (self.name, size))
-        return next(found, None)
 
     def affordable(self, size: Size) -> int:
         return int(self.left / self.design.flops[size])
@@ -162,7 +119,7 @@ class Proposal:
         the base, or at both, wherever more than half of the variance comes from that a drift may have."""
         most = self.design.drift_precision
         verdict = next((j.verdict for j in self.analysis.judgements if j.parameterization == self.name), None)
-        base = self.curve(self.design.sizes[0])
+        base = self.outlook.find_curve(self.design.sizes[0])
         if math.isinf(most) or verdict in (None, "does not transfer") or base is None:
             return False
         curves: dict[Size, tuple[Curve, float]] = {}  # with the half-width of the other end of the drift
@@ -193,7 +150,7 @@ class Proposal:
     def settle_verdict(self) -> str | None:
         """Fills `wants` with what the verdict needs; where that leaves none, why it needs none."""
         base_size = self.design.sizes[0]
-        base = self.curve(base_size)
+        base = self.outlook.find_curve(base_size)
         if base is None:
             count = math.floor((self.design.high - self.design.low) / COARSE + 1e-9) + 1
             values = [x for i in range(count) if self.design.is_valid(x := self.design.low + i * COARSE)]
@@ -225,8 +182,8 @@ class Proposal:
             return None
         if not wanted:
             return "no run that the design knows would settle it"
-        wanted = self.deciding(wanted, carried)
-        if (price := self.price(wanted, carried)) > DEAREST:
+        wanted = self.outlook.choose_deciding(wanted, carried)
+        if (price := self.outlook.find_price(wanted, carried)) > DEAREST:
             return f"to settle it would cost {show_price(price)} its share of the budget"
         for comparison in wanted:
             curve = comparison.curve
@@ -283,7 +240,8 @@ class Proposal:
         x = self.design.on_lattice(base.optimum.x)
         low, high = base.optimum.interval or (-math.inf, math.inf)
         bound = quantile(base.posterior.regrets(x), SURE)
-        begun = any(self.curve(other) for other in self.design.sizes[1:])  # then the search does not begin anew
+        # once another size has begun, the search does not begin anew
+        begun = any(self.outlook.find_curve(other) for other in self.design.sizes[1:])
         if (high - low) / 2 <= (2 * KNOWN if begun else KNOWN) or bound <= self.design.limits.transfer / 2:
             return False
         affordable = int((self.left - self.reserved) / self.design.flops[size])
@@ -317,46 +275,3 @@ class Proposal:
 
     def settles(self, aim: Aim, deviation: float) -> bool:
         return aim.settles(deviation, self.design.limits) >= ENOUGH
-
-    def outcomes(self, comparison: Comparison, carried: float, flops: float) -> tuple[float, float]:
-        """Probabilities that the size is known to lose nothing, and that it is known to lose something, after `flops`
-        are spent on it."""
-        curve, aim = comparison.curve, self.aim(comparison.curve, carried)
-        trained = {round_octaves(x) for x in curve.x[np.isfinite(curve.mean)] if abs(x - carried) <= max(SPREADS)}
-        values = sorted(trained | set(self.values(curve, carried)))
-        pairs = list(zip(values, reversed(values), strict=True))[: len(values) // 2]
-        seeds = self.find_fresh_seeds(curve, aim.runs)
-        rest: list[Run] = []
-        for index in range(min(int(flops / self.design.flops[curve.size]), MOST_AHEAD) // 2):
-            seed = next(seeds)
-            rest += [(x, seed) for x in pairs[index % len(pairs)]]
-        return aim.outcomes(aim.after([*aim.runs, *rest]), self.design.limits)
-
-    def deciding(self, comparisons: Sequence[Comparison], carried: float) -> list[Comparison]:
-        """Those of the open sizes whose runs decide: all, unless one will probably say that the value costs; then this
-        one, and those that may still say that it does not transfer."""
-        against = [self.outcomes(each, carried, self.share / len(comparisons))[1] for each in comparisons]
-        witness = int(np.argmax(against))
-        if against[witness] < PROBABLE:
-            return list(comparisons)
-        return [
-            each
-            for number, each in enumerate(comparisons)
-            if number == witness or not judge_size(each, self.design.limits).is_bounded
-        ]
-
-    def price(self, comparisons: Sequence[Comparison], carried: float) -> float:
-        """FLOPs that a verdict is expected to cost, in shares of the study's whole budget: what is spent on the sizes,
-        equally, over the probability that this settles all of them."""
-        whole = self.design.budget / len(self.design.parameterizations)
-        found = []
-        for part in SPENDINGS:
-            spent = part * self.share
-            chances = (sum(self.outcomes(each, carried, spent / len(comparisons))) for each in comparisons)
-            found.append(spent / whole / max(math.prod(chances), 1e-9))
-        return min(found)
-
-
-def show_price(price: float) -> str:
-    """'3.2 times', 'over 100 times'"""
-    return "over 100 times" if price > 100 else f"{price:.2g} times"
