@@ -278,7 +278,7 @@ def test_a_pair_of_rate_and_tau_ema_is_searched_carried_and_verified(
     best_tau: float,
     inside: bool,
 ) -> None:
-    """The search says where the best of one of the two is on the edge; the target has both; the verification perturbs
+    """The search says whether both have an optimum inside of the space, and which one has not; the target has both; the verification perturbs
     both at once."""
     monkeypatch.setattr(sys.modules[__name__], "loss_of", pair_valley(best_tau))
     tune = {"space": PAIR, "trials": 32, "batch": 8, "rerun": 2, "rerun_seeds": 2}
@@ -289,6 +289,8 @@ def test_a_pair_of_rate_and_tau_ema_is_searched_carried_and_verified(
     best = json.loads((root / "pair_tune" / "search.json").read_text())["winners"][0]["values"]
     said = " ".join(ended.output.split())
     assert ("On the edge of the space: optimizer.tau_ema; widen tune.space there" in said) is not inside
+    assert ("The pair lr and tau_ema has an interior optimum" in said) is inside
+    assert ("No interior optimum of the pair lr and tau_ema: the best tau_ema lies on an edge." in said) is not inside
     assert abs(math.log2(best["optimizer.tau_ema"] / min(best_tau, 4.0))) < 0.75
     large = read_run(root / "pair" / "pair_target.yaml")
     assert large.optimizer.tau_ema == best["optimizer.tau_ema"]

@@ -94,15 +94,18 @@ class Outlook:
         ]
 
     def find_price(self, comparisons: Sequence[Comparison], carried: float) -> float:
-        """FLOPs that a verdict is expected to cost, in shares of the study's whole budget: what is spent on the sizes,
-        equally, over the probability that this settles all of them."""
+        """FLOPs that a verdict is expected to cost, in shares of the study's whole budget: what its parameterization's
+        runs took so far, and what is yet to be spent on the sizes, equally, over the probability that this settles
+        all of them. What was spent counts, as a cost about the limit promises an answer in every round anew."""
         whole = self.design.budget / len(self.design.parameterizations)
+        own = (each for each in self.analysis.curves if each.parameterization == self.name)
+        before = sum(self.design.flops[curve.size] * len(runs_of(curve)) for curve in own)
         found = []
         for part in SPENDINGS:
             spent = part * self.share
             chances = (sum(self.foresee_outcomes(each, carried, spent / len(comparisons))) for each in comparisons)
             found.append(spent / whole / max(math.prod(chances), 1e-9))
-        return min(found)
+        return before / whole + min(found)
 
 
 def show_price(price: float) -> str:

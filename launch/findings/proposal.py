@@ -38,7 +38,7 @@ from depthmup.launch.findings.verdict import SURE, Analysis, judge_size
 SPARED = 0.9  # share of a wanted half-width at which runs are foreseen to be enough: the rest is for chance
 KNOWN = 0.25  # octaves: half-width of the interval of the base's optimum at which the search there ends
 ENOUGH = 0.7  # a round is filled until it settles a size with this probability
-LEAST = 4  # runs of one size that a round may add to it
+LEAST = 2  # runs of one size that a round may add to it
 MOST_AT_BASE = 30  # runs, before the other sizes begin
 FIRST_SEEDS = 2
 FIRST_RUNS = 3 * FIRST_SEEDS  # of a size, at least

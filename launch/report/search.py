@@ -199,6 +199,8 @@ def sentences(found: Found) -> list[str]:
     edges = [each.key for each in found.dimensions if lies_on_edge(found.search, each)]
     if edges:
         said.append(f"On the edge of the space: {', '.join(edges)}; widen tune.space there, under another study.name.")
+    if pair := describe_pair(found):
+        said.append(pair)
     if found.no_importance:
         said.append(f"No importance: {found.no_importance}")
     if found.pruned:
@@ -206,6 +208,25 @@ def sentences(found: Found) -> list[str]:
     if found.failed:
         said.append(f"{found.failed} suggestions were refused: their values do not go together.")
     return said
+
+
+def describe_pair(found: Found) -> str:
+    """Whether the learning rate and the decay of weights, where both are searched, have an optimum inside of the space;
+    '' where they are not."""
+    by_key = {each.key: each for each in found.dimensions}
+    decay = next((by_key[key] for key in ("optimizer.tau_ema", "optimizer.weight_decay") if key in by_key), None)
+    if decay is None or "optimizer.lr" not in by_key:
+        return ""
+    missing = []
+    for each in (by_key["optimizer.lr"], decay):
+        if lies_on_edge(found.search, each):
+            missing.append(f"the best {short(each.key)} lies on an edge")
+        elif not each.identified:
+            missing.append(f"{short(each.key)} is not identified")
+    names = f"lr and {short(decay.key)}"
+    if missing:
+        return f"No interior optimum of the pair {names}: {' and '.join(missing)}."
+    return f"The pair {names} has an interior optimum: both lie inside of the space, and the best quarter about them."
 
 
 def lies_on_edge(search: Search, each: Dimension) -> bool:
