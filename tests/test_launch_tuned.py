@@ -278,7 +278,7 @@ def test_a_pair_of_rate_and_tau_ema_is_searched_carried_and_verified(
     best_tau: float,
     inside: bool,
 ) -> None:
-    """The search says whether both have an optimum inside of the space, and which one has not; the target has both; the verification perturbs
+    """The search says whether both have an optimum inside of the space; the target has both; the verification perturbs
     both at once."""
     monkeypatch.setattr(sys.modules[__name__], "loss_of", pair_valley(best_tau))
     tune = {"space": PAIR, "trials": 32, "batch": 8, "rerun": 2, "rerun_seeds": 2}
