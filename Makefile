@@ -11,7 +11,9 @@ VENV ?= .venv
 TEST_PROCESSES ?= 4
 BIN := $(VENV)/bin
 # PYTHONDONTWRITEBYTECODE, where it is set, makes each of the many processes compile torch anew: twice the time of an import.
-PYTEST = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --durations 10
+# Test processes are forked from one that has imported torch and what else the tests import.
+PROCESSES = --tx '$(TEST_PROCESSES)*popen//python=$(BIN)/python tests/fork_server.py'
+PYTEST = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest $(PROCESSES) --dist loadfile --no-loadscope-reorder --durations 10
 CORE_TESTS := tests/test_versions.py $(wildcard tests/test_data_*.py tests/test_models_*.py tests/test_train_*.py)
 RESUME_TESTS := tests/test_train_resume.py
 LOADING_TESTS := $(addprefix $(RESUME_TESTS)::test_,killed_inside_a_checkpoint_write \

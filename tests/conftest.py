@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+import fork_server
 from depthmup.data.pack import pack
 from depthmup.train.config import RunConfig
 from depthmup.train.reading import from_plain
@@ -51,6 +52,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return LANES.get(name, "no cluster"), -LONG_FILES.get(name, 0)
 
     items.sort(key=when)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes() -> None:
+    """All test processes have one fork server."""
+    fork_server.address()
 
 
 @pytest.hookimpl(optionalhook=True)

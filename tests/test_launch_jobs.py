@@ -38,6 +38,7 @@ from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.study import Study
 from depthmup.launch.transfer import IDLE, launch, unfinished, wait, waiting_for
 from depthmup.train.lock import take_lock
+from depthmup.train.owner import COPY_DESCRIPTION, code_fingerprint
 from depthmup.train.rundir import EXIT_LOST_PEER
 from slurm_stand_ins import in_queue, submitted
 from test_launch_scale import finish
@@ -913,3 +914,12 @@ def test_a_job_imports_from_a_copy_that_has_every_file_which_the_code_opens(tmp_
     assert done.returncode == 0, done.stderr
     here = {file.name for file in (PACKAGE / "launch" / "report").iterdir() if file.is_file()}
     assert here == {file.name for file in (copied / "depthmup" / "launch" / "report").iterdir() if file.is_file()}
+
+    # and it states the sources' fingerprint, so that no process of a job reads them all
+    assert code_fingerprint(copied / "depthmup") == code_fingerprint()
+    (copied / "depthmup" / "train" / "step.py").write_text("another = 1")
+    code_fingerprint.cache_clear()
+    assert code_fingerprint(copied / "depthmup") == code_fingerprint()
+    (copied / COPY_DESCRIPTION).unlink()
+    code_fingerprint.cache_clear()
+    assert code_fingerprint(copied / "depthmup") != code_fingerprint()

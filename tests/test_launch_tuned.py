@@ -25,7 +25,7 @@ from depthmup.launch.runs.study import Study
 from depthmup.launch.runs.tuned import keep_study, search_of, with_tuned
 from depthmup.launch.transfer import Launched
 from planned_runs import finish, open_as
-from train_processes import fork_server
+from train_processes import Process
 
 SPACE = {
     "optimizer.momentum": [0.8, 0.9],
@@ -176,10 +176,10 @@ def test_the_whole_path_killed_in_its_search_and_in_its_study_goes_on_by_the_sam
     command = ("transfer", str(file), "--tune", "--target", str(target), "launch.cluster=debug")
 
     def walk(killed: tuple[str, int] | None) -> int | None:
-        process = fork_server().Process(target=walk_until, args=(killed, str(output), *command))
-        process.start()
-        process.join()
-        return process.exitcode
+        program = f"import test_launch_tuned; test_launch_tuned.walk_until{(killed, str(output), *command)}"
+        process = Process(["-c", program], dict(os.environ))
+        process.communicate()
+        return process.returncode
 
     def suggested() -> list[dict[str, Any]]:
         return [trial.params for trial in open_as(Search, file).trials()]

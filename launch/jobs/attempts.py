@@ -10,6 +10,7 @@ from typing import Any
 from depthmup.data.files import write_atomically
 from depthmup.launch.jobs.code_copy import describe_code
 from depthmup.launch.paths import PACKAGE
+from depthmup.train.owner import COPY_DESCRIPTION
 from depthmup.train.rundir import RunDirectory, add_line, parse_lines
 
 # Events of attempts.jsonl, beside those that are called what they are
@@ -72,7 +73,7 @@ def begin_attempt(directory: RunDirectory, lacks_gpu: bool = False) -> None:
     note_attempt(
         directory, "started", step=step, age=process_age(), **place, **({"lacks_gpu": True} if lacks_gpu else {})
     )
-    code = PACKAGE.parent / "code.json"
+    code = PACKAGE.parent / COPY_DESCRIPTION
     content = code.read_text() if code.exists() else json.dumps(describe_code(), indent=1)
     write_atomically(directory.path / "code.json", content.encode())
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from depthmup.data.files import write_atomically
 from depthmup.launch.paths import PACKAGE
+from depthmup.train.owner import COPY_DESCRIPTION, code_fingerprint
 
 PACKAGES = ("models", "data", "train", "launch")
 
@@ -41,7 +42,8 @@ def copy_code(folder: Path) -> Path:
                 copy = temporary / PACKAGE.name / file
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(PACKAGE / file, copy)
-            write_atomically(temporary / "code.json", json.dumps(describe_code(), indent=1).encode())
+            described = describe_code() | {"fingerprint": code_fingerprint()}
+            write_atomically(temporary / COPY_DESCRIPTION, json.dumps(described, indent=1).encode())
             os.replace(temporary, target)
         except BaseException:  # as on a full disk
             shutil.rmtree(temporary, ignore_errors=True)
