@@ -1,7 +1,8 @@
 """Numbers as tables and sentences show them."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import groupby
 from typing import Any
 
 
@@ -10,6 +11,16 @@ def show_size(record: Mapping[str, Any]) -> str:
     others = ("num_experts", "batch", "samples")
     more = (f", {axis.removeprefix('num_')} {record[axis]}" for axis in others if record.get(axis))
     return f"{record['width']} x {record['depth']}{''.join(more)}"
+
+
+def show_seeds(seeds: Iterable[int]) -> str:
+    """'0, 1, 4', and '0 to 5, 7' where more than two follow each other."""
+    ordered = sorted(set(seeds))
+    parts = []
+    for _, follow in groupby(enumerate(ordered), lambda each: each[1] - each[0]):
+        run = [str(seed) for _, seed in follow]
+        parts += [f"{run[0]} to {run[-1]}"] if len(run) > 2 else run
+    return ", ".join(parts)
 
 
 def show_drift(octaves: float) -> str:

@@ -13,7 +13,7 @@ from depthmup.data.errors import UserError
 from depthmup.launch.chain import transfer
 from depthmup.launch.config import Size
 from depthmup.launch.findings.analysis import Result
-from depthmup.launch.findings.design import expected_cost, next_round
+from depthmup.launch.findings.design import expected_cost, next_round, say_reasons
 from depthmup.launch.findings.points import Design, Point, Round
 from depthmup.launch.findings.precision import Aim
 from depthmup.launch.findings.verdict import Limits
@@ -398,3 +398,8 @@ def test_a_real_study_walks_its_rounds_to_the_report(study_file: Path) -> None:
     page = (study.file.directory / "report.html").read_text()
     assert "Rounds" in page
     assert study.rounds()[-1].reason.split(": ")[0] in page
+
+
+def test_what_holds_for_several_parameterizations_is_said_once() -> None:
+    reasons = {"sp": "settled", "mup": "its optimum", "depth_mup": "settled"}
+    assert say_reasons(reasons) == "sp, depth_mup: settled; mup: its optimum"

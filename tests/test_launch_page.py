@@ -192,13 +192,30 @@ def test_only_the_rows_of_bases_begin_a_group() -> None:
     assert [each.get("class") for each in Elements(page).of("tr")] == [None, "first", None]
 
 
+def as_in_a_browser(page: Path) -> str:
+    """The page after its scripts."""
+    options = ("--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=4000", "--dump-dom")
+    command = [str(BROWSER), *options, page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=90, check=True).stdout
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome: the page's scripts are not run")
+def test_a_mean_over_many_seeds_names_no_more_runs_than_fit_beside_its_point(study_file: Path) -> None:
+    page = write_page(study_file) / "report.html"
+    runs = "Array.from({length: 34}, (_, seed) => ({...record.runs[0], seed, folder: `folder${seed}`}))"
+    script = f"<script>document.body.dataset.said = meanText({runs}, 0.5);</script>"
+    page.write_text(page.read_text() + script)
+    (body,) = Elements(as_in_a_browser(page)).of("body")
+    lines = (body["data-said"] or "").split("<br>")
+    assert "mean of 34 seeds: minival_loss 0.5000" in lines
+    assert [line.split(", run ")[1] for line in lines if line.startswith("seed ")] == [f"folder{n}" for n in range(6)]
+    assert lines[-1] == "and 28 more: show every seed"
+
+
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome: the page's scripts are not run")
 def test_in_a_browser_curves_are_drawn_and_tables_get_their_buttons(study_file: Path) -> None:
     root = write_page(study_file)
-    options = ("--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=4000", "--dump-dom")
-    address = (root / "report.html").as_uri()
-    found = subprocess.run([str(BROWSER), *options, address], capture_output=True, text=True, timeout=90, check=True)
-    page = Elements(found.stdout)
+    page = Elements(as_in_a_browser(root / "report.html"))
     drawn = [each for each in page.of("div") if "js-plotly-plot" in (each.get("class") or "")]
     record = read_record(root / "report.json")
     assert [each.get("id") for each in drawn[len(record["verdicts"]) :]] == ["training", "drift", "regret", "loss"]

@@ -206,6 +206,20 @@ def test_a_published_record_gives_the_same_report_again_without_its_runs(study_f
     assert as_record(collect(restore(record, path, tmp_path / "again"))) == record
 
 
+def test_a_study_that_was_stopped_between_two_rounds_is_said_to_be_unfinished(study_file: Path) -> None:
+    path = make_study(study_file, STEADY, "stopped", design="adaptive")
+    study = Study(path, read_study(path))
+    grow(study)
+    study.write()
+    for run in study.pending():
+        run.directory.write_done({"outcome": "completed", "minival_loss": STEADY(run), "seconds": 1.0})
+    said = " ".join(invoke("report", path).split())
+    assert "Adaptive design: 1 round" in said
+    assert "it goes on. " in said
+    assert f"The next round is not in this report: {collect(study).next_round.reason}" in said
+    assert f"To go on: {study.command('transfer')}" in said
+
+
 def test_the_rounds_of_an_adaptive_study_can_be_made_anew_from_its_record(study_file: Path, tmp_path: Path) -> None:
     """Two parameterizations, which share the base's runs."""
     path = make_study(study_file, STEADY, "rounds", design="adaptive", parameterizations=["sp", "depth_mup"])

@@ -8,7 +8,7 @@ import pytest
 
 from depthmup.launch.findings.analysis import Result
 from depthmup.launch.findings.verdict import Analysis, Judgement, Limits, analyse, describe_rule, seeds_wanted
-from depthmup.launch.wording import show_cost, show_interval, show_share, show_shares
+from depthmup.launch.wording import show_cost, show_interval, show_seeds, show_share, show_shares
 from test_launch_analysis import BASE, DEEP, GUESS, WIDE, failing, runs, valley
 
 Loss = Callable[[float, int], float]
@@ -292,3 +292,8 @@ def test_a_study_that_says_little_gives_a_sentence_and_no_warning(what: str) -> 
     if what in LITTLE:
         assert judgement.verdict == "inconclusive" or what == "one seed"
     seeds_wanted(found)
+
+
+def test_seeds_that_follow_each_other_are_said_by_the_first_and_the_last() -> None:
+    seeds = ([0], [1, 0], [2, 0, 1], [0, 1, 2, 3, 7, 9, 8], [0, 0, 4])
+    assert [show_seeds(each) for each in seeds] == ["0", "0, 1", "0 to 2", "0 to 3, 7 to 9", "0, 4"]

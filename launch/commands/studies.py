@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     help="A folder or tar of class folders, or a folder of indexed shards.",
 )
 @click.option(
-    "--target", help="The large network, as width=768,depth=24[,samples=1e8][,batch=1024]: the proxy is sized for it."
+    "--target", help="Size the proxy for this network: width=768,depth=24; samples=1e8 and batch=1024 may follow."
 )
 @click.option(
     "--share",

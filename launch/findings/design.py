@@ -17,7 +17,7 @@ docs/verdict.md has what simulation says of it.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -103,15 +103,21 @@ def next_round(design: Design, results: Sequence[Result]) -> Round:
     if not basket.points:  # nobody can begin anything with what is reserved
         basket.refine(proposals, basket.left)
     if basket.points:
-        return Round(
-            tuple(basket.points), "; ".join(f"{name}: {', '.join(why)}" for name, why in basket.reasons.items())
-        )
-    ended = [f"{each.name}: {each.ended}" for each in proposals if each.ended]
+        return Round(tuple(basket.points), say_reasons({name: ", ".join(why) for name, why in basket.reasons.items()}))
+    ended = {each.name: each.ended for each in proposals if each.ended}
     for each in proposals:
         if each.wants:
             reasons = ", ".join(dict.fromkeys(want.reason for want in each.wants))
-            ended.append(f"{each.name}: {reasons}, but the budget is spent")
-    return Round((), "; ".join(ended))
+            ended[each.name] = f"{reasons}, but the budget is spent"
+    return Round((), say_reasons(ended))
+
+
+def say_reasons(reasons: Mapping[str, str]) -> str:
+    """By parameterization; what holds for several is said once: 'sp, depth_mup: settled'."""
+    names = dict[str, list[str]]()
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    return "; ".join(f"{', '.join(those)}: {reason}" for reason, those in names.items())
 
 
 def expected_cost(design: Design) -> tuple[float, int]:

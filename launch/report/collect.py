@@ -27,7 +27,7 @@ from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.pool import describe_mixtures, refuse_mixture
 from depthmup.launch.runs.study import Study
 from depthmup.launch.runs.written import refuse_other_study
-from depthmup.launch.wording import quantity, show_times
+from depthmup.launch.wording import quantity, show_seeds, show_times
 from depthmup.models.training_scale import lr_exponents
 
 
@@ -66,9 +66,14 @@ class Report:
         return next_round(design_of(self.study), self.results)
 
     @property
+    def has_next_round(self) -> bool:
+        """Whether an adaptive design, all of whose runs are done, asks for more."""
+        return self.study.file.study.adaptive and not self.unfinished and bool(self.next_round.points)
+
+    @property
     def ended(self) -> str | None:
         """Of an adaptive design that has ended: why."""
-        if not self.study.file.study.adaptive or self.unfinished or self.next_round.points:
+        if not self.study.file.study.adaptive or self.unfinished or self.has_next_round:
             return None
         return self.next_round.reason
 
@@ -81,8 +86,7 @@ class Report:
         spent = f"{counted(len(self.study.rounds()), 'round')}, {self.total_flops / budget:.0%} of the budget"
         if self.unfinished:
             return f"Adaptive design: {spent}; the last round is not finished."
-        then = "next" if self.next_round.points else "ended"
-        return f"Adaptive design: {spent}; {then}: {self.next_round.reason}."
+        return f"Adaptive design: {spent}; " + (f"ended: {self.ended}." if self.ended else "it goes on.")
 
     @cached_property
     def forecasts(self) -> list[Forecast]:
@@ -171,7 +175,7 @@ class Report:
             f"{100 * file.schedule.warmup:.0f} % warm-up, {file.train.samples} samples in batches of "
             f"{file.train.global_batch_size} ({file.train.num_steps} steps), data set {file.data.name}, "
             f"{100 * file.data.minival:g} % of the training set held out as minival, seeds "
-            f"{', '.join(map(str, sorted({result.seed for result in self.results})))}. {len(self.finished)} runs, "
+            f"{show_seeds(result.seed for result in self.results)}. {len(self.finished)} runs, "
             f"{self.num_diverged} of them diverged{early}; {quantity(self.total_flops)}FLOPs "
             f"({show_times(self.total_flops / max(self.flops.values()))} times one run of the costliest size), "
             f"{self.hours:.2f} hours of training processes."
@@ -183,7 +187,7 @@ class Report:
     def missing(self) -> str:
         """How much is not in this report; '' when nothing is missing."""
         if not self.unfinished:
-            return ""
+            return f"The next round is not in this report: {self.next_round.reason}" if self.has_next_round else ""
         failed = f", {self.num_failed} of them because they failed" if self.num_failed else ""
         return (
             f"{len(self.unfinished)} of {len(self.study.runs)} runs are not in this report{failed}: every number "
@@ -193,7 +197,7 @@ class Report:
     @property
     def go_on(self) -> str:
         """The command that trains what is missing."""
-        return self.study.command("retry" if self.num_failed == len(self.unfinished) else "transfer")
+        return self.study.command("retry" if 0 < self.num_failed == len(self.unfinished) else "transfer")
 
 
 def target_line(study: Study) -> str | None:

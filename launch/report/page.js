@@ -58,8 +58,10 @@ const options = { responsive: true, displayModeBar: false }; // a double click o
 function plainTicks(axis, losses) {
   const [low, high] = [Math.min(...losses), Math.max(...losses)];
   const decades = [...Array(40).keys()].map((i) => i - 20);
-  const marks = decades.flatMap((decade) => [1, 2, 5].map((digit) => Number(`${digit}e${decade}`)));
-  const inside = marks.filter((mark) => mark >= low && mark <= high);
+  const marks = (digits) =>
+    decades.flatMap((decade) => digits.map((digit) => Number(`${digit}e${decade}`))).filter((mark) => mark >= low && mark <= high);
+  const coarse = marks([1, 2, 5]);
+  const inside = coarse.length > 2 ? coarse : marks([1, 1.5, 2, 3, 4, 5, 6, 8]);
   if (inside.length > 1) Object.assign(axis, { tickvals: inside, ticktext: inside.map(String) });
 }
 
@@ -87,18 +89,30 @@ function hoverText(run) {
   return lines.join("<br>");
 }
 
+// Of a point that is a mean: each run in a line of its own, and no more lines than fit beside the point.
+const MOST_RUNS = 6;
+function meanText(group, loss) {
+  const [run] = group;
+  const lines = [`${nameOf(run)}, ${record.hyperparameter} ${valueText(run.value)}`];
+  if (group.length > 1) lines.push(`mean of ${group.length} seeds: ${record.metric} ${number(loss)}`);
+  for (const each of group.slice(0, MOST_RUNS)) {
+    lines.push(`seed ${each.seed}: ${result(each)}, run ${each.folder}`);
+    if (each.wandb) lines.push(each.wandb);
+  }
+  if (group.length > MOST_RUNS) lines.push(`and ${group.length - MOST_RUNS} more: show every seed`);
+  return lines.join("<br>");
+}
+
 // One point per value: the geometric mean over seeds, none where a seed diverged or ended early.
 function means(runs, position) {
   const byValue = new Map();
   for (const run of runs) byValue.set(run.value, [...(byValue.get(run.value) ?? []), run]);
   return [...byValue.values()]
     .filter((group) => group.every((run) => run.metric !== null))
-    .map((group) => ({
-      x: position(group[0]),
-      y: Math.exp(group.reduce((sum, run) => sum + Math.log(run.metric), 0) / group.length),
-      run: group[0],
-      text: `${nameOf(group[0])}, mean of ${group.length} seed(s)<br>` + group.map(hoverText).join("<br>"),
-    }))
+    .map((group) => {
+      const loss = Math.exp(group.reduce((sum, run) => sum + Math.log(run.metric), 0) / group.length);
+      return { x: position(group[0]), y: loss, run: group[0], text: meanText(group, loss) };
+    })
     .sort((one, other) => one.x - other.x);
 }
 

@@ -10,7 +10,7 @@ from rich.text import Text
 from depthmup.data.index import counted
 from depthmup.launch.findings.intervals import CONFIDENCE
 from depthmup.launch.report.record import closed
-from depthmup.launch.wording import show_drift, show_interval, show_number, show_share, show_shares
+from depthmup.launch.wording import show_drift, show_interval, show_number, show_seeds, show_share, show_shares
 
 WIDTH = 80  # columns of the terminal that the text is wrapped to
 COLOURS = {
@@ -146,4 +146,4 @@ def print_report(record: Mapping[str, Any], console: Console) -> None:
 
 
 def planned_sentence(seeds: Sequence[int], verdict: str) -> str:
-    return f"Seeds were added; with the planned ones ({', '.join(map(str, seeds))}) alone: {verdict}."
+    return f"Seeds were added; with the planned ones ({show_seeds(seeds)}) alone: {verdict}."
