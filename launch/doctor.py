@@ -130,7 +130,8 @@ def look_at_slurm(folder: Path) -> list[Finding]:
     try:
         partitions = probe.list_partitions()
     except UserError as error:  # runs on this machine need none
-        return [Finding("Slurm", "does not answer", f"no job can be submitted from here: {error}")]
+        last = str(error).partition(": ")[2].rpartition("; ")[2]  # of several lines the one that ended it
+        return [Finding("Slurm", "does not answer", f"no job can be submitted from here: {last}")]
     if not partitions:
         return [Finding("Slurm", "no partition is up", "ask those who run the cluster")]
     listed = ", ".join(f"{each.name} ({each.nodes} nodes, {each.gpus} GPUs each)" for each in partitions)

@@ -190,6 +190,15 @@ def test_the_doctor_names_what_keeps_runs_from_starting(tmp_path: Path, monkeypa
     assert "To be fixed first: file locks." in ill.output
     assert list(tmp_path.iterdir()) == []
 
+    for name in ("sbatch", "sinfo"):
+        (tmp_path / name).write_text(
+            "#!/bin/sh\necho 'sinfo: error: no host' >&2\necho 'sinfo: fatal: no source' >&2\nexit 1"
+        )
+        (tmp_path / name).chmod(0o755)
+    said = " ".join(invoke("doctor", "--directory", tmp_path / "runs").output.split())
+    assert "no job can be submitted from here: sinfo: fatal: no source" in said
+    assert "no host" not in said
+
     (tmp_path / "file").write_text("")
     ill = invoke("doctor", "--directory", tmp_path / "file" / "runs")
     assert ill.exit_code == 1
