@@ -1,5 +1,6 @@
 """The page of a study: its structure for people and screen readers, its record, and its life in a browser."""
 
+import html
 import json
 import math
 import re
@@ -144,6 +145,16 @@ def test_a_page_of_500_runs_stays_under_two_megabytes(study_file: Path) -> None:
     row = re.search(r"<tr>\s*<td[^>]*><a href.*?</tr>", page, re.DOTALL)
     assert row
     assert len(page) + len(inline_json(record)) + 500 * len(row[0]) < 2_000_000
+
+
+def test_where_no_loss_is_foretold_the_page_says_why_and_has_no_table_of_empty_cells(study_file: Path) -> None:
+    root = write_page(study_file)
+    record, page = read_record(root / "report.json"), (root / "report.html").read_text()
+    assert [each["predicted"] for each in record["forecasts"]] == [None] * len(record["forecasts"])
+    said = page.partition("<h2>Forecast</h2>")[2].partition("<h2>")[0]
+    assert all(f"<li>{html.escape(sentence)}</li>" in said for sentence in record["said"]["forecasts"])
+    assert record["said"]["forecasts"]
+    assert "<table" not in said
 
 
 def test_text_in_a_record_cannot_end_its_script() -> None:
