@@ -37,6 +37,7 @@ SECTIONS = {
 
 
 @click.group(cls=Commands, sections=SECTIONS, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="depthmup", message="%(package)s %(version)s")
 def cli() -> None:
     """Tune a small network, train a wide and deep one with the same learning rate.
 

@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Iterator
+from importlib.metadata import version
 
 import click
 import pytest
@@ -52,3 +53,8 @@ def test_a_long_example_is_cut_between_its_words_and_means_the_same() -> None:
     assert len(shown.splitlines()) > 1
     assert all(len(line) <= EXAMPLE_WIDTH + 6 for line in shown.splitlines())
     assert shlex.split(shown.replace("\\\n", " ")) == shlex.split(example)
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    said = CliRunner().invoke(cli, ["--version"], catch_exceptions=False).output
+    assert said == f"depthmup {version('depthmup')}\n"

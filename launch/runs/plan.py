@@ -69,7 +69,7 @@ def describe_design(study: Study, console: Console) -> None:
     cost, rounds = expected_cost(design)
     least = f"about {quantity(cost)}FLOPs in {rounds} rounds where nothing drifts and runs differ by 1 %"
     console.print(
-        f"adaptive: these runs are the {counted(len(study.rounds()), 'round')} so far. All rounds:", highlight=False
+        f"adaptive: these are the runs of {counted(len(study.rounds()), 'round')} so far. All rounds:", highlight=False
     )
     console.print(f"{least},\nat most {quantity(design.budget)}FLOPs (study.budget)", highlight=False)
 
