@@ -13,13 +13,13 @@ import torch
 import yaml
 
 import fork_server
-from depthmup.data.pack import pack
 from depthmup.train.config import RunConfig
 from depthmup.train.reading import from_plain
 from slurm_cluster import Cluster
 from slurm_cluster import start as start_cluster
 from slurm_stand_ins import fake as fake
 from slurm_stand_ins import study_of as study_of
+from train_configs import pack_digits
 
 # The files of a lane are one process's, which brings up a cluster of its own for them. The lanes last about as long.
 LANES = {
@@ -28,7 +28,7 @@ LANES = {
 }
 # Longest first: a file that begins last must not leave the other processes idle. Seconds of CPU on two busy cores.
 LONG_FILES = {
-    **{"train_pack": 60, "launch_transfer": 60, "train_engines": 45, "train_processes": 40, "train_settings": 40},
+    **{"train_pack": 50, "train_engines": 40, "launch_transfer": 30, "train_processes": 25, "train_settings": 40},
     **{"models_check": 35, "train_resume": 30, "launch_jobs": 25, "launch_packs": 20, "train_layout": 20},
     **{"launch_tune": 20, "models_limit": 20, "launch_page": 20, "launch_tuned": 20, "config_effects": 20},
 }
@@ -96,9 +96,7 @@ def torch_as_it_was() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of digits in several small shards, with train and val splits."""
-    root = tmp_path_factory.mktemp("shards") / "digits"
-    pack("sklearn:digits", root, validation_share=0.2, shard_samples=300)
-    return root
+    return pack_digits(tmp_path_factory.mktemp("shards") / "digits", validation_share=0.2, shard_samples=300)
 
 
 def settings_on(root: Path) -> dict[str, Any]:

@@ -54,9 +54,15 @@ def preload() -> None:
     for name in OPTIONAL:
         with suppress(ImportError):
             import_module(name)
+    from depthmup.data.errors import UserError
     from depthmup.train.owner import code_fingerprint
 
     code_fingerprint()
+    from train_configs import packed_digits
+
+    for validation_share, shard_samples in ((0.05, 128), (0.2, 300)):
+        with suppress(UserError):  # without scikit-learn
+            packed_digits(validation_share, shard_samples)
     gc.collect()
     gc.freeze()
 
@@ -189,7 +195,8 @@ def address() -> str:
     os.environ[NAME] = name = f"depthmup-tests-{os.getpid()}"
     listener.bind("\0" + name)
     listener.listen(64)
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests'}", "DS_ACCELERATOR": "cpu"}
+    path = [str(ROOT / "src"), str(ROOT / "tests"), *filter(None, sys.path)]
+    environment = {**os.environ, "PYTHONPATH": ":".join(path), "DS_ACCELERATOR": "cpu"}
     server = subprocess.Popen(
         [sys.executable, __file__, str(listener.fileno())],
         env={**environment, "OMP_NUM_THREADS": "1"},

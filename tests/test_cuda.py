@@ -39,7 +39,7 @@ FP32, BF16 = "train.precision=fp32", "train.precision=bf16"
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pack_digits(tmp_path_factory.mktemp("shards"))
+    return pack_digits(tmp_path_factory.mktemp("shards") / "digits")
 
 
 @pytest.fixture(scope="module", autouse=True)

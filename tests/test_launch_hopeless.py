@@ -38,7 +38,7 @@ def study(run_settings: dict[str, Any], tmp_path: Path) -> Study:
         "values": {"first": "2**-3", "last": "2**1"},
         "seeds": [0, 1, 2],
     }
-    train = {**run_settings["train"], "samples": 40 * 64, "global_batch_size": 64, "clip_norm": 1.0, "log_every": 5}
+    train = {**run_settings["train"], "samples": 40 * 32, "global_batch_size": 32, "clip_norm": 1.0, "log_every": 5}
     train["checkpoint_every"] = 40  # none on the way
     path.write_text(yaml.safe_dump({**run_settings, "train": train, "study": settings, "launch": {"cluster": "debug"}}))
     return Study(path, read_study(path))

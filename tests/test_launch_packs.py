@@ -50,14 +50,16 @@ def packs_in_logs(runs: Path) -> list[int]:
 
 def test_a_packed_study_has_the_table_of_an_unpacked_one_also_after_a_kill(study_file: Path) -> None:
     longer = (
-        "train.samples=1280",
+        "train.samples=320",
+        "train.global_batch_size=8",
+        "data.num_streams=8",
         "train.checkpoint_every=8",
         "study.parameterizations=[sp]",
     )  # 40 steps: time for a kill
     alone = depthmup("transfer", study_file, "study.name=alone", *longer, "launch.cluster=debug")
     assert alone.returncode == 0, alone.stderr
     runs = study_file.parent / "runs"
-    assert packs_in_logs(runs / "alone" / "runs") == [1] * 8  # batches of 32 are not packed on a CPU by default
+    assert packs_in_logs(runs / "alone" / "runs") == [1] * 8
 
     packed = ["transfer", str(study_file), "study.name=packed", *longer, "train.pack=6", "launch.slots=1"]
     process = Process(["-c", START, *packed], dict(os.environ))

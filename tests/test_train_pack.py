@@ -63,7 +63,7 @@ OWN = {  # three settings of its own for each
         {"optimizer__eps": 1e-3, "optimizer__betas": [0.95, 0.999]},
     ),
 }
-STEPS = 12  # of warm-up and of decay, with every momentum moving
+STEPS = 8  # of warm-up and of decay, with every momentum moving
 LONG = pytest.mark.long
 ALONE = [  # each network with one optimizer; the others, and those that amplify rounding, are in `make test-long`
     pytest.param(network, optimizer, marks=LONG if network in AMPLIFIES or number % 2 == place else ())
@@ -113,7 +113,7 @@ def test_each_replica_ends_as_it_would_alone_while_one_diverges(
     network: str, optimizer: str, make: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
     rate = RATES[optimizer] / (32 if network in AMPLIFIES else 1)
-    make = partial(make, network, optimizer, STEPS, optimizer__lr=rate, train__checkpoint_every=8, train__log_every=5)
+    make = partial(make, network, optimizer, STEPS, optimizer__lr=rate, train__checkpoint_every=5, train__log_every=3)
     configs = [
         make(),
         make(optimizer__lr=rate * DIVERGES),

@@ -81,10 +81,11 @@ def losses(directory: Path) -> list[float]:
 def test_the_fork_server_has_done_what_each_of_its_processes_would_need_seconds_for() -> None:
     """It leaves out silently what is optional."""
     there = "sys.modules.keys() >= {'deepspeed', 'scipy.stats', 'hypothesis', 'optuna', 'sklearn.datasets'}"
-    known = "owner.code_fingerprint.cache_info().currsize"
-    program = f"import gc, sys; from depthmup.train import owner; print({there}, {known}, gc.get_freeze_count() > 1e5)"
+    known = "owner.code_fingerprint.cache_info().currsize, packed_digits.cache_info().currsize"
+    program = "import gc, sys; from depthmup.train import owner; "
+    program += f"from train_configs import packed_digits; print({there}, {known}, gc.get_freeze_count() > 1e5)"
     (process,) = start(["-c", program], world_size=1)
-    assert finish([process]) == ([0], "True 1 True\n")
+    assert finish([process]) == ([0], "True 1 2 True\n")
 
 
 def test_stopped_and_killed_runs_go_on_with_other_engines_and_world_sizes(config: Path, tmp_path: Path) -> None:

@@ -1,7 +1,10 @@
 """Small runs on the packed digits, for the tests of train."""
 
 import json
+import shutil
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from depthmup.data.pack import pack
@@ -27,9 +30,19 @@ class After(Interrupt):
         return self.left == 0
 
 
-def pack_digits(root: Path, validation_share: float = 0.05) -> Path:
-    """Few images for validation: a run of 20 steps would need more time for them than for its training."""
-    pack("sklearn:digits", root, validation_share=validation_share, shard_samples=128)
+@cache
+def packed_digits(validation_share: float, shard_samples: int) -> tuple[Path, Any]:
+    """Where they are, until the second is gone. The fork server packs what most tests take, for all that it forks."""
+    folder = TemporaryDirectory(prefix="depthmup-digits-")
+    path = Path(folder.name) / "digits"
+    pack("sklearn:digits", path, validation_share=validation_share, shard_samples=shard_samples)
+    return path, folder
+
+
+def pack_digits(root: Path, validation_share: float = 0.05, shard_samples: int = 128) -> Path:
+    """A copy of one's own. Few images for validation: a run of 20 steps would need more time for them than for its
+    training."""
+    shutil.copytree(packed_digits(validation_share, shard_samples)[0], root)
     return root
 
 
