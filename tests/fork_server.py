@@ -60,7 +60,7 @@ def preload() -> None:
     code_fingerprint()
     from train_configs import packed_digits
 
-    for validation_share, shard_samples in ((0.05, 128), (0.2, 300)):
+    for validation_share, shard_samples in ((0.05, 128), (0.2, 128), (0.2, 300)):
         with suppress(UserError):  # without scikit-learn
             packed_digits(validation_share, shard_samples)
     gc.collect()

@@ -85,7 +85,7 @@ def test_the_fork_server_has_done_what_each_of_its_processes_would_need_seconds_
     program = "import gc, sys; from depthmup.train import owner; "
     program += f"from train_configs import packed_digits; print({there}, {known}, gc.get_freeze_count() > 1e5)"
     (process,) = start(["-c", program], world_size=1)
-    assert finish([process]) == ([0], "True 1 2 True\n")
+    assert finish([process]) == ([0], "True 1 3 True\n")
 
 
 def test_stopped_and_killed_runs_go_on_with_other_engines_and_world_sizes(config: Path, tmp_path: Path) -> None:

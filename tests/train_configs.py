@@ -32,7 +32,8 @@ class After(Interrupt):
 
 @cache
 def packed_digits(validation_share: float, shard_samples: int) -> tuple[Path, Any]:
-    """Where they are, until the second is gone. The fork server packs what most tests take, for all that it forks."""
+    """Where they are, until the second is gone. The fork server packs what tests take, so that what it forks
+    leaves no folder."""
     folder = TemporaryDirectory(prefix="depthmup-digits-")
     path = Path(folder.name) / "digits"
     pack("sklearn:digits", path, validation_share=validation_share, shard_samples=shard_samples)
