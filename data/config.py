@@ -38,7 +38,7 @@ Window = Annotated[
 # A path. It is written back so that it reads as the same path in any environment.
 PathText = Annotated[str, AfterValidator(expand_read), PlainSerializer(protect)]
 RAND_AUGMENT = re.compile(  # what timm's parser understands; what it does not, it ignores or asserts
-    r"rand(-(m\d+|n[1-9]\d*|p(0(\.\d+)?|1(\.0+)?)|mstd\d+(\.\d+)?|mmax[1-9]\d*|inc[01]|t(weights|3aw|3a)))*"
+    r"rand(-(m\d+|n[1-9]\d*|p(0\.\d*[1-9]\d*|1(\.0+)?)|mstd\d+(\.\d+)?|mmax[1-9]\d*|inc[01]|t(weights|3aw|3a)))*"
 )
 
 

@@ -40,6 +40,25 @@ def read_plan(out: Path) -> dict[str, Any] | None:
     return dict(found)
 
 
+def check_source(root: Path, source: str | None, validation_share: float) -> None:
+    """Raises UserError where the shards in `root` were packed from a source of another name, or with another share for
+    validation, than a run states. Shards that were not packed here tell nothing."""
+    recorded, mend = read_plan(root), f"or pack into another data.root than {root}"
+    if recorded is None:
+        return
+    packed, before = recorded["source"], recorded["options"].get("validation-share")
+    if source is not None and Path(source).name != Path(packed).name:
+        raise UserError(
+            f"data.source {source} would do nothing: {root} holds what was packed of {packed}: leave data.source out, "
+            f"{mend}"
+        )
+    if validation_share not in (0, before):
+        raise UserError(
+            f"data.validation_share {validation_share:g} would do nothing: {root} was packed with {before}: state "
+            f"that, {mend}"
+        )
+
+
 def check_plan(out: Path, plan: dict[str, Any]) -> None:
     """Raises UserError when `out` holds anything but shards of `plan`; else records the plan there."""
     if recorded := read_plan(out):

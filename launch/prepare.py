@@ -7,6 +7,7 @@ from rich.console import Console
 
 from depthmup.data.config import DataConfig
 from depthmup.data.index import INDEX_NAME, Index
+from depthmup.data.plan import check_source
 from depthmup.launch.jobs import slurm
 from depthmup.launch.progress import display
 from depthmup.launch.runs.fits import check_fits
@@ -15,8 +16,10 @@ from depthmup.launch.runs.written import check_writable
 
 
 def pack_source(data: DataConfig, console: Console) -> None:
-    """Packs data.source where there are no shards yet. Raises UserError."""
+    """Packs data.source where there are no shards yet. Raises UserError, also for shards of another source."""
     root = Path(data.root)
+    if (root / INDEX_NAME).exists():
+        check_source(root, data.source, data.validation_share)
     if not data.source or (root / INDEX_NAME).exists():
         return
     from depthmup.data.pack import pack

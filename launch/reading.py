@@ -99,9 +99,30 @@ def read_raw(path: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
     return raw
 
 
+def refuse_idle_overrides(file: StudyFile, overrides: tuple[str, ...], path: Path) -> None:
+    """Raises UserError for what a command line changes and no run of the study takes: `depthmup train` reads these keys
+    of the same file, so that they may stand there."""
+    study, joint = file.study, file.tune or file.verify
+    takes = {
+        **{f"model.{axis}": [getattr(size, axis) for size in study.sizes] for axis in ("width", "depth")},
+        "seed": [*study.seeds, *(joint.seeds if joint else ())],
+    }
+    if not joint:
+        takes[study.hyperparameter] = list(study.grid)
+    instead = {"seed": "study.seeds", study.hyperparameter: "study.values"}
+    for key in (key for key in takes if key in {one.partition("=")[0].strip() for one in overrides}):
+        if (value := attrgetter(key)(file)) not in takes[key]:
+            raise UserError(
+                f"{path}: {key}={value} would do nothing: {instead.get(key, 'study.sizes')} says what the study's runs "
+                "have; change that"
+            )
+
+
 def read_study(path: Path, overrides: tuple[str, ...] = ()) -> StudyFile:
     """Reads and checks a study's file. Raises UserError."""
-    return study_in(read_raw(path, overrides), path)
+    file = study_in(read_raw(path, overrides), path)
+    refuse_idle_overrides(file, overrides, path)
+    return file
 
 
 def study_in(raw: dict[str, Any], path: Path) -> StudyFile:
@@ -132,7 +153,9 @@ def read_study_or_run(path: Path, overrides: tuple[str, ...] = ()) -> StudyFile:
     raw = read_raw(path, overrides)
     given = raw.get("study", {})
     if not isinstance(given, dict) or set(given) - {"name", "directory"}:
-        return study_in(raw, path)
+        file = study_in(raw, path)
+        refuse_idle_overrides(file, overrides, path)
+        return file
     run = run_in(raw, str(path))
     study = {
         "name": f"{path.stem}_verify" if "verify" in raw else path.stem,

@@ -55,6 +55,11 @@ class ModelConfig:
         return False
 
     @property
+    def may_drop_branches(self) -> bool:
+        """Whether there is a residual branch beside the first block's, which stochastic depth never drops."""
+        return self.depth > 1
+
+    @property
     def chance(self) -> float:
         """The loss of a guess."""
         return math.log(self.num_classes)
@@ -181,6 +186,10 @@ class TimmConfig(ModelConfig):
             check_multiple("width", self.width, self.head_dim, "head_dim")
             check_multiple("base_width", self.base_width, self.head_dim, "head_dim")
 
+    @property
+    def may_drop_branches(self) -> bool:
+        return True  # most have several stages, of `depth` blocks each
+
 
 @checked_model
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -249,6 +258,10 @@ class ProbabilisticConfig(ModelConfig):
     @property
     def head_dim_grows(self) -> bool:
         return True  # it is the rank
+
+    @property
+    def may_drop_branches(self) -> bool:
+        return False  # it has no branches
 
     @property
     def num_patches(self) -> int:

@@ -53,6 +53,9 @@ from depthmup.train.reading import from_plain, set_dotted, to_yaml
         ("data.mixup=on", "data.mixup: Input should be a number (got True)"),
         ("data.std=.inf", "data.std: Input should be a finite number"),
         ("optimizer.lr=1:30", "optimizer.lr: Input should be a valid number"),
+        ("data.rand_augment=rand-p0", "rand_augment 'rand-p0' is none of timm's"),
+        ("data.rand_augment=rand-p0.00", "rand_augment 'rand-p0.00' is none of timm's"),
+        ("train.evaluate=[val, val]", "evaluate: val is there twice: leave one out"),
     ],
 )
 def test_a_bad_key_or_value_is_refused_with_its_name_and_the_mend(
@@ -85,6 +88,17 @@ def test_a_bad_key_or_value_is_refused_with_its_name_and_the_mend(
         ("study.budget=0.5", "budget would do nothing: leave it out, or use design adaptive and a range of values"),
         ("study={name: x, values: {first: 1, last: 8}, extend: 3}", "extend would do nothing: leave it out, or use de"),
         ("study.sizes={width:8, depth: 3}", "a space is missing after the colon in 'width:8': write 'width: 8'"),
+        (
+            "train.evaluate=[val]",
+            "minival_loss, which no run would measure: add minival to train.evaluate, or use study.me",
+        ),
+        (
+            "data.minival=0",
+            "minival_loss, which no run would measure: give data.minival a share, or use study.metric=tra",
+        ),
+        ("model.width=16", "model.width=16 would do nothing: study.sizes says what the study's runs have; change that"),
+        ("seed=7", "seed=7 would do nothing: study.seeds says"),
+        ("optimizer.lr=0.3", "optimizer.lr=0.3 would do nothing: study.values says"),
         ("study..name=x", "a name is missing beside a point; write it like model.depth=48"),
     ],
 )
@@ -148,6 +162,8 @@ def test_a_number_of_seeds_counts_however_it_is_written(study_file: Path) -> Non
         (("train.log_every", "[1, 2, 3]"), "train.log_every changes how a run is trained, not what it learns"),
         (("parallel.micro_batch_size", "[8, 16, 32]"), "changes how a run is trained"),
         (("model.width", "[8, 16, 32]"), "model.width: study.sizes sets the sizes: sweep another key"),
+        (("data.validation_share", "[0.1, 0.2, 0.4]"), "losses on other images are not comparable"),
+        (("train.ema", "[0.5, 0.9, 0.99]"), "the metric is that of the weights, not of their average"),
         (("train.samples", "[64, 128, 256]"), "losses after another number of samples are not comparable"),
         (("parameterization.alpha", "[0.5, 0.75, 1]"), r"do nothing at the base .*parameterizations=.{alpha: 0.5}, {"),
     ],

@@ -354,6 +354,15 @@ def test_every_field_of_train_that_is_identity_acts_or_is_refused(
             "weight_decay_scaling would do nothing under adamw with ind",
         ),
         ({"model": {"family": "resnet", "num_groups": 8}}, r"model\.num_groups would do nothing: model\.norm is batch"),
+        ({"train": {"evaluate": [], "evaluate_every": 2}}, "evaluate_every would do nothing: evaluate names no split"),
+        (
+            {"model": {"family": "vit", "depth": 1, "num_heads": 2, "patch_size": 4}, "train": {"drop_path": 0.1}},
+            r"train\.drop_path would do nothing: family vit of depth 1 has no residual branch after its first",
+        ),
+        (
+            {"model": {"family": "probabilistic"}, "train": {"drop_path": 0.1}, "parameterization": {"name": "mup"}},
+            r"train\.drop_path would do nothing: family probabilistic",
+        ),
         ({"train": {"bf16_residual": True}}, "train: bf16_residual would do nothing: precision is fp32"),
         ({"parallel": {"zero_stage": 3}}, "zero_stage would do nothing: engine is auto; .*or use engine deepspeed"),
         ({"schedule": {"decay": 0.3}}, "decay would do nothing: cosine has none; leave it out, or use wsd"),
@@ -367,7 +376,7 @@ def test_every_field_of_train_that_is_identity_acts_or_is_refused(
         ),
         ({"optimizer": {"batch_ratio": 16}}, r"negative: use beta_scaling second, or larger betas"),
     ],
-    ids=range(11),
+    ids=range(14),
 )
 def test_what_would_do_nothing_is_refused_in_one_line_with_what_to_do(sections: dict[str, Any], message: str) -> None:
     raw: dict[str, Any] = {

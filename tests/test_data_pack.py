@@ -17,6 +17,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from command_line import invoke
 from depthmup.data import pack as packing
 from depthmup.data.errors import UserError
 from depthmup.data.images import convert_image
@@ -76,6 +77,25 @@ def test_a_damaged_record_of_a_shard_has_that_shard_packed_again(tmp_path, monke
     (record,) = (path for path in out.iterdir() if path.suffix == ".json" and path.name != "pack.json")
     record.write_text(content)
     assert pack(str(source), out)[0].describe() == "4 samples in 1 shard"
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (
+            "data.source=photos.tar",
+            "data.source photos.tar would do nothing: {} holds what was packed of sklearn:digits: ",
+        ),
+        (
+            "data.validation_share=0.5",
+            "data.validation_share 0.5 would do nothing: {} was packed with 0.2: state that, or",
+        ),
+    ],
+)
+def test_shards_of_another_source_or_share_than_the_run_states_are_refused(study_file, digits, setting, message):
+    refused = invoke("train", study_file, setting).exception
+    assert isinstance(refused, UserError)
+    assert message.format(digits) in str(refused)
 
 
 def test_a_killed_pack_leaves_whole_shards_and_the_next_one_finishes_the_same(tmp_path):

@@ -100,6 +100,10 @@ class TrainConfig:
             raise ValueError(
                 f"bf16_residual would do nothing: precision is {self.precision}; leave it out, or use precision bf16"
             )
+        if len(set(self.evaluate)) < len(self.evaluate):
+            raise ValueError(f"evaluate: {self.evaluate[0]} is there twice: leave one out")
+        if self.evaluate_every and not self.evaluate:
+            raise ValueError("evaluate_every would do nothing: evaluate names no split; leave it out, or name one")
         if self.samples < self.global_batch_size:
             raise ValueError(f"samples {self.samples} is less than one global batch of {self.global_batch_size}")
         if self.batch_norm_images and self.global_batch_size % self.batch_norm_images:
@@ -230,6 +234,11 @@ class RunConfig:
             raise ValueError(
                 f"train.batch_norm_images would do nothing: model.family {self.model.family} has no BatchNorm as "
                 "stated; leave it out"
+            )
+        if self.train.drop_path and not self.model.may_drop_branches:
+            raise ValueError(
+                f"train.drop_path would do nothing: family {self.model.family} of depth {self.model.depth} has no "
+                "residual branch after its first block; leave it out"
             )
         norm = getattr(self.model, "norm", None)
         if norm != "group" and getattr(self.model, "num_groups", None) not in (None, ResNetConfig.num_groups):

@@ -28,6 +28,7 @@ FIXED = {
     "train.precision": "it belongs to the hardware, not to the recipe",
     "data.name": "losses on other images are not comparable",
     "data.minival": "losses on other images are not comparable",
+    "data.validation_share": "losses on other images are not comparable",
     "data.root": "it is a path",
     "data.source": "it is a path",
     "train.ema": "the metric is that of the weights, not of their average",
@@ -108,7 +109,7 @@ def check_sweep(
         raise UserError(f"{where}: study.sizes sets the sizes: sweep another key, such as optimizer.lr")
     if key in NO_RESULT or key.split(".")[0] not in (*TUNABLE, "model"):
         raise UserError(f"{where} changes how a run is trained, not what it learns: sweep another key")
-    if key in ("train.samples", "data.minival"):
+    if key in ("train.samples", "train.ema", "data.minival", "data.validation_share"):
         raise UserError(f"{where}: {FIXED[key]}: sweep another key")
     if not key.startswith("parameterization.") or len(values) == 1:
         return
