@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from glob import glob
 from itertools import chain
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from shlex import quote
 
 from braceexpand import braceexpand
@@ -13,14 +13,24 @@ from braceexpand import braceexpand
 from depthmup.data import storage
 from depthmup.data.errors import UserError
 from depthmup.data.index import counted
-from depthmup.data.splits import HOW_TO_SAY, is_hidden, listed, names_split, split_word, splits_by_word, stated_splits
+from depthmup.data.splits import (
+    HOW_TO_SAY,
+    is_hidden,
+    listed,
+    names_split,
+    split_word,
+    split_words,
+    splits_by_word,
+    stated_splits,
+)
 
 PACKED = {".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".tar"}  # .tar before another one: a.tar.part
 
 
 @dataclass(frozen=True)
 class FoundShards:
-    """The location, name in the index and split of each shard, and a line for each reason to leave others out."""
+    """The location, name in the index and split of each shard; a line for each reason to leave others out, and one
+    where names that say no split may mean several."""
 
     locations: list[str]
     names: list[str]
@@ -119,6 +129,7 @@ def find_shards(source: str, folder: Path, train: Sequence[str] = (), val: Seque
     Raises UserError when there are none, or the names contradict themselves.
     """
     locations, left_out = locate(source, everywhere=bool(train or val))
+    told: list[str] = []
     names = [name_in(folder, location) for location in locations]
     paths = {name: path_of(name) for name in names}
     if train or val:
@@ -129,6 +140,9 @@ def find_shards(source: str, folder: Path, train: Sequence[str] = (), val: Seque
     else:
         splits, reasons = splits_by_word({name: split_word(path) for name, path in paths.items()})
         left_out += [f"{counted(count, 'shard')} {reason}" for reason, count in reasons.items()]
+    kinds = {" ".join(split_words(PurePosixPath(path).stem)) for path in paths.values()}
+    if not (train or val) and len(kinds) > 1 and not any(map(split_word, paths.values())):
+        told.append(f"shards of different names are all train: {listed(sorted(kinds))} ({HOW_TO_SAY})")
     if not any(splits.values()):
         raise UserError(f"{source}: no shard is in a split; {HOW_TO_SAY}")
     kept = [(at, name, split) for at, name in zip(locations, names, strict=True) if (split := splits[name])]
@@ -136,5 +150,5 @@ def find_shards(source: str, folder: Path, train: Sequence[str] = (), val: Seque
         [at for at, _, _ in kept],
         [name for _, name, _ in kept],
         [split for _, _, split in kept],
-        [f"left out: {line}" for line in left_out],
+        [*(f"left out: {line}" for line in left_out), *told],
     )

@@ -88,7 +88,13 @@ def test_a_folder_of_a_split_says_nothing_else():
         (["train/00000.tar", "val/00001.tar"], ["train/00000.tar"], ["val/00001.tar"], []),
         (["train/00000.tar", "val/00000.tar"], ["train/00000.tar"], ["val/00000.tar"], []),
         (["Train/a/0.tar", "Validation/a/0.tar"], ["Train/a/0.tar"], ["Validation/a/0.tar"], []),
-        (["valley-000.tar", "testbed-000.tar"], ["testbed-000.tar", "valley-000.tar"], None, []),
+        (
+            ["valley-000.tar", "testbed-000.tar"],
+            ["testbed-000.tar", "valley-000.tar"],
+            None,
+            ["shards of different names are all train: testbed, valley"],
+        ),
+        (["a-0.tar", "a-1.tar"], ["a-0.tar", "a-1.tar"], None, []),
         (
             ["train-0.tar", "val-0.tar", "test-0.tar", "test-1.tar"],
             ["train-0.tar"],
@@ -118,7 +124,7 @@ def test_index_puts_shards_into_splits_and_says_what_it_leaves_out(tmp_path, nam
     assert splits_of(index) == {split: of for split, of in (("train", train), ("val", val)) if of}
     assert len(said) == len(left_out)
     for line, expected in zip(said, left_out, strict=True):
-        assert line.startswith(f"left out: {expected}")
+        assert line.removeprefix("left out: ").startswith(expected)
         assert "--train PATTERN" in line
     assert Index.load(tmp_path) == index
     index.check_files()
