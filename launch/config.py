@@ -250,10 +250,10 @@ class StudyFile(RunConfig):
                 "a study compares; state it there, as in study.parameterizations=[{name: depth_mup, beta: 0.5}]"
             )
         if self.study.metric == "minival_loss" and ("minival" not in self.train.evaluate or not self.data.minival):
-            mend = "give data.minival a share" if "minival" in self.train.evaluate else "add minival to train.evaluate"
-            raise ValueError(
-                f"study.metric is minival_loss, which no run would measure: {mend}, or use study.metric=train_loss"
-            )
+            mend = "use study.metric=train_loss, or add minival to train.evaluate"
+            if "minival" in self.train.evaluate:  # which no run could do
+                mend = "give data.minival a share, or leave minival out of train.evaluate"
+            raise ValueError(f"study.metric is minival_loss, which no run would measure: {mend}")
         sizes = tuple(map(self.complete, self.study.sizes))
         if twice := [size for size in sizes if sizes.count(size) > 1]:
             raise ValueError(f"study.sizes: {twice[0]} is there twice: leave one out")

@@ -105,11 +105,12 @@ def refuse_idle_overrides(file: StudyFile, overrides: tuple[str, ...], path: Pat
     study, joint = file.study, file.tune or file.verify
     takes = {
         **{f"model.{axis}": [getattr(size, axis) for size in study.sizes] for axis in ("width", "depth")},
-        "seed": [*study.seeds, *(joint.seeds if joint else ())],
+        "seed": [*(joint.seeds if joint else ()), *(study.seeds if not joint or len(study.sizes) > 1 else ())],
     }
     if not joint:
         takes[study.hyperparameter] = list(study.grid)
-    instead = {"seed": "study.seeds", study.hyperparameter: "study.values"}
+    section = "tune" if file.tune else "verify" if file.verify else "study"
+    instead = {"seed": f"{section}.seeds", study.hyperparameter: "study.values"}
     for key in (key for key in takes if key in {one.partition("=")[0].strip() for one in overrides}):
         if (value := attrgetter(key)(file)) not in takes[key]:
             raise UserError(
@@ -168,7 +169,9 @@ def read_study_or_run(path: Path, overrides: tuple[str, ...] = ()) -> StudyFile:
         "more_seeds": 0,
         **given,
     }
-    return from_plain(StudyFile, {**raw, "study": study}, str(path))
+    file = from_plain(StudyFile, {**raw, "study": study}, str(path))
+    refuse_idle_overrides(file, overrides, path)
+    return file
 
 
 def read_run(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:

@@ -309,6 +309,8 @@ def grow(study: Study) -> tuple[int, str]:
     """(number of new runs, why): of a search its next batch; the next round of an adaptive design; of a grid two values
     for every curve whose optimum is on its edge, and where there is none, a seed where a verdict hangs on the noise."""
     if isinstance(study, JointStudy):
+        if not study.runs:
+            check_fits(study)  # before a space is written down of which some values cannot run
         return study.plan_next_batch()
     from depthmup.launch.findings.verdict import seeds_wanted
     from depthmup.launch.report.collect import collect

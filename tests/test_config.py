@@ -90,11 +90,11 @@ def test_a_bad_key_or_value_is_refused_with_its_name_and_the_mend(
         ("study.sizes={width:8, depth: 3}", "a space is missing after the colon in 'width:8': write 'width: 8'"),
         (
             "train.evaluate=[val]",
-            "minival_loss, which no run would measure: add minival to train.evaluate, or use study.me",
+            "minival_loss, which no run would measure: use study.metric=train_loss, or add mini",
         ),
         (
             "data.minival=0",
-            "minival_loss, which no run would measure: give data.minival a share, or use study.metric=tra",
+            "minival_loss, which no run would measure: give data.minival a share, or leave mini",
         ),
         ("model.width=16", "model.width=16 would do nothing: study.sizes says what the study's runs have; change that"),
         ("seed=7", "seed=7 would do nothing: study.seeds says"),

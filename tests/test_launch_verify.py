@@ -216,6 +216,7 @@ def test_results_on_other_shards_count_where_the_study_pools_them(
         ({"optimizer.lr": 1}, "greater than 1"),
         ({"model.width": 2}, "verify.space.model.width: a key of the model changes the network"),
         ({"schedule.warmup": 16}, "1.6"),
+        ({"seed": 2}, "verify.space.seed: not a hyperparameter of the run"),
         ({"optimizer.betas": [[0.9, 0.99], [0.8, 0.99]]}, "would do nothing: sgd has none"),
         ({}, "at least 1"),
     ],

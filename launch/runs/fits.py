@@ -111,11 +111,14 @@ def check_first_round(study: Study) -> None:
 def check_fits(study: Study) -> None:
     """Raises UserError, with every mend, when runs cannot run where they are to run."""
     config = study.file.launch
+    choices = study.choices if isinstance(study, JointStudy) else []
+    runs = [run.config for run in (*study.runs, *study.examples, *choices)]
+    by_rates = {run.optimizer.role_lr: run for run in runs}
     found = list(
         dict.fromkeys(
             [
-                *(words for run in (*study.runs, *study.examples) for words in find_misfits(run.config, config)),
-                *(words for run in study.examples for words in idle_roles(run.config)),
+                *(words for run in runs for words in find_misfits(run, config)),
+                *(words for run in by_rates.values() for words in idle_roles(run)),
             ]
         )
     )

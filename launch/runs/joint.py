@@ -27,6 +27,11 @@ class JointStudy(Study):
         """None: no curve is sought whose ends would not matter."""
         return iter(())
 
+    @property
+    def choices(self) -> list[PlannedRun]:
+        """A run with each listed value of the space that no run has yet."""
+        return []
+
     def runs_of(self, values: Mapping[str, Any], seeds: Sequence[int]) -> list[PlannedRun]:
         """The file's run with `values` by dotted key, trained with `seeds`. Raises UserError where they do not go
         together."""

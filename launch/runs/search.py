@@ -25,6 +25,7 @@ from depthmup.launch.runs.joint import JointStudy
 from depthmup.launch.runs.journal import Journal
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.space import check_space, default_values
+from depthmup.launch.values import Range
 from depthmup.train.reading import to_plain
 from depthmup.train.rundir import Limits, parse_lines, read_object
 
@@ -128,6 +129,15 @@ class Search(JointStudy):
                 return None
             losses.append(min(loss, chance) if math.isfinite(loss) else chance)
         return sum(losses) / len(losses) if losses else None
+
+    @property
+    def choices(self) -> list[PlannedRun]:
+        found = []
+        for key, dimension in self.settings.space.items():
+            for value in () if isinstance(dimension, Range) else dimension:
+                with suppress(UserError):  # which alone goes with none of the others
+                    found += self.runs_of({key: value}, self.settings.seeds[:1])
+        return found
 
     # ------------------------------------------------------------ cost
 

@@ -63,21 +63,26 @@ def list_examples(dimension: Dimension) -> list[Any]:
     return [dimension.first, dimension.last] if isinstance(dimension, Range) else list(dimension)
 
 
+def check_key(key: str, where: str) -> None:
+    """Raises UserError for a key that cannot be tuned, at the place `where`."""
+    section, _, name = key.partition(".")
+    if section == "model":
+        raise UserError(f"{where}: a key of the model changes the network: compare shapes in a study (study.sizes)")
+    if section not in TUNABLE or not name or "." in name:
+        known = ", ".join(f"{each}.KEY" for each in TUNABLE)
+        raise UserError(f"{where}: not a hyperparameter of the run; a space has {known}")
+    if key in FIXED:
+        raise UserError(f"{where}: cannot be tuned: {FIXED[key]}")
+    if key in NO_RESULT:
+        raise UserError(f"{where}: cannot be tuned: it changes how a run is trained, not what it learns")
+
+
 def check_space(plain: dict[str, Any], space: Mapping[str, Dimension], source: str) -> None:
     """Raises UserError for a key that cannot be tuned, and for a value that is none for this run; names both. `source`:
     the file and the space's own key in it."""
     for key, dimension in space.items():
         where = f"{source}.{key}"
-        section, _, name = key.partition(".")
-        if section == "model":
-            raise UserError(f"{where}: a key of the model changes the network: compare shapes in a study (study.sizes)")
-        if section not in TUNABLE or not name or "." in name:
-            known = ", ".join(f"{each}.KEY" for each in TUNABLE)
-            raise UserError(f"{where}: not a hyperparameter of the run; a space has {known}")
-        if key in FIXED:
-            raise UserError(f"{where}: cannot be tuned: {FIXED[key]}")
-        if key in NO_RESULT:
-            raise UserError(f"{where}: cannot be tuned: it changes how a run is trained, not what it learns")
+        check_key(key, where)
         runs, idle = [], None
         for value in (values := list_examples(dimension)):
             try:
@@ -91,7 +96,7 @@ def check_space(plain: dict[str, Any], space: Mapping[str, Dimension], source: s
             raise idle
         if len(set(names)) < len(names):
             raise UserError(f"{where}: a value occurs twice in {values}: leave one out")
-        if section == "parameterization" and len({list_acting_settings(run) for run in runs}) < 2:
+        if key.startswith("parameterization.") and len({list_acting_settings(run) for run in runs}) < 2:
             raise UserError(
                 f"{where}: would do nothing at width {runs[0].model.width}, depth {runs[0].model.depth}, the base's: "
                 "leave it out, or compare its values in a study (study.parameterizations)"

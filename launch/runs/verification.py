@@ -13,7 +13,7 @@ from depthmup.launch.joint_config import VerifyConfig
 from depthmup.launch.runs.cost import count_flops
 from depthmup.launch.runs.joint import JointStudy
 from depthmup.launch.runs.planned import PlannedRun
-from depthmup.launch.runs.space import check_space, fraction_at, own_value, value_at
+from depthmup.launch.runs.space import check_key, check_space, fraction_at, own_value, value_at
 from depthmup.launch.values import Dimension, Range
 from depthmup.launch.wording import quantity, show_times
 
@@ -50,6 +50,7 @@ class Verification(JointStudy):
             if isinstance(around, Range | tuple):
                 found[key] = around
                 continue
+            check_key(key, f"{self.path}: verify.space.{key}")
             own = self.own_value(key)
             if isinstance(own, bool) or not isinstance(own, int | float) or own <= 0:
                 raise UserError(
