@@ -26,6 +26,7 @@ PATCHES = 8  # of a ViT along a side, where that gives patches of 2 to 16 pixels
 IMAGENET = "[0.485, 0.456, 0.406]", "[0.229, 0.224, 0.225]"  # mean and std that most recipes take for photographs
 BATCH, STEPS, EPOCHS = 64, 300, 10  # of each run: the longer of STEPS and EPOCHS, but at most MOST_STEPS
 MOST_STEPS = 2000
+SHARE = 0.01  # of a target's FLOPs, that tuning may cost where nothing else is said
 FEWEST_STEPS = 150  # of a run whose optimum is to be told; the demo's runs have as many
 TARGET_EPOCHS = 90  # of a target that states no samples
 DECAYS = 0.05, 2.0  # what the steps of a run take off the weights, in logarithms: little, and most
@@ -92,8 +93,13 @@ def read_target(text: str) -> Size:
     for part in text.split(","):
         if "=" not in part:
             raise UserError(f"--target {text}: a target looks like width=768,depth=24,samples=1e8,batch=1024")
+        if (name := part.partition("=")[0].strip()) in changes:
+            raise UserError(f"--target {text}: {name} is given twice: keep one of them")
         set_dotted(changes, part)
-    return from_plain(Size, changes, f"--target {text}")
+    size = from_plain(Size, changes, f"--target {text}")
+    if size.num_experts:
+        raise UserError(f"--target {text}: num_experts would do nothing: no family of a new study has experts")
+    return size
 
 
 class Template:
@@ -162,7 +168,7 @@ def target_file(name: str) -> Path:
 
 
 def describe_study(
-    name: str, file: Path, family: str, source: str, target: Size | None = None, share: float = 0.01
+    name: str, file: Path, family: str, source: str, target: Size | None = None, share: float = SHARE
 ) -> NewStudy:
     """A study of `family` on the images of `source`. With a `target` its runs are as long as `share` of the target's
     FLOPs pays for, at most as long as the target's. Raises UserError, also where that is too short to tell an optimum.
@@ -187,7 +193,7 @@ def describe_study(
     return NewStudy(text, template.render_target(), template.count(text))
 
 
-def write_new_study(name: str, family: str, source: str, target: str | None = None, share: float = 0.01) -> list[str]:
+def write_new_study(name: str, family: str, source: str, target: str | None = None, share: float = SHARE) -> list[str]:
     """Writes NAME.yaml into the working folder, and NAME_target.yaml where a `target` is given as `read_target` takes
     it. Returns the lines that say what comes next. Raises UserError."""
     file = Path(f"{name}.yaml")
@@ -195,10 +201,12 @@ def write_new_study(name: str, family: str, source: str, target: str | None = No
         folder_name(name)
     except ValueError as error:
         raise UserError(f"{name}: a study's name {error}") from None
-    for each in (file, *([target_file(name)] if target else [])):
+    if target is None and share != SHARE:
+        raise UserError(f"--share {share:g} would do nothing without a target: add --target")
+    for each in (file, *([target_file(name)] if target is not None else [])):
         if each.exists():
             raise UserError(f"{each} exists already: give another name, or delete it first")
-    found = describe_study(name, file, family, source, read_target(target) if target else None, share)
+    found = describe_study(name, file, family, source, None if target is None else read_target(target), share)
     study_in(load_yaml(found.text, str(file)), file)  # what is written is a study that can be launched
     write_atomically(file, found.text.encode())
     if not found.cost:

@@ -118,6 +118,9 @@ def test_a_target_that_cannot_pay_for_its_tuning_is_refused_with_the_share_that_
         ("width=768", "depth: missing"),
         ("widht=768,depth=3", "did you mean 'width'?"),
         ("768x24", "looks like width=768,depth=24"),
+        ("", "looks like width=768,depth=24"),
+        ("width=768,width=10,depth=24", "width is given twice"),
+        ("width=768,depth=24,num_experts=4", "num_experts would do nothing"),
     ],
 )
 def test_a_target_that_is_none_is_refused(
@@ -127,6 +130,7 @@ def test_a_target_that_is_none_is_refused(
     refused = invoke("new", "large", "--target", target)
     assert isinstance(refused.exception, UserError)
     assert said in str(refused.exception)
+    assert "--share 0.5 would do nothing" in str(invoke("new", "large", "--share", "0.5").exception)
     assert not list(tmp_path.iterdir())
 
 
