@@ -35,7 +35,7 @@ def best_runs(study: Path) -> str:
 
 def loading_code(out: Path, name: str, arguments: dict[str, Any]) -> str:
     """Python that loads what was exported, as it stands."""
-    if is_folder(out) and not name.startswith("depthmup_"):
+    if is_folder(out):
         call = f"timm.create_model({f'local-dir:{out}'!r}, pretrained=True)"
     else:
         given = "".join(f", {key}={value!r}" for key, value in arguments.items())

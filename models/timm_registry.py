@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 import depthmup.models.torchvision_ops  # noqa: F401  isort: skip  (must run before timm)
-from timm.models import register_model
+from timm.models import load_pretrained, register_model
 
 from depthmup.models.config import (
     AnyModelConfig,
@@ -29,13 +29,14 @@ from depthmup.models.vit import timm_arguments
 def depthmup_conv_resnet(pretrained: bool = False, **arguments: Any) -> nn.Module:
     """The paper's net. `arguments` are ConvResNetConfig's, those of the base size left out."""
     network = ConvResNet(ConvResNetConfig(**arguments_with_base(arguments)))
-    return with_preprocessing(network, arguments)
+    return as_timm_makes_it(network, pretrained, arguments)
 
 
 @register_model
 def depthmup_resnet(pretrained: bool = False, **arguments: Any) -> nn.Module:
     """timm's ResNet or ResNetV2 at any width. `arguments` are ResNetConfig's, those of the base size left out."""
-    return with_preprocessing(build_resnet(ResNetConfig(**arguments_with_base(arguments))), arguments)
+    network = build_resnet(ResNetConfig(**arguments_with_base(arguments)))
+    return as_timm_makes_it(network, pretrained, arguments)
 
 
 @register_model
@@ -44,7 +45,7 @@ def depthmup_moe_vit(pretrained: bool = False, **arguments: Any) -> nn.Module:
     network = build_moe_vit(MixtureVitConfig(**arguments_with_base(arguments)))
     for module in mixtures_of(network).values():
         module.reset_running_stats()
-    return with_preprocessing(network, arguments)
+    return as_timm_makes_it(network, pretrained, arguments)
 
 
 def arguments_with_base(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -53,9 +54,17 @@ def arguments_with_base(arguments: dict[str, Any]) -> dict[str, Any]:
     return own | {"base_width": own["width"], "base_depth": own["depth"]}
 
 
-def with_preprocessing(network: nn.Module, arguments: dict[str, Any]) -> nn.Module:
-    """The network with the pretrained_cfg from which timm.data.resolve_model_data_config takes its preprocessing."""
-    network.pretrained_cfg = dict(arguments.get("pretrained_cfg_overlay") or {})  # type: ignore[assignment]  # as timm does
+def as_timm_makes_it(network: nn.Module, pretrained: bool, arguments: dict[str, Any]) -> nn.Module:
+    """The network with the pretrained_cfg from which timm.data.resolve_model_data_config takes its preprocessing, and,
+    if `pretrained`, with the weights that it names: those of 'local-dir:' or of the hub."""
+    given = arguments.get("pretrained_cfg") or {}
+    overlay = arguments.get("pretrained_cfg_overlay") or {}
+    found = (given if isinstance(given, dict) else given.to_dict()) | overlay
+    network.pretrained_cfg = found  # type: ignore[assignment]  # as timm does
+    if pretrained:
+        channels = found["input_size"][0] if "input_size" in found else 3
+        classes = found.get("num_classes", 1000)
+        load_pretrained(network, found, classes, channels, cache_dir=arguments.get("cache_dir"))
     return network
 
 

@@ -113,18 +113,22 @@ def test_timm_loads_an_export_strictly_and_computes_the_same_logits(model: dict[
     }
 
 
-def test_a_folder_in_the_layout_of_hugging_face_is_loaded_by_timm_with_no_argument(tmp_path: Path) -> None:
-    run, network, _ = finished_run(tmp_path / "run", VIT | {"qk_norm": True, "global_pool": "avg"})
+@pytest.mark.parametrize("model", [VIT | {"qk_norm": True, "global_pool": "avg"}, *MODELS], ids=range(1 + len(MODELS)))
+def test_a_folder_in_the_layout_of_hugging_face_is_loaded_by_timm_with_no_argument(
+    model: dict[str, Any], tmp_path: Path
+) -> None:
+    run, network, config = finished_run(tmp_path / "run", model)
     result = CliRunner().invoke(cli, ["export", str(run), str(tmp_path / "shared")])
     assert result.exit_code == 0, result.output
     assert "local-dir:" in result.output
     assert sorted(file.name for file in (tmp_path / "shared").iterdir()) == ["config.json", "model.safetensors"]
     plain = timm.create_model(f"local-dir:{tmp_path / 'shared'}", pretrained=True).eval()
-    images = torch.randn(4, 3, 32, 32)
+    size = config.model.image_size
+    images = torch.randn(4, 3, size, size)
     with torch.no_grad():
         assert rms(network(images) - plain(images)) <= 1e-5 * rms(network(images))
-    assert timm.data.resolve_model_data_config(plain)["mean"] == [0.1, 0.2, 0.3]
-    assert timm.data.resolve_model_data_config(plain)["crop_pct"] == 1.0
+    found = timm.data.resolve_model_data_config(plain)
+    assert (found["mean"], found["crop_pct"], found["input_size"][1]) == ([0.1, 0.2, 0.3], 1.0, size)
 
 
 def test_the_command_prints_code_that_loads_the_file_in_a_new_process(tmp_path: Path) -> None:
