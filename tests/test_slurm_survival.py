@@ -22,11 +22,12 @@ from depthmup.train.reading import from_plain, read_yaml
 from depthmup.train.rundir import RunDirectory
 from slurm_cluster import Cluster, wait_for
 
-# The runs last until everything has befallen them, on any machine, at little cost: each of their metrics lines takes a
-# second until then. Slurm looks at time limits every 30 s: with a limit of 120 s its signal comes within 90 s of the
-# start, whatever the phase, and the runs that it is for last 120 s.
-STEPS, LINE_EVERY = 300, 5
+# The runs last until everything has befallen them, on any machine, at little cost: each of their metrics lines takes
+# LINE_SECONDS until then. Slurm looks at time limits every 30 s: with a limit of 120 s its signal comes within 90 s of
+# the start, whatever the phase, and the runs that it is for last 150 s.
+STEPS, LINE_EVERY, BATCH = 300, 5, 4  # few images: what befalls the runs is not in them
 LIMITED_STEPS, LIMITED_LINE_EVERY = 240, 2
+LINE_SECONDS = 1.25
 PACED = """
 import json, os, time
 slow, dumps = {file!r}, json.dumps
@@ -159,9 +160,14 @@ def wave(cluster: Cluster, digits: Path, tmp_path_factory: pytest.TempPathFactor
     sacct.chmod(0o755)
     cluster.environment["PATH"] = f"{sacct.parent}:{cluster.environment['PATH']}"
     content = settings_on(digits)
-    content["optimizer"]["lr"] = 2**-6
-    content["train"] |= {"samples": STEPS * 32, "log_every": LINE_EVERY, "checkpoint_every": 10}
-    slow = slow_down(folder, 1, SLOW_TO_LEAVE)
+    content["optimizer"]["lr"], content["data"]["num_streams"] = 2**-6, BATCH
+    content["train"] |= {
+        "samples": STEPS * BATCH,
+        "global_batch_size": BATCH,
+        "log_every": LINE_EVERY,
+        "checkpoint_every": 10,
+    }
+    slow = slow_down(folder, LINE_SECONDS, SLOW_TO_LEAVE)
     launching = {"cluster": "slurm", "cpus_per_task": NODE, "timeout_min": 60, "setup": [f"export PYTHONPATH={folder}"]}
     small = {**launching, "cpus_per_task": 1}
     sizes = [{"width": 8, "depth": 3}]
@@ -169,7 +175,7 @@ def wave(cluster: Cluster, digits: Path, tmp_path_factory: pytest.TempPathFactor
 
     hung = launch(cluster, folder / "hung.yaml", {**content, "launch": small})
     low = {**launching, "partition": "lowcancel"}
-    longer = {**content["train"], "samples": 2 * STEPS * 32}  # it begins first, and must last until the others train
+    longer = {**content["train"], "samples": 2 * STEPS * BATCH}  # it begins first, and must last until the others train
     cancelled = launch(cluster, folder / "cancelled.yaml", {**content, "train": longer, "seed": 1, "launch": low})
     low = {**launching, "partition": "low"}
     study = launch(cluster, folder / "study.yaml", {**content, "study": {"name": "study", **grid}, "launch": low})
@@ -183,7 +189,7 @@ def wave(cluster: Cluster, digits: Path, tmp_path_factory: pytest.TempPathFactor
 
     # Only now: a job that is requeued while slurmctld restarts is held by it ("launch failed requeued held").
     limits = {"timeout_min": 2, "signal_delay_s": 60}
-    train = {**content["train"], "samples": LIMITED_STEPS * 32, "log_every": LIMITED_LINE_EVERY}
+    train = {**content["train"], "samples": LIMITED_STEPS * BATCH, "log_every": LIMITED_LINE_EVERY}
     long = {**content, "train": train}
     two_nodes = {**small, **limits, "nodes": 2, "tasks_per_node": 1}
     two_tasks = launch(cluster, folder / "two_tasks.yaml", {**long, "launch": two_nodes})
@@ -250,7 +256,7 @@ def test_no_run_is_lost_and_no_step_is_missing_or_done_twice(wave: Wave) -> None
     for path in all_runs(wave):
         found = steps(path)
         assert found == sorted(set(found)), path
-        last = read_yaml(path / "config.yaml")["train"]["samples"] // 32
+        last = read_yaml(path / "config.yaml")["train"]["samples"] // BATCH
         assert set(range(50, last + 1, 50)) <= set(found), path
         assert json.loads((path / "done.json").read_text())["step"] == last
 
