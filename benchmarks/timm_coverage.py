@@ -80,9 +80,12 @@ ARGUMENTS = {
     "cait": {"init_values": 1.0},  # LayerScale: of a branch that is nearly zero a check sees nothing
     "convit": {"local_up_to_layer": 0},
     "deit": {"init_values": 1.0},
+    "swiftformer": {"layer_scale_init_value": 1.0},
+    "efficientformer": {"num_vit": 99},  # attention in as many blocks of the last stage as there are
     # which lets a block's init depend on its number
     "hiera": {"fix_init": False},
-    "hieradet_sam2": {"fix_init": False},
+    # nor attention over all of the image in blocks of a fixed number
+    "hieradet_sam2": {"fix_init": False, "init_values": 1.0, "global_att_blocks": ()},
     "repvit": {"distillation": False},
     "swin_transformer": {"window_size": 4},
     "swin_transformer_v2": {"window_size": 4},
@@ -98,6 +101,7 @@ DEPTHS = {
     "edgenext": 2,
     "nfnet": 2,
     "hieradet_sam2": 2,
+    "repvit": 2,
 }
 IMAGE_SIZES = {"deepseek_vit": 56, "eva": 56, "efficientformer": 224, "crossvit": 240}
 WIDTH, STEP, HEAD_DIM = 32, 16, 16  # of the first stage: at least, and a multiple of; of attention

@@ -25,6 +25,7 @@ class Position(NamedTuple):
     group: str = ""  # what blocks that follow each other have in common, as `stages.2`
     number: int = 0  # which of them it is
     kind: str = ""  # of block, where blocks of several kinds follow each other
+    before: int = 0  # of the stream: what else acted on it since the container's first block, as a position encoding
 
 
 Values = dict[str, dict[Position, Tensor]]  # quantity -> position -> what flows there
@@ -55,10 +56,24 @@ def recording(scaled: ScaledModel, inputs: Tensor) -> Iterator[Values]:
     by which residual blocks are found where nobody stated them."""
     modules, values = dict(scaled.network.named_modules()), Values()
 
+    stream: Any = None  # what the block before put out
+    before = 0
+
     def record(quantity: str, position: Position) -> Callable[[nn.Module, Any, Tensor], None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            nonlocal stream
             first = output[0] if isinstance(output, tuple) else output
-            values.setdefault(quantity, {})[position] = first.detach().clone()
+            at = position
+            if quantity == "stream":
+                stream, at = first, position._replace(before=before)
+            values.setdefault(quantity, {})[at] = first.detach().clone()
+
+        return hook
+
+    def follow(position: Position) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            nonlocal before
+            before = before + all(each is not stream for each in inputs) if position.number else 0
 
         return hook
 
@@ -74,8 +89,12 @@ def recording(scaled: ScaledModel, inputs: Tensor) -> Iterator[Values]:
         watched["keys"] = modules_matching(scaled.network, scaled.roles.keys)
     kinds = {name: kind_of(modules[name]) for name in blocks}
     handles = [modules[blocks[0]].register_forward_pre_hook(record_input)]
+    handles += [
+        modules[name].register_forward_pre_hook(follow(at))
+        for name, at in zip(blocks, positions_of(blocks, blocks), strict=True)
+    ]
     for quantity, names in watched.items():
-        places = positions_of(names, blocks, {} if quantity == "stream" else kinds)
+        places = positions_of(names, blocks, kinds)
         handles += [
             modules[name].register_forward_hook(record(quantity, at)) for name, at in zip(names, places, strict=True)
         ]

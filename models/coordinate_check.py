@@ -161,16 +161,26 @@ def at_positions(values: Sequence[Value], count: int, quantity: str) -> list[Val
 
 def align(values: dict[Position, float], base: dict[Position, float], quantity: str) -> list[float]:
     """Of a larger network's `values` those that stand where the base's do: container by container, and of the kinds
-    of block that take turns in one the nearest of the same kind."""
-    places = dict[str, list[Position]]()
+    of block that take turns in one the nearest of the same kind. What acts on the stream between two blocks, at every
+    depth once, parts a container in two."""
+    parted = {(each.group, each.before) for each in values} == {(each.group, each.before) for each in base}
+
+    def section(each: Position) -> tuple[str, int]:
+        return each.group, each.before if parted else 0
+
+    places = dict[tuple[str, int], list[Position]]()
     for each in values:
-        places.setdefault(each.group, []).append(each)
-    counts = Counter(each.group for each in base)
-    wanted = {group: iter(at_positions(range(len(places[group])), count, quantity)) for group, count in counts.items()}
+        places.setdefault(section(each), []).append(each)
+    counts = Counter(map(section, base))
+    wanted = {at: iter(at_positions(range(len(places[at])), count, quantity)) for at, count in counts.items()}
+    kinds = [Counter((section(each), each.kind) for each in network) for network in (values, base)]
     found = []
     for each in base:
-        target, here = next(wanted[each.group]), list(enumerate(places[each.group]))
-        alike = [(number, place) for number, place in here if place.kind == each.kind] or here
+        at = section(each)
+        target, here = next(wanted[at]), list(enumerate(places[at]))
+        takes_turns = kinds[0][at, each.kind] * counts[at] == kinds[1][at, each.kind] * len(here)
+        kept = quantity != "stream" or takes_turns  # the stream's last place stays, of whatever kind its block is
+        alike = [(number, place) for number, place in here if kept and place.kind == each.kind] or here
         found.append(values[min(alike, key=lambda at: abs(at[0] - target))[1]])
     return found
 

@@ -15,7 +15,7 @@ from depthmup import models
 from depthmup.models import OptimizerConfig, ParameterizationConfig, Role, Roles, Size
 from depthmup.models.build import FAMILIES, build, check_own
 from depthmup.models.config import AnyModelConfig, ConvResNetConfig, ResNetConfig, VisionTransformerConfig
-from depthmup.models.coordinate_check import Settings, check_sizes
+from depthmup.models.coordinate_check import Line, Settings, check_sizes
 from depthmup.models.discovery.find import find_roles
 from depthmup.models.discovery.growth import Builder
 from depthmup.models.errors import ModelError
@@ -534,11 +534,12 @@ class Turns(Net):
             block.down = nn.Sequential(block.down, Gain(width) if number % 2 else nn.Identity())
 
 
-def test_blocks_that_take_turns_are_compared_with_blocks_of_their_own_kind() -> None:
-    base, roles = Size(width=16, depth=2), find_roles(Turns, torch.zeros(2, 12), 16, 2).roles
+def check_depth(kind: type[Net], quantity: str) -> Line:
+    """Of completep over depth 2 to 8: the line of `quantity` at step 0."""
+    base, roles = Size(width=16, depth=2), find_roles(kind, torch.zeros(2, 12), 16, 2).roles
 
     def build_at(size: Size, seed: int) -> models.ScaledModel:
-        completep, network = ParameterizationConfig(name="completep"), Turns(size.width, size.depth)
+        completep, network = ParameterizationConfig(name="completep", beta=0.5), kind(size.width, size.depth)
         return models.apply(completep, network, size=size, base=base, roles=roles, seed=seed)
 
     def batch(seed: int) -> tuple[Tensor, Tensor]:
@@ -547,8 +548,26 @@ def test_blocks_that_take_turns_are_compared_with_blocks_of_their_own_kind() -> 
 
     optimizer, settings = OptimizerConfig(name="adamw", lr=2**-9), Settings(factors=(1, 4), steps=1, num_seeds=2)
     lines = check_sizes(build_at, batch, base, optimizer, settings, axes=("depth",))
-    (at_first,) = [line for line in lines if line.quantity == "branch" and line.step == 0]
-    assert at_first.slope == pytest.approx(-1, abs=0.25)
+    (at_first,) = [line for line in lines if line.quantity == quantity and line.step == 0]
+    return at_first
+
+
+def test_blocks_that_take_turns_are_compared_with_blocks_of_their_own_kind() -> None:
+    assert check_depth(Turns, "branch").slope == pytest.approx(-1, abs=0.25)
+
+
+class Placed(Net):
+    """A constant is added to the stream behind the first block, at every depth."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks[0](self.embed(x)) + 3
+        for block in self.blocks[1:]:
+            x = block(x)
+        return self.head(x)
+
+
+def test_the_stream_is_compared_on_the_same_side_of_what_is_added_to_it_once() -> None:
+    assert check_depth(Placed, "stream").slope == pytest.approx(0, abs=0.25)
 
 
 class LinearOfAnother(torch.autograd.Function):

@@ -14,7 +14,7 @@ import timm
 from depthmup.models import ParameterizationConfig, Size
 from depthmup.models import parameterization as rules
 from depthmup.models.build import build, build_meta
-from depthmup.models.check_record import positions_of
+from depthmup.models.check_record import Position, positions_of
 from depthmup.models.config import TimmConfig
 from depthmup.models.coordinate_check import Line, Settings, align, at_positions, check, without_bias
 from depthmup.models.discovery.branches import find_branches
@@ -171,8 +171,33 @@ def test_positions_of_blocks_that_take_turns_are_the_nearest_of_the_same_kind() 
     values = {position: float(number) for number, position in enumerate(positions_of(names, names, kinds))}
     base = dict.fromkeys(positions_of(names[:2], names[:2], kinds), 0.0)
     assert align(values, base, "branch") == [0, 3]  # a half of the blocks before it: 4, which is of the other kind
+    assert align(values, base, "stream") == [2, 7]
     without = {position._replace(kind=""): value for position, value in values.items()}
     assert align(without, {position._replace(kind=""): 0.0 for position in base}, "stream") == [3, 7]
+
+
+def test_the_streams_positions_are_not_those_of_a_kind_that_a_deeper_network_has_no_more_of() -> None:
+    """As of a stage's first block, which alone has a projection."""
+    names = [f"stage.{number}" for number in range(8)]
+    kinds = {name: "a" if number == 0 else "b" for number, name in enumerate(names)}
+    values = {position: float(number) for number, position in enumerate(positions_of(names, names, kinds))}
+    base = dict.fromkeys(positions_of(names[:2], names[:2], kinds), 0.0)
+    assert align(values, base, "stream") == [3, 7]
+    assert align(values, base, "branch") == [0, 4]
+
+
+def test_what_acts_on_the_stream_once_at_every_depth_parts_its_positions() -> None:
+    """As the position encoding behind a stage's first block: before it there is one position at every depth."""
+
+    def stream(count: int, before: Callable[[int], int]) -> dict[Position, float]:
+        return {Position("blocks.#", number, before=before(number)): float(number) for number in range(count)}
+
+    def once(number: int) -> int:
+        return min(number, 1)
+
+    assert align(stream(8, once), stream(2, once), "stream") == [0, 7]
+    every = stream(8, lambda number: number)  # between any two blocks
+    assert align(every, stream(2, once), "stream") == [3, 7]
 
 
 def test_a_head_dim_that_grows_with_width_gives_the_queries_a_multiplier() -> None:
