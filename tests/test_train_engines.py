@@ -26,6 +26,12 @@ CASES = {
         (SHALLOW, CONV_RESNET), ("sp", "depth_mup"), ("sgd", "adamw")
     )
 }
+MIXTURE = {"num_experts": 4, "base_num_experts": 2, "active_share": 0.5, "mlp_ratio": 2, "base_mlp_ratio": 2}
+PROBABILISTIC = {"width": 16, "depth": 2, "base_width": 8, "base_depth": 2, "channels": 4, "patch_size": 2}
+CASES |= {
+    "moe_vit-completep-adamw": ({**SHALLOW, "family": "moe_vit", **MIXTURE}, "completep", "adamw"),
+    "probabilistic-mup-adamw": ({"family": "probabilistic", **PROBABILISTIC}, "mup", "adamw"),
+}
 # Each value of a choice beside each value of another; two of them for stage 3. `make test-long` has all cases on every
 # engine.
 PAIRS = ["vit-sp-sgd", "vit-depth_mup-adamw", "conv_resnet-sp-adamw", "conv_resnet-depth_mup-sgd"]
@@ -67,10 +73,12 @@ def chosen_engines(*left_out: str) -> list[Any]:
 
 
 def is_long(case: str, engine: str) -> bool:
-    return engine in LONG or case not in (PAIRS[1:3] if engine == "zero3" else PAIRS)
+    other = engine in ONCE and case.startswith(("moe_vit", "probabilistic"))
+    return engine in LONG or (not other and case not in (PAIRS[1:3] if engine == "zero3" else PAIRS))
 
 
 LONG = ("zero0", "zero1")
+ONCE = ("fsdp", "zero2")  # the engines of the other families
 CHOSEN = [
     pytest.param(case, engine, id=f"{case}-{engine}", marks=pytest.mark.long if is_long(case, engine) else ())
     for engine in ENGINES

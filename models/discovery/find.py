@@ -60,7 +60,10 @@ def find_roles(build: Builder, inputs: Any, width: int, depth: int) -> Discovery
     base, wide, nodes = (trace(network, given) for network in (growth.base, growth.wide, growth.deep))
     branches = [branch for branch in find_branches(nodes) if has_more_in_deeper(branch, growth)]
     if not branches:
-        raise ModelError(f"{type(growth.base).__name__} has no residual stream: nothing adds a branch to what it reads")
+        raise ModelError(
+            f"{type(growth.base).__name__} has no residual stream: nothing adds a branch to what it reads. Without one "
+            f"there are rules for width alone (mup): {BY_HAND}"
+        )
     used = users_of(nodes)
     names = [name for name, _ in growth.deep.named_parameters()]
     if idle := [name for name in names if name not in used]:

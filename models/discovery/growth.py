@@ -160,11 +160,13 @@ def compare_sizes(build: Builder, width: int, depth: int) -> Growth:
                 "parameter that grows with depth has no rule. Give each block its own parameters"
             )
     if not any(map(any, grows.values())):
-        raise ModelError(f"the builder ignores its width: {kind} has the same shapes at {width} and {2 * width}")
+        raise ModelError(
+            f"the builder ignores its width: {kind} has the same shapes at {width} and {2 * width}. Let layers have it"
+        )
     if set(deeper) == set(shapes):
         raise ModelError(
             f"the builder ignores its depth, or shares weights over it: {kind} has the same parameters at depth "
-            f"{depth} and {2 * depth}"
+            f"{depth} and {2 * depth}. Let it have as many blocks, each with its own weights"
         )
     patterns = {growth.pattern(name) for name in deeper}
     if lost := sorted(name for name in shapes if growth.pattern(name) not in patterns):
