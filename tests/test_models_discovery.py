@@ -278,9 +278,9 @@ def normed(net: Net) -> None:
 
 
 BAD: dict[str, tuple[Builder, str]] = {
-    "ignores its width": (lambda width, depth: Net(16, depth), "ignores its width"),
-    "ignores its depth": (lambda width, depth: Net(width, 3), "ignores its depth"),
-    "no stream": (lambda width, depth: Net(width, depth, "no stream"), "no residual stream"),
+    "ignores its width": (lambda width, depth: Net(16, depth), "ignores its width: .*Let layers have it"),
+    "ignores its depth": (lambda width, depth: Net(width, 3), "ignores its depth, .*Let it have as many blocks"),
+    "no stream": (lambda width, depth: Net(width, depth, "no stream"), "no residual stream: .*width alone"),
     "neither addend": (lambda width, depth: Net(width, depth, "two nonlinear"), "neither addend alone"),
     "depends on data": (lambda width, depth: Net(width, depth, "data"), "control flow depends on"),
     "no module at the end": (lambda width, depth: Net(width, depth, "sine"), "end it in a torch.nn.Identity"),
