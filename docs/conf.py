@@ -14,6 +14,7 @@ release = importlib.metadata.version("depthmup")
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_click"]
 myst_heading_anchors = 4  # links name headings as they do on GitHub
 exclude_patterns = ["_build"]
+html_show_copyright = False
 html_theme = "furo"
 html_title = f"depthmup {release}"
 html_show_sourcelink = False
