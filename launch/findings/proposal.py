@@ -39,6 +39,7 @@ SPARED = 0.9  # share of a wanted half-width at which runs are foreseen to be en
 KNOWN = 0.25  # octaves: half-width of the interval of the base's optimum at which the search there ends
 ENOUGH = 0.7  # a round is filled until it settles a size with this probability
 LEAST = 2  # runs of one size that a round may add to it
+LEAST_FOR_DRIFT = 4  # a drift that is nearly known would else take a round for every pair
 MOST_AT_BASE = 30  # runs, before the other sizes begin
 FIRST_SEEDS = 2
 FIRST_RUNS = 3 * FIRST_SEEDS  # of a size, at least
@@ -88,12 +89,14 @@ class Proposal:
         good = [round_octaves(x) for x in values if round_octaves(x) not in bad]
         return [(x, seed) for x in good for seed in map(self.design.seed, range(seeds)) if (x, seed) not in done]
 
-    def sharpen(self, curve: Curve, x: float, most: int, is_enough: Callable[[Aim, float], bool]) -> list[Run]:
-        """Up to `most` runs that tell the curve's slope at x."""
+    def sharpen(
+        self, curve: Curve, x: float, most: int, is_enough: Callable[[Aim, float], bool], least: int = LEAST
+    ) -> list[Run]:
+        """From `least` to `most` runs that tell the curve's slope at x."""
         aim = self.outlook.aim_at(curve, x)
         values, seeds = self.outlook.list_values(curve, x), [self.design.seed(index) for index in range(FIRST_SEEDS)]
         runs, added = list(aim.runs), list[Run]()
-        while len(added) < most and (len(added) < LEAST or not is_enough(aim, aim.after(runs))):
+        while len(added) < most and (len(added) < least or not is_enough(aim, aim.after(runs))):
             options = list_moves(runs, x, values, seeds, next(self.outlook.find_fresh_seeds(curve, runs)))
             options = [move for move in options if len(move) + len(added) <= most]
             if not options:
@@ -138,14 +141,15 @@ class Proposal:
             x = self.design.on_lattice(curve.optimum.x)
             spared = (SPARED * most) ** 2
             enough = math.sqrt(max(spared - other**2, spared / 2))
-            runs = self.sharpen(curve, x, self.most_to_add(curve), partial(is_known, enough))
+            most_runs = self.most_to_add(curve, LEAST_FOR_DRIFT)
+            runs = self.sharpen(curve, x, most_runs, partial(is_known, enough), LEAST_FOR_DRIFT)
             self.want(size, runs, "a drift is known too roughly")
             self.want(size, self.grid(curve, self.list_values_beyond(curve)), "a drift is known too roughly")
         return rough
 
-    def most_to_add(self, curve: Curve) -> int:
+    def most_to_add(self, curve: Curve, least: int = LEAST) -> int:
         """Runs of a round to a size that has some."""
-        return min(max(len(runs_of(curve)) // 2, LEAST), self.affordable(curve.size))
+        return min(max(len(runs_of(curve)) // 2, least), self.affordable(curve.size))
 
     def settle_verdict(self) -> str | None:
         """Fills `wants` with what the verdict needs; where that leaves none, why it needs none."""
