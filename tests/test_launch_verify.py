@@ -213,6 +213,7 @@ def test_results_on_other_shards_count_where_the_study_pools_them(
     ("space", "said"),
     [
         ({"train.label_smoothing": 2}, "verify.space.train.label_smoothing: 0.0 has no values a factor away"),
+        ({"optimizer.tau_ema": 2}, "verify.space.optimizer.tau_ema: the run states no value of its own: state a range"),
         ({"optimizer.lr": 1}, "greater than 1"),
         ({"model.width": 2}, "verify.space.model.width: a key of the model changes the network"),
         ({"schedule.warmup": 16}, "1.6"),

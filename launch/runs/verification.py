@@ -53,8 +53,9 @@ class Verification(JointStudy):
             check_key(key, f"{self.path}: verify.space.{key}")
             own = self.own_value(key)
             if isinstance(own, bool) or not isinstance(own, int | float) or own <= 0:
+                why = "the run states no value of its own" if own is None else f"{own} has no values a factor away"
                 raise UserError(
-                    f"{self.path}: verify.space.{key}: {own} has no values a factor away: state a range "
+                    f"{self.path}: verify.space.{key}: {why}: state a range "
                     "{first: 0, last: 0.2, scale: linear}, or choices [0, 0.1]"
                 )
             found[key] = Range(first=own / around, last=own * around)
