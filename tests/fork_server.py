@@ -25,9 +25,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-NAME = (
-    "DEPTHMUP_TEST_FORK_SERVER"  # the environment's variable with the socket's name, as Linux knows it without a file
-)
+# The environment's variable with the socket's name, as Linux knows it without a file.
+NAME = "DEPTHMUP_TEST_FORK_SERVER"
 PRELOADED = [
     *("depthmup.models.torchvision_ops", "timm"),
     *(f"depthmup.train.{name}" for name in ("checkpoint", "loop", "display", "packs.pack")),
@@ -35,13 +34,8 @@ PRELOADED = [
 ]
 OPTIONAL = [  # DeepSpeed's first run imports the second
     *("deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer"),
-    *(
-        "scipy.stats",
-        "sklearn.datasets",
-        "hypothesis",
-        "optuna",
-        "tensorboard.backend.event_processing.event_accumulator",
-    ),
+    *("scipy.stats", "sklearn.datasets", "hypothesis", "optuna"),
+    "tensorboard.backend.event_processing.event_accumulator",
 ]
 
 
