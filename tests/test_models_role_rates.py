@@ -112,8 +112,15 @@ def test_a_role_that_the_network_lacks_is_refused() -> None:
 
 def test_the_rate_of_a_role_is_swept() -> None:
     raw = to_plain(run_config("x"))
-    study = {"name": "rates", "parameterizations": ["depth_mup"], "sizes": [{"width": 8, "depth": 6}]}
-    raw |= {"study": {**study, "hyperparameter": "optimizer.role_lr.input", "values": [1, 2, 4]}}
+    study: dict[str, Any] = {"name": "rates", "metric": "train_loss", "sizes": [{"width": 8, "depth": 6}]}
+    raw |= {
+        "study": {
+            **study,
+            "parameterizations": ["depth_mup"],
+            "hyperparameter": "optimizer.role_lr.input",
+            "values": [1, 2, 4],
+        }
+    }
     runs = list(Study(Path("study.yaml"), from_plain(StudyFile, raw, "study")).runs)
     assert [run.config.optimizer.role_lr.input for run in runs] == [1, 2, 4]
     assert len({run.directory.path for run in runs}) == 3
