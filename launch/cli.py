@@ -41,7 +41,7 @@ SECTIONS = {
 def cli() -> None:
     """Tune a small network, train a wide and deep one with the same learning rate.
 
-    CONFIG is a YAML file, or a study's folder; KEY=VALUE overrides a key, as in model.depth=48 optimizer.lr=2**-9.
+    CONFIG is a YAML file, or a study's folder; KEY=VALUE overrides a key, as in train.samples=1e5 seed=7.
     """
 
 

@@ -100,8 +100,8 @@ class TrainConfig:
             raise ValueError(
                 f"bf16_residual would do nothing: precision is {self.precision}; leave it out, or use precision bf16"
             )
-        if len(set(self.evaluate)) < len(self.evaluate):
-            raise ValueError(f"evaluate: {self.evaluate[0]} is there twice: leave one out")
+        if twice := [split for split in self.evaluate if self.evaluate.count(split) > 1]:
+            raise ValueError(f"evaluate: {twice[0]} is there twice: leave one out")
         if self.evaluate_every and not self.evaluate:
             raise ValueError("evaluate_every would do nothing: evaluate names no split; leave it out, or name one")
         if self.samples < self.global_batch_size:
