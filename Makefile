@@ -8,7 +8,7 @@
 # instead of the core tests, and of those of checkpoints the ones that what a version reads and writes decides.
 PYTHON ?= python3
 VENV ?= .venv
-TEST_PROCESSES ?= 4
+TEST_PROCESSES ?= 5
 BIN := $(VENV)/bin
 # PYTHONDONTWRITEBYTECODE, where it is set, makes each of the many processes compile torch anew: twice the time of an import.
 # Test processes are forked from one that has imported torch and what else the tests import.
