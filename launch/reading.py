@@ -99,6 +99,9 @@ def read_raw(path: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
     return raw
 
 
+SBATCH_KEYS = tuple(f"launch.{key}" for key in ("partition", "account", "qos", "constraint", "sbatch", "continuation"))
+
+
 def refuse_idle_overrides(file: StudyFile, overrides: tuple[str, ...], path: Path) -> None:
     """Raises UserError for what a command line changes and no run of the study takes: `depthmup train` reads these keys
     of the same file, so that they may stand there."""
@@ -111,7 +114,14 @@ def refuse_idle_overrides(file: StudyFile, overrides: tuple[str, ...], path: Pat
         takes[study.hyperparameter] = list(study.grid)
     section = "tune" if file.tune else "verify" if file.verify else "study"
     instead = {"seed": f"{section}.seeds", study.hyperparameter: "study.values"}
-    for key in (key for key in takes if key in {one.partition("=")[0].strip() for one in overrides}):
+    given = [one.partition("=")[0].strip() for one in overrides]
+    for key in given:
+        if key.startswith(SBATCH_KEYS) and file.launch.cluster != "slurm":
+            raise UserError(
+                f"{path}: {key} would do nothing: launch.cluster is {file.launch.cluster}, and no job is submitted: "
+                "add --cluster slurm, or leave it out"
+            )
+    for key in (key for key in takes if key in given):
         if (value := attrgetter(key)(file)) not in takes[key]:
             raise UserError(
                 f"{path}: {key}={value} would do nothing: {instead.get(key, 'study.sizes')} says what the study's runs "

@@ -97,6 +97,8 @@ def test_a_bad_key_or_value_is_refused_with_its_name_and_the_mend(
             "minival_loss, which no run would measure: give data.minival a share, or leave mini",
         ),
         ("model.width=16", "model.width=16 would do nothing: study.sizes says what the study's runs have; change that"),
+        ("launch.partition=gpu", "launch.partition would do nothing: launch.cluster is local, and no job is submitted"),
+        ("launch.sbatch.nice=3", "launch.sbatch.nice would do nothing: launch.cluster is local"),
         ("seed=7", "seed=7 would do nothing: study.seeds says"),
         ("optimizer.lr=0.3", "optimizer.lr=0.3 would do nothing: study.values says"),
         ("study..name=x", "a name is missing beside a point; write it like model.depth=48"),

@@ -63,6 +63,7 @@ def test_every_path_of_a_configuration_is_expanded_and_is_the_same_when_it_is_re
             "data.source=~/images",
             "launch.container_image=$PLACE/image.sqsh",
             "launch.container_mounts=~/a:/a,$PLACE:/b",
+            "launch.cluster=slurm",
             "launch.sbatch={chdir: ~/x, nice: 3}",
             "launch.continuation={chdir: $PLACE}",
         ),

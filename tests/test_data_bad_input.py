@@ -300,7 +300,7 @@ def test_fast_and_reference_backend_give_the_same_pictures():
 
 
 @given(st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)  # minutes of it: tests/test_data_fuzz.py
 def test_fuzzed_images_decode_or_are_called_bad(data):
     content = bytearray(data.draw(st.sampled_from([JPEG, encode(picture(), "png"), encode(picture(), "webp")])))
     for place, value in data.draw(
@@ -314,7 +314,7 @@ def test_fuzzed_images_decode_or_are_called_bad(data):
 
 
 @given(st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)  # minutes of it: tests/test_data_fuzz.py
 def test_fuzzed_tars_are_scanned_whole_or_refused(tmp_path_factory, data):
     """One byte changed, which no header's checksum survives, and a cut: refused, or every sample is there."""
     path = tmp_path_factory.getbasetemp() / "fuzzed.tar"
