@@ -47,14 +47,14 @@ def measure(config: RunConfig, rank: int, world_size: int, port: int, steps: boo
     world = World(rank, world_size, rank, "localhost", port)
     engine, device = config.parallel.engine, torch.device("cpu")
     with process_group(world, device, config.parallel, engine):
-        build_meta(config.model, config.parameterization)  # timm, which is imported here
+        whole = build_meta(config.model, config.parameterization).network  # timm, which is imported here
         if engine == "deepspeed":
             import_deepspeed(device)
         before = held()
         reset_peak()
         network = OneNetwork(config, engine, 1, world, device)
         started = held("VmHWM") - before
-        weights = num_parameters(build_meta(config.model, config.parameterization).network) * 4 / 2**20
+        weights = num_parameters(whole) * 4 / 2**20
         if not steps:
             return weights, started, 0.0
         reset_peak()

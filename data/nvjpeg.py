@@ -121,7 +121,7 @@ class JpegSlots(Slots):
 
 def decode_by_nvjpeg(files: Sequence[Tensor], channels: int, device: torch.device) -> list[Tensor]:
     """Raises RuntimeError where one of them cannot be decoded, without saying which."""
-    from torchvision.io import ImageReadMode, decode_jpeg  # type: ignore[import-untyped]  # slow to import
+    from torchvision.io import ImageReadMode, decode_jpeg  # type: ignore[import-untyped]  # it has none; slow to import
 
     return list(decode_jpeg(list(files), ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB, device))
 

@@ -104,7 +104,7 @@ SBATCH_KEYS = tuple(f"launch.{key}" for key in ("partition", "account", "qos", "
 
 def refuse_idle_overrides(file: StudyFile, overrides: tuple[str, ...], path: Path) -> None:
     """Raises UserError for what a command line changes and no run of the study takes: `depthmup train` reads these keys
-    of the same file, so that they may stand there."""
+    of the same file, so that they may stand there. So may what sbatch alone reads, beside the name of a cluster."""
     study, joint = file.study, file.tune or file.verify
     takes = {
         **{f"model.{axis}": [getattr(size, axis) for size in study.sizes] for axis in ("width", "depth")},
@@ -165,21 +165,20 @@ def read_study_or_run(path: Path, overrides: tuple[str, ...] = ()) -> StudyFile:
     given = raw.get("study", {})
     if not isinstance(given, dict) or set(given) - {"name", "directory"}:
         file = study_in(raw, path)
-        refuse_idle_overrides(file, overrides, path)
-        return file
-    run = run_in(raw, str(path))
-    study = {
-        "name": f"{path.stem}_verify" if "verify" in raw else path.stem,
-        "parameterizations": [vars(run.parameterization)],
-        "sizes": [{"width": run.model.width, "depth": run.model.depth}],
-        "values": [run.optimizer.lr],
-        "seeds": [run.seed],
-        "metric": "minival_loss" if "minival" in run.train.evaluate else "train_loss",
-        "extend": 0,
-        "more_seeds": 0,
-        **given,
-    }
-    file = from_plain(StudyFile, {**raw, "study": study}, str(path))
+    else:
+        run = run_in(raw, str(path))
+        study = {
+            "name": f"{path.stem}_verify" if "verify" in raw else path.stem,
+            "parameterizations": [vars(run.parameterization)],
+            "sizes": [{"width": run.model.width, "depth": run.model.depth}],
+            "values": [run.optimizer.lr],
+            "seeds": [run.seed],
+            "metric": "minival_loss" if "minival" in run.train.evaluate else "train_loss",
+            "extend": 0,
+            "more_seeds": 0,
+            **given,
+        }
+        file = from_plain(StudyFile, {**raw, "study": study}, str(path))
     refuse_idle_overrides(file, overrides, path)
     return file
 
