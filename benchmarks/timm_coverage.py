@@ -29,7 +29,7 @@ from depthmup.models.discovery.parameters import MORE_BLOCKS
 from depthmup.models.errors import ModelError
 from depthmup.models.optimizer_config import OptimizerConfig
 from depthmup.models.parameterization_config import ParameterizationConfig
-from depthmup.models.timm_family import roles, stated_arguments
+from depthmup.models.timm_family import TIMM, stated_arguments
 from depthmup.models.timm_sizes import has_heads, least_width
 
 # Modules without residual blocks, as a trace of timm's own networks shows (tests/test_models_timm.py).
@@ -126,7 +126,7 @@ def small(module: str, name: str) -> TimmConfig:
     """The smallest base: of two blocks a stage where one does not show all that a deeper network has."""
     base = sized(module, name, DEPTHS.get(module, 1))
     try:
-        roles(base)
+        TIMM.roles(base)
     except ModelError as error:
         if MORE_BLOCKS not in str(error):
             raise

@@ -175,7 +175,7 @@ def run_check(
         lines = check(run.model, p, run.resolved_optimizer, settings, axes, progress)
         shown.update(1, f"{total} sizes", final=True)
     alpha = p.resolve().alpha
-    title = f"{run.model.family}, {p.name} (alpha {alpha:g}, beta {p.beta:g}), {run.optimizer.name}, "
+    title = f"{run.model.title}, {p.name} (alpha {alpha:g}, beta {p.beta:g}), {run.optimizer.name}, "
     title += f"lr {run.optimizer.lr:g}"
     for one in axes:
         console.print("\n".join(table(one, [line for line in lines if line.axis == one])), "", highlight=False)

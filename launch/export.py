@@ -1,6 +1,7 @@
 """`depthmup export`: a finished run's weights as a plain timm network's."""
 
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from depthmup.data.config import per_channel
 from depthmup.data.errors import UserError
 from depthmup.data.files import write_atomically
 from depthmup.models.build import build_meta
+from depthmup.models.config import OwnConfig
 from depthmup.models.export import folded_state
+from depthmup.models.own import builder_arguments
 from depthmup.models.timm_registry import timm_call
 from depthmup.train.config import RunConfig
 from depthmup.train.owner import check_owner
@@ -33,19 +36,45 @@ def best_runs(study: Path) -> str:
     return f"best first: {shown}" if shown else "once one is completed"
 
 
-def loading_code(out: Path, name: str, arguments: dict[str, Any]) -> str:
-    """Python that loads what was exported, as it stands."""
-    if is_folder(out):
-        call = f"timm.create_model({f'local-dir:{out}'!r}, pretrained=True)"
-    else:
-        given = "".join(f", {key}={value!r}" for key, value in arguments.items())
-        call = f"timm.create_model({name!r}, checkpoint_path={str(weights_file(out))!r}{given})"
-    return (
-        "import depthmup.models.timm_registry  # first: registers its names, mends timm's import beside a CPU torch\n"
-        "import timm\n\n"
-        f"network = {call}\n"
-        "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(network))  # of a PIL image"
-    )
+@dataclass(frozen=True)
+class PlainNetwork:
+    """What makes the network of an export, without multipliers: timm.create_model(name, **arguments), or a function of
+    the user's own of that name."""
+
+    name: str
+    arguments: dict[str, Any]
+    is_own: bool
+
+    def loading_code(self, out: Path) -> str:
+        """Python that loads what was exported as `out`: as it stands, or beside the user's function."""
+        if self.is_own:
+            given = ", ".join(f"{key}={value!r}" for key, value in self.arguments.items())
+            return (
+                f"from safetensors.torch import load_file\n\nnetwork = {self.name}({given})  # your function\n"
+                f"network.load_state_dict(load_file({str(out)!r}))"
+            )
+        if is_folder(out):
+            call = f"timm.create_model({f'local-dir:{out}'!r}, pretrained=True)"
+        else:
+            given = "".join(f", {key}={value!r}" for key, value in self.arguments.items())
+            call = f"timm.create_model({self.name!r}, checkpoint_path={str(weights_file(out))!r}{given})"
+        return (
+            "import depthmup.models.timm_registry  # first: registers names, mends timm's import beside a CPU torch\n"
+            "import timm\n\n"
+            f"network = {call}\n"
+            "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(network))  # of a PIL image"
+        )
+
+
+def plain_network(config: RunConfig, out: Path) -> PlainNetwork:
+    """What makes the network of a run for an export to `out`. Raises UserError, or ModelError for one without any."""
+    if isinstance(model := config.model, OwnConfig):
+        if is_folder(out):
+            raise UserError(f"{out}: a folder is for networks of timm's: give a file, as {out}.safetensors")
+        size = {"width": model.width, "depth": model.depth}
+        return PlainNetwork(model.builder, size | builder_arguments(model), is_own=True)
+    name, arguments = timm_call(model)
+    return PlainNetwork(name, arguments, is_own=False)
 
 
 def is_folder(out: Path) -> bool:
@@ -83,9 +112,9 @@ def preprocessing(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def export_run(run: Path, out: Path) -> tuple[str, dict[str, Any]]:
-    """Writes `out`, a safetensors file or a folder in the layout of Hugging Face; returns the name and arguments for
-    timm.create_model, which are in the file's metadata too.
+def export_run(run: Path, out: Path) -> PlainNetwork:
+    """Writes `out`, a safetensors file or a folder in the layout of Hugging Face; returns what makes the network that
+    takes these weights, which is in the file's metadata too.
 
     Raises UserError for a directory without a run's weights, ModelError where a multiplier cannot be folded.
     """
@@ -103,11 +132,12 @@ def export_run(run: Path, out: Path) -> tuple[str, dict[str, Any]]:
         scaled.network.load_state_dict(load_file(directory.weights), strict=True, assign=True)
     except (RuntimeError, SafetensorError) as error:
         raise UserError(f"{directory.weights}: not the weights of this run's model: {error}") from None
-    name, model_arguments = timm_call(config.model)
-    arguments = model_arguments | {"pretrained_cfg_overlay": preprocessing(config)}
+    plain = plain_network(config, out)
+    overlay = {} if plain.is_own else {"pretrained_cfg_overlay": preprocessing(config)}
+    of_file = replace(plain, arguments=plain.arguments | overlay)
     metadata = {
         "format": "pt",
-        "timm": json.dumps({"model_name": name, "arguments": arguments}),
+        "builder" if plain.is_own else "timm": json.dumps({"model_name": plain.name, "arguments": of_file.arguments}),
         "pretrained_cfg": json.dumps(preprocessing(config)),
         "model": json.dumps(to_plain(config.model)),
         "parameterization": json.dumps(to_plain(config.parameterization)),
@@ -119,8 +149,8 @@ def export_run(run: Path, out: Path) -> tuple[str, dict[str, Any]]:
         save_weights(file, state, metadata)
         if is_folder(out):
             num_features = state[f"{scaled.roles.readout}.weight"].shape[1]
-            described = hugging_face_config(config, name, model_arguments, num_features)
+            described = hugging_face_config(config, plain.name, plain.arguments, num_features)
             write_atomically(out / "config.json", (json.dumps(described, indent=2) + "\n").encode())
     except OSError as error:
         raise UserError(f"{out}: cannot write there: {error.strerror}") from None
-    return name, arguments
+    return of_file

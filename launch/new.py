@@ -14,6 +14,7 @@ from depthmup.data.look import look_at_images
 from depthmup.data.paths import protect
 from depthmup.data.sources import PACKAGED
 from depthmup.launch.config import Size, folder_name
+from depthmup.launch.new_network import describe_proxy, side_of
 from depthmup.launch.path_cost import PathCost, count_path
 from depthmup.launch.paths import command
 from depthmup.launch.reading import study_in
@@ -21,8 +22,6 @@ from depthmup.launch.wording import show_share
 from depthmup.train.reading import from_plain, set_dotted
 from depthmup.train.yaml_text import load_yaml
 
-SIDES = (224, 128, 64, 32, 16, 8)  # pixels of the square that a proxy sees
-PATCHES = 8  # of a ViT along a side, where that gives patches of 2 to 16 pixels
 IMAGENET = "[0.485, 0.456, 0.406]", "[0.229, 0.224, 0.225]"  # mean and std that most recipes take for photographs
 BATCH, STEPS, EPOCHS = 64, 300, 10  # of each run: the longer of STEPS and EPOCHS, but at most MOST_STEPS
 MOST_STEPS = 2000
@@ -31,34 +30,6 @@ FEWEST_STEPS = 150  # of a run whose optimum is to be told; the demo's runs have
 TARGET_EPOCHS = 90  # of a target that states no samples
 DECAYS = 0.05, 2.0  # what the steps of a run take off the weights, in logarithms: little, and most
 LONGER = 4  # times the samples of the others: a size that measures how the optimum moves with them
-
-# What a small proxy of each family is, as keys of the file.
-FAMILIES: dict[str, dict[str, Any]] = {
-    "vit": {
-        "network": "Vision Transformer",
-        "base": Size(width=64, depth=3),
-        "model": {"head_dim": 16, "class_token": "false", "global_pool": "avg"},
-        "optimizer": {"name": "adamw", "lr": "2**-8"},
-        "first": "2**-13",
-        "last": "2**-4",
-    },
-    "conv_resnet": {
-        "network": "ResNet of the paper, without normalisation,",
-        "base": Size(width=32, depth=3),
-        "model": {},
-        "optimizer": {"name": "sgd", "lr": "2**-4", "momentum": 0.9},
-        "first": "2**-10",
-        "last": "2**0",
-    },
-    "resnet": {
-        "network": "timm ResNet",
-        "base": Size(width=32, depth=4),
-        "model": {"block": "basic", "norm": "batch"},
-        "optimizer": {"name": "sgd", "lr": "2**-3", "momentum": 0.9},
-        "first": "2**-10",
-        "last": "2**1",
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -87,29 +58,33 @@ def choose_sizes(base: Size, target: Size | None) -> list[Size]:
     return sizes
 
 
-def read_target(text: str) -> Size:
-    """'width=768,depth=24,samples=1e8,batch=1024', of which samples and batch may be left out. Raises UserError."""
+def read_size(option: str, text: str) -> Size:
+    """'width=768,depth=24', after which a target may say samples=1e8,batch=1024. Raises UserError."""
     changes: dict[str, Any] = {}
     for part in text.split(","):
         if "=" not in part:
-            raise UserError(f"--target {text}: a target looks like width=768,depth=24,samples=1e8,batch=1024")
+            more = ",samples=1e8,batch=1024" if option == "--target" else ""
+            raise UserError(f"{option} {text}: it looks like width=768,depth=24{more}")
         if (name := part.partition("=")[0].strip()) in changes:
-            raise UserError(f"--target {text}: {name} is given twice: keep one of them")
+            raise UserError(f"{option} {text}: {name} is given twice: keep one of them")
         set_dotted(changes, part)
-    size = from_plain(Size, changes, f"--target {text}")
+    size = from_plain(Size, changes, f"{option} {text}")
     if size.num_experts:
-        raise UserError(f"--target {text}: num_experts would do nothing: no family of a new study has experts")
+        raise UserError(f"{option} {text}: num_experts would do nothing: no network of a new study has experts")
+    if option == "--base" and (size.samples or size.batch):
+        raise UserError(f"{option} {text}: samples and batch are the study's own: give width and depth alone")
     return size
 
 
 class Template:
-    """What a study of `family` on the images of `source` says, but for its samples. Raises UserError."""
+    """What a study of `network` on the images of `source` says, but for its samples. Raises UserError."""
 
-    def __init__(self, name: str, file: Path, family: str, source: str, target: Size | None) -> None:
+    def __init__(
+        self, name: str, file: Path, network: str, source: str, target: Size | None, base: Size | None = None
+    ) -> None:
         look = look_at_images(source)
-        pixels = next((side for side in SIDES if side <= look.pixels), SIDES[-1])
-        row = FAMILIES[family]
-        patch = {"patch_size": min(max(pixels // PATCHES, 2), 16)} if family == "vit" else {}
+        proxy = describe_proxy(network, look, base)
+        pixels = proxy.pixels or side_of(look)
         mean, std = IMAGENET if look.has_colours else (0.5, 0.5)
         images = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(source.rpartition(":")[2]).name.split(".")[0]).strip("-.")
         where = source if source in PACKAGED else protect(str(Path(source).resolve()))
@@ -119,11 +94,11 @@ class Template:
             target, batch=self.batch, samples=target.samples or TARGET_EPOCHS * look.images // self.batch * self.batch
         )
         self.values: dict[str, Any] = {
-            **row,
-            **{"name": name, "file": file, "family": family, "target": self.target},
+            **vars(proxy),
+            **{"name": name, "file": file, "target": self.target},
             **{"target_file": target_file(name), "look": look, "pixels": pixels, "mean": mean, "std": std},
-            "sizes": choose_sizes(row["base"], target),
-            "model": {**row["model"], **patch},
+            "sizes": choose_sizes(proxy.base, target),
+            "channels": proxy.channels or (3 if look.has_colours else 1),
             "source": None if look.is_indexed else where,
             "images": images or name,
             "root": where if look.is_indexed else f"shards/{images or name}",
@@ -168,12 +143,18 @@ def target_file(name: str) -> Path:
 
 
 def describe_study(
-    name: str, file: Path, family: str, source: str, target: Size | None = None, share: float = SHARE
+    name: str,
+    file: Path,
+    network: str,
+    source: str,
+    target: Size | None = None,
+    share: float = SHARE,
+    base: Size | None = None,
 ) -> NewStudy:
-    """A study of `family` on the images of `source`. With a `target` its runs are as long as `share` of the target's
+    """A study of `network` on the images of `source`. With a `target` its runs are as long as `share` of the target's
     FLOPs pays for, at most as long as the target's. Raises UserError, also where that is too short to tell an optimum.
     """
-    template = Template(name, file, family, source, target)
+    template = Template(name, file, network, source, target, base)
     if not template.target:
         return NewStudy(template.render(min(max(STEPS, EPOCHS * template.num_images // BATCH), MOST_STEPS)))
     assert template.target.samples
@@ -193,9 +174,12 @@ def describe_study(
     return NewStudy(text, template.render_target(), template.count(text))
 
 
-def write_new_study(name: str, family: str, source: str, target: str | None = None, share: float = SHARE) -> list[str]:
-    """Writes NAME.yaml into the working folder, and NAME_target.yaml where a `target` is given as `read_target` takes
-    it. Returns the lines that say what comes next. Raises UserError."""
+def write_new_study(
+    name: str, network: str, source: str, target: str | None = None, share: float = SHARE, base: str | None = None
+) -> list[str]:
+    """Writes NAME.yaml into the working folder, and NAME_target.yaml where a `target` is given. network: as
+    `describe_proxy` takes it; target, base: as `read_size` does. Returns the lines that say what comes next. Raises
+    UserError."""
     file = Path(f"{name}.yaml")
     try:
         folder_name(name)
@@ -206,7 +190,9 @@ def write_new_study(name: str, family: str, source: str, target: str | None = No
     for each in (file, *([target_file(name)] if target is not None else [])):
         if each.exists():
             raise UserError(f"{each} exists already: give another name, or delete it first")
-    found = describe_study(name, file, family, source, None if target is None else read_target(target), share)
+    of_target = None if target is None else read_size("--target", target)
+    of_base = None if base is None else read_size("--base", base)
+    found = describe_study(name, file, network, source, of_target, share, of_base)
     study_in(load_yaml(found.text, str(file)), file)  # what is written is a study that can be launched
     write_atomically(file, found.text.encode())
     if not found.cost:

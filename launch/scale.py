@@ -23,7 +23,7 @@ from depthmup.launch.runs.study import Study
 from depthmup.models.config import MixtureVitConfig, VisionTransformerConfig
 from depthmup.models.parameterization_config import ParameterizationConfig
 from depthmup.models.training_scale import lr_exponents
-from depthmup.train.config import RunConfig
+from depthmup.train.config import RunConfig, identity
 from depthmup.train.reading import from_plain, read_yaml, set_dotted
 from depthmup.train.yaml_text import dump_yaml, load_yaml
 
@@ -133,8 +133,7 @@ def task_values(run: RunConfig) -> dict[str, Any]:
     """Dotted key -> value of what the optimum of `run` belongs to."""
     mixture = isinstance(run.model, MixtureVitConfig)
     with_rules = WITH_RULES + (WITH_RULES_OF_EXPERTS if mixture else ())
-    model = {field.name: getattr(run.model, field.name) for field in fields(run.model) if field.name not in with_rules}
-    found = {f"model.{key}": value for key, value in model.items()}
+    found = {f"model.{key}": value for key, value in identity(run.model).items() if key not in with_rules}
     if isinstance(run.model, VisionTransformerConfig):
         found["model.head_dim at base_width"] = run.model.heads(run.model.base_width)[1]
     if run.model.family == "timm":  # a fixed size of the network there, as num_classes is
@@ -234,7 +233,7 @@ def scale(
         )
     model = target.model
     wider, deeper = model.width / model.base_width, model.depth / model.base_depth
-    what = f"{model.family} of width {model.width} and depth {model.depth} ({wider:g} and {deeper:g} times the base's)"
+    what = f"{model.title} of width {model.width} and depth {model.depth} ({wider:g} and {deeper:g} times the base's)"
     config["study"] = {"name": name, "directory": protect(file.study.directory)}
     experts = describe_differences(experts_beside(proxy, report.base), experts_beside(target, report.base))
     reasons = [changed, experts, other, " and ".join(longer)]

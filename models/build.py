@@ -18,6 +18,7 @@ from depthmup.models.family import Family, ParameterRule, Roles, Slot, match_rul
 from depthmup.models.init import init_std, initialize, keep_whole, materialize
 from depthmup.models.moe_vit import MOE_VIT
 from depthmup.models.multiplier import Multiplier, is_scaled, scale_input, scale_output
+from depthmup.models.own import OWN
 from depthmup.models.parameterization import BRANCH_ROLES, Role, Scale
 from depthmup.models.parameterization_config import ParameterizationConfig, scale_of
 from depthmup.models.probabilistic import PROBABILISTIC
@@ -26,7 +27,7 @@ from depthmup.models.timm_family import TIMM
 from depthmup.models.vit import VIT
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (VIT, MOE_VIT, RESNET, CONV_RESNET, TIMM, PROBABILISTIC)
+    family.name: family for family in (VIT, MOE_VIT, RESNET, CONV_RESNET, TIMM, OWN, PROBABILISTIC)
 }
 
 

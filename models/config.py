@@ -1,15 +1,18 @@
 """The models' configuration. Nothing here imports torch, so that a plan of thousands of runs is read in no time."""
 
+import difflib
 import math
 from dataclasses import field, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from depthmup.models.checked import STRICT, checked_model
 from depthmup.models.errors import ModelError
+from depthmup.models.named_sizes import expand_named_size
 from depthmup.models.number import Number, Positive
+from depthmup.models.source_code import fingerprint_source, names_defined
 
 TAG = {"identity": "always"}  # on a field that says which class this is: never left out of a run's identity
 
@@ -58,6 +61,11 @@ class ModelConfig:
     def may_drop_branches(self) -> bool:
         """Whether there is a residual branch beside the first block's, which stochastic depth never drops."""
         return self.depth > 1
+
+    @property
+    def title(self) -> str:
+        """What a report calls the network."""
+        return str(getattr(self, "family"))  # noqa: B009  (a field of each family, and none of this base)
 
     @property
     def chance(self) -> float:
@@ -187,8 +195,42 @@ class TimmConfig(ModelConfig):
             check_multiple("base_width", self.base_width, self.head_dim, "head_dim")
 
     @property
+    def title(self) -> str:
+        return self.timm_name
+
+    @property
     def may_drop_branches(self) -> bool:
         return True  # most have several stages, of `depth` blocks each
+
+
+@checked_model
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class OwnConfig(ModelConfig):
+    """A network of one's own, its roles found by looking. `builder` is FILE.py:FUNCTION: FUNCTION(width, depth) gives
+    the torch.nn.Module, and takes num_classes, image_size or in_channels where it has arguments of these names.
+
+    FILE is read where the configuration is: its text stays with every run as `code`, which is part of the run's
+    identity but for comments and layout, and needs nothing but what is installed.
+    """
+
+    family: Literal["own"] = field(default="own", metadata=TAG)
+    builder: str  # FILE.py:FUNCTION; in what is written, FUNCTION of `code`
+    code: str = field(default="", metadata={"identity": fingerprint_source})  # the text of FILE, read from there
+
+    def __post_init__(self) -> None:
+        if not self.code:
+            raise ModelError(f"builder {self.builder!r} names no file: write FILE.py:FUNCTION")
+        if self.builder not in (known := names_defined(self.code)):
+            nearest = difflib.get_close_matches(self.builder, known, 3, cutoff=0) or ["none"]
+            raise ModelError(f"builder: nothing there is called {self.builder!r}; nearest: {', '.join(nearest)}")
+
+    @property
+    def title(self) -> str:
+        return self.builder
+
+    @property
+    def may_drop_branches(self) -> bool:
+        return True  # how many branches a block has is found where the network is built
 
 
 @checked_model
@@ -278,30 +320,14 @@ class ProbabilisticConfig(ModelConfig):
 
 OF_SEVERAL_EXPERTS = ("active_share", "balance_rate")  # what the dense network of one expert does not read
 
-VIT_16 = {"family": "vit", "head_dim": 64, "patch_size": 16, "image_size": 224}
-RESNET_BOTTLENECK = {"family": "resnet", "block": "bottleneck", "width": 64, "image_size": 224}
-NAMED_SIZES: dict[str, dict[str, Any]] = {
-    "vit_s16": VIT_16 | {"width": 384, "depth": 12},
-    "vit_b16": VIT_16 | {"width": 768, "depth": 12},
-    "vit_l16": VIT_16 | {"width": 1024, "depth": 24},
-    "resnet50": RESNET_BOTTLENECK | {"blocks": [3, 4, 6, 3], "depth": 16},
-    "resnet101": RESNET_BOTTLENECK | {"blocks": [3, 4, 23, 3], "depth": 33},
-    "resnet152": RESNET_BOTTLENECK | {"blocks": [3, 8, 36, 3], "depth": 50},
-}
-
-
-def expand_named_size(raw: Any) -> Any:
-    """Replaces the key `named` by the keys of that row of NAMED_SIZES; keys that are stated beside it win."""
-    if not isinstance(raw, dict) or "named" not in raw:
-        return raw
-    stated = {key: value for key, value in raw.items() if key != "named"}
-    if raw["named"] not in NAMED_SIZES:
-        raise ModelError(f"unknown named size {raw['named']!r}; known: {', '.join(NAMED_SIZES)}")
-    return NAMED_SIZES[raw["named"]] | stated
-
-
 AnyModelConfig = Annotated[
-    VisionTransformerConfig | ResNetConfig | ConvResNetConfig | TimmConfig | MixtureVitConfig | ProbabilisticConfig,
+    VisionTransformerConfig
+    | ResNetConfig
+    | ConvResNetConfig
+    | TimmConfig
+    | OwnConfig
+    | MixtureVitConfig
+    | ProbabilisticConfig,
     Field(discriminator="family"),
     BeforeValidator(expand_named_size),
 ]

@@ -2,34 +2,36 @@
 
 import difflib
 import importlib
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from depthmup.models.config import TimmConfig
-from depthmup.models.discovery.find import find_roles
 from depthmup.models.errors import ModelError
-from depthmup.models.family import Family, Roles
+from depthmup.models.found_family import found_family
 from depthmup.models.timm_sizes import Wanted, has_heads, signature, sizes_of
+
+
+def load_timm() -> Any:
+    """The package, which is slow to import: for those who use it."""
+    import depthmup.models.torchvision_ops  # noqa: F401  isort: skip  (must run before timm)
+    import timm
+
+    return timm
 
 
 def architecture_module(name: str) -> str:
     """timm's module of the network called `name`. Raises ModelError for a name that timm lacks."""
-    import depthmup.models.torchvision_ops  # noqa: F401  isort: skip  (must run before timm)
-    import timm
-    from timm.models import model_entrypoint
-
+    timm = load_timm()
     if "." in name or not timm.is_model(name):
         nearest = ", ".join(difflib.get_close_matches(name.partition(".")[0], timm.list_models(), 3, cutoff=0))
         what = "has a tag of weights, which are not loaded" if "." in name else "is unknown to timm"
         raise ModelError(f"model.timm_name: {name!r} {what}; nearest: {nearest}")
-    return model_entrypoint(name).__module__.rpartition(".")[2]
+    return str(timm.models.model_entrypoint(name).__module__).rpartition(".")[2]
 
 
 def size_arguments(config: TimmConfig, stated: dict[str, Any]) -> dict[str, Any]:
@@ -80,7 +82,7 @@ class Stated(Exception):
 
 def stated_arguments(name: str) -> dict[str, Any]:
     """Of the network called `name`: the arguments of its class with their defaults, and those of its entry point."""
-    import timm
+    timm = load_timm()
 
     def stop(original: Any, kind: Any, variant: str, pretrained: bool, **stated: Any) -> nn.Module:
         raise Stated(signature(kind) | stated)
@@ -104,10 +106,8 @@ def build(config: TimmConfig) -> nn.Module:
 
     name = config.timm_name
     with building(name, build_model):
-        import timm
-
         try:
-            network: nn.Module = timm.create_model(name)
+            network: nn.Module = load_timm().create_model(name)
         except ModelError:
             raise
         except (TypeError, AssertionError, ValueError, IndexError, KeyError, ArithmeticError) as error:
@@ -118,8 +118,7 @@ def build(config: TimmConfig) -> nn.Module:
 def plain_call(config: TimmConfig) -> tuple[str, dict[str, Any]]:
     """Name and arguments with which timm.create_model makes the plain network. Raises ModelError where timm's entry
     point states a size itself, so that no call does."""
-    import timm
-
+    timm = load_timm()
     arguments = size_arguments(config, stated_arguments(config.timm_name))
     with torch.device("meta"):
         wanted = {key: tensor.shape for key, tensor in build(config).state_dict().items()}
@@ -135,25 +134,4 @@ def plain_call(config: TimmConfig) -> tuple[str, dict[str, Any]]:
     return config.timm_name, arguments
 
 
-@lru_cache(maxsize=64)
-def found_roles(text: str) -> Roles:
-    """The roles of the network whose base is the TimmConfig of `text`, in JSON."""
-    base = TimmConfig(**json.loads(text))
-
-    def build_at(width: int, depth: int) -> nn.Module:
-        return build(replace(base, width=width, depth=depth))
-
-    inputs = torch.zeros(2, base.in_channels, base.image_size, base.image_size)
-    found = find_roles(build_at, inputs, base.base_width, base.base_depth)
-    if found.roles.blocks is None:
-        raise ModelError(f"model.timm_name: {base.timm_name} adds branches outside of all modules: no block is known")
-    return found.roles
-
-
-def roles(config: TimmConfig) -> Roles:
-    """Of the base, by looking; the same at every size."""
-    base = replace(config, width=config.base_width, depth=config.base_depth)
-    return found_roles(json.dumps(asdict(base), sort_keys=True))
-
-
-TIMM = Family(name="timm", build=build, roles=roles, finds_roles=True)
+TIMM = found_family("timm", TimmConfig, build)

@@ -15,6 +15,7 @@ from depthmup.models.build import ScaledModel, build
 from depthmup.models.config import (
     ConvResNetConfig,
     MixtureVitConfig,
+    OwnConfig,
     ProbabilisticConfig,
     ResNetConfig,
     TimmConfig,
@@ -72,6 +73,7 @@ OF_VIT: dict[str, tuple[Any, ...]] = {
     **{"mlp_ratio": (2.0,), "qk_norm": (True,), "class_token": (False,), "global_pool": ("avg",)},
     **{"layer_scale": (0.1,)},
 }
+PLAIN = Path(__file__).with_name("plain_network.py").read_text()
 SMALL = {"family": "timm", "width": 16, "depth": 2, "base_width": 16, "base_depth": 1}  # roles are found by looking
 OF_MODEL: dict[Any, tuple[list[dict[str, Any]], dict[str, tuple[Any, ...]]]] = {  # contexts, and other values
     VisionTransformerConfig: (
@@ -112,6 +114,10 @@ OF_MODEL: dict[Any, tuple[list[dict[str, Any]], dict[str, tuple[Any, ...]]]] = {
             **{"timm_name": ("resnet26d", "vit_base_patch16_clip_224"), "head_dim": (None, 4)},
             "arguments": ({"patch_size": 2}, {"avg_down": True}),
         },
+    ),
+    OwnConfig: (
+        [{**SMALL, "family": "own", "builder": "Net", "code": PLAIN}],
+        {"builder": ("make_wider",), "code": (PLAIN.replace("relu", "tanh"),)},
     ),
 }
 # of timm's network: heads without a head_dim, which another network has, and arguments that are another network's

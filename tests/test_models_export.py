@@ -89,7 +89,8 @@ def finished_run(directory: Path, model: dict[str, Any]) -> tuple[Path, nn.Modul
 def test_timm_loads_an_export_strictly_and_computes_the_same_logits(model: dict[str, Any], tmp_path: Path) -> None:
     run, network, config = finished_run(tmp_path / "run", model)
     out = tmp_path / "out.safetensors"
-    name, arguments = export_run(run, out)
+    plain = export_run(run, out)
+    name, arguments = plain.name, plain.arguments
     plain = timm.create_model(name, checkpoint_path=str(out), **json.loads(json.dumps(arguments))).eval()
     assert plain.load_state_dict(load_file(out), strict=True)
     images = torch.randn(4, 3, config.model.image_size, config.model.image_size)

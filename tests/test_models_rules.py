@@ -14,7 +14,6 @@ from torch import nn
 
 from depthmup.models.build import build, build_meta, fill
 from depthmup.models.config import (
-    NAMED_SIZES,
     AnyModelConfig,
     ConvResNetConfig,
     ResNetConfig,
@@ -26,6 +25,7 @@ from depthmup.models.errors import ModelError
 from depthmup.models.family import ONES, Init, ParameterRule, UnmatchedParameterError, match_rules
 from depthmup.models.flops import forward_flops, training_flops
 from depthmup.models.init import init_std, initialize, materialize
+from depthmup.models.named_sizes import NAMED_SIZES
 from depthmup.models.optimizer import build_optimizer, parameter_groups
 from depthmup.models.optimizer_config import OptimizerConfig
 from depthmup.models.parameterization import PRESETS, Role, Scale

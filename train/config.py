@@ -302,7 +302,8 @@ def identity(config: Any, defaults: bool = True) -> Any:
     """The configuration as plain data, without the fields that do not change a result.
 
     Without `defaults` also without what equals its default, so that a field that is new, and has a default under which
-    nothing changes, leaves every older run what it was. Which of several classes a section is of is never left out.
+    nothing changes, leaves every older run what it was. Which of several classes a section is of is never left out. Of
+    a text that has other ways to say the same, its fingerprint stands for it.
     """
     if isinstance(config, tuple):
         return [identity(item, defaults) for item in config]
@@ -312,7 +313,7 @@ def identity(config: Any, defaults: bool = True) -> Any:
     for f in dataclasses.fields(config):
         value, part = getattr(config, f.name), f.metadata.get("identity", "unless default")
         if part and (defaults or part == "always" or value != default_of(f)):
-            found[f.name] = identity(value, defaults)
+            found[f.name] = part(value) if callable(part) else identity(value, defaults)
     return found
 
 

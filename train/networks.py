@@ -68,7 +68,7 @@ def describe(config: RunConfig, scaled: ScaledModel, groups: list[dict[str, Any]
     model, p = config.model, scaled.scale.parameterization
     larger = " (larger than this model)" if model.base_width > model.width or model.base_depth > model.depth else ""
     lines = [
-        f"run {run_hash(config)}: {model.family} width {model.width} depth {model.depth}, "
+        f"run {run_hash(config)}: {model.title} width {model.width} depth {model.depth}, "
         f"{num_parameters(scaled.network):,} parameters, {place}",
         f"parameterization {p.name}, base width {model.base_width} depth {model.base_depth}{larger}, "
         f"branch multiplier {scaled.scale.branch_multiplier():.4g}, "

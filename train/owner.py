@@ -11,6 +11,7 @@ from typing import Any
 from depthmup.data.errors import UserError
 from depthmup.data.fingerprint import INDEX_NAME, fingerprint
 from depthmup.data.storage import is_remote
+from depthmup.models.source_code import strip_syntax
 from depthmup.train.config import RunConfig, flat, identity, run_hash
 from depthmup.train.rundir import RunDirectory
 
@@ -18,7 +19,6 @@ PACKAGES = ("models", "data", "train")  # what a result depends on
 PACKAGE = Path(__file__).parent.parent
 COPY_DESCRIPTION = "code.json"  # beside a copy of PACKAGE that jobs run: see launch.jobs.code_copy
 OWNER = ("run", "identity", "shards", "code", "trunk")  # what a done marker holds beside the result
-DEFINITIONS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 # ---------------------------------------------------------------- whose
@@ -115,40 +115,6 @@ def data_fingerprint(config: RunConfig) -> str | None:
 
 
 # ---------------------------------------------------------------- code
-
-
-def without_docstring(node: ast.AST) -> list[ast.stmt]:
-    """The statements of `node`'s body that do something."""
-    body: list[ast.stmt] = getattr(node, "body", [])
-    first = body[0] if body else None
-    is_docstring = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
-    return body[1:] if is_docstring and isinstance(first.value.value, str) else body  # type: ignore[union-attr]
-
-
-def strip_syntax(tree: ast.AST) -> str:
-    """A syntax tree as text, without docstrings, and without what is empty: newer Pythons add empty fields.
-
-    Each node is followed by the number of its fields, and by their names and values, each list by its length and its
-    items. A loop with a stack takes a quarter of the time of a recursion: every process that trains waits for it.
-    """
-    words: list[str] = []
-    stack: list[Any] = [tree]
-    while stack:
-        item = stack.pop()
-        if isinstance(item, ast.AST):
-            kind, parts = type(item), []
-            for name in kind._fields:
-                value = without_docstring(item) if name == "body" and kind in DEFINITIONS else getattr(item, name, None)
-                if value is not None and value != []:
-                    parts += [value, name]
-            words.append(f"{kind.__name__} {len(parts)}")
-            stack += parts
-        elif isinstance(item, list):
-            words.append(f"list {len(item)}")
-            stack += item
-        else:
-            words.append(repr(item))
-    return "\0".join(words)
 
 
 def join_fingerprints(before: str) -> str:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_typ
 from pydantic import TypeAdapter, ValidationError
 
 from depthmup.data.errors import UserError
+from depthmup.data.paths import expand_path
 from depthmup.models.checked import describe_error, without_echoes
 from depthmup.models.config import AnyModelConfig
 from depthmup.train.config import RunConfig
@@ -141,10 +142,25 @@ def make_adapter(cls: Any) -> Any:
     return ADAPTERS[cls]
 
 
+def with_code(raw: dict[str, Any], source: str) -> dict[str, Any]:
+    """Plain data in which the text of a builder's file stands for the file. Raises UserError."""
+    model = raw.get("model")
+    if not isinstance(model, dict) or ":" not in str(builder := model.get("builder", "")):
+        return raw
+    file, _, function = str(builder).rpartition(":")
+    try:
+        code = Path(expand_path(file)).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{source}: model.builder: {file}: {error.strerror} (seen from the working folder)") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{source}: model.builder: {file}: not text in UTF-8") from None
+    return {**raw, "model": {**model, "builder": function, "code": code}}
+
+
 def from_plain(cls: type[Config], raw: dict[str, Any], source: str) -> Config:
     """Plain data -> `cls`. Raises UserError that names `source`, every bad key and the nearest valid name."""
     try:
-        return make_adapter(cls).validate_python(raw, context={"reading": source})
+        return make_adapter(cls).validate_python(with_code(raw, source), context={"reading": source})
     except ValidationError as error:
         problems = [describe_validation_error(item, cls) for item in without_echoes(error.errors(include_url=False))]
         raise UserError(f"{source}: " + "; ".join(problems)) from None

@@ -106,5 +106,13 @@ def load_yaml(text: str, source: str) -> Any:
         loader.dispose()
 
 
+def represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    """A text of several lines, as a builder's code, line by line."""
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+Dumper.add_representer(str, represent_text)
+
+
 def dump_yaml(plain: Any) -> str:
     return str(yaml.dump(plain, Dumper=Dumper, sort_keys=False))

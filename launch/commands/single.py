@@ -56,15 +56,14 @@ def check(**options: Any) -> None:
 @click.argument("run", type=FilePath())
 @click.argument("out", type=FilePath())
 def export(run: Path, out: Path) -> None:
-    """Write RUN's weights to OUT for plain timm.
+    """Write RUN's weights to OUT for the plain network.
 
     OUT is a file NAME.safetensors for timm.create_model, every multiplier folded in; or a folder in the layout of
     Hugging Face, with config.json, for timm.create_model('local-dir:OUT') and for an upload.
     """
-    from depthmup.launch.export import export_run, loading_code
+    from depthmup.launch.export import export_run
 
-    name, arguments = export_run(run, out)
-    click.echo(f"{out} is written. In Python:\n\n{loading_code(out, name, arguments)}")
+    click.echo(f"{out} is written. In Python:\n\n{export_run(run, out).loading_code(out)}")
 
 
 @click.group("cluster")

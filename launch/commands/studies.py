@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.shell_completion import CompletionItem
 
 from depthmup.data.errors import UserError
 from depthmup.data.paths import expand_path
@@ -25,10 +26,23 @@ if TYPE_CHECKING:
     from depthmup.launch.transfer import Launched
 
 
+def complete_network(context: click.Context, parameter: click.Parameter, text: str) -> list[CompletionItem]:
+    """Names that begin so, or else the shell's completion of a file's."""
+    from depthmup.launch.new_network import PROXIES
+
+    return [CompletionItem(name) for name in PROXIES if name.startswith(text)] or [CompletionItem(text, type="file")]
+
+
 @command("new", example="depthmup new flowers --source ~/flowers --target width=768,depth=24")
 @click.argument("name")
 @click.option(
-    "--family", type=click.Choice(["vit", "conv_resnet", "resnet"]), default="vit", show_default=True, help="Network."
+    "--network",
+    "--family",
+    "network",
+    shell_complete=complete_network,
+    default="vit",
+    show_default=True,
+    help="vit, conv_resnet, resnet, a name of timm's as convnext_atto, or your own: FILE.py:FUNCTION.",
 )
 @click.option(
     "--source",
@@ -47,15 +61,19 @@ if TYPE_CHECKING:
     show_default=True,
     help="Of the target's FLOPs, that tuning may cost.",
 )
-def new(name: str, family: str, source: str, target: str | None, share: float) -> None:
+@click.option("--base", help="The proxy's size, as width=32,depth=2  [default: a small one that fits].")
+def new(name: str, network: str, source: str, target: str | None, share: float, base: str | None) -> None:
     """Write NAME.yaml, a commented study to start from.
 
     It is fitted to the images of --source: their classes, size and colours. With --target it begins with a search of
     several hyperparameters, all runs are as long as --share pays for, and NAME_target.yaml is written, too.
+
+    A network of your own is a function (width, depth) of one file, which gives a torch.nn.Module: what grows, what
+    repeats and where branches end is found by looking.
     """
     from depthmup.launch.new import write_new_study
 
-    click.echo("\n".join(write_new_study(name, family, source, target, share)))
+    click.echo("\n".join(write_new_study(name, network, source, target, share, base)))
 
 
 @command("transfer", example="depthmup transfer configs/digits_resnet.yaml study.directory=/scratch/runs")

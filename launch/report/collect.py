@@ -171,7 +171,7 @@ class Report:
         hopeless = sum(run.ended_hopeless() for run, _ in self.finished)
         early = f", {hopeless} ended early at the loss of a guess" if hopeless else ""
         return (
-            f"{file.model.family}, {file.optimizer.name}, {file.schedule.name} schedule with "
+            f"{file.model.title}, {file.optimizer.name}, {file.schedule.name} schedule with "
             f"{100 * file.schedule.warmup:.0f} % warm-up, {file.train.samples} samples in batches of "
             f"{file.train.global_batch_size} ({file.train.num_steps} steps), data set {file.data.name}, "
             f"{100 * file.data.minival:g} % of the training set held out as minival, seeds "

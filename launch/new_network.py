@@ -1,0 +1,128 @@
+"""The network of a new study: what a small proxy of each kind is, as keys of the study's file."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from depthmup.data.errors import UserError
+from depthmup.data.look import Look
+from depthmup.launch.config import Size
+from depthmup.models.config import OwnConfig, TimmConfig
+from depthmup.models.errors import ModelError
+from depthmup.train.reading import with_code
+
+SIDES = (8, 16, 32, 64, 128, 224)  # pixels of the square that a proxy sees
+PATCHES = 8  # of a ViT along a side, where that gives patches of 2 to 16 pixels
+
+
+@dataclass(frozen=True)
+class Proxy:
+    """A network's smallest size, and what the file says of it. preset: what published studies of its kind say."""
+
+    title: str
+    base: Size
+    model: dict[str, Any]  # beside its size, classes and images
+    preset: str
+    optimizer: dict[str, Any]
+    first: str  # of the rates that are searched
+    last: str
+    pixels: int = 0  # of an image's side; 0: as the images have them
+    channels: int = 0  # likewise
+
+
+ADAMW: dict[str, Any] = {"optimizer": {"name": "adamw", "lr": "2**-8"}, "first": "2**-13", "last": "2**-4"}
+PROXIES = {
+    "vit": Proxy(
+        "Vision Transformer",
+        Size(width=64, depth=3),
+        {"family": "vit", "head_dim": 16, "class_token": "false", "global_pool": "avg"},
+        "completep",
+        **ADAMW,
+    ),
+    "conv_resnet": Proxy(
+        "ResNet of the paper, without normalisation,",
+        Size(width=32, depth=3),
+        {"family": "conv_resnet"},
+        "depth_mup",
+        {"name": "sgd", "lr": "2**-4", "momentum": 0.9},
+        "2**-10",
+        "2**0",
+    ),
+    "resnet": Proxy(
+        "timm ResNet",
+        Size(width=32, depth=4),
+        {"family": "resnet", "block": "basic", "norm": "batch"},
+        "depth_mup",
+        {"name": "sgd", "lr": "2**-3", "momentum": 0.9},
+        "2**-10",
+        "2**1",
+    ),
+}
+# Networks whose roles are found by looking: of an unknown kind, most with several layers in a branch.
+FOUND: dict[str, Any] = {"preset": "completep", **ADAMW}
+HEAD_DIM = 16  # of a network of timm's that has attention
+LEAST_WIDTH = 32  # of the first stage of a network of timm's
+OWN_BASE = Size(width=64, depth=3)  # of a network of the user's own, where none is given
+
+
+def side_of(look: Look) -> int:
+    """The largest of SIDES that the images have."""
+    return max((side for side in SIDES if side <= look.pixels), default=SIDES[0])
+
+
+def describe_proxy(network: str, look: Look, base: Size | None) -> Proxy:
+    """The proxy of `network`, a name of PROXIES or of timm's, or FILE.py:FUNCTION, for the images of `look`. base: its
+    size, where that is given. Raises UserError, also for a network whose roles are not found."""
+    if network in PROXIES:
+        row = PROXIES[network]
+        patch = {"patch_size": min(max(side_of(look) // PATCHES, 2), 16)} if network == "vit" else {}
+        return Proxy(**{**vars(row), "base": base or row.base, "model": {**row.model, **patch}})
+    try:
+        return describe_own(network, look, base or OWN_BASE) if ":" in network else describe_timm(network, look, base)
+    except ModelError as error:
+        known = "" if ":" in network else f". Beside timm's names there are {', '.join(PROXIES)} and FILE.py:FUNCTION"
+        raise UserError(f"--network {network}: {error}{known}") from None
+
+
+def shape_of(look: Look, size: Size) -> dict[str, Any]:
+    """What a configuration of the proxy states beside its kind."""
+    width, depth = {"width": size.width, "base_width": size.width}, {"depth": size.depth, "base_depth": size.depth}
+    return {**width, **depth, "num_classes": look.classes}
+
+
+def describe_own(network: str, look: Look, base: Size) -> Proxy:
+    """Of FILE.py:FUNCTION. A builder that takes no in_channels sees colours. Raises ModelError, UserError."""
+    from depthmup.models.own import OWN, builder_arguments
+
+    model = {"family": "own", "builder": network}
+    given = with_code({"model": {**model, **shape_of(look, base), "image_size": side_of(look)}}, "--network")["model"]
+    config = OwnConfig(**given)
+    channels = 1 if "in_channels" in builder_arguments(config) and not look.has_colours else 3
+    OWN.roles(OwnConfig(**{**given, "in_channels": channels}))
+    return Proxy(config.builder, base, model, **FOUND, channels=channels)
+
+
+def describe_timm(name: str, look: Look, base: Size | None) -> Proxy:
+    """Of timm's network `name`: of two blocks a stage where one does not show all that a deeper network has, and of
+    larger images where it shrinks those of `look` to nothing. Raises ModelError."""
+    from depthmup.models.timm_family import TIMM, stated_arguments
+    from depthmup.models.timm_sizes import has_heads, least_width
+
+    stated = stated_arguments(name)
+    step = math.lcm(least_width(stated), HEAD_DIM)
+    width = step * math.ceil(LEAST_WIDTH / step)
+    model: dict[str, Any] = {"family": "timm", "timm_name": name}
+    model |= {"head_dim": HEAD_DIM} if has_heads(stated) else {}
+    sizes = [base] if base else [Size(width=width, depth=1), Size(width=width, depth=2)]
+    problem: ModelError | None = None
+    for pixels in SIDES[SIDES.index(side_of(look)) :][:4]:
+        for size in sizes:
+            shape = shape_of(look, size) | {"image_size": pixels, "in_channels": 3 if look.has_colours else 1}
+            try:
+                TIMM.roles(TimmConfig(**model, **shape))
+            except ModelError as error:
+                problem = error
+            else:
+                return Proxy(name, size, model, **FOUND, pixels=pixels)
+    assert problem
+    raise problem

@@ -1,0 +1,39 @@
+"""Families whose networks others wrote: their roles are found by looking at the base."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from depthmup.models.discovery.find import find_roles
+from depthmup.models.errors import ModelError
+from depthmup.models.family import Family, Roles
+
+
+def found_family(name: str, kind: type[Any], build: Callable[[Any], nn.Module]) -> Family:
+    """The family `name` of the configurations of class `kind`. `build` gives the network at a configuration's size."""
+
+    @lru_cache(maxsize=64)
+    def find(text: str) -> Roles:
+        """The roles of the networks whose base is the configuration of `text`, in JSON."""
+        base = kind(**json.loads(text))
+
+        def build_at(width: int, depth: int) -> nn.Module:
+            return build(replace(base, width=width, depth=depth))
+
+        inputs = torch.zeros(2, base.in_channels, base.image_size, base.image_size)
+        found = find_roles(build_at, inputs, base.base_width, base.base_depth)
+        if found.roles.blocks is None:
+            raise ModelError(f"{type(build(base)).__name__} adds branches outside of all modules: no block is known")
+        return found.roles
+
+    def roles(config: Any) -> Roles:
+        """Of the base; the same at every size."""
+        base = replace(config, width=config.base_width, depth=config.base_depth)
+        return find(json.dumps(asdict(base), sort_keys=True))
+
+    return Family(name=name, build=build, roles=roles, finds_roles=True)
