@@ -23,6 +23,7 @@ from depthmup.data.lock import NoLocks
 from depthmup.data.paths import expand_path
 from depthmup.models.errors import ModelError
 from depthmup.train.config import RunConfig, run_hash
+from depthmup.train.imports import TRAINING, import_uncollected
 from depthmup.train.interrupt import Interrupt, Interrupted, prepare_streams
 from depthmup.train.lock import find_holder, take_lock
 from depthmup.train.owner import check_directory
@@ -57,6 +58,7 @@ def leave(code: int) -> NoReturn:
 
 def train(config: RunConfig, directory: RunDirectory) -> int:
     """Trains the run while no other process can; returns the exit code."""
+    import_uncollected(*TRAINING)
     from depthmup.train.distributed import world_from_environment
 
     world = world_from_environment()

@@ -35,6 +35,7 @@ from depthmup.launch.jobs.hold import Hold
 from depthmup.launch.jobs.submission import Submission
 from depthmup.train.__main__ import leave, train_locked
 from depthmup.train.config import RunConfig
+from depthmup.train.imports import TRAINING, import_uncollected
 from depthmup.train.interrupt import Interrupt, Interrupted
 from depthmup.train.lock import BEAT, find_holder, take_lock
 from depthmup.train.packs.packing import list_obstacles, stand_at_one_step
@@ -103,7 +104,8 @@ def train_some(directories: Sequence[RunDirectory], interrupt: Interrupt) -> boo
     left = list(filter(is_pending, directories))
     if not left:
         return False
-    from depthmup.train.packs.pack import run_pack  # torch, which takes seconds
+    import_uncollected(*TRAINING)  # torch, which takes seconds
+    from depthmup.train.packs.pack import run_pack
 
     if interrupt.requested:
         raise Interrupted("asked to stop before the next run began")
@@ -240,10 +242,11 @@ def run_distributed(directory: RunDirectory) -> int:
     srun ends the others once one ends with another code than 0. So of a run that was interrupted only the first does,
     after it has noted it: what comes of the others then, the batch script need not know (see `record_end`).
     """
-    from depthmup.train.distributed import world_from_environment  # torch, which takes seconds
-
     if directory.done() or directory.failed():
         return 0
+    import_uncollected(*TRAINING)  # torch, which takes seconds
+    from depthmup.train.distributed import world_from_environment
+
     config, first = read_config(directory), os.environ["SLURM_PROCID"] == "0"
     if first:
         held = take_lock(directory.lock)  # as long as this process lives
