@@ -472,6 +472,8 @@ def test_the_processes_of_torchrun_and_srun_are_recognised() -> None:
     srun = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "12"}
     world = world_from_environment({**srun, "SLURM_STEP_NODELIST": "gpu[03-04,9],cpu1"})
     assert (world.rank, world.size, world.local_rank, world.host) == (5, 8, 1, "gpu03")
+    starts = [{**srun, "SLURM_RESTART_COUNT": str(count)} for count in (1, 2)] + [{**srun, "SLURM_JOB_ID": "13"}]
+    assert len({world.port, *(world_from_environment(each).port for each in starts)}) == 4  # none waits for another's
     assert world_from_environment({**srun, "SLURM_NTASKS": "1"}) == World()
     in_a_shell = {**srun, "SLURM_STEP_ID": str(2**32 - 6), "SLURM_STEP_NUM_TASKS": "1"}  # salloc's, of a job with eight
     assert world_from_environment(in_a_shell) == World()

@@ -82,7 +82,8 @@ def world_from_environment(environment: "os._Environ[str] | dict[str, str]" = os
     tasks = int(e.get("SLURM_STEP_NUM_TASKS", e.get("SLURM_NTASKS", "1"))) if "SLURM_STEP_ID" in e else 1
     if tasks > 1:
         nodes = e.get("SLURM_STEP_NODELIST") or e.get("SLURM_JOB_NODELIST", "localhost")
-        port = 20000 + int(e["SLURM_JOB_ID"]) * 16 % 20000 + int(e["SLURM_STEP_ID"]) % 16
+        restarts = int(e.get("SLURM_RESTART_COUNT", "0"))  # a process of the last start may still have its port
+        port = 20000 + int(e["SLURM_JOB_ID"]) * 16 % 20000 + (int(e["SLURM_STEP_ID"]) + restarts) % 16
         host, port = e.get("MASTER_ADDR", first_host(nodes)), int(e.get("MASTER_PORT", port))
         return World(int(e["SLURM_PROCID"]), tasks, int(e["SLURM_LOCALID"]), host, port)
     return World()
