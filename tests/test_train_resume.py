@@ -70,13 +70,11 @@ def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def in_child(action: Callable[[], object], kill_after: float | None = None) -> bool:
+def in_child(action: Callable[[], object]) -> bool:
     """Does `action` in a fork of this process; returns whether it came to its end before it was killed."""
     child = os.fork()
     if child == 0:
         try:
-            if kill_after is not None:
-                threading.Timer(kill_after, os.kill, (os.getpid(), signal.SIGKILL)).start()
             action()
         except BaseException:
             os._exit(1)
@@ -96,6 +94,20 @@ def kill_at_call(module: Any, name: str, number: int) -> None:
         return function(*arguments, **settings)
 
     setattr(module, name, dying)
+
+
+def kill_after_steps(number: int, part: float) -> None:
+    """SIGKILL once the `number`-th step begins and `part` of what the time between two took is over: so it comes within
+    the run on a busy machine, too."""
+    take_step, began = one_network.take_step, [time.monotonic()]
+
+    def timed(*arguments: Any, **settings: Any) -> Any:
+        began.append(time.monotonic())
+        if len(began) == number + 1:
+            threading.Timer(part * (began[-1] - began[-2]), os.kill, (os.getpid(), signal.SIGKILL)).start()
+        return take_step(*arguments, **settings)
+
+    one_network.take_step = timed  # type: ignore[assignment]
 
 
 def test_killed_again_and_again_where_a_run_is_between_two_things_and_resumed(
@@ -123,15 +135,19 @@ def test_killed_again_and_again_where_a_run_is_between_two_things_and_resumed(
 
 @LONG
 def test_killed_at_20_random_points_and_resumed(shards: Path, whole: Path, tmp_path: Path) -> None:
-    config = config_of(shards)
-    start = time.monotonic()
-    assert in_child(lambda: run(config, tmp_path / "timed"))
-    seconds, kills, attempt = time.monotonic() - start, 0, 0
-    generator = random.Random(0)
+    generator, kills, attempt = random.Random(0), 0, 0
+
+    def killed() -> None:
+        kill_after_steps(*place)
+        run(config_of(shards), directory)
+
     while kills < 20:
         attempt += 1
         directory = tmp_path / f"attempt-{attempt}"
-        while not in_child(lambda: run(config, directory), kill_after=generator.uniform(0.05, 1) * seconds):  # noqa: B023
+        while True:
+            place = generator.randint(1, 30), generator.uniform(0, 3)
+            if in_child(killed):
+                break
             kills += 1
         assert_same_end(directory, whole)
 
