@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain, product
 from pathlib import Path
@@ -18,16 +18,16 @@ import pytest
 from conftest import settings_on
 from depthmup.train.reading import read_yaml
 from slurm_cluster import Cluster, wait_for
-from test_slurm_survival import Job, done, events, launch, slow_down, steps
+from test_slurm_survival import BATCH, Job, done, events, launch, slow_down, steps
 
-STEPS_PER_FATE = 90  # so many are made, at a third of a second each, before one has come and is over
+STEPS_PER_FATE = 30  # so many are made, at a second each, before one has come and is over
 FIRST, LAST = 0, 1
 ENGINES = {
     "ddp": {"engine": "ddp"},
     "fsdp": {"engine": "fsdp"},
     "zero2": {"engine": "deepspeed", "zero_stage": 2},
 }
-LINE_SECONDS = 0.3
+LINE_SECONDS = 0.9
 # A checkpoint's last rename takes a second, too. A frozen process is taken for dead after 6 s, not 60.
 SLOW_SAVES = """
 from depthmup.train import lock
@@ -128,17 +128,17 @@ class Chain:
             self.suffer(fate)
 
     def suffer(self, fate: Fate) -> None:
-        self.wait_for_progress()
-        if self.failed():
-            return
-        if fate.in_a_save:
-            wait_for(lambda: self.failed() or list(self.run.glob("checkpoints/tmp-step-*")))
-        before, reached, saved = len(self.starts()), steps(self.run)[-1], self.saved()
-        if fate.what == "process":
-            os.kill(self.process(fate.place), signal.SIGKILL if fate.action == "kill" else signal.SIGSTOP)
-            wait_for(lambda: self.go_on(before))
-        else:
-            with self.nodes_to_lose:
+        with self.nodes_to_lose if fate.what == "node" else nullcontext():  # first: the run goes on while it waits
+            self.wait_for_progress()
+            if self.failed():
+                return
+            if fate.in_a_save:
+                wait_for(lambda: self.failed() or list(self.run.glob("checkpoints/tmp-step-*")))
+            before, reached, saved = len(self.starts()), steps(self.run)[-1], self.saved()
+            if fate.what == "process":
+                os.kill(self.process(fate.place), signal.SIGKILL if fate.action == "kill" else signal.SIGSTOP)
+                wait_for(lambda: self.go_on(before))
+            else:
                 self.lose_a_node(fate, self.nodes()[fate.place], before)
         self.outcomes[str(fate)] = Outcome(reached, saved, self.starts()[-1]["step"], self.failed())
 
@@ -156,7 +156,8 @@ class Chain:
 
 def begin(cluster: Cluster, digits: Path, file: Path, engine: str, steps: int) -> Job:
     content = settings_on(digits)
-    content["train"] |= {"samples": steps * 32, "log_every": 1, "checkpoint_every": 5}
+    content["data"]["num_streams"] = BATCH
+    content["train"] |= {"samples": steps * BATCH, "global_batch_size": BATCH, "log_every": 1, "checkpoint_every": 2}
     content["parallel"] = {**ENGINES[engine], "step_timeout": 8}
     place = {"nodes": 2, "tasks_per_node": 1, "cpus_per_task": WHOLE_NODE}
     content["launch"] = {"cluster": "slurm", **place, "setup": [f"export PYTHONPATH={file.parent}"]}
@@ -202,7 +203,7 @@ def chains(
     found: dict[str, list[Chain]] = {engine: [] for engine in wanted}
     for engine, number in product(wanted, range(runs)):
         if fates := wanted[engine][number::runs]:
-            steps = 150 + STEPS_PER_FATE * len(fates)
+            steps = 50 + STEPS_PER_FATE * len(fates)
             job = begin(cluster, digits, folder / f"{engine}-{number}.yaml", engine, steps)
             found[engine].append(Chain(cluster, job, fates, nodes_to_lose))
     all_chains = list(chain.from_iterable(found.values()))
@@ -240,7 +241,7 @@ def test_the_run_goes_on_from_its_newest_checkpoint(chains: dict[str, list[Chain
 def test_nothing_is_lost_and_no_step_is_done_twice(chains: dict[str, list[Chain]], engine: str) -> None:
     for run in (each.run for each in chains[engine]):
         assert done(run), run
-        assert steps(run) == list(range(1, read_yaml(run / "config.yaml")["train"]["samples"] // 32 + 1))
+        assert steps(run) == list(range(1, read_yaml(run / "config.yaml")["train"]["samples"] // BATCH + 1))
         starts = [start["step"] for start in events(run)["started"]]
         assert starts == sorted(starts)
         assert set(events(run)) <= {"started", "interrupted", "lost"}

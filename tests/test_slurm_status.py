@@ -22,7 +22,7 @@ import sys
 from depthmup.train import lock
 lock.BEAT, lock.SILENCE = 1.0, 6.0
 if os.path.exists(slow) and "--ended" not in sys.argv:
-    time.sleep(3)
+    time.sleep(8)
 """
 
 

@@ -18,10 +18,10 @@ from depthmup.launch.runs.opened import open_planned
 from depthmup.launch.runs.search import Search
 from slurm_cluster import Cluster, wait_for
 from test_slurm_launch import write_sbatch
-from test_slurm_survival import NODE, Job, events, slow_down, steps
+from test_slurm_survival import BATCH, NODE, Job, events, slow_down, steps
 from train_processes import START
 
-STEPS, LINE_EVERY, TRIALS = 100, 5, 4  # each line takes a second at first: what befalls the runs has the time for it
+STEPS, TRIALS = 20, 4  # each step takes a second at first: what befalls the runs has the time for it
 
 
 def search_in(place: Path) -> Search:
@@ -35,7 +35,12 @@ def write_search(settings: dict[str, Any], folder: Path) -> Path:
     """Its file; its jobs have `folder` on PYTHONPATH."""
     content = {
         **settings,
-        "train": {**settings["train"], "samples": 32 * STEPS, "log_every": LINE_EVERY, "checkpoint_every": 10},
+        "data": {**settings["data"], "num_streams": BATCH},
+        "train": {
+            **settings["train"],
+            **{"samples": BATCH * STEPS, "global_batch_size": BATCH},
+            **{"log_every": 1, "checkpoint_every": 2},
+        },
         "study": {"name": "search", "directory": str(folder / "runs")},
         "tune": {
             "space": {"optimizer.lr": {"first": "2**-9", "last": "2**-4"}},
