@@ -63,9 +63,9 @@ OTHER: dict[Any, dict[str, tuple[Any, ...]]] = {  # than the default, or than wh
         **{"batch_norm_images": (8,), "evaluate": ([],)},
     },
 }
-SHAPE = {"width": 64, "depth": 8, "base_width": 64, "base_depth": 4, "num_classes": 10, "image_size": 8}
+SHAPE = {"width": 32, "depth": 8, "base_width": 32, "base_depth": 4, "num_classes": 10, "image_size": 8}
 OF_ANY_MODEL: dict[str, tuple[Any, ...]] = {
-    **{"width": (32,), "depth": (4,), "base_width": (32,), "base_depth": (8,), "num_classes": (5,)},
+    **{"width": (64,), "depth": (4,), "base_width": (64,), "base_depth": (8,), "num_classes": (5,)},
     **{"image_size": (16,), "in_channels": (1,)},
 }
 OF_VIT: dict[str, tuple[Any, ...]] = {

@@ -83,8 +83,8 @@ def test_a_study_runs_to_its_report_and_a_second_call_only_reports(study_file: P
 
 
 def test_an_interrupted_study_continues_where_it_was(study_file: Path) -> None:
-    longer = "train.samples=3200"  # 100 steps, so that a run is left when the signal comes
-    three = ("study.sizes=[{width: 8, depth: 3}]", "study.values=[2**-6, 2**-5, 2**-4]", longer)
+    longer = ("train.samples=400", "train.global_batch_size=4", "data.num_streams=4")  # a run is left at the signal
+    three = ("study.sizes=[{width: 8, depth: 3}]", "study.values=[2**-6, 2**-5, 2**-4]", *longer)
     arguments = ["-c", HEARS_CTRL_C, "transfer", str(study_file), "launch.slots=1", *three]
     process = Process(arguments, dict(os.environ))
     runs = study_file.parent / "runs" / "tiny" / "runs"
