@@ -22,12 +22,14 @@ import depthmup.models.torchvision_ops  # noqa: F401  isort: skip  (must run bef
 import timm
 from timm.models import model_entrypoint
 
-from depthmup.models.build import build
+from depthmup.models.build import build, build_meta
 from depthmup.models.config import TimmConfig
 from depthmup.models.coordinate_check import Settings, check
 from depthmup.models.discovery.parameters import MORE_BLOCKS
 from depthmup.models.errors import ModelError
+from depthmup.models.family import ZEROS
 from depthmup.models.optimizer_config import OptimizerConfig
+from depthmup.models.parameterization import Role
 from depthmup.models.parameterization_config import ParameterizationConfig
 from depthmup.models.timm_family import TIMM, stated_arguments
 from depthmup.models.timm_sizes import has_heads, least_width
@@ -105,6 +107,7 @@ DEPTHS = {
 }
 IMAGE_SIZES = {"deepseek_vit": 56, "eva": 56, "efficientformer": 224, "crossvit": 240}
 WIDTH, STEP, HEAD_DIM = 32, 16, 16  # of the first stage: at least, and a multiple of; of attention
+LEAST_BLOCKS = 4
 SETTINGS = Settings(factors=(1, 4), steps=1, num_seeds=4, batch_size=8)
 LIMIT = 300  # seconds of CPU for one module
 
@@ -123,7 +126,8 @@ def representative(module: str) -> str:
 
 
 def small(module: str, name: str) -> TimmConfig:
-    """The smallest base: of two blocks a stage where one does not show all that a deeper network has."""
+    """The smallest base: of two blocks a stage where one does not show all that a deeper network has, and of at least
+    LEAST_BLOCKS in all, as one block is far from the limit of many."""
     base = sized(module, name, DEPTHS.get(module, 1))
     try:
         TIMM.roles(base)
@@ -131,7 +135,8 @@ def small(module: str, name: str) -> TimmConfig:
         if MORE_BLOCKS not in str(error):
             raise
         base = sized(module, name, 2)
-    return base
+    blocks = len(build_meta(base, ParameterizationConfig()).blocks)
+    return base if blocks >= LEAST_BLOCKS else sized(module, name, base.depth * math.ceil(LEAST_BLOCKS / blocks))
 
 
 def sized(module: str, name: str, depth: int) -> TimmConfig:
@@ -147,6 +152,11 @@ def sized(module: str, name: str, depth: int) -> TimmConfig:
         num_classes=10,
         **{"width": width, "base_width": width, "depth": depth, "base_depth": depth},
     )
+
+
+def steps_of(config: TimmConfig) -> int:
+    """Behind a readout that starts at zero the first step moves nothing."""
+    return 2 if any(rule.role is Role.READOUT and rule.init == ZEROS for rule in TIMM.roles(config).parameters) else 1
 
 
 class TooSlow(Exception):
@@ -173,9 +183,10 @@ def examine(module: str) -> Row:
         reached = "found"
         completep = ParameterizationConfig(name="completep", beta=beta, eps_scaling="table")
         optimizer = OptimizerConfig(name="adamw", lr=1e-3, eps=1e-12)
-        lines = check(config, completep, optimizer, SETTINGS)
+        settings = replace(SETTINGS, steps=steps_of(config))
+        lines = check(config, completep, optimizer, settings)
         if any(line.verdict != "ok" for line in lines):  # of a slope near its bound more seeds decide
-            lines = check(config, completep, optimizer, replace(SETTINGS, num_seeds=8))
+            lines = check(config, completep, optimizer, replace(settings, num_seeds=8))
     except ModelError as error:
         return Row(module, name, "refused", str(error))
     except TooSlow:
@@ -201,8 +212,8 @@ def page(rows: list[Row]) -> str:
         "# timm's architectures as `family: timm`\n\n"
         "Written by `python benchmarks/timm_coverage.py docs/timm.md`: one small network of each of timm's modules,\n"
         "its sizes and roles found by looking, then a coordinate check of completep with AdamW (sizes 1 and 4, one\n"
-        "step, four seeds, and eight where a slope is not clear), beta = 1 / blocks of the base, eps scaled by the\n"
-        "table.\n\n"
+        "step, or two behind a readout that starts at zero, four seeds, and eight where a slope is not clear), beta =\n"
+        "1 / blocks of the base, eps scaled by the table.\n\n"
         f"timm {timm.__version__}: of {len(residual)} modules with residual blocks {found} scale "
         f"({found / len(residual):.0%}), and {passing} of them pass every slope\n"
         f"of the check ({passing / len(residual):.0%}; {passing / len(rows):.0%} of all {len(rows)} modules, of which "

@@ -2,6 +2,7 @@
 
 import io
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from depthmup.data.paths import expand_path
 from depthmup.launch.findings.theory import activation_of, drift_sentence, not_covered
 from depthmup.launch.progress import display
 from depthmup.launch.reading import read_raw
+from depthmup.models.build import build_meta
 from depthmup.models.config import MixtureVitConfig
 from depthmup.models.coordinate_check import AXES, BAND, EXPERT_AXES, Axis, Line, Settings, check
 from depthmup.models.parameterization_config import ParameterizationConfig
@@ -114,14 +116,15 @@ def verdict(lines: list[Line], num_seeds: int) -> str:
     return "failed: " + ", ".join(parts)
 
 
-def hint(lines: list[Line], base_depth: int, parameterization: ParameterizationConfig) -> str | None:
-    """What to try when it is depth that fails, with branches of unit strength in a deep base."""
-    beta = base_depth**-0.5
+def hint(lines: list[Line], base_blocks: int, parameterization: ParameterizationConfig) -> str | None:
+    """What to try when it is depth that fails, with branches of unit strength in a base of many blocks."""
+    alpha = parameterization.resolve().alpha
+    beta = base_blocks**-alpha
     fails = any(line.axis == "depth" and line.verdict != "ok" for line in lines)
-    if not (fails and parameterization.resolve().alpha > 0 and parameterization.beta > beta):
+    if not (fails and alpha > 0 and parameterization.beta > beta):
         return None
     return (
-        f"hint: with beta {parameterization.beta:g} a base of depth {base_depth} may be far from the limit; "
+        f"hint: with beta {parameterization.beta:g} a base of {base_blocks} blocks may be far from the limit; "
         f"try parameterization.beta={beta:.3g} (docs/models.md, 'Finite depth')"
     )
 
@@ -184,7 +187,8 @@ def run_check(
         depths = [factor * run.model.base_depth for factor in settings.factors]
         if sentence := drift_sentence(p, run.model.base_size, depths, activation_of(run)):
             console.print(sentence, highlight=False)
-    if advice := hint(lines, run.model.base_depth, p):
+    base = replace(run.model, width=run.model.base_width, depth=run.model.base_depth)
+    if advice := hint(lines, len(build_meta(base, p).blocks), p):
         console.print(advice, highlight=False)
     if advice := freezing(lines, alpha):
         console.print(advice, highlight=False)

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -31,8 +32,10 @@ from depthmup.models.build import ScaledModel, build
 from depthmup.models.check_record import ONLY, Inside, Position, Values, branch_layers, observe, recording
 from depthmup.models.check_targets import INSIDE, Span, Target, target_of, targets_for
 from depthmup.models.config import AnyModelConfig, MixtureVitConfig, Size
+from depthmup.models.errors import ModelError
 from depthmup.models.optimizer import build_optimizer, parameter_groups
 from depthmup.models.optimizer_config import OptimizerConfig
+from depthmup.models.parameterization import Role
 from depthmup.models.parameterization_config import ParameterizationConfig
 
 Axis = Literal["width", "depth", "num_experts", "mlp_ratio"]
@@ -211,6 +214,17 @@ def judge(
     return lines
 
 
+def refuse_unmoved(measured: Measured, lines: list[Line], steps: int) -> None:
+    """Raises ModelError where the weights of a role never moved, so that a check of them would pass whatever their rule
+    is: behind a readout that starts at zero the first step moves nothing."""
+    roles = {quantity for quantity, _ in measured if quantity.removeprefix("muon ") in {role.value for role in Role}}
+    if still := sorted(roles - {line.quantity for line in lines}):
+        raise ModelError(
+            f"in {steps} step{'s' if steps > 1 else ''} of the check no weight moves whose role is "
+            f"{', '.join(still)}, as where the readout or the ends of branches start at zero: let it take more steps"
+        )
+
+
 def check_sizes(
     build_at: Callable[[Size, int], ScaledModel],
     batch: Callable[[int], Batch],
@@ -224,7 +238,8 @@ def check_sizes(
     """Trains networks at multiples of the base width, then of the base depth, and judges every slope.
 
     build_at: (size, seed) -> a network of that width and depth, scaled from `base` by `models.apply` or built here.
-    batch: seed -> the one batch that it is trained on. `progress` is told each size before it runs.
+    batch: seed -> the one batch that it is trained on. `progress` is told each size before it runs. Raises ModelError
+    where the weights of a role never move in so few steps.
     """
     targets = targets_for(optimizer, head_dim_grows) | (INSIDE if settings.inside else {})
     alpha = build_at(base, 0).scale.parameterization.alpha
@@ -236,6 +251,7 @@ def check_sizes(
             networks = ((seed, build_at(size, seed)) for seed in range(settings.num_seeds))
             runs.append([measure(scaled, batch(seed), optimizer, settings.steps, targets) for seed, scaled in networks])
         lines += judge(axis, runs, settings, targets, alpha)
+        refuse_unmoved(runs[0][0], lines, settings.steps)
     return lines
 
 
@@ -251,9 +267,21 @@ def check(
 
     keys = AXES + (EXPERT_AXES if isinstance(config, MixtureVitConfig) else ())
 
-    def build_at(size: Size, seed: int) -> ScaledModel:
-        return build(replace(config, **{key: getattr(size, key) for key in keys}), parameterization, seed)
+    def config_at(size: Size) -> AnyModelConfig:
+        return replace(config, **{key: getattr(size, key) for key in keys})
 
+    def build_at(size: Size, seed: int) -> ScaledModel:
+        return build(config_at(size), parameterization, seed)
+
+    for axis, factor in product(axes, settings.factors):  # before the first is trained
+        value = factor * getattr(config.base_size, axis)
+        try:
+            config_at(replace(config.base_size, **{axis: value}))
+        except ModelError as error:
+            raise ModelError(
+                f"the check has a network of {axis} {value}, {factor} times the base's: {error}. State another "
+                f"model.base_{axis}, other factors, or check the other axes alone"
+            ) from None
     return check_sizes(
         build_at,
         lambda seed: fixed_batch(config, settings, seed),

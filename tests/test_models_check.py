@@ -219,6 +219,7 @@ def test_unit_branches_in_a_deep_base_are_told_to_try_the_papers_beta() -> None:
     depth_mup = ParameterizationConfig()
     assert "parameterization.beta=0.25" in str(hint([line(1.0, 0.1)], 16, depth_mup))
     assert hint([line(1.0, 0.1)], 16, replace(depth_mup, beta=0.25)) is None
+    assert "parameterization.beta=0.111" in str(hint([line(1.0, 0.1)], 9, ParameterizationConfig(name="completep")))
     assert hint([line(1.0, 0.1)], 16, ParameterizationConfig(name="sp")) is None
     assert hint([line(0.0, 0.1)], 16, depth_mup) is None
 

@@ -154,6 +154,49 @@ def test_a_strangers_network_with_parallel_branches_attention_a_gate_and_a_depth
     assert rules["body.layers.0.gain"].init == models.Init("constant", 0.5)
 
 
+class UNet(nn.Module):
+    """Two scales; the outer one's features are joined to, or added to, what comes up from the inner one."""
+
+    def __init__(self, width: int, depth: int, added: bool) -> None:
+        super().__init__()
+        self.stem, self.added = nn.Conv1d(3, width, 3, padding=1), added
+        self.outer, self.inner, self.upper = (
+            nn.Sequential(*(ConvBlock(channels) for _ in range(depth))) for channels in (width, 2 * width, width)
+        )
+        self.down = nn.Conv1d(width, 2 * width, 2, stride=2)
+        self.up = nn.ConvTranspose1d(2 * width, width, 2, stride=2)
+        self.fuse = nn.Conv1d(width if added else 2 * width, width, 1)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outer = self.outer(self.stem(x))
+        below = self.up(self.inner(self.down(outer)))
+        return self.head(self.upper(self.fuse(outer + below if self.added else torch.cat([outer, below], 1))).mean(2))
+
+
+class ConvBlock(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm, self.conv = nn.GroupNorm(4, channels), nn.Conv1d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(torch.relu(self.norm(x)))
+
+
+@pytest.mark.parametrize("added", [False, True], ids=["joined", "added"])
+def test_every_block_of_a_u_shaped_network_is_a_branch_and_its_shortcut_across_is_none(added: bool) -> None:
+    def build_at(width: int, depth: int) -> nn.Module:
+        return UNet(width, depth, added)
+
+    found = find_roles(build_at, torch.zeros(2, 3, 8), 16, 2).roles
+    rules = match_rules((name for name, _ in build_at(16, 3).named_parameters()), found.parameters)
+    stages = {f"{stage}.{number}.conv.weight" for stage in ("outer", "inner", "upper") for number in range(3)}
+    assert {name for name, rule in rules.items() if rule.role is Role.BRANCH_HIDDEN} == stages
+    outside = {name for name, rule in rules.items() if rule.role is Role.HIDDEN}
+    assert outside == {"down.weight", "up.weight", "fuse.weight"}
+    assert count(found.branches, build_at(16, 3)) == 9
+
+
 def test_the_coordinate_check_passes_on_the_strangers_network() -> None:
     base, roles = Size(width=32, depth=4), find_roles(Stranger, TOKENS, 32, 4).roles
     parameterization = ParameterizationConfig(name="completep", beta=1 / 4)
@@ -192,8 +235,10 @@ class Block(nn.Module):
             self.up = nn.Linear(width, 8)
         if end == "einsum":
             self.mix = nn.Parameter(torch.randn(4, width))
-        if end == "heads":
+        if end in ("heads", "heads by einsum"):
             self.qkv = nn.Linear(width, 3 * width)
+        if end == "torch's heads":
+            self.attention = nn.MultiheadAttention(width, 2, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.down(torch.relu(self.up(x)))
@@ -210,6 +255,11 @@ class Block(nn.Module):
         if self.end == "heads":
             q, k, v = self.qkv(x).chunk(3, dim=-1)
             return x + y + F.scaled_dot_product_attention(q, k, v)
+        if self.end == "heads by einsum":
+            q, k, v = (each.unflatten(-1, (2, -1)) for each in self.qkv(x).chunk(3, dim=-1))
+            return x + y + torch.einsum("iha,jha->hij", q, k).softmax(-1).mean(0) @ v.flatten(1)
+        if self.end == "torch's heads":
+            return x + y + self.attention(x, x, x)[0]
         return x + y
 
 
@@ -277,14 +327,35 @@ def normed(net: Net) -> None:
         nn.utils.parametrizations.weight_norm(block.up)
 
 
+class Transposed(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.ConvTranspose1d(width, 10, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x[:, :, None])[:, :, 0]
+
+
 BAD: dict[str, tuple[Builder, str]] = {
     "ignores its width": (lambda width, depth: Net(16, depth), "ignores its width: .*Let layers have it"),
     "ignores its depth": (lambda width, depth: Net(width, 3), "ignores its depth, .*Let it have as many blocks"),
     "no stream": (lambda width, depth: Net(width, depth, "no stream"), "no residual stream: .*width alone"),
     "neither addend": (lambda width, depth: Net(width, depth, "two nonlinear"), "neither addend alone"),
-    "depends on data": (lambda width, depth: Net(width, depth, "data"), "control flow depends on"),
+    "depends on data": (
+        lambda width, depth: Net(width, depth, "data"),
+        r"traced without data, in blocks\.0, as where its control flow depends on",
+    ),
     "no module at the end": (lambda width, depth: Net(width, depth, "sine"), "end it in a torch.nn.Identity"),
     "queries in a slice": (lambda width, depth: Net(width, depth, "heads"), "no module puts out the queries"),
+    "queries by einsum": (lambda width, depth: Net(width, depth, "heads by einsum"), r"head dim grows .*\(8 to 16\)"),
+    "queries of torch's attention": (
+        lambda width, depth: Net(width, depth, "torch's heads"),
+        r"head dim grows .*\(8 to 16\) in blocks\.0\.attention",
+    ),
+    "a transposed readout": (
+        lambda width, depth: Net(width, depth, change=lambda net: setattr(net, "head", Transposed(width))),
+        r"head\.conv\.weight grows in one dimension, and conv_transpose1d does not tell which",
+    ),
     "a product that is not clear": (lambda width, depth: Net(width, depth, "einsum"), r"mix .* einsum does not tell"),
     "two readouts": (TwoHeads, "2 readouts: head.weight, other.weight"),
     "two readouts that gate each other": (
@@ -320,6 +391,10 @@ BAD: dict[str, tuple[Builder, str]] = {
     "lazy": (
         lambda width, depth: Net(width, depth, change=lambda net: setattr(net, "head", nn.LazyLinear(10))),
         "head.weight has no shape before the first forward pass: give its module its sizes",
+    ),
+    "sizes in the other order": (
+        lambda depth, width: Net(width, depth),
+        r"blocks\.16\..* takes \(width, depth\) in this",
     ),
     "no arguments": (lambda: Net(16, 2), r"the builder must take \(width, depth\), two numbers"),  # type: ignore[dict-item,misc]
     "no module": (lambda width, depth: None, "a NoneType and no torch.nn.Module"),  # type: ignore[arg-type,return-value]

@@ -16,7 +16,7 @@ import depthmup.models.torchvision_ops  # noqa: F401  isort: skip  (must run bef
 import timm
 
 from depthmup.launch.scale import describe_differences, task_values
-from depthmup.models import ParameterizationConfig, moe_vit
+from depthmup.models import ParameterizationConfig, coordinate_check, moe_vit
 from depthmup.models import parameterization as rules
 from depthmup.models.build import build, build_meta
 from depthmup.models.config import MixtureVitConfig, VisionTransformerConfig
@@ -116,6 +116,44 @@ def test_the_cost_is_that_of_the_active_experts() -> None:
 # ---------------------------------------------------------------- rules
 
 
+# fmt: off
+LITERAL = {  # at 4 times the width, 9 times the depth, twice the experts, and twice their width over the network's
+    # role:          init std,   lr of SGD, lr of AdamW, eps of AdamW, decay of AdamW
+    "sp": {
+        "router":      (1 / 2,     1,         1,           1,            1),
+        "expert_up":   (1 / 2,     1,         1,           1,            1),
+        "expert_down": (8**-0.5,   1,         1,           1,            1),
+    },
+    "mup": {
+        "router":      (1 / 4,     1 / 2,     1 / 4,       1,            4),
+        "expert_up":   (1 / 2,     4,         1 / 4,       1,            4),
+        "expert_down": (1 / 4,     1,         1 / 8,       1,            8),
+    },
+    "depth_mup": {
+        "router":      (1 / 4,     1 / 2,     1 / 12,      1 / 6,        4),
+        "expert_up":   (1 / 2,     4,         1 / 12,      1 / 48,       4),
+        "expert_down": (1 / 4,     1,         1 / 24,      1 / 24,       8),
+    },
+    "completep": {
+        "router":      (1 / 4,     9 / 2,     1 / 4,       1 / 18,       4),
+        "expert_up":   (1 / 2,     36,        1 / 4,       1 / 144,      4),
+        "expert_down": (1 / 4,     9,         1 / 8,       1 / 72,       8),
+    },
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("name", LITERAL)
+def test_every_cell_of_the_mixtures_table_is_the_papers_number(name: str) -> None:
+    larger = replace(MOE, width=4 * 32, depth=9 * 3, num_experts=2 * 4, mlp_ratio=2 * 2.0)
+    scale = build_meta(larger, ParameterizationConfig(name=name)).scale
+    for role, expected in LITERAL[name].items():
+        sgd, adam = (scale.factors(Role(role), optimizer) for optimizer in ("sgd", "adamw"))
+        std = math.sqrt(scale.init_variance(Role(role)))
+        assert (std, sgd.lr, adam.lr, adam.eps, adam.weight_decay) == pytest.approx(expected), role
+        assert sgd.weight_decay == pytest.approx(1 / sgd.lr), role
+
+
 def off(
     optimizer: OptimizerConfig, axes: tuple[Axis, ...], parameterization: ParameterizationConfig = COMPLETEP
 ) -> set[str]:
@@ -126,6 +164,13 @@ def off(
 
 def test_the_check_passes_over_width_depth_and_both_axes_of_the_experts() -> None:
     assert off(ADAMW, AXES + EXPERT_AXES) == set()
+
+
+def test_the_check_refuses_a_size_that_no_mixture_has_before_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coordinate_check, "measure", None)
+    from_dense = replace(MOE, num_experts=4, base_num_experts=1, active_share=0.25)
+    with pytest.raises(ModelError, match=r"of num_experts 2, 2 times the base's: .* another model\.base_num_experts"):
+        check(from_dense, COMPLETEP, ADAMW, Settings((1, 2)), ("width", "num_experts"))
 
 
 def test_under_sgd_each_role_of_the_mixture_moves_as_it_should() -> None:

@@ -23,7 +23,8 @@ from depthmup.models import (
 )
 from depthmup.models.build import build_meta
 from depthmup.models.config import ConvResNetConfig, ResNetConfig, VisionTransformerConfig
-from depthmup.models.coordinate_check import Settings, check_sizes
+from depthmup.models.coordinate_check import Line, Settings, check_sizes
+from depthmup.models.parameterization import TABLE
 from depthmup.models.stream import stream_modules
 
 FAN_IN, ZEROS, ONES = Init("normal_fan_in", 1.0), Init("constant", 0.0), Init("constant", 1.0)
@@ -114,6 +115,29 @@ def test_a_right_network_whose_branches_end_inside_of_modules_passes_the_check(s
     lines = check_sizes(build_at, batch, BASE, config, settings, head_dim_grows=True)
     assert not [(line.axis, line.quantity, line.step, line.slope) for line in lines if line.verdict == "off"]
     assert {"stream", "branch"} <= {line.quantity for line in lines}
+
+
+def check_behind_a_readout_of_zeros(steps: int) -> list[Line]:
+    rules = (*ROLES.parameters[:-1], ParameterRule(r"head\.weight", Role.READOUT, ZEROS))
+
+    def build_at(size: Size, seed: int) -> models.ScaledModel:
+        return applied(size=size, roles=replace(ROLES, parameters=rules), seed=seed)
+
+    settings = Settings(factors=(1, 4), steps=steps, num_seeds=2)
+    return check_sizes(build_at, batch, BASE, OptimizerConfig(lr=1e-3), settings, ("depth",))
+
+
+def test_a_check_in_which_a_roles_weights_never_move_is_refused_for_it_would_pass_whatever_their_rule_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(ModelError, match="in 1 step of the check no weight moves whose role is branch_hidden, "):
+        check_behind_a_readout_of_zeros(steps=1)
+    right = check_behind_a_readout_of_zeros(steps=2)
+    assert [line.quantity for line in right if line.verdict == "off"] == []
+    row = replace(TABLE[Role.BRANCH_HIDDEN], lr_adam=lambda N, L, a: 1 / N)
+    monkeypatch.setitem(TABLE, Role.BRANCH_HIDDEN, row)
+    wrong = check_behind_a_readout_of_zeros(steps=2)
+    assert "branch_hidden" in [line.quantity for line in wrong if line.verdict == "off"]
 
 
 def test_blocks_are_the_modules_that_put_out_the_stream_and_looking_changes_nothing() -> None:

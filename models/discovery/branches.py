@@ -1,6 +1,6 @@
 """Where residual branches end: at each sum, the addend that is not the residual stream."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from depthmup.models.discovery.trace import Node, find_fork
@@ -15,10 +15,10 @@ MOVES = {  # put the same numbers elsewhere, or leave some of them out
 PARTS = {"__getitem__", "narrow", "select"}  # of what a module puts out
 SCALINGS = {"mul", "mul_", "__mul__", "__rmul__", "__imul__", "div", "div_", "__truediv__", "__itruediv__"}
 PRODUCTS = {"linear", "conv1d", "conv2d", "conv3d"}  # with a weight (out, in, *kernel)
+TRANSPOSED = {"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}  # with a weight (in, out, *kernel)
 NORMS = {"layer_norm", "batch_norm", "group_norm", "rms_norm", "instance_norm"}
 POOLS = {"avg_pool1d", "avg_pool2d", "adaptive_avg_pool2d", "max_pool2d", "max", "amax", "mean", "interpolate"}
-LINEAR = SUMS | MOVES | SCALINGS | PRODUCTS | NORMS | POOLS  # what a projection of the stream is made of
-ATTENTION = "multi_head_attention_forward"  # torch's, which takes its own weights
+LINEAR = SUMS | MOVES | SCALINGS | PRODUCTS | TRANSPOSED | NORMS | POOLS  # what a projection of the stream is made of
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,16 @@ def branch_at(total: Node) -> Branch | None:
     )
 
 
-def find_branches(nodes: Sequence[Node]) -> list[Branch]:
-    """The residual branches of the main stream, in order; what is added within a branch is a part of it. Raises
-    ModelError where a sum of the main stream is not clear."""
+def find_branches(nodes: Sequence[Node], repeats: Callable[[str], bool]) -> list[Branch]:
+    """The residual branches of the main stream, of which a deeper network has more, in order; what is added within one
+    is a part of it. One of a fixed number, as class attention or a shortcut around all blocks, has no factor of depth:
+    to the rules what is in it lies outside of branches, but for branches of its own.
+
+    repeats: whether there are more of a module in a deeper network. Raises ModelError where a sum of the main stream is
+    not clear.
+    """
     found: list[Branch] = []
+    fixed = set[Node]()
     unclear: list[tuple[Node, ModelError]] = []
     for node in nodes:
         try:
@@ -92,8 +98,13 @@ def find_branches(nodes: Sequence[Node]) -> list[Branch]:
         except ModelError as error:
             unclear.append((node, error))
         else:
-            found += [branch] if branch else []
+            if branch and any(map(repeats, (node.module, branch.end.module, *branch.end.emitted_by))):
+                found.append(branch)
+            elif branch:
+                fixed |= branch.nodes
     inside = set[Node]().union(*(branch.nodes for branch in found))
-    if errors := [error for node, error in unclear if node not in inside]:
+    if errors := [
+        error for node, error in unclear if node not in inside and (node not in fixed or repeats(node.module))
+    ]:
         raise errors[0]
     return [branch for branch in found if branch.total not in inside]

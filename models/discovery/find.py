@@ -9,13 +9,13 @@ from typing import Any
 from torch import nn
 
 from depthmup.models.discovery.branches import (
-    ATTENTION,
     MOVES,
     NORMS,
     PARTS,
     PRODUCTS,
     SCALINGS,
     SUMS,
+    TRANSPOSED,
     Branch,
     find_branches,
 )  # fmt: skip
@@ -30,7 +30,7 @@ from depthmup.models.discovery.parameters import (
     role_of,
     settle_roles,
 )
-from depthmup.models.discovery.trace import Node, trace
+from depthmup.models.discovery.trace import ATTENTION, Node, trace
 from depthmup.models.errors import ModelError
 from depthmup.models.family import Roles, Slot
 from depthmup.models.parameterization import Role
@@ -58,7 +58,7 @@ def find_roles(build: Builder, inputs: Any, width: int, depth: int) -> Discovery
     given = inputs if isinstance(inputs, tuple) else (inputs,)
     drawn = weights_of(growth.base), weights_of(growth.deep)  # before they go to meta
     base, wide, nodes = (trace(network, given) for network in (growth.base, growth.wide, growth.deep))
-    branches = [branch for branch in find_branches(nodes) if has_more_in_deeper(branch, growth)]
+    branches = find_branches(nodes, lambda module: growth.pattern(module) != re.escape(module))
     if not branches:
         raise ModelError(
             f"{type(growth.base).__name__} has no residual stream: nothing adds a branch to what it reads. Without one "
@@ -85,13 +85,6 @@ def find_roles(build: Builder, inputs: Any, width: int, depth: int) -> Discovery
     return Discovery(found, readout_features(growth.base, found), head_dim)
 
 
-def has_more_in_deeper(branch: Branch, growth: Growth) -> bool:
-    """Whether a deeper network has more of the branch. One of a fixed number, as in class attention, has no factor of
-    depth: to the rules it lies outside of branches."""
-    modules = (branch.total.module, branch.end.module, *branch.end.emitted_by)
-    return any(growth.pattern(module) != re.escape(module) for module in modules)
-
-
 def weights_of(network: nn.Module) -> Weights:
     return {name: parameter.detach() for name, parameter in network.named_parameters()}
 
@@ -104,7 +97,7 @@ def users_of(nodes: list[Node]) -> dict[str, list[Node]]:
     last = nodes[-1]
     for node in nodes:
         names = set(node.parameters).union(*(carried.get(each, ()) for each in node.inputs))
-        if not node.data and node.operation not in PRODUCTS | CONTRACTIONS:
+        if not node.data and node.operation not in PRODUCTS | TRANSPOSED | CONTRACTIONS:
             carried[node] = names
         elif node.readers or node is last or node.emitted_by:
             for name in names:
@@ -119,7 +112,7 @@ def last_weight(node: Node) -> str | None:
     """The module whose weights were the last to act on a tensor; None where a function comes after them that does not
     carry a factor through."""
     while True:
-        if node.parameters and node.operation in PRODUCTS | NORMS:
+        if node.parameters and node.operation in PRODUCTS | TRANSPOSED | NORMS:
             return node.module
         if node.operation == ATTENTION:
             return f"{node.module}.out_proj"
@@ -246,11 +239,14 @@ def readout_features(network: nn.Module, roles: Roles) -> int:
 
 
 def attention_products(nodes: list[Node]) -> list[tuple[Node, int]]:
-    """(queries, size of the dimension that queries and keys are multiplied over) of each attention, in order."""
+    """(queries, size of the dimension that queries and keys are multiplied over) of each attention, in order. Torch's
+    own hides its queries: of it (what it puts out, head dim)."""
     found = []
     for node in nodes:
         data = [each for each in node.inputs if each.data]
-        if node.operation == "scaled_dot_product_attention" or (node.operation in MATRIX_PRODUCTS and len(data) >= 2):
+        if node.summed and (len(data) >= 2 or node.operation == ATTENTION):
+            found.append((node if node.operation == ATTENTION else data[0], node.summed))
+        elif node.operation == "scaled_dot_product_attention" or (node.operation in MATRIX_PRODUCTS and len(data) >= 2):
             found.append((data[0], data[0].shape[-1]))
     return found
 
@@ -264,7 +260,7 @@ def find_queries(nodes: list[Node], wide: list[Node]) -> tuple[list[tuple[str, s
         if wider == size:
             continue
         node = queries
-        while not node.emitted_by:
+        while not node.emitted_by or node.operation == ATTENTION:
             before = [each for each in node.inputs if each.data]
             if node.operation not in MOVES | SCALINGS or len(before) != 1:
                 raise ModelError(

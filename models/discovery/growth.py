@@ -139,7 +139,10 @@ def compare_sizes(build: Builder, width: int, depth: int) -> Growth:
     shapes, wider, deeper = shapes_of(base), shapes_of(wide), shapes_of(deep)
     kind = type(base).__name__
     if odd := sorted(set(shapes) ^ set(wider)):
-        raise ModelError(f"{kind} has other parameters at width {2 * width} than at {width}: {', '.join(odd[:3])}")
+        raise ModelError(
+            f"{kind} has other parameters at width {2 * width} than at {width}: {', '.join(odd[:3])}. The width "
+            "changes shapes alone, and a builder takes (width, depth) in this order"
+        )
     grows: dict[str, tuple[bool, ...]] = {}
     growth = Growth(base, wide, deep, grows, repeating_modules(base, deep))
     # A block of a deeper network may be what another one was in the base: the last, or the first of a stage.

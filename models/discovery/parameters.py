@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from depthmup.models.discovery.branches import PRODUCTS, Branch
+from depthmup.models.discovery.branches import PRODUCTS, TRANSPOSED, Branch
 from depthmup.models.discovery.growth import Growth
 from depthmup.models.discovery.initial import measure_init
 from depthmup.models.discovery.trace import Node
@@ -38,7 +38,7 @@ def role_of(name: str, growth: Growth, users: list[Node], branches: list[Branch]
     user, growing = users[0], sum(grows)
     if growing == 0:
         return Role.BRANCH_SCALAR if in_branch else Role.SCALAR
-    if growing > 2 or (growing == 2 and len(grows) > 2 and user.operation not in PRODUCTS):
+    if growing > 2 or (growing == 2 and len(grows) > 2 and user.operation not in PRODUCTS | TRANSPOSED):
         raise ModelError(f"{name}: {growing} of its {len(grows)} dimensions grow, in {user.operation}: {BY_HAND}")
     if growing == 2:
         return Role.BRANCH_HIDDEN if in_branch else Role.HIDDEN
@@ -59,7 +59,7 @@ def reads_width(name: str, user: Node, grows: tuple[bool, ...]) -> bool:
         return grows[1]
     if user.operation in MATRIX_PRODUCTS:
         return grows[-2] if user.parameter_last else grows[-1]
-    if user.operation in CONTRACTIONS:
+    if user.operation in CONTRACTIONS or (user.operation in TRANSPOSED and not user.grouped):
         raise ModelError(f"{name} grows in one dimension, and {user.operation} does not tell which: {BY_HAND}")
     return False
 
@@ -103,7 +103,7 @@ def parameter_rules(
         if patterns[pattern] > 1:
             pattern = growth.pattern(names[0], first=growth.is_first(names[0]))
         first = names[0]
-        fans = used[first][0].operation in PRODUCTS and drawn[1][first].ndim > 1
+        fans = used[first][0].operation in PRODUCTS | TRANSPOSED and drawn[1][first].ndim > 1
         base, deeper = ([weights[name] for name in names if name in weights] for weights in drawn)
         init = measure_init(first, base or deeper, deeper, fans)  # the base may have no second block of a kind
         yield ParameterRule(pattern, roles[first], init, decays=not exempt & set(names))

@@ -4,6 +4,7 @@ import heapq
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from depthmup.models.errors import ModelError
+
+ATTENTION = "multi_head_attention_forward"  # torch's, which takes its own weights
+ATTENTIONS_SIZES = (("query", 0), ("num_heads", 4))  # its arguments, and their places
 
 
 @dataclass(eq=False)
@@ -28,8 +32,25 @@ class Node:
     grouped: bool = False  # a convolution in groups
     parameter_last: bool = False  # it is the last operand: of a matrix product, the one whose rows are summed over
     data: bool = False  # depends on the network's input
+    summed: int | None = None  # of an einsum or torch's attention: the size of what it sums over, or one head's
     emitted_by: list[str] = field(default_factory=list)  # modules whose (first) output it is, inner ones first
     readers: int = 0  # operations that take it
+
+
+def summed_size(operation: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """How many numbers each entry of the result sums over, where no shape of a result tells: of an einsum of two
+    tensors; of torch's attention, which computes its queries itself, a head's. None for every other operation."""
+    if operation == ATTENTION:
+        query, heads = (kwargs[key] if key in kwargs else args[at] for key, at in ATTENTIONS_SIZES)
+        return int(query.shape[-1] // heads)
+    if operation == "einsum" and isinstance(args[0], str):
+        operands = args[1] if isinstance(args[1], list | tuple) else args[1:]
+        terms, _, result = args[0].replace(" ", "").replace("...", "").partition("->")
+        if len(operands) == 2:
+            first, second = terms.split(",")
+            sizes = dict(zip(reversed(first), reversed(operands[0].shape), strict=False))  # "..." may stand before
+            return prod(size for letter, size in sizes.items() if letter in second and letter not in result)
+    return None
 
 
 class Recorder(TorchFunctionMode):
@@ -54,10 +75,11 @@ class Recorder(TorchFunctionMode):
         parameters: list[str],
         grouped: bool = False,
         parameter_last: bool = False,
+        summed: int | None = None,
     ) -> Node:
         data = operation == "input" or any(node.data for node in inputs)
         sources, place = (tuple(inputs), tuple(parameters)), self.running[-1]
-        node = Node(len(self.nodes), operation, tensor.shape, *sources, place, grouped, parameter_last, data)
+        node = Node(len(self.nodes), operation, tensor.shape, *sources, place, grouped, parameter_last, data, summed)
         for each in inputs:
             each.readers += 1
         self.nodes.append(node)
@@ -74,10 +96,10 @@ class Recorder(TorchFunctionMode):
             name = getattr(func, "__name__", str(func))
             groups = kwargs.get("groups", args[6] if name.startswith("conv") and len(args) > 6 else 1)
             changed = [args[0]] if name == "__setitem__" else tree_leaves(result)
-            is_last = id(given[-1]) in self.names
+            is_last, summed = id(given[-1]) in self.names, summed_size(name, args, kwargs)
             for leaf in changed:
                 if isinstance(leaf, Tensor) and id(leaf) not in self.names:
-                    self.add(leaf, name, inputs, parameters, grouped=groups != 1, parameter_last=is_last)
+                    self.add(leaf, name, inputs, parameters, groups != 1, is_last, summed)
         return result
 
     @contextmanager
@@ -136,8 +158,9 @@ def trace(network: nn.Module, inputs: tuple[Any, ...]) -> list[Node]:
             network(*given)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        place = f", in {recorder.running[-1]}" if recorder.running[-1] else ""
         raise ModelError(
-            f"{type(network).__name__} cannot be traced without data, as where its control flow depends on it "
+            f"{type(network).__name__} cannot be traced without data{place}, as where its control flow depends on it "
             f"({reason}): write its Roles by hand, see docs/your-model.md"
         ) from error
     return recorder.nodes
