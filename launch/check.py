@@ -18,6 +18,7 @@ from depthmup.launch.reading import read_raw
 from depthmup.models.build import build_meta
 from depthmup.models.config import MixtureVitConfig
 from depthmup.models.coordinate_check import AXES, BAND, EXPERT_AXES, Axis, Line, Settings, check
+from depthmup.models.parameterization import PRESETS
 from depthmup.models.parameterization_config import ParameterizationConfig
 from depthmup.train.reading import run_in
 
@@ -140,6 +141,19 @@ def freezing(lines: list[Line], alpha: float) -> str | None:
     )
 
 
+def with_parameterization(raw: dict[str, Any]) -> dict[str, Any]:
+    """Plain data; where a study's names no parameterization of its own, with the one that the study is about: the first
+    with rules of depth, else of width."""
+    study, stated = raw.get("study"), raw.get("parameterization", {})
+    listed = study.get("parameterizations") if isinstance(study, dict) else None
+    if not isinstance(listed, list) or not isinstance(stated, dict) or "name" in stated:
+        return raw
+    rows = [{"name": each} if isinstance(each, str) else each for each in listed]
+    named = [row for row in rows if isinstance(row, dict) and row.get("name") in PRESETS]
+    named.sort(key=lambda row: (not PRESETS[row["name"]].depth_rules, not PRESETS[row["name"]].width_rules))
+    return {**raw, "parameterization": {**named[0], **stated}} if named else raw
+
+
 def run_check(
     config: Path,
     overrides: tuple[str, ...],
@@ -155,7 +169,7 @@ def run_check(
     """Prints the table, writes the plot, and says whether every slope is inside its band. Raises UserError."""
     if min(steps, batch_size) < 1 or seeds < 2:
         raise UserError("--steps and --batch-size must be at least 1, --seeds at least 2")
-    raw = read_raw(config, overrides)
+    raw = with_parameterization(read_raw(config, overrides))
     run = run_in(raw, str(config))
     p = run.parameterization
     plot = plot or default_plot(config, raw, p.name)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from depthmup.launch.check import hint, table
+from depthmup.launch.check import hint, table, with_parameterization
 from depthmup.launch.cli import cli
 from depthmup.models import coordinate_check
 from depthmup.models import parameterization as rules
@@ -194,6 +194,24 @@ def test_the_command_ends_0_or_1_and_writes_the_plot(tmp_path: Path, study_file:
     default = tmp_path / "runs" / "tiny" / "check_sp.png"
     assert default.exists()
     assert f"plot: {default}" in bad.output
+
+
+@pytest.mark.parametrize(
+    ("listed", "stated", "checked"),
+    [
+        (["sp", "mup", "completep"], {}, {"name": "completep"}),
+        (["sp", {"name": "mup", "eps_scaling": "table"}], {}, {"name": "mup", "eps_scaling": "table"}),
+        (["sp", {"name": "depth_mup", "beta": 0.5}], {"gamma0": 2}, {"name": "depth_mup", "beta": 0.5, "gamma0": 2}),
+        (["sp", "completep"], {"name": "sp"}, {"name": "sp"}),
+        (["sp"], {}, {"name": "sp"}),
+    ],
+)
+def test_a_studys_check_is_of_the_parameterization_that_it_is_about(
+    listed: list[Any], stated: dict[str, Any], checked: dict[str, Any]
+) -> None:
+    raw = {"study": {"parameterizations": listed}, "parameterization": stated}
+    assert with_parameterization(raw)["parameterization"] == checked
+    assert with_parameterization({"model": {}}) == {"model": {}}  # one run's
 
 
 def line(slope: float, error: float) -> Line:

@@ -43,7 +43,8 @@ def check(**options: Any) -> None:
     """Coordinate check: do updates keep their size with width and depth?
 
     Trains the model on random images at multiples of its base size and prints log-log slopes with their standard
-    errors, beside the slopes of the limit. Exits with status 1 when a slope is off (!) or too noisy to judge (?). For a
+    errors, beside the slopes of the limit. Exits with status 1 when a slope is off (!) or too noisy to judge (?). Of a
+    study it checks the first parameterization with rules of depth; parameterization.name=mup names another. For a
     large model give a small base: model.base_width=64 model.base_depth=3 model.image_size=32.
     """
     from depthmup.launch.check import run_check
