@@ -22,7 +22,10 @@ from depthmup.launch.report.page import markdown_table
 FLOPS = {size: float(size.depth) for size in SIZES}
 SEEDS = 3
 GRID_COST = len(GRID) * SEEDS * sum(FLOPS.values())
-DRIFTS = {"depth_mup": (-0.1, -0.15, -0.2), "0.3": (0.1, 0.2, 0.3), "0.65": (0.2, 0.4, 0.65), "sp": (-1.0, -2.0, -3.0)}
+DRIFTS = {
+    **{"depth_mup": (-0.1, -0.15, -0.2), "0.3": (0.1, 0.2, 0.3), "0.65": (0.2, 0.4, 0.65), "sp": (-1.0, -2.0, -3.0)},
+    "0.3 each": (0.3, 0.3, 0.3),  # three sizes that may each err
+}
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,8 @@ def share_settled(of: list[Ended]) -> float:
 
 
 def wrong(of: list[Ended], verdict: str) -> str:
-    """How often `transfers` is said where the true regret is twice the limit or more, or `does not transfer` where it
-    is half of it or less."""
+    """How often `transfers` is said where the true regret is twice the limit or more, or `does not transfer` or `costs`
+    where it is half of it or less."""
     limit, worst = Limits().transfer, [(each.verdict, max(each.regrets[1:])) for each in of]
     said = [v for v, regret in worst if (regret >= 2 * limit if verdict == "transfers" else regret <= limit / 2)]
     return f"{said.count(verdict)} of {len(said)}"
@@ -104,7 +107,7 @@ def row(shape: str, name: str, noise: float, studies: int, first: int) -> dict[s
         **{
             f"{name}wrong `{verdict}`": wrong(of, verdict)
             for name, of in (("", adaptive), ("grid: ", grid))
-            for verdict in ("transfers", "does not transfer")
+            for verdict in ("transfers", "does not transfer", "costs")
         },
         "drift's coverage": f"{covered[:, 0].mean():.2f}" if len(covered) else "",
         "regret's bound": f"{covered[:, 1].mean():.2f}" if len(covered) else "",

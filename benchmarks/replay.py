@@ -26,7 +26,7 @@ from depthmup.launch.findings.points import Design, Point
 from depthmup.launch.findings.verdict import Analysis, analyse
 from depthmup.launch.reading import read_study
 from depthmup.launch.report.page import markdown_table
-from depthmup.launch.report.recompute import find_configs
+from depthmup.launch.report.recompute import find_configs, results_of
 from depthmup.launch.report.record import read_record
 from depthmup.launch.runs.design import design_of
 from depthmup.launch.runs.study import Study
@@ -83,17 +83,7 @@ def row(path: Path, config: Path, replays: int) -> dict[str, str]:
     record = read_record(path)
     study = Study(config, read_study(config, ("study.directory=/nowhere",)))
     design = design_of(study)
-    results = [
-        Result(
-            p["parameterization"],
-            Size(width=p["width"], depth=p["depth"]),
-            p["value"],
-            p["seed"],
-            math.inf if p["metric"] is None else p["metric"],
-        )
-        for p in record["points"]
-    ]
-    grid = analyse(results, design.sizes[0], design.limits, design.octaves, design.chance)
+    grid = analyse(results_of(record), design.sizes[0], design.limits, design.octaves, design.chance)
     spent = grid_cost(record, design)
     walked = [walk(replace(design, budget=spent), grid, number) for number in range(replays)]
     names = design.parameterizations

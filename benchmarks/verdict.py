@@ -148,6 +148,23 @@ def coverage(shape: str, seeds: int, noise: float, studies: int) -> dict[str, st
     }
 
 
+def condense(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """Of rows that differ in their seeds one: the range of each number."""
+    grouped: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for row in rows:
+        grouped.setdefault((row["shape"], row["noise"]), []).append(row)
+
+    def span(of: list[dict[str, str]], key: str) -> str:
+        found = sorted({row[key] for row in of}, key=float)
+        return " to ".join(dict.fromkeys((found[0], found[-1])))
+
+    return [
+        {"shape": shape, "noise": noise}
+        | {key: span(of, key) for key in of[0] if key not in ("shape", "noise", "seeds")}
+        for (shape, noise), of in grouped.items()
+    ]
+
+
 def verdicts(drift: float, seeds: int, noise: float, studies: int) -> dict[str, str]:
     """One row: verdicts on studies whose deepest size drifts, with the rounds of seeds that a study adds."""
     generator, counted = np.random.default_rng(seeds), []
@@ -193,13 +210,15 @@ def main() -> None:
     parser.add_argument("--noises", nargs="*", type=float, default=(0.005, 0.02, 0.04))
     parser.add_argument("--drifts", nargs="*", type=float, default=(0.0, 0.3, 0.65, 1.2))
     parser.add_argument("--widths", type=Path, help="folder of records: their widths alone")
+    parser.add_argument("--condense", action="store_true", help="one row for all numbers of seeds")
     asked = parser.parse_args()
     if asked.widths:
         print("\n".join(markdown_table([published_widths(asked.widths)])))
         return
     cells = [(shape, seeds, noise) for shape in asked.shapes for seeds in asked.seeds for noise in asked.noises]
     rows = [coverage(*cell, asked.studies) for cell in cells]
-    print("\n".join(markdown_table(rows)), "\n", flush=True)
+    shown = condense(rows) if asked.condense else rows
+    print("\n".join(markdown_table(shown)), "\n", flush=True)
     settings = [(drift, seeds, noise) for drift in asked.drifts for seeds in asked.seeds for noise in asked.noises]
     print("\n".join(markdown_table([verdicts(*each, asked.studies) for each in settings])))
 

@@ -353,6 +353,19 @@ def test_a_regret_far_from_the_optimum_is_that_of_the_runs_there() -> None:
     assert deep.regret_interval[0] > 3
 
 
+def test_a_regret_far_from_the_optimum_is_as_unsure_as_the_number_of_runs_there_says() -> None:
+    """Seeds that ran elsewhere do not count."""
+    noisy = valley(-8.0, noise=0.05)
+    near, far = runs(DEEP, noisy, seeds=8, grid=(-9.5, -9.0, -8.0, -7.0, -6.5)), tuple(range(-6, 1))
+    widths = []
+    for seeds in (2, 8):
+        deep = compare(runs(BASE, valley(-2.0)), [*near, *runs(DEEP, noisy, seeds=seeds, grid=far)], carried=-1.0)[1]
+        assert deep.regret_interval
+        low, high = deep.regret_interval
+        widths.append(math.log1p(high) - math.log1p(low))
+    assert widths[0] > 1.4 * widths[1]
+
+
 def test_runs_that_fail_at_the_carried_value_make_the_regret_infinite() -> None:
     for end in (GUESS, math.inf):
         deep = compare(runs(BASE, valley(-3.0)), runs(DEEP, failing(valley(-4.0), -4.0, end)))[1]

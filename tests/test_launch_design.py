@@ -277,12 +277,18 @@ def test_a_size_whose_runs_all_fail_does_not_take_the_value_and_ends_the_search(
     assert "settled" in rounds[-1].reason
 
 
-def test_two_minima_end_with_a_verdict_or_a_reason() -> None:
-    def loss(size: Size, x: float, seed: int) -> float:
-        return min(valley(-7.0, -7.0, -7.0, curvature=0.2)(size, x, seed), STAYS(size, x, seed))
-
-    rounds, _ = walk(loss)
-    assert rounds[-1].reason
+def test_a_second_valley_in_which_no_larger_size_was_run_is_said_with_what_to_run() -> None:
+    left, right = valley(-8.0, -8.0, -8.0, curvature=0.1), valley(-2.0, -2.0, -2.0, curvature=0.1)
+    two: Loss = lambda size, x, seed: min(left(size, x, seed), 1.02 * right(size, x, seed))  # noqa: E731
+    (judgement,) = DESIGN.analyse(walk(two)[1]).judgements
+    assert "a second valley at 0." in judgement.reason
+    assert "study.design=grid" in judgement.reason
+    for loss in STUDIES.values():
+        assert "valley" not in DESIGN.analyse(walk(loss)[1]).judgements[0].reason
+    everywhere = [
+        Result("p", size, 2.0**x, seed, two(size, x, seed)) for size in SIZES for x in range(-9, 0) for seed in (0, 1)
+    ]
+    assert "valley" not in DESIGN.analyse(everywhere).judgements[0].reason
 
 
 def test_one_seed_is_a_beginning_and_further_ones_count_on() -> None:

@@ -2,12 +2,21 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from depthmup.launch.findings.analysis import Result
-from depthmup.launch.findings.verdict import Analysis, Judgement, Limits, analyse, describe_rule, seeds_wanted
+from depthmup.launch.findings.verdict import (
+    Analysis,
+    Judgement,
+    Limits,
+    analyse,
+    describe_rule,
+    judge_size,
+    seeds_wanted,
+)
 from depthmup.launch.wording import show_cost, show_interval, show_seeds, show_share, show_shares
 from test_launch_analysis import BASE, DEEP, GUESS, WIDE, failing, runs, valley
 
@@ -45,6 +54,14 @@ def test_a_loss_between_the_limits_costs_and_a_larger_one_does_not_transfer() ->
     lost = judge(runs(BASE, valley(-4.0)), runs(DEEP, valley(-6.0)))
     assert lost.verdict == "does not transfer"
     assert "drift -2.0" in lost.reason
+
+
+def test_an_open_cost_of_which_nine_tenths_lie_below_the_limit_is_said_with_the_bound_that_decides() -> None:
+    comparison = study_of(runs(BASE, valley(-4.0)), runs(DEEP, valley(-4.0))).comparisons[1]
+    open_one = judge_size(replace(comparison, regret_interval=(0.0, 0.004), regret_bound=0.0061), LIMITS)
+    assert open_one.verdict == "inconclusive"
+    assert "0 to 0.4 % only" in open_one.reason
+    assert "below 0.61 % with a probability of 95%" in open_one.reason
 
 
 def test_the_limits_move_the_answer() -> None:
@@ -292,6 +309,25 @@ def test_a_study_that_says_little_gives_a_sentence_and_no_warning(what: str) -> 
     if what in LITTLE:
         assert judgement.verdict == "inconclusive" or what == "one seed"
     seeds_wanted(found)
+
+
+SAID = {
+    "one seed": "run a second seed",
+    "one value": "three or more show where its best lies",
+    "two values": "2 values about its best can be compared, and three are needed",
+    "one size": "no other size than the base",
+    "all diverged": "all 33 runs diverge; smaller values are needed",
+    "all dead": "all 33 runs learn nothing; more samples, or other values, are needed",
+    "metrics that are no numbers": "all 33 runs diverge",
+    "a size without a number": "all 33 runs diverge",
+    "a size with one value": "one value about its best can be compared",
+    "a run that is no number": "1 of 3 runs fails there",
+}
+
+
+@pytest.mark.parametrize("what", SAID)
+def test_a_study_that_says_little_says_why_and_what_is_needed(what: str) -> None:
+    assert SAID[what] in study_of((LITTLE | MUCH)[what]).judgements[0].reason
 
 
 def test_seeds_that_follow_each_other_are_said_by_the_first_and_the_last() -> None:

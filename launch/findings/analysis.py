@@ -236,7 +236,8 @@ def log_regrets(curve: Curve, x: float) -> np.ndarray | None:
     mean = np.interp(x, curve.x, average_seeds(logs))
     if not np.isfinite(mean):
         return None
-    noise = seed_noise(np.where(np.isinf(logs), math.nan, logs)) / math.sqrt(len(logs))
+    ran = int(np.isfinite(logs[:, curve.at(x)]).sum())
+    noise = seed_noise(np.where(np.isinf(logs), math.nan, logs)) / math.sqrt(max(ran, 1))
     errors = noise * np.random.default_rng(0).standard_normal(len(curve.posterior.lowest))
     return np.clip(mean + errors - curve.posterior.lowest, 0.0, most)
 

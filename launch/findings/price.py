@@ -13,7 +13,7 @@ from depthmup.launch.findings.precision import SURENESS, Aim, Run, curvature_of,
 from depthmup.launch.findings.verdict import Analysis, judge_size
 
 SPREADS = (0.5, 1.0, 1.5)  # octaves of new values about the carried one
-DEAREST = 1.5  # shares of the budget, one for each parameterization, that a settled verdict may be expected to cost
+DEAREST = 1.0  # shares of the budget, one for each parameterization, that a settled verdict may be expected to cost
 SPENDINGS = tuple(2.0**-halvings for halvings in range(5))  # of what is left, of which the best price is the verdict's
 PROBABLE = 0.5  # that one size says that the value costs: the others need not be settled then
 MOST_AHEAD = 60  # runs of one size that are looked ahead

@@ -165,7 +165,8 @@ class Proposal:
         if base.optimum.x is None:
             return "nothing is learned at the base: more samples, or another range of values, would be needed"
         if base.optimum.censored:
-            return f"the base's optimum lies beyond the {base.optimum.censored} end of what may be searched"
+            side = base.optimum.censored
+            return f"the base's optimum lies beyond the {side} end of what may be searched: move study.values"
         comparisons = [each for each in self.analysis.comparisons if each.curve.parameterization == self.name]
         carried = comparisons[0].carried
         assert carried is not None

@@ -8,9 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
+
 from depthmup.launch.config import Size
 from depthmup.launch.findings.analysis import Carry, Comparison, Curve, Result, analyse_sizes, carry_optimum
-from depthmup.launch.findings.failures import TOLERATED, Failures
+from depthmup.launch.findings.curve_model import AS_GOOD, REACH_LOSS, fitted_values
+from depthmup.launch.findings.failures import ERRORS, TOLERATED, Failures, seed_noise
 from depthmup.launch.findings.intervals import CONFIDENCE
 from depthmup.launch.wording import show_drift, show_interval, show_share, show_shares
 
@@ -72,9 +75,32 @@ def describe_rule(limits: Limits) -> str:
 
 def without_optimum(curve: Curve) -> str:
     if math.isinf(curve.optimum.metric):
-        return f"every value fails at {curve.size}"
+        diverged, runs = int(np.isinf(curve.metric).sum()), int((~np.isnan(curve.metric)).sum())
+        how = f"{diverged} of {runs} runs diverge, the others learn nothing"
+        if diverged in (0, runs):
+            how = f"all {runs} runs {'diverge' if diverged else 'learn nothing'}"
+        return f"every value fails at {curve.size}: {how}"
     best = f"the best loss, {curve.optimum.metric:.3g}"
     return f"nothing is learned at {curve.size}: {best}, is within noise of that of a guess"
+
+
+def name_way_out(curve: Curve) -> str:
+    """What would train where no value does."""
+    if np.isinf(curve.metric[~np.isnan(curve.metric)]).all():
+        return "smaller values are needed"
+    return "more samples, or other values, are needed"
+
+
+def say_unknown(comparison: Comparison) -> str:
+    """Why a size has no regret although runs train at the carried value."""
+    curve = comparison.curve
+    count = len(fitted_values(curve.x, np.log(curve.mean)))
+    if count < 3:
+        train = "one value" if count == 1 else f"{count} values"
+        return f"{train} about its best can be compared, and three are needed"
+    if curve.posterior is None:
+        return "nothing tells the noise of a run: two seeds are needed"
+    return "runs fail beside the carried value"
 
 
 def say_failures(failures: Failures) -> str:
@@ -113,7 +139,7 @@ def judge_regret(comparison: Comparison, limits: Limits) -> Finding:
     if comparison.regret_interval is None:
         return Finding(
             "inconclusive",
-            f"the regret at {size} is unknown: fewer than three values about its best train, or no value has two seeds",
+            f"the regret at {size} is unknown: {say_unknown(comparison)}",
             seeds_help=curve.num_seeds == 1,
         )
     low, high = comparison.regret_interval
@@ -127,9 +153,10 @@ def judge_regret(comparison: Comparison, limits: Limits) -> Finding:
         return Finding("transfers", f"at most {show_share(comparison.regret_bound)} at {size}, {drift}")
     if low > limits.transfer and high <= limits.cost:
         return Finding("costs", f"costs {cost}, {drift}")
-    return Finding(
-        "inconclusive", f"the cost is known to {show_shares((low, high))} only at {size}", True, high <= limits.cost
-    )
+    known = f"the cost is known to {show_shares((low, high))} only at {size}"
+    if high <= limits.transfer:  # nine tenths lie below the limit, and what decides is `regret_bound`
+        known += f", and below {100 * comparison.regret_bound:.2f} % with a probability of {SURE:.0%}"
+    return Finding("inconclusive", known, True, high <= limits.cost)
 
 
 def is_plateau(base: Curve, comparisons: Sequence[Comparison], limits: Limits) -> bool:
@@ -147,11 +174,11 @@ def judge(base: Curve, comparisons: Sequence[Comparison], limits: Limits) -> Jud
     """The verdict on one parameterization, from all sizes beside the base."""
     name = base.parameterization
     if base.optimum.x is None:
-        return Judgement(name, "inconclusive", f"the base: {without_optimum(base)}")
+        return Judgement(name, "inconclusive", f"the base: {without_optimum(base)}; {name_way_out(base)}")
     if not comparisons:
         return Judgement(name, "inconclusive", "no other size than the base has runs")
     if len(base.values) == 1:
-        return Judgement(name, "inconclusive", "the study has one value only")
+        return Judgement(name, "inconclusive", "the study has one value only: three or more show where its best lies")
     findings = [(comparison, judge_size(comparison, limits)) for comparison in comparisons]
 
     def reasons(verdict: Verdict) -> list[str]:
@@ -174,6 +201,39 @@ def judge(base: Curve, comparisons: Sequence[Comparison], limits: Limits) -> Jud
         return Judgement(name, "not identified", f"every value between {around} octaves is as good at every size")
     worst = max(comparisons, key=lambda comparison: comparison.regret_bound)
     return Judgement(name, "transfers", judge_size(worst, limits).reason)
+
+
+def find_other_valley(curve: Curve) -> int | None:
+    """Index of the best value that may be of a second valley: behind a ridge higher than both by more than noise, and
+    no worse than what a fit reaches, as it need not lie at the bottom."""
+    logs = np.log(curve.mean)
+    trained = [int(index) for index in np.flatnonzero(np.isfinite(logs))]
+    best = min(trained, key=lambda index: logs[index])
+    beyond = ERRORS * seed_noise(np.where(np.isinf(curve.usable), math.nan, np.log(curve.usable)))
+    found = [
+        index
+        for index in trained
+        if logs[index] - logs[best] < REACH_LOSS
+        and max(logs[i] for i in trained if min(index, best) <= i <= max(index, best)) - logs[index] > beyond + AS_GOOD
+    ]
+    return min(found, key=lambda index: logs[index], default=None)
+
+
+def note_oddities(judgement: Judgement, base: Curve, others: Sequence[Curve]) -> Judgement:
+    """What the reason must say beside: noise that one seed cannot tell; a second valley, in which no size was run."""
+    notes = [judgement.reason]
+    if all(curve.num_seeds == 1 for curve in (base, *others)) and base.posterior is not None:
+        notes.append(
+            "with one seed a value, noise is known from the runs' scatter about parabolas alone: run a second seed"
+        )
+    other = find_other_valley(base) if base.optimum.x is not None else None
+    if other is not None and any(np.abs(curve.x - base.x[other]).min() > 1 for curve in others):
+        share = float(base.mean[other]) / base.optimum.metric - 1
+        notes.append(
+            f"the base has a second valley at {base.values[other]:.3g} ({show_share(share)} above its lowest), in "
+            "which a larger size has no run and may be better: study.design=grid runs all values"
+        )
+    return replace(judgement, reason="; ".join(notes))
 
 
 def compare_with_control(judgements: Sequence[Judgement]) -> list[Judgement]:
@@ -204,7 +264,7 @@ def analyse(
     judgements = []
     for base in (comparison.curve for comparison in comparisons if comparison.curve.size == base_size):
         own = [c for c in comparisons if c.curve.parameterization == base.parameterization and c.curve is not base]
-        judgements.append(judge(base, own, limits))
+        judgements.append(note_oddities(judge(base, own, limits), base, [each.curve for each in own]))
     return Analysis(curves, comparisons, compare_with_control(judgements))
 
 

@@ -4,6 +4,7 @@ python -m depthmup.launch.report.recompute docs/results
 python -m depthmup.launch.report.results docs/results/*.json > docs/RESULTS.md
 """
 
+import math
 import sys
 import tempfile
 from collections import defaultdict
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from depthmup.launch.config import Size
+from depthmup.launch.findings.analysis import Result
 from depthmup.launch.reading import read_raw, read_study
 from depthmup.launch.report.collect import collect
 from depthmup.launch.report.page import publish, write_report
@@ -85,6 +87,16 @@ def restore(record: dict[str, Any], config: Path, folder: Path) -> Study:
             run.directory.path.mkdir(parents=True, exist_ok=True)
             run.directory.write_done(outcome | {"seconds": seconds})
     return study
+
+
+def results_of(record: dict[str, Any]) -> list[Result]:
+    """The runs of a record; infinite where one diverged."""
+    return [
+        Result(
+            p["parameterization"], Size.of(p), p["value"], p["seed"], math.inf if p["metric"] is None else p["metric"]
+        )
+        for p in record["points"]
+    ]
 
 
 def find_configs() -> dict[str, Path]:
