@@ -239,7 +239,7 @@ class Choice:
 # (kind of network, optimizer): a kind without a study has no row, and is refused
 AUTO: dict[tuple[str, str], Choice] = {
     ("conv_resnet with no norm and 1 layer a branch", "sgd"): Choice("depth_mup", True, ("paper_rules_resnet",)),
-    ("conv_resnet with no norm and 2 layers a branch", "sgd"): Choice("depth_mup", False, ("paper_conv_resnet_k2",)),
+    ("conv_resnet with no norm and 2 layers a branch", "sgd"): Choice("completep", True, ("paper_rules_resnet_k2",)),
     ("vit", "adamw"): Choice("completep", False, ("paper_vit",)),
 }
 

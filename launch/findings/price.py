@@ -109,5 +109,5 @@ class Outlook:
 
 
 def show_price(price: float) -> str:
-    """'3.2 times', 'over 100 times'"""
-    return "over 100 times" if price > 100 else f"{price:.2g} times"
+    """'3.2 times', '1.04 times', 'over 100 times'"""
+    return "over 100 times" if price > 100 else f"{price:.3g} times"
