@@ -1,6 +1,6 @@
 """FLOPs until settled verdicts: the sequential design against the grid, on the runs of published studies.
 
-python -m benchmarks.replay docs/results/paper_{conv_resnet,vit,digits_beta}.json
+python -m benchmarks.replay docs/results/paper_{conv_resnet,target,vit}.json      # the table of docs/verdict.md
 
 The grid is what was run, its rounds of seeds included. The design asks for runs at values between those of the grid and
 with seeds that the grid lacks, so a run is drawn from the grid's: the curve's mean at the value, by a monotone cubic
@@ -66,6 +66,7 @@ def grid_cost(record: dict[str, Any], design: Design) -> float:
 
 def walk(design: Design, grid: Analysis, number: int) -> tuple[Analysis, float, int]:
     """(analysis, FLOPs, rounds) of one replay."""
+    design = replace(design, octaves=math.log2)  # values are 2^octaves here, whatever is swept
     generator = np.random.default_rng(number)
     sources = {(curve.parameterization, curve.size): Replay(curve, generator) for curve in grid.curves}
     results, asked, rounds = list[Result](), list[Point](), 0
