@@ -380,6 +380,15 @@ def test_where_nothing_learns_no_value_is_called_best(tune_file: Callable[..., P
         walk(file)
 
 
+def test_of_many_guesses_the_one_that_is_best_by_noise_is_no_winner(tune_file: Callable[..., Path]) -> None:
+    search = open_search(file := tune_file(trials=4))
+    search.plan_next_batch()
+    for number, run in enumerate(search.pending()):
+        finish(run, search.chance * (1 - 0.003 * number))
+    with pytest.raises(UserError, match=r"none of 4 suggestions learned anything \(4 finished\): move tune.space"):
+        open_search(file).plan_next_batch()
+
+
 def test_where_all_are_ended_early_the_line_says_so_and_how_to_go_on(tune_file: Callable[..., Path]) -> None:
     file = tune_file(trials=4)
     search = open_search(file)

@@ -5,6 +5,7 @@ import os
 import socket
 import time
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from depthmup.data.files import write_atomically
@@ -73,9 +74,14 @@ def begin_attempt(directory: RunDirectory, lacks_gpu: bool = False) -> None:
     note_attempt(
         directory, "started", step=step, age=process_age(), **place, **({"lacks_gpu": True} if lacks_gpu else {})
     )
+    write_atomically(directory.path / "code.json", describe_own_code().encode())
+
+
+@cache
+def describe_own_code() -> str:
+    """What this process has imported, in JSON: what it would find later may have been edited since."""
     code = PACKAGE.parent / COPY_DESCRIPTION
-    content = code.read_text() if code.exists() else json.dumps(describe_code(), indent=1)
-    write_atomically(directory.path / "code.json", content.encode())
+    return code.read_text() if code.exists() else json.dumps(describe_code(), indent=1)
 
 
 def job_name() -> str | None:

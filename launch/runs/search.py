@@ -294,7 +294,8 @@ class Search(JointStudy):
 
         finished = journal.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         count = len(self.trials())
-        learned = [trial for trial in finished if trial.value is not None and trial.value < self.chance]
+        guess = self.examples[0].hopeless_loss  # with its noise: of many losses of guesses some lie below chance
+        learned = [trial for trial in finished if trial.value is not None and trial.value < guess]
         if not learned:
             pruned = len(journal.get_trials(deepcopy=False, states=(TrialState.PRUNED,)))
             mend = "move tune.space, or give the runs more train.samples"
