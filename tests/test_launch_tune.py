@@ -384,7 +384,7 @@ def test_of_many_guesses_the_one_that_is_best_by_noise_is_no_winner(tune_file: C
     search = open_search(file := tune_file(trials=4))
     search.plan_next_batch()
     for number, run in enumerate(search.pending()):
-        finish(run, search.chance * (1 - 0.003 * number))
+        finish(run, search.chance * (1 - 0.0009 * number))
     with pytest.raises(UserError, match=r"none of 4 suggestions learned anything \(4 finished\): move tune.space"):
         open_search(file).plan_next_batch()
 

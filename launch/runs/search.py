@@ -19,6 +19,7 @@ from depthmup.data.errors import UserError
 from depthmup.data.files import write_atomically
 from depthmup.data.lock import flock
 from depthmup.launch.config import StudyFile
+from depthmup.launch.findings.failures import ERRORS, LEAST_SEED_NOISE
 from depthmup.launch.joint_config import TuneConfig
 from depthmup.launch.runs.cost import count_flops
 from depthmup.launch.runs.joint import JointStudy
@@ -294,7 +295,7 @@ class Search(JointStudy):
 
         finished = journal.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         count = len(self.trials())
-        guess = self.examples[0].hopeless_loss  # with its noise: of many losses of guesses some lie below chance
+        guess = self.chance * math.exp(-ERRORS * LEAST_SEED_NOISE)  # of many guesses some lie below chance by noise
         learned = [trial for trial in finished if trial.value is not None and trial.value < guess]
         if not learned:
             pruned = len(journal.get_trials(deepcopy=False, states=(TrialState.PRUNED,)))
