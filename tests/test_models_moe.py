@@ -260,6 +260,14 @@ def test_biases_balance_the_load_and_the_gate_sees_where_they_do_not() -> None:
     assert unbalanced(loads_after(rate=-0.02, steps=400)) is not None
 
 
+def test_a_step_takes_the_rate_times_the_load_above_the_active_share_off_an_experts_balance() -> None:
+    module = mixture(experts=4, active=2, rate=0.1)
+    module.balance.copy_(torch.tensor([9.0, 8.0, 0.0, 0.0]))
+    module(seeded(2, 5, 8))
+    balance_experts({"mlp": module})
+    torch.testing.assert_close(module.balance, torch.tensor([8.95, 7.95, 0.05, 0.05]))
+
+
 def test_the_balance_does_not_depend_on_how_a_batch_is_shared() -> None:
     whole, parts, x = mixture(), mixture(), seeded(4, 5, 8)
     whole(x)

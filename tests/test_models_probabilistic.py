@@ -85,6 +85,15 @@ def test_wider_networks_have_the_papers_factors_and_groups() -> None:
     assert build_meta(wide, SP).multipliers == {}
 
 
+def test_matrices_are_decayed_and_neither_places_nor_vectors() -> None:
+    scaled, config = build_meta(BASE, MUP), replace(ADAMW, weight_decay=0.1)
+    groups = parameter_groups(scaled.network, scaled.rules, scaled.scale, config)
+    decayed = {id(parameter) for group in groups if group["weight_decay"] for parameter in group["params"]}
+    names = {name for name, parameter in scaled.network.named_parameters() if id(parameter) in decayed}
+    factors = {f"factors.{name}.weight" for name in ("ternary_u", "ternary_v", "binary")}
+    assert names == {"unary.weight", "head.weight", *factors}
+
+
 def test_iterations_share_their_weights() -> None:
     sizes = [
         sum(parameter.numel() for parameter in build_meta(replace(BASE, depth=depth), MUP).network.parameters())
