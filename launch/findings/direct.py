@@ -37,12 +37,14 @@ class Direct:
 
     def __str__(self) -> str:
         lost = f"{self.transferred:.3g}" if math.isfinite(self.transferred) else "failed runs"
-        known = f", {show_shares(self.regret_interval)}" if self.regret_interval else ""
+        # a regret without an interval is that of the best of the runs, which says 0 where little was run
+        known = (
+            f" (regret {show_share(self.regret)}, {show_shares(self.regret_interval)})" if self.regret_interval else ""
+        )
         return (
             f"{self.parameterization}: the sweep at {self.base} cost {show_cost(self.cost_share, 'one run')} at "
             f"{self.target}, {show_cost(self.share_of_sweep, 'a sweep')} there; "
-            f"the value carried over gives {lost}, the target's own optimum {self.tuned:.3g}"
-            + (f" (regret {show_share(self.regret)}{known})" if math.isfinite(self.regret) else "")
+            f"the value carried over gives {lost}, the target's own optimum {self.tuned:.3g}" + known
         )
 
 

@@ -103,6 +103,10 @@ def say_unknown(comparison: Comparison) -> str:
     return "runs fail beside the carried value"
 
 
+def say_edge(curve: Curve) -> str:
+    return f"is on the {curve.optimum.censored} edge of the grid, and values beyond it are needed"
+
+
 def say_failures(failures: Failures) -> str:
     """'1 of 3 runs fails there (1.7 to 86 %)'"""
     fail = "runs fails" if failures.failed == 1 else "runs fail"
@@ -148,7 +152,7 @@ def judge_regret(comparison: Comparison, limits: Limits) -> Finding:
     if low > limits.cost:
         return Finding("does not transfer", f"costs {cost}, {drift}")
     if curve.optimum.censored:
-        return Finding("inconclusive", f"the optimum at {size} is on the {curve.optimum.censored} edge of the grid")
+        return Finding("inconclusive", f"the optimum at {size} {say_edge(curve)}")
     if comparison.regret_bound <= limits.transfer:
         return Finding("transfers", f"at most {show_share(comparison.regret_bound)} at {size}, {drift}")
     if low > limits.transfer and high <= limits.cost:
@@ -176,7 +180,7 @@ def judge(base: Curve, comparisons: Sequence[Comparison], limits: Limits) -> Jud
     if base.optimum.x is None:
         return Judgement(name, "inconclusive", f"the base: {without_optimum(base)}; {name_way_out(base)}")
     if not comparisons:
-        return Judgement(name, "inconclusive", "no other size than the base has runs")
+        return Judgement(name, "inconclusive", "no other size than the base has runs: study.sizes names them")
     if len(base.values) == 1:
         return Judgement(name, "inconclusive", "the study has one value only: three or more show where its best lies")
     findings = [(comparison, judge_size(comparison, limits)) for comparison in comparisons]
@@ -188,7 +192,7 @@ def judge(base: Curve, comparisons: Sequence[Comparison], limits: Limits) -> Jud
         return Judgement(name, "does not transfer", "; ".join(failed))
     doubtful = reasons("inconclusive")
     if base.optimum.censored:
-        doubtful.insert(0, f"the base's optimum is on the {base.optimum.censored} edge of the grid")
+        doubtful.insert(0, f"the base's optimum {say_edge(base)}")
     costs = reasons("costs")
     bounded = all(found.is_bounded for _, found in findings if found.verdict == "inconclusive")
     if costs and bounded and not base.optimum.censored:
