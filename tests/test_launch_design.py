@@ -16,6 +16,7 @@ from depthmup.launch.findings.analysis import Result
 from depthmup.launch.findings.design import expected_cost, next_round, say_reasons
 from depthmup.launch.findings.points import Design, Point, Round
 from depthmup.launch.findings.precision import Aim
+from depthmup.launch.findings.price import Outlook
 from depthmup.launch.findings.verdict import Limits
 from depthmup.launch.reading import read_study
 from depthmup.launch.report.collect import collect
@@ -220,6 +221,17 @@ def half_widths(results: list[Result]) -> list[float]:
     """Of the intervals of all drifts."""
     intervals = [each.interval for each in DESIGN.analyse(results).comparisons[1:]]
     return [(each[1] - each[0]) / 2 if each else math.inf for each in intervals]
+
+
+def test_of_several_parameterizations_none_may_cost_more_than_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A single one may be a little dearer: nobody else needs the budget."""
+    monkeypatch.setattr(Outlook, "find_price", lambda self, comparisons, carried: 1.2)
+    open_one = [run for wanted in walk(NOISY)[0][:4] for run in train(wanted, NOISY)]
+    assert verdict(open_one) == "inconclusive"
+    assert next_round(DESIGN, open_one).points
+    both = replace(DESIGN, parameterizations=("p", "q"))
+    shared = [*open_one, *(replace(run, parameterization="q") for run in open_one)]
+    assert "1.2 times its share" in next_round(both, shared).reason
 
 
 def test_a_study_may_go_on_until_its_drifts_are_known() -> None:

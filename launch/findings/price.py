@@ -13,7 +13,9 @@ from depthmup.launch.findings.precision import SURENESS, Aim, Run, curvature_of,
 from depthmup.launch.findings.verdict import Analysis, judge_size
 
 SPREADS = (0.5, 1.0, 1.5)  # octaves of new values about the carried one
-DEAREST = 1.0  # shares of the budget, one for each parameterization, that a settled verdict may be expected to cost
+# Shares of the budget, one for each parameterization, that a settled verdict may be expected to cost: those of several
+# must not add up to more than there is
+DEAREST, DEAREST_ALONE = 1.0, 1.5
 SPENDINGS = tuple(2.0**-halvings for halvings in range(5))  # of what is left, of which the best price is the verdict's
 PROBABLE = 0.5  # that one size says that the value costs: the others need not be settled then
 MOST_AHEAD = 60  # runs of one size that are looked ahead
@@ -27,6 +29,10 @@ class Outlook:
         open_ones = sum(each.verdict == "inconclusive" for each in analysis.judgements)
         self.share = left / max(open_ones, 1)  # of what is left, for each verdict that is open
         self.design, self.analysis, self.name = design, analysis, name
+
+    @property
+    def dearest(self) -> float:
+        return DEAREST if len(self.design.parameterizations) > 1 else DEAREST_ALONE
 
     def find_curve(self, size: Size) -> Curve | None:
         found = (each for each in self.analysis.curves if (each.parameterization, each.size) == (self.name, size))

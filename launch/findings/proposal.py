@@ -32,7 +32,7 @@ from depthmup.launch.findings.precision import (
     noise_of,
     slope_variance,
 )
-from depthmup.launch.findings.price import DEAREST, Outlook, show_price
+from depthmup.launch.findings.price import Outlook, show_price
 from depthmup.launch.findings.verdict import SURE, Analysis, judge_size
 
 SPARED = 0.9  # share of a wanted half-width at which runs are foreseen to be enough: the rest is for chance
@@ -188,7 +188,7 @@ class Proposal:
         if not wanted:
             return "no run that the design knows would settle it"
         wanted = self.outlook.choose_deciding(wanted, carried)
-        if (price := self.outlook.find_price(wanted, carried)) > DEAREST:
+        if (price := self.outlook.find_price(wanted, carried)) > self.outlook.dearest:
             return f"to settle it would cost {show_price(price)} its share of the budget"
         for comparison in wanted:
             curve = comparison.curve
