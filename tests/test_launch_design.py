@@ -226,12 +226,13 @@ def half_widths(results: list[Result]) -> list[float]:
 def test_of_several_parameterizations_none_may_cost_more_than_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
     """A single one may be a little dearer: nobody else needs the budget."""
     monkeypatch.setattr(Outlook, "find_price", lambda self, comparisons, carried: 1.2)
-    open_one = [run for wanted in walk(NOISY)[0][:4] for run in train(wanted, NOISY)]
-    assert verdict(open_one) == "inconclusive"
-    assert next_round(DESIGN, open_one).points
-    both = replace(DESIGN, parameterizations=("p", "q"))
-    shared = [*open_one, *(replace(run, parameterization="q") for run in open_one)]
-    assert "1.2 times its share" in next_round(both, shared).reason
+    loss, several = valley(-4.0, -4.3, -4.4, noise=0.03), replace(DESIGN, parameterizations=("p", "q"))
+    alone = walk(loss)[0]
+    assert any("known too roughly" in each.reason for each in alone)
+    assert alone[-1].reason.endswith("the budget is spent")
+    assert walk(loss, replace(several, budget=2 * GRID_COST))[0][-1].reason.startswith(
+        "p, q: to settle it would cost 1.2"
+    )
 
 
 def test_a_study_may_go_on_until_its_drifts_are_known() -> None:
