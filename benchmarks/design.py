@@ -1,6 +1,6 @@
 """FLOPs until a verdict is settled: the sequential design against the grid, on simulated studies, seeds fixed.
 
-python -m benchmarks.design                    # the table of docs/verdict.md: about an hour on one core
+python -m benchmarks.design                    # the table of docs/verdict.md: minutes on one core
 python -m benchmarks.design --studies 5        # a look
 
 Studies and shapes are those of benchmarks.verdict; a run costs as much as its network is deep. The grid has whole

@@ -1,6 +1,6 @@
 """Which constants decide verdicts? The published records analysed anew with each constant halved, and doubled.
 
-python -m benchmarks.sensitivity docs/results/*.json      # the table of docs/verdict.md: half an hour on one core
+python -m benchmarks.sensitivity docs/results/*.json      # the table of docs/verdict.md: a minute of one core
 
 Nothing is trained, and no run is asked for: the same runs are judged by another rule. "Contradict": one settled verdict
 in place of another; where the others change, one of the two is inconclusive. A share of certainty is halved and doubled

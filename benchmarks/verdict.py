@@ -1,6 +1,6 @@
 """How often do a report's intervals hold the truth, and how often is a verdict wrong? Simulated studies, seeds fixed.
 
-python -m benchmarks.verdict                                       # the tables of docs/verdict.md: hours on one core
+python -m benchmarks.verdict                                       # the tables of docs/verdict.md: minutes on one core
 python -m benchmarks.verdict --studies 20 --shapes one skewed      # a look
 python -m benchmarks.verdict --widths docs/results                 # widths of intervals of the published studies
 
