@@ -10,7 +10,7 @@ median of random search's lowest after a third, two thirds and all of its runs: 
 or in vain, over the number that got there, of both kinds (the expected running time of 2010 black-box benchmarks, by
 Hansen et al.); the 90 % interval is of a bootstrap over seeds.
 
-    python benchmarks/tune.py --train [--trials 24] [--seeds 21] [--first-seed 0] [--traces FILE]
+    python benchmarks/tune.py --train [--trials 24] [--seeds 21] [--first-seed 0] [--batch 8] [--traces FILE]
     python benchmarks/tune.py --read FILE...          # the last figures again, of what --traces wrote
 """
 
@@ -137,11 +137,11 @@ def train_one_by_one(folder: Path, trials: int, seed: int) -> tuple[list[Reached
     return reached, trained
 
 
-def train_search(folder: Path, trials: int, seed: int) -> tuple[list[Reached], list[dict[str, Any]]]:
+def train_search(folder: Path, trials: int, seed: int, batch: int) -> tuple[list[Reached], list[dict[str, Any]]]:
     """The search, with as many FLOPs for its suggestions: where it stood after each batch, and its suggestions."""
     probe = open_search(folder, f"probe-{seed}")
     budget = trials * probe.flops + probe.rerun_flops
-    search = open_search(folder, f"search-{seed}", flops=budget, seed=seed, prune=[0.25, 0.5])
+    search = open_search(folder, f"search-{seed}", flops=budget, seed=seed, batch=batch, prune=[0.25, 0.5])
     started, reached = time.process_time(), list[Reached]()
     while search.plan_next_batch()[0] and not search.winners():
         launch(search)
@@ -197,7 +197,7 @@ def print_expected(walks: Walks) -> None:
     print(f"CPU seconds of a run's FLOPs: {of_search:.2f} / {of_alone:.2f} = {of_search / of_alone:.2f}")
 
 
-def compare(trials: int, seeds: range, traces: Path | None) -> None:
+def compare(trials: int, seeds: range, batch: int, traces: Path | None) -> None:
     """Prints a line a seed, and the expected times; writes what every seed saw to the file `traces`, a line each."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     torch.set_num_threads(1)
@@ -208,7 +208,7 @@ def compare(trials: int, seeds: range, traces: Path | None) -> None:
         pack("sklearn:digits", Path(folder) / "shards", validation_share=0.2)
         for seed in seeds:
             alone, ran = train_one_by_one(Path(folder), trials, seed)
-            searched, tried = train_search(Path(folder), trials, seed)
+            searched, tried = train_search(Path(folder), trials, seed, batch)
             walks.append((alone, searched))
             if traces:
                 seen = {"seed": seed, "alone": list(map(asdict, alone)), "search": list(map(asdict, searched))}
@@ -241,6 +241,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--train", action="store_true")
     parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--traces", type=Path)
     parser.add_argument("--read", type=Path, nargs="+")
     arguments = parser.parse_args()
@@ -249,7 +250,7 @@ def main() -> None:
         return
     if arguments.train:
         seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
-        compare(min(arguments.trials, 32), seeds, arguments.traces)
+        compare(min(arguments.trials, 32), seeds, arguments.batch, arguments.traces)
         return
     marks = [count for count in (16, 32, 64, 128, 256, 512, 1024, 2048) if count <= arguments.trials]
     print("sampler  seconds a run  of the CPU  true loss above the best possible, after " + ", ".join(map(str, marks)))

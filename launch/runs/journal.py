@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from optuna.storages import JournalStorage
     from optuna.trial import FrozenTrial
 
-STARTUP = 8  # suggestions before TPE's model: evenly spread over the space
+LEAST_STARTUP, MOST_STARTUP = 4, 8  # suggestions before TPE's model: evenly spread over the space
 NAME, SPACE = "search", "space"  # of Optuna's study, and the key under which it keeps what it belongs to
 
 
@@ -26,6 +26,7 @@ class Journal:
 
     def __init__(self, path: Path, belongs: dict[str, Any], settings: TuneConfig) -> None:
         self.path, self.belongs, self.settings = path, belongs, settings
+        self.startup = min(max(settings.batch, LEAST_STARTUP), MOST_STARTUP)
 
     @cached_property
     def _storage(self) -> "JournalStorage":
@@ -102,7 +103,7 @@ class Journal:
         from optuna.samplers import RandomSampler, TPESampler
 
         seed, space = self.settings.seed * 1_000_003 + number, self._distributions
-        if self.settings.sampler == "random" or number < STARTUP:
+        if self.settings.sampler == "random" or number < self.startup:
             return RandomSampler(seed=seed)
 
         class Sampler(TPESampler):
@@ -121,7 +122,7 @@ class Journal:
         from scipy.stats import qmc
 
         space = dict(sorted(self.settings.space.items()))
-        points = qmc.Sobol(len(space), seed=self.settings.seed).random(STARTUP).tolist()
+        points = qmc.Sobol(len(space), seed=self.settings.seed).random(self.startup).tolist()
         return [{key: value_at(space[key], at) for key, at in zip(space, point, strict=True)} for point in points]
 
     @cached_property
@@ -154,7 +155,7 @@ class Journal:
         for number in range(known, known + count):
             if number == 0 and first:
                 self._copy.enqueue_trial(first)
-            elif number < STARTUP and self.settings.sampler != "random":
+            elif number < self.startup and self.settings.sampler != "random":
                 self._copy.enqueue_trial(self._spread[number])
             self._copy.sampler = self._sampler(number)
             params = self._copy.ask(self._distributions).params
