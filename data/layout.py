@@ -122,7 +122,27 @@ def describe_alike(folders: Collection[Folder]) -> str | None:
     )
 
 
-def place(
+def leave_out_hidden(found: Sequence[SourceImage], left_out: Counter[str]) -> list[tuple[SourceImage, PurePosixPath]]:
+    """The other images with their paths; counts what is hidden."""
+    visible = []
+    for image in found:
+        path = PurePosixPath(image.path)
+        if hidden := next((name for name in path.parts if is_hidden(name)), None):
+            left_out["hidden files" if hidden == path.name else f"in the hidden folder {hidden}"] += 1
+        else:
+            visible.append((image, path))
+    return visible
+
+
+def describe_unused(splits: Mapping[str, str | None], validation: Mapping[str, str]) -> str:
+    """Why a folder of splits is not used."""
+    if validation:
+        return "where the listed images are the validation split"
+    named = next((name for name, split in splits.items() if split == "val"), None)
+    return f"where {named} is the validation split" if named else "which --train does not name"
+
+
+def place_images(
     found: Sequence[SourceImage],
     validation: Mapping[str, str],
     left_out: Counter[str],
@@ -136,13 +156,7 @@ def place(
     `val`: patterns of the splits' folders. 'train/dog/puppies/1.jpg' is a dog of the split train, as is
     'dog/train/1.jpg' where all classes have their splits in them; 'dog/1.jpg' is one of no split.
     """
-    visible = []
-    for image in found:
-        path = PurePosixPath(image.path)
-        if hidden := next((name for name in path.parts if is_hidden(name)), None):
-            left_out["hidden files" if hidden == path.name else f"in the hidden folder {hidden}"] += 1
-        else:
-            visible.append((image, path))
+    visible = leave_out_hidden(found, left_out)
     folders = {path.parts[:-1] for _, path in visible}
     root = find_root(folders)
     folders = {folder[root:] for folder in folders}
@@ -153,12 +167,6 @@ def place(
     if train or val:
         splits = stated_splits({folder[0] for folder in folders if folder}, train, val)
     depth = {top: class_depth(top, [f[1:] for f in folders if f[:1] == (top,)]) for top in splits}
-    if validation:
-        chosen = "where the listed images are the validation split"
-    elif named := next((name for name, split in splits.items() if split == "val"), None):
-        chosen = f"where {named} is the validation split"
-    else:
-        chosen = "which --train does not name"
     placed = []
     for image, path in visible:
         inside = swap(path.parts[root:-1]) if by_class else path.parts[root:-1]
@@ -171,7 +179,7 @@ def place(
         elif inside[0] not in splits:
             left_out[f"in {inside[0]}, beside the folders of the splits ({', '.join(splits)})"] += 1
         elif not (split := splits[inside[0]]):
-            left_out[f"in {inside[0]}, {chosen}"] += 1
+            left_out[f"in {inside[0]}, {describe_unused(splits, validation)}"] += 1
         elif len(inside) < 2 + depth[inside[0]]:
             left_out[f"in {inside[0]}, but in no class folder (--validation-list names the class of such images)"] += 1
         else:

@@ -21,7 +21,7 @@ from depthmup.data.errors import UserError
 from depthmup.data.files import describe_full_disk, naming
 from depthmup.data.find import find_shards, tars_of_folder
 from depthmup.data.index import INDEX_NAME, NO_LABEL, Index, counted
-from depthmup.data.layout import SourceImage, place
+from depthmup.data.layout import SourceImage, place_images
 from depthmup.data.scan import parallel_map
 from depthmup.data.tar_samples import (
     IMAGE_EXTENSIONS,
@@ -235,7 +235,7 @@ def open_source(
     if validation_list:
         listed = read_list(validation_list, "'IMAGE CLASS'")
         validation = {name: rest.split()[0] for name, rest in listed.items()}
-    images, notes = place(found, validation, left_out, train, val)
+    images, notes = place_images(found, validation, left_out, train, val)
     opened = Source(images, left_out, {name: name for name in sorted({image.class_name for image in images})}, notes)
     if not opened.images:
         raise UserError(

@@ -14,9 +14,11 @@ from depthmup.data.paths import expand_path
 from depthmup.models.checked import describe_error, without_echoes
 from depthmup.models.config import AnyModelConfig
 from depthmup.train.config import RunConfig
+from depthmup.train.rundir import unreadable
 from depthmup.train.yaml_text import dump_yaml, load_yaml
 
 Config = TypeVar("Config")
+Missing = TypeVar("Missing")
 
 
 STUDY_SECTIONS = ("study", "tune", "verify", "launch")  # without them a file is the configuration of one run
@@ -155,6 +157,17 @@ def with_code(raw: dict[str, Any], source: str) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise UserError(f"{source}: model.builder: {file}: not text in UTF-8") from None
     return {**raw, "model": {**model, "builder": function, "code": code}}
+
+
+def read_json(kind: type[Config], file: Path, missing: Missing) -> Config | Missing:
+    """What `file` holds, as a `kind`; `missing` where there is no file. Raises UserError for one of another shape."""
+    try:
+        found: Config = make_adapter(kind).validate_json(file.read_bytes())
+    except FileNotFoundError:
+        return missing
+    except ValidationError:
+        raise unreadable(file) from None
+    return found
 
 
 def from_plain(cls: type[Config], raw: dict[str, Any], source: str) -> Config:

@@ -24,7 +24,7 @@ from depthmup.launch.report.collect import collect
 from depthmup.launch.report.converge import runs_along
 from depthmup.launch.report.place import open_results
 from depthmup.launch.report.record import dump
-from depthmup.launch.report.tables import print_table, say
+from depthmup.launch.report.tables import print_sentence, print_table
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.study import Study
 from depthmup.models.build import ScaledModel, build, find_slots
@@ -191,19 +191,19 @@ def show_exponents(study: Study, own: bool, out: Path | None, console: Console) 
             f"{left_out and f' (left out: {left_out})'}: add to study.sizes, or finish it with "
             f"{study.command('transfer')}"
         )
-    say(console, "Exponents of depth, of weights with the branch multiplier in them:")
+    print_sentence(console, "Exponents of depth, of weights with the branch multiplier in them:")
     rows = [each.row for each in found]
     for measure in MEASURES:
-        say(console, f"\n{measure}")
+        print_sentence(console, f"\n{measure}")
         kept = [{key: row[key] for key in ("rules", "tensor", "of")} | {"exponent": row[measure]} for row in rows]
         print_table(kept, ("rules", "tensor", "of"), console)
-    say(console, "")
+    print_sentence(console, "")
     for row in rows:
-        say(console, f"{row['rules']}, {row['tensor']}, {row['of']}: {row['regime']}")
+        print_sentence(console, f"{row['rules']}, {row['tensor']}, {row['of']}: {row['regime']}")
     for sentence in dict.fromkeys(
         f"{each.parameterization}: left out: {each.left_out}" for each in found if each.left_out
     ):
-        say(console, sentence)
+        print_sentence(console, sentence)
     record = {"study": study.file.study.name, "own_values": own, "growths": [each.record for each in found]}
     with open_results(study, out, "exponents") as root:
         paths = [root / name for name in FILES]

@@ -40,7 +40,7 @@ from depthmup.launch.report.limit_task import (
     solve_limit,
 )
 from depthmup.launch.report.record import bounds, dump, plain
-from depthmup.launch.report.tables import print_table, say
+from depthmup.launch.report.tables import print_sentence, print_table
 from depthmup.launch.runs.study import Study
 from depthmup.launch.runs.written import check_writable
 from depthmup.models.config import Size
@@ -320,21 +320,23 @@ def limit_command(study: Study, lr: float | None, console: Console) -> list[Path
     check_writable(study.file.directory)
     file.directory.mkdir(parents=True, exist_ok=True)
     kernels = kernel_rows(file)
-    say(console, "The tangent kernel of one input at the start, and the largest stable rate on the squared loss:")
+    print_sentence(
+        console, "The tangent kernel of one input at the start, and the largest stable rate on the squared loss:"
+    )
     print_table(kernels, ("parameterization",), console)
     found: list[Found] = []
     limits: dict[str, Limit] = {}
     for task in (gaussian_task(file.model.base_width), image_task(file)):
         own, limits[task.name] = run_task(file, limited, task, lr, console)
         found += own
-        say(console, f"\n{task.name}: distances of outputs to the limit, by width, relative (-: diverges)")
+        print_sentence(console, f"\n{task.name}: distances of outputs to the limit, by width, relative (-: diverges)")
         print_table(distance_rows(own), ("rules", "of"), console)
-        say(console, f"\n{task.name}: fitted exponents, with the next order")
+        print_sentence(console, f"\n{task.name}: fitted exponents, with the next order")
         print_table([each.row for each in own], ("rules", "of", "axis"), console)
     said = describe_verdicts(found)
-    say(console, "")
+    print_sentence(console, "")
     for sentence in said:
-        say(console, sentence)
+        print_sentence(console, sentence)
     paths = [file.directory / name for name in FILES]
     record = {"study": file.study.name, "kernels": kernels, "rates": [each.record for each in found], "verdict": said}
     write_atomically(paths[0], dump(record).encode())

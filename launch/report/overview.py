@@ -11,7 +11,7 @@ from rich.console import Console
 from depthmup.data.files import write_atomically
 from depthmup.launch.report.page import environment, inline
 from depthmup.launch.report.record import closed
-from depthmup.launch.report.tables import print_table, say
+from depthmup.launch.report.tables import print_sentence, print_table
 from depthmup.launch.wording import show_drift, show_interval, show_share, show_size
 
 
@@ -50,7 +50,7 @@ def print_overview(records: Sequence[Mapping[str, Any]], console: Console) -> No
     """The rows that a terminal has room for; the page has all."""
     table = overview(records)
     shown = ("study", "parameterization", "largest drift", "interval", "verdict")
-    say(console, "\nAll studies, with the size (width x depth) that drifted most:")
+    print_sentence(console, "\nAll studies, with the size (width x depth) that drifted most:")
     print_table([{column: row[column] for column in shown} for row in table], ("study", "parameterization"), console)
 
 

@@ -56,7 +56,7 @@ class Winner:
 
 
 @dataclass(frozen=True)
-class Dimension:
+class Hyperparameter:
     """What the search says of one hyperparameter. low, high: the range of the best suggestions' values, of a range."""
 
     key: str
@@ -77,7 +77,7 @@ class Found:
     pruned: int  # suggestions that were ended early
     no_importance: str  # why nothing is said of it; '' where it is
     winners: list[Winner]  # the best first, by the new seeds
-    dimensions: list[Dimension]
+    dimensions: list[Hyperparameter]
 
     @property
     def baseline(self) -> float | None:
@@ -105,15 +105,15 @@ def measure_importance(search: Search) -> tuple[dict[str, float], str]:
 
 def describe_dimension(
     search: Search, key: str, trials: list[tuple[int, dict[str, Any], float]], best: Any, importance: float | None
-) -> Dimension:
+) -> Hyperparameter:
     dimension = search.settings.space[key]
     count = max(round(BEST_SHARE * len(trials)), 2)
     values = [tried[key] for _, tried, _ in sorted(trials, key=lambda trial: trial[2])[:count]]
     if not isinstance(dimension, Range):
-        return Dimension(key, best, importance, None, None, len(set(values)) < len(dimension))
+        return Hyperparameter(key, best, importance, None, None, len(set(values)) < len(dimension))
     low, high = min(values), max(values)
     spread = fraction_at(dimension, high) - fraction_at(dimension, low)
-    return Dimension(key, best, importance, low, high, spread < SPREAD_OUT)
+    return Hyperparameter(key, best, importance, low, high, spread < SPREAD_OUT)
 
 
 def collect_search(search: Search) -> Found:
@@ -229,7 +229,7 @@ def describe_pair(found: Found) -> str:
     return f"The pair {names} has an interior optimum: both lie inside of the space, and the best quarter about them."
 
 
-def lies_on_edge(search: Search, each: Dimension) -> bool:
+def lies_on_edge(search: Search, each: Hyperparameter) -> bool:
     dimension = search.settings.space[each.key]
     return isinstance(dimension, Range) and not 0.03 < fraction_at(dimension, each.best) < 0.97
 

@@ -100,7 +100,7 @@ def print_table(rows: list[dict[str, str]], left: tuple[str, ...], console: Cons
     console.print(table, highlight=False)
 
 
-def say(console: Console, text: str | Text, style: str = "") -> None:
+def print_sentence(console: Console, text: str | Text, style: str = "") -> None:
     """Prints a sentence wrapped to WIDTH columns, also into a pipe."""
     console.print(text, style=style, width=WIDTH, soft_wrap=False, highlight=False, markup=False)
 
@@ -115,32 +115,32 @@ def fit_to_terminal(row: Mapping[str, str]) -> dict[str, str]:
 def print_report(record: Mapping[str, Any], console: Console) -> None:
     """The table, fitted to 80 columns, the verdicts, forecasts and what is missing. `record`: of `told_record`."""
     said, table = record["said"], rows(record)
-    say(
+    print_sentence(
         console,
         f"\n{record['study']}: {record['metric']} against {record['hyperparameter']}, {record['num_runs']} runs",
     )
     if table:
         print_table([fit_to_terminal(row) for row in table], ("parameterization",), console)
     if any("censored" in row["notes"] for row in table):
-        say(console, "* censored: the best value is on the edge of the grid")
+        print_sentence(console, "* censored: the best value is on the edge of the grid")
     if any("nothing is learned" in row["notes"] for row in table):
-        say(console, "! nothing is learned: no loss is below that of a guess by more than noise")
+        print_sentence(console, "! nothing is learned: no loss is below that of a guess by more than noise")
     for found in record["verdicts"]:
         verdict = Text(found["verdict"], style=f"bold {COLOURS[found['verdict']]}")
-        say(console, Text.assemble(f"{found['parameterization']}: ", verdict, f" ({found['reason']})"))
+        print_sentence(console, Text.assemble(f"{found['parameterization']}: ", verdict, f" ({found['reason']})"))
         if planned := found["at_planned_seeds"]:
-            say(console, f"  {planned_sentence(**planned)}")
+            print_sentence(console, f"  {planned_sentence(**planned)}")
     if said["rounds"]:
-        say(console, said["rounds"])
-    say(console, f"Rule: {record['rule']}", style="dim")
+        print_sentence(console, said["rounds"])
+    print_sentence(console, f"Rule: {record['rule']}", style="dim")
     for sentence in (*said["scaling"], *said["direct"], *said["expected_drifts"], *said["forecasts"]):
-        say(console, sentence)
+        print_sentence(console, sentence)
     if any(forecast["inside"] is not None for forecast in record["forecasts"]):
-        say(console, said["calibration"])
+        print_sentence(console, said["calibration"])
     if said["target"]:
-        say(console, said["target"])
+        print_sentence(console, said["target"])
     if said["missing"]:
-        say(console, said["missing"])
+        print_sentence(console, said["missing"])
         # can be pasted
         console.print(f"To go on: {said['go_on']}", soft_wrap=True, highlight=False, markup=False)
 

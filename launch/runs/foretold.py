@@ -4,11 +4,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from depthmup.data.files import write_atomically
-from depthmup.train.reading import make_adapter
-from depthmup.train.rundir import unreadable
+from depthmup.train.reading import read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,14 +30,7 @@ def forecast_file(target: Path) -> Path:
 
 def read_foretold(target: Path) -> Foretold | None:
     """None where none was written. Raises UserError for a file of another shape."""
-    file = forecast_file(target)
-    try:
-        found: Foretold = make_adapter(Foretold).validate_json(file.read_bytes())
-    except FileNotFoundError:
-        return None
-    except ValidationError:
-        raise unreadable(file) from None
-    return found
+    return read_json(Foretold, forecast_file(target), missing=None)
 
 
 def write_foretold(target: Path, foretold: Foretold) -> None:

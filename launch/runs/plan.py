@@ -25,7 +25,6 @@ from depthmup.train.packs.packing import may_differ, pack_limit
 
 def describe_jobs(study: Study) -> list[str]:
     """What a launch now would submit or start: lines of at most 80 columns; none when all is done."""
-
     config, pending = study.file.launch, study.pending()
     if not pending:
         return []
@@ -61,17 +60,26 @@ def describe_packs(study: Study, varied: Iterable[str]) -> list[str]:
     return [f"runs that differ in {key} share no pack" for key in varied if not may_differ(key)]
 
 
-def describe_design(study: Study, console: Console) -> None:
-    """What the rounds of an adaptive design are expected to cost, and what they cost at most."""
-    from depthmup.launch.findings.design import expected_cost
+def describe_growth(study: Study) -> list[str]:
+    """What may be added to these runs: rounds of an adaptive design, with what they cost, or values and seeds of a
+    grid."""
+    settings = study.file.study
+    if settings.adaptive:
+        from depthmup.launch.findings.design import expected_cost
 
-    design = design_of(study)
-    cost, rounds = expected_cost(design)
-    least = f"about {quantity(cost)}FLOPs in {rounds} rounds where nothing drifts and runs differ by 1 %"
-    console.print(
-        f"adaptive: these are the runs of {counted(len(study.rounds()), 'round')} so far. All rounds:", highlight=False
-    )
-    console.print(f"{least},\nat most {quantity(design.budget)}FLOPs (study.budget)", highlight=False)
+        design = design_of(study)
+        cost, rounds = expected_cost(design)
+        return [
+            f"adaptive: these are the runs of {counted(len(study.rounds()), 'round')} so far. All rounds:",
+            f"about {quantity(cost)}FLOPs in {rounds} rounds where nothing drifts and runs differ by 1 %,",
+            f"at most {quantity(design.budget)}FLOPs (study.budget)",
+        ]
+    lines = []
+    if rounds := settings.extend:
+        lines.append(f"and 2 values more, up to {rounds} times, where the best is on the edge (study.extend)")
+    if rounds := settings.more_seeds:
+        lines.append(f"and 1 seed more, up to {rounds} times, where noise decides (study.more_seeds)")
+    return lines
 
 
 def print_search_plan(search: Search, console: Console) -> None:
@@ -131,41 +139,25 @@ def show_end(value: float) -> str:
 
 
 def print_plan(study: Study, console: Console) -> None:
-    """One line per run, then the totals per size and the jobs. 80 columns. Raises UserError for runs that do not fit
-    where they are to run."""
+    """What the study runs and what it costs, in 80 columns. Raises UserError for runs that do not fit where they are to
+    run."""
     check_fits(study)
     if isinstance(study, Search):
         print_search_plan(study, console)
-        return
-    if isinstance(study, Verification):
+    elif isinstance(study, Verification):
         print_verification_plan(study, console)
-        return
-    flops = count_flops(study.runs)
-    runs = [(run, run.done()) for run in study.runs]
-    # text rather than a rich table, which takes seconds for thousands of rows
-    width = max(len(run.parameterization) for run, _ in runs)
-    name = study.file.study.hyperparameter.split(".")[-1]
-    axes = runs[0][0].size.axes
-    widths = [max(len(axis), *(len(str(getattr(run.size, axis))) for run, _ in runs)) for axis in axes]
-    headings = "  ".join(f"{axis:>{columns}}" for axis, columns in zip(axes, widths, strict=True))
-    lines = [f"{'run':12}  {'':{width}}  {headings}  {name:>9}  seed   FLOPs"]
-    for run, done in runs:
-        shape = "  ".join(f"{each:>{columns}}" for each, columns in zip(run.size.axes.values(), widths, strict=True))
-        cells = (
-            f"{power_of_two(run.value):>9}  {run.seed:4}  {quantity(flops[run.size][1]):>6}{'  done' if done else ''}"
-        )
-        lines.append(f"{run.directory.path.name}  {run.parameterization:{width}}  {shape}  {cells}")
-    console.out("\n".join(lines), highlight=False)
+    else:
+        print_grid_plan(study, console)
 
-    totals = Table(box=None, pad_edge=False)
-    for heading in ("size", "parameters", "runs", "FLOPs a run", "FLOPs"):
-        totals.add_column(heading, justify="left" if heading == "size" else "right")
-    everything = 0.0
-    for size, (parameters, each) in flops.items():
-        shares = [run.share for run in study.runs if run.size == size]
-        everything += sum(shares) * each
-        totals.add_row(str(size), f"{parameters:,}", str(len(shares)), quantity(each), quantity(sum(shares) * each))
-    console.print("\n", totals, sep="")
+
+Flops = Mapping[Size, tuple[int, int]]  # of each size: parameters, and FLOPs of a run
+
+
+def print_grid_plan(study: Study, console: Console) -> None:
+    """One line per run, then the totals per size and the jobs."""
+    flops = count_flops(study.runs)
+    console.out("\n".join(describe_runs(study, flops)), highlight=False)
+    console.print("\n", tabulate_sizes(study, flops), sep="")
     base = study.file.model.base_size
     if smaller := [str(size) for size in flops if size.width < base.width or size.depth < base.depth]:
         them = smaller[0] if len(smaller) == 1 else f"{len(smaller)} of these sizes"
@@ -173,43 +165,76 @@ def print_plan(study: Study, console: Console) -> None:
         console.print(f"\n{larger}", highlight=False)
     for sentence in expected_drifts(study.file):
         console.print(f"\n{textwrap.fill(sentence, 80)}", highlight=False)
-    finished = [(run, done) for run, done in runs if done and done["outcome"] == "completed"]
-    num_done = sum(bool(done) for _, done in runs)
-    console.print(
-        f"\n{len(runs)} run{'s' if len(runs) > 1 else ''} ({num_done} done), {quantity(everything)}FLOPs in all",
-        highlight=False,
-    )
-    jobs = [*describe_packs(study, [study.file.study.hyperparameter]), *describe_jobs(study)]
-    console.print("\n".join(jobs), highlight=False)
-    if branches := [run for run in study.runs if run.trunk]:
-        alone = quantity(sum(flops[run.size][1] for run in study.runs))
-        console.print(
-            f"a ladder: {len(branches)} of the runs branch off longer ones and train their decay alone; without it "
-            f"{alone}FLOPs",
-            highlight=False,
-        )
-    largest = max(each for _, each in flops.values())
-    console.print(
-        f"{show_times(everything / largest)} times the cost of one run of the largest of these sizes", highlight=False
-    )
-    if finished:
-        known: dict[Size, list[float]] = {}
-        for run, done in finished:
+    lines = [
+        *describe_cost(study, flops),
+        *describe_packs(study, [study.file.study.hyperparameter]),
+        *describe_jobs(study),
+        *describe_savings(study, flops),
+        *describe_growth(study),
+    ]
+    console.print("", *lines, sep="\n", highlight=False)
+
+
+def describe_runs(study: Study, flops: Flops) -> list[str]:
+    """A table as text: one of rich takes seconds for thousands of rows."""
+    runs = study.runs
+    width = max(len(run.parameterization) for run in runs)
+    name = study.file.study.hyperparameter.split(".")[-1]
+    axes = runs[0].size.axes
+    widths = [max(len(axis), *(len(str(getattr(run.size, axis))) for run in runs)) for axis in axes]
+    headings = "  ".join(f"{axis:>{columns}}" for axis, columns in zip(axes, widths, strict=True))
+    lines = [f"{'run':12}  {'':{width}}  {headings}  {name:>9}  seed   FLOPs"]
+    for run in runs:
+        shape = "  ".join(f"{each:>{columns}}" for each, columns in zip(run.size.axes.values(), widths, strict=True))
+        cost = f"{quantity(flops[run.size][1]):>6}{'  done' if run.done() else ''}"
+        cells = f"{power_of_two(run.value):>9}  {run.seed:4}  {cost}"
+        lines.append(f"{run.directory.path.name}  {run.parameterization:{width}}  {shape}  {cells}")
+    return lines
+
+
+def flops_of_runs(study: Study, flops: Flops, size: Size) -> float:
+    """All runs of `size` together, without what branches of a ladder take over from their trunks."""
+    return sum(run.share * flops[size][1] for run in study.runs if run.size == size)
+
+
+def tabulate_sizes(study: Study, flops: Flops) -> Table:
+    totals = Table(box=None, pad_edge=False)
+    for heading in ("size", "parameters", "runs", "FLOPs a run", "FLOPs"):
+        totals.add_column(heading, justify="left" if heading == "size" else "right")
+    for size, (parameters, each) in flops.items():
+        count, of_all = sum(run.size == size for run in study.runs), flops_of_runs(study, flops, size)
+        totals.add_row(str(size), f"{parameters:,}", str(count), quantity(each), quantity(of_all))
+    return totals
+
+
+def describe_cost(study: Study, flops: Flops) -> list[str]:
+    """In FLOPs, in runs of the largest size, and in hours where runs are done."""
+    total, largest = sum(flops_of_runs(study, flops, size) for size in flops), max(each for _, each in flops.values())
+    finished = [(run, done) for run in study.runs if (done := run.done())]
+    lines = [
+        f"{counted(len(study.runs), 'run')} ({len(finished)} done), {quantity(total)}FLOPs in all",
+        f"{show_times(total / largest)} times the cost of one run of the largest of these sizes",
+    ]
+    known: dict[Size, list[float]] = {}
+    for run, done in finished:
+        if done["outcome"] == "completed":
             known.setdefault(run.size, []).append(done.get("seconds", 0.0))
-        of_size = {size: each for size, (_, each) in flops.items()}
-        each_takes = expected_seconds(of_size, known, study.file.train.num_steps)
-        hours = sum(each_takes[run.size] for run, _ in runs) / 3600
-        console.print(f"about {hours:.2g} hours of training in all, as the runs that are done took", highlight=False)
-    if shared := len(study.points) - len(runs):
-        console.print(f"{shared} more points need no run: there the parameterizations are the same", highlight=False)
-    if study.file.study.adaptive:
-        describe_design(study, console)
-        return
-    if study.file.study.extend:
-        rounds = study.file.study.extend
-        console.print(
-            f"and 2 values more, up to {rounds} times, where the best is on the edge (study.extend)", highlight=False
+    of_size = {size: each for size, (_, each) in flops.items()}
+    if each_takes := expected_seconds(of_size, known, study.file.train.num_steps):
+        hours = sum(each_takes[run.size] for run in study.runs) / 3600
+        lines.append(f"about {hours:.2g} hours of training in all, as the runs that are done took")
+    return lines
+
+
+def describe_savings(study: Study, flops: Flops) -> list[str]:
+    """What need not be trained, or not as a whole."""
+    lines = []
+    if branches := sum(run.trunk is not None for run in study.runs):
+        alone = quantity(sum(flops[run.size][1] for run in study.runs))
+        lines.append(
+            f"a ladder: {branches} of the runs branch off longer ones and train their decay alone; without it "
+            f"{alone}FLOPs"
         )
-    if study.file.study.more_seeds:
-        rounds = study.file.study.more_seeds
-        console.print(f"and 1 seed more, up to {rounds} times, where noise decides (study.more_seeds)", highlight=False)
+    if shared := len(study.points) - len(study.runs):
+        lines.append(f"{shared} more points need no run: there the parameterizations are the same")
+    return lines

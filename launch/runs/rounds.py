@@ -4,14 +4,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-
-from pydantic import ValidationError
+from typing import Any
 
 from depthmup.data.files import write_atomically
 from depthmup.launch.config import Size
-from depthmup.train.reading import make_adapter
-from depthmup.train.rundir import unreadable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,18 +45,6 @@ class AddedRound:
     runs: list[AddedRun]
 
 
-def read_added_rounds(file: Path) -> list[AddedRound]:
-    """Empty before the second round: the first follows from the configuration. Raises UserError for a file of another
-    shape."""
-    try:
-        found: list[AddedRound] = make_adapter(list[AddedRound]).validate_json(file.read_bytes())
-    except FileNotFoundError:
-        return []
-    except ValidationError:
-        raise unreadable(file) from None
-    return found
-
-
 def write_added_rounds(file: Path, rounds: Sequence[AddedRound]) -> None:
     plain = [{"reason": each.reason, "runs": [run.as_record() for run in each.runs]} for each in rounds]
     write_atomically(file, json.dumps(plain, indent=1).encode())
@@ -88,20 +72,6 @@ class AddedSeed(AddedValues):
     """One seed more at some values of a curve."""
 
     seed: int
-
-
-Growth = TypeVar("Growth", bound=AddedValues)
-
-
-def read_rounds(file: Path, kind: type[Growth]) -> list[list[Growth]]:
-    """What was added in every round so far. Raises UserError for a file of another shape."""
-    try:
-        rounds: list[list[Growth]] = make_adapter(list[list[kind]]).validate_json(file.read_bytes())  # type: ignore[valid-type]  # mypy takes no variable for a type
-    except FileNotFoundError:
-        return []
-    except ValidationError:
-        raise unreadable(file) from None
-    return rounds
 
 
 def write_rounds(file: Path, rounds: Sequence[Sequence[AddedValues]]) -> None:

@@ -23,8 +23,6 @@ from depthmup.launch.runs.rounds import (
     AddedSeed,
     AddedValues,
     coarse_round,
-    read_added_rounds,
-    read_rounds,
     write_added_rounds,
     write_rounds,
 )
@@ -33,7 +31,7 @@ from depthmup.launch.runs.written import with_absolute_paths, write_study
 from depthmup.models.config import OF_SEVERAL_EXPERTS
 from depthmup.models.parameterization_config import ParameterizationConfig
 from depthmup.train.config import RunConfig, run_hash
-from depthmup.train.reading import STUDY_SECTIONS, from_plain, set_dotted, to_plain
+from depthmup.train.reading import STUDY_SECTIONS, from_plain, read_json, set_dotted, to_plain
 from depthmup.train.rundir import Limits, RunDirectory
 
 if TYPE_CHECKING:
@@ -241,11 +239,11 @@ class Study:
         return self.file.directory / "rounds.json"
 
     def rounds(self) -> list[AddedRound]:
-        """All rounds so far, the first included."""
+        """All rounds so far. The first follows from the file; before the second none is written down."""
         study = self.file.study
         names = [label(each) for each in study.parameterizations]
         coarse = coarse_round(names, study.sizes[0], study.coarse, study.seeds[0])
-        return read_added_rounds(self.rounds_file) or [coarse]
+        return read_json(list[AddedRound], self.rounds_file, missing=[coarse])
 
     def owned(self, run: "AddedRun | PlannedRun | Result") -> Run:
         size = self.file.complete(run.size)
@@ -271,7 +269,7 @@ class Study:
     def added_values(self) -> dict[tuple[str, Size], list[float]]:
         """Values beyond study.values, per (parameterization, size)."""
         found: dict[tuple[str, Size], list[float]] = {}
-        for entry in chain.from_iterable(read_rounds(self.added_values_file, AddedValues)):
+        for entry in chain.from_iterable(read_json(list[list[AddedValues]], self.added_values_file, missing=[])):
             found.setdefault(self._curve(entry), []).extend(entry.values)
         return self._shared(found)
 
@@ -281,7 +279,7 @@ class Study:
         0 when there is nothing to add, as where no run may have the values, or study.extend rounds were made. Durable:
         every later command sees the values.
         """
-        rounds = read_rounds(self.added_values_file, AddedValues)
+        rounds = read_json(list[list[AddedValues]], self.added_values_file, missing=[])
         if not edges or len(rounds) >= self.file.study.extend:
             return 0
         growth, known = [], self.added_values()
@@ -307,7 +305,7 @@ class Study:
     def added_seeds(self) -> dict[tuple[str, Size], list[tuple[float, int]]]:
         """(value, seed) beyond study.seeds, per (parameterization, size)."""
         found: dict[tuple[str, Size], list[tuple[float, int]]] = {}
-        for entry in chain.from_iterable(read_rounds(self.added_seeds_file, AddedSeed)):
+        for entry in chain.from_iterable(read_json(list[list[AddedSeed]], self.added_seeds_file, missing=[])):
             found.setdefault(self._curve(entry), []).extend((value, entry.seed) for value in entry.values)
         return self._shared(found)
 
@@ -316,7 +314,7 @@ class Study:
 
         0 when nothing is wanted or study.more_seeds rounds were made. Durable: every later command sees the seeds.
         """
-        rounds, known = read_rounds(self.added_seeds_file, AddedSeed), self.added_seeds()
+        rounds, known = read_json(list[list[AddedSeed]], self.added_seeds_file, missing=[]), self.added_seeds()
         if not wanted or len(rounds) >= self.file.study.more_seeds:
             return 0
         added = []

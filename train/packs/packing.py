@@ -62,12 +62,12 @@ CPU_PACK, CPU_WIDTH, CPU_NUMBERS = 8, 32, 2**17
 GPU_PACK = 16
 
 
-def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+def list_fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     """(dotted name, value, default) of every field of a configuration, nested ones too."""
     for field in dataclasses.fields(config):
         name, value = f"{prefix}{field.name}", getattr(config, field.name)
         if dataclasses.is_dataclass(value):
-            yield from walk(value, f"{name}.")
+            yield from list_fields(value, f"{name}.")
         else:
             yield name, value, default_of(field)
 
@@ -80,7 +80,7 @@ def unknown_to_packs(config: RunConfig) -> set[str]:
     """Names of the fields that the packed step does not honour and that are not at their default."""
     unknown = {
         name
-        for name, value, default in walk(config)
+        for name, value, default in list_fields(config)
         if value != default
         and not may_differ(name)
         and name not in HONOURED_FIELDS
@@ -94,7 +94,7 @@ def unknown_to_packs(config: RunConfig) -> set[str]:
 def list_common(config: RunConfig) -> dict[str, Any]:
     """What all runs of a pack must have alike, by dotted name: of train.ema whether there is an average, which takes
     memory."""
-    alike = {name: value for name, value, _ in walk(config) if not may_differ(name)}
+    alike = {name: value for name, value, _ in list_fields(config) if not may_differ(name)}
     return alike | {"train.ema": config.train.ema is not None}
 
 
