@@ -159,7 +159,7 @@ def test_killed_at_20_random_points_and_resumed(shards: Path, whole: Path, tmp_p
         pytest.param(checkpoint, "checksum", 3, marks=LONG),  # after them
         pytest.param(checkpoint, "fsync", 5, marks=LONG),  # not durable yet
         (os, "rename", 5),  # between tmp and rename
-        (checkpoint, "write_atomically", 2),  # between rename and pointer
+        (checkpoint, "complete", 3),  # between rename and the removal of older ones
         (checkpoint.shutil, "rmtree", 4),
     ],
 )

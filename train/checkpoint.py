@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from depthmup.data.errors import UserError
-from depthmup.data.files import describe_full_disk, naming, write_atomically
+from depthmup.data.files import describe_full_disk, naming
 from depthmup.data.order import State
 from depthmup.train.config import RunConfig
 from depthmup.train.contents import CONTENTS, Reader, Writer
@@ -200,7 +200,7 @@ class Checkpoints:
             return str(raised).strip().splitlines()[0], {}
 
     def publish(self, progress: Progress, temporary: Path, files: dict[str, list[int]]) -> str | None:
-        """Durable under its final name, then the pointer, then the older ones go. Returns what went wrong."""
+        """Durable under its final name, then the older ones go. Returns what went wrong."""
         final, aside = self.directory / f"step-{progress.step}", self.directory / f"tmp-step-{progress.step}-old"
         content = {**asdict(progress), **self.owner, "files": files}
         try:
@@ -212,7 +212,6 @@ class Checkpoints:
                 os.rename(final, aside)
             os.rename(temporary, final)
             fsync(self.directory)
-            write_atomically(self.directory / "latest", final.name.encode())
         except OSError as error:
             return describe_full_disk(error, str(temporary)) or str(error)
         steps = [(int(path.name.removeprefix("step-")), path) for path in complete(self.directory)]
