@@ -17,10 +17,12 @@ class Display:
     def __init__(self, console: Console, what: str, progress: Progress | None) -> None:
         self.console, self.what, self.progress = console, what, progress
         self.task = progress.add_task(what, total=1.0, text="") if progress else None
-        self.shown_at, self.shown = -PLAIN_SECONDS, ""
+        self.shown_at, self.shown, self.share = -PLAIN_SECONDS, "", 0.0
 
     def update(self, share: float, text: str, final: bool = False) -> None:
-        """`share` in [0, 1]. `final` prints the last plain line whatever the time."""
+        """`share` in [0, 1]: it never steps back, also where the whole is later found to be longer. `final` prints the
+        last plain line whatever the time."""
+        self.share = share = max(share, self.share)
         if self.progress is not None and self.task is not None:
             self.progress.update(self.task, completed=share, text=text)
         elif text != self.shown and (final or time.monotonic() - self.shown_at > PLAIN_SECONDS):

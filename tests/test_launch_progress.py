@@ -24,3 +24,11 @@ def test_a_narrow_terminal_shows_the_share_and_every_word(width: int) -> None:
     assert "━" in text
     assert set(TEXT.split()) <= set(text.split())
     assert all(len(line) <= width for line in re.split(r"[\r\n]+", text))
+
+
+def test_the_share_that_is_shown_never_steps_back() -> None:
+    stream = io.StringIO()
+    with display(Console(file=stream), "runs") as shown:
+        for share in (0.51, 0.43, 0.6):
+            shown.update(share, f"really {share}", final=True)
+    assert re.findall(r"\d+%", stream.getvalue()) == ["51%", "51%", "60%"]

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,7 @@ def replay(study: Study, processes: int, together: int) -> list[tuple[float, flo
                 states.append(RunState(run, "done"))
                 continue
             step = int(run.config.train.num_steps * (moment - start) / (end - start))
-            rate = run.config.train.samples / seconds
+            rate = run.config.train.samples / (end - start)  # a pack says how fast each of its runs goes on
             if step:
                 run.directory.metrics.write_text(json.dumps({"step": step, "images_per_second": rate}) + "\n")
             states.append(RunState(run, "running"))
@@ -79,6 +80,7 @@ def test_the_share_shown_is_the_share_of_the_time(study: Study, together: int) -
     assert shown[first][0] < 0.2
     errors = [abs(true - share) for true, share, _ in shown[first:]]
     assert max(errors) < 0.1
+    assert min(after - before for (_, before, _), (_, after, _) in pairwise(shown)) > -0.02
     assert shown[-1][1] == pytest.approx(1)
     of_flops = [abs(true - flops) for true, _, flops in shown[first:]]
     assert max(of_flops) > 2 * max(errors)  # what the costs in FLOPs would say

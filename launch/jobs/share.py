@@ -1,5 +1,6 @@
 """How much of a study's time is over: what runs take is learned from those that ran, starts of processes included."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
@@ -26,7 +27,8 @@ def group_starts(starts: Sequence[Start]) -> list[list[Start]]:
     """The starts of one process, in order, by what it trained at once: a run alone ends before the next begins."""
     found: list[list[Start]] = []
     for start in starts:
-        if found and start.time - found[-1][-1].time < found[-1][-1].seconds:
+        before = found[-1][-1] if found else None
+        if before and (not before.seconds or start.time - before.time < before.seconds):
             found[-1].append(start)
         else:
             found.append([start])
@@ -89,11 +91,14 @@ class Share:
         known: dict[Size, list[float]] = {}
         for found in snapshot.of("done"):
             known.setdefault(found.run.size, []).append(self.ended[found.run.directory.path.name])
-        for found in snapshot.of("running"):  # of a size of which none has ended, what its pace says
-            last = found.run.directory.last_metrics() if found.run.size not in known else None
+        running = {found.run.directory.path.name: found.run for found in snapshot.of("running")}
+        together = Counter(self.starts[name].process for name in running if name in self.starts)
+        for name, run in running.items():  # of a size of which none has ended, what its pace says
+            last = run.directory.last_metrics() if run.size not in known else None
             if last and (rate := last.get("images_per_second")):
-                train = found.run.config.train
-                known[found.run.size] = [train.num_steps * train.global_batch_size / rate]
+                train, start = run.config.train, self.starts.get(name)
+                seconds = train.num_steps * train.global_batch_size / rate
+                known[run.size] = [seconds / together[start.process] if start else seconds]  # a pack shares them
         return expected_seconds(self.flops, known, self.num_steps)
 
     def measure(self, snapshot: Snapshot, since: Mapping[str, float]) -> tuple[float, float]:
