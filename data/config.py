@@ -1,7 +1,7 @@
 """The data's configuration. Nothing here imports torch."""
 
 import re
-from dataclasses import field
+from dataclasses import field, replace
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Discriminator, Field, PlainSerializer, Tag
@@ -49,6 +49,13 @@ def channels_misfit(config: "DataConfig", channels: int) -> str | None:
         if isinstance(value, tuple) and len(value) != channels:
             return f"data.{name} has {len(value)} numbers, but images have {channels} channel(s) (model.in_channels)"
     return None
+
+
+def with_plain_channels(config: "DataConfig") -> "DataConfig":
+    """`config` with one number where `mean` or `std` has the same one for each channel: it is the same run."""
+    given = {name: getattr(config, name) for name in ("mean", "std")}
+    alike = {name: value[0] for name, value in given.items() if isinstance(value, tuple) and len(set(value)) == 1}
+    return replace(config, **alike) if alike else config
 
 
 def per_channel(value: float | tuple[float, ...], channels: int) -> tuple[float, ...]:

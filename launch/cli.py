@@ -12,8 +12,10 @@ from depthmup.launch.commands.group import Commands
 from depthmup.models.errors import ModelError
 from depthmup.train.interrupt import ended_as_by_ctrl_c, prepare_streams
 
-# What keeps a command from a file, beside a full disk: it is another user's, its folder is none, its name is too long.
-ITS_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
+# What keeps a command from a file, beside a full disk: it is another user's, its folder is none or cannot be made, its
+# name is too long.
+NO_FOLDER = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT}
+ITS_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, *NO_FOLDER}
 
 SECTIONS = {
     "A study": [

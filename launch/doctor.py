@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from depthmup.data.errors import UserError
 from depthmup.data.lock import NoLocks, flock
 from depthmup.launch.jobs import probe
+from depthmup.launch.jobs.slurm import SlurmError
 from depthmup.launch.paths import command
 
 PACKAGES = ("torch", "timm", "webdataset", "submitit")
@@ -129,9 +129,8 @@ def look_at_slurm(folder: Path) -> list[Finding]:
         return [Finding("Slurm", "no sbatch on PATH: runs start on this machine")]
     try:
         partitions = probe.list_partitions()
-    except UserError as error:  # runs on this machine need none
-        last = str(error).partition(": ")[2].rpartition("; ")[2]  # of several lines the one that ended it
-        return [Finding("Slurm", "does not answer", f"no job can be submitted from here: {last}")]
+    except SlurmError as error:  # runs on this machine need none
+        return [Finding("Slurm", "does not answer", f"no job can be submitted from here: {error.lines[-1]}")]
     if not partitions:
         return [Finding("Slurm", "no partition is up", "ask those who run the cluster")]
     listed = ", ".join(f"{each.name} ({each.nodes} nodes, {each.gpus} GPUs each)" for each in partitions)

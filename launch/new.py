@@ -170,8 +170,9 @@ def describe_study(
             f"--target {target}: {show_share(share)} of its FLOPs pays for runs of {steps} steps, and an optimum needs "
             f"{FEWEST_STEPS}: add --share {math.ceil(1000 * cost.share) / 1000:g}, or give the target more samples"
         )
-    text = template.render(steps, longer)
-    return NewStudy(text, template.render_target(), template.count(text))
+    times = steps / FEWEST_STEPS
+    cost = replace(cost, search=times * cost.search, study=times * cost.study)
+    return NewStudy(template.render(steps, longer), template.render_target(), cost)
 
 
 def write_new_study(

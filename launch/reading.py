@@ -99,12 +99,13 @@ def read_raw(path: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
     return raw
 
 
-SBATCH_KEYS = tuple(f"launch.{key}" for key in ("partition", "account", "qos", "constraint", "sbatch", "continuation"))
+# By launch.cluster: the keys of the section that it alone reads.
+READ_BY = {"slurm": ("partition", "account", "qos", "constraint", "sbatch", "continuation"), "local": ("slots",)}
 
 
 def refuse_idle_overrides(file: StudyFile, overrides: tuple[str, ...], path: Path) -> None:
     """Raises UserError for what a command line changes and no run of the study takes: `depthmup train` reads these keys
-    of the same file, so that they may stand there. So may what sbatch alone reads, beside the name of a cluster."""
+    of the same file, so that they may stand there. So may what one kind of cluster alone reads."""
     study, joint = file.study, file.tune or file.verify
     takes = {
         **{f"model.{axis}": [getattr(size, axis) for size in study.sizes] for axis in ("width", "depth")},
@@ -115,11 +116,12 @@ def refuse_idle_overrides(file: StudyFile, overrides: tuple[str, ...], path: Pat
     section = "tune" if file.tune else "verify" if file.verify else "study"
     instead = {"seed": f"{section}.seeds", study.hyperparameter: "study.values"}
     given = [one.partition("=")[0].strip() for one in overrides]
-    for key in given:
-        if key.startswith(SBATCH_KEYS) and file.launch.cluster != "slurm":
+    for cluster, key in ((cluster, key) for cluster in READ_BY for key in given):
+        section, name = [*key.split("."), ""][:2]
+        if section == "launch" and name in READ_BY[cluster] and file.launch.cluster != cluster:
             raise UserError(
-                f"{path}: {key} would do nothing: launch.cluster is {file.launch.cluster}, and no job is submitted: "
-                "add --cluster slurm, or leave it out"
+                f"{path}: {key} would do nothing: launch.cluster is {file.launch.cluster}: add --cluster {cluster}, or "
+                "leave it out"
             )
     for key in (key for key in takes if key in given):
         if (value := attrgetter(key)(file)) not in takes[key]:

@@ -73,7 +73,8 @@ class Launched:
 
 
 def launch(study: Study, only: Sequence[State] = UNFINISHED, by_itself: bool = False) -> Launched:
-    """Writes the study and submits every run whose state is in `only`, the costliest first. Failed runs go again.
+    """Writes the study, which `prepare_data` has checked, and submits every run whose state is in `only`, the costliest
+    first. Failed runs go again.
 
     What waits or runs already is left alone, also when an earlier launcher was killed. `by_itself`: no user asked for
     it now, so that only those of `select_resubmittable` go. Where Slurm has no place for all, it submits the costliest
@@ -82,7 +83,6 @@ def launch(study: Study, only: Sequence[State] = UNFINISHED, by_itself: bool = F
     """
     config = study.file.launch
     refuse_other_study(study.file)
-    check_fits(study)
     with lock_launch(study.file.directory) as lock:
         snapshot = states.take_snapshot(study)
         if snapshot.slurm_error:
@@ -221,17 +221,11 @@ def wait(study: Study, launched: Launched, console: Console) -> None:
             snapshot = states.take_snapshot(study, known)
             known = {found.run.directory.path.name: found for found in snapshot.of(*states.ENDED)}
             ended = ended and not snapshot.slurm_error and not snapshot.of(*states.ACTIVE)
-            counts = snapshot.counts()
-            left = [found.run for found in snapshot.runs if found.state not in states.ENDED]
             at_start = shares.look(snapshot) if at_start is None else at_start
             share, before = shares.measure(snapshot, at_start)
             gained, elapsed = share - before, time.monotonic() - started
-            text = f"{len(known)} of {len(study.runs) + shares.to_come} done, {counts.get('running', 0)} running"
-            text += f", ETA {duration(elapsed * (1 - share) / gained)}" if gained > 0.01 else ""
-            shown_states = ("stalled", "starting", "ending", "failed", "held")
-            text += "".join(f", {counts[state]} {state}" for state in shown_states if state in counts)
-            text += waiting_for(snapshot)
-            text += ", Slurm does not answer" if snapshot.slurm_error else ""
+            left_seconds = elapsed * (1 - share) / gained if gained > 0.01 else None
+            text = describe_progress(snapshot, len(study.runs) + shares.to_come, left_seconds)
             active = len(snapshot.of(*states.ACTIVE))
             if launched.left and places is None:
                 places = active
@@ -251,7 +245,7 @@ def wait(study: Study, launched: Launched, console: Console) -> None:
                 break
             pause = (time.process_time() - looked) * (1 / LOOKING_SHARE - 1)
             time.sleep(max(pause, SLURM_POLL_SECONDS if on_slurm else POLL_SECONDS))
-    if left:
+    if len(known) < len(study.runs):
         raise unfinished(study)
 
 
@@ -282,6 +276,16 @@ def unfinished(study: Study) -> Unfinished:
         f"{number} did not finish ({left[0].run.directory.path}: {left[0].remark or left[0].state}). "
         "Run the same command again to resume them"
     )
+
+
+def describe_progress(snapshot: states.Snapshot, of_all: int, left_seconds: float | None) -> str:
+    """'3 of 12 done, 2 running, ETA 5 min 10 s, 1 failed, 6 waiting (Priority)'."""
+    counts = snapshot.counts()
+    text = f"{len(snapshot.of(*states.ENDED))} of {of_all} done, {counts.get('running', 0)} running"
+    text += "" if left_seconds is None else f", ETA {duration(left_seconds)}"
+    shown = ("stalled", "starting", "ending", "failed", "held")
+    text += "".join(f", {counts[state]} {state}" for state in shown if state in counts)
+    return text + waiting_for(snapshot) + (", Slurm does not answer" if snapshot.slurm_error else "")
 
 
 def waiting_for(snapshot: states.Snapshot) -> str:

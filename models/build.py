@@ -15,7 +15,7 @@ from depthmup.models.discovery.find import find_roles, readout_features
 from depthmup.models.discovery.growth import Builder, build_network
 from depthmup.models.errors import ModelError
 from depthmup.models.family import Family, ParameterRule, Roles, Slot, match_rules, modules_matching, stated_blocks
-from depthmup.models.init import init_std, initialize, keep_whole, materialize
+from depthmup.models.init import init_std, initialize, keep_whole
 from depthmup.models.moe_vit import MOE_VIT
 from depthmup.models.multiplier import Multiplier, is_scaled, scale_input, scale_output
 from depthmup.models.own import OWN
@@ -145,11 +145,7 @@ def fill(
     """Moves a network on meta, or this process's shards of one, to `device` with initial weights, a function of (seed,
     parameter name) alone. No more than one whole parameter is held beside it, and with `take` no more than a module's
     own beside what that leaves of the others. `spread`, `take`: see `initialize`."""
-    if take:
-        initialize(scaled.network, scaled.rules, scaled.scale, seed, spread, device, take)
-    else:
-        materialize(scaled.network, device)
-        initialize(scaled.network, scaled.rules, scaled.scale, seed, spread)
+    initialize(scaled.network, scaled.rules, scaled.scale, seed, spread, device, take)
 
 
 def check_own(network: nn.Module, roles: Roles) -> None:

@@ -61,13 +61,13 @@ def initialize(
     """Fills every parameter of `model` in place and resets running statistics, module by module, the inner ones first.
 
     `rules`: parameter name -> its rule; `spread`: (value on the CPU, parameter) -> the value as it is to be copied
-    there, where parameters are sharded; `device`: where each module of a model on meta is moved before it is filled;
+    there, where parameters are sharded; `device`: of a model on meta, where each module is moved before it is filled;
     `take`: is given each module with parameters of its own once these are filled, and may put others in their place.
     Raises RuntimeError when a parameter or buffer is NaN afterwards, which means that nothing initialised it.
     """
     for prefix, module in reversed(list(model.named_modules())):
         if device is not None:
-            materialize(module, device, recurse=False)
+            materialize(module, device)
         own = list(module.named_parameters(prefix, recurse=False))
         for name, parameter in own:
             if name in rules:
@@ -82,10 +82,11 @@ def initialize(
             take(module)
 
 
-def materialize(model: nn.Module, device: torch.device | str, recurse: bool = True) -> None:
-    """Moves a meta model to `device`, filled with NaN so that a forgotten initialiser cannot pass unseen."""
-    model.to_empty(device=device, recurse=recurse)
+def materialize(module: nn.Module, device: torch.device | str) -> None:
+    """Moves the module's own tensors from meta to `device`, filled with NaN so that a forgotten initialiser cannot pass
+    unseen."""
+    module.to_empty(device=device, recurse=False)
     with torch.no_grad():
-        for tensor in (*model.parameters(recurse), *model.buffers(recurse)):
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             if tensor.is_floating_point():
                 tensor.fill_(math.nan)

@@ -97,7 +97,7 @@ def test_a_bad_key_or_value_is_refused_with_its_name_and_the_mend(
             "minival_loss, which no run would measure: give data.minival a share, or leave mini",
         ),
         ("model.width=16", "model.width=16 would do nothing: study.sizes says what the study's runs have; change that"),
-        ("launch.partition=gpu", "launch.partition would do nothing: launch.cluster is local, and no job is submitted"),
+        ("launch.partition=gpu", "launch.partition would do nothing: launch.cluster is local"),
         ("launch.sbatch.nice=3", "launch.sbatch.nice would do nothing: launch.cluster is local"),
         ("seed=7", "seed=7 would do nothing: study.seeds says"),
         ("optimizer.lr=0.3", "optimizer.lr=0.3 would do nothing: study.values says"),
@@ -112,6 +112,14 @@ def test_a_bad_study_is_refused_with_the_mend_and_nothing_else(study_file: Path,
     assert message in str(error.value)
     assert "found 0" not in str(error.value)  # a list of which one item is wrong is not too short
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("cluster", ["slurm", "debug"])
+def test_slots_of_this_machine_are_refused_on_a_command_line_that_starts_none(study_file: Path, cluster: str) -> None:
+    assert read_study(study_file, ("launch.slots=2",)).launch.slots == 2
+    message = f"launch.slots would do nothing: launch.cluster is {cluster}: add --cluster local, or leave it out"
+    with pytest.raises(UserError, match=message):
+        read_study(study_file, ("launch.slots=2", f"launch.cluster={cluster}"))
 
 
 @pytest.mark.parametrize(

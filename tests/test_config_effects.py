@@ -371,6 +371,7 @@ def test_every_field_of_train_that_is_identity_acts_or_is_refused(
         ),
         ({"train": {"bf16_residual": True}}, "train: bf16_residual would do nothing: precision is fp32"),
         ({"parallel": {"zero_stage": 3}}, "zero_stage would do nothing: engine is auto; .*or use engine deepspeed"),
+        ({"track": {"project": "mine"}}, "project would do nothing: wandb is off; leave it out, or use wandb online"),
         ({"schedule": {"decay": 0.3}}, "decay would do nothing: cosine has none; leave it out, or use wsd"),
         (
             {"schedule": {"name": "wsd", "warmup": 0.5, "decay": 0.75}},
@@ -382,7 +383,7 @@ def test_every_field_of_train_that_is_identity_acts_or_is_refused(
         ),
         ({"optimizer": {"batch_ratio": 16}}, r"negative: use beta_scaling second, or larger betas"),
     ],
-    ids=range(14),
+    ids=range(15),
 )
 def test_what_would_do_nothing_is_refused_in_one_line_with_what_to_do(sections: dict[str, Any], message: str) -> None:
     raw: dict[str, Any] = {

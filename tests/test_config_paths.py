@@ -247,6 +247,10 @@ def test_a_configuration_may_come_from_a_pipe(study_file: Path, tmp_path: Path) 
     plot = ["--plot", str(tmp_path / "x.png"), "--steps", "1", "--factors", "1,2", "--seeds", "2", "--axis", "width"]
     checked = through_a_pipe(text, lambda path: CliRunner().invoke(cli, ["check", str(path), *plot]))
     assert "plot: " in checked.output
+    target = tmp_path / "target.yaml"
+    target.write_text("model: {width: 64}")
+    planned = through_a_pipe(text, lambda path: CliRunner().invoke(cli, ["plan", str(path), "--target", str(target)]))
+    assert f"{target}: Tuning costs at most" in planned.output
 
 
 # ---------------------------------------------------------------- profiles

@@ -61,11 +61,16 @@ def test_numbers_that_are_not_one_for_each_channel_are_refused():
 
 
 def test_mean_and_std_survive_a_file_and_are_part_of_the_identity(tmp_path):
-    given = plain(mean=[0.4])
+    given = plain(mean=[0.4], std=[0.2])
     (tmp_path / "config.yaml").write_text(to_yaml(given))
     read = from_plain(RunConfig, read_yaml(tmp_path / "config.yaml"), "test")
-    assert read.data.mean == (0.4,)
-    assert run_hash(read) == run_hash(given) != run_hash(plain(mean=[0.41]))
+    assert read.data.mean == 0.4
+    assert (
+        run_hash(read) == run_hash(given) == run_hash(plain(mean=0.4, std=0.2)) != run_hash(plain(mean=0.41, std=0.2))
+    )
+    raw = to_plain(given) | {"model": {**to_plain(given.model), "in_channels": 3}}
+    in_colours = [raw | {"data": raw["data"] | {"mean": mean}} for mean in ([0.4, 0.4, 0.4], [0.4, 0.4, 0.5])]
+    assert [from_plain(RunConfig, each, "test").data.mean for each in in_colours] == [0.4, (0.4, 0.4, 0.5)]
 
 
 def test_rand_augment_fills_with_the_mean_of_each_channel():

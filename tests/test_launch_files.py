@@ -164,6 +164,23 @@ def run_as_a_user(*commands: list[object]) -> list[tuple[int, str, str]]:
     return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
 
 
+def test_a_folder_that_cannot_be_made_is_named_in_one_line(
+    study_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two_seeds(study_file)
+    study = Study(study_file, read_study(study_file))
+    finish(study, best=-5.5)
+    for words in (
+        ["report", "--out", "/proc/none"],
+        ["report", "--publish", "/proc/none"],
+        ["scale", "--out", "/proc/none/large.yaml"],
+        ["launch", "study.directory=/proc/none"],
+        ["check", "--plot", "/proc/none/check.png", "--factors", "1,2", "--steps", "1", "--seeds", "2"],
+    ):
+        line = said([words[0], str(study_file), *words[1:]], monkeypatch, capsys)
+        assert re.fullmatch(r"depthmup: .*/proc/none.*: (No such file or directory|.* is not writable).*", line), line
+
+
 def test_where_nothing_can_be_written_the_command_says_so_and_a_report_is_printed_all_the_same(
     study_file: Path, tmp_path: Path
 ) -> None:

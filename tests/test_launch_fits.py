@@ -16,7 +16,6 @@ from depthmup.launch.runs.fits import check_fits, processes_of
 from depthmup.launch.runs.plan import describe_jobs
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.study import Study
-from depthmup.launch.transfer import launch
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = sorted(
@@ -143,8 +142,6 @@ def test_plan_dry_run_and_launch_refuse_it_all_three_and_leave_nothing(study_fil
     for command in (["plan", *wrong], ["launch", *wrong, "--dry-run"], ["launch", *wrong], ["transfer", *wrong]):
         said = CliRunner().invoke(cli, command)
         assert "use data.num_streams=" in str(said.exception), command
-    with pytest.raises(UserError, match=r"use data\.num_streams="):
-        launch(Study(study_file, read_study(study_file, ("launch.cluster=slurm", *place))))
     assert not (study_file.parent / "runs").exists()
 
 

@@ -48,14 +48,14 @@ def ladder(study_file: Path, values: int = 1, **settings: dict[str, Any]) -> Stu
 
 
 def test_horizons_have_the_same_rate_until_the_shorter_one_decays(study_file: Path) -> None:
-    study = ladder(study_file)
+    study = ladder(study_file, train={"keep_steps": [6]})
     configs = {run.config.train.num_steps: run.config for run in study.runs}
     assert sorted(configs) == [12, 20, 40]
     rates = {n: [schedule(config.schedule, step, n) for step in range(n)] for n, config in configs.items()}
     trunk = next(run for run in study.runs if run.config.train.num_steps == 40)
     branches = {run.config.train.num_steps: run.trunk for run in study.runs if run.trunk}
     assert {n: found.step for n, found in branches.items()} == {12: 9, 20: 15}  # the last quarter decays
-    assert trunk.config.train.keep_steps == (9, 15)
+    assert trunk.config.train.keep_steps == (6, 9, 15)
     for n, found in branches.items():
         assert rates[n][: found.step + 1] == rates[40][: found.step + 1]
         assert rates[n][found.step + 1] < rates[40][found.step + 1]

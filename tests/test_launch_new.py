@@ -74,6 +74,7 @@ def test_tuning_a_proxy_that_is_sized_for_a_target_costs_the_share_that_was_give
     made = invoke("new", "large", "--family", family, "--target", size, "--share", share)
     assert made.exit_code == 0, made.output
     cost = cost_of("large")
+    assert str(cost) in made.output
     assert 0.98 * share < cost.share <= share
     assert cost.search > 0
     file = read_study(Path("large.yaml"))
@@ -196,11 +197,11 @@ def test_the_doctor_names_what_keeps_runs_from_starting(tmp_path: Path, monkeypa
 
     for name in ("sbatch", "sinfo"):
         (tmp_path / name).write_text(
-            "#!/bin/sh\necho 'sinfo: error: no host' >&2\necho 'sinfo: fatal: no source' >&2\nexit 1"
+            "#!/bin/sh\necho 'sinfo: error: no host' >&2\necho 'sinfo: fatal: no source; no port' >&2\nexit 1"
         )
         (tmp_path / name).chmod(0o755)
     said = " ".join(invoke("doctor", "--directory", tmp_path / "runs").output.split())
-    assert "no job can be submitted from here: sinfo: fatal: no source" in said
+    assert "no job can be submitted from here: sinfo: fatal: no source; no port" in said
     assert "no host" not in said
 
     (tmp_path / "file").write_text("")

@@ -24,7 +24,7 @@ from depthmup.models.coordinate_check import rms
 from depthmup.models.errors import ModelError
 from depthmup.models.family import ONES, Init, ParameterRule, UnmatchedParameterError, match_rules
 from depthmup.models.flops import forward_flops, training_flops
-from depthmup.models.init import init_std, initialize, materialize
+from depthmup.models.init import init_std
 from depthmup.models.named_sizes import NAMED_SIZES
 from depthmup.models.optimizer import build_optimizer, parameter_groups
 from depthmup.models.optimizer_config import OptimizerConfig
@@ -413,9 +413,8 @@ def test_a_forgotten_parameter_or_buffer_is_an_error() -> None:
     ):
         scaled = build_meta(VIT, ParameterizationConfig())
         forget(scaled.network)
-        materialize(scaled.network, "cpu")
         with pytest.raises(RuntimeError, match="no initialiser filled table"):
-            initialize(scaled.network, scaled.rules, scaled.scale, seed=0)
+            fill(scaled, 0, "cpu")
 
 
 def test_a_name_with_no_role_or_with_two_is_an_error() -> None:

@@ -13,7 +13,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
-from depthmup.data.config import NOT_IDENTITY, DataConfig, Positive, Whole, channels_misfit, streams_misfit
+from depthmup.data.config import (
+    NOT_IDENTITY,
+    DataConfig,
+    Positive,
+    Whole,
+    channels_misfit,
+    streams_misfit,
+    with_plain_channels,
+)
 from depthmup.data.errors import UserError
 from depthmup.models.checked import STRICT, checked
 from depthmup.models.config import OF_SEVERAL_EXPERTS, AnyModelConfig, MixtureVitConfig, ResNetConfig
@@ -203,6 +211,10 @@ class TrackConfig:
     project: str = "depthmup"  # on W&B
     group: str | None = None  # on W&B; null: of a study's runs its name
 
+    def __post_init__(self) -> None:
+        if self.wandb == "off" and self.project != TrackConfig.project:
+            raise ValueError("project would do nothing: wandb is off; leave it out, or use wandb online or offline")
+
 
 @checked_setting
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -253,6 +265,7 @@ class RunConfig:
                     )
         if misfit := channels_misfit(self.data, self.model.in_channels):
             raise ValueError(misfit)
+        object.__setattr__(self, "data", with_plain_channels(self.data))
         if misfit := streams_misfit(self.data.num_streams, self.train.global_batch_size):
             raise ValueError(misfit)
         if self.forgets >= LEAVES_NOTHING:

@@ -16,6 +16,7 @@ from depthmup.train.interrupt import ENDINGS
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from depthmup.launch.config import StudyFile
     from depthmup.launch.runs.study import Study
 
 
@@ -102,16 +103,21 @@ def refuse_detached_elsewhere(study: "Study") -> None:
         )
 
 
-def open_study(config: Path, overrides: tuple[str, ...]) -> "Study":
-    """A study, or one run as a study of one."""
+def read_file(config: Path, overrides: tuple[str, ...]) -> "StudyFile":
+    """A study's file, or that of one run as a study of one; warns of what it may not mean."""
     from depthmup.launch.reading import read_study_or_run
-    from depthmup.launch.runs.opened import open_planned
 
     file = read_study_or_run(config, overrides)
     swept_decay = file.study.hyperparameter in ("optimizer.weight_decay", "optimizer.tau_ema")
     if file.decay_warning and not swept_decay:  # the sweep does not use the file's own decay
         click.echo(f"warning: {file.decay_warning}", err=True)
-    return open_planned(config, file, overrides)
+    return file
+
+
+def open_study(config: Path, overrides: tuple[str, ...]) -> "Study":
+    from depthmup.launch.runs.opened import open_planned
+
+    return open_planned(config, read_file(config, overrides), overrides)
 
 
 def new_console() -> "Console":

@@ -13,6 +13,7 @@ from depthmup.launch.commands.group import (
     detachable,
     new_console,
     open_study,
+    read_file,
     refuse_detached_elsewhere,
     results_out,
     with_config,
@@ -94,13 +95,13 @@ def transfer(config: Path, overrides: tuple[str, ...], targets: tuple[Path, ...]
     forecast, scale, train the target, and judge the forecast.
     """
     from depthmup.launch import chain
-    from depthmup.launch.reading import read_study_or_run
     from depthmup.launch.report.collect import check_swept
+    from depthmup.launch.runs.opened import open_planned
     from depthmup.launch.runs.search import Search
     from depthmup.launch.runs.tuned import is_over_sizes, keep_study
 
-    study, console = open_study(config, overrides), new_console()
-    file = read_study_or_run(config, overrides)
+    file, console = read_file(config, overrides), new_console()
+    study = open_planned(config, file, overrides)
     if file.tune and is_over_sizes(file) and not tune:
         raise UserError(f"{config} has a section tune: add --tune, which tunes the base first, or take it out")
     if not tune:
@@ -183,12 +184,15 @@ def retry(config: Path, overrides: tuple[str, ...]) -> None:
     """
     from depthmup.launch.jobs.states import take_snapshot
     from depthmup.launch.jobs.status import print_troubles
+    from depthmup.launch.prepare import prepare_data
     from depthmup.launch.transfer import STOPPED, Launched, launch
 
     study, console = open_study(config, overrides), new_console()
-    snapshot = take_snapshot(study)
+    snapshot, launched = take_snapshot(study), Launched([], [], [])
     print_troubles(snapshot, console)
-    launched = launch(study, STOPPED) if snapshot.of(*STOPPED) else Launched([], [], [])
+    if snapshot.of(*STOPPED):
+        prepare_data(study, console)
+        launched = launch(study, STOPPED)
     print_launched(study, launched, console)
 
 
@@ -222,17 +226,15 @@ def cancel_command(config: Path, overrides: tuple[str, ...]) -> None:
 def plan(config: Path, overrides: tuple[str, ...], targets: tuple[Path, ...]) -> None:
     """Print every run and its cost; launches nothing."""
     from depthmup.launch.path_cost import count_path
-    from depthmup.launch.reading import read_study_or_run
+    from depthmup.launch.runs.opened import open_planned
     from depthmup.launch.runs.plan import print_plan
     from depthmup.launch.scale import read_changes
 
-    console = new_console()
-    print_plan(open_study(config, overrides), console)
-    if targets:
-        file = read_study_or_run(config, overrides)  # whole, where a search knows its base alone
-        for target in targets:
-            cost = count_path(config, file, read_changes(target, ()))
-            console.print(f"{target}: {cost}", highlight=False, markup=False)
+    file, console = read_file(config, overrides), new_console()
+    print_plan(open_planned(config, file, overrides), console)
+    for target in targets:
+        cost = count_path(config, file, read_changes(target, ()))
+        console.print(f"{target}: {cost}", highlight=False, markup=False)
 
 
 @command("status", example="depthmup status configs/digits_resnet.yaml")

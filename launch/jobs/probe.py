@@ -43,11 +43,8 @@ def read_minutes(text: str) -> int | None:
 
 
 def list_partitions() -> list[Partition]:
-    """Every partition that is up. Raises UserError where Slurm does not answer."""
-    try:
-        lines = slurm.call_slurm("sinfo", "--noheader", "--format=%P|%a|%l|%D|%c|%m|%G").splitlines()
-    except slurm.SlurmError as error:
-        raise UserError(f"Slurm does not answer: {error}") from None
+    """Every partition that is up. Raises SlurmError."""
+    lines = slurm.call_slurm("sinfo", "--noheader", "--format=%P|%a|%l|%D|%c|%m|%G").splitlines()
     found: dict[str, Partition] = {}
     for line in lines:
         name, up, limit, nodes, cpus, memory, gres = line.split("|")
@@ -60,8 +57,12 @@ def list_partitions() -> list[Partition]:
 
 
 def propose_profile() -> str:
-    """A profile as YAML: the default partition, or the one with the most GPUs; the others as comments."""
-    found = list_partitions()
+    """A profile as YAML: the default partition, or the one with the most GPUs; the others as comments. Raises UserError
+    where Slurm does not answer, or shows none."""
+    try:
+        found = list_partitions()
+    except slurm.SlurmError as error:
+        raise UserError(f"Slurm does not answer: {error}") from None
     if not found:
         raise UserError("sinfo shows no partition that is up: try again once one is")
     best = max(found, key=lambda p: (p.gpus > 0, p.default, p.gpus * p.nodes))

@@ -50,7 +50,11 @@ SUSPENDED = ("SUSPENDED", "STOPPED")
 
 
 class SlurmError(Exception):
-    """A Slurm command failed; the message is its own words."""
+    """A Slurm command failed. `lines` are its own words; the last of them is what ended it."""
+
+    def __init__(self, *lines: str) -> None:
+        super().__init__("; ".join(lines))
+        self.lines = lines
 
 
 class Silent(UserError):
@@ -150,7 +154,7 @@ def describe_unanswered(name: str) -> SlurmError:
 
 def describe_failure(name: str, said: str, code: int) -> SlurmError:
     words = [line.strip() for line in said.splitlines() if line.strip()]
-    return SlurmError("; ".join(words) or f"{name} ended with {code}")
+    return SlurmError(*(words or [f"{name} ended with {code}"]))
 
 
 def read_queue(job_ids: Sequence[str], names: Sequence[str] = ()) -> list[QueuedTask]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from depthmup.data.files import write_atomically
+from depthmup.launch.report.place import copy_results
 from depthmup.launch.runs.joint import JointStudy
 from depthmup.launch.runs.search import Search
 from depthmup.launch.runs.study import Study
@@ -31,7 +31,4 @@ def show_joint(study: JointStudy, console: Console, out: Path | None = None) -> 
 
 def publish_joint(study: JointStudy, root: Path, folder: Path) -> list[Path]:
     """Copies the record that `show_joint` has written into `root` to `folder` as NAME.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    record, copy = root / RECORDS[type(study)], folder / f"{study.file.study.name}.json"
-    write_atomically(copy, record.read_bytes())
-    return [copy]
+    return copy_results(root, folder, {RECORDS[type(study)]: f"{study.file.study.name}.json"})

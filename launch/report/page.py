@@ -18,6 +18,7 @@ from depthmup.launch.findings.intervals import CONFIDENCE
 from depthmup.launch.findings.theory import predicted_drifts
 from depthmup.launch.report import plots
 from depthmup.launch.report.collect import Report
+from depthmup.launch.report.place import copy_results
 from depthmup.launch.report.record import as_record, closed, dump
 from depthmup.launch.report.tables import forecast_row, planned_sentence, rows
 from depthmup.launch.wording import show_drift, show_interval, show_number
@@ -190,11 +191,7 @@ def publish(report: Report, root: Path, folder: Path) -> list[Path]:
     """Copies what a repository keeps from `root`, where the report was written, to `folder`: the record without single
     runs as NAME.json, figures and rates as NAME-*."""
     name = report.study.file.study.name
-    folder.mkdir(parents=True, exist_ok=True)
     swept = ("curves.png", "drift.png") if len(report.study.file.study.grid) > 1 else ()  # one value has no optimum
-    kept = {file: f"{name}-{file}" for file in (*swept, *CONVERGENCE_FILES)}
+    copies = copy_results(root, folder, {file: f"{name}-{file}" for file in (*swept, *CONVERGENCE_FILES)})
     write_atomically(folder / f"{name}.json", dump(as_record(report)).encode())
-    there = {folder / new: root / old for old, new in kept.items() if (root / old).exists()}
-    for copy, figure in there.items():
-        write_atomically(copy, figure.read_bytes())
-    return [folder / f"{name}.json", *there]
+    return [folder / f"{name}.json", *copies]

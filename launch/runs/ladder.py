@@ -59,6 +59,7 @@ def with_trunks(points: Sequence[PlannedRun], sizes: Sequence[Size]) -> list[Pla
     found = []
     for point in points:
         name = point.directory.path.name
-        train = replace(point.config.train, keep_steps=tuple(sorted(kept.get(name, ()))))
+        steps = {*point.config.train.keep_steps, *kept.get(name, ())}
+        train = replace(point.config.train, keep_steps=tuple(sorted(steps)))
         found.append(replace(point, config=replace(point.config, train=train), trunk=branches.get(name)))
     return found
