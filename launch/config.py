@@ -224,8 +224,8 @@ class LaunchConfig:
 
     @property
     def tasks(self) -> int:
-        """Processes of one run."""
-        return self.nodes * (self.tasks_per_node or max(self.gpus_per_node, 1))
+        """Processes of one run. On this machine it is one."""
+        return self.nodes * (self.tasks_per_node or max(self.gpus_per_node, 1)) if self.cluster == "slurm" else 1
 
 
 @checked_setting

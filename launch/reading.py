@@ -101,6 +101,7 @@ def read_raw(path: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
 
 # By launch.cluster: the keys of the section that it alone reads.
 READ_BY = {"slurm": ("partition", "account", "qos", "constraint", "sbatch", "continuation"), "local": ("slots",)}
+SAME_MACHINE = ("local", "debug")  # debug is one slot
 
 
 def refuse_idle_overrides(file: StudyFile, overrides: tuple[str, ...], path: Path) -> None:
@@ -118,7 +119,8 @@ def refuse_idle_overrides(file: StudyFile, overrides: tuple[str, ...], path: Pat
     given = [one.partition("=")[0].strip() for one in overrides]
     for cluster, key in ((cluster, key) for cluster in READ_BY for key in given):
         section, name = [*key.split("."), ""][:2]
-        if section == "launch" and name in READ_BY[cluster] and file.launch.cluster != cluster:
+        others = SAME_MACHINE if cluster in SAME_MACHINE else (cluster,)
+        if section == "launch" and name in READ_BY[cluster] and file.launch.cluster not in others:
             raise UserError(
                 f"{path}: {key} would do nothing: launch.cluster is {file.launch.cluster}: add --cluster {cluster}, or "
                 "leave it out"

@@ -114,12 +114,11 @@ def test_a_bad_study_is_refused_with_the_mend_and_nothing_else(study_file: Path,
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("cluster", ["slurm", "debug"])
-def test_slots_of_this_machine_are_refused_on_a_command_line_that_starts_none(study_file: Path, cluster: str) -> None:
+def test_slots_of_this_machine_are_refused_on_a_command_line_that_starts_none(study_file: Path) -> None:
     assert read_study(study_file, ("launch.slots=2",)).launch.slots == 2
-    message = f"launch.slots would do nothing: launch.cluster is {cluster}: add --cluster local, or leave it out"
+    message = "launch.slots would do nothing: launch.cluster is slurm: add --cluster local, or leave it out"
     with pytest.raises(UserError, match=message):
-        read_study(study_file, ("launch.slots=2", f"launch.cluster={cluster}"))
+        read_study(study_file, ("launch.slots=2", "launch.cluster=slurm"))
 
 
 @pytest.mark.parametrize(

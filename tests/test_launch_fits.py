@@ -12,7 +12,7 @@ from depthmup.data.order import streams_of
 from depthmup.launch.cli import cli
 from depthmup.launch.jobs.submit import dry_run_script
 from depthmup.launch.reading import PLACES, read_study, read_study_or_run
-from depthmup.launch.runs.fits import check_fits, processes_of
+from depthmup.launch.runs.fits import check_fits
 from depthmup.launch.runs.plan import describe_jobs
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.study import Study
@@ -40,7 +40,7 @@ def test_every_shipped_recipe_can_run_with_every_shipped_profile(recipe: str, cl
     check_fits(study)
     if study.file.launch.cluster == "slurm":
         assert "launch.jobs.worker" in dry_run_script(study)
-    processes = processes_of(study.file.launch)
+    processes = study.file.launch.tasks
     for run in study.runs[:: max(len(study.runs) // 8, 1)]:  # what a process asks at its start
         config = run.config
         config.parallel.micro_batches(config.train.global_batch_size, processes)

@@ -134,7 +134,7 @@ def test_a_job_of_slurm_is_a_pack_or_as_many_as_runs_per_job_holds(runs: Callabl
     [
         ("train.compile=block", {}, "packs do not know train.compile as set here"),
         ("seed=0", {"runs_per_gpu": 2}, "launch.runs_per_gpu is 2"),
-        ("seed=0", {"nodes": 2}, "a job of 2 tasks trains one run"),
+        ("seed=0", {"cluster": "slurm", "nodes": 2}, "a job of 2 tasks trains one run"),
     ],
 )
 def test_packs_that_are_asked_for_but_cannot_be_are_refused_with_the_reason(
@@ -142,6 +142,13 @@ def test_packs_that_are_asked_for_but_cannot_be_are_refused_with_the_reason(
 ) -> None:
     with pytest.raises(UserError, match=f"train.pack is 4, but {words}"):
         packs_of(runs("train.pack=4", override), LaunchConfig(**launch), on_gpu=True, slots=1)
+
+
+def test_what_jobs_ask_for_keeps_no_runs_of_this_machine_out_of_packs(
+    runs: Callable[..., list[PlannedRun]],
+) -> None:
+    packs = packs_of(runs("train.pack=4"), LaunchConfig(nodes=2), on_gpu=True, slots=1)
+    assert max(map(len, packs)) == 4
 
 
 def test_a_study_of_which_no_two_runs_can_be_packed_is_refused_with_the_key(

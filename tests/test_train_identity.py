@@ -150,7 +150,7 @@ def test_a_model_family_is_never_left_out_of_the_hash(shards: Path) -> None:
         (lambda: ScheduleConfig(warmup=1.5), "ScheduleConfig.warmup: Input should be less than 1"),
         (lambda: ParallelConfig(engine="dpp"), "ParallelConfig.engine: .*'ddp'.*'dpp'"),
         (lambda: TrackConfig(wanb="off"), "TrackConfig.wanb: unknown; known: wandb, tensorboard"),
-        (lambda: LaunchConfig(nodes=2, runs_per_job=2), "a job of 2 tasks trains one run"),
+        (lambda: LaunchConfig(cluster="slurm", nodes=2, runs_per_job=2), "a job of 2 tasks trains one run"),
         (lambda: Octaves(first=2, last=1), "last 1 is below first 2"),
         (lambda: Size(width=0, depth=1), "Size.width: Input should be greater than 0"),
         (

@@ -23,6 +23,7 @@ from depthmup.launch.wording import (
     show_drift,
     show_interval,
     show_number,
+    show_seeds,
     show_share,
     show_shares,
     show_size,
@@ -80,11 +81,6 @@ def regret(found: dict[str, Any], fails: bool) -> str:
     return show_share(found["regret"]) + known
 
 
-def listed(seeds: Sequence[int]) -> str:
-    """'0, 1, 2', and '0 to 63' where there are many."""
-    return f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 8 else ", ".join(map(str, seeds))
-
-
 def question(record: dict[str, Any]) -> str:
     """'swept: optimizer.momentum, in octaves of 1 - momentum', or the one value that ran."""
     name, values = record["hyperparameter"], {point["value"] for point in record["points"]}
@@ -95,7 +91,7 @@ def question(record: dict[str, Any]) -> str:
 
 
 def settings(record: dict[str, Any]) -> list[str]:
-    cost, seeds = record["cost"], sorted({run["seed"] for run in record["points"]})
+    cost, seeds = record["cost"], show_seeds(run["seed"] for run in record["points"])
     is_swept = record["hyperparameter"] == "schedule.warmup" and swept(record)
     warmup = "warm-up as swept" if is_swept else f"{100 * record['warmup']:g} % warm-up"
     unfinished = f" **{record['num_unfinished']} runs are not finished.**" if record["num_unfinished"] else ""
@@ -103,7 +99,7 @@ def settings(record: dict[str, Any]) -> list[str]:
         f"`depthmup transfer {record['config']}`: {record['model']}, {record['optimizer']}, {record['data']} at "
         f"{record['image_size']} pixels, {record['schedule']} schedule with {warmup}, "
         f"{record['samples']} samples in batches of {record['global_batch_size']} ({record['steps']} steps), "
-        f"{100 * record['minival']:g} % of the training set held out as minival, seeds {listed(seeds)}, "
+        f"{100 * record['minival']:g} % of the training set held out as minival, seeds {seeds}, "
         f"{question(record)}. {record['num_runs']} runs, "
         f"{record['num_diverged']} of them diverged; "
         f"{quantity(cost['flops'])}FLOPs, {cost['hours']:.1f} hours of training processes.{unfinished}{rounds(record)}"

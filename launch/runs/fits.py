@@ -17,14 +17,9 @@ from depthmup.models.optimizer_config import RoleRates
 from depthmup.train.config import RunConfig
 
 
-def processes_of(config: LaunchConfig) -> int:
-    """Of one run. On this machine it is one."""
-    return config.tasks if config.cluster == "slurm" else 1
-
-
 def find_misfits(run: RunConfig, config: LaunchConfig) -> Iterator[str]:
     """What would end the run on the nodes that it is to run on, each with the mend."""
-    processes, parallel = processes_of(config), run.parallel
+    processes, parallel = config.tasks, run.parallel
     if processes > 1 and parallel.engine == "none":
         yield "parallel.engine none joins no processes: use parallel.engine=ddp, fsdp or deepspeed"
     try:
@@ -123,11 +118,11 @@ def check_fits(study: Study) -> None:
         )
     )
     if found:
-        processes = counted(processes_of(config), "process")
+        processes = counted(config.tasks, "process")
         raise UserError(f"{study.path}, {processes} a run: {'; '.join(found)}")
-    if study.file.study.ladder and processes_of(config) > 1:
+    if study.file.study.ladder and config.tasks > 1:
         raise UserError(
-            f"{study.path}: a job of {processes_of(config)} processes trains one run, and study.ladder needs a trunk's "
+            f"{study.path}: a job of {config.tasks} processes trains one run, and study.ladder needs a trunk's "
             "branches after it in one job: use one process a run, or leave study.ladder out"
         )
     check_packable(study.runs)
