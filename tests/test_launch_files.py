@@ -208,7 +208,7 @@ def test_where_nothing_can_be_written_the_command_says_so_and_a_report_is_printe
     assert "<svg" in page.read_text()
     assert {path.name for path in kept.iterdir()} == {"tiny.json", "tiny-curves.png", "tiny-drift.png"}
     assert [(code, mistake) for code, _, mistake in refused] == [
-        (2, f"depthmup: {locked}/tiny.json: Permission denied: use another file or folder\n"),
+        (2, f"depthmup: {locked}/tiny-curves.png: Permission denied: use another file or folder\n"),
         (2, told),
         (2, f"depthmup: {large}: {locked} is not writable: --out FILE names another file\n"),
         (2, f"depthmup: {root}/tiny_target.yaml: {root} is not writable: --out FILE names another file\n"),

@@ -901,7 +901,7 @@ def test_the_job_after_the_runs_is_no_part_of_the_limit(fake: Path, study_of: Ca
 
 def test_a_job_imports_from_a_copy_that_has_every_file_which_the_code_opens(tmp_path: Path) -> None:
     copied = copy_code(tmp_path)
-    page = "from depthmup.launch.report.page import environment, inline\nfrom depthmup.launch.new import FAMILIES\n"
+    page = "from depthmup.launch.report.page import environment, inline\nfrom depthmup.launch.new import NewStudy\n"
     page += "environment().get_template('report.html.j2')\nprint(len(inline('page.js')), len(inline('tables.js')))"
     done = subprocess.run(
         [sys.executable, "-c", page],
