@@ -63,8 +63,9 @@ def curve(loss: Callable[[float, int], float]) -> Curve:
 
 
 def test_runs_that_learned_nothing_and_runs_that_diverged_fail_alike() -> None:
-    dead, diverged = (curve(failing(valley(-4.4), -4.0, end)) for end in (GUESS, math.inf))
+    dead, diverged, unknown = (curve(failing(valley(-4.4), -4.0, end)) for end in (GUESS, math.inf, math.nan))
     assert (dead.failed == diverged.failed).all()
+    assert (unknown.metric == diverged.metric).all()  # a loss that is no number
     assert dead.failed.sum() == 3 * 4  # three seeds at x = -3 to 0
     assert dead.optimum == diverged.optimum
     assert np.isinf(dead.mean[-4:]).all()
@@ -114,11 +115,18 @@ def test_a_failed_run_fails_its_value_beside_values_that_fail_or_where_too_many_
 
     few, many = (compare(runs(BASE, loss, seeds=seeds))[0].curve for seeds in (3, 8))
     assert np.isinf(few.mean[few.at(-4.0)])
+    assert few.surely_fails(few.at(-4.0))
     assert np.isfinite(many.mean[many.at(-4.0)])
     half = curve(lambda x, seed: math.inf if x == -4.0 and seed < 2 else valley(-5.0)(x, seed))
     assert np.isinf(half.mean[half.at(-4.0)])  # two of three, between values that train
     edge = compare(runs(BASE, lambda x, seed: math.inf if (x, seed) == (0.0, 0) else 1.0, seeds=2))[0].curve
     assert edge.fails[-1]
+
+
+def test_a_value_whose_only_run_fails_surely_does_unless_those_to_both_sides_train() -> None:
+    dies = runs(BASE, lambda x, seed: math.inf if x in (-6.0, 0.0) else valley(-4.0)(x, seed), seeds=1)
+    found = compare(dies)[0].curve
+    assert [found.surely_fails(found.at(x)) for x in (-6.0, 0.0)] == [False, True]
 
 
 def test_the_share_of_failing_runs_is_known_as_their_number_allows() -> None:
@@ -199,12 +207,17 @@ def test_an_optimum_on_the_edge_of_the_grid_is_known_from_one_side_only(optimum:
     drift = compare(runs(BASE, valley(-5.0)), runs(DEEP, valley(optimum)))[1].interval
     assert drift
     assert [math.isinf(bound) for bound in drift] == [edge == "low", edge == "high"]
+    from_edge = compare(runs(BASE, valley(optimum)), runs(DEEP, valley(-5.0)))[1].interval
+    assert from_edge
+    assert [math.isinf(bound) for bound in from_edge] == [edge == "high", edge == "low"]
 
 
 def test_an_optimum_whose_neighbours_fail_is_known_to_a_grid_step_however_well_the_seeds_agree() -> None:
     narrow = valley(-4.0, noise=1e-6)
     found = curve(lambda x, seed: narrow(x, seed) if x in (-5.0, -4.0) else math.inf).optimum
     assert (found.x, found.interval, found.censored) == (-4.0, (-5.0, -3.0), None)
+    two = [runs(size, lambda x, seed: narrow(x, seed) if x in (-5.0, -4.0) else math.inf) for size in (BASE, DEEP)]
+    assert compare(*two)[1].interval == (-2.0, 2.0)
 
 
 def test_a_falling_curve_does_not_put_the_optimum_at_or_beyond_a_value_at_which_runs_fail() -> None:
@@ -278,6 +291,15 @@ def test_a_value_that_trains_beyond_those_of_the_fit_bounds_the_optimum() -> Non
         found = compare(runs(BASE, loss, grid=grid))[0].curve.optimum
         assert found.interval
         assert -9.0 <= found.interval[0] <= -4.0 <= found.interval[1] <= -1.0
+
+
+def test_the_loss_at_a_carried_value_is_what_was_measured_there_or_else_the_curves() -> None:
+    """Half an octave beside the nearest value that was run, which has 1 % or 12 % where the curve has 5 %."""
+    groups = runs(BASE, valley(-4.5)), runs(DEEP, valley(-5.5, lowest=0.2))
+    between, at = compare(*groups)[1], compare(*groups, carried=-5.0)[1]
+    assert (between.measured, at.measured) == (False, True)
+    assert between.at_base_optimum == pytest.approx(0.2 * math.exp(0.05), rel=0.02)
+    assert at.at_base_optimum == at.curve.mean[at.curve.at(-5.0)]
 
 
 def test_octaves_of_momentum_are_those_of_one_minus_it() -> None:

@@ -18,7 +18,7 @@ from depthmup.launch.findings.verdict import (
     seeds_wanted,
 )
 from depthmup.launch.wording import show_cost, show_interval, show_seeds, show_share, show_shares
-from test_launch_analysis import BASE, DEEP, GUESS, WIDE, failing, runs, valley
+from test_launch_analysis import BASE, DEEP, GUESS, LARGE, WIDE, failing, runs, valley
 
 Loss = Callable[[float, int], float]
 LIMITS = Limits()
@@ -40,9 +40,12 @@ def flat(noise: float = 0.0005, number: int = 0) -> Loss:
 
 
 def test_a_steady_optimum_transfers() -> None:
-    found = judge(runs(BASE, valley(-4.0)), runs(DEEP, valley(-4.1)), runs(WIDE, valley(-3.9)))
+    study = study_of(runs(BASE, valley(-4.0)), runs(DEEP, valley(-4.1)), runs(WIDE, valley(-3.9)))
+    (found,) = study.judgements
     assert found.verdict == "transfers"
     assert found.reason.startswith("at most 0.")
+    worst = max(study.comparisons[1:], key=lambda comparison: comparison.regret_bound)
+    assert f"at {worst.curve.size}, " in found.reason
 
 
 def test_a_loss_between_the_limits_costs_and_a_larger_one_does_not_transfer() -> None:
@@ -137,6 +140,27 @@ def test_a_size_whose_optimum_is_on_the_edge_of_its_grid_is_inconclusive_unless_
     assert judge(runs(BASE, valley(-4.0)), runs(DEEP, valley(-12.0))).verdict == "does not transfer"
 
 
+@pytest.mark.parametrize("limits", [Limits(0.2, 0.5), Limits(0.005, 0.5)])
+def test_the_value_of_a_base_whose_optimum_is_on_the_edge_neither_transfers_nor_costs(limits: Limits) -> None:
+    """Better values may lie beyond: what the carried one costs at another size says nothing of them."""
+    found = judge(runs(BASE, valley(-11.0)), runs(DEEP, valley(-9.2)), limits=limits)
+    assert found.verdict == "inconclusive"
+    assert found.reason.startswith("the base's optimum is on the low edge of the grid")
+    inside = judge(runs(BASE, valley(-8.0)), runs(DEEP, valley(-9.2)), limits=limits)
+    assert inside.verdict == ("transfers" if limits.transfer > 0.1 else "costs")
+
+
+def test_a_cost_at_one_size_decides_where_what_is_open_elsewhere_is_surely_no_more() -> None:
+    """1.8 % at one size; at another 0.2 to 1 %, which might still be too little to count; at a third nobody knows."""
+    limits = Limits(0.005, 0.5)
+    base, costs = runs(BASE, valley(-4.0)), runs(WIDE, valley(-4.6, number=1))
+    open_one, unknown = runs(DEEP, valley(-4.3, noise=0.01)), runs(LARGE, valley(-11.0, curvature=0.01))
+    assert judge(base, open_one, limits=limits).verdict == "inconclusive"
+    assert judge(base, unknown, limits=limits).verdict == "inconclusive"
+    assert judge(base, costs, open_one, limits=limits).verdict == "costs"
+    assert judge(base, costs, open_one, unknown, limits=limits).verdict == "inconclusive"
+
+
 # ---------------------------------------------------------------- plateaus and the control
 
 
@@ -145,6 +169,23 @@ def test_a_plateau_identifies_nothing() -> None:
         found = judge(runs(BASE, flat(number=number)), runs(DEEP, flat(number=10 + number)))
         assert found.verdict == "not identified"
         assert "is as good at every size" in found.reason
+
+
+@pytest.mark.parametrize("side", [-1, 1])
+def test_there_is_no_plateau_where_an_octave_to_one_side_was_not_run(side: int) -> None:
+    """To the other it costs 0.2 %."""
+    grid = tuple(-5.0 + side * octaves for octaves in (-0.5, 0.0, 0.5, 1.0, 2.0))
+    both = [
+        runs(size, valley(-5.0, 0.0002, number, curvature=0.004), grid=grid) for number, size in enumerate((BASE, DEEP))
+    ]
+    assert judge(*both).verdict == "transfers"
+
+
+def test_a_control_with_constants_of_its_own_is_one() -> None:
+    both = [run for name in ("sp beta=2", "p") for size in (BASE, DEEP) for run in runs(size, valley(-4.0), name)]
+    control, scaled = study_of(both).judgements
+    assert (control.verdict, scaled.verdict) == ("transfers", "not identified")
+    assert "sp beta=2 transfers as well" in scaled.reason
 
 
 def test_where_the_control_transfers_as_well_the_study_shows_nothing() -> None:

@@ -175,7 +175,9 @@ def test_killed_inside_a_checkpoint_write(
     assert_same_end(tmp_path, whole)
 
 
-def test_a_stop_between_two_checkpoints_loses_nothing(shards: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_stop_between_two_checkpoints_loses_nothing_and_the_next_save_removes_what_a_killed_one_left(
+    shards: Path, whole: Path, tmp_path: Path
+) -> None:
     """The losses of steps that no metrics line holds yet come back with the checkpoint."""
     interrupt = Interrupt()
 
@@ -185,7 +187,11 @@ def test_a_stop_between_two_checkpoints_loses_nothing(shards: Path, whole: Path,
 
     with pytest.raises(Interrupted, match="stopped after step"):
         run(config_of(shards), tmp_path, interrupt=interrupt, watch=watch)
+    left = tmp_path / "checkpoints" / "tmp-step-7"  # of a step that is not saved again
+    left.mkdir()
+    (left / "__0_0.distcp").write_bytes(b"half of it")
     run(config_of(shards), tmp_path)
+    assert not left.exists()
     assert_same_end(tmp_path, whole)
 
 
