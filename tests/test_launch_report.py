@@ -13,8 +13,8 @@ from click.testing import CliRunner
 from depthmup.launch.cli import cli
 from depthmup.launch.reading import read_study
 from depthmup.launch.report.collect import collect
-from depthmup.launch.report.recompute import restore
-from depthmup.launch.report.record import as_record, read_record
+from depthmup.launch.report.recompute import recompute_record, restore
+from depthmup.launch.report.record import as_record, dump, read_record
 from depthmup.launch.report.results import results
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.study import Study
@@ -204,6 +204,12 @@ def test_a_published_record_gives_the_same_report_again_without_its_runs(study_f
         run.directory.write_done(done | {"seconds": 1.0})
     record = as_record(collect(study))
     assert as_record(collect(restore(record, path, tmp_path / "again"))) == record
+
+    published = tmp_path / "again.json"
+    record["origins"]["code"] = {"0123456789ab": record["num_runs"]}  # which no analysis knows
+    published.write_text(dump({**record, "judgements": []}))
+    recompute_record(published, path)
+    assert read_record(published) == json.loads(dump(record))
 
 
 def test_a_study_that_was_stopped_between_two_rounds_is_said_to_be_unfinished(study_file: Path) -> None:

@@ -11,12 +11,13 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from depthmup.data.files import write_atomically
 from depthmup.launch.config import Size
 from depthmup.launch.findings.analysis import Result
 from depthmup.launch.reading import read_raw, read_study
 from depthmup.launch.report.collect import collect
 from depthmup.launch.report.page import publish, write_report
-from depthmup.launch.report.record import page_record, read_record
+from depthmup.launch.report.record import as_record, dump, page_record, read_record
 from depthmup.launch.runs.rounds import (
     AddedRound,
     AddedRun,
@@ -105,21 +106,26 @@ def find_configs() -> dict[str, Path]:
     return {read_study(path).study.name: path for path in paths}
 
 
+def recompute_record(path: Path, config: Path) -> None:
+    """Analyses the record at `path` anew, in its place. What code and images its runs had stays: they alone know."""
+    record = read_record(path)
+    with tempfile.TemporaryDirectory() as scratch:
+        report = collect(restore(record, config, Path(scratch)))
+        assert (len(report.finished), report.num_diverged) == (record["num_runs"], record["num_diverged"])
+        assert len(report.unfinished) == record["num_unfinished"]
+        root = report.study.file.directory
+        write_report(report, page_record(report), root)
+        publish(report, root, path.parent)
+    write_atomically(path, dump(as_record(report) | {"origins": record["origins"]}).encode())
+
+
 def main() -> None:
-    folder = Path(sys.argv[1])
     configs = find_configs()
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(Path(sys.argv[1]).glob("*.json")):
         record = read_record(path)
-        if "points" not in record:
-            continue
-        with tempfile.TemporaryDirectory() as scratch:
-            report = collect(restore(record, configs[record["study"]], Path(scratch)))
-            assert (len(report.finished), report.num_diverged) == (record["num_runs"], record["num_diverged"])
-            assert len(report.unfinished) == record["num_unfinished"]
-            root = report.study.file.directory
-            write_report(report, page_record(report), root)
-            publish(report, root, folder)
-        print(record["study"])
+        if "points" in record:
+            recompute_record(path, configs[record["study"]])
+            print(record["study"])
 
 
 if __name__ == "__main__":
