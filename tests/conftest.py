@@ -1,8 +1,13 @@
 """Fixtures that several test files share: real shards of scikit-learn's digits, and small configurations on them."""
 
 import os
+import sys
+
+import fork_server
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here and in every child process
+if "--tx" in sys.argv:  # the fork server of the test processes imports torch while this process does
+    fork_server.address()
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +17,6 @@ import pytest
 import torch
 import yaml
 
-import fork_server
 from depthmup.train.config import RunConfig
 from depthmup.train.reading import from_plain
 from slurm_cluster import Cluster

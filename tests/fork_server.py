@@ -43,6 +43,7 @@ def preload() -> None:
     """Each process would else import DeepSpeed, which takes longer than most of the tests' runs, read the sources of
     the code again, and walk through all of it when it collects garbage."""
     refuse_deprecated()
+    gc.disable()  # while there are modules to import: what they hold stays
     for name in PRELOADED:
         import_module(name)
     for name in OPTIONAL:
@@ -59,6 +60,7 @@ def preload() -> None:
             packed_digits(validation_share, shard_samples)
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def refuse_deprecated() -> None:
