@@ -9,6 +9,7 @@ from the archive. A run that was under way begins anew there. The archive holds 
 
 import argparse
 import io
+import os
 import signal
 import subprocess
 import sys
@@ -50,14 +51,15 @@ STEPS = (
 
 
 def find_results(folder: Path) -> Iterator[Path]:
-    """The small files of all studies in `folder`; of a run, once it has ended."""
-    for path in sorted(folder.rglob("*")):
-        parts = path.relative_to(folder).parts
-        run = folder.joinpath(*parts[: parts.index(RUNS) + 2]) if RUNS in parts else None
-        wanted = path.is_file() and not path.is_symlink() and path.suffix != ".safetensors"
-        ended = run is None or (run / "done.json").exists() or (run / "failed.json").exists()
-        if wanted and ended and path.stat().st_size < SMALL:
-            yield path
+    """The small files of all studies in `folder`; of a run, once it has ended: what is under way comes and goes."""
+    for parent, folders, names in os.walk(folder):
+        if Path(parent).name == RUNS:
+            runs = [Path(parent, name) for name in folders]
+            folders[:] = [run.name for run in runs if (run / "done.json").exists() or (run / "failed.json").exists()]
+        for path in sorted(Path(parent, name) for name in names):
+            wanted = path.is_file() and not path.is_symlink() and path.suffix != ".safetensors"
+            if wanted and path.stat().st_size < SMALL:
+                yield path
 
 
 def save(folder: Path, archive: Path) -> None:

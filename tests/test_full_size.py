@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from threading import Event, Thread
 
 import pytest
 from benchmarks import full_size
@@ -61,6 +62,29 @@ def test_a_call_stops_its_study_at_the_end_of_its_time(
     call(monkeypatch, [long, long], archive, folder, minutes=0.1)
     assert "0 of 2 studies are finished" in capfd.readouterr().out
     assert archive.exists()
+
+
+def test_what_a_run_writes_while_results_are_looked_for_does_not_matter(tmp_path: Path) -> None:
+    runs = tmp_path / "study" / "runs"
+    for name in ("ended", "running"):
+        (runs / name / "checkpoints").mkdir(parents=True)
+        (runs / name / "metrics.jsonl").write_text("{}")
+    (runs / "ended" / "done.json").write_text("{}")
+    stop = Event()
+
+    def write_checkpoints() -> None:
+        while not stop.is_set():
+            (runs / "running" / "checkpoints" / "tmp-step-1").mkdir()
+            (runs / "running" / "checkpoints" / "tmp-step-1").rmdir()
+
+    writer = Thread(target=write_checkpoints)
+    writer.start()
+    try:
+        found = {tuple(full_size.find_results(tmp_path)) for _ in range(500)}
+    finally:
+        stop.set()
+        writer.join()
+    assert found == {(runs / "ended" / "done.json", runs / "ended" / "metrics.jsonl")}
 
 
 def test_what_is_no_archive_is_refused(tmp_path: Path) -> None:
