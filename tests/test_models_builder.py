@@ -134,7 +134,7 @@ def test_a_pack_of_own_networks_and_runs_alone_learn_the_same_and_an_export_comp
     file = tmp_path / "net.py"
     file.write_text(code)
     model = {"family": "own", "builder": f"{file}:{builder.__name__}", **SIZE}
-    first = run_config(shards, "optimizer.name=adamw", "model.in_channels=3", model=model)
+    first = run_config(shards, "optimizer.name=adamw", "model.in_channels=3", "train.samples=256", model=model)
     configs = [first, replace(first, optimizer=replace(first.optimizer, lr=0.01))]
     alone = [train(config, tmp_path / f"alone-{number}") for number, config in enumerate(configs)]
     packed = run_pack(configs, [tmp_path / f"packed-{number}" for number in range(2)])
