@@ -197,6 +197,24 @@ def test_every_block_of_a_u_shaped_network_is_a_branch_and_its_shortcut_across_i
     assert count(found.branches, build_at(16, 3)) == 9
 
 
+class DepthwiseStem(nn.Module):
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        self.embed, self.mix = nn.Conv1d(3, width, 1), nn.Conv1d(width, width, 3, padding=1, groups=width)
+        self.blocks = nn.Sequential(*(ConvBlock(width) for _ in range(depth)))
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(torch.relu(self.mix(self.embed(x)))).mean(-1))
+
+
+def test_a_depthwise_convolution_outside_of_branches_is_a_vector_and_does_not_decay() -> None:
+    """Its fan-in does not grow, as an input's, which decays."""
+    found = find_roles(DepthwiseStem, torch.zeros(2, 3, 8), 16, 2).roles
+    rules = match_rules((name for name, _ in DepthwiseStem(16, 3).named_parameters()), found.parameters)
+    assert (rules["embed.weight"].role, rules["mix.weight"].role) == (Role.INPUT, Role.VECTOR)
+
+
 def test_the_coordinate_check_passes_on_the_strangers_network() -> None:
     base, roles = Size(width=32, depth=4), find_roles(Stranger, TOKENS, 32, 4).roles
     parameterization = ParameterizationConfig(name="completep", beta=1 / 4)
