@@ -231,8 +231,11 @@ def compare(trials: int, seeds: range, batch: int, traces: Path | None) -> None:
 def read_traces(files: list[Path]) -> Walks:
     """What `compare` wrote."""
     lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
-    kinds = ("alone", "search")
-    return [tuple([Reached(**each) for each in line[kind]] for kind in kinds) for line in lines]  # type: ignore[misc]
+
+    def walk(seen: list[dict[str, float]]) -> list[Reached]:
+        return [Reached(**each) for each in seen]
+
+    return [(walk(line["alone"]), walk(line["search"])) for line in lines]
 
 
 def main() -> None:

@@ -167,6 +167,7 @@ def place_images(
     if train or val:
         splits = stated_splits({folder[0] for folder in folders if folder}, train, val)
     depth = {top: class_depth(top, [f[1:] for f in folders if f[:1] == (top,)]) for top in splits}
+    unused = describe_unused(splits, validation)
     placed = []
     for image, path in visible:
         inside = swap(path.parts[root:-1]) if by_class else path.parts[root:-1]
@@ -179,7 +180,7 @@ def place_images(
         elif inside[0] not in splits:
             left_out[f"in {inside[0]}, beside the folders of the splits ({', '.join(splits)})"] += 1
         elif not (split := splits[inside[0]]):
-            left_out[f"in {inside[0]}, {describe_unused(splits, validation)}"] += 1
+            left_out[f"in {inside[0]}, {unused}"] += 1
         elif len(inside) < 2 + depth[inside[0]]:
             left_out[f"in {inside[0]}, but in no class folder (--validation-list names the class of such images)"] += 1
         else:

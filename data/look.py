@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from depthmup.data.errors import UserError
 from depthmup.data.images import BadImage, eight_bits, open_image, refusing_bad_images
@@ -24,6 +25,10 @@ class Look:
     has_validation: bool
     pixels: int
     has_colours: bool
+
+    @property
+    def channels(self) -> Literal[1, 3]:
+        return 3 if self.has_colours else 1
 
 
 def spread_out(count: int) -> Sequence[int]:

@@ -98,7 +98,7 @@ class Template:
             **{"name": name, "file": file, "target": self.target},
             **{"target_file": target_file(name), "look": look, "pixels": pixels, "mean": mean, "std": std},
             "sizes": choose_sizes(proxy.base, target),
-            "channels": proxy.channels or (3 if look.has_colours else 1),
+            "channels": proxy.channels or look.channels,
             "source": None if look.is_indexed else where,
             "images": images or name,
             "root": where if look.is_indexed else f"shards/{images or name}",

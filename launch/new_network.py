@@ -1,7 +1,7 @@
 """The network of a new study: what a small proxy of each kind is, as keys of the study's file."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from depthmup.data.errors import UserError
@@ -76,7 +76,7 @@ def describe_proxy(network: str, look: Look, base: Size | None) -> Proxy:
     if network in PROXIES:
         row = PROXIES[network]
         patch = {"patch_size": min(max(side_of(look) // PATCHES, 2), 16)} if network == "vit" else {}
-        return Proxy(**{**vars(row), "base": base or row.base, "model": {**row.model, **patch}})
+        return replace(row, base=base or row.base, model={**row.model, **patch})
     try:
         return describe_own(network, look, base or OWN_BASE) if ":" in network else describe_timm(network, look, base)
     except ModelError as error:
@@ -97,8 +97,8 @@ def describe_own(network: str, look: Look, base: Size) -> Proxy:
     model = {"family": "own", "builder": network}
     given = with_code({"model": {**model, **shape_of(look, base), "image_size": side_of(look)}}, "--network")["model"]
     config = OwnConfig(**given)
-    channels = 1 if "in_channels" in builder_arguments(config) and not look.has_colours else 3
-    OWN.roles(OwnConfig(**{**given, "in_channels": channels}))
+    channels = look.channels if "in_channels" in builder_arguments(config) else 3
+    OWN.roles(replace(config, in_channels=channels))
     return Proxy(config.builder, base, model, **FOUND, channels=channels)
 
 
@@ -117,7 +117,7 @@ def describe_timm(name: str, look: Look, base: Size | None) -> Proxy:
     problem: ModelError | None = None
     for pixels in SIDES[SIDES.index(side_of(look)) :][:4]:
         for size in sizes:
-            shape = shape_of(look, size) | {"image_size": pixels, "in_channels": 3 if look.has_colours else 1}
+            shape = shape_of(look, size) | {"image_size": pixels, "in_channels": look.channels}
             try:
                 TIMM.roles(TimmConfig(**model, **shape))
             except ModelError as error:

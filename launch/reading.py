@@ -118,9 +118,9 @@ def refuse_idle_overrides(file: StudyFile, overrides: tuple[str, ...], path: Pat
     instead = {"seed": f"{section}.seeds", study.hyperparameter: "study.values"}
     given = [one.partition("=")[0].strip() for one in overrides]
     for cluster, key in ((cluster, key) for cluster in READ_BY for key in given):
-        section, name = [*key.split("."), ""][:2]
+        of, name = [*key.split("."), ""][:2]
         others = SAME_MACHINE if cluster in SAME_MACHINE else (cluster,)
-        if section == "launch" and name in READ_BY[cluster] and file.launch.cluster not in others:
+        if of == "launch" and name in READ_BY[cluster] and file.launch.cluster not in others:
             raise UserError(
                 f"{path}: {key} would do nothing: launch.cluster is {file.launch.cluster}: add --cluster {cluster}, or "
                 "leave it out"

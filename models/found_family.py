@@ -14,13 +14,18 @@ from depthmup.models.errors import ModelError
 from depthmup.models.family import Family, Roles
 
 
-def found_family(name: str, kind: type[Any], build: Callable[[Any], nn.Module]) -> Family:
-    """The family `name` of the configurations of class `kind`. `build` gives the network at a configuration's size."""
+def found_family(
+    name: str, kind: type[Any], build: Callable[[Any], nn.Module], check: Callable[[Any], None] | None = None
+) -> Family:
+    """The family `name` of the configurations of class `kind`. `build` gives the network at a configuration's size;
+    `check` raises ModelError for a base of which nothing should be found."""
 
     @lru_cache(maxsize=64)
     def find(text: str) -> Roles:
         """The roles of the networks whose base is the configuration of `text`, in JSON."""
         base = kind(**json.loads(text))
+        if check:
+            check(base)
 
         def build_at(width: int, depth: int) -> nn.Module:
             return build(replace(base, width=width, depth=depth))

@@ -5,7 +5,6 @@ import linecache
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import replace
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -16,7 +15,6 @@ from torch import nn
 from depthmup.models.config import OwnConfig
 from depthmup.models.discovery.growth import build_network
 from depthmup.models.errors import ModelError
-from depthmup.models.family import Roles
 from depthmup.models.found_family import found_family
 from depthmup.models.source_code import fingerprint_source
 
@@ -105,17 +103,4 @@ def check_logits(base: OwnConfig) -> None:
         )
 
 
-FOUND = found_family("own", OwnConfig, build)
-
-
-@lru_cache(maxsize=64)
-def find_roles_once(base: OwnConfig) -> Roles:
-    check_logits(base)
-    return FOUND.roles(base)
-
-
-def roles(config: OwnConfig) -> Roles:
-    return find_roles_once(replace(config, width=config.base_width, depth=config.base_depth))
-
-
-OWN = replace(FOUND, roles=roles)
+OWN = found_family("own", OwnConfig, build, check_logits)

@@ -52,7 +52,7 @@ def fingerprint_source(text: str) -> str:
 
 @lru_cache(maxsize=16)
 def names_defined(code: str) -> tuple[str, ...]:
-    """Names that a Python source defines or imports on its top level. Raises ModelError for what is no Python."""
+    """Names that a Python source defines or imports, at any depth. Raises ModelError for what is no Python."""
     try:
         tree = ast.parse(code)
     except (SyntaxError, ValueError) as error:  # ValueError: a null byte

@@ -17,7 +17,7 @@ from depthmup.launch.findings.analysis import Result
 from depthmup.launch.reading import read_raw, read_study
 from depthmup.launch.report.collect import collect
 from depthmup.launch.report.page import publish, write_report
-from depthmup.launch.report.record import as_record, dump, page_record, read_record
+from depthmup.launch.report.record import dump, page_record, read_record
 from depthmup.launch.runs.rounds import (
     AddedRound,
     AddedRun,
@@ -116,7 +116,7 @@ def recompute_record(path: Path, config: Path) -> None:
         root = report.study.file.directory
         write_report(report, page_record(report), root)
         publish(report, root, path.parent)
-    write_atomically(path, dump(as_record(report) | {"origins": record["origins"]}).encode())
+    write_atomically(path, dump(read_record(path) | {"origins": record["origins"]}).encode())
 
 
 def main() -> None:
