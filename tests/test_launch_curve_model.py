@@ -79,6 +79,20 @@ def test_value_effects_of_an_unbalanced_design_are_free_of_the_seeds_offsets() -
     assert np.abs(np.nanmean(y, axis=0) - curve).max() > 0.1  # plain means are not
 
 
+def test_seeds_that_ran_at_no_common_value_say_nothing_of_the_difference_between_their_values() -> None:
+    curve = CURVATURE * (GRID + 5) ** 2 / 2
+    y = np.vstack([curve] * 6) + np.random.default_rng(0).normal(0, 0.002, (6, 9))
+    inner, outer = np.array([3, 4, 5]), np.array([1, 2, 6, 7])
+    y[:3, np.setdiff1d(np.arange(9), inner)] = math.nan
+    y[3:, np.setdiff1d(np.arange(9), outer)] = math.nan
+    effects = value_effects(GRID, y + 0.1 * np.array([[1, 1, 1, -1, -1, -1]]).T)
+    within = effects.covariance[4, 4] + effects.covariance[3, 3] - 2 * effects.covariance[3, 4]
+    across = effects.covariance[4, 4] + effects.covariance[2, 2] - 2 * effects.covariance[2, 4]
+    assert within == pytest.approx(2 / 3)
+    assert across > 1e6
+    assert effects.mean[[3, 5]] - effects.mean[4] == pytest.approx(curve[[3, 5]] - curve[4], abs=0.01)
+
+
 def test_a_seed_that_ran_near_the_optimum_only_does_not_bend_the_curve() -> None:
     y = np.vstack([log_losses(-4.3, np.random.default_rng(0), noise=0.001), np.full(len(GRID), math.nan)])
     y[3, 3:7] = y[:3, 3:7].mean(axis=0) - 0.2

@@ -7,6 +7,9 @@ import numpy as np
 from scipy.special import digamma, polygamma
 
 
+FREE = 1e4  # standard deviation of a seed's offset, in those of the noise
+
+
 @dataclass(frozen=True)
 class ValueEffects:
     """Least squares over a curve's runs: the mean log loss of each value, free of the seeds' offsets."""
@@ -19,21 +22,25 @@ class ValueEffects:
 
 
 def value_effects(x: np.ndarray, y: np.ndarray) -> ValueEffects:
-    """x: (values,); y: (seeds, values) log losses, NaN where there is no run."""
+    """x: (values,); y: (seeds, values) log losses, NaN where there is no run.
+
+    Values that no chain of seeds connects cannot be compared: the covariance says so, as offsets are not quite free.
+    """
     y = y[np.isfinite(y).any(axis=1)]
     seeds, values = np.nonzero(np.isfinite(y))
-    design = np.zeros((len(seeds) + 1, len(x) + len(y)))
-    rows = np.arange(len(seeds))
-    design[rows, values] = design[rows, len(x) + seeds] = 1.0
-    design[-1, len(x) :] = 1.0  # the seeds' offsets add up to 0: a row that carries no noise
-    middle = y[seeds, values].mean()  # so that seeds without a value in common differ by their means, and no more
-    observed = np.append(y[seeds, values] - middle, 0.0)
+    add_up_to_zero = np.linalg.svd(np.ones((1, len(y))))[2][1:].T  # offsets that do: (seeds, seeds - 1)
+    rows, others = np.arange(len(seeds)), add_up_to_zero.shape[1]
+    design = np.zeros((len(rows) + others, len(x) + others))
+    design[rows, values] = 1.0
+    design[: len(rows), len(x) :] = add_up_to_zero[seeds]
+    design[len(rows) :, len(x) :] = np.eye(others) / FREE
+    observed = np.append(y[seeds, values], np.zeros(others))
     solution = np.linalg.pinv(design)
     effects = solution @ observed
-    residual = float(((observed - design @ effects) ** 2).sum())
-    of_runs = solution[: len(x), :-1]
-    freedom = len(observed) - int(np.linalg.matrix_rank(design))
-    return ValueEffects(x, effects[: len(x)] + middle, of_runs @ of_runs.T, residual, freedom)
+    residual = float(((observed - design @ effects)[: len(rows)] ** 2).sum())
+    of_runs = solution[: len(x)]
+    freedom = len(rows) - int(np.linalg.matrix_rank(design[: len(rows)]))
+    return ValueEffects(x, effects[: len(x)], of_runs @ of_runs.T, residual, freedom)
 
 
 def inverse_trigamma(value: float) -> float:
