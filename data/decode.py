@@ -27,8 +27,10 @@ def to_pil(image: Tensor) -> Image.Image:
 
 
 def decode_pil(content: bytes, channels: int) -> Tensor:
+    mode = "L" if channels == 1 else "RGB"
     with refusing_bad_images():
-        return from_array(np.array(eight_bits(open_image(content)).convert("L" if channels == 1 else "RGB")))
+        image = eight_bits(open_image(content))
+        return from_array(np.array(image if image.mode == mode else image.convert(mode)))  # PIL converts by a copy
 
 
 def scratch() -> np.ndarray:

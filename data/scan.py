@@ -126,6 +126,27 @@ def class_names(source: str, classes: Sequence[str], labels: np.ndarray, first_l
     return tuple(classes)
 
 
+def folder_of_index(source: str, out: str | Path | None) -> Path:
+    """Raises UserError where none is named and `source` is no folder of this machine."""
+    if out is not None or (not storage.is_remote(source) and Path(source).is_dir()):
+        return Path(out or source)
+    if source.endswith(".tar") or storage.is_remote(source):
+        raise UserError(f"{source}: give --out, the folder for the index")
+    raise UserError(f"{source}: no such folder. Name a folder of .tar files, or tars as in 'a-{{000..099}}.tar'")
+
+
+def check_places(source: str, folder: Path, found: FoundShards) -> None:
+    """Raises UserError unless each shard lies below `folder`, with a sidecar of its own."""
+    outside = (at for at, name in zip(found.locations, found.names, strict=True) if Path(name).parts[0] == "..")
+    if first := next(outside, None):
+        raise UserError(
+            f"{first}: not in {folder}, the folder for the index, as shards must be. Leave out --out, name a folder "
+            f"above the shards, or link to them there (ln -s) and index that: depthmup index {quote(str(folder))}"
+        )
+    if len({sidecar(str(folder), name) for name in found.names}) < len(found.names):
+        raise UserError(f"{source}: two shards have the same name; index them into folders of their own")
+
+
 def index_shards(
     source: str,
     out: str | Path | None = None,
@@ -145,40 +166,30 @@ def index_shards(
     is. Raises UserError for one of others, and for what is missing, no whole tar, without labels, or with labels that
     are none of the classes.
     """
-    if out is None and (storage.is_remote(source) or not Path(source).is_dir()):
-        if source.endswith(".tar") or storage.is_remote(source):
-            raise UserError(f"{source}: give --out, the folder for the index")
-        raise UserError(f"{source}: no such folder. Name a folder of .tar files, or tars as in 'a-{{000..099}}.tar'")
     if empty := next((number for number, name in enumerate(classes, 1) if not name.strip()), None):
         raise UserError(f"{source}: the name of class {empty} is empty: give each class a line of its own")
-    folder = Path(out or source)
+    folder = folder_of_index(source, out)
     found = find_shards(source, folder, train, val)
-    locations, names = found.locations, found.names
-    if outside := next((at for at, name in zip(locations, names, strict=True) if Path(name).parts[0] == ".."), None):
-        raise UserError(
-            f"{outside}: not in {folder}, the folder for the index, as shards must be. Leave out --out, name a folder "
-            f"above the shards, or link to them there (ln -s) and index that: depthmup index {quote(str(folder))}"
-        )
-    if len({sidecar(str(folder), name) for name in names}) < len(names):
-        raise UserError(f"{source}: two shards have the same name; index them into folders of their own")
+    check_places(source, folder, found)
     for line in found.left_out:
         say(line)
     if (folder / INDEX_NAME).exists():
-        splits = dict(zip(names, found.splits, strict=True))
+        splits = dict(zip(found.names, found.splits, strict=True))
         return same_index(Index.load(folder), splits, tuple(classes), first_label)
     check_writable(folder, found)
     load_members.cache_clear()  # of an index that was here before
     folder.mkdir(parents=True, exist_ok=True)
     shards = []
-    arguments = (locations, names, [folder] * len(names), [first_label] * len(names))
+    num_shards = len(found.names)
+    arguments = (found.locations, found.names, [folder] * num_shards, [first_label] * num_shards)
     for shard in parallel_map(scan_and_save, processes, *arguments):
         shards.append(shard)
-        progress(len(shards), len(names))
+        progress(len(shards), num_shards)
     labels = np.concatenate([load_members(str(folder), shard).labels for shard in shards])
     if not classes and (labels == NO_LABEL).all():
         raise UserError(
             f"{source}: no image has a label, which is a whole number in a member .cls of its name; "
-            f"{describe_first_sample(locations[0])}. Write shards with 'cls': NUMBER in webdataset's TarWriter"
+            f"{describe_first_sample(found.locations[0])}. Write shards with 'cls': NUMBER in webdataset's TarWriter"
         )
     if unlabelled := int((labels == NO_LABEL).sum()):
         say(

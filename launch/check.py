@@ -2,6 +2,7 @@
 
 import io
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -117,12 +118,16 @@ def verdict(lines: list[Line], num_seeds: int) -> str:
     return "failed: " + ", ".join(parts)
 
 
-def hint(lines: list[Line], base_blocks: int, parameterization: ParameterizationConfig) -> str | None:
+def hint(
+    lines: list[Line], count_base_blocks: Callable[[], int], parameterization: ParameterizationConfig
+) -> str | None:
     """What to try when it is depth that fails, with branches of unit strength in a base of many blocks."""
     alpha = parameterization.resolve().alpha
+    if alpha <= 0 or all(line.axis != "depth" or line.verdict == "ok" for line in lines):
+        return None
+    base_blocks = count_base_blocks()  # of a network that has to be built
     beta = base_blocks**-alpha
-    fails = any(line.axis == "depth" and line.verdict != "ok" for line in lines)
-    if not (fails and alpha > 0 and parameterization.beta > beta):
+    if parameterization.beta <= beta:
         return None
     return (
         f"hint: with beta {parameterization.beta:g} a base of {base_blocks} blocks may be far from the limit; "
@@ -202,7 +207,7 @@ def run_check(
         if sentence := drift_sentence(p, run.model.base_size, depths, activation_of(run)):
             console.print(sentence, highlight=False)
     base = replace(run.model, width=run.model.base_width, depth=run.model.base_depth)
-    if advice := hint(lines, len(build_meta(base, p).blocks), p):
+    if advice := hint(lines, lambda: len(build_meta(base, p).blocks), p):
         console.print(advice, highlight=False)
     if advice := freezing(lines, alpha):
         console.print(advice, highlight=False)

@@ -234,12 +234,18 @@ def test_positions_of_a_deeper_network_lie_at_the_same_relative_depth() -> None:
 
 
 def test_unit_branches_in_a_deep_base_are_told_to_try_the_papers_beta() -> None:
-    depth_mup = ParameterizationConfig()
-    assert "parameterization.beta=0.25" in str(hint([line(1.0, 0.1)], 16, depth_mup))
-    assert hint([line(1.0, 0.1)], 16, replace(depth_mup, beta=0.25)) is None
-    assert "parameterization.beta=0.111" in str(hint([line(1.0, 0.1)], 9, ParameterizationConfig(name="completep")))
-    assert hint([line(1.0, 0.1)], 16, ParameterizationConfig(name="sp")) is None
-    assert hint([line(0.0, 0.1)], 16, depth_mup) is None
+    def advice(slope: float, blocks: int, parameterization: ParameterizationConfig) -> str | None:
+        return hint([line(slope, 0.1)], lambda: blocks, parameterization)
+
+    def build_nothing() -> int:
+        raise AssertionError("no network is built for what is not said")
+
+    depth_mup, sp = ParameterizationConfig(), ParameterizationConfig(name="sp")
+    assert "parameterization.beta=0.25" in str(advice(1.0, 16, depth_mup))
+    assert advice(1.0, 16, replace(depth_mup, beta=0.25)) is None
+    assert "parameterization.beta=0.111" in str(advice(1.0, 9, ParameterizationConfig(name="completep")))
+    for slope, parameterization in ((1.0, sp), (0.0, depth_mup)):
+        assert hint([line(slope, 0.1)], build_nothing, parameterization) is None
 
 
 def test_the_table_keeps_its_columns_apart_when_a_run_explodes() -> None:

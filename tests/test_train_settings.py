@@ -15,6 +15,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from depthmup.data.errors import UserError
+from depthmup.data.order import State
 from depthmup.train import one_network
 from depthmup.train.average import WeightAverage, averaged_tensors
 from depthmup.train.config import ParallelConfig, run_hash
@@ -39,6 +40,7 @@ def one_group() -> Iterator[None]:
 # 8 kinds of block, as a ResNet-50 has
 BOTTLENECKS = {"family": "resnet", "block": "bottleneck", "blocks": [2, 2, 2, 2], "width": 8, "depth": 8,
                "base_width": 8, "base_depth": 8}  # fmt: skip
+SHALLOW = {**VIT, "depth": 2, "base_depth": 1}
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +113,8 @@ def test_channels_last_leaves_the_losses_as_they_are_under_every_engine(shards: 
 @pytest.mark.parametrize(
     ("model", "backend", "overrides"),
     [
-        (VIT, "aot_eager", ("train.compile=block", "parallel.engine=fsdp", "train.activation_checkpointing=true")),
-        (VIT, "aot_eager", ("train.compile=model", "train.activation_checkpointing=true")),
+        (SHALLOW, "aot_eager", ("train.compile=block", "parallel.engine=fsdp", "train.activation_checkpointing=true")),
+        (SHALLOW, "aot_eager", ("train.compile=model", "train.activation_checkpointing=true")),
         (BOTTLENECKS, "eager", ("train.compile=block",)),
     ],
 )
@@ -266,6 +268,16 @@ def test_the_step_of_the_first_bad_loss_is_found_in_a_window(shards: Path, tmp_p
         assert record.first_bad_step(12) == 11
         record.losses = [2.0, 1.0]
         assert record.first_bad_step(12) is None
+
+
+def test_no_checkpoint_is_made_of_a_step_whose_loss_is_not_finite(shards: Path, tmp_path: Path) -> None:
+    with ExitStack() as closing:
+        record = RunRecord(run_config(shards), tmp_path, closing)
+        for step, loss in ((1, 2.0), (2, float("inf"))):
+            record.losses.append(loss)
+            record.save(step, State(seed=0), lambda: {"model": {"weight": torch.ones(1)}})
+        record.checkpoints.wait()
+        assert record.directory.checkpoint_steps() == [1]
 
 
 @pytest.mark.parametrize(

@@ -91,8 +91,10 @@ class Loop:
         """Resumes what is there. Raises UserError when the runs do not all stand at one step."""
         self.networks, self.records, self.index, self.world = networks, list(records), index, world
         self.config = config = records[0].config  # what follows reads of it is the same for all
-        shape = (config.model.in_channels, config.model.image_size, config.model.image_size)
-        self.flops = training_flops(build_meta(config.model, config.parameterization).network, shape)
+        self.peak, self.flops = peak_flops(networks.device, networks.dtype), 0
+        if self.peak:
+            shape = (config.model.in_channels, config.model.image_size, config.model.image_size)
+            self.flops = training_flops(build_meta(config.model, config.parameterization).network, shape)
         for record, description in zip(records, networks.descriptions, strict=True):
             record.log(description)
 
@@ -212,8 +214,8 @@ class Loop:
         bad = {seed: mine.merge_ranks(others[seed] for others in gather_objects(bad)) for seed, mine in bad.items()}
         images_per_second, data_wait = self.clock.lap(self.step, config.train.global_batch_size)
         speed = {"images_per_second": images_per_second, "data_wait": data_wait, "memory": memory_gb(networks.device)}
-        if peak := peak_flops(networks.device, networks.dtype):
-            speed["mfu"] = self.flops * images_per_second / (peak * self.world.size)
+        if self.peak:
+            speed["mfu"] = self.flops * images_per_second / (self.peak * self.world.size)
         measured = networks.measurements()
         diverged_at = {number: record.first_bad_step(self.step) for number, record in self.active}
         stopped = False
