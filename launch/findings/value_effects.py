@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import digamma, polygamma
 
-
 FREE = 1e4  # standard deviation of a seed's offset, in those of the noise
 
 
