@@ -1,16 +1,17 @@
 """What a search costs beside its runs, and what its samplers are worth: seconds a run, and the loss that their
 suggestions reach, on a made-up loss of five hyperparameters with the noise of real runs. No run is trained.
 
-    python benchmarks/tune.py [--trials 400] [--seeds 3]
+    python benchmarks/tune.py [--trials 400] [--seeds 3] [--batch 1]
 
-With --train real runs on the handwritten digits: the search, in packs and with early ends, beside Optuna's own random
+With --train real runs on the handwritten digits: the search, with early ends (and in packs where --batch is above 1,
+which it is not by default, as one process trains on a CPU), beside Optuna's own random
 search run one by one at equal FLOPs, in turns in this one process: CPU seconds, and runs' worth of FLOPs, until the
 search has a loss as low as the other's lowest; over the same of the other. Last the expected time to one loss, the
 median of random search's lowest after a third, two thirds and all of its runs: what all seeds took until they had it,
 or in vain, over the number that got there, of both kinds (the expected running time of 2010 black-box benchmarks, by
 Hansen et al.); the 90 % interval is of a bootstrap over seeds.
 
-    python benchmarks/tune.py --train [--trials 24] [--seeds 21] [--first-seed 0] [--batch 8] [--traces FILE]
+    python benchmarks/tune.py --train [--trials 24] [--seeds 21] [--first-seed 0] [--batch 1] [--traces FILE]
     python benchmarks/tune.py --read FILE...          # the last figures again, of what --traces wrote
 """
 
@@ -73,11 +74,11 @@ def finish(run: PlannedRun, noise: np.random.Generator) -> None:
     run.directory.write_done(done | describe_owner(run.config))
 
 
-def walk(folder: Path, sampler: str, trials: int, seed: int) -> tuple[float, float, list[float]]:
+def walk(folder: Path, sampler: str, trials: int, seed: int, batch: int | None) -> tuple[float, float, list[float]]:
     """(seconds a run that the search took, of them the CPU's, the true loss of the best suggestion so far after each).
     The others are waits for the disk, and for a core."""
     file = folder / f"{sampler}-{seed}.yaml"
-    tune = CONFIG["tune"] | {"trials": trials, "sampler": sampler, "seed": seed}
+    tune = CONFIG["tune"] | {"trials": trials, "sampler": sampler, "seed": seed, "batch": batch}
     data = CONFIG["data"] | {"root": str(folder / "shards")}
     study = {"name": file.stem, "directory": str(folder)}
     file.write_text(yaml.safe_dump({**CONFIG, "data": data, "tune": tune, "study": study}))
@@ -137,7 +138,7 @@ def train_one_by_one(folder: Path, trials: int, seed: int) -> tuple[list[Reached
     return reached, trained
 
 
-def train_search(folder: Path, trials: int, seed: int, batch: int) -> tuple[list[Reached], list[dict[str, Any]]]:
+def train_search(folder: Path, trials: int, seed: int, batch: int | None) -> tuple[list[Reached], list[dict[str, Any]]]:
     """The search, with as many FLOPs for its suggestions: where it stood after each batch, and its suggestions."""
     probe = open_search(folder, f"probe-{seed}")
     budget = trials * probe.flops + probe.rerun_flops
@@ -197,7 +198,7 @@ def print_expected(walks: Walks) -> None:
     print(f"CPU seconds of a run's FLOPs: {of_search:.2f} / {of_alone:.2f} = {of_search / of_alone:.2f}")
 
 
-def compare(trials: int, seeds: range, batch: int, traces: Path | None) -> None:
+def compare(trials: int, seeds: range, batch: int | None, traces: Path | None) -> None:
     """Prints a line a seed, and the expected times; writes what every seed saw to the file `traces`, a line each."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     torch.set_num_threads(1)
@@ -244,7 +245,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--train", action="store_true")
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int)
     parser.add_argument("--traces", type=Path)
     parser.add_argument("--read", type=Path, nargs="+")
     arguments = parser.parse_args()
@@ -260,7 +261,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         pack("sklearn:digits", Path(folder) / "shards", validation_share=0.2)
         for sampler in ("random", "tpe"):
-            walks = [walk(Path(folder), sampler, arguments.trials, seed) for seed in range(arguments.seeds)]
+            settings = (Path(folder), sampler, arguments.trials)
+            walks = [walk(*settings, seed, arguments.batch) for seed in range(arguments.seeds)]
             seconds, cpu = (statistics.median(each[i] for each in walks) for i in (0, 1))
             reached = [f"{statistics.median(each[2][mark - 1] for each in walks) - 0.5:.4f}" for mark in marks]
             print(f"{sampler:7}  {seconds:13.3f}  {cpu:10.3f}  {'  '.join(reached)}", flush=True)

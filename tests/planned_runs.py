@@ -15,9 +15,9 @@ from depthmup.train.owner import code_fingerprint, describe_owner
 Kind = TypeVar("Kind", bound=Study)
 
 
-def open_as(kind: type[Kind], file: Path) -> Kind:
+def open_as(kind: type[Kind], file: Path, *overrides: str) -> Kind:
     """What the file describes, which is of that kind."""
-    study = open_planned(file, read_study_or_run(file))
+    study = open_planned(file, read_study_or_run(file, overrides), overrides)
     assert isinstance(study, kind)
     return study
 

@@ -16,6 +16,7 @@ from depthmup.launch.jobs.worker import train_packs
 from depthmup.launch.reading import read_study
 from depthmup.launch.runs.grouping import packs_of
 from depthmup.launch.runs.study import Study
+from depthmup.train.branch import begin_branch
 from depthmup.train.config import RunConfig
 from depthmup.train.interrupt import Interrupted
 from depthmup.train.loop import run
@@ -122,6 +123,21 @@ def test_a_branch_that_is_stopped_goes_on_from_its_own_checkpoint(study_file: Pa
     run_pack([branch.config], [branch.directory.path])
     run(branch.config, tmp_path / "alone")
     assert timeless_metrics(branch.directory.path) == timeless_metrics(tmp_path / "alone")
+
+
+def test_a_branch_that_begins_has_its_trunks_metrics_up_to_the_step_where_it_branches_off(study_file: Path) -> None:
+    """Those of later steps would show it beyond its own end: a share of its steps above one."""
+    study = ladder(study_file)
+    study.write()
+    trunk = next(run for run in study.runs if not run.trunk)
+    run_pack([trunk.config], [trunk.directory.path])
+    assert (trunk.directory.last_metrics() or {})["step"] == 40
+    for branch in study.runs:
+        if branch.trunk:
+            begin_branch(branch.directory, branch.config)
+            last = branch.directory.last_metrics()
+            assert last
+            assert 0 < last["step"] <= branch.trunk.step < branch.config.train.num_steps
 
 
 def test_a_branch_whose_trunk_kept_no_checkpoint_begins_from_nothing_and_says_so(study_file: Path) -> None:

@@ -163,6 +163,47 @@ def test_a_batch_of_one_is_chosen_by_the_sampler_after_four(tune_file: Callable[
     assert tried[0][4] != tried[1][4]
 
 
+def test_one_process_on_a_cpu_is_given_one_suggestion_at_a_time_and_a_search_keeps_what_it_began_with(
+    tune_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the file states no batch: what is suggested must not hang on the machine on which a search goes on."""
+
+    def at_once(*overrides: str) -> int:
+        return open_search(file, *overrides).plan_next_batch()[0]
+
+    def finish_all() -> None:
+        for run in open_search(file).pending():
+            finish(run, bowl(run))
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    elsewhere = [("launch.slots=2",), ("launch.cluster=slurm",), ("launch.slots=1", "train.pack=2")]
+    for number, overrides in enumerate(elsewhere):
+        file = tune_file(f"elsewhere-{number}", batch=None)
+        assert "8 suggestions at once" in invoke("plan", file, *overrides).output
+        assert at_once(*overrides) == 8
+    for number, one in enumerate(("launch.slots=1", "launch.cluster=debug")):
+        file = tune_file(f"here-{number}", batch=None)
+        assert "one at a time, since one process trains them on a CPU" in invoke("plan", file, one).output
+        assert at_once(one) == 1
+        finish_all()
+        assert at_once("launch.slots=2") == 1
+        finish_all()
+        assert at_once("launch.slots=2", "tune.batch=4") == 4 - 2  # a stated one counts, from where its batches begin
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    file = tune_file("gpu", batch=None)
+    assert at_once("launch.slots=1") == 8
+
+
+def test_a_search_of_before_batches_of_one_goes_on_with_eight(tune_file: Callable[..., Path]) -> None:
+    """Its journal does not say of how many its batches are."""
+    file = tune_file(batch=8)
+    open_search(file).plan_next_batch()
+    for run in open_search(file).pending():
+        finish(run, bowl(run))
+    file = tune_file(batch=None)
+    assert open_search(file, "launch.cluster=debug").plan_next_batch()[0] == 8
+
+
 def test_suggestions_of_a_launcher_that_was_killed_before_it_trained_them_are_trained(
     tune_file: Callable[..., Path],
 ) -> None:

@@ -61,7 +61,7 @@ OWN = {  # three settings of its own for each
     "adamw": (
         {"optimizer__eps": 1e-4},
         {"optimizer__betas": [0.8, 0.9]},
-        {"optimizer__eps": 1e-3, "optimizer__betas": [0.95, 0.999]},
+        {"optimizer__betas": [0.95, 0.999], "optimizer__batch_ratio": 4, "optimizer__beta_scaling": "second"},
     ),
 }
 STEPS = 8  # of warm-up and of decay, with every momentum moving

@@ -12,6 +12,7 @@ import shutil
 from depthmup.data.errors import UserError
 from depthmup.train.checkpoint import find_fault, fsync
 from depthmup.train.config import RunConfig
+from depthmup.train.metrics import truncate_after
 from depthmup.train.owner import describe_owner, differences
 from depthmup.train.rundir import RunDirectory
 from depthmup.train.trunk import Trunk, read_trunk, write_trunk
@@ -38,7 +39,10 @@ def begin_branch(directory: RunDirectory, config: RunConfig) -> None:
     if different or state.get("shards") != mine["shards"]:
         reason = "; ".join(different) or "it was trained on other images"
         raise UserError(f"{directory.path}: {source} is not of the same run at another length ({reason})")
-    shutil.copyfile(trunk.directory(directory).metrics, directory.metrics)  # lines after the step go as a run resumes
+    lines = directory.path / "tmp-metrics.jsonl"
+    shutil.copyfile(trunk.directory(directory).metrics, lines)
+    truncate_after(lines, trunk.step)  # else the branch would seem to be beyond its own last step
+    lines.rename(directory.metrics)
     temporary = directory.checkpoints / f"tmp-step-{trunk.step}"
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(source, temporary)

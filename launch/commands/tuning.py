@@ -35,9 +35,10 @@ def walk(study: "JointStudy", detach: bool) -> None:
 def tune(config: Path, overrides: tuple[str, ...], detach: bool) -> None:
     """Tune several hyperparameters of the proxy at once.
 
-    Trains the configurations that Optuna's sampler suggests from tune.space, batch by batch, and then the best of them
-    with new seeds. Prints what each hyperparameter did and writes best.yaml. The same command continues an interrupted
-    search, and prints the result of a finished one.
+    CONFIG is one run with a section tune: tune.space has a range or a list of values for each hyperparameter, and
+    tune.trials says how many of Optuna's suggestions are trained (32). The best ones are trained again with new seeds,
+    which alone say which is best: best.yaml is that run. 'depthmup plan' says the cost and trains nothing. The same
+    command continues an interrupted search, and prints the result of a finished one.
     """
     from depthmup.launch.runs.search import Search
 
@@ -57,9 +58,11 @@ def tune(config: Path, overrides: tuple[str, ...], detach: bool) -> None:
 def verify(config: Path, overrides: tuple[str, ...], detach: bool) -> None:
     """Verify that transferred hyperparameters are good at large sizes.
 
-    Trains 59 runs (verify.runs). Each changes all keys of verify.space at once, for example by a factor of up to 4
-    either way. Says whether the file's own values are among the best 5 %. The runs have the file's size, or a smaller
-    one that verify.budget pays for; 'depthmup plan' says the cost. The same command continues, or prints the result.
+    CONFIG is the file of one run. Beside that, 59 others (verify.runs) are trained: each changes all keys of
+    verify.space at once, where 4 means up to a factor of 4 either way. Says whether the file's own values are among the
+    best 5 % of that space. All runs have the file's size, or a smaller one (verify.width, verify.depth), and are
+    refused where they cost more than one run of the file (verify.budget); 'depthmup plan' says the cost. The same
+    command continues, or prints the result.
     """
     from depthmup.launch.runs.verification import Verification
 

@@ -7,7 +7,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from depthmup.data.errors import UserError
-from depthmup.launch.config import LaunchConfig
+from depthmup.launch.config import LaunchConfig, StudyFile
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.train.packs.packing import group_alike, list_obstacles, pack_limit, unknown_to_packs
 
@@ -121,6 +121,14 @@ def make_packs(runs: Sequence[PlannedRun], config: LaunchConfig) -> list[list[Pl
 def trains_on_gpu(config: LaunchConfig) -> bool:
     """Whether runs train on a GPU."""
     return config.gpus_per_node > 0 if config.cluster == "slurm" else slot_gpus(config)[0] is not None
+
+
+def trains_one_by_one(file: StudyFile) -> bool:
+    """Whether one process of this machine trains all runs on a CPU, where a pack takes about as long as its runs alone,
+    and none is asked for."""
+    config = file.launch
+    slots = 1 if config.cluster == "debug" else len(slot_gpus(config))
+    return config.cluster != "slurm" and slots == 1 and not trains_on_gpu(config) and (file.train.pack or 1) == 1
 
 
 def group_packs(packs: Sequence[Sequence[PlannedRun]], size: int) -> list[list[str]]:

@@ -18,15 +18,35 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 LEAST_STARTUP, MOST_STARTUP = 4, 8  # suggestions before TPE's model: evenly spread over the space
-NAME, SPACE = "search", "space"  # of Optuna's study, and the key under which it keeps what it belongs to
+SIDE_BY_SIDE = 8  # suggestions at once where several processes, a GPU or Slurm train them
+# of Optuna's study, and the keys under which it keeps what it belongs to and how many suggestions are made at once
+NAME, SPACE, BATCH = "search", "space", "batch"
 
 
 class Journal:
-    """The journal in the file `path`; `belongs` is what all of its suggestions have in common."""
+    """The journal in the file `path`; `belongs` is what all of its suggestions have in common, `batch` is for a search
+    that begins now, where the settings state none."""
 
-    def __init__(self, path: Path, belongs: dict[str, Any], settings: TuneConfig) -> None:
-        self.path, self.belongs, self.settings = path, belongs, settings
-        self.startup = min(max(settings.batch, LEAST_STARTUP), MOST_STARTUP)
+    def __init__(self, path: Path, belongs: dict[str, Any], settings: TuneConfig, batch: int) -> None:
+        self.path, self.belongs, self.settings, self._batch = path, belongs, settings, batch
+
+    @cached_property
+    def batch(self) -> int:
+        """How many suggestions are made at once. Where none is stated, a search keeps what it began with: on another
+        machine, too, it goes on as if it had not been stopped."""
+        if self.settings.batch:
+            return self.settings.batch
+        begun = self.read()
+        if begun is None:
+            return self._batch
+        # a journal of before it was kept has SIDE_BY_SIDE
+        kept: int = begun.user_attrs.get(BATCH, SIDE_BY_SIDE if begun.get_trials(deepcopy=False) else self._batch)
+        return kept
+
+    @property
+    def startup(self) -> int:
+        """How many suggestions are spread evenly."""
+        return min(max(self.batch, LEAST_STARTUP), MOST_STARTUP)
 
     @cached_property
     def _storage(self) -> "JournalStorage":
@@ -84,6 +104,8 @@ class Journal:
         found = optuna.create_study(study_name=NAME, storage=storage, direction="minimize", load_if_exists=True)
         if SPACE not in found.user_attrs:
             found.set_user_attr(SPACE, self.belongs)
+        if not (self.settings.batch or BATCH in found.user_attrs or found.get_trials(deepcopy=False)):
+            found.set_user_attr(BATCH, self.batch)
         return self._refuse_other(found)
 
     def _refuse_other(self, found: "optuna.Study") -> "optuna.Study":

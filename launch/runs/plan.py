@@ -13,7 +13,14 @@ from depthmup.launch.findings.theory import expected_drifts
 from depthmup.launch.runs.cost import count_flops
 from depthmup.launch.runs.design import design_of
 from depthmup.launch.runs.fits import check_fits
-from depthmup.launch.runs.grouping import find_obstacle, group_packs, make_packs, slot_gpus, trains_on_gpu
+from depthmup.launch.runs.grouping import (
+    find_obstacle,
+    group_packs,
+    make_packs,
+    slot_gpus,
+    trains_on_gpu,
+    trains_one_by_one,
+)
 from depthmup.launch.runs.search import Search, prune_steps
 from depthmup.launch.runs.seconds import expected_seconds
 from depthmup.launch.runs.study import Study
@@ -89,11 +96,15 @@ def print_search_plan(search: Search, console: Console) -> None:
     searched, again = search.expected * len(settings.seeds), settings.most_winners * settings.rerun_seeds
     ((parameters, _),) = count_flops(search.examples).values()
     done = sum(bool(run.done()) for run in search.runs)
+    at_once = f" {search.batch} suggestions at once"
+    if search.batch == 1:
+        because = not settings.batch and trains_one_by_one(search.file)
+        at_once = "\none at a time" + (", since one process trains them on a CPU (tune.batch)" if because else "")
     console.print(
         f"\n{searched + again} runs of {parameters:,} parameters ({done} done), "
         f"{quantity(search.total_flops)}FLOPs in all:\n"
-        f"{search.expected} suggestions ({known} made, {settings.sampler}) x {counted(len(settings.seeds), 'seed')}, "
-        f"{settings.batch} suggestions at once;\n"
+        f"{search.expected} suggestions ({known} made, {settings.sampler}) x {counted(len(settings.seeds), 'seed')},"
+        f"{at_once};\n"
         f"the best {settings.most_winners} again with {settings.rerun_seeds} new seeds",
         highlight=False,
     )
@@ -101,7 +112,8 @@ def print_search_plan(search: Search, console: Console) -> None:
         steps = ", ".join(map(str, prune_steps(settings.prune, search.file.train.num_steps)))
         more = ", and the budget then pays for more suggestions" if settings.flops else ""
         console.print(f"runs above the median after step {steps} are ended early{more}", highlight=False)
-    console.print("\n".join([*describe_packs(search, settings.space), *describe_jobs(search)]), highlight=False)
+    if lines := [*describe_packs(search, settings.space), *describe_jobs(search)]:
+        console.print("\n".join(lines), highlight=False)
 
 
 def print_verification_plan(verification: Verification, console: Console) -> None:

@@ -22,8 +22,9 @@ from depthmup.launch.config import StudyFile
 from depthmup.launch.findings.failures import ERRORS, LEAST_SEED_NOISE
 from depthmup.launch.joint_config import TuneConfig
 from depthmup.launch.runs.cost import count_flops
+from depthmup.launch.runs.grouping import trains_one_by_one
 from depthmup.launch.runs.joint import JointStudy
-from depthmup.launch.runs.journal import Journal
+from depthmup.launch.runs.journal import SIDE_BY_SIDE, Journal
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.space import check_space, default_values
 from depthmup.launch.values import Range
@@ -56,7 +57,7 @@ class Search(JointStudy):
                 f"{path}: tune.flops {self.settings.flops:.3g} pays for no suggestion: a run is {self.flops:.3g}, and "
                 f"the winners' new seeds are {self.rerun_flops:.3g}; raise it, or lower tune.rerun"
             )
-        unlimited = math.ceil(WHOLE_BEFORE_PRUNING / self.settings.batch) * self.settings.batch
+        unlimited = math.ceil(WHOLE_BEFORE_PRUNING / self.batch) * self.batch
         if self.settings.prune and self.expected <= unlimited:
             raise UserError(
                 f"{path}: tune.prune would do nothing: it begins after {unlimited} suggestions, and there are "
@@ -112,7 +113,13 @@ class Search(JointStudy):
 
     @cached_property
     def journal(self) -> Journal:
-        return Journal(self.file.directory / "search.journal", self._space, self.settings)
+        path = self.file.directory / "search.journal"
+        return Journal(path, self._space, self.settings, 1 if trains_one_by_one(self.file) else SIDE_BY_SIDE)
+
+    @property
+    def batch(self) -> int:
+        """How many suggestions are made at once, with nothing known of each other."""
+        return self.journal.batch
 
     def trials(self) -> "list[FrozenTrial]":
         """All suggestions so far, by number."""
@@ -186,7 +193,7 @@ class Search(JointStudy):
         """Step -> the loss above which the runs of suggestion `number` end there, None where none do: the median of the
         runs to their end of the batches before its own, as of Optuna's MedianPruner. It hangs on nothing else: a
         search that was stopped ends the same runs."""
-        begin = number - number % self.settings.batch
+        begin = number - number % self.batch
         if begin not in self._limits:
             steps = prune_steps(self.settings.prune, self.file.train.num_steps)
             ended = [self.runs_tried(trial) for trial in self.trials()[:begin]]
@@ -252,7 +259,7 @@ class Search(JointStudy):
 
     def _advance(self, journal: "optuna.Study") -> str | None:
         """Asks for one batch, whose runs may all be done, or chooses the winners; None when it has."""
-        batch, asked = self.settings.batch, len(journal.get_trials(deepcopy=False))
+        batch, asked = self.batch, len(journal.get_trials(deepcopy=False))
         begin, left = asked - asked % batch, batch - asked % batch
         if asked == begin or not self.affordable(begin):
             begin, left = asked, batch if asked == begin else 0

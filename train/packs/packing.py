@@ -22,6 +22,7 @@ PACKABLE_FIELDS = {
     "optimizer.tau_ema",
     "optimizer.batch_ratio",
     "optimizer.samples_ratio",
+    "optimizer.beta_scaling",
     "train.clip_norm",
     "train.label_smoothing",
     "train.drop_path",
