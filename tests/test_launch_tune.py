@@ -266,8 +266,10 @@ def test_a_budget_in_flops_pays_for_the_suggestions_and_for_the_winners_new_seed
 
 def test_a_budget_that_pays_for_nothing_and_two_budgets_are_refused(tune_file: Callable[..., Path]) -> None:
     each = flops_of_a_run(tune_file("any"))
-    with pytest.raises(UserError, match=r"tune.flops .* pays for no suggestion: .*raise it, or lower tune.rerun"):
+    with pytest.raises(UserError, match=r"tune.flops .* pays for no suggestion: .*raise it, or lower tune.rerun") as no:
         open_search(tune_file(trials=None, flops=4.5 * each))
+    least = float(str(no.value).rpartition("(")[2].split()[0])
+    assert open_search(tune_file(trials=None, flops=least)).expected == 1
     with pytest.raises(UserError, match="trials and flops are two budgets: state one of them"):
         open_search(tune_file(trials=8, flops=1e12))
 

@@ -53,9 +53,11 @@ class Search(JointStudy):
                 "train.evaluate, or leave tune.prune out"
             )
         if self.settings.flops and not self.expected:
+            least = 1.005 * (len(self.settings.seeds) * self.flops + self.rerun_flops)  # three digits may round it down
             raise UserError(
                 f"{path}: tune.flops {self.settings.flops:.3g} pays for no suggestion: a run is {self.flops:.3g}, and "
-                f"the winners' new seeds are {self.rerun_flops:.3g}; raise it, or lower tune.rerun"
+                f"the winners' new seeds are {self.rerun_flops:.3g}; raise it, or lower tune.rerun ({least:.3g} pays "
+                "for one)"
             )
         unlimited = math.ceil(WHOLE_BEFORE_PRUNING / self.batch) * self.batch
         if self.settings.prune and self.expected <= unlimited:
