@@ -14,7 +14,10 @@ from command_line import invoke, output_of
 from conftest import settings_on
 from depthmup.launch.findings.exponents import Slope, fit_slope, measures_of, name_regime
 from depthmup.launch.reading import read_study
-from depthmup.launch.report.exponents import FILES, block_tensors, branch_factors, run_measures
+from depthmup.launch.report.exponents import block_tensors, branch_factors, run_measures
+from depthmup.launch.report.page import EXPONENTS_FILES
+from depthmup.launch.report.record import read_record
+from depthmup.launch.report.results import results
 from depthmup.launch.runs.study import Study
 from depthmup.models.build import build, build_meta
 from depthmup.models.config import ConvResNetConfig
@@ -152,7 +155,7 @@ def test_a_studys_runs_give_exponents_a_table_and_a_figure(trained: Path) -> Non
     said = output_of("exponents", trained)
     assert "max norm" in said
     assert "depth_mup, convs.0.weight, start:" in said
-    assert {path.name for path in trained.iterdir()} >= set(FILES)
+    assert {path.name for path in trained.iterdir()} >= set(EXPONENTS_FILES)
     assert (trained / "exponents.png").read_bytes().startswith(b"\x89PNG")
     growths = json.loads((trained / "exponents.json").read_text())["growths"]
     assert [growth["subject"] for growth in growths] == ["start", "trained", "change"]
@@ -172,6 +175,26 @@ def test_a_studys_runs_give_exponents_a_table_and_a_figure(trained: Path) -> Non
         2 * before["convs.0.weight", "trained"]["max norm"]
     )
     assert doubled["convs.0.weight", "start"]["max norm"] == before["convs.0.weight", "start"]["max norm"]
+
+
+def test_a_published_study_has_its_exponents_in_the_results(trained: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "docs"
+    output_of("report", trained, "--publish", folder)
+    assert "exponents" not in results([read_record(folder / "grown.json")], folder).split("## grown")[1]
+    for flag in ([], ["--own"]):
+        output_of("exponents", trained, *flag)
+        output_of("report", trained, "--publish", folder)
+        text = results([read_record(folder / "grown.json")], folder).split("## grown")[1]
+        assert f"`depthmup {' '.join(['exponents', 'grown', *flag])}`" in text
+        (slope,) = (
+            growth["slopes"]["max norm"]
+            for growth in read_record(folder / "grown-exponents.json")["growths"]
+            if growth["subject"] == "trained"
+        )
+        cell = "{exponent:.2f} ({low:.2f} to {high:.2f})".format(**slope)
+        assert f"| depth_mup | convs.0.weight | trained | {cell} |" in text
+        assert "![grown-exponents](results/grown-exponents.png)" in text
+        assert "`depth_mup`: depths 3, 6, 12." in text
 
 
 def test_the_change_is_from_the_weights_that_training_began_with(trained: Path) -> None:

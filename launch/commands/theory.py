@@ -34,7 +34,7 @@ def exponents_command(config: Path, overrides: tuple[str, ...], own: bool, out: 
 
     Takes the weights in residual branches, at the start, trained, and their change: norms, increments from block to
     block and their sums, with fitted exponents of depth, and whether layers become an ODE, an SDE or neither. Needs
-    three depths at the base's width.
+    three depths at the base's width. 'report --publish' copies its figure and table too.
     """
     from depthmup.launch.report.exponents import show_exponents
 

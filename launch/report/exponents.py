@@ -22,6 +22,7 @@ from depthmup.launch.findings.exponents import MEASURES, MIN_DEPTHS, Slope, fit_
 from depthmup.launch.report import plots
 from depthmup.launch.report.collect import collect
 from depthmup.launch.report.converge import runs_along
+from depthmup.launch.report.page import EXPONENTS_FILES
 from depthmup.launch.report.place import open_results
 from depthmup.launch.report.record import dump
 from depthmup.launch.report.tables import print_sentence, print_table
@@ -31,7 +32,6 @@ from depthmup.models.build import ScaledModel, build, find_slots
 from depthmup.models.parameterization import Role
 
 SUBJECTS = ("start", "trained", "change")  # the weights at the start, after training, and their difference
-FILES = ("exponents.json", "exponents.png")
 
 
 # ---------------------------------------------------------------- a run's weights
@@ -109,18 +109,20 @@ class Growth:
         return {measure: fit_slope(of) for measure, of in self.values.items()}
 
     @property
-    def row(self) -> dict[str, str]:
-        def show(slope: Slope | None) -> str:
-            return "" if slope is None else f"{slope.exponent:.2f} ({slope.low:.2f} to {slope.high:.2f})"
-
-        cells = {measure: show(slope) for measure, slope in self.slopes.items()}
-        first = {"rules": self.parameterization, "tensor": self.tensor, "of": self.subject}
-        return {**first, **cells, "regime": name_regime(self.slopes)}
-
-    @property
     def record(self) -> dict[str, Any]:
         slopes = {measure: None if slope is None else vars(slope) for measure, slope in self.slopes.items()}
         return {**vars(self), "slopes": slopes, "regime": name_regime(self.slopes)}
+
+
+def growth_row(record: Mapping[str, Any]) -> dict[str, str]:
+    """A table's row of a growth's `record`: exponents with their intervals, and the regime."""
+
+    def show(slope: Mapping[str, float] | None) -> str:
+        return "" if slope is None else "{exponent:.2f} ({low:.2f} to {high:.2f})".format(**slope)
+
+    cells = {measure: show(slope) for measure, slope in record["slopes"].items()}
+    first = {"rules": record["parameterization"], "tensor": record["tensor"], "of": record["subject"]}
+    return {**first, **cells, "regime": record["regime"]}
 
 
 def collect_growths(study: Study, own: bool) -> Iterator[Growth]:
@@ -176,8 +178,8 @@ def draw_exponents(found: list[Growth]) -> Figure:
 
 
 def show_exponents(study: Study, own: bool, out: Path | None, console: Console) -> list[Path]:
-    """Prints the exponents and regimes, writes FILES into the study's folder, or that of its name in `out`, and returns
-    their paths.
+    """Prints the exponents and regimes, writes EXPONENTS_FILES into the study's folder, or that of its name in `out`,
+    and returns their paths.
 
     Raises UserError where no parameterization has MIN_DEPTHS depths that train.
     """
@@ -192,7 +194,8 @@ def show_exponents(study: Study, own: bool, out: Path | None, console: Console) 
             f"{study.command('transfer')}"
         )
     print_sentence(console, "Exponents of depth, of weights with the branch multiplier in them:")
-    rows = [each.row for each in found]
+    record = {"study": study.file.study.name, "own_values": own, "growths": [each.record for each in found]}
+    rows = [growth_row(growth) for growth in record["growths"]]
     for measure in MEASURES:
         print_sentence(console, f"\n{measure}")
         kept = [{key: row[key] for key in ("rules", "tensor", "of")} | {"exponent": row[measure]} for row in rows]
@@ -204,9 +207,8 @@ def show_exponents(study: Study, own: bool, out: Path | None, console: Console) 
         f"{each.parameterization}: left out: {each.left_out}" for each in found if each.left_out
     ):
         print_sentence(console, sentence)
-    record = {"study": study.file.study.name, "own_values": own, "growths": [each.record for each in found]}
     with open_results(study, out, "exponents") as root:
-        paths = [root / name for name in FILES]
+        paths = [root / name for name in EXPONENTS_FILES]
         write_atomically(paths[0], dump(record).encode())
         plots.save_figure(draw_exponents(found), paths[1])
     return paths

@@ -24,6 +24,7 @@ from depthmup.launch.report.tables import forecast_row, planned_sentence, rows
 from depthmup.launch.wording import show_drift, show_interval, show_number
 
 CONVERGENCE_FILES = ("convergence.json", "convergence.png", "convergence-loss.png")  # of `depthmup converge`
+EXPONENTS_FILES = ("exponents.json", "exponents.png")  # of `depthmup exponents`
 
 
 def run_rows(record: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -192,6 +193,7 @@ def publish(report: Report, root: Path, folder: Path) -> list[Path]:
     runs as NAME.json, figures and rates as NAME-*."""
     name = report.study.file.study.name
     swept = ("curves.png", "drift.png") if len(report.study.file.study.grid) > 1 else ()  # one value has no optimum
-    copies = copy_results(root, folder, {file: f"{name}-{file}" for file in (*swept, *CONVERGENCE_FILES)})
+    files = (*swept, *CONVERGENCE_FILES, *EXPONENTS_FILES)
+    copies = copy_results(root, folder, {file: f"{name}-{file}" for file in files})
     write_atomically(folder / f"{name}.json", dump(as_record(report)).encode())
     return [folder / f"{name}.json", *copies]

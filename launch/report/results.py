@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from depthmup.launch.report.exponents import growth_row
 from depthmup.launch.report.overview import overview
 from depthmup.launch.report.page import markdown_table
 from depthmup.launch.report.record import closed, read_record
@@ -45,8 +46,8 @@ or its budget is spent; its error rates are known with its rounds.
 
 **To make a figure anew**: CIFAR-10 as an archive of class folders, `cifar10/{train,test}/CLASS/*.jpg` (here JPEGs of
 quality 90, 4:4:4), is packed once. Then the command at the head of a study's section trains it, and writes its figures
-and its report to `runs/NAME/`; where figures are of `depthmup converge`, that command stands above them. What a study
-holds fixed, its learning rate if another value is swept, stands in its file.
+and its report to `runs/NAME/`; where figures are of `depthmup converge` or `depthmup exponents`, that command stands
+above them. What a study holds fixed, its learning rate if another value is swept, stands in its file.
 
 ```sh
 depthmup pack cifar10.tar.xz shards/cifar10
@@ -247,6 +248,30 @@ def convergence(study: dict[str, Any], folder: Path) -> list[str]:
     ]
 
 
+def exponents(study: dict[str, Any], folder: Path) -> list[str]:
+    """What `depthmup exponents` found of the study, where it was asked."""
+    name = study["study"]
+    path = folder / f"{name}-exponents.json"
+    if not path.exists():
+        return []
+    record = read_record(path)
+    flag, value = (" --own", "each size's") if record["own_values"] else ("", "the base's")
+    depths = {each["parameterization"]: each["values"]["max norm"] for each in record["growths"]}
+    left_out = {each["parameterization"]: each["left_out"] for each in record["growths"] if each["left_out"]}
+    return [
+        f"`depthmup exponents {study['config']}{flag}`: how weights in residual branches, with the "
+        f"branch multiplier in them, go with depth, at {value} best value that ran ([what is measured]"
+        "(theory.md#exponents-of-trained-weights)). "
+        + " ".join(f"`{rules}`: depths {', '.join(of)}." for rules, of in depths.items()),
+        "",
+        *figure(folder, f"{name}-exponents"),
+        *markdown_table([growth_row(each) for each in record["growths"]]),
+        "",
+        *(f"Left out of `{rules}`: {said}." for rules, said in left_out.items()),
+        "",
+    ]
+
+
 def figure(folder: Path, name: str) -> list[str]:
     return [f"![{name}](results/{name}.png)", ""] if (folder / f"{name}.png").exists() else []
 
@@ -258,10 +283,11 @@ def swept(record: dict[str, Any]) -> bool:
 
 def study_section(record: dict[str, Any], folder: Path) -> list[str]:
     name = record["study"]
+    of_theory = [*convergence(record, folder), *exponents(record, folder)]
     lines = [f"## {name}", "", *settings(record), ""]
     if not swept(record):
         foretold = markdown_table([dict(list(row.items())[1:]) for row in forecast_rows([record])])
-        return [*lines, *foretold, "", *convergence(record, folder)]
+        return [*lines, *foretold, "", *of_theory]
     lines += [verdict(found) for found in record["verdicts"]]
     lines += [f"- {found['said']}." for found in record.get("exponents", ())]
     lines += [
@@ -270,7 +296,7 @@ def study_section(record: dict[str, Any], folder: Path) -> list[str]:
         *figure(folder, f"{name}-drift"),
         *markdown_table(size_rows(record)),
     ]
-    return [*lines, "", *convergence(record, folder)]
+    return [*lines, "", *of_theory]
 
 
 def joint_sections(searches: Sequence[dict[str, Any]], verifications: Sequence[dict[str, Any]]) -> list[str]:
