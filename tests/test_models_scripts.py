@@ -17,7 +17,7 @@ from train_processes import start
 
 README = Path(__file__).parents[1] / "README.md"
 PAGE = README.parent / "docs" / "your-model.md"
-NEEDED = "is not installed; depthmup does not need it, and its example is run where it is"
+NEEDED = "is not installed; the extra `trainers`, which `make test` installs, brings it"
 
 
 def example(kind: str) -> str:
