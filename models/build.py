@@ -169,8 +169,8 @@ def growing_sides(parameter: Tensor, rule: ParameterRule, module: nn.Module) -> 
             return [(side,) for side in sides[:2]]
         case Role.READOUT:
             return [(sides[1],)] if len(sides) > 1 else []
-        case Role.ROUTER:  # a layer's weight (out, in), or a parameter (in, out) of a matrix product
-            return [sides[:2]]
+        case Role.ROUTER | Role.GATE:  # a layer's weight (out, in), or a parameter (in, out) of a matrix product
+            return [sides]
         case Role.EXPERT_UP | Role.EXPERT_DOWN:
             return [(side,) for side in sides[1:]]
         case Role.SCALAR | Role.BRANCH_SCALAR:

@@ -81,6 +81,7 @@ TARGETS: dict[str, Target] = {
     Role.SCALAR.value:          Target(None,         None,          FLAT,            FLAT),
     Role.READOUT.value:         Target(None,         None,          FLAT,            FLAT),
     Role.ROUTER.value:          Target(None,         None,          slope(-1.0),     as_update),
+    Role.GATE.value:            Target(None,         None,          slope(-1.0),     FLAT),
     Role.EXPERT_UP.value:       Target(None,         None,          slope(-1.0),     as_update),
     Role.EXPERT_DOWN.value:     Target(None,         None,          slope(-1.0),     as_update,
                                        update_mlp_ratio=slope(-1.0)),
@@ -95,6 +96,7 @@ SGD = {
                                        update_mlp_ratio=span(-0.5, 0.0)),
     Role.ROUTER.value:          Target(None,         None,          span(-1.5, -1.0), as_update,
                                        update_mlp_ratio=span(-0.5, 0.0)),
+    Role.GATE.value:            Target(None,         None,          span(-1.5, -1.0), FLAT),
 }
 # Muon gives each matrix's update a spectral norm, so that is measured of it: RMS mixes it with its rank.
 # It orthogonalises q, k and v as one matrix, in which the share of q and k changes with depth.

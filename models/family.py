@@ -179,6 +179,7 @@ def base_shape(shape: torch.Size, role: Role, width_ratio: float) -> tuple[int, 
         Role.BRANCH_SCALAR: (False, False),
         Role.READOUT: (False, True),
         Role.ROUTER: (False, True),
+        Role.GATE: (False, True),
         Role.EXPERT_UP: (False, True, True),
         Role.EXPERT_DOWN: (False, True, True),
     }[role]

@@ -29,6 +29,7 @@ class RoleRates:
     scalar: RoleRate = 1.0
     readout: RoleRate = 1.0
     router: RoleRate = 1.0
+    gate: RoleRate = 1.0
     expert_up: RoleRate = 1.0
     expert_down: RoleRate = 1.0
 

@@ -51,6 +51,7 @@ class Role(str, Enum):
     SCALAR = "scalar"  # outside of branches, no dimension grows: the classifier's bias
     READOUT = "readout"  # the classifier's matrix
     ROUTER = "router"  # in a branch: reads the width, puts out what does not grow, as one number an expert, or a gate
+    GATE = "gate"  # the same outside of branches, before the readout: the scores of attention pooling
     EXPERT_UP = "expert_up"  # first matrices of all experts, (experts, expert width, width)
     EXPERT_DOWN = "expert_down"  # second matrices, (experts, width, expert width)
 
@@ -147,6 +148,13 @@ TABLE: dict[Role, Row] = {
         weight_decay=lambda N, L, a: N,
     ),
 }
+TABLE[Role.GATE] = Row(  # a router at L = 1
+    init_variance_sp=lambda N, L, a: 1 / N, init_variance=lambda N, L, a: N ** -2,
+    lr_sgd=lambda N, L, a: 1 / N,
+    lr_adam=lambda N, L, a: 1 / N,
+    eps_adam=one,
+    weight_decay=lambda N, L, a: N,
+)
 TABLE[Role.EXPERT_UP] = TABLE[Role.EXPERT_DOWN] = replace(TABLE[Role.BRANCH_HIDDEN], lr_muon=None)
 
 

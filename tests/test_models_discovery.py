@@ -305,6 +305,21 @@ class TwoHeads(Net):
         return torch.cat([super().forward(x), self.other(self.embed(x))], dim=-1)
 
 
+class Faded(Net):
+    """After each block a gate fades the stream itself."""
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__(width, depth)
+        self.gates = nn.ModuleList(nn.Linear(width, 1) for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block, gate in zip(self.blocks, self.gates, strict=True):
+            x = block(x)
+            x = x * torch.sigmoid(gate(x))
+        return self.head(x)
+
+
 class Averaged(Net):
     """Two readouts of the same features, as one for distillation."""
 
@@ -380,6 +395,7 @@ BAD: dict[str, tuple[Builder, str]] = {
         lambda width, depth: Averaged(width, depth, "product"),
         "2 readouts: head.weight, other.weight",
     ),
+    "a gate of the stream in every block": (Faded, r"gates\.0\.weight reads the width outside of residual branches"),
     "a base without the blocks that follow": (
         lambda width, depth: Mobile(width, depth - 2),
         r"branches in modules like .*b.*, and the base none, .*: take a base of more blocks",
@@ -581,6 +597,16 @@ def test_what_is_made_of_parameters_alone_has_the_role_of_the_operation_that_tak
     assert scaled.rules["body.layers.0.gate"].role is Role.ROUTER  # (width, 1): a ratio of 4 divides one of its sides
 
 
+def test_the_small_init_of_a_bias_of_few_numbers_is_not_taken_for_a_large_one() -> None:
+    def build(width: int, depth: int) -> nn.Module:
+        net = Net(width, depth)
+        nn.init.uniform_(net.head.bias, -0.1, 0.1)
+        return net
+
+    rules = match_rules(["head.bias"], find_roles(build, torch.zeros(2, 12), 16, 2).roles.parameters)
+    assert 0.01 < rules["head.bias"].init.base_std((10,)) < 0.1
+
+
 def test_glorots_init_of_blocks_of_several_shapes_is_found() -> None:
     def build(width: int, depth: int) -> nn.Module:
         net = Ends(width, depth)
@@ -591,6 +617,61 @@ def test_glorots_init_of_blocks_of_several_shapes_is_found() -> None:
 
     rules = match_rules(["blocks.0.down.weight"], find_roles(build, torch.zeros(2, 12), 32, 4).roles.parameters)
     assert rules["blocks.0.down.weight"].init == models.Init("normal_fan_avg", 1.0)
+
+
+class Pooled(Stranger):
+    """Its readout reads a mean of tokens, weighted by scores that a layer, or a learned query, reads from the width."""
+
+    def __init__(self, width: int, depth: int, scores: str = "layer") -> None:
+        super().__init__(width, depth)
+        self.scores = scores
+        self.hidden = nn.Linear(width, width)
+        shape = (width,) if scores == "vector" else (1, 1, width)
+        self.score = nn.Linear(width, 1) if scores == "layer" else nn.Parameter(torch.randn(shape) * width**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x) + self.position
+        for layer in self.body["layers"]:
+            x = layer(x)
+        x = self.norm(x)
+        read = torch.tanh(self.hidden(x))
+        if self.scores == "layer":
+            scores = self.score(read)
+        elif self.scores == "query":
+            scores = (self.score @ read.mT).mT
+        else:
+            scores = torch.einsum("btd,d->bt", read, self.score)[..., None]
+        return self.head((scores.softmax(1) * x).sum(1))
+
+
+@pytest.mark.parametrize("scores", ["layer", "query", "vector"])
+def test_the_scores_of_attention_pooling_are_a_gate_and_pass_the_check(scores: str) -> None:
+    def build(width: int, depth: int) -> nn.Module:
+        return Pooled(width, depth, scores)
+
+    roles = find_roles(build, TOKENS, 16, 2).roles
+    rules = match_rules([name for name, _ in build(32, 5).named_parameters()], roles.parameters)
+    found = {name: rule.role for name, rule in rules.items() if "body" not in name}
+    gate = {"score.weight": Role.GATE, "score.bias": Role.SCALAR} if scores == "layer" else {"score": Role.GATE}
+    assert roles.readouts == ("head",)
+    assert found == gate | {
+        "embed.weight": Role.INPUT, "embed.bias": Role.VECTOR, "position": Role.INPUT, "norm.weight": Role.VECTOR,
+        "norm.bias": Role.VECTOR, "hidden.weight": Role.HIDDEN, "hidden.bias": Role.VECTOR, "head.weight": Role.READOUT,
+        "head.bias": Role.SCALAR,
+    }  # fmt: skip
+    base = Size(width=16, depth=2)
+
+    def build_at(size: Size, seed: int) -> models.ScaledModel:
+        completep = ParameterizationConfig(name="completep", beta=1 / 6)
+        return models.build_scaled(build, size=size, base=base, inputs=TOKENS, parameterization=completep, seed=seed)
+
+    def batch(seed: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn((8, 5, 12), generator=generator), torch.arange(8) % 10
+
+    lines = check_sizes(build_at, batch, base, OptimizerConfig(name="adamw", lr=1e-3), Settings((1, 4), steps=2))
+    assert "gate" in {line.quantity for line in lines}
+    assert [line for line in lines if line.verdict != "ok"] == []
 
 
 @pytest.mark.parametrize("join", ["sum", "mean"])

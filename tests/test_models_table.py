@@ -16,7 +16,7 @@ from depthmup.models.parameterization import EXPERTS
 
 BASE, SIZE = Size(width=16, depth=1, head_dim=4), Size(width=64, depth=9, head_dim=16)
 HELD = tuple(role for role in Role if role not in EXPERTS)  # those of experts: tests/test_models_moe.py
-MATRICES = (Role.INPUT, Role.BRANCH_HIDDEN, Role.HIDDEN, Role.READOUT)
+MATRICES = (Role.INPUT, Role.BRANCH_HIDDEN, Role.HIDDEN, Role.READOUT, Role.GATE)
 DECAYING = {role.value for role in MATRICES}
 ROLES = Roles(
     parameters=tuple(ParameterRule(rf"{role.value}\..*", role, Init("normal", 1.0)) for role in HELD),
@@ -73,6 +73,7 @@ LITERAL = {
         "branch_scalar": (1,     1,         1,           1,            0),
         "scalar":        (1,     1,         1,           1,            0),
         "readout":       (1 / 2, 1,         1,           1,            1),
+        "gate":          (1 / 2, 1,         1,           1,            1),
     },
     "mup": {
         "input":         (1,     4,         1,           1,            1),
@@ -83,6 +84,7 @@ LITERAL = {
         "branch_scalar": (1,     1,         1,           1,            0),
         "scalar":        (1,     1,         1,           1,            0),
         "readout":       (1,     4,         1,           1,            1),
+        "gate":          (1 / 4, 1 / 4,     1 / 4,       1,            4),
     },
     "depth_mup": {
         "input":         (1,     4,         1,           1 / 4,        1),
@@ -93,6 +95,7 @@ LITERAL = {
         "branch_scalar": (1,     1,         1 / 3,       1 / 3,        0),
         "scalar":        (1,     1,         1,           1,            0),
         "readout":       (1,     4,         1,           1 / 4,        1),
+        "gate":          (1 / 4, 1 / 4,     1 / 4,       1,            4),
     },
     "completep": {
         "input":         (1,     4,         1,           1,            1),
@@ -103,6 +106,7 @@ LITERAL = {
         "branch_scalar": (1,     9,         1,           1 / 9,        0),
         "scalar":        (1,     1,         1,           1,            0),
         "readout":       (1,     4,         1,           1,            1),
+        "gate":          (1 / 4, 1 / 4,     1 / 4,       1,            4),
     },
 }
 # preset:               branch, readout, attention (where the head dim grows with width)

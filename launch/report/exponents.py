@@ -194,8 +194,9 @@ def show_exponents(study: Study, own: bool, out: Path | None, console: Console) 
             f"{study.command('transfer')}"
         )
     print_sentence(console, "Exponents of depth, of weights with the branch multiplier in them:")
-    record = {"study": study.file.study.name, "own_values": own, "growths": [each.record for each in found]}
-    rows = [growth_row(growth) for growth in record["growths"]]
+    growths = [each.record for each in found]
+    record = {"study": study.file.study.name, "own_values": own, "growths": growths}
+    rows = [growth_row(growth) for growth in growths]
     for measure in MEASURES:
         print_sentence(console, f"\n{measure}")
         kept = [{key: row[key] for key in ("rules", "tensor", "of")} | {"exponent": row[measure]} for row in rows]

@@ -69,6 +69,7 @@ def find_roles(build: Builder, inputs: Any, width: int, depth: int) -> Discovery
     if idle := [name for name in names if name not in used]:
         raise ModelError(f"the forward pass does not use {', '.join(idle[:3])}: remove it, or {BY_HAND}")
     roles = settle_roles(growth, {name: role_of(name, growth, used[name], branches) for name in names})
+    roles |= dict.fromkeys(find_gates(growth, roles, used), Role.GATE)
     exempt = set(getattr(growth.base, "no_weight_decay", set)())  # timm's networks say which they mean
     queries, head_dim = find_queries(base, wide)
     slots = [slot for branch in branches for slot in branch_slots(branch, growth.deep)]
@@ -195,6 +196,33 @@ def find_blocks(growth: Growth, branches: list[Branch]) -> str | None:
         return None
     patterns = (growth.pattern(module, which_blocks(growth, growth.deep, module, modules)) for module in modules)
     return "|".join(dict.fromkeys(patterns))
+
+
+def find_gates(growth: Growth, roles: dict[str, Role], used: dict[str, list[Node]]) -> list[str]:
+    """The weights outside of branches that read the width, and on whose output another such weight depends, as the
+    scores of attention pooling before the readout. Raises ModelError for one of which a deeper network has more."""
+    readers = {name: used[name][0] for name, role in roles.items() if role is Role.READOUT}
+    gates = []
+    for name, node in readers.items() if len(readers) > 1 else ():
+        later = [reader for reader in readers.values() if reader.number > node.number]
+        if any(node in ancestors_of(reader, node.number) for reader in later):
+            gates.append(name)
+    if more := [name for name in gates if growth.pattern(name) != re.escape(name)]:
+        raise ModelError(
+            f"{more[0]} reads the width outside of residual branches, and a deeper network has more of them: there is "
+            f"no rule for that. Put it into a branch, or {BY_HAND}"
+        )
+    return gates
+
+
+def ancestors_of(node: Node, least: int) -> set[Node]:
+    """What a tensor was computed from, down to the number `least`."""
+    waiting, seen = [node], set[Node]()
+    while waiting:
+        new = [each for each in waiting.pop().inputs if each.number >= least and each not in seen]
+        seen.update(new)
+        waiting += new
+    return seen
 
 
 def find_readouts(roles: dict[str, Role], used: dict[str, list[Node]], last: Node) -> list[str]:

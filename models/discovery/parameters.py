@@ -54,7 +54,7 @@ def reads_width(name: str, user: Node, grows: tuple[bool, ...]) -> bool:
     """Whether the one dimension of a parameter that grows is what its operation sums over. Raises ModelError where the
     operation does not tell."""
     if len(grows) == 1:
-        return False
+        return user.operation in MATRIX_PRODUCTS | {"mv"} or (user.operation == "einsum" and (user.summed or 1) > 1)
     if user.operation in PRODUCTS:
         return grows[1]
     if user.operation in MATRIX_PRODUCTS:
