@@ -305,6 +305,30 @@ class TwoHeads(Net):
         return torch.cat([super().forward(x), self.other(self.embed(x))], dim=-1)
 
 
+class Prototypes(nn.Module):
+    """A classifier by cosines, to whose logits the size of features does not matter; or of its weights alone."""
+
+    def __init__(self, width: int, features: bool) -> None:
+        super().__init__()
+        self.weight, self.features = nn.Parameter(torch.randn(10, width)), features
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.features:
+            return F.linear(F.normalize(x, dim=-1), self.weight)
+        return F.linear(x, F.normalize(self.weight, dim=-1))
+
+
+class Bare(Net):
+    """Its readout is a parameter of the network itself."""
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__(width, depth)
+        self.head, self.classes = nn.Identity(), nn.Parameter(torch.randn(10, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(super().forward(x), self.classes)
+
+
 class Faded(Net):
     """After each block a gate fades the stream itself."""
 
@@ -395,6 +419,15 @@ BAD: dict[str, tuple[Builder, str]] = {
         lambda width, depth: Averaged(width, depth, "product"),
         "2 readouts: head.weight, other.weight",
     ),
+    "a readout of normalised features": (
+        lambda width, depth: Net(width, depth, change=lambda net: setattr(net, "head", Prototypes(width, True))),
+        r"the readout head\.weight is not the weight of a module that multiplies .* plain torch\.nn\.Linear",
+    ),
+    "a readout of normalised weights": (
+        lambda width, depth: Net(width, depth, change=lambda net: setattr(net, "head", Prototypes(width, False))),
+        r"the readout head\.weight is not the weight of a module that multiplies",
+    ),
+    "a readout without a module": (Bare, r"the readout classes is not the weight of a module that multiplies"),
     "a gate of the stream in every block": (Faded, r"gates\.0\.weight reads the width outside of residual branches"),
     "a base without the blocks that follow": (
         lambda width, depth: Mobile(width, depth - 2),

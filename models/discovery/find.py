@@ -240,7 +240,23 @@ def find_readouts(roles: dict[str, Role], used: dict[str, list[Node]], last: Nod
     for name, module in zip(readouts, modules, strict=True):
         if used[name][0].module != module:
             raise ModelError(f"the readout {name} is not used by its own module {module or '(the network)'}: {BY_HAND}")
+        if not (module and name.endswith(".weight") and multiplies_input(used[name][0], name)):
+            raise ModelError(
+                f"the readout {name} is not the weight of a module that multiplies the module's input by it, as where "
+                f"either is normalised first: take a plain torch.nn.Linear, or {BY_HAND}"
+            )
     return modules
+
+
+def multiplies_input(node: Node, name: str) -> bool:
+    """Whether an operation takes the parameter as it is, and what its module is given but for moves and factors."""
+    module, taken = node.module, name in node.parameters
+    while taken and len(before := [each for each in node.inputs if each.data]) == 1:
+        node = before[0]
+        if node.module != module:
+            return True
+        taken = node.operation in MOVES | SCALINGS
+    return False
 
 
 def are_added(nodes: list[Node], last: Node) -> bool:
