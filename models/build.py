@@ -120,19 +120,21 @@ def build(
     config: AnyModelConfig, parameterization: ParameterizationConfig, seed: int, device: torch.device | str = "cpu"
 ) -> ScaledModel:
     """The network on `device` with initial weights, a function of (seed, parameter name) alone."""
-    if can_start_on_meta(config):
-        scaled = build_meta(config, parameterization)
-        fill(scaled, seed, device)
-    else:
-        scaled = build_on("cpu", config, parameterization)
-        scaled.network.to(device)
-        initialize(scaled.network, scaled.rules, scaled.scale, seed)
+    scaled = build_unfilled(config, parameterization)
+    fill(scaled, seed, device)
     return scaled
 
 
-def can_start_on_meta(config: AnyModelConfig) -> bool:
-    """Whether `fill` makes a whole network of one on meta: a stranger's may compute buffers, which are lost there."""
-    return not FAMILIES[config.family].finds_roles
+def build_unfilled(config: AnyModelConfig, parameterization: ParameterizationConfig) -> ScaledModel:
+    """The network for `fill`: its parameters on meta, and so are its buffers, but not those of a network that others
+    wrote. Its builder may compute them, and makes the whole of it on the CPU first. Raises ModelError."""
+    if not FAMILIES[config.family].finds_roles:
+        return build_meta(config, parameterization)
+    scaled = build_on("cpu", config, parameterization)
+    for module in scaled.network.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(parameter.to("meta"), parameter.requires_grad))
+    return scaled
 
 
 def fill(

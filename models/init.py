@@ -84,9 +84,13 @@ def initialize(
 
 def materialize(module: nn.Module, device: torch.device | str) -> None:
     """Moves the module's own tensors from meta to `device`, filled with NaN so that a forgotten initialiser cannot pass
-    unseen."""
+    unseen; buffers that are on no meta device keep what is in them."""
+    buffers = dict(module.named_buffers(recurse=False))
+    kept = {name: buffer.to(device) for name, buffer in buffers.items() if not buffer.is_meta}
     module.to_empty(device=device, recurse=False)
     with torch.no_grad():
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             if tensor.is_floating_point():
                 tensor.fill_(math.nan)
+    for name, buffer in kept.items():
+        setattr(module, name, buffer)

@@ -1,11 +1,13 @@
 """Precision: what is rounded to what, under every family."""
 
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import stranger_network
 from depthmup.data.errors import UserError
 from depthmup.models.build import ScaledModel, build, build_meta
 from depthmup.models.parameterization_config import ParameterizationConfig
@@ -41,12 +43,27 @@ MODELS: dict[str, dict[str, Any]] = {
         **{"family": "timm", "timm_name": "convnext_atto", "image_size": 8, "arguments": {"patch_size": 1}},
         **{"depth": 2, "base_depth": 1},
     },
+    "timm's CaiT": {
+        **{"family": "timm", "timm_name": "cait_xxs24_224", "image_size": 8, "arguments": {"patch_size": 2}},
+        **{"head_dim": 8, "depth": 2, "base_depth": 1},
+    },
+    "mixture of experts": {
+        **{"family": "moe_vit", "num_heads": 2, "patch_size": 2, "image_size": 8},
+        **{"num_experts": 4, "base_num_experts": 2, "active_share": 0.5},
+    },
+}
+FP32_ALWAYS: dict[str, dict[str, Any]] = {  # what they add to their streams is multiplied by fp32 numbers
+    "own": {
+        **{"family": "own", "builder": f"{stranger_network.__file__}:make_network", "image_size": 8, "in_channels": 3},
+        **{"width": 32, "base_width": 16, "depth": 4, "base_depth": 2},
+    },
+    "probabilistic": {"family": "probabilistic", "patch_size": 2, "image_size": 8},
 }
 
 
 def run_of(name: str) -> RunConfig:
     raw = {
-        "model": {**SIZE, **MODELS[name]},
+        "model": {**SIZE, **(MODELS | FP32_ALWAYS)[name]},
         "optimizer": {"name": "sgd", "lr": 0.1},
         "data": {"name": "none", "root": "nowhere", "num_streams": 4},
         "train": {"samples": 64, "global_batch_size": 4, "precision": "bf16"},
@@ -59,8 +76,8 @@ def stream_types(scaled: ScaledModel, images: Tensor) -> set[torch.dtype]:
     bf16."""
     of_branches = set()
     types = record_stream_types(scaled.network, scaled)
-    for module in scaled.network.modules():
-        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
+    for name, module in scaled.network.named_modules():
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear) and name not in scaled.branches:  # their ends are cast
             module.register_forward_hook(lambda module, inputs, output: of_branches.add(output.dtype))
     with autocast(CPU, torch.bfloat16):
         scaled.network(images)
@@ -82,14 +99,16 @@ def record_stream_types(network: torch.nn.Module, scaled: ScaledModel) -> set[to
     return types
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*product(MODELS, (torch.float32, torch.bfloat16)), *((name, torch.float32) for name in FP32_ALWAYS)],
+)
 def test_the_residual_stream_has_the_stated_type_throughout(name: str, dtype: torch.dtype) -> None:
     config = run_of(name)
-    scaled = build(config.model, ParameterizationConfig(), 0)
+    scaled = build(config.model, ParameterizationConfig(name="mup" if name == "probabilistic" else "depth_mup"), 0)
     set_stream_type(scaled.network, scaled.blocks, scaled.branches, dtype)
     size = config.model.image_size
-    assert stream_types(scaled, torch.randn(4, 1, size, size)) == {dtype}
+    assert stream_types(scaled, torch.randn(4, config.model.in_channels, size, size)) == {dtype}
 
 
 @pytest.mark.parametrize("name", ["vit", "conv_resnet, norm none", "conv_resnet, norm batch", "ResNetV2, norm batch"])

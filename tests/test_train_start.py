@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import stranger_network
 from depthmup.data.errors import UserError
 from depthmup.models.build import build
 from depthmup.train.config import RunConfig
@@ -18,7 +19,21 @@ from depthmup.train.tensors import full_tensor, local_tensor
 from train_configs import CONV_RESNET, VIT, run_config
 from train_processes import run_function
 
-MODELS = {"vit": VIT, "batch_norm": {**CONV_RESNET, "norm": "batch"}}
+SIZE = {"width": 32, "depth": 4, "base_width": 16, "base_depth": 2}
+OWN = {"family": "own", "builder": f"{stranger_network.__file__}:make_network", **SIZE}
+MODELS = {
+    "vit": VIT,
+    "batch_norm": {**CONV_RESNET, "norm": "batch"},
+    "own, which computes buffers": OWN,
+    "timm's": {
+        "family": "timm",
+        "timm_name": "convnext_atto",
+        "arguments": {"patch_size": 1},
+        **SIZE,
+        "depth": 1,
+        "base_depth": 1,
+    },
+}
 LARGE = {**VIT, "width": 512, "depth": 8, "base_width": 512, "base_depth": 8, "num_heads": 8}
 
 
@@ -35,7 +50,7 @@ def draw_all(out: str) -> None:
     config = config_of("seed=7")
     with process_group(world, torch.device("cpu"), config.parallel, "fsdp"):
         for name, model in MODELS.items():
-            network = sharded(config_of("seed=7", model=model), world).engine.network
+            network = sharded(config_of("seed=7", "model.in_channels=3", model=model), world).engine.network
             tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
             whole = {key: full_tensor(tensor.detach()) for key, tensor in tensors.items()}
             if world.is_main:
@@ -46,7 +61,7 @@ def draw_all(out: str) -> None:
 def test_three_processes_draw_the_shards_of_the_weights_that_one_process_draws(name: str, tmp_path: Path) -> None:
     """3 divides neither the rows of these weights nor their number."""
     run_function("test_train_start", "draw_all", 3, str(tmp_path))
-    config = config_of("seed=7", model=MODELS[name])
+    config = config_of("seed=7", "model.in_channels=3", model=MODELS[name])
     expected = build(config.model, config.parameterization, 7).network
     found = torch.load(tmp_path / f"{name}.pt")
     for key, tensor in (*expected.named_parameters(), *expected.named_buffers()):

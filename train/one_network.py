@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from depthmup.data.errors import UserError
-from depthmup.models.build import build, build_meta, can_start_on_meta, fill
+from depthmup.models.build import build, build_unfilled, fill
 from depthmup.models.moe_vit import balance_experts, load_metrics, mixtures_of
 from depthmup.models.optimizer import build_optimizer, parameter_groups
 from depthmup.train.average import WeightAverage, averaged_tensors
@@ -41,8 +41,8 @@ class OneNetwork:
         self.seeds, self.steps = [config.seed], 0
         self.descriptions: list[str] = []
         self.dtype = prepare_device(config.train, device)
-        if starts_on_meta(engine_name, config.parallel) and can_start_on_meta(config.model):
-            scaled = build_meta(config.model, config.parameterization)
+        if starts_on_meta(engine_name, config.parallel):
+            scaled = build_unfilled(config.model, config.parameterization)
             fill_network: Fill = partial(fill, scaled, config.seed, device, spread_like)
         else:
             scaled = build(config.model, config.parameterization, config.seed, device)
