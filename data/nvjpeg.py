@@ -1,17 +1,18 @@
 """JPEGs decoded on the GPU (data.backend nvjpeg): the same samples and random numbers, slightly other pixels.
 
 Workers hand over the bytes of each file, the box of its crop and its random numbers. The process that trains decodes a
-batch by nvJPEG, through torchvision, and crops, resizes and flips it on the device: one batch ahead, in a thread and a
-CUDA stream of their own. What nvJPEG may read otherwise than PIL (other formats; JPEGs that are grey, CMYK or RGB
-inside, cut, or large) workers decode by PIL, and hand over the pixels. On a CPU libjpeg-turbo takes nvJPEG's place, and
-all else is the same: so it is tested.
+batch by nvJPEG, through torchcodec or torchvision, and crops, resizes and flips it on the device: one batch ahead, in a
+thread and a CUDA stream of their own. What nvJPEG may read otherwise than PIL (other formats; JPEGs that are grey, CMYK
+or RGB inside, cut, or large) workers decode by PIL, and hand over the pixels. On a CPU libjpeg-turbo takes nvJPEG's
+place, and all else is the same: so it is tested.
 """
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import simplejpeg
@@ -33,11 +34,8 @@ from depthmup.data.workers import PREFETCHED, Slots, Work, shared, start, yield_
 FILE_BYTES = 1 << 20  # of the largest file that is handed over. Memory is taken for what there is, not for this.
 NAME_BYTES = 4096  # more of a shard's and a member's names are cut
 TOGETHER = 256  # images that are decoded and resized at once: photographs of a camera take 36 MB each
-START, END, TAIL = (
-    b"\xff\xd8",
-    b"\xff\xd9",
-    64,
-)  # of a JPEG. Its pixels never hold the end, so a file that is cut lacks it.
+START, END, TAIL = b"\xff\xd8", b"\xff\xd9", 64  # of a JPEG. Its pixels never hold END, so a file that is cut lacks it.
+EXIF = b"Exif\0\0"  # begins a JPEG's EXIF, by which torchcodec would turn a picture, while boxes are of its file's rows
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,8 @@ def open_sample(index: Index, span: Span, number: int, channels: int) -> tuple[J
         check_pixels(height, width)
     except BadImage as error:
         raise BadSample(sample.shard, sample.key, str(error)) from None
-    return Jpeg(content, sample.shard, sample.key, (0, 0, height, width)), sample.label
+    as_it_lies = content.replace(EXIF, bytes(len(EXIF)), 1)
+    return Jpeg(as_it_lies, sample.shard, sample.key, (0, 0, height, width)), sample.label
 
 
 def cut(image: Jpeg | Tensor, recipe: str, size: int, draws: np.ndarray) -> Jpeg | Tensor:
@@ -119,11 +118,22 @@ class JpegSlots(Slots):
         return self.files[slot, first:end], shard, key
 
 
-def decode_by_nvjpeg(files: Sequence[Tensor], channels: int, device: torch.device) -> list[Tensor]:
-    """Raises RuntimeError where one of them cannot be decoded, without saying which."""
-    from torchvision.io import ImageReadMode, decode_jpeg  # type: ignore[import-untyped]  # it has none; slow to import
+@cache
+def find_decoder() -> Callable[[list[Tensor], str, torch.device], list[Tensor]]:
+    """torchcodec's decoder of JPEGs, or torchvision's, which is deprecated since torchvision 0.29. Both are slow to
+    import. Raises ImportError without either."""
+    with suppress(ImportError, OSError):  # OSError: a torchcodec for another CUDA
+        from torchcodec.decoders import decode_jpeg as decode  # since 0.16
 
-    return list(decode_jpeg(list(files), ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB, device))
+        return lambda files, mode, device: list(decode(files, mode=mode, device=device))
+    from torchvision.io import ImageReadMode, decode_jpeg  # type: ignore[import-untyped]  # it has none
+
+    return lambda files, mode, device: list(decode_jpeg(files, ImageReadMode[mode], device))
+
+
+def decode_by_nvjpeg(files: Sequence[Tensor], channels: int, device: torch.device) -> list[Tensor]:
+    """Raises RuntimeError where one of them cannot be decoded, without saying which; ImportError without a decoder."""
+    return find_decoder()(list(files), "GRAY" if channels == 1 else "RGB", device)
 
 
 def decode_files(files: Sequence[Tensor], channels: int, device: torch.device) -> list[Tensor | None]:
@@ -242,7 +252,7 @@ def decoded_batches(
 
 
 def check_decoder(device: torch.device) -> None:
-    """Raises UserError where a run's device, or the torchvision that is installed, does not decode JPEGs."""
+    """Raises UserError where a run's device, or the libraries that are installed, do not decode JPEGs."""
     if device.type != "cuda":
         raise UserError(f"data.backend nvjpeg decodes on a GPU, and this run is on the CPU: {OTHER_DECODER}")
     content = io.BytesIO()
@@ -252,6 +262,6 @@ def check_decoder(device: torch.device) -> None:
     except (ImportError, RuntimeError) as error:
         why = str(error).partition("\n")[0]
         raise UserError(
-            f"data.backend nvjpeg needs a torchvision with nvJPEG, for the CUDA of torch {torch.__version__}: install "
-            f"it, or {OTHER_DECODER} ({why})"
+            f"data.backend nvjpeg needs a torchcodec or torchvision with nvJPEG, for the CUDA of torch "
+            f"{torch.__version__}: pip install 'depthmup[nvjpeg]', or {OTHER_DECODER} ({why})"
         ) from None

@@ -1,20 +1,27 @@
 """data.backend nvjpeg: the samples, crops and flips of the others, decoded elsewhere. A CPU stands in for the GPU."""
 
 import io
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from depthmup.models import torchvision_ops  # noqa: F401  isort: skip  (mends the import of torchvision)
+import torchvision.io  # type: ignore[import-untyped]
 
 from depthmup.data import nvjpeg
 from depthmup.data.bad import BadCount
 from depthmup.data.batch import Batch
 from depthmup.data.config import DataConfig
+from depthmup.data.decode import from_array
 from depthmup.data.errors import UserError
 from depthmup.data.index import Index
 from depthmup.data.loader import TrainingLoader, TrainingStream, evaluation_batches
@@ -182,6 +189,47 @@ def test_one_file_that_the_device_refuses_costs_no_other_its_picture() -> None:
     assert torch.equal(pictures[8], decode_files(files[8:], 3, CPU)[0])  # type: ignore[arg-type]
 
 
+def test_a_picture_lies_as_in_its_file_also_where_the_decoder_would_turn_it_upright(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    index = make_index(tmp_path, {"turned.jpg": encode(photograph(103), exif=turned)})
+
+    def decode_upright(files: list[Tensor], channels: int, device: torch.device) -> list[Tensor | None]:
+        opened = [Image.open(io.BytesIO(file.numpy().tobytes())) for file in files]
+        return [from_array(np.array(ImageOps.exif_transpose(image))) for image in opened]
+
+    monkeypatch.setattr(nvjpeg, "decode_files", decode_upright)
+    whole = list(evaluation_batches(settings(index), index, "train", 64, 20, 3))
+    reference = evaluation_batches(settings(index, backend="pil"), index, "train", 64, 20, 3)
+    for got, expected in zip(whole, reference, strict=True):
+        assert (got.images.int() - expected.images.int()).abs().max() <= LEVELS
+
+
+def test_torchcodec_decodes_where_it_is_installed_and_torchvision_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[object] = []
+
+    def decode_jpeg(files: list[Tensor], *, mode: str, device: torch.device) -> list[Tensor]:
+        said.append((mode, device.type))
+        return files
+
+    stand_in = SimpleNamespace(decode_jpeg=decode_jpeg)
+    monkeypatch.setitem(sys.modules, "torchcodec", SimpleNamespace(decoders=stand_in))
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", stand_in)
+    for channels in (1, 3):
+        nvjpeg.find_decoder.cache_clear()
+        assert len(nvjpeg.decode_by_nvjpeg([torch.zeros(3)], channels, torch.device("cuda"))) == 1
+    assert said == [("GRAY", "cuda"), ("RGB", "cuda")]
+
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
+    nvjpeg.find_decoder.cache_clear()
+    monkeypatch.setattr(torchvision.io, "decode_jpeg", lambda files, mode, device: said.append(mode) or files)
+    nvjpeg.decode_by_nvjpeg([torch.zeros(3)], 3, torch.device("cuda"))
+    assert said[2:] == [torchvision.io.ImageReadMode.RGB]
+    nvjpeg.find_decoder.cache_clear()
+
+
 def test_without_a_gpu_or_without_nvjpeg_a_run_is_refused_in_one_line() -> None:
     with pytest.raises(
         UserError, match=r"decodes on a GPU, and this run is on the CPU: use data.backend=fast"
@@ -195,7 +243,7 @@ def test_a_torchvision_without_nvjpeg_is_named() -> None:
     import depthmup.models.torchvision_ops  # noqa: F401
 
     with pytest.raises(
-        UserError, match=r"needs a torchvision with nvJPEG, .* install it, or use data.backend=fast"
+        UserError, match=r"needs a torchcodec or torchvision with nvJPEG, .* install .depthmup\[nvjpeg\]., or use "
     ) as no:
         check_decoder(torch.device("cuda"))
     assert "\n" not in str(no.value)
