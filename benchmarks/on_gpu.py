@@ -3,12 +3,14 @@
     python -m benchmarks.on_gpu --minutes 28 --out results --source cifar10.tar.xz
     python -m benchmarks.on_gpu --minutes 10 --out results --toy      # on a CPU: does every command run to its end?
 
-Each command writes to a file of its own in --out, line by line, so that what is there stays when the time is up. A
-later call, with the files of the last, leaves out what has ended and begins again with what had not. No network is
-needed.
+What they say goes to one file of --out, line by line, so that what is there stays when the time is up; beside it are
+ended.json and full_size.zip, and nothing else. A later call with these files, on any machine, leaves out what has ended
+and the rows of tables that have figures. What failed is tried once more, last. No network is needed; what a machine
+lacks is said before anything is measured.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import shlex
@@ -16,23 +18,28 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from benchmarks.full_size import STOP_SECONDS, stop_process
 
-ENDED = "ended.json"  # of --out: the exit code and seconds of each command that came to its end
+LOG = "on_gpu.txt"  # of --out: what all commands say
+ENDED = "ended.json"  # of --out: exit code, seconds and number of calls of each command that came to its end
+MODULES = "depthmup timm pydantic yaml numpy scipy PIL simplejpeg webdataset submitit click rich fsspec sklearn pytest"
 
 
 @dataclass(frozen=True)
 class Command:
-    """arguments: of python. toy: what a CPU runs in its place. minutes: most that it may take."""
+    """arguments: of python. toy: what a CPU runs in its place. minutes: most that it may take in one call. in_rows: a
+    later call goes on with the rows that have no figures (benchmarks.rows)."""
 
     name: str
     arguments: tuple[str, ...]
     toy: tuple[str, ...]
     minutes: float = 60
+    in_rows: bool = False
 
 
 TESTS = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_cuda.py")
@@ -43,7 +50,7 @@ LITTLE = (*TINY, "--workers", "1", "--images", "16")
 COMMANDS = (
     Command("nvjpeg tests", (*TESTS, "-k", "nvjpeg or decodes"), (*TESTS, "-k", "nvjpeg or decodes"), 5),
     Command("whole runs", ("-m", "benchmarks.whole_runs"), ("-m", "benchmarks.whole_runs", *LITTLE), 8),
-    Command("ideas, ViT-S", (*IDEAS, "--models", "vit_s16"), (*IDEAS, *TINY, *FEW_IDEAS), 12),
+    Command("ideas, ViT-S", (*IDEAS, "--models", "vit_s16"), (*IDEAS, *TINY, *FEW_IDEAS), 12, in_rows=True),
     Command(
         "speed of networks",
         ("-m", "benchmarks.train_throughput"),
@@ -55,24 +62,52 @@ COMMANDS = (
         ("-m", "benchmarks.packed", "--seconds", "500"),
         ("-m", "benchmarks.packed", "--quick", "--widths", "16", "--batch", "4", "--seconds", "45"),
         12,
+        in_rows=True,
     ),
-    Command("ideas, ViT-B", (*IDEAS, "--models", "vit_b16"), (*IDEAS, *TINY, "--ideas", "compile: block"), 12),
+    Command(
+        "ideas, ViT-B",
+        (*IDEAS, "--models", "vit_b16"),
+        (*IDEAS, *TINY, "--ideas", "compile: block"),
+        12,
+        in_rows=True,
+    ),
     Command("tests", TESTS, (*TESTS, "-k", "pinned"), 12),
 )
 
 
+def find_obstacle(toy: bool, source: str | None) -> str | None:
+    """What would make a command fail that has begun."""
+    if missing := [name for name in MODULES.split() if importlib.util.find_spec(name) is None]:
+        return f"not installed for {sys.executable}: {', '.join(missing)}"
+    if source and not source.startswith("sklearn:") and not Path(source).exists():
+        return f"--source {source} does not exist"
+    if toy or torch.cuda.is_available():
+        return None
+    try:
+        torch.cuda.init()
+        why = "no device"
+    except (RuntimeError, AssertionError) as error:  # an old driver, a torch for CPUs
+        why = str(error).partition("\n")[0]
+    return f"torch sees no GPU here ({why}); --toy tries the commands on a CPU"
+
+
 def run(command: list[str], log: Path, seconds: float) -> int | None:
-    """Its exit code; None where it was stopped because its time was up. What it says goes to `log`."""
+    """Its exit code; None where it was stopped because its time was up. What it says goes to the end of `log`."""
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    with log.open("w") as said:
-        print(shlex.join(command), file=said, flush=True)
-        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, env=environment)
+    with log.open("a") as said:
+        print(f"\n== {shlex.join(command)}", file=said, flush=True)
+        process = subprocess.Popen(
+            command, stdout=said, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
         try:
             return process.wait(max(seconds, 0))
         except subprocess.TimeoutExpired:
             stop_process(process, signal.SIGINT)
-        print("\nstopped: its time was up", file=said)
-        return None
+            print("\nstopped: its time was up", file=said)
+            return None
+        finally:  # also its workers and compilers, which could hold the GPU
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def main(commands: tuple[Command, ...] = COMMANDS) -> None:
@@ -82,24 +117,31 @@ def main(commands: tuple[Command, ...] = COMMANDS) -> None:
     parser.add_argument("--source", help="images for the studies at full size, which take the time that is left")
     parser.add_argument("--toy", action="store_true", help="a CPU's sizes")
     arguments = parser.parse_args()
-    if not arguments.toy and not torch.cuda.is_available():  # the tests would be skipped, and count as done
-        parser.error("torch sees no GPU here; --toy tries the commands on a CPU")
+    if obstacle := find_obstacle(arguments.toy, arguments.source):
+        parser.error(obstacle)
     # A shell has a job in the background ignore SIGINT, and what that starts would do so, too.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and so ends what was started
     deadline = time.monotonic() + 60 * arguments.minutes
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    file = arguments.out / ENDED
+    out = arguments.out / "toy" if arguments.toy else arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    file, log = out / ENDED, out / LOG
     ended: dict[str, dict[str, float]] = json.loads(file.read_text()) if file.exists() else {}
-    for command in commands:
+    again = [
+        one for one in commands if one.name in ended and ended[one.name]["exit code"] and ended[one.name]["calls"] < 2
+    ]
+    for command in [*(one for one in commands if one.name not in ended), *again]:
         left = deadline - time.monotonic()
-        if command.name in ended or left <= 0:
-            continue
+        if left <= 0:
+            break
         words = [sys.executable, *(command.toy if arguments.toy else command.arguments)]
+        words += ["--after", str(log)] if command.in_rows else []
         started = time.monotonic()
-        code = run(words, arguments.out / f"{command.name.replace(' ', '_')}.txt", min(left, 60 * command.minutes))
+        code = run(words, log, min(left, 60 * command.minutes))
         spent = time.monotonic() - started
         if code is not None:
-            ended[command.name] = {"exit code": code, "seconds": round(spent)}
+            calls = ended.get(command.name, {"calls": 0})["calls"] + 1
+            ended[command.name] = {"exit code": code, "seconds": round(spent), "calls": calls}
             file.write_text(json.dumps(ended, indent=1))
         print(
             f"{command.name}: {'its time was up' if code is None else f'exit code {code}'}, {spent:.0f} s", flush=True
@@ -107,9 +149,9 @@ def main(commands: tuple[Command, ...] = COMMANDS) -> None:
     left = (deadline - time.monotonic()) / 60
     if arguments.source and left > 0:
         studies = ["-m", "benchmarks.full_size", "--minutes", f"{left:.2f}", "--source", arguments.source]
-        archive = ["--archive", str(arguments.out / "full_size.zip")]
-        run([sys.executable, *studies, *archive], arguments.out / "full_size.txt", 60 * left + 2 * STOP_SECONDS)
-    print(f"{len(ended)} of {len(commands)} commands have ended: {arguments.out}")
+        archive = ["--archive", str(out / "full_size.zip")]
+        run([sys.executable, *studies, *archive], log, 60 * left + 2 * STOP_SECONDS)
+    print(f"{len(ended)} of {len(commands)} commands have ended: {out}")
 
 
 if __name__ == "__main__":

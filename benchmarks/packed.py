@@ -5,6 +5,7 @@
 
 Needs torch, timm, pydantic and PyYAML. The images are random and lie on the device, so that only the steps are timed:
 `alone` is the step of train.loop, `packed` that of train.packs.replicas, timed in turns; each figure is a median.
+--after leaves out what a file of an earlier call has figures of.
 Memory is the peak of allocated tensors while a run or a pack is built and takes its first steps.
 """
 
@@ -12,23 +13,34 @@ import argparse
 import gc
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, count
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from benchmarks.rows import BEGUN, describe_failure, find_unmeasured
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from depthmup.data.config import DataConfig
+from depthmup.data.mixing import mix, mixes
 from depthmup.models.build import build
-from depthmup.models.config import ConvResNetConfig, VisionTransformerConfig
+from depthmup.models.config import (
+    ConvResNetConfig,
+    MixtureVitConfig,
+    ModelConfig,
+    ProbabilisticConfig,
+    ResNetConfig,
+    TimmConfig,
+    VisionTransformerConfig,
+)
 from depthmup.models.optimizer import build_optimizer, parameter_groups
 from depthmup.models.optimizer_config import OptimizerConfig
 from depthmup.train.config import RunConfig, TrainConfig
@@ -40,18 +52,29 @@ BATCH, NUM_STEPS, ROUNDS = 64, 1000, 3
 Step = Callable[[], Tensor]
 
 
-def config(family: str, width: int, image_size: int, lr: float, seed: int = 0) -> RunConfig:
+FAMILIES: dict[str, tuple[type[ModelConfig], dict[str, Any]]] = {
+    "vit": (VisionTransformerConfig, {"head_dim": 16, "patch_size": 4}),
+    "conv_resnet": (ConvResNetConfig, {}),
+    "conv_resnet_bn": (ConvResNetConfig, {"norm": "batch", "convs_per_branch": 2}),
+    "resnet": (ResNetConfig, {"depth": 8, "base_depth": 4}),
+    "convnext": (
+        TimmConfig,
+        {"timm_name": "convnext_atto", "depth": 3, "base_depth": 1, "arguments": {"patch_size": 2}},
+    ),
+    "probabilistic": (ProbabilisticConfig, {"channels": 8}),
+    "moe_vit, dense": (MixtureVitConfig, {"head_dim": 16, "patch_size": 4}),
+}
+SGD = ("conv_resnet", "conv_resnet_bn", "resnet")  # the others have AdamW
+
+
+def config(family: str, width: int, image_size: int, lr: float, seed: int = 0, mixup: float | None = None) -> RunConfig:
+    kind, options = FAMILIES[family]
     size = {"width": width, "depth": 6, "base_width": 32, "base_depth": 3, "num_classes": 10, "image_size": image_size}
-    model: Any = (
-        VisionTransformerConfig(**size, head_dim=16, patch_size=4)
-        if family == "vit"
-        else ConvResNetConfig(**size, convs_per_branch=1)
-    )
-    optimizer = OptimizerConfig(name="adamw" if family == "vit" else "sgd", lr=lr, weight_decay=1e-4)
+    model: Any = kind(**(size | options))
+    optimizer = OptimizerConfig(name="sgd" if family in SGD else "adamw", lr=lr, weight_decay=1e-4)
     train = TrainConfig(samples=BATCH * NUM_STEPS, global_batch_size=BATCH)
-    return RunConfig(
-        model=model, optimizer=optimizer, data=DataConfig(name="none", root=".", num_streams=1), train=train, seed=seed
-    )
+    data = DataConfig(name="none", root=".", num_streams=1, mixup=mixup)
+    return RunConfig(model=model, optimizer=optimizer, data=data, train=train, seed=seed)
 
 
 def rates(first: RunConfig, num_replicas: int) -> list[RunConfig]:
@@ -62,16 +85,18 @@ def rates(first: RunConfig, num_replicas: int) -> list[RunConfig]:
 
 
 def batches(run: RunConfig, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Eight batches on the device, over and over: uint8 pixels to float as train.loop does it."""
+    """Eight batches on the device, over and over: uint8 pixels to float, and mixed, as train.loop does it."""
     generator = torch.Generator().manual_seed(run.seed)
     model = run.model
     batch = run.train.global_batch_size
     shape = (batch, model.in_channels, model.image_size, model.image_size)
     pixels = [torch.randint(256, shape, generator=generator, dtype=torch.uint8).to(device) for _ in range(8)]
     labels = [torch.randint(model.num_classes, (batch,), generator=generator).to(device) for _ in range(8)]
-    while True:
-        for images, classes in zip(pixels, labels, strict=True):
-            yield (images.float() / 255 - 0.5) / 0.5, classes
+    for step in count():
+        images, classes = (pixels[step % 8].float() / 255 - 0.5) / 0.5, labels[step % 8]
+        yield (
+            mix(images, classes, run.data, model.num_classes, run.seed, step) if mixes(run.data) else (images, classes)
+        )
 
 
 def alone(run: RunConfig, device: torch.device, dtype: torch.dtype | None) -> Step:
@@ -172,24 +197,24 @@ def seconds_per_step(steps: list[Step], device: torch.device, count: int) -> lis
     return [statistics.median(mine) for mine in times]
 
 
-def row(
+def label_of(first: RunConfig, family: str, num_replicas: int, variant: str, dtype: torch.dtype | None) -> str:
+    model = first.model
+    name = f"{family} {model.image_size}px {'bf16' if dtype else 'fp32'}{' mixup' if mixes(first.data) else ''}"
+    return f"{name:32} {model.width:>5} {num_replicas:>3} {variant:12}"
+
+
+def measure(
     first: RunConfig, num_replicas: int, device: torch.device, count: int, variant: str, dtype: torch.dtype | None
 ) -> str:
-    """One line of the table. A variant that fails is reported as such: the table says what works where."""
-    model = first.model
-    name = f"{model.family} {model.image_size}px {'bf16' if dtype else 'fp32'}"
-    line = f"{name:22} {model.width:>5} {num_replicas:>3} {variant:12}"
+    """The figures of one line of the table."""
     runs = rates(first, num_replicas)
-    try:
-        one, one_bytes = prepare(lambda: alone(first, device, dtype), device)
-        many, many_bytes = prepare(lambda: packed(runs, device, dtype, variant), device)
-        one_seconds, many_seconds = seconds_per_step([one, many], device, count)
-    except Exception as error:
-        return f"{line} failed: {type(error).__name__}: {' '.join(str(error).split())[:120]}"
+    one, one_bytes = prepare(lambda: alone(first, device, dtype), device)
+    many, many_bytes = prepare(lambda: packed(runs, device, dtype, variant), device)
+    one_seconds, many_seconds = seconds_per_step([one, many], device, count)
     batch = first.train.global_batch_size
     alone_rate, packed_rate = batch / one_seconds, batch * num_replicas / many_seconds
     memory = f"{many_bytes / one_bytes:7.2f} = {many_bytes / one_bytes / num_replicas:.2f} K"
-    return f"{line} {alone_rate:>12,.0f} {packed_rate:>12,.0f} {packed_rate / alone_rate:>7.2f} {memory}"
+    return f"{alone_rate:>12,.0f} {packed_rate:>12,.0f} {packed_rate / alone_rate:>7.2f} {memory}"
 
 
 def disagreement(first: RunConfig, device: torch.device, variant: str, steps: int) -> float:
@@ -205,37 +230,63 @@ def disagreement(first: RunConfig, device: torch.device, variant: str, steps: in
 
 def plan(
     quick: bool, quick_widths: list[int], quick_size: int
-) -> Iterator[tuple[RunConfig, int, str, torch.dtype | None]]:
-    """(first replica, K, variant, autocast type), what matters most first."""
+) -> Iterator[tuple[str, RunConfig, int, str, torch.dtype | None]]:
+    """(family, first replica, K, variant, autocast type), what matters most first."""
     bf16 = torch.bfloat16
     vit, small, large = ("vit", 32, 1e-3), ("conv_resnet", 8, 0.05), ("conv_resnet", 32, 0.05)
+    others = [(family, 32, 0.05 if family in SGD else 1e-3) for family in FAMILIES]
+
+    def of(case: tuple[str, int, float], width: int, num_replicas: int, variant: str, dtype: Any, **more: Any) -> Any:
+        family, image_size, lr = case
+        return family, config(family, width, image_size, lr, **more), num_replicas, variant, dtype
+
     if quick:
         for width in quick_widths:
             for num_replicas in (8, 16):
                 for family, lr in (("vit", 1e-3), ("conv_resnet", 0.05)):
-                    yield config(family, width, quick_size, lr), num_replicas, "default", None
+                    yield of((family, quick_size, lr), width, num_replicas, "default", None)
+            for family, _, lr in others[2:]:
+                yield of((family, quick_size, lr), max(width, 32), 4, "default", None)
+            yield of(("vit", quick_size, 1e-3), width, 4, "default", None, mixup=0.2)
         return
-    for family, image_size, lr in (vit, small, large):
-        for width in (32, 64, 128, 256):
-            yield config(family, width, image_size, lr), 16, "default", bf16
-    for family, image_size, lr in (large, small):
+    for case in others:
+        for width in (64, 256):
+            yield of(case, width, 16, "default", bf16)
+    for case in (vit, large):
+        for width in (64, 256):
+            yield of(case, width, 16, "default", bf16, mixup=0.2)
+    for case in (large, small):
         for width in (64, 128):
             for variant in CONVOLUTIONS:
-                yield config(family, width, image_size, lr), 8, variant, bf16
-    for family, image_size, lr in (vit, small, large):
+                yield of(case, width, 8, variant, bf16)
+    for case in (vit, small, large):
         for width in (32, 64, 128, 256):
-            yield config(family, width, image_size, lr), 8, "default", bf16
-    for family, image_size, lr in (vit, small, large):
+            for num_replicas in (8, 16):
+                yield of(case, width, num_replicas, "default", bf16)
+    for case in (vit, small, large):
         for width in (32, 64, 128):
-            yield config(family, width, image_size, lr), 8, "default", None
-    for family, image_size, lr in (vit, small, large):
+            yield of(case, width, 8, "default", None)
+    for case in (vit, small, large):
         for variant in ("eager", "vmap"):
-            yield config(family, 64, image_size, lr), 8, variant, bf16
-    for family, image_size, lr in (vit, large):
-        yield config(family, 64, image_size, lr), 8, "compiled", bf16
+            yield of(case, 64, 8, variant, bf16)
+    for case in (vit, large):
+        yield of(case, 64, 8, "compiled", bf16)
     for variant in CONVOLUTIONS:
         for num_replicas in (8, 16):
-            yield config("conv_resnet", 32, 32, 0.05), num_replicas, variant, None
+            yield of(large, 32, num_replicas, variant, None)
+
+
+def print_disagreements(device: torch.device, steps: int) -> None:
+    print("largest relative difference of the losses, packed against alone, in fp32 (TF32 off)")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    for family, image_size, lr in (("vit", 32, 1e-3), ("conv_resnet", 8, 0.05)):
+        for variant in ("default",) if family == "vit" else CONVOLUTIONS:
+            try:
+                found = f"{disagreement(config(family, 32, image_size, lr), device, variant, steps):.1e}"
+            except Exception as error:
+                found = describe_failure(error)
+            print(f"  {family:12} {variant:9} {found}", flush=True)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
 
 def main() -> None:
@@ -246,31 +297,38 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=8, help="pixels, with --quick")
     parser.add_argument("--batch", type=int, default=BATCH, help="images a step and replica")
     parser.add_argument("--seconds", type=float, default=330, help="start no further row after this many seconds")
+    parser.add_argument("--after", type=Path, help="what earlier calls printed")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     started = time.monotonic()
     what = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"device: {what}, torch {torch.__version__}, depth 6, batch {arguments.batch}", flush=True)
-
-    print("largest relative difference of the losses, packed against alone, in fp32 (TF32 off)")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    for family, image_size, lr in (("vit", 32, 1e-3), ("conv_resnet", 8, 0.05)):
-        for variant in ("default",) if family == "vit" else CONVOLUTIONS:
-            difference = disagreement(
-                config(family, 32, image_size, lr), device, variant, 10 if arguments.quick else 50
-            )
-            print(f"  {family:12} {variant:9} {difference:.1e}", flush=True)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    rows = {
+        label_of(first, family, *others): (first, *others)
+        for family, first, *others in plan(arguments.quick, arguments.widths, arguments.image_size)
+    }
+    left = find_unmeasured(list(rows), arguments.after)
+    if len(left) == len(rows):
+        print_disagreements(device, 10 if arguments.quick else 50)
     torch.backends.cudnn.benchmark = True
 
-    print(f"{'network':22} {'width':>5} {'K':>3} {'variant':12} {'alone':>12} {'packed':>12} {'ratio':>7} memory")
-    for first, num_replicas, variant, dtype in plan(arguments.quick, arguments.widths, arguments.image_size):
+    print(f"{'network':32} {'width':>5} {'K':>3} {'variant':12} {'alone':>12} {'packed':>12} {'ratio':>7} memory")
+    failed = False
+    for label in left:
         if time.monotonic() - started > arguments.seconds:
             print(f"stopped after {arguments.seconds:.0f} s; rows above are complete")
             break
+        first, num_replicas, variant, dtype = rows[label]
         first = replace(first, train=replace(first.train, global_batch_size=arguments.batch))
-        print(row(first, num_replicas, device, 3 if device.type == "cpu" else 30, variant, dtype), flush=True)
+        if arguments.after:
+            print(label, BEGUN, flush=True)
+        try:
+            found = measure(first, num_replicas, device, 3 if device.type == "cpu" else 30, variant, dtype)
+        except Exception as error:  # the table says what works where
+            found, failed = describe_failure(error), True
+        print(label, found, flush=True)
     print(f"{time.monotonic() - started:.0f} s")
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def write_study(folder: Path, runs: int, nodes: int) -> Path:
         "model": {**model, "image_size": 8, "in_channels": 1},
         "optimizer": {"name": "sgd", "lr": 0.0625},
         "data": {"name": "digits", "root": str(folder / "digits"), "num_streams": 16},
-        "train": {"samples": 640, "global_batch_size": 32},
+        "train": {"samples": 640, "global_batch_size": 32, "pack": 1},  # a job for each run, as wider networks have
         "launch": {"cluster": "slurm", "partition": "cloud", "max_running": nodes},
         "study": {
             "name": "many",

@@ -13,6 +13,7 @@ forward, no recomputation counted); MFU is FLOP/s over the device's dense peak.
 import argparse
 import io
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from benchmarks.rows import describe_failure
 from PIL import Image
 
 import depthmup.models.torchvision_ops  # noqa: F401  isort: skip  (must run before timm)
@@ -184,15 +186,21 @@ def main() -> None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}, timm {timm.__version__}, {vars(arguments)}")
     print("model       batch   ms/step   images/s  GFLOP/img    MFU  ours/bare (min to max)  peak GB", flush=True)
+    failed = False
     with tempfile.TemporaryDirectory() as folder:
         shards = make_shards(Path(folder))
         for model in arguments.models:
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            print(measure(model, CASES[model], shards, Path(folder) / model, arguments, device), flush=True)
+            try:
+                row = measure(model, CASES[model], shards, Path(folder) / model, arguments, device)
+            except Exception as error:  # one network's; the others go on
+                row, failed = f"{model:10} {describe_failure(error)}", True
+            print(row, flush=True)
             torch.compiler.reset()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

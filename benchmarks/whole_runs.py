@@ -10,7 +10,9 @@ the run waited for data. nvjpeg needs a GPU.
 """
 
 import argparse
+import math
 import statistics
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any
 
 import torch
 from benchmarks.against_timm import make_photographs
+from benchmarks.rows import describe_failure
 from benchmarks.train_throughput import CASES, configuration, make_shards
 
 from depthmup.data.pack import pack
@@ -48,6 +51,7 @@ def main() -> None:
     name = torch.cuda.get_device_name() if on_gpu else "CPU"
     print(f"{name}, torch {torch.__version__}, {vars(arguments)}")
     print("model      pictures           images/s  of the step's own  waiting for data", flush=True)
+    failed = False
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         (folder / "noise").mkdir()
@@ -64,14 +68,20 @@ def main() -> None:
             rows = {"decoded, on device": own}
             for backend in arguments.backends:
                 rows[backend] = replace(own, model=classes, data=replace(data, backend=backend))
-            speeds: list[float] = []
+            speeds: dict[str, float] = {}
             for row, config in rows.items():
-                speed, waiting = measure(config, folder / f"{model} {row}")
-                speeds.append(speed)
-                print(f"{model:10} {row:18} {speed:8.0f} {speed / speeds[0]:18.1%} {waiting:17.1%}", flush=True)
+                try:
+                    speed, waiting = measure(config, folder / f"{model} {row}")
+                    speeds.setdefault(row, speed)
+                    share = speed / speeds["decoded, on device"] if "decoded, on device" in speeds else math.nan
+                    found = f"{speed:8.0f} {share:18.1%} {waiting:17.1%}"
+                except Exception as error:  # one row's; the others go on
+                    found, failed = describe_failure(error), True
+                print(f"{model:10} {row:18} {found}", flush=True)
                 torch.compiler.reset()
                 if on_gpu:
                     torch.cuda.empty_cache()
+    sys.exit(failed)
 
 
 if __name__ == "__main__":
