@@ -131,6 +131,19 @@ def test_seeds_that_differ_above_32_bits_give_other_orders():
     assert len({tuple(order.draws(stream, 0, 1).ravel()) for order in orders for stream in (0, 1)}) == 6
 
 
+def test_each_seed_epoch_stream_and_window_draws_numbers_of_its_own_for_augmentation():
+    def draws(seed=0, epoch=0, stream=0, window=0):
+        spans = [Span(Shard("0.tar", 96, 0, ""), 0, 96)]
+        order = EpochOrder(spans, seed=seed, epoch=epoch, num_streams=2, global_batch_size=4, window=8)
+        return order.draws(stream, window, 3)
+
+    first = draws()
+    assert first.shape == (8, 3)
+    assert (first == draws()).all()
+    for other in ({"seed": 1}, {"epoch": 1}, {"stream": 1}, {"window": 1}):
+        assert (first != draws(**other)).all(), other
+
+
 def test_planning_reads_only_what_one_reader_needs():
     """4,096 processes over 10,000 shards: one reader plans its first window from the index alone."""
     spans = [Span(Shard(f"{number}.tar", 1281, 0, ""), 0, 1281) for number in range(10_000)]
