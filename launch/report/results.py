@@ -267,8 +267,7 @@ def exponents(study: dict[str, Any], folder: Path) -> list[str]:
         *figure(folder, f"{name}-exponents"),
         *markdown_table([growth_row(each) for each in record["growths"]]),
         "",
-        *(f"Left out of `{rules}`: {said}." for rules, said in left_out.items()),
-        "",
+        *(line for rules, said in left_out.items() for line in (f"Left out of `{rules}`: {said}.", "")),
     ]
 
 
