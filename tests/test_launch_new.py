@@ -21,6 +21,8 @@ from depthmup.launch.paths import PACKAGE
 from depthmup.launch.reading import read_study
 from depthmup.launch.scale import read_changes
 from depthmup.launch.wording import quantity, show_share
+from depthmup.models.parameterization import AUTO, PRESETS
+from depthmup.models.parameterization_config import kind_of
 
 
 def invoke(*words: str | Path) -> Result:
@@ -54,6 +56,10 @@ def test_a_new_study_fits_its_images_and_can_be_planned(
     assert file.data.name == "pictures-of-mine"
     assert Path(str(file.data.source)) == source
     assert file.data.validation_share > 0
+    chosen, control = file.study.parameterizations
+    tells = AUTO.get((kind_of(file.model), file.optimizer.name))  # what published studies say of this kind
+    assert (chosen.name, control.name) == (tells.preset if tells else "depth_mup", "sp")
+    assert chosen.beta == (file.model.base_depth ** -PRESETS[chosen.name].alpha if tells and tells.absolute else 1)
     planned = invoke("plan", "flowers.yaml")
     assert planned.exit_code == 0, planned.output
     assert "0 done" in planned.output
