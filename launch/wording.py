@@ -47,6 +47,11 @@ def show_share(share: float) -> str:
     return f"{percent:.0f} %" if percent >= 9.95 or percent < 0.05 else f"{percent:.1f} %"
 
 
+def show_bound(share: float) -> str:
+    """An upper bound of such a share, never rounded to nothing: '0.1 %' for all below it but 0."""
+    return show_share(max(share, 0.001) if share > 0 else share)
+
+
 def show_times(factor: float) -> str:
     """Of a cost: '0.35', '4.5', '15', '1500' with 'times one run' behind it."""
     return f"{factor:.3g}" if factor < 1000 else f"{float(f'{factor:.3g}'):.0f}"
@@ -64,8 +69,8 @@ def show_shares(found: tuple[float, float] | None) -> str:
     """An interval of such shares: '0 to 0.3 %'."""
     if not found:
         return ""
-    low, high = map(show_share, found)
-    return f"{low.removesuffix(' %')} to {high}"
+    low, high = found
+    return f"{show_share(low).removesuffix(' %')} to {show_bound(high)}"
 
 
 def show_number(value: float | None) -> str:

@@ -283,6 +283,7 @@ def test_shares_and_intervals_are_shown_with_digits_that_matter() -> None:
         "0 %", "0 %", "0.3 %", "9.9 %", "10 %", "120 %"
     ]  # fmt: skip
     assert show_shares((0.0, 0.0031)) == "0 to 0.3 %"
+    assert (show_shares((0.0, 0.0003)), show_shares((0.0, 0.0))) == ("0 to 0.1 %", "0 to 0 %")  # a bound holds as shown
     assert show_interval((-math.inf, -1.25)) in ("below -1.2", "below -1.3")
     assert show_interval((-math.inf, math.inf)) == "unknown"
     assert show_interval((-0.04, 0.3)) == "+0.0 to +0.3"

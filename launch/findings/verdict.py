@@ -15,7 +15,7 @@ from depthmup.launch.findings.analysis import Carry, Comparison, Curve, Result, 
 from depthmup.launch.findings.curve_model import AS_GOOD, REACH_LOSS, fitted_values
 from depthmup.launch.findings.failures import ERRORS, TOLERATED, Failures, seed_noise
 from depthmup.launch.findings.intervals import CONFIDENCE
-from depthmup.launch.wording import show_drift, show_interval, show_share, show_shares
+from depthmup.launch.wording import show_bound, show_drift, show_interval, show_share, show_shares
 
 Verdict = Literal["transfers", "costs", "does not transfer", "not identified", "inconclusive"]
 CONTROL = "sp"  # the parameterization under which nothing is scaled
@@ -154,7 +154,7 @@ def judge_regret(comparison: Comparison, limits: Limits) -> Finding:
     if curve.optimum.censored:
         return Finding("inconclusive", f"the optimum at {size} {say_edge(curve)}")
     if comparison.regret_bound <= limits.transfer:
-        return Finding("transfers", f"at most {show_share(comparison.regret_bound)} at {size}, {drift}")
+        return Finding("transfers", f"at most {show_bound(comparison.regret_bound)} at {size}, {drift}")
     if low > limits.transfer and high <= limits.cost:
         return Finding("costs", f"costs {cost}, {drift}")
     known = f"the cost is known to {show_shares((low, high))} only at {size}"
