@@ -59,8 +59,8 @@ COMMANDS = (
     ),
     Command(
         "packs",
-        ("-m", "benchmarks.packed", "--seconds", "500"),
-        ("-m", "benchmarks.packed", "--quick", "--widths", "16", "--batch", "4", "--seconds", "45"),
+        ("-m", "benchmarks.packed", "--seconds", "3600"),
+        ("-m", "benchmarks.packed", "--quick", "--widths", "16", "--batch", "4", "--seconds", "3600"),
         12,
         in_rows=True,
     ),

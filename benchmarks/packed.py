@@ -43,6 +43,7 @@ from depthmup.models.config import (
 )
 from depthmup.models.optimizer import build_optimizer, parameter_groups
 from depthmup.models.optimizer_config import OptimizerConfig
+from depthmup.models.parameterization_config import ParameterizationConfig
 from depthmup.train.config import RunConfig, TrainConfig
 from depthmup.train.packs.batched import CONVOLUTIONS
 from depthmup.train.packs.replicas import Replicas
@@ -59,7 +60,7 @@ FAMILIES: dict[str, tuple[type[ModelConfig], dict[str, Any]]] = {
     "resnet": (ResNetConfig, {"depth": 8, "base_depth": 4}),
     "convnext": (
         TimmConfig,
-        {"timm_name": "convnext_atto", "depth": 3, "base_depth": 1, "arguments": {"patch_size": 2}},
+        {"timm_name": "convnext_atto", "depth": 3, "base_depth": 1},
     ),
     "probabilistic": (ProbabilisticConfig, {"channels": 8}),
     "moe_vit, dense": (MixtureVitConfig, {"head_dim": 16, "patch_size": 4}),
@@ -70,11 +71,16 @@ SGD = ("conv_resnet", "conv_resnet_bn", "resnet")  # the others have AdamW
 def config(family: str, width: int, image_size: int, lr: float, seed: int = 0, mixup: float | None = None) -> RunConfig:
     kind, options = FAMILIES[family]
     size = {"width": width, "depth": 6, "base_width": 32, "base_depth": 3, "num_classes": 10, "image_size": image_size}
+    if family == "convnext":
+        options = options | {"arguments": {"patch_size": max(image_size // 16, 1)}}
     model: Any = kind(**(size | options))
+    rules = ParameterizationConfig(
+        name="mup" if family == "probabilistic" else "depth_mup"
+    )  # the former has no branches
     optimizer = OptimizerConfig(name="sgd" if family in SGD else "adamw", lr=lr, weight_decay=1e-4)
     train = TrainConfig(samples=BATCH * NUM_STEPS, global_batch_size=BATCH)
     data = DataConfig(name="none", root=".", num_streams=1, mixup=mixup)
-    return RunConfig(model=model, optimizer=optimizer, data=data, train=train, seed=seed)
+    return RunConfig(model=model, optimizer=optimizer, data=data, train=train, parameterization=rules, seed=seed)
 
 
 def rates(first: RunConfig, num_replicas: int) -> list[RunConfig]:
