@@ -173,7 +173,8 @@ def print_search(found: Found, console: Console) -> None:
         best_range = "" if each.low is None else f"{show_value(each.low)} to {show_value(each.high)}"
         share = "" if each.importance is None else f"{each.importance:.0%}"
         table.add_row(each.key, show_value(each.best), best_range, share, "" if each.identified else "not identified")
-    console.print("\n", table, sep="")
+    console.print()
+    console.print(table)
     for sentence in sentences(found):
         console.print(textwrap.fill(sentence, 80), highlight=False, markup=False)
 

@@ -169,7 +169,8 @@ def print_grid_plan(study: Study, console: Console) -> None:
     """One line per run, then the totals per size and the jobs."""
     flops = count_flops(study.runs)
     console.out("\n".join(describe_runs(study, flops)), highlight=False)
-    console.print("\n", tabulate_sizes(study, flops), sep="")
+    console.print()
+    console.print(tabulate_sizes(study, flops))
     base = study.file.model.base_size
     if smaller := [str(size) for size in flops if size.width < base.width or size.depth < base.depth]:
         them = smaller[0] if len(smaller) == 1 else f"{len(smaller)} of these sizes"
