@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -107,11 +108,17 @@ class Submission:
 
     @classmethod
     def load(cls, file: Path) -> "Submission":
-        """Raises UserError for a file that cannot be read."""
+        """Raises UserError for a file that cannot be read. One that has not changed is not read again: who waits asks
+        often, and a search has one for each of its batches."""
+        status = file.stat()
+        return cls._read(file, status.st_ino, status.st_mtime_ns, status.st_uid)
+
+    @classmethod
+    @cache
+    def _read(cls, file: Path, _inode: int, created: int, owner: int) -> "Submission":
         content = read_object(file, "tasks", "details")
         assert content, f"{file} was there"
-        status = file.stat()
-        return cls(file.parent, content["tasks"], content["details"], status.st_mtime_ns, status.st_uid)
+        return cls(file.parent, content["tasks"], content["details"], created, owner)
 
 
 @dataclass(frozen=True)
