@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import statistics
+import warnings
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -146,6 +147,13 @@ def test_the_first_suggestions_are_spread_evenly_over_the_space(tune_file: Calla
         quarters = sorted(int(4 * fraction_at(dimension, params[key])) for params in tried[1:])
         most = batch // 4
         assert all(most - 1 <= quarters.count(quarter) <= most for quarter in range(4)), (key, quarters)
+
+
+def test_a_batch_of_any_size_begins_without_a_warning(tune_file: Callable[..., Path]) -> None:
+    """SciPy has one for a number of Sobol points that is no power of two."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert open_search(tune_file(batch=6)).plan_next_batch()[0] == 6
 
 
 def test_a_batch_of_one_is_chosen_by_the_sampler_after_four(tune_file: Callable[..., Path]) -> None:

@@ -144,7 +144,7 @@ class Journal:
         from scipy.stats import qmc
 
         space = dict(sorted(self.settings.space.items()))
-        points = qmc.Sobol(len(space), seed=self.settings.seed).random(self.startup).tolist()
+        points = qmc.Sobol(len(space), seed=self.settings.seed).random(MOST_STARTUP)[: self.startup].tolist()
         return [{key: value_at(space[key], at) for key, at in zip(space, point, strict=True)} for point in points]
 
     @cached_property
