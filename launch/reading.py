@@ -163,11 +163,14 @@ def study_in(raw: dict[str, Any], path: Path) -> StudyFile:
     return file
 
 
+OF_ONE_RUN = {"name", "directory", "metric", "regret_limit", "pool_different"}  # what a run's file may have of a study
+
+
 def read_study_or_run(path: Path, overrides: tuple[str, ...] = ()) -> StudyFile:
     """A study's file, or one run's configuration as a study of that one run, named like the file. Raises UserError."""
     raw = read_raw(path, overrides)
     given = raw.get("study", {})
-    if not isinstance(given, dict) or set(given) - {"name", "directory"}:
+    if not isinstance(given, dict) or set(given) - OF_ONE_RUN:
         file = study_in(raw, path)
     else:
         run = run_in(raw, str(path))

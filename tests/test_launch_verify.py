@@ -13,6 +13,7 @@ import yaml
 from command_line import invoke
 from depthmup.data.errors import UserError
 from depthmup.launch.findings.share import Share
+from depthmup.launch.reading import read_study_or_run
 from depthmup.launch.report.record import read_record
 from depthmup.launch.report.results import results
 from depthmup.launch.report.verification import Verified, collect_verification, sentences
@@ -207,6 +208,16 @@ def test_results_on_other_shards_count_where_the_study_pools_them(
     assert pooled.loss("minival_loss") == 1.0
     with pytest.raises(UserError, match="shards"):
         refused.loss("minival_loss")
+
+
+def test_the_file_of_one_run_can_say_which_results_count_and_what_counts_as_better(
+    verify_file: Callable[..., Path],
+) -> None:
+    """The line that refuses results of other code says to add the former; the file is no study for that."""
+    words = ("study.pool_different=[code]", "study.regret_limit=0.02", "study.metric=train_loss")
+    study = read_study_or_run(verify_file(), words).study
+    assert (study.pool_different, study.regret_limit, study.metric) == (("code",), 0.02, "train_loss")
+    assert len(study.sizes) == len(study.grid) == 1
 
 
 @pytest.mark.parametrize(
