@@ -238,6 +238,16 @@ def test_the_path_stops_where_runs_failed_and_does_not_try_them_again_by_itself(
     assert sum(job["tasks"] for job in in_queue(fake)) == 12 + 1
 
 
+def test_a_launch_by_the_user_is_the_last_command_after_a_cancel(fake: Path, study_of: STUDY) -> None:
+    study = study_of("launch.runs_per_job=12")
+    launch(study)
+    note_command(study.file.directory, "cancel")
+    launch(study, by_itself=True)
+    assert read_last_command(study.file.directory)[0] == "cancel"
+    launch(study)
+    assert read_last_command(study.file.directory)[0] == "launch"
+
+
 def test_a_round_that_comes_after_a_cancel_begins_nothing(
     fake: Path, study_of: STUDY, monkeypatch: pytest.MonkeyPatch
 ) -> None:
