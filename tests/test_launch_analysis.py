@@ -423,6 +423,30 @@ def test_parameterizations_that_share_their_runs_get_equal_answers() -> None:
     assert [one.optimum for one in alone] == [mine[size].optimum for size in (BASE, DEEP)]  # and count once
 
 
+def test_the_same_runs_get_the_same_answer_in_whatever_order_they_come() -> None:
+    given = [
+        *runs(BASE, valley(-4.0)),
+        *runs(DEEP, valley(-4.6)),
+        *runs(BASE, valley(-4.2, number=1), "q"),
+        *runs(DEEP, valley(-5.0, number=1), "q"),
+    ]
+
+    def bounds(results: list[Result]) -> dict[tuple[str, Size], float]:
+        return {(each.curve.parameterization, each.curve.size): each.regret_bound for each in compare(results)}
+
+    mixed = [given[index] for index in np.random.default_rng(0).permutation(len(given))]
+    assert bounds(given) == bounds(given[::-1]) == bounds(mixed)
+
+
+def test_a_loss_that_is_no_number_fails_and_one_of_zero_is_the_least() -> None:
+    odd = {-3.0: math.nan, -2.0: -math.inf, -5.0: 0.0}
+    found = curve(lambda x, seed: odd.get(x, valley(-5.0)(x, seed)))
+    assert np.isinf(found.metric[:, found.at(-3.0)]).all()
+    assert np.isinf(found.metric[:, found.at(-2.0)]).all()
+    assert found.metric[:, found.at(-5.0)] == pytest.approx(1e-7)
+    assert found.optimum.metric == pytest.approx(1e-7)
+
+
 def test_nine_of_ten_intervals_hold_the_true_optimum_drift_and_regret() -> None:
     """60 studies of four sizes with 2 % noise, three seeds and a drift of up to an octave."""
     generator, sizes = np.random.default_rng(0), (BASE, DEEP, WIDE, LARGE)

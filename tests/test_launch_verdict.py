@@ -84,6 +84,19 @@ def test_a_value_at_which_the_large_network_does_not_train_does_not_transfer_how
         assert near.verdict not in ("transfers", "costs")
 
 
+def test_runs_that_fail_beside_a_carried_value_that_was_not_run_are_said_to_be_beside_it() -> None:
+    """The base's optimum is at 2^-4.4, and 2^-4 fails at the larger size: seeds at 2^-5 would tell nothing of it."""
+    deep = failing(valley(-4.8), -4.5)
+    nearer = study_of(runs(BASE, valley(-4.4)), runs(DEEP, deep)).judgements[0]
+    assert "runs fail at the base's optimum (the nearest value run, 0.0625) at" in nearer.reason
+    further = study_of(runs(BASE, valley(-4.7)), runs(DEEP, deep))
+    assert further.judgements[0].verdict == "inconclusive"
+    assert "as runs fail at 0.0625 beside the carried value, which was not run there" in further.judgements[0].reason
+    assert not seeds_wanted(further)
+    here = study_of(runs(BASE, valley(-4.0)), runs(DEEP, failing(valley(-4.8), -4.5))).judgements[0]
+    assert "(the nearest" in here.reason or "beside" in here.reason  # a vertex seldom is a value of the grid
+
+
 def test_one_dead_run_at_the_carried_value_asks_for_more_and_does_not_rule_it_out() -> None:
     """Of runs at 2^-4, the base's optimum, seed 1 dies at the larger size."""
     steady = valley(-4.0)
@@ -334,6 +347,10 @@ MUCH = {
     "a size without a number": [*runs(BASE, STEADY), *runs(DEEP, lambda x, seed: math.nan)],
     "a size with one value": [*runs(BASE, STEADY), *runs(DEEP, STEADY, grid=(-4.0,))],
     "grids that do not meet": [*runs(BASE, STEADY), *runs(DEEP, STEADY, grid=(3.0, 4.0, 5.0))],
+    "losses of 0 about the optimum": [
+        run for size in (BASE, DEEP) for run in runs(size, lambda x, s: max(STEADY(x, s) - 0.31, 0.0))
+    ],
+    "a loss of minus infinity": [*runs(BASE, STEADY), *runs(DEEP, lambda x, s: -math.inf if x > -3 else STEADY(x, s))],
     "losses that repeat to the last digit": [
         run for size in (BASE, DEEP) for run in runs(size, lambda x, s: 0.3 + x**2)
     ],

@@ -27,6 +27,7 @@ from depthmup.launch.findings.failures import (
 from depthmup.launch.findings.intervals import CONFIDENCE, quantile, quantiles, regret_interval
 
 Side = Literal["low", "high"]
+LEAST_LOSS = 1e-7  # what single precision can tell from a loss of 0, which has no logarithm
 
 
 def average_losses(usable: np.ndarray) -> np.ndarray:
@@ -175,11 +176,12 @@ def find_optimum(x: np.ndarray, usable: np.ndarray, learns: bool, posterior: Pos
 
 
 def make_curves(results: Sequence[Result], octaves: Callable[[float], float], chance: float) -> list[Curve]:
-    """One curve per (parameterization, size), in order of appearance. Curves of the same runs are fitted once."""
+    """One curve per (parameterization, size), in order of appearance. Curves of the same runs are fitted once, in an
+    order of their own: the same runs give the same draws, in whatever order they come."""
     grouped: dict[tuple[str, Size], dict[tuple[int, float], float]] = {}
     for result in results:
         grouped.setdefault((result.parameterization, result.size), {})[result.seed, result.value] = (
-            math.inf if math.isnan(result.metric) else result.metric  # a loss that is no number: diverged
+            max(result.metric, LEAST_LOSS) if math.isfinite(result.metric) else math.inf  # no number: diverged
         )
     made = []
     for name, metrics in grouped.items():
@@ -195,7 +197,8 @@ def make_curves(results: Sequence[Result], octaves: Callable[[float], float], ch
     distinct = {
         (size, x.tobytes(), usable.tobytes()): (x, np.log(usable)) for (_, size), _, x, _, _, _, _, usable, _ in made
     }
-    posteriors = dict(zip(distinct, fit_curves(list(distinct.values())), strict=True))
+    ordered = sorted(distinct, key=lambda key: (sorted(key[0].axes.items()), *key[1:]))
+    posteriors = dict(zip(ordered, fit_curves([distinct[key] for key in ordered]), strict=True))
     found = []
     for (parameterization, size), values, x, names, metric, failed, fails, usable, learns in made:
         posterior = posteriors[size, x.tobytes(), usable.tobytes()] if learns else None
@@ -240,6 +243,15 @@ def log_regrets(curve: Curve, x: float) -> np.ndarray | None:
     noise = seed_noise(np.where(np.isinf(logs), math.nan, logs)) / math.sqrt(max(ran, 1))
     errors = noise * np.random.default_rng(0).standard_normal(len(curve.posterior.lowest))
     return np.clip(mean + errors - curve.posterior.lowest, 0.0, most)
+
+
+def lies_beside_edge(curve: Curve, x: float) -> bool:
+    """Whether x, which was not run, lies between the last value that trains and one at which runs fail."""
+    if curve.posterior is None or np.abs(curve.x - x).min() < 1e-6:
+        return False
+    trained = curve.x[np.isfinite(curve.mean)]
+    first, last = curve.posterior.grid[[0, -1]]
+    return bool(first <= x <= last and not trained[trained >= first][0] <= x <= trained[trained <= last][-1])
 
 
 def compare(base: Curve, curve: Curve, carried: float | None) -> Comparison:

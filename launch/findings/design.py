@@ -4,9 +4,9 @@
    until the base's optimum is known to a quarter octave.
 2. The value that is carried over, on a lattice of eighth octaves, and an octave to either side of it, at every size:
    the very value that `scale` writes is run everywhere. A size is widened only where its best is on an edge.
-3. Where a verdict is open, the seeds and values that lessen the variance of the curve's slope at the carried value
-   most per run: the regret there is slope^2 / (2 curvature). A round adds at most half as many runs to a
-   curve as it has.
+3. Where a verdict is open, further seeds at four values about the carried one, as the regret there is
+   slope^2 / (2 curvature); beside failing values, what lessens the variance of the slope most per run. A round adds at
+   most half as many runs to a curve as it has.
 
 Of several parameterizations each has its first runs at every size before the budget is spent on seeds of another, and
 an equal share of what is left.

@@ -8,14 +8,16 @@ import numpy as np
 
 from depthmup.launch.config import Size
 from depthmup.launch.findings.analysis import Comparison, Curve
-from depthmup.launch.findings.points import Design, list_failing_values, round_octaves, runs_of
+from depthmup.launch.findings.points import OCTAVE, Design, list_failing_values, round_octaves, runs_of
 from depthmup.launch.findings.precision import SURENESS, Aim, Run, curvature_of, noise_of
 from depthmup.launch.findings.verdict import Analysis, judge_size
 
+NEAR = 0.5  # octaves: a value that was run so near to a wanted one takes its place
 SPREADS = (0.5, 1.0, 1.5)  # octaves of new values about the carried one
 # Shares of the budget, one for each parameterization, that a settled verdict may be expected to cost: those of several
-# must not add up to more than there is
-DEAREST, DEAREST_ALONE = 1.0, 1.5
+# must not add up to more than there is. Of one alone the price is above what such verdicts then took in simulation, as
+# chances of several sizes are multiplied as if independent
+DEAREST, DEAREST_ALONE = 1.0, 3.0
 SPENDINGS = tuple(2.0**-halvings for halvings in range(5))  # of what is left, of which the best price is the verdict's
 PROBABLE = 0.5  # that one size says that the value costs: the others need not be settled then
 MOST_AHEAD = 60  # runs of one size that are looked ahead
@@ -65,6 +67,27 @@ class Outlook:
             }
         )
 
+    def list_row(self, curve: Curve, x: float) -> list[float]:
+        """The four values of a further seed: an octave to either side of x, or what was run near that, and an octave
+        beyond these. Empty where the first two were not run, or runs fail about there. Seeds in whole rows tell the
+        curvature too, of which a slope's regret is a quotient."""
+        low, high = self.find_trained_range(curve, x)
+        trained = curve.x[np.isfinite(curve.mean)]
+
+        def find_near(target: float) -> float | None:
+            near = trained[np.abs(trained - target) <= NEAR]
+            return float(near[np.abs(near - target).argmin()]) if len(near) else None
+
+        row = []
+        for side in (-OCTAVE, OCTAVE):
+            inner = find_near(x + side)
+            if inner is None:
+                return []
+            outer = find_near(inner + side)
+            row += [inner, inner + side if outer is None else outer]
+        fits = all(low < each < high and self.design.is_valid(each) for each in row)
+        return sorted(map(round_octaves, row)) if fits else []
+
     def find_trained_range(self, curve: Curve, x: float) -> tuple[float, float]:
         """Octaves between which values may be put: not beyond one about x at which runs fail."""
         bad = list_failing_values(curve)
@@ -79,11 +102,12 @@ class Outlook:
         trained = {round_octaves(x) for x in curve.x[np.isfinite(curve.mean)] if abs(x - carried) <= max(SPREADS)}
         values = sorted(trained | set(self.list_values(curve, carried)))
         pairs = list(zip(values, reversed(values), strict=True))[: len(values) // 2]
+        rows = [row] if (row := self.list_row(curve, carried)) else pairs
         seeds = self.find_fresh_seeds(curve, aim.runs)
         rest: list[Run] = []
-        for index in range(min(int(flops / self.design.flops[curve.size]), MOST_AHEAD) // 2):
+        for index in range(min(int(flops / self.design.flops[curve.size]), MOST_AHEAD) // len(rows[0])):
             seed = next(seeds)
-            rest += [(x, seed) for x in pairs[index % len(pairs)]]
+            rest += [(x, seed) for x in rows[index % len(rows)]]
         return aim.outcomes(aim.after([*aim.runs, *rest]), self.design.limits)
 
     def choose_deciding(self, comparisons: Sequence[Comparison], carried: float) -> list[Comparison]:

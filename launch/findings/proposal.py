@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import count, islice, product
+from itertools import count, islice
 
 import numpy as np
 
@@ -27,10 +27,7 @@ from depthmup.launch.findings.precision import (
     Aim,
     Run,
     best_move,
-    curvature_of,
     list_moves,
-    noise_of,
-    slope_variance,
 )
 from depthmup.launch.findings.price import Outlook, show_price
 from depthmup.launch.findings.verdict import SURE, Analysis, judge_size
@@ -38,10 +35,10 @@ from depthmup.launch.findings.verdict import SURE, Analysis, judge_size
 SPARED = 0.9  # share of a wanted half-width at which runs are foreseen to be enough: the rest is for chance
 KNOWN = 0.25  # octaves: half-width of the interval of the base's optimum at which the search there ends
 ENOUGH = 0.7  # a round is filled until it settles a size with this probability
-LEAST = 2  # runs of one size that a round may add to it
-LEAST_FOR_DRIFT = 4  # a drift that is nearly known would else take a round for every pair
+LEAST = 4  # runs of one size that a round may add to it
 MOST_AT_BASE = 30  # runs, before the other sizes begin
 FIRST_SEEDS = 2
+TINY = 1e-6  # octaves: values of a lattice that differ by less are one
 FIRST_RUNS = 3 * FIRST_SEEDS  # of a size, at least
 
 
@@ -89,19 +86,21 @@ class Proposal:
         good = [round_octaves(x) for x in values if round_octaves(x) not in bad]
         return [(x, seed) for x in good for seed in map(self.design.seed, range(seeds)) if (x, seed) not in done]
 
-    def sharpen(
-        self, curve: Curve, x: float, most: int, is_enough: Callable[[Aim, float], bool], least: int = LEAST
-    ) -> list[Run]:
-        """From `least` to `most` runs that tell the curve's slope at x."""
+    def sharpen(self, curve: Curve, x: float, most: int, is_enough: Callable[[Aim, float], bool]) -> list[Run]:
+        """From LEAST to `most` runs that tell the curve's slope at x."""
         aim = self.outlook.aim_at(curve, x)
         values, seeds = self.outlook.list_values(curve, x), [self.design.seed(index) for index in range(FIRST_SEEDS)]
-        runs, added = list(aim.runs), list[Run]()
-        while len(added) < most and (len(added) < least or not is_enough(aim, aim.after(runs))):
-            options = list_moves(runs, x, values, seeds, next(self.outlook.find_fresh_seeds(curve, runs)))
-            options = [move for move in options if len(move) + len(added) <= most]
-            if not options:
-                break
-            move = best_move(aim, runs, options)
+        runs, added, row = list(aim.runs), list[Run](), self.outlook.list_row(curve, x)
+        while len(added) < most and (len(added) < LEAST or not is_enough(aim, aim.after(runs))):
+            fresh = next(self.outlook.find_fresh_seeds(curve, runs))
+            if row and len(row) + len(added) <= most:
+                move = [(value, fresh) for value in row]
+            else:
+                options = list_moves(runs, x, values, seeds, fresh)
+                options = [move for move in options if len(move) + len(added) <= most]
+                if (row and added) or not options:
+                    break
+                move = best_move(aim, runs, options)
             runs, added = runs + move, added + move
         return added
 
@@ -141,15 +140,15 @@ class Proposal:
             x = self.design.on_lattice(curve.optimum.x)
             spared = (SPARED * most) ** 2
             enough = math.sqrt(max(spared - other**2, spared / 2))
-            most_runs = self.most_to_add(curve, LEAST_FOR_DRIFT)
-            runs = self.sharpen(curve, x, most_runs, partial(is_known, enough), LEAST_FOR_DRIFT)
+            most_runs = self.most_to_add(curve)
+            runs = self.sharpen(curve, x, most_runs, partial(is_known, enough))
             self.want(size, runs, "a drift is known too roughly")
-            self.want(size, self.grid(curve, self.list_values_beyond(curve)), "a drift is known too roughly")
+            self.want(size, self.grid(curve, self.list_values_beyond(curve, runs)), "a drift is known too roughly")
         return rough
 
-    def most_to_add(self, curve: Curve, least: int = LEAST) -> int:
+    def most_to_add(self, curve: Curve) -> int:
         """Runs of a round to a size that has some."""
-        return min(max(len(runs_of(curve)) // 2, least), self.affordable(curve.size))
+        return min(max(len(runs_of(curve)) // 2, LEAST), self.affordable(curve.size))
 
     def settle_verdict(self) -> str | None:
         """Fills `wants` with what the verdict needs; where that leaves none, why it needs none."""
@@ -172,13 +171,13 @@ class Proposal:
         assert carried is not None
         if self.settled(comparisons):
             return "settled"
-        window, seeds = self.first_window(base, carried)
+        window = self.valid(carried - OCTAVE, carried, carried + OCTAVE)
         self.want(base_size, self.grid(base, [carried]), "the base at the carried value")
         wanted = []
         found = {each.curve.size: each for each in comparisons}
         for size in self.design.sizes[1:]:
             if size not in found:
-                self.want(size, self.grid(None, window, seeds), "each size about the carried value", begins=True)
+                self.want(size, self.grid(None, window), "each size about the carried value", begins=True)
             elif not self.search(found[size], carried):
                 finding = judge_size(found[size], self.design.limits)
                 if finding.verdict == "inconclusive" and found[size].curve.posterior is not None:
@@ -194,15 +193,17 @@ class Proposal:
             curve = comparison.curve
             runs = self.sharpen(curve, carried, self.most_to_add(curve), self.settles)
             self.want(curve.size, runs, "the cost is known too roughly")
-            self.want(
-                curve.size, self.grid(curve, self.list_values_beyond(curve)), "the optimum may lie beyond the values"
-            )
+            beyond = self.grid(curve, self.list_values_beyond(curve, runs))
+            self.want(curve.size, beyond, "the optimum may lie beyond the values")
         return None if self.wants else "the budget is spent"
 
-    def list_values_beyond(self, curve: Curve) -> list[float]:
-        """A value an octave beyond those of the curve, on each side on which nothing bounds its optimum."""
+    def list_values_beyond(self, curve: Curve, wanted: Sequence[Run]) -> list[float]:
+        """A value an octave beyond those of the curve, on each side on which nothing bounds its optimum and none is
+        `wanted` beyond them."""
         low, high = curve.optimum.interval or (0.0, 0.0)
-        ends = [curve.x[0] - OCTAVE] * math.isinf(low) + [curve.x[-1] + OCTAVE] * math.isinf(high)
+        first, last = curve.x[0], curve.x[-1]
+        ends = [first - OCTAVE] * (math.isinf(low) and all(x >= first - TINY for x, _ in wanted))
+        ends += [last + OCTAVE] * (math.isinf(high) and all(x <= last + TINY for x, _ in wanted))
         return [round_octaves(x) for x in ends if self.design.may_search(x)]
 
     def settled(self, comparisons: Sequence[Comparison]) -> bool:
@@ -212,22 +213,6 @@ class Proposal:
             return True
         everywhere = {each.curve.size for each in comparisons} == set(self.design.sizes)
         return verdict != "inconclusive" and everywhere and all(each.measured for each in comparisons)
-
-    def first_window(self, base: Curve, x: float) -> tuple[list[float], int]:
-        """(octaves, number of seeds) that a size begins with: as few as would do if its curve were the base's, and the
-        fewest where none would, or where others need the budget: a curve that has moved far shows it at once."""
-        noise, curvature = noise_of([base]), curvature_of(base, x)
-        half = math.log1p(self.design.limits.transfer) / 2
-        sizes = sum(self.design.flops[size] for size in self.design.sizes[1:])
-        share = (self.left - self.reserved) / len(self.design.parameterizations)
-        for seeds, spread in product((2, 3, 4), (1.0, 1.5)):
-            window = self.valid(x - spread, x, x + spread)
-            if (len(window) * seeds - FIRST_RUNS) * sizes > share:
-                break
-            variance = slope_variance(list(product(window, range(seeds))), x, noise, curvature)
-            if SURENESS**2 * variance / (2 * curvature) <= half:
-                return window, seeds
-        return self.valid(x - OCTAVE, x, x + OCTAVE), FIRST_SEEDS
 
     def valid(self, *values: float) -> list[float]:
         return [x for x in values if self.design.is_valid(x)]
@@ -272,11 +257,11 @@ class Proposal:
         return len(self.wants) > before
 
     def repeat_runs(self, curve: Curve, x: float, failures: Failures) -> list[Run]:
-        """Up to LEAST runs more at x, and no more than rule out that most runs fail there if no other one fails."""
+        """Up to FIRST_SEEDS runs more at x, and no more than rule out that most runs fail there if no other one fails."""
         enough = next(runs for runs in count(failures.runs) if not Failures(failures.failed, runs).leave_open)
         done = {seed for value, seed in runs_of(curve) if value == round_octaves(x)}
         seeds = (seed for index in count() if (seed := self.design.seed(index)) not in done)
-        return [(round_octaves(x), seed) for seed in islice(seeds, min(LEAST, enough - failures.runs))]
+        return [(round_octaves(x), seed) for seed in islice(seeds, min(FIRST_SEEDS, enough - failures.runs))]
 
     def settles(self, aim: Aim, deviation: float) -> bool:
         return aim.settles(deviation, self.design.limits) >= ENOUGH

@@ -11,7 +11,15 @@ from typing import Literal
 import numpy as np
 
 from depthmup.launch.config import Size
-from depthmup.launch.findings.analysis import Carry, Comparison, Curve, Result, analyse_sizes, carry_optimum
+from depthmup.launch.findings.analysis import (
+    Carry,
+    Comparison,
+    Curve,
+    Result,
+    analyse_sizes,
+    carry_optimum,
+    lies_beside_edge,
+)
 from depthmup.launch.findings.curve_model import AS_GOOD, REACH_LOSS, fitted_values
 from depthmup.launch.findings.failures import ERRORS, TOLERATED, Failures, seed_noise
 from depthmup.launch.findings.intervals import CONFIDENCE
@@ -113,6 +121,16 @@ def say_failures(failures: Failures) -> str:
     return f"{failures.failed} of {failures.runs} {fail} there ({show_shares(failures.share)})"
 
 
+def say_beside_edge(curve: Curve, x: float) -> str:
+    """What to run where a failing value is the neighbour of x: seeds at other values tell nothing of it."""
+    index = int(np.searchsorted(curve.x, x))
+    failing = curve.values[index if np.isinf(curve.mean[index]) else index - 1]
+    return (
+        f", as runs fail at {failing:.3g} beside the carried value, which was not run there: "
+        "study.design=adaptive runs this very value"
+    )
+
+
 def leave_open(comparison: Comparison) -> Finding:
     """Runs fail at the carried value, and it is not known how many."""
     fail = f"at the base's optimum at {comparison.curve.size}, {say_failures(comparison.failures)}"
@@ -138,8 +156,10 @@ def judge_regret(comparison: Comparison, limits: Limits) -> Finding:
     if math.isinf(comparison.at_base_optimum):
         if not curve.surely_fails(curve.at(comparison.carried or 0.0)):
             return leave_open(comparison)
-        counted = f"{failures.failed} of {failures.runs} runs fail at the base's optimum at {size}"
-        return Finding("does not transfer", counted)
+        where = "the base's optimum"
+        if not comparison.measured:  # `curve.at` is its neighbour
+            where += f" (the nearest value run, {curve.values[curve.at(comparison.carried or 0.0)]:.3g})"
+        return Finding("does not transfer", f"{failures.failed} of {failures.runs} runs fail at {where} at {size}")
     if comparison.regret_interval is None:
         return Finding(
             "inconclusive",
@@ -158,6 +178,9 @@ def judge_regret(comparison: Comparison, limits: Limits) -> Finding:
     if low > limits.transfer and high <= limits.cost:
         return Finding("costs", f"costs {cost}, {drift}")
     known = f"the cost is known to {show_shares((low, high))} only at {size}"
+    if comparison.carried is not None and lies_beside_edge(curve, comparison.carried):
+        known += say_beside_edge(curve, comparison.carried)
+        return Finding("inconclusive", known, is_bounded=high <= limits.cost)
     if high <= limits.transfer:  # nine tenths lie below the limit, and what decides is `regret_bound`
         known += f", and below {100 * comparison.regret_bound:.2f} % with a probability of {SURE:.0%}"
     return Finding("inconclusive", known, True, high <= limits.cost)
