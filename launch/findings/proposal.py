@@ -257,7 +257,7 @@ class Proposal:
         return len(self.wants) > before
 
     def repeat_runs(self, curve: Curve, x: float, failures: Failures) -> list[Run]:
-        """Up to FIRST_SEEDS runs more at x, and no more than rule out that most runs fail there if no other one fails."""
+        """Up to FIRST_SEEDS runs more at x, no more than rule out that most runs fail there if no other one fails."""
         enough = next(runs for runs in count(failures.runs) if not Failures(failures.failed, runs).leave_open)
         done = {seed for value, seed in runs_of(curve) if value == round_octaves(x)}
         seeds = (seed for index in count() if (seed := self.design.seed(index)) not in done)
