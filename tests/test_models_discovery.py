@@ -633,11 +633,11 @@ def test_what_is_made_of_parameters_alone_has_the_role_of_the_operation_that_tak
 def test_the_small_init_of_a_bias_of_few_numbers_is_not_taken_for_a_large_one() -> None:
     def build(width: int, depth: int) -> nn.Module:
         net = Net(width, depth)
-        nn.init.uniform_(net.head.bias, -0.1, 0.1)
+        nn.init.zeros_(net.head.bias).data += torch.linspace(-0.2, 0.2, 10)
         return net
 
     rules = match_rules(["head.bias"], find_roles(build, torch.zeros(2, 12), 16, 2).roles.parameters)
-    assert 0.01 < rules["head.bias"].init.base_std((10,)) < 0.1
+    assert rules["head.bias"].init.base_std((10,)) == pytest.approx(0.128, abs=0.001)
 
 
 def test_glorots_init_of_blocks_of_several_shapes_is_found() -> None:
