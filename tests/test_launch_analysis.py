@@ -9,10 +9,18 @@ import pytest
 from scipy.stats import binom
 
 from depthmup.launch.config import Size
-from depthmup.launch.findings.analysis import Comparison, Curve, Result, analyse_sizes, carry_optimum
-from depthmup.launch.findings.curve_model import fit_curves
+from depthmup.launch.findings.analysis import (
+    Comparison,
+    Curve,
+    Result,
+    analyse_sizes,
+    beats_chance,
+    carry_optimum,
+    find_optimum,
+)
+from depthmup.launch.findings.curve_model import average_seeds, fit_curves
 from depthmup.launch.findings.direct import compare_with_direct
-from depthmup.launch.findings.failures import Failures, dead_runs, lost_runs
+from depthmup.launch.findings.failures import Failures, dead_runs, lost_runs, seed_noise
 from depthmup.launch.findings.verdict import analyse
 
 BASE, DEEP, WIDE, LARGE = (Size(width=width, depth=depth) for width, depth in ((16, 3), (16, 27), (64, 3), (64, 27)))
@@ -119,6 +127,9 @@ def test_a_failed_run_fails_its_value_beside_values_that_fail_or_where_too_many_
     assert np.isfinite(many.mean[many.at(-4.0)])
     half = curve(lambda x, seed: math.inf if x == -4.0 and seed < 2 else valley(-5.0)(x, seed))
     assert np.isinf(half.mean[half.at(-4.0)])  # two of three, between values that train
+    assert half.surely_fails(half.at(-4.0))
+    both = compare(runs(BASE, lambda x, seed: math.inf if x == -4.0 else valley(-5.0)(x, seed), seeds=2))[0].curve
+    assert both.surely_fails(both.at(-4.0))
     edge = compare(runs(BASE, lambda x, seed: math.inf if (x, seed) == (0.0, 0) else 1.0, seeds=2))[0].curve
     assert edge.fails[-1]
 
@@ -127,6 +138,30 @@ def test_a_value_whose_only_run_fails_surely_does_unless_those_to_both_sides_tra
     dies = runs(BASE, lambda x, seed: math.inf if x in (-6.0, 0.0) else valley(-4.0)(x, seed), seeds=1)
     found = compare(dies)[0].curve
     assert [found.surely_fails(found.at(x)) for x in (-6.0, 0.0)] == [False, True]
+    dies = runs(BASE, lambda x, seed: math.inf if x in (-7.0, -6.0) else valley(-3.0)(x, seed), seeds=1)
+    found = compare(dies)[0].curve
+    assert [found.surely_fails(found.at(x)) for x in (-7.0, -6.0)] == [True, True]  # one side of each does not
+
+
+def test_a_curve_beats_chance_by_three_standard_errors_of_its_best_mean() -> None:
+    losses = np.exp(0.02 * np.random.default_rng(0).standard_normal((4, 6)) - 1)
+    losses[:, -1] = math.inf
+    logs = np.log(losses[:, :-1])
+    means = average_seeds(logs)
+    error = seed_noise(logs) / math.sqrt(4)
+    for errors, beats in ((2.9, False), (3.1, True)):
+        assert beats_chance(losses, math.exp(means.min() + errors * error)) == beats
+
+
+def test_without_a_fit_the_optimum_lies_between_the_neighbours_of_the_best_value() -> None:
+    for losses, interval in {(1.0, 2.0): (-math.inf, 1.0), (2.0, 1.0): (0.0, math.inf), (1.0,): None}.items():
+        x = np.arange(float(len(losses)))
+        assert find_optimum(x, np.array([losses]), learns=True, posterior=None).interval == interval
+
+
+def test_the_number_of_seeds_is_the_most_that_a_value_was_run_with() -> None:
+    one_more = Result("p", BASE, 2.0**-4, 3, 0.3)
+    assert compare([*runs(BASE, valley(-4.4)), one_more])[0].curve.num_seeds == 4
 
 
 def test_the_share_of_failing_runs_is_known_as_their_number_allows() -> None:
@@ -319,6 +354,9 @@ def test_values_near_the_optimum_are_those_of_its_interval_and_their_neighbours(
     flat = curve(valley(-4.4, noise=0.02, curvature=0.002)).near_optimum()
     assert len(flat) > 2
     assert {2.0**-5, 2.0**-4} <= set(flat)
+    found = curve(valley(-4.4))
+    tied = replace(found, optimum=replace(found.optimum, interval=(-6.0, -4.0)))
+    assert tied.near_optimum() == [2.0**-6, 2.0**-5, 2.0**-4]  # an interval that ends at values
 
 
 # ---------------------------------------------------------------- drift and regret
