@@ -74,6 +74,7 @@ def main() -> None:
     parser.add_argument(
         "--engines", nargs="+", default=["ddp", "fsdp", "deepspeed-3"], help="ZeRO's stage after a dash"
     )
+    parser.add_argument("--optimizer", choices=["adamw", "sgd"], default="adamw", help="sgd: without momentum")
     arguments = parser.parse_args()
     model = VisionTransformerConfig(
         width=arguments.width, depth=arguments.depth, base_width=arguments.width, base_depth=arguments.depth,
@@ -82,7 +83,9 @@ def main() -> None:
     count = arguments.processes
     config = RunConfig(
         model=model,
-        optimizer=OptimizerConfig(name="adamw", lr=1e-4),
+        optimizer=OptimizerConfig(name="adamw", lr=1e-4)
+        if arguments.optimizer == "adamw"
+        else OptimizerConfig(name="sgd", lr=1e-4, momentum=0.0),
         data=DataConfig(name="none", root=".", num_streams=1),
         train=TrainConfig(samples=count, global_batch_size=count, device="cpu", precision="fp32"),
     )
