@@ -17,7 +17,7 @@ from benchmarks.verdict import CHANCE, GRID, ROUNDS, SHAPES, SIZES, Simulated, h
 from depthmup.launch.findings.design import next_round
 from depthmup.launch.findings.points import Design
 from depthmup.launch.findings.verdict import Analysis, Limits
-from depthmup.launch.report.page import markdown_table
+from depthmup.launch.report.page import format_markdown_table
 
 FLOPS = {size: float(size.depth) for size in SIZES}
 SEEDS = 3
@@ -125,7 +125,7 @@ def main() -> None:
     asked = parser.parse_args()
     cells = [(shape, name, noise) for shape in asked.shapes for name in asked.drifts for noise in asked.noises]
     for number, cell in enumerate(cells):
-        lines = markdown_table([row(*cell, asked.studies, asked.first)])
+        lines = format_markdown_table([row(*cell, asked.studies, asked.first)])
         print("\n".join(lines if number == 0 else lines[2:]), flush=True)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from depthmup.launch.config import Size
 from depthmup.launch.findings.forecast import predict_loss
-from depthmup.launch.report.page import markdown_table
+from depthmup.launch.report.page import format_markdown_table
 
 LAWS = ("0", "0.3", "0.6", "0.9", "1.2", "breaks")
 
@@ -66,7 +66,7 @@ def main() -> None:
         for seeds, noise in ((3, 0.005), (3, 0.02), (16, 0.02))
     ]
     for index, cell in enumerate(cells):
-        lines = markdown_table([row(*cell, asked.studies, asked.seed)])
+        lines = format_markdown_table([row(*cell, asked.studies, asked.seed)])
         print("\n".join(lines if index == 0 else lines[2:]), flush=True)
 
 

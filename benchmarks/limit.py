@@ -31,34 +31,41 @@ def show_time(what: str, solve: Callable[[], object]) -> None:
 
 
 def time_solvers() -> None:
-    from depthmup.models.limit.kernels import finite_depth_kernel, infinite_depth_kernel
+    from depthmup.models.limit.kernels import compute_finite_depth_kernel, compute_infinite_depth_kernel
     from depthmup.models.limit.linear import train_linear
-    from depthmup.models.limit.network import Training, paper_network, to_infinite_depth
+    from depthmup.models.limit.network import Training, build_paper_network, to_infinite_depth
     from depthmup.models.limit.rich import train_rich
 
     one = Training(np.ones((1, 1)), np.ones(1), rate=0.05, steps=20)
     kernel = inputs(1000) @ inputs(1000).T / 64
 
     def extrapolate() -> object:
-        return to_infinite_depth({L: train_linear(paper_network("linear", L), one).outputs for L in (8, 16, 32, 64)}, 3)
+        return to_infinite_depth(
+            {L: train_linear(build_paper_network("linear", L), one).outputs for L in (8, 16, 32, 64)}, 3
+        )
 
-    show_time("exact linear: depth 64, 20 steps, 1 sample", lambda: train_linear(paper_network("linear", 64), one))
+    show_time(
+        "exact linear: depth 64, 20 steps, 1 sample", lambda: train_linear(build_paper_network("linear", 64), one)
+    )
     show_time("exact linear: its limit, from depths 8, 16, 32, 64", extrapolate)
     for name in ("relu", "erf", "tanh", "linear"):
-        show_time(f"lazy {name}: 1,000 samples, infinite depth", partial(infinite_depth_kernel, name, kernel))
-    show_time("lazy relu: 1,000 samples, depth 16", lambda: finite_depth_kernel(paper_network("relu", 16), kernel))
+        show_time(f"lazy {name}: 1,000 samples, infinite depth", partial(compute_infinite_depth_kernel, name, kernel))
+    show_time(
+        "lazy relu: 1,000 samples, depth 16",
+        lambda: compute_finite_depth_kernel(build_paper_network("relu", 16), kernel),
+    )
     few = Training(kernel[:6, :6], np.array([1.0, -1.0] * 3), rate=0.3, steps=8)
-    network = paper_network("relu", 24)
+    network = build_paper_network("relu", 24)
     show_time("rich relu: depth 24, 6 samples, 8 steps, 12,000 sites", lambda: train_rich(network, few, 12000))
 
 
 def save_kernels(path: str) -> None:
-    from depthmup.models.limit.kernels import finite_depth_kernel
-    from depthmup.models.limit.network import paper_network
+    from depthmup.models.limit.kernels import compute_finite_depth_kernel
+    from depthmup.models.limit.network import build_paper_network
 
     kernel = inputs(20) @ inputs(20).T / 64
     found = {
-        f"{name} {depth}": finite_depth_kernel(paper_network(name, depth), kernel).total
+        f"{name} {depth}": compute_finite_depth_kernel(build_paper_network(name, depth), kernel).total
         for name in ACTIVATIONS
         for depth in DEPTHS
     }

@@ -111,7 +111,7 @@ def opencv(index: Index, workers: int) -> Iterator[object]:
     """webdataset's reader, opencv's decode and area resize, uint8 until the batch is whole."""
     import cv2
 
-    from depthmup.data.augment import random_box
+    from depthmup.data.augment import draw_box
 
     cv2.setNumThreads(1)
     shards = [index.location(shard) for shard in index.shards]
@@ -119,7 +119,7 @@ def opencv(index: Index, workers: int) -> Iterator[object]:
 
     def crop(content: bytes) -> torch.Tensor:
         image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
-        top, left, height, width = random_box(*image.shape[:2], random.random(40))
+        top, left, height, width = draw_box(*image.shape[:2], random.random(40))
         small = cv2.resize(image[top : top + height, left : left + width], (SIZE, SIZE), interpolation=cv2.INTER_AREA)
         return torch.from_numpy(cv2.cvtColor(small, cv2.COLOR_BGR2RGB)).permute(2, 0, 1)
 

@@ -25,10 +25,10 @@ from depthmup.launch.findings.design import next_round
 from depthmup.launch.findings.points import Design, Point
 from depthmup.launch.findings.verdict import Analysis, analyse
 from depthmup.launch.reading import read_study
-from depthmup.launch.report.page import markdown_table
-from depthmup.launch.report.recompute import find_configs, results_of
+from depthmup.launch.report.page import format_markdown_table
+from depthmup.launch.report.recompute import find_configs, rebuild_results
 from depthmup.launch.report.record import read_record
-from depthmup.launch.runs.design import design_of
+from depthmup.launch.runs.design import build_design
 from depthmup.launch.runs.study import Study
 
 
@@ -83,8 +83,8 @@ def walk(design: Design, grid: Analysis, number: int) -> tuple[Analysis, float, 
 def row(path: Path, config: Path, replays: int) -> dict[str, str]:
     record = read_record(path)
     study = Study(config, read_study(config, ("study.directory=/nowhere",)))
-    design = design_of(study)
-    grid = analyse(results_of(record), design.sizes[0], design.limits, design.octaves, design.chance)
+    design = build_design(study)
+    grid = analyse(rebuild_results(record), design.sizes[0], design.limits, design.octaves, design.chance)
     spent = grid_cost(record, design)
     walked = [walk(replace(design, budget=spent), grid, number) for number in range(replays)]
     names = design.parameterizations
@@ -122,7 +122,7 @@ def main() -> None:
     asked = parser.parse_args()
     configs = find_configs()
     for number, path in enumerate(asked.records):
-        lines = markdown_table([row(path, configs[path.stem], asked.replays)])
+        lines = format_markdown_table([row(path, configs[path.stem], asked.replays)])
         print("\n".join(lines if number == 0 else lines[2:]), flush=True)
 
 

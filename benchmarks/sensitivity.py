@@ -20,8 +20,8 @@ from depthmup.launch import findings
 from depthmup.launch.findings.analysis import Result
 from depthmup.launch.reading import read_study
 from depthmup.launch.report.collect import analyse_results
-from depthmup.launch.report.page import markdown_table
-from depthmup.launch.report.recompute import find_configs, results_of
+from depthmup.launch.report.page import format_markdown_table
+from depthmup.launch.report.recompute import find_configs, rebuild_results
 from depthmup.launch.report.record import read_record
 from depthmup.launch.runs.study import Study
 
@@ -88,7 +88,7 @@ class Published:
         configs = find_configs()
         records = [record for path in paths if "points" in (record := read_record(path))]
         self.studies = [Study(configs[each["study"]], read_study(configs[each["study"]], ())) for each in records]
-        self.results: list[list[Result]] = [results_of(each) for each in records]
+        self.results: list[list[Result]] = [rebuild_results(each) for each in records]
 
     def judge(self, **settings: float) -> dict[tuple[str, str], str]:
         """(study, parameterization) -> verdict, where more than one size has runs."""
@@ -128,7 +128,7 @@ def main() -> None:
     published = Published(asked.records)
     reference = published.judge()
     print(f"{len(reference)} verdicts of {len({study for study, _ in reference})} studies", flush=True)
-    print("\n".join(markdown_table([row(name, published, reference) for name in asked.constants])))
+    print("\n".join(format_markdown_table([row(name, published, reference) for name in asked.constants])))
 
 
 if __name__ == "__main__":

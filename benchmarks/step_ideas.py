@@ -31,7 +31,7 @@ import depthmup.models.torchvision_ops  # noqa: F401  isort: skip  (must run bef
 from timm.layers import Mlp
 
 from depthmup.models.build import build_meta
-from depthmup.models.flops import training_flops
+from depthmup.models.flops import count_training_flops
 from depthmup.train.config import RunConfig
 from depthmup.train.distributed import World, process_group
 from depthmup.train.one_network import OneNetwork
@@ -184,7 +184,7 @@ def measure(
         with idea.context():
             after.append(seconds(other, arguments.steps, device))
     network = build_meta(other_config.model, other_config.parameterization).network
-    flops = training_flops(network, (3, IMAGE_SIZE, IMAGE_SIZE)) * config.train.global_batch_size
+    flops = count_training_flops(network, (3, IMAGE_SIZE, IMAGE_SIZE)) * config.train.global_batch_size
     peak = peak_flops(device, autocast_dtype(config.train, device))
     mfu = f"{flops / statistics.median(after) / peak:.1%}" if peak else "n/a"
     ratios = sorted(theirs / ours for ours, theirs in zip(before, after, strict=True))

@@ -32,7 +32,7 @@ from depthmup.models.optimizer_config import OptimizerConfig
 from depthmup.models.parameterization import Role
 from depthmup.models.parameterization_config import ParameterizationConfig
 from depthmup.models.timm_family import TIMM, stated_arguments
-from depthmup.models.timm_sizes import has_heads, least_width
+from depthmup.models.timm_sizes import find_least_width, has_heads
 
 # Modules without residual blocks, as a trace of timm's own networks shows (tests/test_models_timm.py).
 NOT_RESIDUAL = dict.fromkeys(("densenet", "inception_v3", "inception_v4", "rdnet", "selecsls"), "concatenates")
@@ -142,7 +142,7 @@ def small(module: str, name: str) -> TimmConfig:
 def sized(module: str, name: str, depth: int) -> TimmConfig:
     stated = stated_arguments(name)
     head_dim = HEAD_DIM if has_heads(stated) else None
-    step = math.lcm(least_width(stated), STEP)
+    step = math.lcm(find_least_width(stated), STEP)
     width = WIDTHS.get(module, step * math.ceil(WIDTH / step))
     return TimmConfig(
         timm_name=name,

@@ -32,7 +32,7 @@ import timm
 
 from depthmup.data.pack import pack
 from depthmup.models.build import build_meta
-from depthmup.models.flops import training_flops
+from depthmup.models.flops import count_training_flops
 from depthmup.train.config import RunConfig
 from depthmup.train.loop import run
 from depthmup.train.prepare import autocast_dtype
@@ -157,7 +157,7 @@ class Turns:
 def measure(name: str, case: Case, shards: Path, out: Path, arguments: argparse.Namespace, device: torch.device) -> str:
     config = configuration(case, shards, arguments)
     shape = (3, IMAGE_SIZE, IMAGE_SIZE)
-    flops = training_flops(build_meta(config.model, config.parameterization).network, shape)
+    flops = count_training_flops(build_meta(config.model, config.parameterization).network, shape)
     turns = Turns(arguments.steps, device, None if arguments.no_bare else bare_step(case, config, device))
     run(config, out, watch=turns)
     batch, seconds = config.train.global_batch_size, statistics.median(turns.ours)

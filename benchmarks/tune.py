@@ -146,11 +146,11 @@ def train_search(folder: Path, trials: int, seed: int, batch: int | None) -> tup
     started, reached = time.process_time(), list[Reached]()
     while search.plan_next_batch()[0] and not search.winners():
         launch(search)
-        tried = [search.runs_tried(trial) for trial in search.trials()]
+        tried = [search.plan_trial_runs(trial) for trial in search.trials()]
         lowest = min(loss for runs in tried if (loss := search.loss(runs)) is not None)
         spent = sum(run.share_trained() for runs in tried for run in runs)
         reached.append(Reached(time.process_time() - started, spent, lowest))
-    tried = [(trial.params, search.runs_tried(trial)) for trial in search.trials()]
+    tried = [(trial.params, search.plan_trial_runs(trial)) for trial in search.trials()]
     return reached, [
         {"params": params, "loss": search.loss(runs), "share": sum(run.share_trained() for run in runs)}
         for params, runs in tried

@@ -21,8 +21,8 @@ import numpy as np
 
 from depthmup.launch.config import Size
 from depthmup.launch.findings.analysis import Result
-from depthmup.launch.findings.verdict import Analysis, Limits, analyse, seeds_wanted
-from depthmup.launch.report.page import markdown_table
+from depthmup.launch.findings.verdict import Analysis, Limits, analyse, find_wanted_seeds
+from depthmup.launch.report.page import format_markdown_table
 from depthmup.launch.report.record import read_record
 
 SIZES = tuple(Size(width=16, depth=depth) for depth in (3, 6, 12, 24))
@@ -95,7 +95,7 @@ class Simulated:
         self.run_grid(seeds)
         analysis = self.analyse()
         for added in range(ROUNDS):
-            for (_, size), values in seeds_wanted(analysis).items():
+            for (_, size), values in find_wanted_seeds(analysis).items():
                 for value in values:
                     self.run(SIZES.index(size), math.log2(value), seeds + added)
             analysis = self.analyse()
@@ -213,14 +213,14 @@ def main() -> None:
     parser.add_argument("--condense", action="store_true", help="one row for all numbers of seeds")
     asked = parser.parse_args()
     if asked.widths:
-        print("\n".join(markdown_table([published_widths(asked.widths)])))
+        print("\n".join(format_markdown_table([published_widths(asked.widths)])))
         return
     cells = [(shape, seeds, noise) for shape in asked.shapes for seeds in asked.seeds for noise in asked.noises]
     rows = [coverage(*cell, asked.studies) for cell in cells]
     shown = condense(rows) if asked.condense else rows
-    print("\n".join(markdown_table(shown)), "\n", flush=True)
+    print("\n".join(format_markdown_table(shown)), "\n", flush=True)
     settings = [(drift, seeds, noise) for drift in asked.drifts for seeds in asked.seeds for noise in asked.noises]
-    print("\n".join(markdown_table([verdicts(*each, asked.studies) for each in settings])))
+    print("\n".join(format_markdown_table([verdicts(*each, asked.studies) for each in settings])))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ CROP_TRIES = 10
 NUM_DRAWS = {"none": 0, "crop_flip": 3, "resized_crop_flip": 1 + 4 * CROP_TRIES}  # uniform numbers for one sample
 
 
-def random_box(height: int, width: int, draws: np.ndarray) -> tuple[int, int, int, int]:
+def draw_box(height: int, width: int, draws: np.ndarray) -> tuple[int, int, int, int]:
     """(top, left, height, width) with 8 to 100 % of the area and aspect ratio 3/4 to 4/3 (arXiv 1409.4842).
 
     `draws`: 4 uniform numbers for each try; the central square when no try fits.
@@ -34,7 +34,7 @@ def random_box(height: int, width: int, draws: np.ndarray) -> tuple[int, int, in
 def prepare(image: Tensor, recipe: str, size: int, draws: np.ndarray, backend: str) -> Tensor:
     """(channels, height, width) uint8 -> (channels, size, size): random for resized_crop_flip, else the centre."""
     if recipe == "resized_crop_flip":
-        return crop_resize(image, random_box(image.shape[1], image.shape[2], draws[1:]), size, backend)
+        return crop_resize(image, draw_box(image.shape[1], image.shape[2], draws[1:]), size, backend)
     return center_crop(image, size, backend)
 
 

@@ -10,7 +10,7 @@ SHUFFLES = 20
 SORTED = 0.5  # of the classes that a shuffled window holds beyond the first
 
 
-def classes_in_windows(windows: np.ndarray) -> float:
+def count_classes_in_windows(windows: np.ndarray) -> float:
     """How many labels a row of (windows, samples) holds, on average."""
     ordered = np.sort(windows, axis=1)
     return 1 + float((np.diff(ordered, axis=1) != 0).sum(axis=1).mean())
@@ -27,8 +27,10 @@ def describe_class_order(labels: np.ndarray) -> str | None:
     starts = np.linspace(0, len(labels) - length, min(BLOCKS, len(labels) // length)).astype(np.int64)
     windows = labels[starts[:, None] + np.arange(length)]
     random = random_generator("class order")
-    shuffled = [classes_in_windows(random.permutation(windows.ravel()).reshape(windows.shape)) for _ in range(SHUFFLES)]
-    found, chance, spread = classes_in_windows(windows), float(np.mean(shuffled)), float(np.std(shuffled))
+    shuffled = [
+        count_classes_in_windows(random.permutation(windows.ravel()).reshape(windows.shape)) for _ in range(SHUFFLES)
+    ]
+    found, chance, spread = count_classes_in_windows(windows), float(np.mean(shuffled)), float(np.std(shuffled))
     if found - 1 >= SORTED * (chance - 1) or found >= chance - 5 * spread:
         return None
     return (

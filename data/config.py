@@ -42,7 +42,7 @@ RAND_AUGMENT = re.compile(  # what timm's parser understands; what it does not, 
 )
 
 
-def channels_misfit(config: "DataConfig", channels: int) -> str | None:
+def find_channel_misfit(config: "DataConfig", channels: int) -> str | None:
     """What is wrong where `mean` or `std` has not one number for each channel of the images; None where they fit."""
     for name in ("mean", "std"):
         value = getattr(config, name)
@@ -51,19 +51,19 @@ def channels_misfit(config: "DataConfig", channels: int) -> str | None:
     return None
 
 
-def with_plain_channels(config: "DataConfig") -> "DataConfig":
+def simplify_channels(config: "DataConfig") -> "DataConfig":
     """`config` with one number where `mean` or `std` has the same one for each channel: it is the same run."""
     given = {name: getattr(config, name) for name in ("mean", "std")}
     alike = {name: value[0] for name, value in given.items() if isinstance(value, tuple) and len(set(value)) == 1}
     return replace(config, **alike) if alike else config
 
 
-def per_channel(value: float | tuple[float, ...], channels: int) -> tuple[float, ...]:
+def expand_per_channel(value: float | tuple[float, ...], channels: int) -> tuple[float, ...]:
     """One number for each channel."""
     return value if isinstance(value, tuple) else (value,) * channels
 
 
-def streams_misfit(num_streams: int, global_batch_size: int) -> str | None:
+def find_stream_misfit(num_streams: int, global_batch_size: int) -> str | None:
     """What is wrong where `num_streams` does not divide the batch, and what would do; None where it divides."""
     if global_batch_size % num_streams == 0:
         return None
@@ -115,7 +115,7 @@ class DataConfig:
                 )
 
 
-def window_misfit(config: DataConfig, location: str) -> str | None:
+def find_window_misfit(config: DataConfig, location: str) -> str | None:
     """What is wrong where a shuffled epoch would be read from a shard (or a folder of them) over the network."""
     if config.window != "epoch" or config.in_memory or not is_remote(location):
         return None

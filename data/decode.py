@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from depthmup.data.images import check_pixels, eight_bits, open_image, refusing_bad_images
+from depthmup.data.images import check_pixels, open_image, reduce_to_eight_bits, refusing_bad_images
 
 SCRATCH_BYTES = 16 << 20  # larger images get memory of their own
 
@@ -29,7 +29,7 @@ def to_pil(image: Tensor) -> Image.Image:
 def decode_pil(content: bytes, channels: int) -> Tensor:
     mode = "L" if channels == 1 else "RGB"
     with refusing_bad_images():
-        image = eight_bits(open_image(content))
+        image = reduce_to_eight_bits(open_image(content))
         return from_array(np.array(image if image.mode == mode else image.convert(mode)))  # PIL converts by a copy
 
 

@@ -16,7 +16,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
 from depthmup.data.augment import NUM_DRAWS, prepare
-from depthmup.data.config import DataConfig, per_channel
+from depthmup.data.config import DataConfig, expand_per_channel
 from depthmup.data.decode import from_array, to_pil
 
 JITTER_ORDERS = tuple(permutations((ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)))
@@ -47,7 +47,7 @@ def rand_augment(recipe: str, size: int, mean: float | tuple[float, ...]) -> Cal
     """timm's RandAugment of `size` x `size` RGB images, with timm's translations (at most 45 %) and fill (the mean)."""
     from timm.data import auto_augment  # slow to import: for those who use it
 
-    fill = tuple(min(255, round(255 * value)) for value in per_channel(mean, 3))
+    fill = tuple(min(255, round(255 * value)) for value in expand_per_channel(mean, 3))
     fill = fill if len(fill) == 3 else fill * 3  # of a grey image, which is made RGB
     transform = auto_augment.rand_augment_transform(recipe, {"translate_const": int(size * 0.45), "img_mean": fill})
     for operation in transform.ops:
@@ -67,7 +67,7 @@ def color_jitter(picture: Image.Image, strength: float, draws: np.ndarray) -> Im
     return picture
 
 
-def num_draws(config: DataConfig) -> int:
+def count_draws(config: DataConfig) -> int:
     """Uniform numbers that one training image takes: those of the crop and flip first."""
     of_distortions = bool(config.rand_augment) * RAND_AUGMENT_DRAWS + bool(config.color_jitter) * JITTER_DRAWS
     return NUM_DRAWS[config.augment] + of_distortions
@@ -94,7 +94,7 @@ def distort(image: Tensor, config: DataConfig, draws: np.ndarray) -> Tensor:
 def training_image(image: Tensor, config: DataConfig, size: int, draws: np.ndarray) -> Tensor:
     """A decoded image -> its (channels, size, size) uint8 of training, but for what data.augment.crop_flip does.
 
-    `draws`: (num_draws(config),).
+    `draws`: (count_draws(config),).
     """
     of_crop = NUM_DRAWS[config.augment]
     crop = prepare(image, config.augment, size, draws[:of_crop], config.backend)

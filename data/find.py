@@ -15,13 +15,13 @@ from depthmup.data.errors import UserError
 from depthmup.data.index import counted
 from depthmup.data.splits import (
     HOW_TO_SAY,
+    assign_splits_by_word,
+    assign_stated_splits,
     is_hidden,
     listed,
     names_split,
     split_word,
     split_words,
-    splits_by_word,
-    stated_splits,
 )
 
 PACKED = {".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".tar"}  # .tar before another one: a.tar.part
@@ -42,26 +42,26 @@ def is_tar(path: Path) -> bool:
     return path.suffix.lower() == ".tar" and not is_hidden(path.name)
 
 
-def tars_in(folder: Path) -> list[str]:
+def find_tars(folder: Path) -> list[str]:
     """The tars of a folder and those below it, without hidden ones."""
     found = [path for path in folder.rglob("*") if is_tar(path)]
     return sorted(str(path) for path in found if not any(map(is_hidden, path.relative_to(folder).parts)))
 
 
-def other_archives(folder: Path) -> list[str]:
+def find_other_archives(folder: Path) -> list[str]:
     """The names of files in a folder that were tars if they were unpacked or whole: a.tar.gz, a.zip, a.tar.part."""
     files = [path for path in folder.iterdir() if not is_hidden(path.name) and path.is_file() and not is_tar(path)]
     return sorted(path.name for path in files if PACKED.intersection(suffix.lower() for suffix in path.suffixes))
 
 
-def tars_of_folder(folder: Path, everywhere: bool) -> tuple[list[str], list[str]]:
+def find_tars_of_splits(folder: Path, everywhere: bool) -> tuple[list[str], list[str]]:
     """(the tars of a folder and of those folders in it whose names say a split, or `everywhere`; and the names of other
     folders that hold some)."""
     found = sorted(str(path) for path in folder.iterdir() if is_tar(path))
     others = []
     for inside in sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name)):
         if everywhere or names_split(inside.name):
-            found += tars_in(inside)
+            found += find_tars(inside)
         elif any(map(is_tar, chain(inside.iterdir(), inside.glob("*/*")))):
             others.append(inside.name)
     return found, others
@@ -87,14 +87,14 @@ def locate(source: str, everywhere: bool) -> tuple[list[str], list[str]]:
     """
     left_out: list[str] = []
     if not storage.is_remote(source) and Path(source).is_dir():
-        shards, others = tars_of_folder(Path(source), everywhere)
+        shards, others = find_tars_of_splits(Path(source), everywhere)
         if others:
             left_out.append(f"the shards in {listed(others)}, whose names say no split ({HOW_TO_SAY})")
         if not shards and others:
             raise UserError(
                 f"{source}: no .tar files in it, but in {listed(others)}: index each of these, or {HOW_TO_SAY}"
             )
-        packed = other_archives(Path(source))
+        packed = find_other_archives(Path(source))
         if not shards:
             unpack = f" ({listed(packed)}: unpack them to .tar files first)" if packed else ""
             make = f"Make some with: depthmup pack IMAGES {quote(source)}"
@@ -133,12 +133,12 @@ def find_shards(source: str, folder: Path, train: Sequence[str] = (), val: Seque
     names = [name_in(folder, location) for location in locations]
     paths = {name: path_of(name) for name in names}
     if train or val:
-        by_path = stated_splits([*paths.values()], train, val)
+        by_path = assign_stated_splits([*paths.values()], train, val)
         splits = {name: by_path[path] for name, path in paths.items()}
         if unnamed := [name for name, split in splits.items() if split is None]:
             left_out.append(f"{counted(len(unnamed), 'shard')} that neither --train nor --val names: {listed(unnamed)}")
     else:
-        splits, reasons = splits_by_word({name: split_word(path) for name, path in paths.items()})
+        splits, reasons = assign_splits_by_word({name: split_word(path) for name, path in paths.items()})
         left_out += [f"{counted(count, 'shard')} {reason}" for reason, count in reasons.items()]
     kinds = {" ".join(split_words(PurePosixPath(path).stem)) for path in paths.values()}
     if not (train or val) and len(kinds) > 1 and not any(map(split_word, paths.values())):

@@ -42,7 +42,7 @@ def open_image(content: bytes) -> Image.Image:
     return image
 
 
-def eight_bits(image: Image.Image) -> Image.Image:
+def reduce_to_eight_bits(image: Image.Image) -> Image.Image:
     """An image of 16 bits a pixel scaled to 8, where PIL's own conversion would clip; any other as it is."""
     if not image.mode.startswith("I"):
         return image
@@ -55,7 +55,7 @@ def convert_image(content: bytes, resize: int | None, quality: int) -> bytes:
         image = open_image(content)
         if resize is None:
             return content
-        upright = eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
+        upright = reduce_to_eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
         scale = min(resize / min(upright.size), 1)
         size = (max(round(upright.width * scale), 1), max(round(upright.height * scale), 1))
         output = io.BytesIO()

@@ -220,7 +220,7 @@ class Index:
             )
         shards = self.splits[source]
         if split != "val" and minival:
-            spans = held_out_spans(self.root, shards, minival)[split]
+            spans = find_held_out_spans(self.root, shards, minival)[split]
         else:
             spans = tuple(Span(shard, 0, shard.samples) for shard in shards if shard.samples and split != "minival")
         if not spans:
@@ -279,7 +279,7 @@ def load_members(root: str, shard: Shard) -> Members:
 
 
 @lru_cache(maxsize=8)
-def held_out_spans(root: str, shards: tuple[Shard, ...], share: float) -> dict[str, tuple[Span, ...]]:
+def find_held_out_spans(root: str, shards: tuple[Shard, ...], share: float) -> dict[str, tuple[Span, ...]]:
     """The spans of train and minival. Reads the sidecars of all shards, once in a process."""
 
     def read(shard: Shard) -> tuple[np.ndarray, np.ndarray]:

@@ -16,7 +16,7 @@ from depthmup.data.images import FORMATS, BadImage
 from depthmup.data.index import Index, Shard, Span, counted
 from depthmup.data.keys import random_generator
 from depthmup.data.reader import BadSample, read_sample
-from depthmup.data.scan import parallel_map
+from depthmup.data.scan import map_in_processes
 
 ORIENTATION = 0x0112  # the EXIF tag
 SHEET_COLUMNS, SHEET_ROWS, SHEET_PIXELS = 10, 6, 96
@@ -60,7 +60,7 @@ def inspect_split(
 ) -> Findings:
     """Findings of all shards of a split, decoded by several processes. `progress`: (shards done, shards in all)."""
     total, shards = Findings(), index.splits[split]
-    for done, found in enumerate(parallel_map(inspect_shard, processes, [index] * len(shards), shards), 1):
+    for done, found in enumerate(map_in_processes(inspect_shard, processes, [index] * len(shards), shards), 1):
         total.labels.update(found.labels)
         total.sizes += found.sizes
         total.rotated += found.rotated
@@ -69,7 +69,7 @@ def inspect_split(
     return total
 
 
-def contact_sheet(index: Index, split: str, path: Path) -> None:
+def write_contact_sheet(index: Index, split: str, path: Path) -> None:
     """Writes a PNG of up to 60 images drawn from all over the split. Raises UserError when none can be decoded."""
     shards = index.splits[split]
     places = [(shard, number) for shard in shards for number in range(shard.samples)]

@@ -9,13 +9,13 @@ from pathlib import PurePosixPath
 from depthmup.data.splits import (
     CONTENTS,
     HOW_TO_SAY,
+    assign_splits_by_word,
+    assign_stated_splits,
     is_hidden,
     listed,
     split_and_rest,
     split_folder,
     split_words,
-    splits_by_word,
-    stated_splits,
 )
 
 Folder = tuple[str, ...]  # the parts of its path
@@ -53,7 +53,7 @@ def find_root(folders: Collection[Folder]) -> int:
         root += 1
 
 
-def named_splits(names: Collection[str]) -> dict[str, str]:
+def find_named_splits(names: Collection[str]) -> dict[str, str]:
     """The word for a split in the name of each folder that is one: where its name says nothing else, or where it is
     that of another split but for the word, as seg_train and seg_test."""
     words = {name: word for name in sorted(names) if (word := split_folder(name))}
@@ -74,12 +74,12 @@ def find_splits(folders: Collection[Folder], has_list: bool) -> dict[str, str | 
     list names are the split val where there is one, else the first of data.splits.VALIDATION.
     """
     tops = {path[0] for path in folders if path}
-    words = named_splits(tops)
+    words = find_named_splits(tops)
     if words.keys() != tops and not any(words.get(path[0]) == "train" for path in folders if len(path) > 1):
         return {}
     if has_list:
         return {top: "train" if word == "train" else None for top, word in words.items()}
-    return splits_by_word(words)[0]
+    return assign_splits_by_word(words)[0]
 
 
 def is_split_by_class(folders: Collection[Folder]) -> bool:
@@ -94,7 +94,7 @@ def swap(folder: Folder) -> Folder:
     return (*folder[1:2], *folder[:1], *folder[2:])
 
 
-def class_depth(split: str, folders: Collection[Folder]) -> int:
+def find_class_depth(split: str, folders: Collection[Folder]) -> int:
     """How many folders of a split stand above its classes: 1 where all lies in one called images or the like, or like
     the split itself."""
     inside = {path[0] for path in folders if path}
@@ -165,8 +165,8 @@ def place_images(
         folders = {*map(swap, folders)}
     splits = find_splits(folders, bool(validation))
     if train or val:
-        splits = stated_splits({folder[0] for folder in folders if folder}, train, val)
-    depth = {top: class_depth(top, [f[1:] for f in folders if f[:1] == (top,)]) for top in splits}
+        splits = assign_stated_splits({folder[0] for folder in folders if folder}, train, val)
+    depth = {top: find_class_depth(top, [f[1:] for f in folders if f[:1] == (top,)]) for top in splits}
     unused = describe_unused(splits, validation)
     placed = []
     for image, path in visible:

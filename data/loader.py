@@ -12,13 +12,13 @@ from depthmup.data import memory
 from depthmup.data.augment import crop_flip
 from depthmup.data.bad import BadCount, StandIns
 from depthmup.data.batch import Batch, decode_sample
-from depthmup.data.config import DataConfig, window_misfit
+from depthmup.data.config import DataConfig, find_window_misfit
 from depthmup.data.decode import center_crop, scratch
-from depthmup.data.distort import num_draws, rand_augment, training_image
+from depthmup.data.distort import count_draws, rand_augment, training_image
 from depthmup.data.errors import UserError
 from depthmup.data.index import NO_LABEL, Index, Span
-from depthmup.data.nvjpeg import Jpeg, cut, decoded_batches, open_sample
-from depthmup.data.order import EpochOrder, State, rows_of, streams_of
+from depthmup.data.nvjpeg import Jpeg, cut, decode_batches, open_sample
+from depthmup.data.order import EpochOrder, State, list_rows, list_streams
 from depthmup.data.reader import BadSample, prefetch
 from depthmup.data.workers import Slots, Work, batches
 
@@ -52,7 +52,7 @@ def start_reading(
     """The batches of `work` on `device`, decoded by workers or there."""
     if config.backend == "nvjpeg":
         augment = None if isinstance(work, Evaluation) else config.augment
-        return decoded_batches(work, shape, num_workers, device, augment)
+        return decode_batches(work, shape, num_workers, device, augment)
     return batches(work, shape, num_workers, device)
 
 
@@ -113,7 +113,7 @@ class TrainingStream:
         """With the next window on its way, where the shards are remote, while this one is served."""
         if self.index.is_remote and window + 1 < order.num_windows:
             self.read_ahead(order, stream, window + 1)
-        draws = order.draws(stream, window, num_draws(self.config))
+        draws = order.draws(stream, window, count_draws(self.config))
         return OpenWindow(stream, window, samples.places(stream, window), draws)
 
     def read_sample(self, samples: Samples, opened: OpenWindow, served: int) -> Prepared:
@@ -124,7 +124,7 @@ class TrainingStream:
 
     def fill(self, slots: Slots, worker: int, num_workers: int) -> Iterator[tuple[BadSample, ...]]:
         """See data.workers.Work."""
-        mine = streams_of(self.rank, self.world_size, self.config.num_streams)
+        mine = list_streams(self.rank, self.world_size, self.config.num_streams)
         epoch, position = self.state.epoch, self.state.position
         buffer, numbers = scratch(), count()
         while True:
@@ -132,14 +132,14 @@ class TrainingStream:
             samples = self.stand_ins(order, buffer)
             windows: dict[int, OpenWindow] = {}  # by stream
             if self.index.is_remote:
-                rows = rows_of(worker, num_workers, self.local_batch_size, 0)
+                rows = list_rows(worker, num_workers, self.local_batch_size, 0)
                 first = position // self.config.num_streams // order.window
                 for place in range(rows.start // order.per_stream_batch, -(-rows.stop // order.per_stream_batch)):
                     self.read_ahead(order, mine[place], first)  # of all streams, before the first is waited for
             for step in range(position // self.global_batch_size, order.num_steps):
                 number = next(numbers)
                 images, labels = slots.of(number)
-                rows = rows_of(worker, num_workers, self.local_batch_size, number)
+                rows = list_rows(worker, num_workers, self.local_batch_size, number)
                 draws, bad = [], []
                 for row in rows:
                     place, of_stream = divmod(row, order.per_stream_batch)
@@ -162,7 +162,7 @@ class TrainingStream:
     def from_memory(self, device: torch.device) -> Iterator[Batch]:
         """The batches that `fill` makes, from pixels that are decoded once, on `device` where they fit."""
         store = memory.open_store(self.config, self.index, "train", self.image_size, self.channels, device)
-        mine = streams_of(self.rank, self.world_size, self.config.num_streams)
+        mine = list_streams(self.rank, self.world_size, self.config.num_streams)
         epoch, position = self.state.epoch, self.state.position
         while True:
             step = position // self.global_batch_size
@@ -181,12 +181,12 @@ class TrainingLoader:
         self.steps_per_epoch = stream.order(stream.state.epoch).num_steps
         config = stream.config
         self.bad = BadCount(config.max_bad_fraction, self.steps_per_epoch * stream.global_batch_size)
-        streams_of(stream.rank, stream.world_size, config.num_streams)  # refuse early
+        list_streams(stream.rank, stream.world_size, config.num_streams)  # refuse early
         check_window(config, stream.index)
         if config.rand_augment:
             rand_augment(config.rand_augment, stream.image_size, config.mean)  # one import of timm for all workers
 
-    def local_batches(self) -> Iterator[Batch]:
+    def iterate_local_batches(self) -> Iterator[Batch]:
         stream, config = self.stream, self.stream.config
         if config.in_memory:
             return stream.from_memory(self.device)
@@ -196,7 +196,7 @@ class TrainingLoader:
         return start_reading(stream, config, shape, config.num_workers, self.device)
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self.local_batches():
+        for batch in self.iterate_local_batches():
             self.bad.add(batch.bad, self.state.epoch)
             self.bad.missed += batch.missed
             if self.stream.world_size == 1:
@@ -210,7 +210,7 @@ class TrainingLoader:
 def check_window(config: DataConfig, index: Index) -> None:
     """Raises UserError for a shuffled epoch of shards that are read in blocks over the network."""
     for shard in index.splits["train"]:
-        if misfit := window_misfit(config, index.location(shard)):
+        if misfit := find_window_misfit(config, index.location(shard)):
             raise UserError(misfit)
 
 
@@ -227,7 +227,7 @@ def share(spans: Sequence[Span], rank: int, world_size: int) -> list[Span]:
     return mine
 
 
-def evaluation_batches(
+def iterate_evaluation_batches(
     config: DataConfig,
     index: Index,
     split: str,
@@ -267,7 +267,7 @@ def evaluated(
 ) -> Iterator[Batch]:
     if config.in_memory and spans:
         store = memory.open_store(config, index, split, image_size, channels, device)
-        rows = store.row_numbers(spans)
+        rows = store.list_row_numbers(spans)
         yield from (
             store.gather_good_rows(rows[first : first + batch_size]) for first in range(0, len(rows), batch_size)
         )

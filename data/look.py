@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from depthmup.data.errors import UserError
-from depthmup.data.images import BadImage, eight_bits, open_image, refusing_bad_images
+from depthmup.data.images import BadImage, open_image, reduce_to_eight_bits, refusing_bad_images
 from depthmup.data.index import INDEX_NAME, Index, Span
 from depthmup.data.reader import BadSample, read_sample
 from depthmup.data.sources import open_source
@@ -74,7 +74,7 @@ def measure_images(source: str, contents: Iterator[bytes]) -> tuple[list[int], b
     for content in contents:
         try:
             with refusing_bad_images():
-                image = eight_bits(open_image(content))
+                image = reduce_to_eight_bits(open_image(content))
         except BadImage:
             continue  # packing and training count them
         sides.append(min(image.size))

@@ -13,7 +13,7 @@ from depthmup.data.bad import StandIns
 from depthmup.data.batch import Batch, decode_sample, on_device
 from depthmup.data.config import DataConfig
 from depthmup.data.decode import center_crop
-from depthmup.data.distort import distorts, num_draws, training_image
+from depthmup.data.distort import count_draws, distorts, training_image
 from depthmup.data.errors import UserError
 from depthmup.data.index import Index, Shard, Span
 from depthmup.data.order import EpochOrder
@@ -32,7 +32,7 @@ class PixelStore:
     rows: dict[Shard, np.ndarray]
     bad: dict[int, BadSample]  # by row; their pixels are black
 
-    def row_numbers(self, spans: Sequence[Span]) -> np.ndarray:
+    def list_row_numbers(self, spans: Sequence[Span]) -> np.ndarray:
         """Rows of all samples of `spans`, one span after the other."""
         return np.concatenate([self.rows[s.shard][s.first : s.first + s.samples] for s in spans])
 
@@ -117,8 +117,8 @@ def training_steps(
     store: PixelStore, config: DataConfig, order: EpochOrder, streams: Sequence[int], first_step: int, image_size: int
 ) -> Iterator[Batch]:
     """The batches of one epoch from `first_step` on, for the rank that serves `streams`."""
-    ring = store.row_numbers(order.spans)
-    count = num_draws(config)
+    ring = store.list_row_numbers(order.spans)
+    count = count_draws(config)
     step_length = order.per_stream_batch
     rows = np.empty((len(streams), 0), np.int64)  # samples in the order served that no batch has taken yet
     draws = np.empty((len(streams), 0, count))
@@ -127,7 +127,7 @@ def training_steps(
     skip = position % order.window
 
     def in_order(stream: int, window: int) -> list[int]:
-        return ring[order.ring_places(stream, window)].tolist()
+        return ring[order.compute_ring_places(stream, window)].tolist()
 
     samples = StandIns(order, in_order, store.good, config.max_bad_fraction)
     for window in range(position // order.window, order.num_windows):

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from depthmup.data.augment import crop_flip, prepare, random_box
+from depthmup.data.augment import crop_flip, draw_box, prepare
 from depthmup.data.batch import Batch, on_device
 from depthmup.data.config import OTHER_DECODER
 from depthmup.data.decode import center_box, decode_pil, from_array
@@ -73,7 +73,7 @@ def cut(image: Jpeg | Tensor, recipe: str, size: int, draws: np.ndarray) -> Jpeg
         return prepare(image, recipe, size, draws, "nvjpeg")
     height, width = image.box[2:]
     is_random = recipe == "resized_crop_flip"
-    return replace(image, box=random_box(height, width, draws[1:]) if is_random else center_box(height, width))
+    return replace(image, box=draw_box(height, width, draws[1:]) if is_random else center_box(height, width))
 
 
 class JpegSlots(Slots):
@@ -228,7 +228,7 @@ class Decoder:
         return images, len(rows) - sum(picture is not None for picture in decoded)
 
 
-def decoded_batches(
+def decode_batches(
     work: Work, shape: tuple[int, int, int, int], num_workers: int, device: torch.device, augment: str | None
 ) -> Iterator[Batch]:
     """As data.workers.batches, of files. Batch n is decoded while n - 1 is in use, for which there is one slot more."""

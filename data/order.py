@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from depthmup.data.config import streams_misfit
+from depthmup.data.config import find_stream_misfit
 from depthmup.data.errors import UserError
 from depthmup.data.index import Span
 from depthmup.data.keys import random_generator
@@ -46,7 +46,7 @@ class EpochOrder:
         window: int | Literal["epoch"],
     ) -> None:
         """Raises UserError when `num_streams` does not divide the batch or the data holds less than one batch."""
-        if misfit := streams_misfit(num_streams, global_batch_size):
+        if misfit := find_stream_misfit(num_streams, global_batch_size):
             raise UserError(misfit)
         self.seed, self.epoch, self.num_streams = seed, epoch, num_streams
         self.shuffles_epoch, self.window = window == "epoch", SERVED_TOGETHER if window == "epoch" else window
@@ -109,7 +109,7 @@ class EpochOrder:
         first, last = self.window_bounds(window)
         return random_generator("window", self.seed, self.epoch, stream, window).permutation(last - first)
 
-    def ring_places(self, stream: int, window: int) -> np.ndarray:
+    def compute_ring_places(self, stream: int, window: int) -> np.ndarray:
         """Where in the ring a window's samples stand, in the order served: int64 of the window's length."""
         first, last = self.window_bounds(window)
         places = (self.stream_start(stream) + np.arange(first, last)) % self.total
@@ -121,7 +121,7 @@ class EpochOrder:
 
     def samples(self, stream: int, window: int) -> list[tuple[Span, int]]:
         """A window's samples in the order served, each as a span and its number in it."""
-        places = self.ring_places(stream, window)
+        places = self.compute_ring_places(stream, window)
         numbers = np.searchsorted(self.ends, places, side="right")
         spans = [self.spans[number] for number in numbers]
         return [
@@ -149,14 +149,14 @@ def places(rank: int, world_size: int, num_streams: int, global_batch_size: int)
     return (np.arange(global_batch_size // num_streams) * num_streams + streams[:, None]).ravel()
 
 
-def streams_of(rank: int, world_size: int, num_streams: int) -> list[int]:
+def list_streams(rank: int, world_size: int, num_streams: int) -> list[int]:
     """The streams that one rank serves. Raises UserError when they do not divide evenly."""
     if num_streams % world_size:
         raise UserError(f"data.num_streams {num_streams} must be a multiple of the {world_size} processes")
     return list(range(rank, num_streams, world_size))
 
 
-def rows_of(worker: int, num_workers: int, num_rows: int, number: int) -> range:
+def list_rows(worker: int, num_workers: int, num_rows: int, number: int) -> range:
     """The rows of batch `number` that one worker of a rank fills: for any number of workers, each row once, in parts
     that differ by one at most. Rows of a stream stand together, so a worker stays with few streams. Which of the
     workers have one row more moves on with `number`, so that over `num_workers` batches all do the same."""

@@ -167,7 +167,7 @@ def claim_folder(out: Path) -> Iterator[None]:
                 out.rmdir()
 
 
-def archive_stamp(source: str) -> list[int] | None:
+def read_archive_stamp(source: str) -> list[int] | None:
     """Bytes and time of change of a source that is one file. While both stay, it need not be unpacked again."""
     if not os.path.isfile(source):
         return None
@@ -261,7 +261,7 @@ def pack(
         "quality": resize and quality,
         "seed": seed,
     }
-    stamp, done = archive_stamp(source), out / INDEX_NAME
+    stamp, done = read_archive_stamp(source), out / INDEX_NAME
     with claim_folder(out):
         recorded = read_plan(out)
         same = recorded and (recorded["archive"], recorded["options"]) == (stamp, options)

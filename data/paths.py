@@ -21,7 +21,7 @@ def home() -> Path | None:
         return None
 
 
-def home_of(user: str) -> str:
+def find_home(user: str) -> str:
     """Raises ValueError for one that is not known."""
     if not user:
         if own := home():
@@ -49,7 +49,7 @@ def expand(text: str) -> str:
 
     if text.startswith("~"):
         user, slash, rest = text[1:].partition("/")
-        return home_of(user) + slash + VARIABLE.sub(value, rest)
+        return find_home(user) + slash + VARIABLE.sub(value, rest)
     return VARIABLE.sub(value, text)
 
 

@@ -29,7 +29,7 @@ class RawSample:
     label: int
 
 
-def only_ascii(name: str) -> str:
+def replace_non_ascii(name: str) -> str:
     """`name` with ? for all other characters, as the header after a pax record (which has the name) may hold it."""
     return re.sub(r"[^\x00-\x7f]", "?", name)
 
@@ -43,8 +43,10 @@ def read_sample(index: Index, span: Span, number: int) -> RawSample:
     content = storage.read_range(index.location(shard), shard.sha256, shard.size, offset - TAR_BLOCK, size + TAR_BLOCK)
     try:
         header = tarfile.TarInfo.frombuf(content[:TAR_BLOCK], "utf-8", "surrogateescape")
-        indexed = only_ascii(members.names[row].decode("utf-8", "surrogateescape"))
-        named = indexed.startswith(only_ascii(header.name).rstrip("?"))  # a long name is cut, maybe inside a character
+        indexed = replace_non_ascii(members.names[row].decode("utf-8", "surrogateescape"))
+        named = indexed.startswith(
+            replace_non_ascii(header.name).rstrip("?")
+        )  # a long name is cut, maybe inside a character
         agrees = named and header.size == size and len(content) == size + TAR_BLOCK
     except tarfile.HeaderError:
         agrees = False

@@ -51,7 +51,9 @@ def process_pool(processes: int) -> Iterator[ProcessPoolExecutor]:
             raise
 
 
-def parallel_map(function: Callable[..., Result], processes: int | None, *arguments: Sequence[Any]) -> Iterator[Result]:
+def map_in_processes(
+    function: Callable[..., Result], processes: int | None, *arguments: Sequence[Any]
+) -> Iterator[Result]:
     """`map` in order, over `processes` processes (as many as cores are free to use), or here when one is enough."""
     processes = min(processes or len(os.sched_getaffinity(0)), len(arguments[0]))
     if processes <= 1:
@@ -61,7 +63,7 @@ def parallel_map(function: Callable[..., Result], processes: int | None, *argume
         yield from pool.map(function, *arguments)
 
 
-def same_index(index: Index, splits: Mapping[str, str], classes: tuple[str, ...], first_label: int) -> Index:
+def reuse_index(index: Index, splits: Mapping[str, str], classes: tuple[str, ...], first_label: int) -> Index:
     """`index`, when it is of these shards in these splits, and classes (or none are given).
 
     Raises UserError otherwise.
@@ -90,7 +92,7 @@ def check_writable(folder: Path, found: FoundShards) -> None:
         )
 
 
-def first_unlabelled(root: str, shards: Sequence[Shard]) -> str:
+def find_first_unlabelled(root: str, shards: Sequence[Shard]) -> str:
     """'0000.png of train-0.tar', the first sample without a label; there must be one."""
     for shard in shards:
         members = load_members(root, shard)
@@ -175,14 +177,14 @@ def index_shards(
         say(line)
     if (folder / INDEX_NAME).exists():
         splits = dict(zip(found.names, found.splits, strict=True))
-        return same_index(Index.load(folder), splits, tuple(classes), first_label)
+        return reuse_index(Index.load(folder), splits, tuple(classes), first_label)
     check_writable(folder, found)
     load_members.cache_clear()  # of an index that was here before
     folder.mkdir(parents=True, exist_ok=True)
     shards = []
     num_shards = len(found.names)
     arguments = (found.locations, found.names, [folder] * num_shards, [first_label] * num_shards)
-    for shard in parallel_map(scan_and_save, processes, *arguments):
+    for shard in map_in_processes(scan_and_save, processes, *arguments):
         shards.append(shard)
         progress(len(shards), num_shards)
     labels = np.concatenate([load_members(str(folder), shard).labels for shard in shards])
@@ -194,7 +196,7 @@ def index_shards(
     if unlabelled := int((labels == NO_LABEL).sum()):
         say(
             f"{unlabelled} of {counted(len(labels), 'sample')} without a label (a whole number in a member .cls), the "
-            f"first {first_unlabelled(str(folder), shards)}: training counts them as bad (data.max_bad_fraction)"
+            f"first {find_first_unlabelled(str(folder), shards)}: training counts them as bad (data.max_bad_fraction)"
         )
     if not classes and len(known := labels[labels != NO_LABEL]) and known.min() > 0:
         lowest = int(known.min()) + first_label

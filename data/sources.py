@@ -19,17 +19,17 @@ from PIL import Image
 
 from depthmup.data.errors import UserError
 from depthmup.data.files import describe_full_disk, naming
-from depthmup.data.find import find_shards, tars_of_folder
+from depthmup.data.find import find_shards, find_tars_of_splits
 from depthmup.data.index import INDEX_NAME, NO_LABEL, Index, counted
 from depthmup.data.layout import SourceImage, place_images
-from depthmup.data.scan import parallel_map
+from depthmup.data.scan import map_in_processes
 from depthmup.data.tar_samples import (
     IMAGE_EXTENSIONS,
     MAKE_ANEW,
     HashingReader,
-    archive_kind,
     check_end,
     describe_other_file,
+    detect_archive_kind,
     is_image,
     scan,
 )
@@ -60,7 +60,7 @@ class Source:
         return [*self.notes, *(f"{counted(count, 'file')} left out: {reason}" for reason, count in counts)]
 
 
-def not_an_image(path: str) -> str:
+def explain_no_image(path: str) -> str:
     """Why a file is left out that is_image does not take."""
     return f"{PurePosixPath(path).suffix.lower() or 'no extension'}, where {', '.join(IMAGE_EXTENSIONS)} are packed"
 
@@ -70,7 +70,7 @@ def printable(path: str) -> str:
     return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def folder_images(root: str, left_out: Counter[str]) -> Iterator[SourceImage]:
+def read_folder_images(root: str, left_out: Counter[str]) -> Iterator[SourceImage]:
     """The images of a tree; links are followed, but not back to a folder above them. Counts what it leaves out."""
 
     def walk(folder: str, above: tuple[str, ...]) -> Iterator[SourceImage]:
@@ -82,7 +82,7 @@ def folder_images(root: str, left_out: Counter[str]) -> Iterator[SourceImage]:
             if entry.is_dir():
                 yield from walk(entry.path, (*above, real))
             elif not is_image(entry.name):
-                left_out[not_an_image(entry.name)] += 1
+                left_out[explain_no_image(entry.name)] += 1
             elif not entry.is_file():
                 left_out[f"{printable(entry.path)}, a broken link or no plain file"] += 1
             else:
@@ -92,7 +92,7 @@ def folder_images(root: str, left_out: Counter[str]) -> Iterator[SourceImage]:
     return walk(root, ())
 
 
-def tar_images(path: Path, left_out: Counter[str]) -> Iterator[SourceImage]:
+def read_tar_images(path: Path, left_out: Counter[str]) -> Iterator[SourceImage]:
     """The images of an uncompressed tar. Counts what it leaves out. Raises tarfile.TarError when it is not whole."""
     with tarfile.open(path, "r:") as archive:
         for member in archive:
@@ -101,7 +101,7 @@ def tar_images(path: Path, left_out: Counter[str]) -> Iterator[SourceImage]:
             if member.isreg() and is_image(member.name):
                 yield SourceImage(printable(member.name), "", None, member.size, str(path), member.offset_data)
             elif not member.isdir():
-                left_out[not_an_image(member.name) if member.isreg() else "links and the like in the tar"] += 1
+                left_out[explain_no_image(member.name) if member.isreg() else "links and the like in the tar"] += 1
         end = archive.offset
     with open(path, "rb") as file:
         file.seek(end)
@@ -119,7 +119,7 @@ def unpack(path: Path, folder: Path) -> Path:
         start = file.read(32)
     if other := describe_other_file(start):
         raise UserError(f"{path}: {other}")
-    if (kind := archive_kind(start)) is None:
+    if (kind := detect_archive_kind(start)) is None:
         return path
     if kind not in COMPRESSED:
         raise UserError(f"{path}: a {kind} archive: unpack it into a folder, and pack that folder")
@@ -130,7 +130,7 @@ def unpack(path: Path, folder: Path) -> Path:
     return unpacked
 
 
-def digits_images() -> Iterator[SourceImage]:
+def read_digits_images() -> Iterator[SourceImage]:
     """scikit-learn's 1,797 handwritten digits, 8x8, 16 grey levels, as PNG files (UCI optical digits, test part)."""
     try:
         from sklearn.datasets import load_digits
@@ -144,10 +144,10 @@ def digits_images() -> Iterator[SourceImage]:
         yield SourceImage(f"{label}/{number:04d}.png", "", None, len(png), content=png)
 
 
-PACKAGED = {"sklearn:digits": digits_images}
+PACKAGED = {"sklearn:digits": read_digits_images}
 
 
-def shards_as_source(source: str, train: Sequence[str], val: Sequence[str], processes: int | None) -> Source:
+def open_shards_as_source(source: str, train: Sequence[str], val: Sequence[str], processes: int | None) -> Source:
     """The labelled images of a folder of WebDataset shards, which are packed to be shuffled. Their labels stay.
 
     Raises UserError as data.find.find_shards and data.tar_samples.scan do, and where there are no labels.
@@ -156,7 +156,7 @@ def shards_as_source(source: str, train: Sequence[str], val: Sequence[str], proc
     indexed = Index.load(source) if (Path(source) / INDEX_NAME).exists() else None
     first_label = [indexed.first_label if indexed else 0] * len(found.names)
     images, left_out, highest = [], Counter[str](), NO_LABEL
-    of_shards = parallel_map(scan, processes, found.locations, first_label)
+    of_shards = map_in_processes(scan, processes, found.locations, first_label)
     for location, split, scanned in zip(found.locations, found.splits, of_shards, strict=True):
         members = scanned.members
         highest = max(highest, int(members.labels.max()))
@@ -218,11 +218,11 @@ def open_source(
         if source in PACKAGED:
             found = list(PACKAGED[source]())
         elif path.is_dir():
-            found = list(folder_images(source, left_out))
-            if not found and tars_of_folder(path, everywhere=bool(train or val))[0]:
-                return shards_as_source(source, train, val, processes)
+            found = list(read_folder_images(source, left_out))
+            if not found and find_tars_of_splits(path, everywhere=bool(train or val))[0]:
+                return open_shards_as_source(source, train, val, processes)
         elif path.is_file():
-            found = list(tar_images(unpack(path, scratch), left_out))
+            found = list(read_tar_images(unpack(path, scratch), left_out))
         else:
             raise UserError(f"{source}: no such folder or tar (packaged sources: {', '.join(PACKAGED)})")
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:

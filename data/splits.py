@@ -86,7 +86,7 @@ def matches(path: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns for name in (path, *PurePosixPath(path).parts))
 
 
-def stated_splits(paths: Collection[str], train: Sequence[str], val: Sequence[str]) -> dict[str, str | None]:
+def assign_stated_splits(paths: Collection[str], train: Sequence[str], val: Sequence[str]) -> dict[str, str | None]:
     """The split of each path by patterns; with those of val alone, all others are train. None: in no split.
 
     Raises UserError for a pattern that no path matches, and for a path that those of both splits match.
@@ -108,17 +108,17 @@ def listed(names: Sequence[str], most: int = 6) -> str:
     return ", ".join(names if len(names) <= most else [*names[: most - 1], f"and {len(names) - most + 1} more"])
 
 
-def validation_word(words: Collection[str | None]) -> str | None:
+def choose_validation_word(words: Collection[str | None]) -> str | None:
     """The word that names the split val: test where there is no better, and never two of them together."""
     return next((word for word in VALIDATION if word in words), None)
 
 
-def splits_by_word(words: Mapping[str, str | None]) -> tuple[dict[str, str | None], Counter[str]]:
+def assign_splits_by_word(words: Mapping[str, str | None]) -> tuple[dict[str, str | None], Counter[str]]:
     """The split (None: in none) of each path whose word is given; and how many are in none, by reason.
 
     Without a word for training anywhere, all that have no word are train.
     """
-    validation = validation_word(words.values())
+    validation = choose_validation_word(words.values())
     meaning: dict[str | None, str] = {"train": "train"}
     if validation:
         meaning[validation] = "val"

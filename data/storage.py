@@ -65,7 +65,7 @@ def http_status(error: BaseException | None) -> int | None:
     return getattr(error, "status", None)
 
 
-def asked_wait(error: BaseException) -> float:
+def read_asked_wait(error: BaseException) -> float:
     """Seconds that a server asks for before the next try (Retry-After, as a number), at most LONGEST_WAIT."""
     asked = (getattr(error, "headers", None) or {}).get("Retry-After", "")
     return min(float(asked), LONGEST_WAIT) if asked.isdigit() else 0.0
@@ -82,7 +82,7 @@ def retry(url: str, attempt: Callable[[], Result]) -> Result:
             raise UserError(f"{url}: no permission ({error})") from None
         except Exception as error:  # each backend has its own family of network errors
             reason = " ".join(f"{type(error).__name__} {error}".split())
-            status, wait = http_status(error), asked_wait(error)
+            status, wait = http_status(error), read_asked_wait(error)
         if status in (401, 403):
             raise UserError(f"{url}: no permission (the server answered {status})")
         if number + 1 < TRIES:
@@ -90,7 +90,7 @@ def retry(url: str, attempt: Callable[[], Result]) -> Result:
     raise UserError(f"{url}: {TRIES} tries failed, the last with {reason}")
 
 
-def timeout_of(system: Any) -> dict[str, float]:
+def build_timeout(system: Any) -> dict[str, float]:
     """The argument that limits one call of a file system: fsspec's own, which those that are not async lack."""
     return {"timeout": environment.timeout} if system.async_impl else {}
 
@@ -98,7 +98,7 @@ def timeout_of(system: Any) -> dict[str, float]:
 def request(url: str, **arguments: int) -> bytes:
     """One request for a file, or for the range [start, end) of it."""
     system, path = file_system(url)
-    return system.cat_file(path, **arguments, **timeout_of(system))
+    return system.cat_file(path, **arguments, **build_timeout(system))
 
 
 def fetch(url: str, start: int, stop: int) -> bytes:
@@ -119,7 +119,7 @@ def remote_size(url: str) -> int:
     def attempt() -> int:
         system, path = file_system(url)
         try:
-            size = system.info(path, **timeout_of(system))["size"]
+            size = system.info(path, **build_timeout(system))["size"]
         except FileNotFoundError as error:  # fsspec's HTTP raises it from whatever went wrong
             if url.startswith("http") and http_status(error.__cause__) not in (404, 410):
                 raise error.__cause__ or OSError(f"{error}") from None
@@ -234,12 +234,12 @@ def is_caching() -> bool:
     return cache_is_safe(environment.cache) and time.monotonic() >= cache_use.paused_until
 
 
-def bounds_of(number: int, file_size: int) -> tuple[int, int]:
+def find_block_bounds(number: int, file_size: int) -> tuple[int, int]:
     """First and last (exclusive) byte of a block."""
     return number * BLOCK, min((number + 1) * BLOCK, file_size)
 
 
-def cached_file(url: str, version: str, first: int, end: int) -> Path:
+def locate_cached_file(url: str, version: str, first: int, end: int) -> Path:
     """With the user in the name, since users who share a folder may not replace each other's files."""
     return environment.cache / hashlib.sha256(f"{url} {version} {first} {end} {os.getuid()}".encode()).hexdigest()[:40]
 
@@ -257,10 +257,10 @@ def fetch_ahead(url: str, first: int, end: int, cached: Path) -> bytes | None:
 
 def read_block(url: str, version: str, number: int, file_size: int, start: int, stop: int) -> bytes:
     """Bytes [start, stop), counted from the block's first, of block `number` of a remote file of `file_size` bytes."""
-    first, end = bounds_of(number, file_size)
+    first, end = find_block_bounds(number, file_size)
     if not cache_is_safe(environment.cache):
         return fetch(url, first + start, first + stop)
-    cached = cached_file(url, version, first, end)
+    cached = locate_cached_file(url, version, first, end)
     if (block := ahead().result(cached.name)) is not None:  # asked first: what is done lies in the cache
         return block[start:stop]
     content = read_cached(cached, end - first, start, stop)
@@ -312,7 +312,7 @@ def prefetch(location: str, version: str, file_size: int, offset: int, size: int
         os.posix_fadvise(open_local(location, version).fileno(), offset, size, os.POSIX_FADV_WILLNEED)
     elif is_caching():
         for number in range(offset // BLOCK, -(-min(offset + size, file_size) // BLOCK)):
-            first, end = bounds_of(number, file_size)
-            cached = cached_file(location, version, first, end)
+            first, end = find_block_bounds(number, file_size)
+            cached = locate_cached_file(location, version, first, end)
             if not cached.exists():
                 ahead().ask(cached.name, partial(fetch_ahead, location, first, end, cached))

@@ -43,7 +43,7 @@ def is_image(path: str) -> bool:
     return PurePosixPath(path).suffix.lower().lstrip(".") in IMAGE_EXTENSIONS
 
 
-def archive_kind(start: bytes) -> str | None:
+def detect_archive_kind(start: bytes) -> str | None:
     """What a file that begins so is packed by; None for a plain tar and all else."""
     return next((kind for magic, kind in ARCHIVES.items() if start.startswith(magic)), None)
 
@@ -112,7 +112,7 @@ def is_stray(name: str) -> bool:
     return any(map(is_hidden, PurePosixPath(name).parts))
 
 
-def members_of(file: HashingReader, location: str) -> Iterator[dict[str, Any]]:
+def read_members(file: HashingReader, location: str) -> Iterator[dict[str, Any]]:
     """webdataset's file samples, with (name, offset, size, content) for data; only labels have their content read.
 
     Raises tarfile.TarError for what is no whole tar of plain files, each with a name of its own.
@@ -161,7 +161,7 @@ def describe_no_samples(location: str, imageless: Mapping[str, Sequence[str]], k
     if dotted := next((name for name in names if is_image(name)), None):
         return UserError(
             f"{location}: {dotted}: WebDataset takes all that follows the first dot of a file's name for its kind. "
-            f"Write the tar anew with names such as {without_dots(dotted)}, and the label's likewise"
+            f"Write the tar anew with names such as {replace_dots(dotted)}, and the label's likewise"
         )
     key = next(iter(imageless))
     return UserError(
@@ -170,7 +170,7 @@ def describe_no_samples(location: str, imageless: Mapping[str, Sequence[str]], k
     )
 
 
-def without_dots(name: str) -> str:
+def replace_dots(name: str) -> str:
     """a/b.c.jpg -> a/b_c.jpg"""
     path = PurePosixPath(name)
     return str(path.with_name(path.stem.replace(".", "_") + path.suffix))
@@ -197,7 +197,7 @@ def scan(location: str, first_label: int = 0) -> Scanned:
     try:
         with open_stream(location) as stream:
             file = HashingReader(stream)
-            for sample in webdataset.tariterators.group_by_keys(members_of(file, location)):
+            for sample in webdataset.tariterators.group_by_keys(read_members(file, location)):
                 image = next((sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample), None)
                 if image is None:
                     imageless[sample["__key__"]] = [data[0] for key, data in sample.items() if key[:2] != "__"]
@@ -211,7 +211,7 @@ def scan(location: str, first_label: int = 0) -> Scanned:
     except FileNotFoundError:
         raise UserError(f"{location}: no such file") from None
     except (OSError, ValueError, tarfile.TarError) as error:
-        if kind := archive_kind(file.start):
+        if kind := detect_archive_kind(file.start):
             raise UserError(
                 f"{location}: compressed or archived by {kind}, but samples are read by their place in a plain tar: "
                 "unpack it to a .tar first"
@@ -231,7 +231,7 @@ def scan(location: str, first_label: int = 0) -> Scanned:
 def describe_first_sample(location: str) -> str:
     """'the first sample, 0000, has .png and .json alone', or what its .cls holds."""
     with open_stream(location) as stream:
-        sample = next(webdataset.tariterators.group_by_keys(members_of(HashingReader(stream), location)))
+        sample = next(webdataset.tariterators.group_by_keys(read_members(HashingReader(stream), location)))
     kinds = " and ".join(f".{key}" for key in sample if key[:2] != "__")
     label = repr(sample["cls"][3].decode(errors="backslashreplace")) if "cls" in sample else ""
     return f"the first sample, {sample['__key__']}, has {f'{label} there' if label else f'{kinds} alone'}"

@@ -26,7 +26,7 @@ from depthmup.data.errors import UserError
 from depthmup.data.index import NO_LABEL
 from depthmup.data.reader import BadSample
 
-warnings.filterwarnings("ignore", "This DataLoader will create")  # too_few_cpus says it once, and what to do
+warnings.filterwarnings("ignore", "This DataLoader will create")  # describe_too_few_cpus says it once, and what to do
 
 SHARED_MEMORY = Path("/dev/shm")
 PREFETCHED = 2  # batches that workers make ready ahead
@@ -54,7 +54,7 @@ def shared(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(mmap.mmap(-1, max(count * dtype.itemsize, 1)), dtype=dtype, count=count).view(shape)
 
 
-def too_few_cpus(num_workers: int) -> str | None:
+def describe_too_few_cpus(num_workers: int) -> str | None:
     """What to do where the workers have fewer CPUs than they are, and so are slow for no reason that anyone sees; None
     where they have enough."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -90,14 +90,14 @@ def explained_deaths() -> Iterator[None]:
         if "DataLoader worker" not in chain:
             raise
         signalled = KILLED_BY.search(chain)
-        number = strsignals().get(signalled[1]) if signalled else signal.SIGKILL
+        number = map_signal_words().get(signalled[1]) if signalled else signal.SIGKILL
         if number not in CURES:
             raise
         how = f"was killed ({number.name})" if signalled else "ended without a word"
         raise UserError(f"a data worker {how}: {CURES[number]}") from error
 
 
-def strsignals() -> dict[str | None, signal.Signals]:
+def map_signal_words() -> dict[str | None, signal.Signals]:
     """Signals by the words that the C library has for them."""
     return {signal.strsignal(number): number for number in signal.Signals}
 

@@ -15,7 +15,7 @@ from typing import Any, get_args, get_type_hints
 from pydantic import TypeAdapter
 
 from depthmup.launch.config import StudyFile
-from depthmup.launch.report.page import markdown_table
+from depthmup.launch.report.page import format_markdown_table
 from depthmup.models import parameterization
 from depthmup.models.config import AnyModelConfig, ModelConfig
 from depthmup.models.optimizer_config import RoleRates
@@ -166,7 +166,7 @@ def key_rows(prefix: str, owner: type, definitions: dict[str, Schema], elsewhere
 def section(title: str, owner: type | None, rows: list[dict[str, str]]) -> list[str]:
     escaped = [{column: cell.replace("|", "\\|") for column, cell in row.items()} for row in rows]
     introduction = [entries(owner)[0], ""] if owner else []
-    return [f"## {title}", "", *introduction, *markdown_table(escaped), ""]
+    return [f"## {title}", "", *introduction, *format_markdown_table(escaped), ""]
 
 
 def keys() -> str:
@@ -248,7 +248,12 @@ def rules() -> str:
     presets = [{key: str(value) for key, value in vars(preset).items()} for preset in parameterization.PRESETS.values()]
     notes = inspect.getdoc(parameterization) or ""
     sources = notes[notes.index("Sources:") :]
-    tables = [markdown_table(cells), markdown_table(roles), markdown_table(multipliers), markdown_table(presets)]
+    tables = [
+        format_markdown_table(cells),
+        format_markdown_table(roles),
+        format_markdown_table(multipliers),
+        format_markdown_table(presets),
+    ]
     titles = ["Factors", "Roles", "Forward multipliers", "Presets"]
     text = [part for title, table in zip(titles, tables, strict=True) for part in (f"## {title}", "", *table, "")]
     return "\n".join([*text, "## Sources", "", link_papers(sources)])

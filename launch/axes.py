@@ -11,7 +11,7 @@ MODEL_AXES = ("width", "depth", "num_experts")  # keys of model
 AXES = (*MODEL_AXES, *TRAINING_AXES)
 
 
-def axes_misfit(
+def find_axes_misfit(
     varied: Mapping[str, set[int]],
     base: RunConfig,
     parameterizations: Sequence[ParameterizationConfig],
@@ -38,7 +38,7 @@ def axes_misfit(
     return None
 
 
-def ladder_misfit(
+def find_ladder_misfit(
     horizons: set[int], base: RunConfig, parameterizations: Sequence[ParameterizationConfig], hyperparameter: str
 ) -> str | None:
     """Why runs of these `horizons` (samples) cannot share a trunk, and what to do."""

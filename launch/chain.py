@@ -49,25 +49,25 @@ def show_report(study: Study, console: Console, out: Path | None = None) -> "Rep
     from depthmup.launch.report.collect import collect
     from depthmup.launch.report.page import write_report
     from depthmup.launch.report.place import open_results
-    from depthmup.launch.report.record import page_record
+    from depthmup.launch.report.record import make_page_record
     from depthmup.launch.report.tables import print_report
 
     report = collect(study)
     if not report.results:
         raise UserError(f"no run of {study.path} is finished: start them with {study.command('transfer')}")
-    record = page_record(report)
+    record = make_page_record(report)
     print_report(record, console)  # first: the folder may be another user's
     with open_results(study, out) as root:
         write_report(report, record, root)
     console.print(f"Report: {root / 'report.html'} (also .csv and .json)", highlight=False)
     track = study.file.track
     if track.wandb != "off" or track.tensorboard:
-        from depthmup.launch.report.tracked import track_study  # torch, for TensorBoard, which takes seconds
+        from depthmup.launch.report.tracked import log_study  # torch, for TensorBoard, which takes seconds
 
         def warn(text: str) -> None:
             console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-        track_study(track, record, root, warn)
+        log_study(track, record, root, warn)
     return report
 
 
@@ -99,12 +99,12 @@ def write_what_is_there(study: Study, out: Path | None = None, reload_seconds: i
     from depthmup.launch.report.collect import collect
     from depthmup.launch.report.page import write_report
     from depthmup.launch.report.place import open_results
-    from depthmup.launch.report.record import page_record
+    from depthmup.launch.report.record import make_page_record
 
     report = collect(study)
     if report.results:
         with open_results(study, out) as root:
-            write_report(report, page_record(report), root, reload_seconds)
+            write_report(report, make_page_record(report), root, reload_seconds)
     return bool(report.results)
 
 
@@ -187,7 +187,7 @@ def write_scaled(
     console.print(f"Written: {path}. Start it with: {command('launch', path)}", highlight=False, soft_wrap=True)
 
 
-def target_studies(study: Study, targets: Sequence[Path], console: Console) -> list[Study]:
+def make_target_studies(study: Study, targets: Sequence[Path], console: Console) -> list[Study]:
     """The run over each of `targets` with the study's hyperparameters, as a study of one run."""
     paths = study.target_files(targets)
     for path, target in zip(paths, targets, strict=True):
@@ -225,7 +225,7 @@ def transfer(study: Study, targets: Sequence[Path], console: Console) -> None:
     now = read_last_command(study.file.directory)
     if now != before and now[0] == "cancel":
         raise UserError("cancelled before the target began: the same command continues")
-    for large in target_studies(study, targets, console):
+    for large in make_target_studies(study, targets, console):
         if large.pending():
             finish_study(large, console, begun=True)
     report_target(study, console)
@@ -233,10 +233,10 @@ def transfer(study: Study, targets: Sequence[Path], console: Console) -> None:
 
 def report_target(study: Study, console: Console) -> None:
     """Writes the report again, now with the target's line, and prints that."""
-    from depthmup.launch.report.collect import target_line
+    from depthmup.launch.report.collect import describe_targets
 
     write_what_is_there(study)
-    console.print(f"{target_line(study)} Report: {study.file.directory / 'report.html'}", highlight=False)
+    console.print(f"{describe_targets(study)} Report: {study.file.directory / 'report.html'}", highlight=False)
 
 
 # ---------------------------------------------------------------- without waiting
@@ -264,7 +264,7 @@ def advance_study(
         if not targets:
             say_next_step(report, console)
             return
-        current = [large for large in target_studies(study, targets, console) if large.pending()]
+        current = [large for large in make_target_studies(study, targets, console) if large.pending()]
         if not current:
             report_target(study, console)
             return

@@ -13,7 +13,7 @@ from rich.console import Console
 from depthmup.data.errors import UserError
 from depthmup.data.files import refuse_locked, write_atomically
 from depthmup.data.paths import expand_path
-from depthmup.launch.findings.theory import activation_of, drift_sentence, not_covered
+from depthmup.launch.findings.theory import describe_drift, explain_not_covered, find_activation
 from depthmup.launch.progress import display
 from depthmup.launch.reading import read_raw
 from depthmup.models.build import build_meta
@@ -202,9 +202,9 @@ def run_check(
     for one in axes:
         console.print("\n".join(table(one, [line for line in lines if line.axis == one])), "", highlight=False)
     console.print(title, verdict(lines, seeds), sep="\n", highlight=False)
-    if not not_covered(run):
+    if not explain_not_covered(run):
         depths = [factor * run.model.base_depth for factor in settings.factors]
-        if sentence := drift_sentence(p, run.model.base_size, depths, activation_of(run)):
+        if sentence := describe_drift(p, run.model.base_size, depths, find_activation(run)):
             console.print(sentence, highlight=False)
     base = replace(run.model, width=run.model.base_width, depth=run.model.base_depth)
     if advice := hint(lines, lambda: len(build_meta(base, p).blocks), p):

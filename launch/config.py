@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from depthmup.data.config import NOT_IDENTITY, PathText, Positive, Whole
 from depthmup.data.paths import expand_all_read, expand_read, protect
-from depthmup.launch.axes import AXES, TRAINING_AXES, axes_misfit, ladder_misfit
+from depthmup.launch.axes import AXES, TRAINING_AXES, find_axes_misfit, find_ladder_misfit
 from depthmup.launch.joint_config import TuneConfig, VerifyConfig
 from depthmup.launch.values import Octaves, Seeds, Values, ascending, listed
 from depthmup.models.checked import STRICT
@@ -263,8 +263,8 @@ class StudyFile(RunConfig):
         training = [axis for axis in self.optional_axes if axis in TRAINING_AXES]
         varied = {axis: {getattr(size, axis) for size in sizes} for axis in training}
         compared = self.study.parameterizations, self.study.hyperparameter
-        misfit = self.study.ladder and ladder_misfit(varied.get("samples", set()), self, *compared)
-        if misfit := misfit or axes_misfit(varied, self, *compared):
+        misfit = self.study.ladder and find_ladder_misfit(varied.get("samples", set()), self, *compared)
+        if misfit := misfit or find_axes_misfit(varied, self, *compared):
             raise ValueError(misfit)
 
     @property

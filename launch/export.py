@@ -8,7 +8,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from depthmup.data.config import per_channel
+from depthmup.data.config import expand_per_channel
 from depthmup.data.errors import UserError
 from depthmup.data.files import write_atomically
 from depthmup.models.build import build_meta
@@ -57,7 +57,7 @@ class PlainNetwork:
             call = f"timm.create_model({f'local-dir:{out}'!r}, pretrained=True)"
         else:
             given = "".join(f", {key}={value!r}" for key, value in self.arguments.items())
-            call = f"timm.create_model({self.name!r}, checkpoint_path={str(weights_file(out))!r}{given})"
+            call = f"timm.create_model({self.name!r}, checkpoint_path={str(locate_weights_file(out))!r}{given})"
         return (
             "import depthmup.models.timm_registry  # first: registers names, mends timm's import beside a CPU torch\n"
             "import timm\n\n"
@@ -82,11 +82,13 @@ def is_folder(out: Path) -> bool:
     return out.is_dir() or not out.suffix
 
 
-def weights_file(out: Path) -> Path:
+def locate_weights_file(out: Path) -> Path:
     return out / "model.safetensors" if is_folder(out) else out
 
 
-def hugging_face_config(config: RunConfig, name: str, arguments: dict[str, Any], num_features: int) -> dict[str, Any]:
+def make_hugging_face_config(
+    config: RunConfig, name: str, arguments: dict[str, Any], num_features: int
+) -> dict[str, Any]:
     """config.json of a timm network in the layout of Hugging Face."""
     return {
         "architecture": name,
@@ -103,8 +105,8 @@ def preprocessing(config: RunConfig) -> dict[str, Any]:
     model, data = config.model, config.data
     return {
         "input_size": [model.in_channels, model.image_size, model.image_size],
-        "mean": list(per_channel(data.mean, model.in_channels)),
-        "std": list(per_channel(data.std, model.in_channels)),
+        "mean": list(expand_per_channel(data.mean, model.in_channels)),
+        "std": list(expand_per_channel(data.std, model.in_channels)),
         "crop_pct": 1.0,
         "crop_mode": "center",
         "interpolation": "bicubic",
@@ -144,12 +146,12 @@ def export_run(run: Path, out: Path) -> PlainNetwork:
     }
     state = folded_state(scaled)
     try:
-        file = weights_file(out)
+        file = locate_weights_file(out)
         file.parent.mkdir(parents=True, exist_ok=True)
         save_weights(file, state, metadata)
         if is_folder(out):
             num_features = state[f"{scaled.roles.readout}.weight"].shape[1]
-            described = hugging_face_config(config, plain.name, plain.arguments, num_features)
+            described = make_hugging_face_config(config, plain.name, plain.arguments, num_features)
             write_atomically(out / "config.json", (json.dumps(described, indent=2) + "\n").encode())
     except OSError as error:
         raise UserError(f"{out}: cannot write there: {error.strerror}") from None

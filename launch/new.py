@@ -14,10 +14,10 @@ from depthmup.data.look import look_at_images
 from depthmup.data.paths import protect
 from depthmup.data.sources import PACKAGED
 from depthmup.launch.config import Size, folder_name
-from depthmup.launch.new_network import describe_proxy, side_of
+from depthmup.launch.new_network import describe_proxy, find_side
 from depthmup.launch.path_cost import PathCost, count_path
 from depthmup.launch.paths import command
-from depthmup.launch.reading import study_in
+from depthmup.launch.reading import parse_study
 from depthmup.launch.wording import show_share
 from depthmup.train.reading import from_plain, set_dotted
 from depthmup.train.yaml_text import load_yaml
@@ -84,7 +84,7 @@ class Template:
     ) -> None:
         look = look_at_images(source)
         proxy = describe_proxy(network, look, base)
-        pixels = proxy.pixels or side_of(look)
+        pixels = proxy.pixels or find_side(look)
         mean, std = IMAGENET if look.has_colours else (0.5, 0.5)
         images = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(source.rpartition(":")[2]).name.split(".")[0]).strip("-.")
         where = source if source in PACKAGED else protect(str(Path(source).resolve()))
@@ -135,7 +135,7 @@ class Template:
     def count(self, text: str) -> PathCost:
         """What the path that `text` begins costs."""
         changes = load_yaml(self.render_target(), target_file(self.name).name)
-        return count_path(self.file, study_in(load_yaml(text, str(self.file)), self.file), changes)
+        return count_path(self.file, parse_study(load_yaml(text, str(self.file)), self.file), changes)
 
 
 def target_file(name: str) -> Path:
@@ -194,7 +194,7 @@ def write_new_study(
     of_target = None if target is None else read_size("--target", target)
     of_base = None if base is None else read_size("--base", base)
     found = describe_study(name, file, network, source, of_target, share, of_base)
-    study_in(load_yaml(found.text, str(file)), file)  # what is written is a study that can be launched
+    parse_study(load_yaml(found.text, str(file)), file)  # what is written is a study that can be launched
     write_atomically(file, found.text.encode())
     if not found.cost:
         return [f"{file} is written. Next:", "", *(f"  {command(verb, file)}" for verb in ("plan", "transfer"))]

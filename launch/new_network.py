@@ -65,7 +65,7 @@ LEAST_WIDTH = 32  # of the first stage of a network of timm's
 OWN_BASE = Size(width=64, depth=3)  # of a network of the user's own, where none is given
 
 
-def side_of(look: Look) -> int:
+def find_side(look: Look) -> int:
     """The largest of SIDES that the images have."""
     return max((side for side in SIDES if side <= look.pixels), default=SIDES[0])
 
@@ -75,7 +75,7 @@ def describe_proxy(network: str, look: Look, base: Size | None) -> Proxy:
     size, where that is given. Raises UserError, also for a network whose roles are not found."""
     if network in PROXIES:
         row = PROXIES[network]
-        patch = {"patch_size": min(max(side_of(look) // PATCHES, 2), 16)} if network == "vit" else {}
+        patch = {"patch_size": min(max(find_side(look) // PATCHES, 2), 16)} if network == "vit" else {}
         return replace(row, base=base or row.base, model={**row.model, **patch})
     try:
         return describe_own(network, look, base or OWN_BASE) if ":" in network else describe_timm(network, look, base)
@@ -95,7 +95,7 @@ def describe_own(network: str, look: Look, base: Size) -> Proxy:
     from depthmup.models.own import OWN, builder_arguments
 
     model = {"family": "own", "builder": network}
-    given = with_code({"model": {**model, **shape_of(look, base), "image_size": side_of(look)}}, "--network")["model"]
+    given = with_code({"model": {**model, **shape_of(look, base), "image_size": find_side(look)}}, "--network")["model"]
     config = OwnConfig(**given)
     channels = look.channels if "in_channels" in builder_arguments(config) else 3
     OWN.roles(replace(config, in_channels=channels))
@@ -106,16 +106,16 @@ def describe_timm(name: str, look: Look, base: Size | None) -> Proxy:
     """Of timm's network `name`: of two blocks a stage where one does not show all that a deeper network has, and of
     larger images where it shrinks those of `look` to nothing. Raises ModelError."""
     from depthmup.models.timm_family import TIMM, stated_arguments
-    from depthmup.models.timm_sizes import has_heads, least_width
+    from depthmup.models.timm_sizes import find_least_width, has_heads
 
     stated = stated_arguments(name)
-    step = math.lcm(least_width(stated), HEAD_DIM)
+    step = math.lcm(find_least_width(stated), HEAD_DIM)
     width = step * math.ceil(LEAST_WIDTH / step)
     model: dict[str, Any] = {"family": "timm", "timm_name": name}
     model |= {"head_dim": HEAD_DIM} if has_heads(stated) else {}
     sizes = [base] if base else [Size(width=width, depth=1), Size(width=width, depth=2)]
     problem: ModelError | None = None
-    for pixels in SIDES[SIDES.index(side_of(look)) :][:4]:
+    for pixels in SIDES[SIDES.index(find_side(look)) :][:4]:
         for size in sizes:
             shape = shape_of(look, size) | {"image_size": pixels, "in_channels": look.channels}
             try:

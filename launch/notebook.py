@@ -68,7 +68,7 @@ def status(config: str | Path, *overrides: str) -> list[Record]:
             **describe_run(found.run),
             "state": found.state,
             "remark": found.remark,
-            "metrics": found.run.directory.last_metrics(),
+            "metrics": found.run.directory.read_last_metrics(),
         }
         for found in snapshot.runs
     ]
@@ -77,9 +77,9 @@ def status(config: str | Path, *overrides: str) -> list[Record]:
 def report(config: str | Path, *overrides: str) -> Record:
     """What report.json holds: verdicts, sizes, points, forecasts; what is infinite is None. Writes no file."""
     from depthmup.launch.report.collect import collect
-    from depthmup.launch.report.record import as_record
+    from depthmup.launch.report.record import make_record
 
-    return as_record(collect(open_study(config, overrides)))
+    return make_record(collect(open_study(config, overrides)))
 
 
 def figures(config: str | Path, *overrides: str) -> "dict[str, Figure]":

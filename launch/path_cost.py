@@ -6,7 +6,7 @@ from typing import Any
 
 from depthmup.launch.config import StudyFile
 from depthmup.launch.runs.cost import count_flops, count_runs
-from depthmup.launch.runs.design import design_of
+from depthmup.launch.runs.design import build_design
 from depthmup.launch.runs.search import Search
 from depthmup.launch.runs.study import Study
 from depthmup.launch.runs.tuned import search_of
@@ -42,7 +42,7 @@ def count_path(path: Path, file: StudyFile, changes: dict[str, Any]) -> PathCost
     sections `changes` make of it. Raises UserError for a target that is no valid run."""
     study = Study(path, replace(file, tune=None))
     if file.study.adaptive:
-        over_sizes = design_of(study).budget
+        over_sizes = build_design(study).budget
     else:
         flops = count_flops(study.runs)
         over_sizes = sum(run.share * flops[run.size][1] for run in study.runs)

@@ -62,7 +62,7 @@ def command(verb: str, *words: str | Path) -> str:
     return shlex.join(["depthmup", verb, *map(str, words)])
 
 
-def user_folder(variable: str, otherwise: str) -> Path | None:
+def find_user_folder(variable: str, otherwise: str) -> Path | None:
     """depthmup's folder in the one that an XDG variable names, or in `otherwise` in the user's home; None without a
     home."""
     given = os.environ.get(variable, "")

@@ -8,7 +8,7 @@ from depthmup.data.errors import UserError
 from depthmup.data.paths import expand_path, protect
 from depthmup.launch.axes import TRAINING_AXES
 from depthmup.launch.config import LaunchConfig, StudyFile
-from depthmup.launch.paths import PACKAGE, command, user_folder
+from depthmup.launch.paths import PACKAGE, command, find_user_folder
 from depthmup.train.config import RunConfig
 from depthmup.train.reading import from_plain, read_yaml, run_in, set_dotted, to_plain
 from depthmup.train.yaml_text import load_yaml
@@ -17,7 +17,7 @@ PLACES = ("local", "debug", "slurm")  # that need no profile
 CONFIGURATION_FOLDER = "x-configuration-folder"  # a key of a study's own file: where it was written from
 
 
-def configuration_folders(path: Path) -> list[Path]:
+def list_configuration_folders(path: Path) -> list[Path]:
     """The folder of the configuration `path`. Of a study's folder, and of a file in it: where the study was written
     from, that folder, and the one above it."""
     folder = path if path.is_dir() else path.parent
@@ -36,8 +36,8 @@ def find_profile(name: str, path: Path) -> Path:
         if not file.is_file():
             raise UserError(f"cluster {name}: no such file")
         return file
-    own = user_folder("XDG_CONFIG_HOME", ".config")
-    places = [Path("configs"), Path(), *configuration_folders(path), *([own] if own else []), PACKAGE / "configs"]
+    own = find_user_folder("XDG_CONFIG_HOME", ".config")
+    places = [Path("configs"), Path(), *list_configuration_folders(path), *([own] if own else []), PACKAGE / "configs"]
     folders = list(dict.fromkeys((place / "cluster").resolve() for place in places))
     for folder in folders:
         if (file := folder / f"{name}.yaml").exists():
@@ -67,7 +67,7 @@ def settings_of(file: StudyFile) -> dict[str, Any]:
     return {**plain, "launch": launch} if launch else plain
 
 
-def named_cluster(raw: dict[str, Any]) -> Any:
+def read_named_cluster(raw: dict[str, Any]) -> Any:
     launch = raw.get("launch")
     return launch.get("cluster") if isinstance(launch, dict) else None
 
@@ -78,7 +78,7 @@ def override(raw: dict[str, Any], overrides: tuple[str, ...]) -> None:
     given: dict[str, Any] = {}
     for one in overrides:
         set_dotted(given, one)
-    if named_cluster(raw) and named_cluster(given) not in (None, named_cluster(raw)):
+    if read_named_cluster(raw) and read_named_cluster(given) not in (None, read_named_cluster(raw)):
         del raw["launch"]
     for one in overrides:
         set_dotted(raw, one)
@@ -135,12 +135,12 @@ def refuse_idle_overrides(file: StudyFile, overrides: tuple[str, ...], path: Pat
 
 def read_study(path: Path, overrides: tuple[str, ...] = ()) -> StudyFile:
     """Reads and checks a study's file. Raises UserError."""
-    file = study_in(read_raw(path, overrides), path)
+    file = parse_study(read_raw(path, overrides), path)
     refuse_idle_overrides(file, overrides, path)
     return file
 
 
-def study_in(raw: dict[str, Any], path: Path) -> StudyFile:
+def parse_study(raw: dict[str, Any], path: Path) -> StudyFile:
     """The study in the plain data of the file `path`, which may be a pipe: nothing is read twice. Raises UserError."""
     if "study" not in raw:
         raise UserError(f"{path}: no section study:, for a study; for this one run: {command('train', path)}")
@@ -171,7 +171,7 @@ def read_study_or_run(path: Path, overrides: tuple[str, ...] = ()) -> StudyFile:
     raw = read_raw(path, overrides)
     given = raw.get("study", {})
     if not isinstance(given, dict) or set(given) - OF_ONE_RUN:
-        file = study_in(raw, path)
+        file = parse_study(raw, path)
     else:
         run = run_in(raw, str(path))
         study = {

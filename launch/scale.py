@@ -14,15 +14,15 @@ from depthmup.launch.axes import MODEL_AXES, TRAINING_AXES
 from depthmup.launch.config import Size, StudyFile, label
 from depthmup.launch.findings.analysis import Curve
 from depthmup.launch.findings.forecast import Forecast, foretell_loss
-from depthmup.launch.findings.verdict import CARRIED, without_optimum
+from depthmup.launch.findings.verdict import CARRIED, explain_missing_optimum
 from depthmup.launch.paths import command
-from depthmup.launch.reading import apply_profile, named_cluster, read_study_or_run, settings_of
+from depthmup.launch.reading import apply_profile, read_named_cluster, read_study_or_run, settings_of
 from depthmup.launch.report.collect import Report
 from depthmup.launch.runs.foretold import Foretold, write_foretold
 from depthmup.launch.runs.study import Study
 from depthmup.models.config import MixtureVitConfig, VisionTransformerConfig
 from depthmup.models.parameterization_config import ParameterizationConfig
-from depthmup.models.training_scale import lr_exponents
+from depthmup.models.training_scale import list_lr_exponents
 from depthmup.train.config import RunConfig, identity
 from depthmup.train.reading import from_plain, read_yaml, set_dotted
 from depthmup.train.yaml_text import dump_yaml, load_yaml
@@ -63,7 +63,7 @@ class Transferred:
         return "".join(f"# {line}\n" for line in self.facts) + dump_yaml(self.config)
 
 
-def carried_value(report: Report, base: Curve) -> float | None:
+def find_carried_value(report: Report, base: Curve) -> float | None:
     """What the verdict is about: the very value that was run, where the design has run it at every size."""
     found = next(each for each in report.analysis.comparisons if each.curve is base)
     if found.carried is None:
@@ -104,9 +104,11 @@ def choose_curve(report: Report, parameterization: str | None, force: bool) -> t
         (curves[name] for name in candidates),
         key=lambda c: (at_largest.get(c.parameterization, math.inf), c.optimum.metric),
     )
-    carried = carried_value(report, curve)
+    carried = find_carried_value(report, curve)
     if carried is None:
-        raise UserError(f"{path}: {curve.parameterization}: nothing to transfer: the base: {without_optimum(curve)}")
+        raise UserError(
+            f"{path}: {curve.parameterization}: nothing to transfer: the base: {explain_missing_optimum(curve)}"
+        )
     judgement = judgements[curve.parameterization]
     study, train = report.study.file.study, report.study.file.train
     low, high = (study.show(bound) for bound in curve.optimum.interval or (0, 0))
@@ -129,7 +131,7 @@ def choose_curve(report: Report, parameterization: str | None, force: bool) -> t
     return curve, carried, facts
 
 
-def task_values(run: RunConfig) -> dict[str, Any]:
+def list_task_values(run: RunConfig) -> dict[str, Any]:
     """Dotted key -> value of what the optimum of `run` belongs to."""
     mixture = isinstance(run.model, MixtureVitConfig)
     with_rules = WITH_RULES + (WITH_RULES_OF_EXPERTS if mixture else ())
@@ -141,7 +143,7 @@ def task_values(run: RunConfig) -> dict[str, Any]:
     return found | {key: attrgetter(key)(run) for key in KEPT}
 
 
-def experts_beside(run: RunConfig, base: Size) -> dict[str, Any]:
+def list_expert_values(run: RunConfig, base: Size) -> dict[str, Any]:
     """Key -> value of what a mixture of experts may change by a rule, and no axis of the study says."""
     return {key: getattr(run.model, key, None) for key in WITH_RULES_OF_EXPERTS if key not in base.axes}
 
@@ -152,7 +154,7 @@ def describe_differences(a: dict[str, Any], b: dict[str, Any]) -> str:
     return ", ".join(f"{key} {a.get(key)} -> {b.get(key)}" for key in keys)
 
 
-def movable_values(run: RunConfig) -> dict[str, Any]:
+def list_movable_values(run: RunConfig) -> dict[str, Any]:
     """Dotted key -> value of what a target may change, and what has no rule."""
     return {
         f"{section}.{field.name}": getattr(getattr(run, section), field.name)
@@ -196,12 +198,12 @@ def scale(
     config = run_settings(file)
     config["parameterization"] = {key: value for key, value in vars(chosen).items() if value is not None}
     set_dotted(config, f"{file.study.hyperparameter}={carried!r}")
-    if named_cluster(changes):
+    if read_named_cluster(changes):
         config.pop("launch", None)  # another place to run: the proxy's settings would win over its profile
     proxy = run_of(config, str(report.study.path))
     config, source = merge(config, changes), f"{report.study.path}, scaled to {name}"
     target = run_of(config, source)
-    ours, theirs = task_values(proxy), task_values(target)
+    ours, theirs = list_task_values(proxy), list_task_values(target)
     if (changed := describe_differences(ours, theirs)) and not force:
         why = "".join(f" ({said})" for key, said in WITHOUT_RULE.items() if ours.get(key) != theirs.get(key))
         raise Doubtful(
@@ -210,7 +212,7 @@ def scale(
         )
     if changed:
         facts.append(f"Forced: no rule covers {changed}.")
-    if other := describe_differences(movable_values(proxy), movable_values(target)):
+    if other := describe_differences(list_movable_values(proxy), list_movable_values(target)):
         facts.append(f"No rule covers {other}: an optimum may move with it.")
     for section in ("optimizer", "schedule"):
         for key in changes.get(section, {}):
@@ -235,7 +237,7 @@ def scale(
     wider, deeper = model.width / model.base_width, model.depth / model.base_depth
     what = f"{model.title} of width {model.width} and depth {model.depth} ({wider:g} and {deeper:g} times the base's)"
     config["study"] = {"name": name, "directory": protect(file.study.directory)}
-    experts = describe_differences(experts_beside(proxy, report.base), experts_beside(target, report.base))
+    experts = describe_differences(list_expert_values(proxy, report.base), list_expert_values(target, report.base))
     reasons = [changed, experts, other, " and ".join(longer)]
     reasons += [f"{section}.{key}" for section in ("optimizer", "schedule") for key in changes.get(section, {})]
     forecast = foretell_target(report, curve, carried, target, ", ".join(filter(None, reasons)))
@@ -249,7 +251,7 @@ def scale_training(config: dict[str, Any], report: Report, curve: Curve, axis: s
     Returns what was done."""
     study, optimizer, parameterization = report.study.file.study, config["optimizer"], config["parameterization"]
     ratio_key, lr_key, times = f"{axis}_ratio", f"{axis}_lr", f"{axis.capitalize()} {ratio:g} times the proxy's"
-    exponent = next((each for each in report.known_exponents(curve.parameterization) if each.axis == axis), None)
+    exponent = next((each for each in report.list_known_exponents(curve.parameterization) if each.axis == axis), None)
     if not (exponent or axis in report.base.axes or lr_key in parameterization or by_rule):
         return (
             f"{times}, and nothing was scaled for that (--scale-batch does, by the rule; a study whose sizes differ in "
@@ -259,7 +261,7 @@ def scale_training(config: dict[str, Any], report: Report, curve: Curve, axis: s
     scaled = f"{times}: scaled by the optimizer's rules"
     if exponent is None:
         resolved = ParameterizationConfig(**parameterization).resolve()
-        rule = dict(zip(TRAINING_AXES, lr_exponents(resolved, optimizer["name"]), strict=True))[axis]
+        rule = dict(zip(TRAINING_AXES, list_lr_exponents(resolved, optimizer["name"]), strict=True))[axis]
         unknown = next((f" ({each})" for each in report.exponents if each.axis == axis and not each.is_known), "")
         return f"{scaled}, the learning rate as {axis}^{rule:.3g}, which the study did not measure{unknown}."
     assert exponent.interval is not None

@@ -252,7 +252,9 @@ def wait(study: Study, launched: Launched, console: Console) -> None:
 def interrupted(study: Study) -> str:
     """What to say after Ctrl-C: where the runs stand, and how to go on."""
     left = study.pending()
-    saved = [f"{run.directory.path.name} saved at step {step}" for run in left if (step := run.directory.newest_step())]
+    saved = [
+        f"{run.directory.path.name} saved at step {step}" for run in left if (step := run.directory.find_newest_step())
+    ]
     shown = saved if len(saved) <= 2 else [f"{len(saved)} others saved"]
     stand = ", ".join([f"{len(study.runs) - len(left)} of {len(study.runs)} runs are done", *shown])
     return f"Interrupted: {stand}; the same command continues."
@@ -285,10 +287,10 @@ def describe_progress(snapshot: states.Snapshot, of_all: int, left_seconds: floa
     text += "" if left_seconds is None else f", ETA {duration(left_seconds)}"
     shown = ("stalled", "starting", "ending", "failed", "held")
     text += "".join(f", {counts[state]} {state}" for state in shown if state in counts)
-    return text + waiting_for(snapshot) + (", Slurm does not answer" if snapshot.slurm_error else "")
+    return text + describe_waiting(snapshot) + (", Slurm does not answer" if snapshot.slurm_error else "")
 
 
-def waiting_for(snapshot: states.Snapshot) -> str:
+def describe_waiting(snapshot: states.Snapshot) -> str:
     """', 12 waiting (Priority)': with the commonest reason, and what it means; ', 12 waiting for a free slot' here."""
     waiting = Counter(found.remark for found in snapshot.of("waiting", "preempted"))
     if not waiting:
@@ -316,7 +318,7 @@ def grow(study: Study) -> tuple[int, str]:
         if not study.runs:
             check_fits(study)  # before a space is written down of which some values cannot run
         return study.plan_next_batch()
-    from depthmup.launch.findings.verdict import seeds_wanted
+    from depthmup.launch.findings.verdict import find_wanted_seeds
     from depthmup.launch.report.collect import collect
 
     report = collect(study)
@@ -333,4 +335,4 @@ def grow(study: Study) -> tuple[int, str]:
     edges = {(c.parameterization, c.size): c.optimum.censored for c in report.analysis.curves if c.optimum.censored}
     if added := study.grow(edges):
         return added, "the best is on the edge of the grid (study.extend)"
-    return study.add_seeds(seeds_wanted(report.analysis)), "noise decides (study.more_seeds)"
+    return study.add_seeds(find_wanted_seeds(report.analysis)), "noise decides (study.more_seeds)"

@@ -11,10 +11,18 @@ from torch import Tensor, nn
 
 from depthmup.models.config import AnyModelConfig, Size
 from depthmup.models.conv_resnet import CONV_RESNET
-from depthmup.models.discovery.find import find_roles, readout_features
+from depthmup.models.discovery.find import find_readout_features, find_roles
 from depthmup.models.discovery.growth import Builder, build_network
 from depthmup.models.errors import ModelError
-from depthmup.models.family import Family, ParameterRule, Roles, Slot, match_rules, modules_matching, stated_blocks
+from depthmup.models.family import (
+    Family,
+    ParameterRule,
+    Roles,
+    Slot,
+    find_matching_modules,
+    list_stated_blocks,
+    match_rules,
+)
 from depthmup.models.init import init_std, initialize, keep_whole
 from depthmup.models.moe_vit import MOE_VIT
 from depthmup.models.multiplier import Multiplier, is_scaled, scale_input, scale_output
@@ -47,7 +55,7 @@ class ScaledModel:
 def find_slots(network: nn.Module, slots: tuple[Slot, ...]) -> dict[str, Slot]:
     """Name of each module in `slots` -> its slot. Raises ModelError for a slot that matches no module, or whose `last`
     is none."""
-    found = {name: slot for slot in slots for name in modules_matching(network, slot.output)}
+    found = {name: slot for slot in slots for name in find_matching_modules(network, slot.output)}
     names = {name for name, _ in network.named_modules()}
     for name, slot in found.items():
         if (last := slot.last_before(name)) not in names:
@@ -55,7 +63,7 @@ def find_slots(network: nn.Module, slots: tuple[Slot, ...]) -> dict[str, Slot]:
     return found
 
 
-def rules_of(network: nn.Module, roles: Roles, scale: Scale) -> dict[str, ParameterRule]:
+def assign_rules(network: nn.Module, roles: Roles, scale: Scale) -> dict[str, ParameterRule]:
     """Name of each parameter -> its rule. Raises UnmatchedParameterError, or ModelError for an init that does not
     fit."""
     rules = match_rules((name for name, _ in network.named_parameters()), roles.parameters)
@@ -70,7 +78,7 @@ def scaled_model(network: nn.Module, roles: Roles, scale: Scale) -> ScaledModel:
     Raises UnmatchedParameterError, or ModelError for a pattern that no module matches, an init that does not fit, or
     rules of depth for a network without branches.
     """
-    rules = rules_of(network, roles, scale)
+    rules = assign_rules(network, roles, scale)
     branches, queries = find_slots(network, roles.branches), find_slots(network, roles.queries)
     distributions = find_slots(network, roles.distributions)
     if not branches and (scale.parameterization.depth_rules or scale.parameterization.beta != 1):
@@ -78,7 +86,7 @@ def scaled_model(network: nn.Module, roles: Roles, scale: Scale) -> ScaledModel:
             f"{type(network).__name__} has no residual branches, so that rules of depth and beta would do nothing: use "
             "parameterization.name mup, or sp, and leave beta out"
         )
-    blocks = stated_blocks(network, roles, branches)
+    blocks = list_stated_blocks(network, roles, branches)
     for readout in roles.readouts:
         if readout not in dict(network.named_modules()):
             raise ModelError(f"no module of {type(network).__name__} is called {readout!r} (the readout)")
@@ -109,10 +117,10 @@ def build_on(device: str, config: AnyModelConfig, parameterization: Parameteriza
         size, base = (replace(each, head_dim=each.width) for each in (size, base))
     scale = scale_of(size, base, parameterization)
     if family.finds_roles:  # the width that is checked is that of the readout, which every network has
-        features = readout_features(network, roles)
+        features = find_readout_features(network, roles)
         at_base = features * config.base_width // config.width
         size, base = (Size(width=width, depth=config.depth) for width in (features, at_base))
-        check_growth(network, rules_of(network, roles, scale), roles, size, base)
+        check_growth(network, assign_rules(network, roles, scale), roles, size, base)
     return scaled_model(network, roles, scale)
 
 
@@ -163,7 +171,7 @@ def check_own(network: nn.Module, roles: Roles) -> None:
             raise ModelError(f"ParameterRule {rule.pattern!r} matches no parameter of {kind}; nearest: {nearest}")
 
 
-def growing_sides(parameter: Tensor, rule: ParameterRule, module: nn.Module) -> list[tuple[int, ...]]:
+def find_growing_sides(parameter: Tensor, rule: ParameterRule, module: nn.Module) -> list[tuple[int, ...]]:
     """Sides of a parameter that grow with width: of each tuple at least one side does."""
     sides = tuple(parameter.shape)
     match rule.role:
@@ -197,7 +205,7 @@ def check_growth(network: nn.Module, rules: dict[str, ParameterRule], roles: Rol
         )
     for name, parameter in network.named_parameters():
         rule = rules[name]
-        growing = growing_sides(parameter, rule, network.get_submodule(name.rpartition(".")[0]))
+        growing = find_growing_sides(parameter, rule, network.get_submodule(name.rpartition(".")[0]))
         if rule.role not in BRANCH_ROLES:
             widths.update(side for sides in growing for side in sides)
         if any(all(side * base.width % size.width for side in sides) for sides in growing):
@@ -224,7 +232,7 @@ def apply(
     """
     check_own(network, roles)
     scale = scale_of(size, base, parameterization)
-    check_growth(network, rules_of(network, roles, scale), roles, size, base)
+    check_growth(network, assign_rules(network, roles, scale), roles, size, base)
     scaled = scaled_model(network, roles, scale)
     initialize(network, scaled.rules, scaled.scale, seed)
     return scaled
@@ -248,7 +256,7 @@ def build_scaled(
     """
     found = find_roles(build, inputs, base.width, base.depth)
     network = build_network(build, size.width, size.depth, device="cpu")
-    features, of_base = readout_features(network, found.roles), found.features
+    features, of_base = find_readout_features(network, found.roles), found.features
     if features * base.width != of_base * size.width:
         raise ModelError(
             f"the readout has {of_base} features at width {base.width} and {features} at {size.width}: the builder's "

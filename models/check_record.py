@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from depthmup.models.build import ScaledModel, find_slots
 from depthmup.models.errors import ModelError
-from depthmup.models.family import modules_matching
+from depthmup.models.family import find_matching_modules
 from depthmup.models.parameterization import BRANCH_ROLES
-from depthmup.models.stream import look_once, stream_modules
+from depthmup.models.stream import find_stream_modules, look_once
 
 
 class Position(NamedTuple):
@@ -37,7 +37,7 @@ def kind_of(block: nn.Module) -> str:
     return " ".join(f"{name}:{parameter.ndim}" for name, parameter in block.named_parameters())
 
 
-def positions_of(names: Sequence[str], blocks: Sequence[str], kinds: Mapping[str, str] = {}) -> list[Position]:
+def list_positions(names: Sequence[str], blocks: Sequence[str], kinds: Mapping[str, str] = {}) -> list[Position]:
     """Each module's place among those that stand alike in the blocks of one container, as `stages.2`, in order.
     kinds: of blocks, where that counts."""
     positions: list[Position] = []
@@ -80,21 +80,21 @@ def recording(scaled: ScaledModel, inputs: Tensor) -> Iterator[Values]:
     def record_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         values["stream input"] = {ONLY: inputs[0].detach().clone()}
 
-    blocks = stream_modules(scaled, inputs)
+    blocks = find_stream_modules(scaled, inputs)
     watched = {"stream": blocks, "branch": list(scaled.branches), "logits": [""]}
     watched["queries"] = list(find_slots(scaled.network, scaled.roles.queries))
     if scaled.roles.routers:
-        watched["router logits"] = modules_matching(scaled.network, scaled.roles.routers)
+        watched["router logits"] = find_matching_modules(scaled.network, scaled.roles.routers)
     if scaled.roles.keys:
-        watched["keys"] = modules_matching(scaled.network, scaled.roles.keys)
+        watched["keys"] = find_matching_modules(scaled.network, scaled.roles.keys)
     kinds = {name: kind_of(modules[name]) for name in blocks}
     handles = [modules[blocks[0]].register_forward_pre_hook(record_input)]
     handles += [
         modules[name].register_forward_pre_hook(follow(at))
-        for name, at in zip(blocks, positions_of(blocks, blocks), strict=True)
+        for name, at in zip(blocks, list_positions(blocks, blocks), strict=True)
     ]
     for quantity, names in watched.items():
-        places = positions_of(names, blocks, kinds)
+        places = list_positions(names, blocks, kinds)
         handles += [
             modules[name].register_forward_hook(record(quantity, at)) for name, at in zip(names, places, strict=True)
         ]
@@ -181,7 +181,7 @@ def branch_layers(scaled: ScaledModel, inputs: Tensor) -> list[Layer]:
         )
         open_layers.clear()
 
-    blocks = stream_modules(scaled, inputs)
+    blocks = find_stream_modules(scaled, inputs)
     handles = [modules[name].register_forward_pre_hook(begin_block) for name in blocks]
     handles += [modules[name].register_forward_hook(add(name)) for name in sorted(inside)]
     handles += [modules[name].register_forward_hook(end_branch) for name in scaled.branches]  # after `add`'s

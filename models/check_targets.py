@@ -120,12 +120,12 @@ INSIDE = {
 # fmt: on
 
 
-def target_of(quantity: str, targets: dict[str, Target]) -> Target:
+def find_target(quantity: str, targets: dict[str, Target]) -> Target:
     """Its own, or that of what it is a part of: 'inner layer, own 2.1' is one of 'inner layer, own'."""
     return targets.get(quantity) or targets[quantity.rpartition(" ")[0]]
 
 
-def targets_for(optimizer: OptimizerConfig, head_dim_grows: bool) -> dict[str, Target]:
+def list_targets(optimizer: OptimizerConfig, head_dim_grows: bool) -> dict[str, Target]:
     """What each quantity is held to."""
     targets = TARGETS if head_dim_grows else TARGETS | FIXED_HEAD_DIM
     if optimizer.name == "sgd":

@@ -32,7 +32,7 @@ def describe_error(error: ErrorDetails) -> str:
     return message + (f" (got {found!r})" if isinstance(found, str | int | float | bool) else "")
 
 
-def without_echoes(errors: list[ErrorDetails]) -> list[ErrorDetails]:
+def strip_echoes(errors: list[ErrorDetails]) -> list[ErrorDetails]:
     """`errors` but for those that say of a list with a bad item that it is too short."""
     places = [error["loc"] for error in errors]
     return [
@@ -65,7 +65,7 @@ def checked(error_type: type[Exception]) -> Callable[[Class], Class]:
             try:
                 construct(self, *args, **values)
             except ValidationError as error:
-                mistakes = without_echoes(error.errors(include_url=False))
+                mistakes = strip_echoes(error.errors(include_url=False))
                 raise error_type("; ".join(map(describe, mistakes))) from None
 
         cls.__init__ = init  # type: ignore[misc]  # mypy knows no class decorator that replaces a method

@@ -12,7 +12,7 @@ from depthmup.models.checked import STRICT, checked_model
 from depthmup.models.errors import ModelError
 from depthmup.models.named_sizes import expand_named_size
 from depthmup.models.number import Number, Positive
-from depthmup.models.source_code import fingerprint_source, names_defined
+from depthmup.models.source_code import fingerprint_source, list_defined_names
 
 TAG = {"identity": "always"}  # on a field that says which class this is: never left out of a run's identity
 
@@ -220,7 +220,7 @@ class OwnConfig(ModelConfig):
     def __post_init__(self) -> None:
         if not self.code:
             raise ModelError(f"builder {self.builder!r} names no file: write FILE.py:FUNCTION")
-        if self.builder not in (known := names_defined(self.code)):
+        if self.builder not in (known := list_defined_names(self.code)):
             nearest = difflib.get_close_matches(self.builder, known, 3, cutoff=0) or ["none"]
             raise ModelError(f"builder: nothing there is called {self.builder!r}; nearest: {', '.join(nearest)}")
 

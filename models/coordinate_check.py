@@ -30,7 +30,7 @@ from torch import Tensor
 
 from depthmup.models.build import ScaledModel, build
 from depthmup.models.check_record import ONLY, Inside, Position, Values, branch_layers, observe, recording
-from depthmup.models.check_targets import INSIDE, Span, Target, target_of, targets_for
+from depthmup.models.check_targets import INSIDE, Span, Target, find_target, list_targets
 from depthmup.models.config import AnyModelConfig, MixtureVitConfig, Size
 from depthmup.models.errors import ModelError
 from depthmup.models.optimizer import build_optimizer, parameter_groups
@@ -104,7 +104,7 @@ def without_bias(logits: Tensor, scaled: ScaledModel) -> Tensor:
     return logits - bias.detach() if isinstance(bias, Tensor) and bias.shape == logits.shape[-1:] else logits
 
 
-def fixed_batch(config: AnyModelConfig, settings: Settings, seed: int) -> Batch:
+def draw_fixed_batch(config: AnyModelConfig, settings: Settings, seed: int) -> Batch:
     """Images that a network can tell apart, a coarse pattern per class under noise, and their labels."""
     generator = torch.Generator().manual_seed(seed)
     size, channels = config.image_size, config.in_channels
@@ -147,14 +147,14 @@ def measure(
             elif step in (1, steps):
                 now = observe(scaled, values, names)
                 changes = {q: {i: at[i] - initial[q][i] for i in at} for q, at in now.items()} | layers.changes()
-                measured |= {(q, step): sizes(target_of(q, targets), at) for q, at in changes.items()}
+                measured |= {(q, step): sizes(find_target(q, targets), at) for q, at in changes.items()}
             optimizer.zero_grad()
             F.cross_entropy(logits - initial["logits"][ONLY], labels).backward()
             optimizer.step()
     return measured
 
 
-def at_positions(values: Sequence[Value], count: int, quantity: str) -> list[Value]:
+def select_positions(values: Sequence[Value], count: int, quantity: str) -> list[Value]:
     """`count` of `values`, at the same relative depth in a deeper network: of each run of equal length, as far as
     `count` divides them, the last for the stream, which is what blocks put out, and the first for what follows from a
     block's input."""
@@ -175,7 +175,7 @@ def align(values: dict[Position, float], base: dict[Position, float], quantity: 
     for each in values:
         places.setdefault(section(each), []).append(each)
     counts = Counter(map(section, base))
-    wanted = {at: iter(at_positions(range(len(places[at])), count, quantity)) for at, count in counts.items()}
+    wanted = {at: iter(select_positions(range(len(places[at])), count, quantity)) for at, count in counts.items()}
     kinds = [Counter((section(each), each.kind) for each in network) for network in (values, base)]
     found = []
     for each in base:
@@ -196,7 +196,7 @@ def judge(
     log_factors = np.log2(settings.factors)
     centred = log_factors - log_factors.mean()
     for (quantity, step), base_values in runs[0][0].items():
-        target = target_of(quantity, targets)
+        target = find_target(quantity, targets)
         formula = getattr(target, f"update_{axis}" if step else axis)
         values = np.array([[align(run[quantity, step], base_values, quantity) for run in size] for size in runs])
         values = values[:, :, values.any(axis=(0, 1))]  # without positions where nothing flows: a branch of zero
@@ -241,7 +241,7 @@ def check_sizes(
     batch: seed -> the one batch that it is trained on. `progress` is told each size before it runs. Raises ModelError
     where the weights of a role never move in so few steps.
     """
-    targets = targets_for(optimizer, head_dim_grows) | (INSIDE if settings.inside else {})
+    targets = list_targets(optimizer, head_dim_grows) | (INSIDE if settings.inside else {})
     alpha = build_at(base, 0).scale.parameterization.alpha
     lines: list[Line] = []
     for axis in axes:
@@ -267,16 +267,16 @@ def check(
 
     keys = AXES + (EXPERT_AXES if isinstance(config, MixtureVitConfig) else ())
 
-    def config_at(size: Size) -> AnyModelConfig:
+    def make_config_at(size: Size) -> AnyModelConfig:
         return replace(config, **{key: getattr(size, key) for key in keys})
 
     def build_at(size: Size, seed: int) -> ScaledModel:
-        return build(config_at(size), parameterization, seed)
+        return build(make_config_at(size), parameterization, seed)
 
     for axis, factor in product(axes, settings.factors):  # before the first is trained
         value = factor * getattr(config.base_size, axis)
         try:
-            config_at(replace(config.base_size, **{axis: value}))
+            make_config_at(replace(config.base_size, **{axis: value}))
         except ModelError as error:
             raise ModelError(
                 f"the check has a network of {axis} {value}, {factor} times the base's: {error}. State another "
@@ -284,7 +284,7 @@ def check(
             ) from None
     return check_sizes(
         build_at,
-        lambda seed: fixed_batch(config, settings, seed),
+        lambda seed: draw_fixed_batch(config, settings, seed),
         config.base_size,
         optimizer,
         settings,

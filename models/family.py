@@ -147,7 +147,7 @@ def match_rules(names: Iterable[str], rules: tuple[ParameterRule, ...]) -> dict[
     return matched
 
 
-def modules_matching(model: nn.Module, pattern: str) -> list[str]:
+def find_matching_modules(model: nn.Module, pattern: str) -> list[str]:
     """Names of the modules whose whole name matches `pattern`; raises ModelError for none."""
     names = [name for name, _ in model.named_modules() if re.fullmatch(pattern, name)]
     if not names:
@@ -155,12 +155,12 @@ def modules_matching(model: nn.Module, pattern: str) -> list[str]:
     return names
 
 
-def stated_blocks(model: nn.Module, roles: Roles, branches: Iterable[str]) -> tuple[str, ...]:
+def list_stated_blocks(model: nn.Module, roles: Roles, branches: Iterable[str]) -> tuple[str, ...]:
     """Names of the residual blocks, in the model's order; none where `roles` does not state them. Raises ModelError
     for a branch that ends outside of every block."""
     if roles.blocks is None:
         return ()
-    blocks = modules_matching(model, roles.blocks)
+    blocks = find_matching_modules(model, roles.blocks)
     for name in branches:
         if not any(name.startswith(f"{block}.") for block in blocks):
             raise ModelError(f"Roles.blocks {roles.blocks!r}: the branch that ends in {name} is in none of them")

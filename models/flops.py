@@ -16,7 +16,7 @@ def forward_flops(network: nn.Module, image_shape: tuple[int, int, int]) -> int:
     return counter.get_total_flops()
 
 
-def training_flops(network: nn.Module, image_shape: tuple[int, int, int]) -> int:
+def count_training_flops(network: nn.Module, image_shape: tuple[int, int, int]) -> int:
     """FLOPs of one image in training: forward, and twice that for the gradients of inputs and of weights."""
     return 3 * forward_flops(network, image_shape)
 

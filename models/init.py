@@ -12,7 +12,7 @@ from depthmup.models.family import ParameterRule, base_shape
 from depthmup.models.parameterization import Scale
 
 
-def generator_for(seed: int, name: str) -> torch.Generator:
+def make_generator(seed: int, name: str) -> torch.Generator:
     """A CPU generator whose state depends on nothing but `seed` and `name`."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
@@ -35,7 +35,7 @@ def draw(name: str, shape: torch.Size, rule: ParameterRule, scale: Scale, seed: 
     if rule.init.kind == "constant":
         return torch.full(shape, rule.init.scale)
     std = init_std(shape, rule, scale)
-    generator = generator_for(seed, name)
+    generator = make_generator(seed, name)
     if rule.init.kind.startswith("uniform"):
         noise = torch.rand(shape, generator=generator)
         return (

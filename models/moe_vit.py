@@ -86,7 +86,7 @@ class MixtureOfExperts(nn.Module):
         self.entropy -= torch.special.xlogy(shares, shares).sum()
 
 
-def mixtures_of(network: nn.Module) -> dict[str, MixtureOfExperts]:
+def find_mixtures(network: nn.Module) -> dict[str, MixtureOfExperts]:
     """Those that route, by name."""
     found = {name: module for name, module in network.named_modules() if isinstance(module, MixtureOfExperts)}
     return {name: module for name, module in found.items() if module.router is not None}

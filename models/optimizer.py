@@ -11,7 +11,7 @@ from depthmup.models.errors import ModelError
 from depthmup.models.family import ParameterRule
 from depthmup.models.optimizer_config import OptimizerConfig, refuse_idle
 from depthmup.models.parameterization import TABLE, Factors, Role, Scale
-from depthmup.models.training_scale import TrainingFactors, training_factors
+from depthmup.models.training_scale import TrainingFactors, compute_training_factors
 
 Algorithm = Literal["sgd", "adamw", "muon"]
 
@@ -65,7 +65,7 @@ def parameter_groups(
             f"optimizer.role_lr.{idle[0]} would do nothing: {type(model).__name__} has no parameter of that role; it "
             f"has {', '.join(sorted(roles))}"
         )
-    training = training_factors(scale.parameterization, config.name, config.batch_ratio, config.samples_ratio)
+    training = compute_training_factors(scale.parameterization, config.name, config.batch_ratio, config.samples_ratio)
     merged: dict[tuple[tuple[str, Any], ...], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         role, decays = rules[name].role, rules[name].decays
@@ -116,7 +116,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         super().__init__(groups, {"lr": config.lr})
         muon = [group for group in self.param_groups if group["algorithm"] == "muon"]
         adamw = [group for group in self.param_groups if group["algorithm"] == "adamw"]
-        as_matrices = [group | {"params": [matrix_of(p) for p in group["params"]]} for group in muon]
+        as_matrices = [group | {"params": [view_as_matrix(p) for p in group["params"]]} for group in muon]
         self.parts: list[torch.optim.Optimizer] = [
             torch.optim.Muon(as_matrices, lr=config.lr, momentum=config.momentum, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(adamw, lr=config.lr, betas=config.scaled_betas, fused=fused),
@@ -149,7 +149,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         swapped = []
         for group in self.parts[0].param_groups:
             swapped.append((group, group["params"]))
-            group["params"] = [matrix_of(parameter) for parameter in group["params"]]
+            group["params"] = [view_as_matrix(parameter) for parameter in group["params"]]
             for matrix, parameter in zip(group["params"], swapped[-1][1], strict=True):
                 if matrix is not parameter and parameter in self.state:
                     state = self.state.pop(parameter)
@@ -164,7 +164,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
             group["params"] = parameters
 
 
-def matrix_of(parameter: Tensor) -> Tensor:
+def view_as_matrix(parameter: Tensor) -> Tensor:
     """The parameter itself, or a convolution's weight with its gradient as (out, in * kernel)."""
     if parameter.ndim == 2:
         return parameter

@@ -10,7 +10,7 @@ from depthmup.models.errors import ModelError
 DEFINITIONS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
-def without_docstring(node: ast.AST) -> list[ast.stmt]:
+def remove_docstring(node: ast.AST) -> list[ast.stmt]:
     """The statements of `node`'s body that do something."""
     body: list[ast.stmt] = getattr(node, "body", [])
     first = body[0] if body else None
@@ -31,7 +31,7 @@ def strip_syntax(tree: ast.AST) -> str:
         if isinstance(item, ast.AST):
             kind, parts = type(item), []
             for name in kind._fields:
-                value = without_docstring(item) if name == "body" and kind in DEFINITIONS else getattr(item, name, None)
+                value = remove_docstring(item) if name == "body" and kind in DEFINITIONS else getattr(item, name, None)
                 if value is not None and value != []:
                     parts += [value, name]
             words.append(f"{kind.__name__} {len(parts)}")
@@ -51,7 +51,7 @@ def fingerprint_source(text: str) -> str:
 
 
 @lru_cache(maxsize=16)
-def names_defined(code: str) -> tuple[str, ...]:
+def list_defined_names(code: str) -> tuple[str, ...]:
     """Names that a Python source defines or imports, at any depth. Raises ModelError for what is no Python."""
     try:
         tree = ast.parse(code)

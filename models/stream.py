@@ -24,7 +24,7 @@ def look_once(network: nn.Module, inputs: Tensor, handles: Sequence[RemovableHan
             handle.remove()
 
 
-def stream_modules(scaled: ScaledModel, inputs: Tensor) -> list[str]:
+def find_stream_modules(scaled: ScaledModel, inputs: Tensor) -> list[str]:
     """The residual blocks: those that `roles` states, or the innermost modules around branches that still put
     something out where all branches are zero. That is the stream; what lies further inside is a part of a branch.
 

@@ -13,7 +13,7 @@ from torch import nn
 from depthmup.models.config import TimmConfig
 from depthmup.models.errors import ModelError
 from depthmup.models.found_family import found_family
-from depthmup.models.timm_sizes import Wanted, has_heads, signature, sizes_of
+from depthmup.models.timm_sizes import Wanted, find_sizes, has_heads, signature
 
 
 def load_timm() -> Any:
@@ -24,7 +24,7 @@ def load_timm() -> Any:
     return timm
 
 
-def architecture_module(name: str) -> str:
+def find_architecture_module(name: str) -> str:
     """timm's module of the network called `name`. Raises ModelError for a name that timm lacks."""
     timm = load_timm()
     if "." in name or not timm.is_model(name):
@@ -34,7 +34,7 @@ def architecture_module(name: str) -> str:
     return str(timm.models.model_entrypoint(name).__module__).rpartition(".")[2]
 
 
-def size_arguments(config: TimmConfig, stated: dict[str, Any]) -> dict[str, Any]:
+def find_size_arguments(config: TimmConfig, stated: dict[str, Any]) -> dict[str, Any]:
     """What timm is told of the network's size, classes and images, beside what its class and entry point state.
 
     Raises ModelError for keys that do not fit.
@@ -48,7 +48,7 @@ def size_arguments(config: TimmConfig, stated: dict[str, Any]) -> dict[str, Any]
         )
     wanted = Wanted(config.width, config.depth, config.head_dim)
     try:
-        arguments = sizes_of(architecture_module(name), stated, wanted)
+        arguments = find_sizes(find_architecture_module(name), stated, wanted)
     except ModelError as error:
         raise ModelError(f"model.timm_name: {name} at width {config.width} and depth {config.depth}: {error}") from None
     arguments |= {"num_classes": config.num_classes, "in_chans": config.in_channels}
@@ -63,7 +63,7 @@ def size_arguments(config: TimmConfig, stated: dict[str, Any]) -> dict[str, Any]
 def building(name: str, build_model: Callable[..., nn.Module]) -> Iterator[None]:
     """Lets timm's entry point of `name` call build_model(original, kind, variant, pretrained, **stated) in the place of
     timm's build_model_with_cfg, `original`, which many entry points tell sizes that no caller can change."""
-    module: Any = importlib.import_module(f"timm.models.{architecture_module(name)}")
+    module: Any = importlib.import_module(f"timm.models.{find_architecture_module(name)}")
     original = module.build_model_with_cfg
     module.build_model_with_cfg = partial(build_model, original)
     try:
@@ -100,7 +100,7 @@ def build(config: TimmConfig) -> nn.Module:
     arguments: dict[str, Any] = {}
 
     def build_model(original: Any, kind: Any, variant: str, pretrained: bool, **stated: Any) -> nn.Module:
-        arguments.update(size_arguments(config, signature(kind) | stated))
+        arguments.update(find_size_arguments(config, signature(kind) | stated))
         network: nn.Module = original(kind, variant, pretrained, **stated | arguments)
         return network
 
@@ -119,7 +119,7 @@ def plain_call(config: TimmConfig) -> tuple[str, dict[str, Any]]:
     """Name and arguments with which timm.create_model makes the plain network. Raises ModelError where timm's entry
     point states a size itself, so that no call does."""
     timm = load_timm()
-    arguments = size_arguments(config, stated_arguments(config.timm_name))
+    arguments = find_size_arguments(config, stated_arguments(config.timm_name))
     with torch.device("meta"):
         wanted = {key: tensor.shape for key, tensor in build(config).state_dict().items()}
         try:

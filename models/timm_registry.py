@@ -19,7 +19,7 @@ from depthmup.models.config import (
 from depthmup.models.conv_resnet import ConvResNet
 from depthmup.models.errors import ModelError
 from depthmup.models.moe_vit import build as build_moe_vit
-from depthmup.models.moe_vit import mixtures_of
+from depthmup.models.moe_vit import find_mixtures
 from depthmup.models.resnet import build as build_resnet
 from depthmup.models.timm_family import plain_call
 from depthmup.models.vit import timm_arguments
@@ -43,7 +43,7 @@ def depthmup_resnet(pretrained: bool = False, **arguments: Any) -> nn.Module:
 def depthmup_moe_vit(pretrained: bool = False, **arguments: Any) -> nn.Module:
     """timm's ViT with mixtures of experts. `arguments` are MixtureVitConfig's, those of the base size left out."""
     network = build_moe_vit(MixtureVitConfig(**arguments_with_base(arguments)))
-    for module in mixtures_of(network).values():
+    for module in find_mixtures(network).values():
         module.reset_running_stats()
     return as_timm_makes_it(network, pretrained, arguments)
 

@@ -76,13 +76,13 @@ def is_configuration(name: str, value: Any, inside: bool) -> bool:
     return (inside or name in CONFIGURATIONS) and (dataclasses.is_dataclass(value) or isinstance(value, dict))
 
 
-def items_of(arguments: Any) -> Iterator[tuple[str, Any]]:
+def list_items(arguments: Any) -> Iterator[tuple[str, Any]]:
     yield from arguments.items() if isinstance(arguments, dict) else vars(arguments).items()
 
 
 def walk_sizes(arguments: Any, inside: bool = False) -> Iterator[tuple[str, Any]]:
     """(name, value) of the sizes among the arguments, and among those in configurations."""
-    for name, value in items_of(arguments):
+    for name, value in list_items(arguments):
         if is_size(value):
             yield name, value
         elif is_configuration(name, value, inside):
@@ -135,7 +135,7 @@ def scaled(ratio: Fraction, name: str, value: Any) -> Any:
 def by_name(arguments: Any, wanted: Wanted, ratios: dict[str, Fraction], inside: bool = False) -> Arguments:
     """Those of the arguments that change with size, changed. ratios: of each name, what its sizes are multiplied by."""
     changed: Arguments = {}
-    for name, value in items_of(arguments):
+    for name, value in list_items(arguments):
         if is_configuration(name, value, inside):
             new = by_name(value, wanted, ratios, inside=True)
             changed[name] = value | new if isinstance(value, dict) else replace(value, **new)
@@ -204,13 +204,13 @@ def own_blocks(stated: Arguments, wanted: Wanted) -> Arguments:
         "transformer_depth": lambda blocks: wanted.depth,
     }
 
-    def block_of(block: Any) -> Any:
+    def find_block(block: Any) -> Any:
         inner = {
             key: inner_sizes[key](of) if key in inner_sizes else of for key, of in (block.block_kwargs or {}).items()
         }
         return replace(block, d=block.d if holders else 1, c=channels(block.c), block_kwargs=inner or None)
 
-    blocks = tuple(tuple(map(block_of, stage)) * (1 if holders else wanted.depth) for stage in stages)
+    blocks = tuple(tuple(map(find_block, stage)) * (1 if holders else wanted.depth) for stage in stages)
     sizes = {"blocks": blocks, "width_factor": 1.0, "stem_chs": channels(config.stem_chs)}
     return {"model_cfg": replace(config, **sizes, num_features=channels(config.num_features))}
 
@@ -316,7 +316,7 @@ def has_heads(stated: Arguments) -> bool:
     return find_size(stated, HEADS) is not None
 
 
-def sizes_of(module: str, stated: Arguments, wanted: Wanted) -> Arguments:
+def find_sizes(module: str, stated: Arguments, wanted: Wanted) -> Arguments:
     """Which arguments of timm's network change with its size, and to what.
 
     stated: those of its class with their defaults, and of its entry point. Raises ModelError for a network without
@@ -325,7 +325,7 @@ def sizes_of(module: str, stated: Arguments, wanted: Wanted) -> Arguments:
     return RULES.get(module, named_sizes)(stated, wanted)
 
 
-def least_width(stated: Arguments) -> int:
+def find_least_width(stated: Arguments) -> int:
     """The smallest width at which every size that is found by name is a whole number."""
     width = find_size(stated, WIDTHS)
     if width is None:

@@ -44,20 +44,20 @@ class TrainingFactors:
     decay: float  # of the share of a weight that a step takes off
 
 
-def lr_exponents(parameterization: Parameterization, optimizer: str) -> tuple[float, float]:
+def list_lr_exponents(parameterization: Parameterization, optimizer: str) -> tuple[float, float]:
     """Of (m_B, m_D): the optimizer's own unless the parameterization states others."""
     batch, samples = TRAINING_TABLE[optimizer].lr
     p = parameterization
     return batch if p.batch_lr is None else p.batch_lr, samples if p.samples_lr is None else p.samples_lr
 
 
-def training_factors(
+def compute_training_factors(
     parameterization: Parameterization, optimizer: str, batch_ratio: float, samples_ratio: float
 ) -> TrainingFactors:
     """The factors of TRAINING_TABLE at these ratios, the disputed exponents resolved."""
     ratios = batch_ratio, samples_ratio
     return TrainingFactors(
-        lr=combine_powers(lr_exponents(parameterization, optimizer), *ratios),
+        lr=combine_powers(list_lr_exponents(parameterization, optimizer), *ratios),
         eps=combine_powers(TRAINING_TABLE[optimizer].eps, *ratios),
         decay=batch_ratio / samples_ratio,
     )

@@ -22,7 +22,7 @@ from depthmup.models.config import (
     VisionTransformerConfig,
 )
 from depthmup.models.errors import ModelError
-from depthmup.models.moe_vit import balance_experts, mixtures_of
+from depthmup.models.moe_vit import balance_experts, find_mixtures
 from depthmup.models.optimizer import build_optimizer, parameter_groups
 from depthmup.models.optimizer_config import OptimizerConfig, RoleRates
 from depthmup.models.parameterization_config import ParameterizationConfig
@@ -272,7 +272,7 @@ def computed(model: dict[str, Any]) -> tuple[Any, ...]:
     factors = [(group["lr"], group["weight_decay"], group.get("eps")) for group in groups]
     images = torch.randn(4, run.model.in_channels, *[run.model.image_size] * 2, generator=torch.Generator())
     logits = scaled.network(images).detach().numpy()
-    if mixtures := mixtures_of(scaled.network):
+    if mixtures := find_mixtures(scaled.network):
         balance_experts(mixtures)
     balances = [mixture.balance.numpy().tobytes() for mixture in mixtures.values()]
     multipliers = {name: multiplier.value for name, multiplier in scaled.multipliers.items()}

@@ -21,7 +21,7 @@ from depthmup.data.errors import UserError
 from depthmup.data.images import BadImage
 from depthmup.data.index import Index, load_members
 from depthmup.data.inspect import inspect_split
-from depthmup.data.loader import TrainingLoader, TrainingStream, evaluation_batches
+from depthmup.data.loader import TrainingLoader, TrainingStream, iterate_evaluation_batches
 from depthmup.data.order import State
 from depthmup.data.scan import index_shards
 from depthmup.data.tar_samples import scan
@@ -86,7 +86,7 @@ def test_bad_samples_are_counted_by_shard_and_reason_and_the_epoch_keeps_its_len
     }
     assert loader.bad.total() == len(BAD)
     assert "train-0.tar: 1 x empty file" in loader.bad.lines()
-    good = list(evaluation_batches(options, rotten, "train", 7, 16, 3))
+    good = list(iterate_evaluation_batches(options, rotten, "train", 7, 16, 3))
     assert sum(len(batch.labels) for batch in good) == 39
 
 
@@ -141,7 +141,7 @@ def test_past_the_allowed_fraction_the_run_ends_with_the_counts(rotten, num_work
     with pytest.raises(UserError, match=r"max_bad_fraction 0\.05.*train-0\.tar: 1 x"):
         list(islice(TrainingLoader(TrainingStream(options, rotten, State(0), 8, 16, 3)), 6))
     with pytest.raises(UserError, match="max_bad_fraction"):
-        list(evaluation_batches(options, rotten, "train", 7, 16, 3))
+        list(iterate_evaluation_batches(options, rotten, "train", 7, 16, 3))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -152,7 +152,7 @@ def test_a_shard_that_vanishes_under_a_run_ends_it_in_one_line(rotten, num_worke
         list(islice(TrainingLoader(TrainingStream(options, rotten, State(0), 8, 16, 3)), 6))
     assert "\n" not in str(refused.value)
     with pytest.raises(UserError, match=r"^\S+train-0\.tar: No such file or directory$"):
-        list(evaluation_batches(options, rotten, "train", 7, 16, 3))
+        list(iterate_evaluation_batches(options, rotten, "train", 7, 16, 3))
 
 
 def test_a_shard_that_changed_under_its_index_is_found(rotten):
@@ -283,7 +283,7 @@ def test_images_of_a_batch_do_not_share_the_memory_they_were_decoded_into(tmp_pa
     index = index_shards(str(tmp_path), processes=1)
     options = config(index, minival=0, num_streams=2, augment=augment)
     trained = next(iter(TrainingLoader(TrainingStream(options, index, State(0), 4, 16, 3)))).images
-    [evaluated] = evaluation_batches(options, index, "train", 4, 16, 3)
+    [evaluated] = iterate_evaluation_batches(options, index, "train", 4, 16, 3)
     for images in (trained, evaluated.images):
         assert sorted(round(image[0].float().mean().item(), -1) for image in images) == [0, 50, 100, 150]
 

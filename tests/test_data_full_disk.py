@@ -136,14 +136,14 @@ def test_half_a_line_is_taken_off_before_the_next_one_and_a_study_stays_readable
 
 def test_the_last_line_of_metrics_is_found_however_long_it_is(tmp_path):
     directory = RunDirectory(tmp_path)
-    assert directory.last_metrics() is None
+    assert directory.read_last_metrics() is None
     for step, length in ((1, 10), (2, 30_000), (3, 5000), (4, 1)):
         line = {"step": step, "bad_samples/" + "x" * length: 1}
         add_line(directory.metrics, line)
-        assert directory.last_metrics() == line
+        assert directory.read_last_metrics() == line
     with open(directory.metrics, "a") as file:
         file.write(json.dumps({"step": 5})[:-3])
-    assert directory.last_metrics() == line
+    assert directory.read_last_metrics() == line
     assert len(parse_lines(directory.metrics, "step")) == 4
 
 

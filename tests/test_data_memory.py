@@ -7,7 +7,7 @@ import torch
 
 from depthmup.data import memory
 from depthmup.data.errors import UserError
-from depthmup.data.loader import TrainingLoader, TrainingStream, evaluation_batches
+from depthmup.data.loader import TrainingLoader, TrainingStream, iterate_evaluation_batches
 from depthmup.data.order import State
 from image_sets import config, make_shards
 
@@ -42,7 +42,7 @@ def test_evaluation_batches_equal_the_streamed_ones(tmp_path, size):
     for rank in range(3):
         streamed, kept = (
             list(
-                evaluation_batches(
+                iterate_evaluation_batches(
                     config(index, minival=0.5, in_memory=in_memory), index, "minival", 4, 8, 3, rank=rank, world_size=3
                 )
             )

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from depthmup.data.errors import UserError
 from depthmup.data.index import Index, Span, load_members
-from depthmup.data.loader import TrainingLoader, TrainingStream, evaluation_batches
+from depthmup.data.loader import TrainingLoader, TrainingStream, iterate_evaluation_batches
 from depthmup.data.minival import choose_held_out, hash_names
 from depthmup.data.order import EpochOrder, State
 from depthmup.data.pack import pack
@@ -107,7 +107,9 @@ def test_training_never_serves_a_held_out_sample(tmp_path):
         pixels = [image.numpy().tobytes() for batch in islice(batches, 7) for image in batch.images]
         assert len(set(pixels)) == len(pixels) == 63
         held_out = [
-            i.numpy().tobytes() for b in evaluation_batches(settings, index, "minival", 9, 8, 3) for i in b.images
+            i.numpy().tobytes()
+            for b in iterate_evaluation_batches(settings, index, "minival", 9, 8, 3)
+            for i in b.images
         ]
         assert len(held_out) == 27
         assert not set(pixels) & set(held_out)

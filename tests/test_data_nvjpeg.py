@@ -24,7 +24,7 @@ from depthmup.data.config import DataConfig
 from depthmup.data.decode import from_array
 from depthmup.data.errors import UserError
 from depthmup.data.index import Index
-from depthmup.data.loader import TrainingLoader, TrainingStream, evaluation_batches
+from depthmup.data.loader import TrainingLoader, TrainingStream, iterate_evaluation_batches
 from depthmup.data.nvjpeg import check_decoder, decode_files
 from depthmup.data.order import State
 from depthmup.data.scan import index_shards
@@ -140,11 +140,13 @@ def test_what_is_left_to_pil_is_counted_each_time_and_over_all_processes(photogr
 
 def test_an_evaluation_has_the_references_pixels_to_a_few_levels_on_any_world_size(photographs: Index) -> None:
     options = settings(photographs, minival=0.3)
-    whole = torch.cat([b.images for b in evaluation_batches(options, photographs, "minival", 7, 20, 3)])
-    reference = evaluation_batches(replace(options, backend="pil"), photographs, "minival", 7, 20, 3)
+    whole = torch.cat([b.images for b in iterate_evaluation_batches(options, photographs, "minival", 7, 20, 3)])
+    reference = iterate_evaluation_batches(replace(options, backend="pil"), photographs, "minival", 7, 20, 3)
     assert (whole.int() - torch.cat([b.images for b in reference]).int()).abs().max() <= LEVELS
     workers = replace(options, num_workers=2)
-    parts = [b.images for r in range(3) for b in evaluation_batches(workers, photographs, "minival", 4, 20, 3, r, 3)]
+    parts = [
+        b.images for r in range(3) for b in iterate_evaluation_batches(workers, photographs, "minival", 4, 20, 3, r, 3)
+    ]
     assert torch.equal(torch.cat(parts), whole)
 
 
@@ -170,13 +172,13 @@ def test_a_file_that_only_decoding_shows_to_be_bad_is_black_and_counted_and_not_
     batches = list(islice(served(options, index), 4))  # an epoch
     assert [int((batch.images == 0).flatten(1).all(1).sum()) for batch in batches] == [len(b.bad) for b in batches]
     assert [bad.key for batch in batches for bad in batch.bad] == ["broken.jpg"]
-    evaluated = list(evaluation_batches(options, index, "train", 7, 20, 3))
+    evaluated = list(iterate_evaluation_batches(options, index, "train", 7, 20, 3))
     assert sum(len(batch.images) for batch in evaluated) == sum(len(batch.labels) for batch in evaluated) == 63
     assert [(bad.key, bad.reason) for batch in evaluated for bad in batch.bad] == [
         ("broken.jpg", "not a readable image (OSError)")
     ]
     with pytest.raises(UserError, match=r"1 of 64 samples are bad.*x not a readable image"):
-        list(evaluation_batches(replace(options, max_bad_fraction=0.0), index, "train", 7, 20, 3))
+        list(iterate_evaluation_batches(replace(options, max_bad_fraction=0.0), index, "train", 7, 20, 3))
 
 
 def test_one_file_that_the_device_refuses_costs_no_other_its_picture() -> None:
@@ -201,8 +203,8 @@ def test_a_picture_lies_as_in_its_file_also_where_the_decoder_would_turn_it_upri
         return [from_array(np.array(ImageOps.exif_transpose(image))) for image in opened]
 
     monkeypatch.setattr(nvjpeg, "decode_files", decode_upright)
-    whole = list(evaluation_batches(settings(index), index, "train", 64, 20, 3))
-    reference = evaluation_batches(settings(index, backend="pil"), index, "train", 64, 20, 3)
+    whole = list(iterate_evaluation_batches(settings(index), index, "train", 64, 20, 3))
+    reference = iterate_evaluation_batches(settings(index, backend="pil"), index, "train", 64, 20, 3)
     for got, expected in zip(whole, reference, strict=True):
         assert (got.images.int() - expected.images.int()).abs().max() <= LEVELS
 

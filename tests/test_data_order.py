@@ -12,8 +12,8 @@ import depthmup.data.index
 from depthmup.data.errors import UserError
 from depthmup.data.index import Index, Shard, Span
 from depthmup.data.keys import seed_for
-from depthmup.data.loader import TrainingLoader, TrainingStream, evaluation_batches, share
-from depthmup.data.order import EpochOrder, State, rows_of, streams_of
+from depthmup.data.loader import TrainingLoader, TrainingStream, iterate_evaluation_batches, share
+from depthmup.data.order import EpochOrder, State, list_rows, list_streams
 from image_sets import config, make_shards
 
 
@@ -67,9 +67,9 @@ def test_processes_share_all_streams_or_are_refused_when_they_do_not_divide(plan
     _, num_streams = planned
     if num_streams % world_size:
         with pytest.raises(UserError, match=r"data\.num_streams"):
-            streams_of(0, world_size, num_streams)
+            list_streams(0, world_size, num_streams)
         return
-    parts = [streams_of(rank, world_size, num_streams) for rank in range(world_size)]
+    parts = [list_streams(rank, world_size, num_streams) for rank in range(world_size)]
     assert sorted(stream for part in parts for stream in part) == list(range(num_streams))
     assert len({len(part) for part in parts}) == 1
 
@@ -79,7 +79,7 @@ def test_processes_share_all_streams_or_are_refused_when_they_do_not_divide(plan
 def test_any_number_of_workers_fills_each_row_once_and_all_do_the_same(num_workers, num_rows, first):
     filled = [0] * num_workers
     for number in range(first, first + num_workers):
-        parts = [rows_of(worker, num_workers, num_rows, number) for worker in range(num_workers)]
+        parts = [list_rows(worker, num_workers, num_rows, number) for worker in range(num_workers)]
         assert [row for part in parts for row in part] == list(range(num_rows))
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
         filled = [before + len(part) for before, part in zip(filled, parts, strict=True)]
@@ -148,7 +148,7 @@ def test_planning_reads_only_what_one_reader_needs():
     """4,096 processes over 10,000 shards: one reader plans its first window from the index alone."""
     spans = [Span(Shard(f"{number}.tar", 1281, 0, ""), 0, 1281) for number in range(10_000)]
     order = EpochOrder(spans, seed=0, epoch=0, num_streams=32768, global_batch_size=32768, window=64)
-    stream = streams_of(4095, 4096, 32768)[7]
+    stream = list_streams(4095, 4096, 32768)[7]
     assert sum(span.samples for span in order.contiguous(stream, 0, 64)) == 64
 
 
@@ -205,17 +205,17 @@ def test_a_resume_reads_no_more_than_one_window_a_stream_again(photos, monkeypat
 
 def test_evaluation_counts_every_image_once_on_any_world_size(photos):
     settings = config(photos, minival=0.3)
-    one = torch.cat([b.images for b in evaluation_batches(settings, photos, "minival", 7, 8, 3)])
+    one = torch.cat([b.images for b in iterate_evaluation_batches(settings, photos, "minival", 7, 8, 3)])
     assert len(one) == 45
     for world_size in (2, 7, 64):
         parts = [
             b.images
             for rank in range(world_size)
-            for b in evaluation_batches(settings, photos, "minival", 7, 8, 3, rank, world_size)
+            for b in iterate_evaluation_batches(settings, photos, "minival", 7, 8, 3, rank, world_size)
         ]
         assert torch.equal(torch.cat(parts), one)
     random_numbers = torch.get_rng_state()
-    with_workers = evaluation_batches(replace(settings, num_workers=2), photos, "minival", 7, 8, 3, 1, 2)
+    with_workers = iterate_evaluation_batches(replace(settings, num_workers=2), photos, "minival", 7, 8, 3, 1, 2)
     assert torch.equal(torch.cat([b.images for b in with_workers]), one[22:])
     assert torch.equal(torch.get_rng_state(), random_numbers)  # the training that goes on draws what it would have
 

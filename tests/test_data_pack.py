@@ -25,7 +25,7 @@ from depthmup.data.index import Index, Span, load_members
 from depthmup.data.inspect import inspect_split
 from depthmup.data.pack import pack
 from depthmup.data.reader import read_sample
-from depthmup.data.scan import index_shards, parallel_map
+from depthmup.data.scan import index_shards, map_in_processes
 from depthmup.launch.cli import cli
 from image_sets import make_folder
 
@@ -297,9 +297,9 @@ def test_a_pack_that_packs_nothing_leaves_no_folder(tmp_path):
 
 
 def test_processes_that_help_end_at_ctrl_c_without_a_word_and_one_that_is_killed_is_said():
-    assert list(parallel_map(signal.getsignal, 2, [signal.SIGINT] * 4)) == [signal.SIG_DFL] * 4
+    assert list(map_in_processes(signal.getsignal, 2, [signal.SIGINT] * 4)) == [signal.SIG_DFL] * 4
     with pytest.raises(UserError, match=r"one of 2 processes was killed, .* memory: --processes says how many"):
-        list(parallel_map(signal.raise_signal, 2, [signal.SIGKILL] * 4))
+        list(map_in_processes(signal.raise_signal, 2, [signal.SIGKILL] * 4))
 
 
 def test_two_packs_into_one_folder_do_not_meet(tmp_path):

@@ -20,7 +20,7 @@ from depthmup.launch.findings.analysis import (
 )
 from depthmup.launch.findings.curve_model import average_seeds, fit_curves
 from depthmup.launch.findings.direct import compare_with_direct
-from depthmup.launch.findings.failures import Failures, dead_runs, lost_runs, seed_noise
+from depthmup.launch.findings.failures import Failures, find_dead_runs, find_lost_runs, seed_noise
 from depthmup.launch.findings.verdict import analyse
 
 BASE, DEEP, WIDE, LARGE = (Size(width=width, depth=depth) for width, depth in ((16, 3), (16, 27), (64, 3), (64, 27)))
@@ -183,8 +183,8 @@ def test_a_value_at_which_seeds_differ_as_noise_lets_them_has_not_failed() -> No
     generator = np.random.default_rng(0)
     noisy = 0.3 * np.exp(0.3 * generator.standard_normal((3, 9)))
     for losses in (noisy, np.array([[1.0], [1.3], [1.6]])):  # also where there is one value only
-        assert not dead_runs(losses, GUESS).any()
-        assert not lost_runs(losses, GUESS).any()
+        assert not find_dead_runs(losses, GUESS).any()
+        assert not find_lost_runs(losses, GUESS).any()
 
 
 def test_many_classes_and_a_small_gain_over_a_guess_are_learning_if_seeds_agree() -> None:
@@ -350,13 +350,13 @@ def test_octaves_of_momentum_are_those_of_one_minus_it() -> None:
 
 
 def test_values_near_the_optimum_are_those_of_its_interval_and_their_neighbours() -> None:
-    assert curve(valley(-4.4)).near_optimum() == [2.0**-5, 2.0**-4]
-    flat = curve(valley(-4.4, noise=0.02, curvature=0.002)).near_optimum()
+    assert curve(valley(-4.4)).list_values_near_optimum() == [2.0**-5, 2.0**-4]
+    flat = curve(valley(-4.4, noise=0.02, curvature=0.002)).list_values_near_optimum()
     assert len(flat) > 2
     assert {2.0**-5, 2.0**-4} <= set(flat)
     found = curve(valley(-4.4))
     tied = replace(found, optimum=replace(found.optimum, interval=(-6.0, -4.0)))
-    assert tied.near_optimum() == [2.0**-6, 2.0**-5, 2.0**-4]  # an interval that ends at values
+    assert tied.list_values_near_optimum() == [2.0**-6, 2.0**-5, 2.0**-4]  # an interval that ends at values
 
 
 # ---------------------------------------------------------------- drift and regret

@@ -18,7 +18,7 @@ from depthmup.launch.findings.training_exponents import Exponent, measure_expone
 from depthmup.launch.findings.verdict import analyse
 from depthmup.launch.reading import read_run, read_study
 from depthmup.launch.report.collect import collect
-from depthmup.launch.runs.planned import scaling_of
+from depthmup.launch.runs.planned import compute_scaling
 from depthmup.launch.runs.study import Study
 from depthmup.models.build import build
 from depthmup.models.optimizer import parameter_groups
@@ -287,7 +287,7 @@ def test_each_size_has_its_number_of_experts_and_the_dense_network_is_the_base(s
     study = Study(study_file, read_study(experts_study(study_file)))
     found = {(run.size.num_experts, model.num_experts) for run in study.runs for model in [run.config.model]}
     assert found == {(1, 1), (4, 4), (8, 8)}
-    assert {scaling_of(run.config)[0].experts_ratio for run in study.runs} == {1, 4, 8}
+    assert {compute_scaling(run.config)[0].experts_ratio for run in study.runs} == {1, 4, 8}
     finish(study)
     assert collect(study).analysis.judgements[0].verdict == "transfers"
     assert "experts 8" in " ".join(invoke("report", study_file).split())

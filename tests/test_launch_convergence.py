@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from command_line import invoke, output_of
 from conftest import settings_on
-from depthmup.launch.findings.convergence import LAWS, Law, Rate, fit_rate, squared_distance
+from depthmup.launch.findings.convergence import LAWS, Law, Rate, fit_rate, measure_squared_distance
 from depthmup.launch.reading import read_study
 from depthmup.launch.report.converge import feature_kernel, loss_curve, probe_images
 from depthmup.launch.report.record import read_record
@@ -75,7 +75,8 @@ def test_the_noise_of_the_seeds_is_not_taken_for_distance() -> None:
     """Squared distances of means that are equal are 0 on average, where noise alone would give 2 / 8."""
     generator = np.random.default_rng(0)
     squared = [
-        squared_distance(*(1 + generator.standard_normal((8, 40)) for _ in range(2)), "mean")[0] for _ in range(200)
+        measure_squared_distance(*(1 + generator.standard_normal((8, 40)) for _ in range(2)), "mean")[0]
+        for _ in range(200)
     ]
     assert abs(np.mean(squared)) < 0.03
 

@@ -11,9 +11,15 @@ import pytest
 from scipy.integrate import quad
 from scipy.special import polygamma
 
-from depthmup.launch.findings.curve_model import DRAWS, average_seeds, fit_curves, fitted_values, integrated_noise
+from depthmup.launch.findings.curve_model import (
+    DRAWS,
+    average_seeds,
+    compute_integrated_noise,
+    fit_curves,
+    select_fitted_values,
+)
 from depthmup.launch.findings.intervals import quantiles, regret_interval
-from depthmup.launch.findings.value_effects import estimate_prior, inverse_trigamma, value_effects
+from depthmup.launch.findings.value_effects import estimate_prior, invert_trigamma, value_effects
 
 GRID = np.arange(-9.0, 0.0)
 CURVATURE = 0.1
@@ -34,12 +40,12 @@ def test_the_covariance_of_integrated_noise_is_that_of_its_integral() -> None:
     expected = [
         [quad(lambda u, a=a, b=b: (a - u) ** 3 * (b - u) ** 3 / 36, 0, min(a, b))[0] for b in points] for a in points
     ]
-    assert integrated_noise(points, points) == pytest.approx(np.array(expected), rel=1e-9)
+    assert compute_integrated_noise(points, points) == pytest.approx(np.array(expected), rel=1e-9)
 
 
 @pytest.mark.parametrize("value", [1e-3, 0.1, 1.0, 30.0])
 def test_the_inverse_of_trigamma_is_one(value: float) -> None:
-    assert polygamma(1, inverse_trigamma(value)) == pytest.approx(value, rel=1e-6)
+    assert polygamma(1, invert_trigamma(value)) == pytest.approx(value, rel=1e-6)
 
 
 def test_variances_of_curves_with_one_noise_are_pooled() -> None:
@@ -107,8 +113,8 @@ def test_a_seed_that_ran_near_the_optimum_only_does_not_bend_the_curve() -> None
 
 def test_a_curve_is_fitted_about_its_lowest_value_without_a_gap() -> None:
     mean = np.array([0.9, 0.1, math.inf, 0.6, 0.3, 0.0, 0.1, 2.0, 3.0])
-    assert list(fitted_values(GRID, mean)) == [3, 4, 5, 6, 7]  # to the failed value; two a side, however high
-    assert list(fitted_values(GRID[:2], np.array([math.inf, 0.0]))) == [1]
+    assert list(select_fitted_values(GRID, mean)) == [3, 4, 5, 6, 7]  # to the failed value; two a side, however high
+    assert list(select_fitted_values(GRID[:2], np.array([math.inf, 0.0]))) == [1]
 
 
 @pytest.mark.parametrize("skew", [0.0, 0.3])
@@ -129,7 +135,7 @@ def test_an_interval_is_not_far_narrower_than_that_of_a_parabola_whose_noise_is_
         y = log_losses(generator.uniform(-6, -3), generator, seeds, noise)
         (found,) = fit_curves([(GRID, y)])
         assert found
-        kept = fitted_values(GRID, average_seeds(y))
+        kept = select_fitted_values(GRID, average_seeds(y))
         x = GRID[kept] - GRID[kept].mean()
         design = x[:, None] ** np.arange(3)
         _, slope, bend = np.linalg.lstsq(design, y[:, kept].mean(axis=0), rcond=None)[0]

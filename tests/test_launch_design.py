@@ -13,15 +13,15 @@ from depthmup.data.errors import UserError
 from depthmup.launch.chain import transfer
 from depthmup.launch.config import Size
 from depthmup.launch.findings.analysis import Result
-from depthmup.launch.findings.design import expected_cost, next_round, say_reasons
+from depthmup.launch.findings.design import estimate_cost, next_round, say_reasons
 from depthmup.launch.findings.points import Design, Point, Round
 from depthmup.launch.findings.precision import Aim
 from depthmup.launch.findings.price import Outlook
 from depthmup.launch.findings.verdict import Limits
 from depthmup.launch.reading import read_study
 from depthmup.launch.report.collect import collect
-from depthmup.launch.report.record import as_record, round_records
-from depthmup.launch.runs.design import design_of
+from depthmup.launch.report.record import make_record, make_round_records
+from depthmup.launch.runs.design import build_design
 from depthmup.launch.runs.study import Study
 from depthmup.launch.scale import scale
 
@@ -325,10 +325,10 @@ def test_one_seed_is_a_beginning_and_further_ones_count_on() -> None:
 
 
 def test_the_expected_cost_is_known_beforehand_and_below_the_largest() -> None:
-    expected, rounds = expected_cost(DESIGN)
+    expected, rounds = estimate_cost(DESIGN)
     assert 0 < expected < 0.5 * DESIGN.budget
     assert 2 < rounds < 10
-    assert expected_cost(DESIGN) == (expected, rounds)
+    assert estimate_cost(DESIGN) == (expected, rounds)
 
 
 def test_runs_beside_a_failing_value_teach_something_however_well_the_optimum_is_known() -> None:
@@ -376,9 +376,9 @@ def test_a_study_keeps_its_rounds_and_carries_the_very_value_that_was_run(study_
     assert "settled" in why
     report = collect(study)
     assert report.analysis.judgements[0].verdict == "transfers"
-    assert report.total_flops <= design_of(study).budget
+    assert report.total_flops <= build_design(study).budget
     assert "ended: depth_mup: settled" in report.rounds
-    rounds = round_records(report)
+    rounds = make_round_records(report)
     assert [each["round"] for each in rounds] == list(range(1, len(study.rounds()) + 1))
     assert sum(each["runs"] for each in rounds) == sum(each["finished"] for each in rounds) == len(study.runs)
     assert sum(each["flops"] for each in rounds) == report.total_flops
@@ -396,13 +396,13 @@ def test_the_record_shares_runs_of_parameterizations_and_leaves_out_what_is_not_
     first, *_ = study.pending()
     first.directory.path.mkdir(parents=True)
     first.directory.write_done({"outcome": "completed", "minival_loss": 1.0})
-    record = as_record(collect(study))
+    record = make_record(collect(study))
     (only,) = record["rounds"]
     assert (only["round"], only["finished"], only["flops"]) == (1, 1, collect(study).flops[first.size])
     assert only["verdicts"].keys() == {"sp", "depth_mup"}
     assert record["rounds_ended"] is None
     grid = Study(study_file, read_study(study_file))
-    assert as_record(collect(grid))["rounds"] == []
+    assert make_record(collect(grid))["rounds"] == []
 
 
 def test_damaged_rounds_are_named(study_file: Path) -> None:

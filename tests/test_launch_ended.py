@@ -28,7 +28,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDirectory:
     job = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "sn[1-2]"}
     for key, value in job.items():
         monkeypatch.setenv(key, value)
-    monkeypatch.setattr(slurm, "failed_nodes", lambda nodes, since: [])
+    monkeypatch.setattr(slurm, "list_failed_nodes", lambda nodes, since: [])
     (directory.checkpoints / "step-10").mkdir(parents=True)
     begin_attempt(directory)
     return directory
@@ -82,7 +82,7 @@ def test_two_reasons_at_one_step_are_no_failure_and_neither_is_a_node_that_fails
     assert end(run, 137, KILLED, GONE.format(1)) == EXIT_LOST_PEER
     start_again(run, monkeypatch)
     assert end(run, 137, LEFT, HUNG.format(1)) == EXIT_LOST_PEER
-    monkeypatch.setattr(slurm, "failed_nodes", lambda nodes, since: ["sn2"])
+    monkeypatch.setattr(slurm, "list_failed_nodes", lambda nodes, since: ["sn2"])
     for _ in range(2):
         start_again(run, monkeypatch)
         assert end(run, 137, KILLED, GONE.format(1)) == EXIT_LOST_PEER
@@ -93,7 +93,7 @@ def test_two_reasons_at_one_step_are_no_failure_and_neither_is_a_node_that_fails
 def test_attempts_that_get_no_further_end_and_say_what_the_last_one_died_of(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(slurm, "failed_nodes", lambda nodes, since: ["sn2"])
+    monkeypatch.setattr(slurm, "list_failed_nodes", lambda nodes, since: ["sn2"])
     for _ in range(4):
         end(run, 137, KILLED, GONE.format(1))
         start_again(run, monkeypatch)
@@ -114,7 +114,7 @@ def test_a_process_that_cannot_start_is_a_failure_at_once_but_not_where_a_node_f
 ) -> None:
     (run.path / "attempts.jsonl").unlink()
     with monkeypatch.context() as node_fails:
-        node_fails.setattr(slurm, "failed_nodes", lambda nodes, since: ["sn2"])
+        node_fails.setattr(slurm, "list_failed_nodes", lambda nodes, since: ["sn2"])
         assert end(run, 137, "srun: error: sn[1-2]: tasks 0-1: Killed\n") == EXIT_LOST_PEER
     assert run.failed() is None
     assert end(run, 1, "srun: error: sn2: task 1: Exited with exit code 1\n") == 1
@@ -224,12 +224,12 @@ def test_a_node_is_not_well_when_it_is_down_or_silent_or_its_slurmd_has_begun_ag
     lines = "\n".join(node(name, *state) for name, state in states.items())
     monkeypatch.setattr(slurm, "call_slurm", lambda *command: lines)
     since = datetime.fromisoformat("2026-11-28T11:00:00").timestamp()
-    assert slurm.failed_nodes("n[1-6]", since) == ["n2", "n3", "n4", "n5"]
+    assert slurm.list_failed_nodes("n[1-6]", since) == ["n2", "n3", "n4", "n5"]
 
 
 def test_where_slurm_cannot_be_asked_no_node_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    assert slurm.failed_nodes("n[1-6]", 0.0) == []
+    assert slurm.list_failed_nodes("n[1-6]", 0.0) == []
 
 
 def test_a_requeued_worker_waits_while_a_process_on_another_host_has_its_run_and_then_trains_it(

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from command_line import invoke, output_of
 from conftest import settings_on
-from depthmup.launch.findings.exponents import Slope, fit_slope, measures_of, name_regime
+from depthmup.launch.findings.exponents import Slope, fit_slope, measure_weights, name_regime
 from depthmup.launch.reading import read_study
 from depthmup.launch.report.exponents import block_tensors, branch_factors, run_measures
 from depthmup.launch.report.page import EXPONENTS_FILES
@@ -29,7 +29,7 @@ DEPTHS = (8, 16, 32, 64, 128)
 
 def slopes_of(weights: dict[int, list[np.ndarray]]) -> dict[str, Slope | None]:
     """weights: depth -> of every seed (blocks, entries)."""
-    measured = {depth: [measures_of([seed]) for seed in seeds] for depth, seeds in weights.items()}
+    measured = {depth: [measure_weights([seed]) for seed in seeds] for depth, seeds in weights.items()}
     return {
         name: fit_slope({d: [m[name] for m in of] for d, of in measured.items()}) for name in measured[DEPTHS[0]][0]
     }
@@ -107,9 +107,9 @@ def test_what_is_no_power_of_depth_has_a_wide_interval() -> None:
 
 def test_increments_do_not_cross_stages() -> None:
     first, second = np.ones((3, 5)), 10 * np.ones((3, 5))
-    assert measures_of([first, second])["quadratic variation"] == 0
-    assert measures_of([np.concatenate([first, second])])["quadratic variation"] > 0
-    assert math.isnan(measures_of([first[:1], second[:1]])["increments"])
+    assert measure_weights([first, second])["quadratic variation"] == 0
+    assert measure_weights([np.concatenate([first, second])])["quadratic variation"] > 0
+    assert math.isnan(measure_weights([first[:1], second[:1]])["increments"])
 
 
 def network(**changes: object) -> ConvResNetConfig:

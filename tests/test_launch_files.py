@@ -20,7 +20,7 @@ from depthmup.data.errors import UserError
 from depthmup.data.files import describe_full_disk
 from depthmup.launch.cli import main
 from depthmup.launch.jobs.slurm import QueuedTask
-from depthmup.launch.jobs.states import last_words
+from depthmup.launch.jobs.states import read_last_words
 from depthmup.launch.jobs.submission import Submission, recover_ids, stop_causes
 from depthmup.launch.reading import read_study
 from depthmup.launch.report.converge import loss_curve
@@ -97,7 +97,7 @@ def test_half_a_line_at_the_end_of_metrics_is_read_over_and_one_before_it_is_nam
     readers: list[Callable[[], Any]] = [
         lambda: loss_curve(directory)[1].tolist(),
         lambda: [mean_loss(directory.metrics, 0)],
-        lambda: [directory.last_metrics()["loss"]],  # type: ignore[index]
+        lambda: [directory.read_last_metrics()["loss"]],  # type: ignore[index]
         lambda: truncate_after(directory.metrics, 10) or loss_curve(directory)[1].tolist(),
     ]
     for read in readers:
@@ -123,7 +123,7 @@ def test_a_job_that_could_not_even_print_is_told_from_a_full_disk(
     submission = Submission.create(tmp_path, "local", [["run"]], {})
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
     full = f"; {submission.path}: No space left on device: free some space there"
-    assert last_words((submission, 0)) == f"its job ended without a word{full if free < 1 << 20 else ''}"
+    assert read_last_words((submission, 0)) == f"its job ended without a word{full if free < 1 << 20 else ''}"
 
 
 def test_a_colleague_who_looks_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

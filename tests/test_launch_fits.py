@@ -8,9 +8,9 @@ import torch
 from click.testing import CliRunner
 
 from depthmup.data.errors import UserError
-from depthmup.data.order import streams_of
+from depthmup.data.order import list_streams
 from depthmup.launch.cli import cli
-from depthmup.launch.jobs.submit import dry_run_script
+from depthmup.launch.jobs.submit import write_dry_run_script
 from depthmup.launch.reading import PLACES, read_study, read_study_or_run
 from depthmup.launch.runs.fits import check_fits
 from depthmup.launch.runs.plan import describe_jobs
@@ -39,13 +39,13 @@ def test_every_shipped_recipe_can_run_with_every_shipped_profile(recipe: str, cl
     study.runs = runs_of(recipe)  # which are the same wherever they run: they are planned once
     check_fits(study)
     if study.file.launch.cluster == "slurm":
-        assert "launch.jobs.worker" in dry_run_script(study)
+        assert "launch.jobs.worker" in write_dry_run_script(study)
     processes = study.file.launch.tasks
     for run in study.runs[:: max(len(study.runs) // 8, 1)]:  # what a process asks at its start
         config = run.config
         config.parallel.micro_batches(config.train.global_batch_size, processes)
         for rank in (0, processes - 1):
-            assert streams_of(rank, processes, config.data.num_streams)
+            assert list_streams(rank, processes, config.data.num_streams)
 
 
 @pytest.mark.parametrize("num_workers", [0, 6, 8, 12, 16])

@@ -6,7 +6,7 @@ import pytest
 
 from depthmup.launch.reading import read_study
 from depthmup.launch.runs.cost import cache_file, count_flops
-from depthmup.launch.runs.flops import by_formula
+from depthmup.launch.runs.flops import count_by_formula
 from depthmup.launch.runs.study import Study
 from depthmup.models.build import build_meta
 from depthmup.models.config import AnyModelConfig, ConvResNetConfig, ResNetConfig, VisionTransformerConfig
@@ -35,13 +35,13 @@ VIT = {**SMALL, "patch_size": 4}
 def test_the_formula_equals_the_count(model: AnyModelConfig) -> None:
     network = build_meta(model, ParameterizationConfig()).network
     shape = (model.in_channels, model.image_size, model.image_size)
-    assert by_formula(model) == (num_parameters(network), forward_flops(network, shape))
+    assert count_by_formula(model) == (num_parameters(network), forward_flops(network, shape))
 
 
 def test_other_networks_are_left_to_torch() -> None:
-    assert by_formula(ResNetConfig(width=64, depth=4, base_width=64, base_depth=4)) is None
+    assert count_by_formula(ResNetConfig(width=64, depth=4, base_width=64, base_depth=4)) is None
     registers = VisionTransformerConfig(**VIT, head_dim=16, timm_name="vit_base_patch14_reg4_dinov2")
-    assert by_formula(registers) is None
+    assert count_by_formula(registers) is None
 
 
 def test_counts_are_kept_on_disk_and_a_damaged_file_of_them_only_costs_time(

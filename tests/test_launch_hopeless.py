@@ -13,7 +13,7 @@ from depthmup.launch.reading import read_study
 from depthmup.launch.report.collect import collect
 from depthmup.launch.report.page import run_rows
 from depthmup.launch.report.recompute import restore
-from depthmup.launch.report.record import as_record, page_record
+from depthmup.launch.report.record import make_page_record, make_record
 from depthmup.launch.report.tables import rows
 from depthmup.launch.runs.hopeless import LEARNERS, has_learned_early, limit_step
 from depthmup.launch.runs.planned import PlannedRun
@@ -84,7 +84,7 @@ def test_a_hopeless_run_ends_early_and_is_shown_as_such(study: Study) -> None:
         assert run.loss(METRIC) == run.config.model.chance == CHANCE
     report = collect(study)
     assert f"{len(hopeless)} ended early at the loss of a guess" in report.facts
-    record = page_record(report)
+    record = make_page_record(report)
     assert [row[METRIC] for row in run_rows(record) if row["run"] in {h.directory.path.name for h in hopeless}] == [
         "ended early"
     ] * len(hopeless)
@@ -94,9 +94,9 @@ def test_a_hopeless_run_ends_early_and_is_shown_as_such(study: Study) -> None:
     assert curve.fails[curve.at(8.0)]  # the value is one at which runs fail, and no loss is fitted there
 
     # a record keeps it
-    again = collect(restore(as_record(report), study.path, study.file.directory.with_name("restored")))
+    again = collect(restore(make_record(report), study.path, study.file.directory.with_name("restored")))
     assert again.analysis.judgements == report.analysis.judgements
-    assert as_record(again)["sizes"] == as_record(report)["sizes"]
+    assert make_record(again)["sizes"] == make_record(report)["sizes"]
 
 
 def limited(study: Study) -> list[tuple[int, float]]:

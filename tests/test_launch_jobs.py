@@ -30,13 +30,13 @@ from depthmup.launch.jobs.slurm import QueuedTask, SlurmError
 from depthmup.launch.jobs.states import RunState, Snapshot
 from depthmup.launch.jobs.status import goes_on, print_status
 from depthmup.launch.jobs.submission import Submission, load_all, note_command, places_taken, read_cancelled_runs
-from depthmup.launch.jobs.submit import Turns, deal_tasks, dry_run_script, submit_continuation, take_turns
+from depthmup.launch.jobs.submit import Turns, deal_tasks, submit_continuation, take_turns, write_dry_run_script
 from depthmup.launch.paths import PACKAGE
 from depthmup.launch.reading import read_study
 from depthmup.launch.runs.opened import path_of
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.study import Study
-from depthmup.launch.transfer import IDLE, launch, unfinished, wait, waiting_for
+from depthmup.launch.transfer import IDLE, describe_waiting, launch, unfinished, wait
 from depthmup.train.lock import take_lock
 from depthmup.train.owner import COPY_DESCRIPTION, code_fingerprint
 from depthmup.train.rundir import EXIT_LOST_PEER
@@ -253,7 +253,7 @@ def test_who_waits_for_a_study_looks_at_no_run_again_that_has_ended_and_seldom_w
     fake: Path, study_of: Callable[..., Study], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (fake / "places").write_text("5")
-    study, pause, look = study_of(), time.sleep, states.state_of
+    study, pause, look = study_of(), time.sleep, states.find_state
     ended: list[str] = []
     pauses: list[float] = []
 
@@ -272,7 +272,7 @@ def test_who_waits_for_a_study_looks_at_no_run_again_that_has_ended_and_seldom_w
     launched, ticks = launch(study), count()
     monkeypatch.setattr(time, "sleep", end_first)
     monkeypatch.setattr(time, "process_time", lambda: 2.0 * next(ticks))  # a look takes two seconds
-    monkeypatch.setattr(states, "state_of", counted)
+    monkeypatch.setattr(states, "find_state", counted)
     monkeypatch.setattr(transfer, "resubmit", resubmit_unseen(ended))
     wait(study, launched, Console(quiet=True))
     assert sorted(ended) == sorted(run.directory.path.name for run in study.runs)
@@ -531,10 +531,10 @@ def test_transfer_and_status_say_why_runs_wait(
     study = study_of()
     launch(study)
     (fake / "state").write_text("PENDING|PartitionConfig")
-    said = waiting_for(states.take_snapshot(study))
+    said = describe_waiting(states.take_snapshot(study))
     assert said.startswith(", 12 waiting (PartitionConfig: no node of its partition")
     (fake / "state").write_text("PENDING|None")
-    assert waiting_for(states.take_snapshot(study)) == ", 12 waiting"  # Slurm has not looked yet
+    assert describe_waiting(states.take_snapshot(study)) == ", 12 waiting"  # Slurm has not looked yet
     (fake / "state").write_text("PENDING|PartitionConfig")
     print_status(study, Console(width=200))
     shown = capsys.readouterr().out
@@ -546,7 +546,7 @@ def test_of_several_reasons_transfer_says_the_commonest(study_of: Callable[..., 
     runs = study_of().runs
     reasons = ["Priority", "PartitionConfig", "PartitionConfig"]
     found = [RunState(run, "waiting", reason) for run, reason in zip(runs, reasons, strict=False)]
-    assert waiting_for(Snapshot(found, [], [], [])).startswith(", 3 waiting (PartitionConfig: ")
+    assert describe_waiting(Snapshot(found, [], [], [])).startswith(", 3 waiting (PartitionConfig: ")
 
 
 def test_a_job_that_loads_its_libraries_is_starting_and_what_one_has_cancelled_is_cancelled(
@@ -696,7 +696,7 @@ def test_a_transfer_that_waits_begins_no_target_after_a_cancel(
     finish(study, best=-4.8)
     note_command(study.file.directory, "cancel")  # an earlier one: the user's command counts
     begun: list[Any] = []
-    monkeypatch.setattr(chain, "target_studies", lambda *arguments: begun.append(arguments) or [])
+    monkeypatch.setattr(chain, "make_target_studies", lambda *arguments: begun.append(arguments) or [])
     monkeypatch.setattr(chain, "report_target", lambda *arguments: None)
     monkeypatch.setattr(chain, "show_report", lambda *arguments: None)
     chain.transfer(study, [Path("large.yaml")], Console())
@@ -793,7 +793,7 @@ def test_a_signalled_job_asks_for_its_requeue_whatever_the_setup_lines_set(
     fake: Path, study_of: Callable[..., Study], setup: list[str], code: int
 ) -> None:
     study = study_of(f"launch.setup={json.dumps(setup)}")
-    script = dry_run_script(study)
+    script = write_dry_run_script(study)
     (folder,) = {line.split()[-1] for line in script.splitlines() if ">> " in line and "stopped.jsonl" in line}
     Path(folder).parent.mkdir(parents=True)
     place = next(line for line in script.splitlines() if line.startswith("cd "))
@@ -819,7 +819,7 @@ def test_a_job_asks_for_its_requeue_once_and_notes_why_it_ended(
 ) -> None:
     (fake / "python").write_text(f"#!/bin/bash\nexit {code}\n")  # asked for what the step's end means
     (fake / "python").chmod(0o755)
-    script = dry_run_script(study_of(f"launch.python={fake}/python"))
+    script = write_dry_run_script(study_of(f"launch.python={fake}/python"))
     (folder,) = {line.split()[-1] for line in script.splitlines() if ">> " in line and "stopped.jsonl" in line}
     Path(folder).parent.mkdir(parents=True)
     place = next(line for line in script.splitlines() if line.startswith("cd "))
@@ -849,14 +849,14 @@ def test_a_folder_with_what_slurm_takes_for_a_pattern_is_refused(
     study_of: Callable[..., Study], tmp_path: Path, name: str
 ) -> None:
     with pytest.raises(UserError, match="Slurm reads % in a path as a pattern"):
-        dry_run_script(study_of(f'study.directory="{tmp_path}/{name}"'))
+        write_dry_run_script(study_of(f'study.directory="{tmp_path}/{name}"'))
 
 
 @pytest.mark.parametrize("name", ["two words", "quote'd"])
 def test_the_names_of_folders_are_quoted_in_the_script(
     study_of: Callable[..., Study], tmp_path: Path, name: str
 ) -> None:
-    script = dry_run_script(study_of(f'study.directory="{tmp_path}/{name}"'))
+    script = write_dry_run_script(study_of(f'study.directory="{tmp_path}/{name}"'))
     logs = [word for line in script.splitlines() if "_log.out" in line for word in line.split("--output")[1:]]
     assert len(logs) == 2  # sbatch's and srun's
     for log in logs:
@@ -866,8 +866,8 @@ def test_the_names_of_folders_are_quoted_in_the_script(
 
 
 def test_a_job_of_several_processes_asks_first_whether_its_run_is_held(study_of: Callable[..., Study]) -> None:
-    assert "--held && exit 0" in dry_run_script(study_of("launch.nodes=2"))
-    assert "--held" not in dry_run_script(study_of())
+    assert "--held && exit 0" in write_dry_run_script(study_of("launch.nodes=2"))
+    assert "--held" not in write_dry_run_script(study_of())
 
 
 def test_slurms_refusal_of_a_later_array_takes_back_the_earlier_ones(

@@ -102,7 +102,7 @@ def test_packs_hold_the_trunks_and_then_the_branches_of_one_horizon(study_file: 
     branches = [run.directory for run in pack if run.trunk]
     assert all(map(waits_for_trunk, branches))  # none begins from nothing while its trunk may come
     assert train_packs([branches]) == 0
-    assert not any(branch.checkpoint_steps() for branch in branches)
+    assert not any(branch.list_checkpoint_steps() for branch in branches)
     assert train_packs([[run.directory for run in pack]]) == 0
     assert all(run.done() for run in pack)
     for branch in pack:
@@ -119,7 +119,7 @@ def test_a_branch_that_is_stopped_goes_on_from_its_own_checkpoint(study_file: Pa
     run_pack([trunk.config], [trunk.directory.path])
     with pytest.raises(Interrupted):
         run_pack([branch.config], [branch.directory.path], After(2))
-    assert max(branch.directory.checkpoint_steps()) == 17  # two steps after the trunk's
+    assert max(branch.directory.list_checkpoint_steps()) == 17  # two steps after the trunk's
     run_pack([branch.config], [branch.directory.path])
     run(branch.config, tmp_path / "alone")
     assert timeless_metrics(branch.directory.path) == timeless_metrics(tmp_path / "alone")
@@ -131,11 +131,11 @@ def test_a_branch_that_begins_has_its_trunks_metrics_up_to_the_step_where_it_bra
     study.write()
     trunk = next(run for run in study.runs if not run.trunk)
     run_pack([trunk.config], [trunk.directory.path])
-    assert (trunk.directory.last_metrics() or {})["step"] == 40
+    assert (trunk.directory.read_last_metrics() or {})["step"] == 40
     for branch in study.runs:
         if branch.trunk:
             begin_branch(branch.directory, branch.config)
-            last = branch.directory.last_metrics()
+            last = branch.directory.read_last_metrics()
             assert last
             assert 0 < last["step"] <= branch.trunk.step < branch.config.train.num_steps
 

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from depthmup.data.errors import UserError
 from depthmup.launch.cli import cli
-from depthmup.launch.findings.theory import drift_sentence
+from depthmup.launch.findings.theory import describe_drift
 from depthmup.launch.reading import read_study
 from depthmup.launch.report import limit, limit_task
 from depthmup.models.config import Size
@@ -18,14 +18,14 @@ from depthmup.models.parameterization_config import ParameterizationConfig
 
 
 def test_the_predicted_drift_is_said_with_the_beta_that_avoids_it() -> None:
-    said = drift_sentence(ParameterizationConfig(), Size(width=16, depth=12), [12, 48])
+    said = describe_drift(ParameterizationConfig(), Size(width=16, depth=12), [12, 48])
     assert said == (
         "depth_mup: in theory the largest stable rate at the start drifts by -1.43 octaves at depth 48 "
         "(-2.05 in the limit); beta 0.289 = 12^-0.5 "
         "brings it to -0.02"
     )
-    assert drift_sentence(ParameterizationConfig(name="sp"), Size(width=16, depth=12), [12, 48]) is None
-    assert drift_sentence(ParameterizationConfig(), Size(width=16, depth=12), [12]) is None
+    assert describe_drift(ParameterizationConfig(name="sp"), Size(width=16, depth=12), [12, 48]) is None
+    assert describe_drift(ParameterizationConfig(), Size(width=16, depth=12), [12]) is None
 
 
 def test_plan_says_what_is_predicted_and_nothing_where_nothing_is(study_file: Path) -> None:

@@ -190,7 +190,7 @@ def test_fresh_runs_do_not_join_those_that_are_far_ahead(written: Callable[[int]
     configs = [from_plain(RunConfig, yaml.safe_load(d.config.read_text()), "test") for d in ahead]
     with pytest.raises(Interrupted):
         run_pack(configs, [d.path for d in ahead], After(9))
-    assert [max(d.checkpoint_steps()) for d in ahead] == [9, 9]
+    assert [max(d.list_checkpoint_steps()) for d in ahead] == [9, 9]
     assert train_packs([directories]) == 0
     assert packs_in_logs(directories[0].path.parent) == [2, 2, 4, 4, 4, 4]
     assert "resumed from step-9" in directories[1].log.read_text()

@@ -19,7 +19,7 @@ from depthmup.launch.cli import cli
 from depthmup.launch.jobs import status
 from depthmup.launch.reading import read_study
 from depthmup.launch.report import tracked
-from depthmup.launch.report.page import environment, inline, inline_json
+from depthmup.launch.report.page import environment, format_inline_json, inline
 from depthmup.launch.report.record import CURVE_POINTS, read_record
 from depthmup.launch.runs.study import Study
 from planned_runs import finish
@@ -144,7 +144,7 @@ def test_a_page_of_500_runs_stays_under_two_megabytes(study_file: Path) -> None:
     }
     row = re.search(r"<tr>\s*<td[^>]*><a href.*?</tr>", page, re.DOTALL)
     assert row
-    assert len(page) + len(inline_json(record)) + 500 * len(row[0]) < 2_000_000
+    assert len(page) + len(format_inline_json(record)) + 500 * len(row[0]) < 2_000_000
 
 
 def test_where_no_loss_is_foretold_the_page_says_why_and_has_no_table_of_empty_cells(study_file: Path) -> None:
@@ -158,7 +158,7 @@ def test_where_no_loss_is_foretold_the_page_says_why_and_has_no_table_of_empty_c
 
 
 def test_text_in_a_record_cannot_end_its_script() -> None:
-    text = inline_json({"remark": "</script><b>"})
+    text = format_inline_json({"remark": "</script><b>"})
     assert "<" not in text
     assert json.loads(text) == {"remark": "</script><b>"}
 

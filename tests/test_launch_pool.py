@@ -12,7 +12,7 @@ from depthmup.launch.commands.group import new_console
 from depthmup.launch.jobs import states
 from depthmup.launch.reading import read_study
 from depthmup.launch.report.collect import collect
-from depthmup.launch.report.record import as_record
+from depthmup.launch.report.record import make_record
 from depthmup.launch.runs.plan import print_plan
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.pool import refuse_mixture
@@ -45,9 +45,9 @@ def test_results_of_several_versions_of_the_code_are_refused_or_pooled_when_aske
     pooled = open_study(study_file, "study.pool_different=[code]")
     report = collect(pooled)
     assert "Results of 2 versions of the code: 9 runs of" in report.facts
-    assert as_record(report)["origins"]["code"] == {code_fingerprint(): 9, "0123456789ab": 3}
+    assert make_record(report)["origins"]["code"] == {code_fingerprint(): 9, "0123456789ab": 3}
     assert [run.directory.path for run in pooled.runs] == [run.directory.path for run in study.runs]  # no identity
-    json.dumps(as_record(report))
+    json.dumps(make_record(report))
 
 
 def test_runs_that_would_begin_with_other_code_are_refused_before_they_do(study_file: Path) -> None:

@@ -14,7 +14,7 @@ from depthmup.launch.cli import cli
 from depthmup.launch.reading import read_study
 from depthmup.launch.report.collect import collect
 from depthmup.launch.report.recompute import recompute_record, restore
-from depthmup.launch.report.record import as_record, dump, read_record
+from depthmup.launch.report.record import dump, make_record, read_record
 from depthmup.launch.report.results import results
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.study import Study
@@ -202,8 +202,8 @@ def test_a_published_record_gives_the_same_report_again_without_its_runs(study_f
             {"outcome": "completed", "minival_loss": loss(run)} if math.isfinite(loss(run)) else {"outcome": "diverged"}
         )
         run.directory.write_done(done | {"seconds": 1.0})
-    record = as_record(collect(study))
-    assert as_record(collect(restore(record, path, tmp_path / "again"))) == record
+    record = make_record(collect(study))
+    assert make_record(collect(restore(record, path, tmp_path / "again"))) == record
 
     published = tmp_path / "again.json"
     record["origins"]["code"] = {"0123456789ab": record["num_runs"]}  # which no analysis knows
@@ -233,7 +233,7 @@ def test_the_rounds_of_an_adaptive_study_can_be_made_anew_from_its_record(study_
         study.write()
         for run in study.pending():
             run.directory.write_done({"outcome": "completed", "minival_loss": STEADY(run), "seconds": 1.0})
-    record = as_record(collect(study))
+    record = make_record(collect(study))
     assert len(record["rounds"]) > 2
     assert {point["round"] for point in record["points"]} == {each["round"] for each in record["rounds"]}
-    assert as_record(collect(restore(record, path, tmp_path / "again"))) == record
+    assert make_record(collect(restore(record, path, tmp_path / "again"))) == record

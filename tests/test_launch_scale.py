@@ -14,9 +14,9 @@ from click.testing import CliRunner
 
 from depthmup.data.errors import UserError
 from depthmup.launch.cli import cli
-from depthmup.launch.findings.verdict import seeds_wanted
+from depthmup.launch.findings.verdict import find_wanted_seeds
 from depthmup.launch.reading import read_run, read_study, read_study_or_run
-from depthmup.launch.report.collect import collect, target_line
+from depthmup.launch.report.collect import collect, describe_targets
 from depthmup.launch.runs.foretold import forecast_file
 from depthmup.launch.runs.study import Study
 from depthmup.launch.scale import WITHOUT_RULE
@@ -326,7 +326,7 @@ def test_seeds_are_added_where_the_verdict_hangs_on_them_and_a_later_command_see
     finish(study, best=-5.5, moves="", noise=0.02)
     analysis = collect(study).analysis
     assert {judgement.verdict for judgement in analysis.judgements} == {"inconclusive"}
-    wanted = seeds_wanted(analysis)
+    wanted = find_wanted_seeds(analysis)
     assert {(name, size.depth) for name, size in wanted} == {("sp", 6), ("depth_mup", 6)}  # the base's value is fixed
     assert grow(study)[0] == sum(map(len, wanted.values())) > 0
     assert {run.seed for run in Study(study_file, file).runs} == {0, 1}
@@ -390,9 +390,9 @@ def test_a_targets_loss_is_foretold_before_it_is_launched_and_judged_after_it(st
     target.directory.path.mkdir(parents=True)
     target.directory.write_done({"outcome": "completed", "minival_loss": seen})
     before = forecast_file(study.target_file).read_text()
-    assert f"forecast of minival_loss before it: {forecast[0][30:-1]}: held." in (target_line(study) or "")
+    assert f"forecast of minival_loss before it: {forecast[0][30:-1]}: held." in (describe_targets(study) or "")
     target.directory.write_done({"outcome": "completed", "minival_loss": 2 * seen})
-    assert ": missed." in (target_line(study) or "")
+    assert ": missed." in (describe_targets(study) or "")
     forecast_file(study.target_file).write_text(before.replace("90%", "marked"))
     invoke("scale", study_file, "model.depth=24")  # the run has begun: what was foretold stands
     assert "marked" in forecast_file(study.target_file).read_text()
@@ -400,7 +400,7 @@ def test_a_targets_loss_is_foretold_before_it_is_launched_and_judged_after_it(st
     assert "Forecast of its minival_loss: none: the target differs from the study in schedule.warmup" in other
     forecast_file(study.target_file).write_text("[]")
     with pytest.raises(UserError, match="forecast"):
-        target_line(study)
+        describe_targets(study)
 
 
 def test_runs_of_two_horizons_are_never_one_study(study_file: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from depthmup.launch.config import Size
-from depthmup.launch.jobs.attempts import process_age
+from depthmup.launch.jobs.attempts import measure_process_age
 from depthmup.launch.jobs.share import Share, Start, measure_overhead
 from depthmup.launch.jobs.states import RunState, Snapshot
 from depthmup.launch.reading import read_study
@@ -120,5 +120,5 @@ def test_overhead_is_the_starts_of_processes_and_the_time_between_runs() -> None
 
 
 def test_a_process_knows_its_age() -> None:
-    first = process_age()
-    assert 0 < first <= process_age() < 1e6
+    first = measure_process_age()
+    assert 0 < first <= measure_process_age() < 1e6

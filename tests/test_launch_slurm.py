@@ -351,7 +351,7 @@ def test_of_a_run_of_several_processes_the_first_alone_notes_and_ends_with_what_
     study.write()
     run = study.runs[0].directory
     monkeypatch.setenv("SLURM_PROCID", rank)
-    monkeypatch.setattr("depthmup.train.distributed.world_from_environment", lambda: None)
+    monkeypatch.setattr("depthmup.train.distributed.read_world_from_environment", lambda: None)
     monkeypatch.setattr(worker, "train_locked", lambda *given: trained_to)
     assert worker.run_distributed(run) == code
     file = run.path / "attempts.jsonl"

@@ -19,7 +19,7 @@ from depthmup.launch import transfer
 from depthmup.launch.jobs.attempts import begin_attempt, note_attempt
 from depthmup.launch.jobs.cancel import cancel
 from depthmup.launch.jobs.slurm import QueuedTask
-from depthmup.launch.jobs.states import RunState, state_of, take_snapshot
+from depthmup.launch.jobs.states import RunState, find_state, take_snapshot
 from depthmup.launch.jobs.status import format_duration, print_status, watch_status
 from depthmup.launch.jobs.submission import Submission
 from depthmup.launch.jobs.worker import lacks_gpu
@@ -223,7 +223,7 @@ def begun(study_file: Path) -> RunState:
 
 
 def judged(begun: RunState, task: QueuedTask | None = None) -> RunState:
-    return state_of(begun.run, task, None, None, True, {}, False, ())
+    return find_state(begun.run, task, None, None, True, {}, False, ())
 
 
 @pytest.mark.parametrize(
@@ -494,10 +494,10 @@ def test_one_command_shows_the_whole_path_and_watches_it_to_its_end(
 def test_the_last_line_of_a_runs_metrics_may_be_long(tmp_path: Path, length: int) -> None:
     """As of many experts, whose loads are in it."""
     directory, load = RunDirectory(tmp_path), "0" * length
-    assert directory.last_metrics() is None
+    assert directory.read_last_metrics() is None
     lines = [json.dumps({"step": step, "load": load}) + "\n" for step in (1, 2, 3)]
     for whole in (1, 2, 3):
         directory.metrics.write_text("".join(lines[:whole]) + lines[0][: length // 2])
-        last = directory.last_metrics()
+        last = directory.read_last_metrics()
         assert last
         assert last["step"] == whole

@@ -19,7 +19,7 @@ from depthmup.launch.config import LaunchConfig
 from depthmup.launch.jobs.slurm import Silent, SlurmError, describe_refusal
 from depthmup.launch.jobs.states import RunState, Snapshot
 from depthmup.launch.jobs.submission import Submission, load_all, note_command
-from depthmup.launch.jobs.submit import dry_run_script, submit_continuation
+from depthmup.launch.jobs.submit import submit_continuation, write_dry_run_script
 from depthmup.launch.reading import read_study
 from depthmup.launch.runs.grouping import slot_gpus
 from depthmup.launch.runs.study import Study
@@ -300,7 +300,7 @@ def test_in_a_container_the_workers_run_and_the_job_after_the_runs_does_not(
 ) -> None:
     place = ("launch.container_image=image.sqsh", "launch.python=python")
     study = Study(study_file, read_study(study_file, ("launch.cluster=slurm", *place)))
-    workers = [line for line in dry_run_script(study).splitlines() if "launch.jobs.worker" in line]
+    workers = [line for line in write_dry_run_script(study).splitlines() if "launch.jobs.worker" in line]
     assert len(workers) == 2  # it trains, and it records how that ended
     assert all("srun" in line and "--container-image=image.sqsh" in line for line in workers)
 

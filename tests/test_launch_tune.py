@@ -325,7 +325,7 @@ def test_runs_that_are_ended_early_are_neither_winners_nor_averaged_nor_failures
     assert 0 < len(pruned) < 20
     assert found.pruned == len(pruned)
     assert len(found.trials) == 32 - len(pruned)
-    of_pruned = {t.number for t in search.trials() if any(run.is_pruned() for run in search.runs_tried(t))}
+    of_pruned = {t.number for t in search.trials() if any(run.is_pruned() for run in search.plan_trial_runs(t))}
     assert not of_pruned & {trial for trial, _, _ in found.trials}
     assert not of_pruned & set(search.winners())
     assert all(number >= 8 for number in of_pruned)  # the first batches have nothing to be worse than

@@ -22,7 +22,7 @@ from depthmup.launch.reading import read_run, read_study
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.search import Search
 from depthmup.launch.runs.study import Study
-from depthmup.launch.runs.tuned import keep_study, search_of, with_tuned
+from depthmup.launch.runs.tuned import apply_tuned, keep_study, search_of
 from depthmup.launch.transfer import Launched
 from planned_runs import finish, open_as
 from train_processes import Process
@@ -248,7 +248,7 @@ def test_the_search_of_a_study_is_of_its_first_parameterization_at_its_base(path
 
 def test_tuned_values_are_those_of_all_that_are_compared(path_file: Callable[..., Path]) -> None:
     file = read_study(path_file())
-    tuned = with_tuned(file, {"optimizer.momentum": 0.8, "parameterization.beta": 0.7}, "test")
+    tuned = apply_tuned(file, {"optimizer.momentum": 0.8, "parameterization.beta": 0.7}, "test")
     assert tuned.optimizer.momentum == 0.8
     assert [preset.beta for preset in tuned.study.parameterizations] == [0.7, 0.7]
     assert (tuned.tune, tuned.study.values) == (None, file.study.values)

@@ -14,8 +14,8 @@ from depthmup.launch.findings.verdict import (
     Limits,
     analyse,
     describe_rule,
+    find_wanted_seeds,
     judge_size,
-    seeds_wanted,
 )
 from depthmup.launch.wording import show_cost, show_interval, show_seeds, show_share, show_shares
 from test_launch_analysis import BASE, DEEP, GUESS, LARGE, WIDE, failing, runs, valley
@@ -92,7 +92,7 @@ def test_runs_that_fail_beside_a_carried_value_that_was_not_run_are_said_to_be_b
     further = study_of(runs(BASE, valley(-4.7)), runs(DEEP, deep))
     assert further.judgements[0].verdict == "inconclusive"
     assert "as runs fail at 0.0625 beside the carried value, which was not run there" in further.judgements[0].reason
-    assert not seeds_wanted(further)
+    assert not find_wanted_seeds(further)
     here = study_of(runs(BASE, valley(-4.0)), runs(DEEP, failing(valley(-4.8), -4.5))).judgements[0]
     assert "(the nearest" in here.reason or "beside" in here.reason  # a vertex seldom is a value of the grid
 
@@ -104,7 +104,7 @@ def test_one_dead_run_at_the_carried_value_asks_for_more_and_does_not_rule_it_ou
     few = study_of(runs(BASE, valley(-4.0)), runs(DEEP, dead))
     assert few.judgements[0].verdict == "inconclusive"
     assert "1 of 3 runs fails there (1.7 to 86 %)" in few.judgements[0].reason
-    assert 2.0**-4 in seeds_wanted(few)["p", DEEP]
+    assert 2.0**-4 in find_wanted_seeds(few)["p", DEEP]
     enough = judge(runs(BASE, valley(-4.0)), runs(DEEP, dead, seeds=8))
     assert enough.verdict == "transfers"
     assert "1 of 8 runs fails there" in enough.reason
@@ -244,14 +244,14 @@ def test_seeds_are_wanted_near_the_optimum_of_the_sizes_in_doubt_and_nowhere_els
     good = runs(BASE, valley(-4.0)), runs(WIDE, valley(-4.0, number=1))
     doubtful = study_of(*good, runs(DEEP, valley(-4.0, noise=0.08)))
     assert doubtful.judgements[0].verdict == "inconclusive"
-    wanted = seeds_wanted(doubtful)
+    wanted = find_wanted_seeds(doubtful)
     assert set(wanted) == {("p", DEEP)}
-    assert wanted["p", DEEP] == doubtful.curves[2].near_optimum()
+    assert wanted["p", DEEP] == doubtful.curves[2].list_values_near_optimum()
     for settled in (runs(DEEP, valley(-4.0)), runs(DEEP, valley(-4.6)), runs(DEEP, valley(-8.0))):
-        assert not seeds_wanted(study_of(*good, settled))
+        assert not find_wanted_seeds(study_of(*good, settled))
     edge = study_of(runs(BASE, valley(-9.2)), runs(DEEP, valley(-11.0, curvature=0.01)))
     assert edge.judgements[0].verdict == "inconclusive"
-    assert not seeds_wanted(edge)  # it wants values
+    assert not find_wanted_seeds(edge)  # it wants values
 
 
 def test_more_seeds_settle_what_few_leave_open() -> None:
@@ -276,7 +276,7 @@ def test_added_seeds_seldom_lift_a_loss_of_twice_the_limit_to_a_transfer() -> No
         results = [run for size in losses for run in runs(size, losses[size], seeds=2)]
         found = study_of(results)
         for seed in (2, 3):
-            for (_, size), values in seeds_wanted(found).items():
+            for (_, size), values in find_wanted_seeds(found).items():
                 results += [Result("p", size, v, seed, losses[size](math.log2(v), seed)) for v in values]
             found = study_of(results)
         wrong += found.judgements[0].verdict == "transfers"
@@ -368,7 +368,7 @@ def test_a_study_that_says_little_gives_a_sentence_and_no_warning(what: str) -> 
     if what in LITTLE:
         is_one_seed = what in ("one seed", "two seeds, each at values of its own")  # a value
         assert "run a second seed" in judgement.reason if is_one_seed else judgement.verdict == "inconclusive"
-    seeds_wanted(found)
+    find_wanted_seeds(found)
 
 
 SAID = {

@@ -97,7 +97,7 @@ def test_a_bound_from_all_better_or_from_none_is_open_on_that_side() -> None:
 def test_values_at_the_optimum_are_among_the_best(verify_file: Callable[..., Path]) -> None:
     found = judge(verify_file(), bowl(-6))
     assert len(found.losses) == 59
-    assert found.better_by(found.margin).better == 0
+    assert found.count_better_by(found.margin).better == 0
     said = " ".join(sentences(found))
     assert said.startswith("Among the best 5.0 %: with 95% confidence, at most 5.0 % of the space is better")
     assert not any(shift.moved for shift in found.shifts)
@@ -106,7 +106,7 @@ def test_values_at_the_optimum_are_among_the_best(verify_file: Callable[..., Pat
 def test_a_value_that_is_not_at_the_optimum_is_seen_and_named_with_its_side(verify_file: Callable[..., Path]) -> None:
     """The optimum is three octaves above the transferred rate, beyond what is perturbed."""
     found = judge(verify_file(), bowl(-3))
-    share = found.better_by(found.margin)
+    share = found.count_better_by(found.margin)
     assert share.judge(0.05) == "not among the best"
     assert share.low < share.better / 59 < share.high
     assert [shift.key for shift in found.shifts if shift.moved] == ["optimizer.lr"]
@@ -115,8 +115,8 @@ def test_a_value_that_is_not_at_the_optimum_is_seen_and_named_with_its_side(veri
 
 def test_where_the_values_do_not_matter_none_is_called_better_and_none_moved(verify_file: Callable[..., Path]) -> None:
     found = judge(verify_file(), lambda run: 0.5 + 1e-4 * math.sin(int(run.directory.path.name, 16)))
-    assert found.better_by(0).better > 10
-    assert found.better_by(found.margin).better == 0
+    assert found.count_better_by(0).better > 10
+    assert found.count_better_by(found.margin).better == 0
 
 
 def test_transferred_values_that_diverge_are_the_worst_and_perturbed_ones_that_do_are_not_better(
@@ -124,10 +124,10 @@ def test_transferred_values_that_diverge_are_the_worst_and_perturbed_ones_that_d
 ) -> None:
     own = 2**-6
     found = judge(verify_file(), lambda run: math.inf if run.config.optimizer.lr == own else 1.0)
-    assert found.better_by(found.margin).better == 59
+    assert found.count_better_by(found.margin).better == 59
     other = judge(verify_file({"study": {"name": "other", "directory": str(found.verification.file.directory.parent)}}),
                   lambda run: 1.0 if run.config.optimizer.lr == own else math.inf)  # fmt: skip
-    assert other.better_by(0).better == 0
+    assert other.count_better_by(0).better == 0
 
 
 def test_noise_between_seeds_above_the_margin_is_said(verify_file: Callable[..., Path]) -> None:

@@ -16,7 +16,7 @@ from depthmup.models import parameterization as rules
 from depthmup.models.build import ScaledModel
 from depthmup.models.check_targets import Target
 from depthmup.models.config import AnyModelConfig, ConvResNetConfig, ResNetConfig, VisionTransformerConfig
-from depthmup.models.coordinate_check import AXES, Axis, Batch, Line, Measured, Settings, at_positions, check
+from depthmup.models.coordinate_check import AXES, Axis, Batch, Line, Measured, Settings, check, select_positions
 from depthmup.models.optimizer_config import OptimizerConfig
 from depthmup.models.parameterization import Role, Scale
 from depthmup.models.parameterization_config import ParameterizationConfig
@@ -229,8 +229,8 @@ def test_a_slope_is_judged_by_the_band_and_its_standard_error() -> None:
 
 def test_positions_of_a_deeper_network_lie_at_the_same_relative_depth() -> None:
     values = [float(i) for i in range(6)]
-    assert at_positions(values, 3, "stream") == [1, 3, 5]  # after a third, two thirds and all of the blocks
-    assert at_positions(values, 3, "branch") == [0, 2, 4]  # a block's input: at none, one and two thirds
+    assert select_positions(values, 3, "stream") == [1, 3, 5]  # after a third, two thirds and all of the blocks
+    assert select_positions(values, 3, "branch") == [0, 2, 4]  # a block's input: at none, one and two thirds
 
 
 def test_unit_branches_in_a_deep_base_are_told_to_try_the_papers_beta() -> None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from depthmup.models.build import build, build_meta
 from depthmup.models.config import AnyModelConfig, ConvResNetConfig, ResNetConfig, VisionTransformerConfig
-from depthmup.models.coordinate_check import BAND, Settings, fixed_batch
+from depthmup.models.coordinate_check import BAND, Settings, draw_fixed_batch
 from depthmup.models.parameterization import Role
 from depthmup.models.parameterization_config import ParameterizationConfig
 
@@ -48,7 +48,7 @@ Kind = tuple[str, Role]  # a parameter's name without numbers, its role
 def gradients(config: AnyModelConfig, parameterization: ParameterizationConfig, seed: int) -> dict[Kind, float]:
     """RMS of each kind of parameter's gradient in the first step."""
     scaled = build(config, parameterization, seed)
-    images, labels = fixed_batch(config, Settings(), seed)
+    images, labels = draw_fixed_batch(config, Settings(), seed)
     logits = scaled.network(images)
     # without the readout's noise, which shrinks with width, and gradients with it
     F.cross_entropy(logits - logits.detach(), labels).backward()

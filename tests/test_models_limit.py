@@ -12,11 +12,11 @@ from depthmup.models import OptimizerConfig, ParameterizationConfig, Role, Size
 from depthmup.models import parameterization as rules
 from depthmup.models.errors import ModelError
 from depthmup.models.limit.activations import ACTIVATIONS
-from depthmup.models.limit.drift import kernel_at, kernel_in_limit, predicted_drift
+from depthmup.models.limit.drift import compute_kernel_at, compute_kernel_in_limit, predicted_drift
 from depthmup.models.limit.finite import scaled_network, train_finite
-from depthmup.models.limit.kernels import finite_depth_kernel, infinite_depth_kernel, largest_rate
+from depthmup.models.limit.kernels import compute_finite_depth_kernel, compute_infinite_depth_kernel, find_largest_rate
 from depthmup.models.limit.linear import train_linear
-from depthmup.models.limit.network import ActivationName, Training, Trajectory, paper_network, to_infinite_depth
+from depthmup.models.limit.network import ActivationName, Training, Trajectory, build_paper_network, to_infinite_depth
 from depthmup.models.limit.rich import train_rich
 from depthmup.models.parameterization import Scale
 
@@ -47,22 +47,22 @@ LINEAR_OUTPUTS = [  # gamma0, outputs at steps 1, 2, ...
 
 @pytest.mark.parametrize(("gamma0", "outputs"), LINEAR_OUTPUTS)
 def test_outputs_of_the_linear_network(gamma0: float, outputs: list[float]) -> None:
-    found = train_linear(paper_network("linear", 16, gamma0=gamma0), one_sample(len(outputs)))
+    found = train_linear(build_paper_network("linear", 16, gamma0=gamma0), one_sample(len(outputs)))
     assert found.outputs[1:, 0].round(4).tolist() == outputs
 
 
 def test_feature_kernel_of_the_linear_network() -> None:
-    assert f"{train_linear(paper_network('linear', 16), one_sample(9)).forward[-1, 9, 9]:.3f}" == "3.950"
+    assert f"{train_linear(build_paper_network('linear', 16), one_sample(9)).forward[-1, 9, 9]:.3f}" == "3.950"
 
 
 def test_without_responses_the_linear_network_is_another() -> None:
-    found = train_linear(paper_network("linear", 16), one_sample(5), responses=False).outputs[1:, 0]
+    found = train_linear(build_paper_network("linear", 16), one_sample(5), responses=False).outputs[1:, 0]
     assert found.round(4).tolist() == [0.2638, 0.4671, 0.6280, 0.7511, 0.8401]
 
 
 def one_step(depth: int, input_rate: float) -> Trajectory:
     """a = kappa Delta = 0.5."""
-    return train_linear(paper_network("linear", depth, gamma0=10.0, input_rate=input_rate), one_sample(1))
+    return train_linear(build_paper_network("linear", depth, gamma0=10.0, input_rate=input_rate), one_sample(1))
 
 
 def test_one_step_of_the_linear_network_at_finite_depth() -> None:
@@ -88,15 +88,15 @@ def test_one_step_of_the_linear_network_is_the_stated_number_in_the_limit() -> N
 
 def test_tangent_kernel_of_the_linear_network() -> None:
     for depth in (4, 16):
-        found = finite_depth_kernel(paper_network("linear", depth), ONE).total[0, 0]
+        found = compute_finite_depth_kernel(build_paper_network("linear", depth), ONE).total[0, 0]
         assert found == pytest.approx(2 * (1 + 1 / depth) ** depth + (1 + 1 / depth) ** (depth - 1))
-    limit = infinite_depth_kernel("linear", ONE)
+    limit = compute_infinite_depth_kernel("linear", ONE)
     assert [limit.readout[0, 0], limit.hidden[0, 0], limit.input[0, 0]] == pytest.approx([math.e] * 3, rel=1e-6)
 
 
 def test_kernels_at_the_start_of_the_linear_network() -> None:
     """H(tau) = e^tau and G(tau) = e^(1 - tau) in the limit."""
-    runs = {depth: train_linear(paper_network("linear", depth), one_sample(0)) for depth in (16, 32, 64)}
+    runs = {depth: train_linear(build_paper_network("linear", depth), one_sample(0)) for depth in (16, 32, 64)}
     middle = {depth: (run.forward[depth // 2, 0, 0], run.backward[depth // 2, 0, 0]) for depth, run in runs.items()}
     assert to_infinite_depth({d: np.array(v) for d, v in middle.items()}, 2) == pytest.approx(math.exp(0.5), rel=1e-4)
 
@@ -113,26 +113,29 @@ def test_kernels_at_the_start_of_the_linear_network() -> None:
     ],
 )
 def test_tangent_kernel_of_relu_networks_in_the_limit(cosine: float, terms: list[str] | None, total: str) -> None:
-    found = infinite_depth_kernel("relu", np.array([[1.0, cosine], [cosine, 1.0]]))
+    found = compute_infinite_depth_kernel("relu", np.array([[1.0, cosine], [cosine, 1.0]]))
     assert f"{found.total[0, 1]:.5f}" == total
     if terms:
         assert [f"{term[0, 1]:.5f}" for term in (found.readout, found.hidden, found.input)] == terms
 
 
 def test_tangent_kernel_of_relu_networks_at_finite_depth() -> None:
-    found = {depth: finite_depth_kernel(paper_network("relu", depth), ONE).total[0, 0] for depth in (4, 8, 16, 32)}
+    found = {
+        depth: compute_finite_depth_kernel(build_paper_network("relu", depth), ONE).total[0, 0]
+        for depth in (4, 8, 16, 32)
+    }
     assert [f"{kernel:.5f}" for kernel in found.values()] == ["1.95776", "2.00633", "2.03279", "2.04663"]
     s, depth = 3.0, 6
-    assert finite_depth_kernel(paper_network("relu", depth, beta=s**0.5), ONE).total[0, 0] == pytest.approx(
-        (1 + s / 2 / depth) ** depth + s / 4 * (1 + s / 2 / depth) ** (depth - 1)
-    )
+    assert compute_finite_depth_kernel(build_paper_network("relu", depth, beta=s**0.5), ONE).total[
+        0, 0
+    ] == pytest.approx((1 + s / 2 / depth) ** depth + s / 4 * (1 + s / 2 / depth) ** (depth - 1))
 
 
 @pytest.mark.parametrize(("cosine", "coefficient"), [(1.0, -0.463), (0.5, -0.187)])
 def test_finite_depth_error_falls_as_one_over_depth(cosine: float, coefficient: float) -> None:
     inputs = np.array([[1.0, cosine], [cosine, 1.0]])
-    limit = infinite_depth_kernel("relu", inputs).total[0, 1]
-    error = finite_depth_kernel(paper_network("relu", 2000), inputs).total[0, 1] - limit
+    limit = compute_infinite_depth_kernel("relu", inputs).total[0, 1]
+    error = compute_finite_depth_kernel(build_paper_network("relu", 2000), inputs).total[0, 1] - limit
     assert 2000 * error == pytest.approx(coefficient, abs=1e-3)
 
 
@@ -158,8 +161,13 @@ def test_averages_are_those_of_gaussian_pairs(name: str, rho: float) -> None:
 def test_depth_ode_is_the_limit_of_the_recursion_for_every_activation() -> None:
     inputs = few_samples().input_kernel
     for name in ("relu", "erf", "tanh", "linear"):
-        depths = {depth: finite_depth_kernel(paper_network(name, depth), inputs).total for depth in (50, 100, 200)}
-        assert to_infinite_depth(depths, 2) == pytest.approx(infinite_depth_kernel(name, inputs).total, rel=1e-5)
+        depths = {
+            depth: compute_finite_depth_kernel(build_paper_network(name, depth), inputs).total
+            for depth in (50, 100, 200)
+        }
+        assert to_infinite_depth(depths, 2) == pytest.approx(
+            compute_infinite_depth_kernel(name, inputs).total, rel=1e-5
+        )
 
 
 # ---------------------------------------------------------------- the rich limit, and where solvers overlap
@@ -167,7 +175,7 @@ def test_depth_ode_is_the_limit_of_the_recursion_for_every_activation() -> None:
 
 def test_monte_carlo_solver_of_the_linear_network_is_the_exact_one() -> None:
     training = few_samples(samples=2, rate=0.06, momentum=0.5)
-    network = paper_network("linear", 8, gamma0=1.5)
+    network = build_paper_network("linear", 8, gamma0=1.5)
     exact, found = train_linear(network, training), train_rich(network, training, sites=8000)
     assert found.outputs == pytest.approx(exact.outputs, abs=0.02)
     assert found.forward[-1] == pytest.approx(exact.forward[-1], rel=0.05, abs=0.1)
@@ -186,8 +194,8 @@ def lazy_outputs(kernel: np.ndarray, training: Training) -> np.ndarray:
 @pytest.mark.parametrize("name", ["relu", "tanh"])
 def test_rich_limit_at_small_gamma_is_the_lazy_one(name: str) -> None:
     training = few_samples(momentum=0.5)
-    network = paper_network(name, 8, gamma0=1e-3)
-    lazy = lazy_outputs(finite_depth_kernel(network, training.input_kernel).total, training)
+    network = build_paper_network(name, 8, gamma0=1e-3)
+    lazy = lazy_outputs(compute_finite_depth_kernel(network, training.input_kernel).total, training)
     assert train_rich(network, training, sites=8000).outputs == pytest.approx(lazy, abs=0.025)
     rich = train_rich(replace(network, gamma=2.0), training, sites=8000).outputs
     assert np.abs(rich - lazy).max() > 0.1
@@ -195,14 +203,14 @@ def test_rich_limit_at_small_gamma_is_the_lazy_one(name: str) -> None:
 
 def test_linear_network_at_small_gamma_is_the_lazy_one() -> None:
     training = few_samples(rate=0.1, momentum=0.5)
-    network = paper_network("linear", 8, gamma0=1e-3)
-    lazy = lazy_outputs(finite_depth_kernel(network, training.input_kernel).total, training)
+    network = build_paper_network("linear", 8, gamma0=1e-3)
+    lazy = lazy_outputs(compute_finite_depth_kernel(network, training.input_kernel).total, training)
     assert train_linear(network, training).outputs == pytest.approx(lazy, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", ["relu", "tanh"])
 def test_responses_matter_to_the_rich_limit(name: str) -> None:
-    training, network = few_samples(), paper_network(name, 8, gamma0=3.0 if name == "tanh" else 1.5)
+    training, network = few_samples(), build_paper_network(name, 8, gamma0=3.0 if name == "tanh" else 1.5)
     with_them, halved, without = (
         train_rich(network, training, sites, responses=on).outputs
         for sites, on in ((8000, True), (4000, True), (8000, False))
@@ -212,7 +220,7 @@ def test_responses_matter_to_the_rich_limit(name: str) -> None:
 
 
 def test_rich_limit_starts_from_zero_exactly() -> None:
-    assert np.abs(train_rich(paper_network("relu", 4), few_samples(steps=0), sites=400).outputs).max() < 1e-12
+    assert np.abs(train_rich(build_paper_network("relu", 4), few_samples(steps=0), sites=400).outputs).max() < 1e-12
 
 
 # ---------------------------------------------------------------- what is refused
@@ -220,7 +228,7 @@ def test_rich_limit_starts_from_zero_exactly() -> None:
 
 def test_what_has_no_limit_is_refused_with_what_to_do() -> None:
     with pytest.raises(ModelError, match="gamma0 is 0, but must be above 0"):
-        paper_network("relu", 4, gamma0=0.0)
+        build_paper_network("relu", 4, gamma0=0.0)
     inputs = np.array([[1.0, 0.0], [0.0, 1.0], [2.0, 0.0]])
     with pytest.raises(ModelError, match="inputs 0 and 2 are the same"):
         Training(inputs @ inputs.T / 2, np.ones(3), 0.1, 3)
@@ -228,9 +236,9 @@ def test_what_has_no_limit_is_refused_with_what_to_do() -> None:
         Training(np.diag([1.0, 0.0]), np.ones(2), 0.1, 3)
     for solver, name in ((train_linear, "linear"), (train_rich, "relu")):
         with pytest.raises(ModelError, match="past the edge of stability"):
-            solver(paper_network(name, 4), one_sample(3, rate=2.0))
+            solver(build_paper_network(name, 4), one_sample(3, rate=2.0))
     with pytest.raises(ModelError, match="exact solver is of linear networks, not of relu"):
-        train_linear(paper_network("relu", 4), one_sample(3))
+        train_linear(build_paper_network("relu", 4), one_sample(3))
     sp = ParameterizationConfig(name="sp").resolve()
     with pytest.raises(ModelError, match="sp with alpha 0 has no limit"):
         predicted_drift(sp, Size(width=8, depth=3), None)
@@ -239,8 +247,8 @@ def test_what_has_no_limit_is_refused_with_what_to_do() -> None:
 def test_the_largest_stable_rate_is_where_lazy_training_turns() -> None:
     for momentum in (0.0, 0.9):
         training = few_samples(steps=400, momentum=momentum)
-        kernel = finite_depth_kernel(paper_network("relu", 4), training.input_kernel).total
-        edge = largest_rate(kernel, momentum)
+        kernel = compute_finite_depth_kernel(build_paper_network("relu", 4), training.input_kernel).total
+        edge = find_largest_rate(kernel, momentum)
         below, above = (lazy_outputs(kernel, replace(training, rate=share * edge)) for share in (0.98, 1.02))
         assert np.abs(below[-1] - training.targets).max() < 1
         assert np.abs(above[-1]).max() > 10
@@ -276,8 +284,8 @@ def test_kernel_over_depth_nears_the_limit_of_every_rule_that_has_one() -> None:
     base = Size(width=16, depth=3)
     for alpha in (0.5, 1.0):
         p = ParameterizationConfig(name="depth_mup", alpha=alpha, beta=0.7).resolve()
-        limit = kernel_in_limit(p, base, 24)
-        assert kernel_at(p, Size(width=64, depth=3000), base, 24) == pytest.approx(limit, rel=1e-3)
+        limit = compute_kernel_in_limit(p, base, 24)
+        assert compute_kernel_at(p, Size(width=64, depth=3000), base, 24) == pytest.approx(limit, rel=1e-3)
 
 
 def tangent_kernel_of_network(
@@ -306,7 +314,7 @@ def test_tangent_kernel_of_a_wide_network_is_the_predicted_one(name: str, activa
         Size(width=1024, depth=6),
     )
     found = tangent_kernel_of_network(p, size, base, inputs, activation)
-    predicted = kernel_at(p.resolve(), size, base, 24, (inputs @ inputs.T / 24).double().numpy(), activation)
+    predicted = compute_kernel_at(p.resolve(), size, base, 24, (inputs @ inputs.T / 24).double().numpy(), activation)
     assert np.linalg.norm(found - predicted) < 0.1 * np.linalg.norm(predicted)
 
 
@@ -325,7 +333,7 @@ def distance_to_limit(seeds: int, size: Size = LARGE, parameterization: Paramete
     runs = [
         train_finite(parameterization, size, BASE, inputs, targets, optimizer, steps, seed) for seed in range(seeds)
     ]
-    network = paper_network(
+    network = build_paper_network(
         "relu", size.depth, 0.8 * BASE.depth**0.5, gamma0=BASE.width**-0.5, input_rate=INPUTS / BASE.width
     )
     kernel = (inputs @ inputs.T / INPUTS).double().numpy()

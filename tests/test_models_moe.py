@@ -15,7 +15,7 @@ from torch import Tensor
 import depthmup.models.torchvision_ops  # noqa: F401  isort: skip  (must run before timm)
 import timm
 
-from depthmup.launch.scale import describe_differences, task_values
+from depthmup.launch.scale import describe_differences, list_task_values
 from depthmup.models import ParameterizationConfig, coordinate_check, moe_vit
 from depthmup.models import parameterization as rules
 from depthmup.models.build import build, build_meta
@@ -27,7 +27,7 @@ from depthmup.models.coordinate_check import (
     Axis,
     Settings,
     check,
-    fixed_batch,
+    draw_fixed_batch,
 )
 from depthmup.models.errors import ModelError
 from depthmup.models.export import folded_state
@@ -222,7 +222,7 @@ def gradients(config: MixtureVitConfig) -> dict[Role, float]:
     squares: dict[Role, list[float]] = {}
     for seed in range(4):
         scaled = build(config, COMPLETEP, seed)
-        images, labels = fixed_batch(config, Settings(), seed)
+        images, labels = draw_fixed_batch(config, Settings(), seed)
         logits = scaled.network(images)
         F.cross_entropy(logits - logits.detach(), labels).backward()
         for name, parameter in scaled.network.named_parameters():
@@ -319,11 +319,11 @@ def test_a_dense_proxys_optimum_may_be_carried_to_experts() -> None:
     experts = {"num_experts": 1, "active_share": 1.0, "mlp_ratio": 4, "base_num_experts": 1, "base_mlp_ratio": 4}
     dense = run_config(Path("nowhere"), model=MODEL | experts)
     target = run_config(Path("nowhere"), model=MODEL | experts | {"num_experts": 8, "active_share": 0.25, "width": 32})
-    assert describe_differences(task_values(dense), task_values(target)) == ""
+    assert describe_differences(list_task_values(dense), list_task_values(target)) == ""
     other = run_config(
         Path("nowhere"), model=MODEL | experts | {"num_experts": 8, "active_share": 0.25, "balance_rate": 0.5}
     )
-    assert "balance_rate" in describe_differences(task_values(dense), task_values(other))
+    assert "balance_rate" in describe_differences(list_task_values(dense), list_task_values(other))
 
 
 def test_exported_weights_give_the_plain_network_the_same_outputs() -> None:

@@ -25,7 +25,7 @@ from depthmup.models.build import build_meta
 from depthmup.models.config import ConvResNetConfig, ResNetConfig, VisionTransformerConfig
 from depthmup.models.coordinate_check import Line, Settings, check_sizes
 from depthmup.models.parameterization import TABLE
-from depthmup.models.stream import stream_modules
+from depthmup.models.stream import find_stream_modules
 
 FAN_IN, ZEROS, ONES = Init("normal_fan_in", 1.0), Init("constant", 0.0), Init("constant", 1.0)
 HEADS, TOKENS = 2, 4
@@ -153,7 +153,7 @@ def test_blocks_are_the_modules_that_put_out_the_stream_and_looking_changes_noth
     network.body[1] = NormedBlock(32)
     scaled = applied(network)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    assert stream_modules(scaled, batch(0)[0]) == ["body.0", "body.1", "body.2"]
+    assert find_stream_modules(scaled, batch(0)[0]) == ["body.0", "body.1", "body.2"]
     assert network.training
     assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
     hooks = [hook for module in network.modules() for hook in module._forward_hooks.values()]
@@ -181,7 +181,7 @@ def test_a_network_that_adds_branches_outside_of_modules_is_told_what_to_do() ->
     with pytest.raises(
         ModelError, match=r"no module around body\.0\.inner\.attn\.proj puts out the residual stream, .*: put"
     ):
-        stream_modules(scaled, batch(0)[0])
+        find_stream_modules(scaled, batch(0)[0])
 
 
 def test_a_branch_outside_of_the_stated_blocks_is_refused() -> None:

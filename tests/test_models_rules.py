@@ -23,7 +23,7 @@ from depthmup.models.config import (
 from depthmup.models.coordinate_check import rms
 from depthmup.models.errors import ModelError
 from depthmup.models.family import ONES, Init, ParameterRule, UnmatchedParameterError, match_rules
-from depthmup.models.flops import forward_flops, training_flops
+from depthmup.models.flops import count_training_flops, forward_flops
 from depthmup.models.init import init_std
 from depthmup.models.named_sizes import NAMED_SIZES
 from depthmup.models.optimizer import build_optimizer, parameter_groups
@@ -530,11 +530,11 @@ def test_flops_are_the_published_multiply_adds_of_vit_b16_and_resnet50() -> None
         network = build_meta(config, ParameterizationConfig()).network
         assert forward_flops(network, (3, 224, 224)) == 2 * by_hand, named
         assert by_hand == pytest.approx(published, rel=0.01)
-        assert training_flops(network, (3, 224, 224)) == 6 * by_hand
+        assert count_training_flops(network, (3, 224, 224)) == 6 * by_hand
 
 
 def test_flops_of_a_vit_are_its_matrix_products_attention_included() -> None:
     D, T, depth, classes, patch = 64, 17, 4, 10, 8
     block = 2 * T * (12 * D * D) + 2 * 2 * T * T * D  # qkv, proj, mlp; then q k' and attention times v
     forward = depth * block + 2 * (T - 1) * D * 3 * patch**2 + 2 * D * classes
-    assert training_flops(build_meta(VIT, ParameterizationConfig()).network, (3, 32, 32)) == 3 * forward
+    assert count_training_flops(build_meta(VIT, ParameterizationConfig()).network, (3, 32, 32)) == 3 * forward

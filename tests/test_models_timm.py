@@ -14,9 +14,9 @@ import timm
 from depthmup.models import ParameterizationConfig, Size
 from depthmup.models import parameterization as rules
 from depthmup.models.build import build, build_meta
-from depthmup.models.check_record import Position, positions_of
+from depthmup.models.check_record import Position, list_positions
 from depthmup.models.config import TimmConfig
-from depthmup.models.coordinate_check import Line, Settings, align, at_positions, check, without_bias
+from depthmup.models.coordinate_check import Line, Settings, align, check, select_positions, without_bias
 from depthmup.models.discovery.branches import find_branches
 from depthmup.models.discovery.trace import trace
 from depthmup.models.errors import ModelError
@@ -149,15 +149,15 @@ def test_heads_grow_with_width() -> None:
 def test_as_many_positions_are_compared_where_blocks_are_no_multiple_of_the_bases() -> None:
     """As in networks with a block of their own between stages, of which a deeper one has no more."""
     values = [float(number) for number in range(13)]
-    assert at_positions(values, 4, "stream") == [2, 5, 8, 12]
-    assert at_positions(values, 4, "branch") == [0, 3, 6, 9]
-    assert at_positions(values[:12], 4, "stream") == [2, 5, 8, 11]
+    assert select_positions(values, 4, "stream") == [2, 5, 8, 12]
+    assert select_positions(values, 4, "branch") == [0, 3, 6, 9]
+    assert select_positions(values[:12], 4, "stream") == [2, 5, 8, 11]
 
 
 def test_positions_are_compared_container_by_container() -> None:
     """As in networks whose class attention has as many blocks at every depth."""
     names = [f"blocks.{number}.ls1" for number in range(6)] + ["token.0.ls1", "token.1.ls1"]
-    deep = positions_of(names, [name.removesuffix(".ls1") for name in names])
+    deep = list_positions(names, [name.removesuffix(".ls1") for name in names])
     base = [deep[0], deep[1], *deep[6:]]
     assert [position[0] for position in base] == ["blocks.#.ls1"] * 2 + ["token.#.ls1"] * 2
     values = {position: float(number) for number, position in enumerate(deep)}
@@ -168,8 +168,8 @@ def test_positions_are_compared_container_by_container() -> None:
 def test_positions_of_blocks_that_take_turns_are_the_nearest_of_the_same_kind() -> None:
     names = [f"blocks.{number}" for number in range(8)]
     kinds = {name: "ab"[number % 2] for number, name in enumerate(names)}
-    values = {position: float(number) for number, position in enumerate(positions_of(names, names, kinds))}
-    base = dict.fromkeys(positions_of(names[:2], names[:2], kinds), 0.0)
+    values = {position: float(number) for number, position in enumerate(list_positions(names, names, kinds))}
+    base = dict.fromkeys(list_positions(names[:2], names[:2], kinds), 0.0)
     assert align(values, base, "branch") == [0, 3]  # a half of the blocks before it: 4, which is of the other kind
     assert align(values, base, "stream") == [2, 7]
     without = {position._replace(kind=""): value for position, value in values.items()}
@@ -180,8 +180,8 @@ def test_the_streams_positions_are_not_those_of_a_kind_that_a_deeper_network_has
     """As of a stage's first block, which alone has a projection."""
     names = [f"stage.{number}" for number in range(8)]
     kinds = {name: "a" if number == 0 else "b" for number, name in enumerate(names)}
-    values = {position: float(number) for number, position in enumerate(positions_of(names, names, kinds))}
-    base = dict.fromkeys(positions_of(names[:2], names[:2], kinds), 0.0)
+    values = {position: float(number) for number, position in enumerate(list_positions(names, names, kinds))}
+    base = dict.fromkeys(list_positions(names[:2], names[:2], kinds), 0.0)
     assert align(values, base, "stream") == [3, 7]
     assert align(values, base, "branch") == [0, 4]
 

@@ -76,7 +76,7 @@ def test_a_run_is_called_running_only_while_its_process_has_begun_and_may_live(c
     assert "starting" in {found.state for _, found in first}
 
     (run,) = study.runs
-    watch(study, lambda found: bool(run.directory.checkpoint_steps()))
+    watch(study, lambda found: bool(run.directory.list_checkpoint_steps()))
     (task,) = take_snapshot(study).queue
     node = cluster.node_of(task.element)
     cluster.node("crash", node)

@@ -120,10 +120,10 @@ def train_all(shards: str, out: str, engines: str, chosen: str) -> None:
     between two of them."""
     import torch
 
-    from depthmup.train.distributed import process_group, world_from_environment
+    from depthmup.train.distributed import process_group, read_world_from_environment
     from depthmup.train.loop import run
 
-    world = world_from_environment()
+    world = read_world_from_environment()
     record_groups()
     with process_group(world, torch.device("cpu"), ParallelConfig(), "ddp"):
         for name in (each for each in ENGINES if each in engines.split(",")):  # ZeRO 3, which changes torch, is last

@@ -22,11 +22,11 @@ def stop_and_go_on(shards: str, out: str, *engines: str) -> None:
     """In each process: each of `engines` trains once without a stop, and once with one after step 3."""
     import torch
 
-    from depthmup.train.distributed import process_group, world_from_environment
+    from depthmup.train.distributed import process_group, read_world_from_environment
     from depthmup.train.interrupt import Interrupt, Interrupted
     from depthmup.train.loop import run
 
-    world = world_from_environment()
+    world = read_world_from_environment()
     settings = ("optimizer.name=adamw", "optimizer.lr=0.002", "train.clip_norm=0.5", "train.global_batch_size=48")
     more = (f"train.samples={STEPS * 48}", "train.drop_path=0.1", "data.num_streams=12", "parallel.micro_batch_size=8")
     with process_group(world, torch.device("cpu"), ParallelConfig(), "ddp"):

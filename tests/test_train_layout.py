@@ -42,9 +42,9 @@ LAYOUTS: dict[str, tuple[dict[str, Any], tuple[str, ...], tuple[int | None, ...]
 
 
 def train_layouts(shards: str, out: str, world_size: int, chosen: Sequence[str]) -> None:
-    from depthmup.train.distributed import process_group, world_from_environment
+    from depthmup.train.distributed import process_group, read_world_from_environment
 
-    world = world_from_environment()
+    world = read_world_from_environment()
     engine = "ddp" if world_size == 2 else "none"
     with process_group(world, torch.device("cpu"), ParallelConfig(), engine):
         for name in chosen:

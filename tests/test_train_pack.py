@@ -346,7 +346,7 @@ def test_a_killed_pack_ends_bit_for_bit_as_without(
         run_pack(configs, broken)
     monkeypatch.undo()
     for path in broken:
-        assert RunDirectory(path).checkpoint_steps() == [4]
+        assert RunDirectory(path).list_checkpoint_steps() == [4]
         state = path / "checkpoints" / "step-4" / "state.json"
         content = json.loads(state.read_text())
         assert 0 < content["seconds"] < 1000
@@ -372,7 +372,7 @@ def test_a_pack_takes_no_checkpoint_from_a_run_that_is_ahead_of_the_others(
         run_pack(configs[2:], packed[2:], After(2))
     with pytest.raises(Interrupted, match="after step 6"):
         run_pack(configs, packed, After(1))
-    assert [max(RunDirectory(path).checkpoint_steps(), default=0) for path in packed] == [0, 6, 2, 2]
+    assert [max(RunDirectory(path).list_checkpoint_steps(), default=0) for path in packed] == [0, 6, 2, 2]
     ended = run_pack(configs, packed)
     for path, one, other in zip(packed, results, ended, strict=True):
         assert other["train_loss"] == pytest.approx(one["train_loss"], rel=1e-4)
@@ -577,13 +577,15 @@ def test_a_pack_larger_than_memory_says_how_many_fit(
 ) -> None:
     config = make("vit")
     three = pack_bytes(config, 3, CPU)
-    monkeypatch.setattr("depthmup.train.packs.memory.free_bytes", lambda device: round(three * 0.98 / MEMORY_SHARE))
+    monkeypatch.setattr(
+        "depthmup.train.packs.memory.measure_free_bytes", lambda device: round(three * 0.98 / MEMORY_SHARE)
+    )
     assert largest_pack(config, CPU) == 2
     sizes = {k: pack_size(replace(config, train=replace(config.train, pack=k)), CPU) for k in (None, 0, 1, 2, 8)}
     assert sizes == {None: 2, 0: 1, 1: 1, 2: 2, 8: 2}
     with pytest.raises(UserError, match=r"a pack of 3 .* at most 2 fit, set train.pack=2"):
         run_pack([make("vit", seed=seed) for seed in range(3)], [tmp_path / str(n) for n in range(3)])
-    monkeypatch.setattr("depthmup.train.packs.memory.free_bytes", lambda device: 1000)
+    monkeypatch.setattr("depthmup.train.packs.memory.measure_free_bytes", lambda device: 1000)
     assert largest_pack(config, CPU) == 0
 
 

@@ -22,7 +22,7 @@ import torch
 from depthmup.train import __main__ as command
 from depthmup.train import lock
 from depthmup.train.config import RunConfig, run_hash
-from depthmup.train.distributed import World, first_host, lost_peer, world_from_environment
+from depthmup.train.distributed import World, describe_lost_peer, read_first_host, read_world_from_environment
 from depthmup.train.lock import Holder, find_holder, take_lock
 from depthmup.train.reading import to_yaml
 from depthmup.train.rundir import (
@@ -57,7 +57,7 @@ def train(config: Path, directory: Path, *overrides: str, world_size: int = 1) -
 def wait_for_step(directory: Path, step: int) -> None:
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
-        if (line := RunDirectory(directory).last_metrics()) and line["step"] >= step:
+        if (line := RunDirectory(directory).read_last_metrics()) and line["step"] >= step:
             return
         time.sleep(0.02)
     raise AssertionError(f"{directory} did not reach step {step}")
@@ -142,7 +142,7 @@ def test_a_run_of_two_processes_of_which_one_is_killed_ends_bit_for_bit_as_one_t
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     processes = train(config, killed, *overrides, world_size=2)
     wait_for_step(killed, 5 + int(time.time()) % 8)  # of 20
-    while not RunDirectory(killed).checkpoint_steps():
+    while not RunDirectory(killed).list_checkpoint_steps():
         time.sleep(0.01)
     processes[rank].kill()
     codes, output = finish(processes)
@@ -254,14 +254,14 @@ def gloo(words: str) -> RuntimeError:
 
 def test_only_what_the_network_between_the_processes_says_is_the_loss_of_another_process() -> None:
     world = World(rank=1, size=2)
-    assert "is gone" in str(lost_peer(gloo("Connection closed by peer [127.0.0.1]:5"), world))
-    assert "does not answer" in str(lost_peer(gloo("Timed out waiting 2000ms for recv operation"), world))
+    assert "is gone" in str(describe_lost_peer(gloo("Connection closed by peer [127.0.0.1]:5"), world))
+    assert "does not answer" in str(describe_lost_peer(gloo("Timed out waiting 2000ms for recv operation"), world))
     wrapped = RuntimeError("in the thread that saves")
     wrapped.__cause__ = gloo("Connection reset by peer")
-    assert lost_peer(wrapped, world)
+    assert describe_lost_peer(wrapped, world)
     remote = "NCCL error: remote process exited or there was a network error"
-    assert lost_peer(torch.distributed.DistBackendError(remote), world)
-    assert lost_peer(torch.distributed.DistNetworkError("The client socket has timed out"), world)
+    assert describe_lost_peer(torch.distributed.DistBackendError(remote), world)
+    assert describe_lost_peer(torch.distributed.DistNetworkError("The client socket has timed out"), world)
     for error in (
         ConnectionResetError("Connection reset by peer"),  # of a store of images
         RuntimeError("Connection reset by peer"),
@@ -269,7 +269,7 @@ def test_only_what_the_network_between_the_processes_says_is_the_loss_of_another
         torch.distributed.DistBackendError("NCCL error: invalid usage: Duplicate GPU detected"),
         ValueError("gloo"),
     ):
-        assert lost_peer(error, world) is None, error
+        assert describe_lost_peer(error, world) is None, error
 
 
 def test_a_file_system_without_locks_is_said_in_one_line(
@@ -313,7 +313,7 @@ def test_bad_samples_of_all_processes_together_end_the_run_everywhere(config: Pa
     codes, output = finish(train(config, tmp_path / "run", *data, "data.max_bad_fraction=0.0045", world_size=2))
     assert codes == [EXIT_USER_ERROR] * 2, output
     assert len(re.findall(r"[78] of 1408 samples are bad, more than data\.max_bad_fraction", output)) == 1, output
-    last = RunDirectory(tmp_path / "run").last_metrics()
+    last = RunDirectory(tmp_path / "run").read_last_metrics()
     assert last
     assert last["bad_samples"] == last[f"bad_samples/{path.name[:12]}.tar/no whole number in a member .cls"] >= 7
     codes, output = finish(train(config, tmp_path / "allowed", *data, "data.max_bad_fraction=0.006", world_size=2))
@@ -346,7 +346,7 @@ def test_a_signal_to_every_process_of_a_job_stops_the_run_and_its_data_workers(c
     assert codes == [EXIT_REQUEUE], output
     assert "as asked" in output
     assert "killed by signal" not in output
-    assert RunDirectory(tmp_path).checkpoint_steps()
+    assert RunDirectory(tmp_path).list_checkpoint_steps()
     wait_until_gone(workers)
 
 
@@ -468,16 +468,23 @@ def test_whichever_process_fails_first_says_why_also_after_an_earlier_failure(co
 
 def test_the_processes_of_torchrun_and_srun_are_recognised() -> None:
     torchrun = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "7"}
-    assert world_from_environment(torchrun) == World(3, 8, 1, "a", 7)
+    assert read_world_from_environment(torchrun) == World(3, 8, 1, "a", 7)
     srun = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "12"}
-    world = world_from_environment({**srun, "SLURM_STEP_NODELIST": "gpu[03-04,9],cpu1"})
+    world = read_world_from_environment({**srun, "SLURM_STEP_NODELIST": "gpu[03-04,9],cpu1"})
     assert (world.rank, world.size, world.local_rank, world.host) == (5, 8, 1, "gpu03")
     starts = [{**srun, "SLURM_RESTART_COUNT": str(count)} for count in (1, 2)] + [{**srun, "SLURM_JOB_ID": "13"}]
-    assert len({world.port, *(world_from_environment(each).port for each in starts)}) == 4  # none waits for another's
-    assert world_from_environment({**srun, "SLURM_NTASKS": "1"}) == World()
+    assert (
+        len({world.port, *(read_world_from_environment(each).port for each in starts)}) == 4
+    )  # none waits for another's
+    assert read_world_from_environment({**srun, "SLURM_NTASKS": "1"}) == World()
     in_a_shell = {**srun, "SLURM_STEP_ID": str(2**32 - 6), "SLURM_STEP_NUM_TASKS": "1"}  # salloc's, of a job with eight
-    assert world_from_environment(in_a_shell) == World()
-    assert world_from_environment({**srun, "SLURM_STEP_NUM_TASKS": "6"}).size == 6  # srun -n 6 in that job
-    assert world_from_environment({"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8"}) == World()  # in no step
-    assert world_from_environment({}) == World()
-    assert [first_host(nodes) for nodes in ("a1", "a1,b2", "a[7,9]-ib", "n[001-128]")] == ["a1", "a1", "a7-ib", "n001"]
+    assert read_world_from_environment(in_a_shell) == World()
+    assert read_world_from_environment({**srun, "SLURM_STEP_NUM_TASKS": "6"}).size == 6  # srun -n 6 in that job
+    assert read_world_from_environment({"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8"}) == World()  # in no step
+    assert read_world_from_environment({}) == World()
+    assert [read_first_host(nodes) for nodes in ("a1", "a1,b2", "a[7,9]-ib", "n[001-128]")] == [
+        "a1",
+        "a1",
+        "a7-ib",
+        "n001",
+    ]

@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 from depthmup.data.errors import UserError
 from depthmup.data.order import State
 from depthmup.train import one_network
-from depthmup.train.average import WeightAverage, averaged_tensors
+from depthmup.train.average import WeightAverage, average_tensors
 from depthmup.train.config import ParallelConfig, run_hash
 from depthmup.train.distributed import World, process_group
 from depthmup.train.engines.zero import import_deepspeed
@@ -251,7 +251,7 @@ def test_what_only_records_never_ends_a_run(
 def test_an_average_of_the_weights_comes_with_the_average_of_the_statistics_that_belong_to_them() -> None:
     """With decays of at most 1/10 and 2/11 in the first two steps."""
     network = torch.nn.BatchNorm1d(1)
-    average = WeightAverage(averaged_tensors(network), decay=0.9)
+    average = WeightAverage(average_tensors(network), decay=0.9)
     for step, mean in enumerate((10.0, 20.0)):
         network.running_mean.fill_(mean)  # type: ignore[union-attr, operator]
         average.update(step)
@@ -265,9 +265,9 @@ def test_the_step_of_the_first_bad_loss_is_found_in_a_window(shards: Path, tmp_p
     with ExitStack() as closing:
         record = RunRecord(run_config(shards), tmp_path, closing)
         record.losses = [2.0, float("nan"), 1.0]
-        assert record.first_bad_step(12) == 11
+        assert record.find_first_bad_step(12) == 11
         record.losses = [2.0, 1.0]
-        assert record.first_bad_step(12) is None
+        assert record.find_first_bad_step(12) is None
 
 
 def test_no_checkpoint_is_made_of_a_step_whose_loss_is_not_finite(shards: Path, tmp_path: Path) -> None:
@@ -277,7 +277,7 @@ def test_no_checkpoint_is_made_of_a_step_whose_loss_is_not_finite(shards: Path, 
             record.losses.append(loss)
             record.save(step, State(seed=0), lambda: {"model": {"weight": torch.ones(1)}})
         record.checkpoints.wait()
-        assert record.directory.checkpoint_steps() == [1]
+        assert record.directory.list_checkpoint_steps() == [1]
 
 
 @pytest.mark.parametrize(

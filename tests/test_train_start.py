@@ -13,7 +13,7 @@ import stranger_network
 from depthmup.data.errors import UserError
 from depthmup.models.build import build
 from depthmup.train.config import RunConfig
-from depthmup.train.distributed import World, process_group, world_from_environment
+from depthmup.train.distributed import World, process_group, read_world_from_environment
 from depthmup.train.one_network import OneNetwork
 from depthmup.train.tensors import full_tensor, local_tensor
 from train_configs import CONV_RESNET, VIT, run_config
@@ -46,7 +46,7 @@ def config_of(*overrides: str, model: dict[str, object] = VIT) -> RunConfig:
 
 
 def draw_all(out: str) -> None:
-    world = world_from_environment()
+    world = read_world_from_environment()
     config = config_of("seed=7")
     with process_group(world, torch.device("cpu"), config.parallel, "fsdp"):
         for name, model in MODELS.items():
@@ -74,7 +74,7 @@ def note_type(found: dict[str, str], name: str, module: nn.Module, inputs: Any) 
 
 def look_at_copies(out: str) -> None:
     """In each of four processes, two to a copy."""
-    world = world_from_environment()
+    world = read_world_from_environment()
     config = config_of("parallel.shard_size=2", "parallel.gather=bf16", "train.precision=bf16")
     with process_group(world, torch.device("cpu"), config.parallel, "fsdp"):
         trained = sharded(config, world)
@@ -123,7 +123,7 @@ def test_a_shard_size_that_does_not_divide_the_processes_is_refused_with_those_t
 def measure_start(out: str) -> None:
     from benchmarks.start_memory import measure
 
-    world = world_from_environment()
+    world = read_world_from_environment()
     found = measure(config_of(model=LARGE), world.rank, world.size, world.port)
     (Path(out) / f"{world.rank}.json").write_text(json.dumps(found))
 

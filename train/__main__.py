@@ -59,9 +59,9 @@ def leave(code: int) -> NoReturn:
 def train(config: RunConfig, directory: RunDirectory) -> int:
     """Trains the run while no other process can; returns the exit code."""
     import_uncollected(*TRAINING)
-    from depthmup.train.distributed import world_from_environment
+    from depthmup.train.distributed import read_world_from_environment
 
-    world = world_from_environment()
+    world = read_world_from_environment()
     try:
         directory.path.mkdir(parents=True, exist_ok=True)
         held = take_lock(directory.lock) if world.is_main else nullcontext()  # the first process holds it for all

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from depthmup.train.tensors import local_tensor
 
 
-def averaged_tensors(network: nn.Module) -> dict[str, Tensor]:
+def average_tensors(network: nn.Module) -> dict[str, Tensor]:
     """What of a network is averaged: its parameters, and the buffers of floats that are saved, as BatchNorm's
     statistics belong to the weights that they were measured with."""
     saved = network.state_dict().keys()  # without what BatchNorm keeps of a single step

@@ -52,7 +52,7 @@ def grouping(config: RunConfig, world_size: int, micro_batches: int) -> Grouping
     return Grouping(num_groups, each, processes)
 
 
-def process_group_of(shared: Grouping) -> Any:
+def find_process_group(shared: Grouping) -> Any:
     """The group of processes that this one shares its statistics with; None where it shares none."""
     if shared.processes == 1:
         return None
@@ -159,10 +159,10 @@ class BatchStatistics:
     def move(self, number: int, micro_batches: int) -> None:
         """After micro-batch `number` (from 0) of a step: the mean over the step's statistics counts `momentum`."""
         for module in self.modules.values():
-            move(dict(module.named_buffers()), momentum_of(module), number, micro_batches)
+            move(dict(module.named_buffers()), read_momentum(module), number, micro_batches)
 
 
-def momentum_of(module: nn.BatchNorm2d) -> float:
+def read_momentum(module: nn.BatchNorm2d) -> float:
     assert module.momentum is not None  # torch's cumulative mean, which no family has
     return module.momentum
 

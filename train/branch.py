@@ -24,7 +24,7 @@ def begin_branch(directory: RunDirectory, config: RunConfig) -> None:
     """Gives a branch that has not begun its trunk's checkpoint and metrics, as its own. One process calls it, while it
     holds the run's lock. Raises UserError where the trunk is another run than this one at another length."""
     trunk = read_trunk(directory)
-    if trunk is None or directory.done() or directory.checkpoint_steps():
+    if trunk is None or directory.done() or directory.list_checkpoint_steps():
         return
     source = trunk.checkpoint(directory)
     if not source.exists():

@@ -81,7 +81,7 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def progress_of(content: dict[str, Any]) -> Progress:
+def read_progress(content: dict[str, Any]) -> Progress:
     """Of a state.json. Raises KeyError or TypeError where it is none."""
     return Progress(
         content["step"], State(**content["data"]), content["losses"], content["seconds"], content.get("code", "unknown")
@@ -100,7 +100,7 @@ def find_fault(path: Path, rank: int, world_size: int) -> Fault | None:
     """What is wrong with the checkpoint, or None. Each process reads its share of the files."""
     try:
         content = json.loads((path / "state.json").read_text())
-        progress_of(content)  # raises, like the next line, where the file does not hold what load_newest reads
+        read_progress(content)  # raises, like the next line, where the file does not hold what load_newest reads
         content["identity"].items()
         for number, (name, expected) in enumerate(sorted(content["files"].items())):
             if number % world_size == rank and checksum(path / name) != expected:
@@ -257,7 +257,7 @@ class Checkpoints:
                     problems = [Fault(reason, damaged=False) for reason in said]
                 else:
                     self.log(f"resumed from {path.name}")
-                    return progress_of(content), tensors
+                    return read_progress(content), tensors
             damage = next((problem for problem in problems if problem.damaged), None)
             if not damage:
                 raise UserError(

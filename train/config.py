@@ -18,9 +18,9 @@ from depthmup.data.config import (
     DataConfig,
     Positive,
     Whole,
-    channels_misfit,
-    streams_misfit,
-    with_plain_channels,
+    find_channel_misfit,
+    find_stream_misfit,
+    simplify_channels,
 )
 from depthmup.data.errors import UserError
 from depthmup.models.checked import STRICT, checked
@@ -263,10 +263,10 @@ class RunConfig:
                     raise ValueError(
                         f"model.{key} would do nothing: model.num_experts is 1; leave it out, or use more experts"
                     )
-        if misfit := channels_misfit(self.data, self.model.in_channels):
+        if misfit := find_channel_misfit(self.data, self.model.in_channels):
             raise ValueError(misfit)
-        object.__setattr__(self, "data", with_plain_channels(self.data))
-        if misfit := streams_misfit(self.data.num_streams, self.train.global_batch_size):
+        object.__setattr__(self, "data", simplify_channels(self.data))
+        if misfit := find_stream_misfit(self.data.num_streams, self.train.global_batch_size):
             raise ValueError(misfit)
         if self.forgets >= LEAVES_NOTHING:
             raise ValueError(str(self.decay_warning))
@@ -306,7 +306,7 @@ class RunConfig:
         )
 
 
-def default_of(f: "dataclasses.Field[Any]") -> Any:
+def find_default(f: "dataclasses.Field[Any]") -> Any:
     """A field's default; dataclasses.MISSING, which equals nothing, where a value has to be stated."""
     return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
 
@@ -325,7 +325,7 @@ def identity(config: Any, defaults: bool = True) -> Any:
     found = {}
     for f in dataclasses.fields(config):
         value, part = getattr(config, f.name), f.metadata.get("identity", "unless default")
-        if part and (defaults or part == "always" or value != default_of(f)):
+        if part and (defaults or part == "always" or value != find_default(f)):
             found[f.name] = part(value) if callable(part) else identity(value, defaults)
     return found
 

@@ -29,7 +29,7 @@ class LostPeer(Exception):
     again, from the newest checkpoint."""
 
 
-def lost_peer(error: BaseException, world: "World") -> LostPeer | None:
+def describe_lost_peer(error: BaseException, world: "World") -> LostPeer | None:
     """`error`, or what it came from, as the loss of another process; None where it is anything else."""
     seen: list[BaseException] = [error]
     for one in seen:
@@ -62,14 +62,14 @@ class World:
         return self.rank == 0
 
 
-def first_host(nodes: str) -> str:
+def read_first_host(nodes: str) -> str:
     """First host of Slurm's short form: 'gpu[03-07,12],cpu1' -> 'gpu03'."""
     match = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\])?([^,]*)", nodes)
     assert match, nodes
     return match[1] + (match[2] or "") + match[3]
 
 
-def world_from_environment(environment: "os._Environ[str] | dict[str, str]" = os.environ) -> World:
+def read_world_from_environment(environment: "os._Environ[str] | dict[str, str]" = os.environ) -> World:
     """Reads torchrun's variables, else those of an srun with several tasks; else a run of one process.
 
     The tasks are the step's: in `salloc -n 2` the job has two, and a command that is typed there is one process, which
@@ -84,7 +84,7 @@ def world_from_environment(environment: "os._Environ[str] | dict[str, str]" = os
         nodes = e.get("SLURM_STEP_NODELIST") or e.get("SLURM_JOB_NODELIST", "localhost")
         restarts = int(e.get("SLURM_RESTART_COUNT", "0"))  # a process of the last start may still have its port
         port = 20000 + int(e["SLURM_JOB_ID"]) * 16 % 20000 + (int(e["SLURM_STEP_ID"]) + restarts) % 16
-        host, port = e.get("MASTER_ADDR", first_host(nodes)), int(e.get("MASTER_PORT", port))
+        host, port = e.get("MASTER_ADDR", read_first_host(nodes)), int(e.get("MASTER_PORT", port))
         return World(int(e["SLURM_PROCID"]), tasks, int(e["SLURM_LOCALID"]), host, port)
     return World()
 
@@ -137,7 +137,7 @@ def process_group(world: World, device: torch.device, config: ParallelConfig, en
             raise UserError(
                 f"{world.host}:{world.port} is used by another program: set MASTER_PORT to a free port"
             ) from None
-        kind = LostPeer if lost_peer(error, world) else UserError
+        kind = LostPeer if describe_lost_peer(error, world) else UserError
         raise kind(
             f"process {world.rank} of {world.size} found no others at {world.host}:{world.port} within "
             f"{config.init_timeout} s: set MASTER_ADDR and MASTER_PORT to a reachable host and a free port ({reason})"
@@ -148,13 +148,13 @@ def process_group(world: World, device: torch.device, config: ParallelConfig, en
     except Exception as error:
         if world.size == 1 or isinstance(error, Interrupted):
             dist.destroy_process_group()  # otherwise the others may be gone, and the process is about to end
-        elif lost := lost_peer(error, world):
+        elif lost := describe_lost_peer(error, world):
             raise lost from error
         raise
     dist.destroy_process_group()
 
 
-def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
+def average_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """Mean over the processes, the same tensor everywhere."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(values)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from depthmup.data.bad import BadCount
 from depthmup.data.batch import to_float
 from depthmup.data.index import Index
-from depthmup.data.loader import evaluation_batches
+from depthmup.data.loader import iterate_evaluation_batches
 from depthmup.train.batches import open_data
 from depthmup.train.config import RunConfig
 from depthmup.train.distributed import World, gather_objects, sum_over_ranks
@@ -30,7 +30,7 @@ def evaluate(
     batch_size = config.parallel.micro_batch_size or max(config.train.global_batch_size // world.size, 1)
     images_of_all = sum(span.samples for span in index.spans(split, data.minival))
     bad = BadCount(data.max_bad_fraction, images_of_all)
-    batches = evaluation_batches(
+    batches = iterate_evaluation_batches(
         data, index, split, batch_size, model.image_size, model.in_channels, world.rank, world.size, device, bad
     )
     with networks.evaluating():
@@ -64,7 +64,9 @@ def held_out_images(config: RunConfig, count: int, image_size: int) -> tuple[tor
     """The first images of the minival split, or of val where nothing is held out, at most `count`, and their classes:
     (images, channels, image_size, image_size), (images,)."""
     split = "minival" if config.data.minival else "val"
-    batches = evaluation_batches(config.data, open_data(config), split, count, image_size, config.model.in_channels)
+    batches = iterate_evaluation_batches(
+        config.data, open_data(config), split, count, image_size, config.model.in_channels
+    )
     return to_float(next(iter(batches)), config.data, "cpu")
 
 

@@ -13,17 +13,17 @@ from torch import Tensor, nn
 
 from depthmup.data.errors import UserError
 from depthmup.data.index import Index
-from depthmup.data.workers import explained_deaths, too_few_cpus
+from depthmup.data.workers import describe_too_few_cpus, explained_deaths
 from depthmup.models.build import build_meta
-from depthmup.models.flops import training_flops
+from depthmup.models.flops import count_training_flops
 from depthmup.models.moe_vit import unbalanced
 from depthmup.train.batches import Batches, open_data, stack_seeds
 from depthmup.train.config import RunConfig
 from depthmup.train.distributed import (
     StopVote,
     World,
+    average_over_ranks,
     gather_objects,
-    mean_over_ranks,
     pick_device,
     process_group,
     set_timeout,
@@ -94,7 +94,7 @@ class Loop:
         self.peak, self.flops = peak_flops(networks.device, networks.dtype), 0
         if self.peak:
             shape = (config.model.in_channels, config.model.image_size, config.model.image_size)
-            self.flops = training_flops(build_meta(config.model, config.parameterization).network, shape)
+            self.flops = count_training_flops(build_meta(config.model, config.parameterization).network, shape)
         for record, description in zip(records, networks.descriptions, strict=True):
             record.log(description)
 
@@ -115,7 +115,7 @@ class Loop:
         }
         self.streams = {seed: iter(batches) for seed, batches in self.batches.items()}
         for record in records:
-            for problem in (too_few_cpus(config.data.num_workers), record.config.decay_warning):
+            for problem in (describe_too_few_cpus(config.data.num_workers), record.config.decay_warning):
                 if problem:
                     record.log(f"warning: {problem}")
             record.open_metrics(self.step)
@@ -174,7 +174,7 @@ class Loop:
     def read_losses(self) -> None:
         """Hands the losses to the records: the mean over the processes."""
         if self.pending:
-            losses = mean_over_ranks(torch.stack(self.pending)).T.tolist()
+            losses = average_over_ranks(torch.stack(self.pending)).T.tolist()
             for record, mine in zip(self.records, losses, strict=True):
                 record.losses += mine
             self.pending.clear()
@@ -217,7 +217,7 @@ class Loop:
         if self.peak:
             speed["mfu"] = self.flops * images_per_second / (self.peak * self.world.size)
         measured = networks.measurements()
-        diverged_at = {number: record.first_bad_step(self.step) for number, record in self.active}
+        diverged_at = {number: record.find_first_bad_step(self.step) for number, record in self.active}
         stopped = False
         evaluated: list[dict[str, float]] = [{} for _ in self.records]
         limited = {record.limits.metric for record in self.records if self.step in record.limits.steps}

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from depthmup.data.errors import UserError
 from depthmup.models.build import build, build_unfilled, fill
-from depthmup.models.moe_vit import balance_experts, load_metrics, mixtures_of
+from depthmup.models.moe_vit import balance_experts, find_mixtures, load_metrics
 from depthmup.models.optimizer import build_optimizer, parameter_groups
-from depthmup.train.average import WeightAverage, averaged_tensors
-from depthmup.train.batch_norm import BatchStatistics, batch_norms, grouping, process_group_of
+from depthmup.train.average import WeightAverage, average_tensors
+from depthmup.train.batch_norm import BatchStatistics, batch_norms, find_process_group, grouping
 from depthmup.train.config import RunConfig
 from depthmup.train.distributed import World, sum_over_ranks
 from depthmup.train.engines.base import Fill, TensorState, average_buffers
@@ -77,16 +77,16 @@ class OneNetwork:
         self.grouping, self.statistics = None, None
         if batch_norms(scaled.network):  # it adds buffers, and so comes once the network is on the device
             self.grouping = grouping(config, world.size, micro_batches)
-            shared = process_group_of(self.grouping)
+            shared = find_process_group(self.grouping)
             self.statistics = BatchStatistics(scaled.network, self.grouping.images, shared)
         self.average: WeightAverage | None = None
         if config.train.ema:
             if engine_name == "deepspeed" and config.parallel.zero_stage == 3:
                 raise UserError("train.ema cannot see ZeRO 3's shards: use parallel.engine=fsdp, or zero_stage 2")
-            self.average = WeightAverage(averaged_tensors(scaled.network), config.train.ema)
+            self.average = WeightAverage(average_tensors(scaled.network), config.train.ema)
         roles = {name: rule.role.value for name, rule in scaled.rules.items()}
         self.roles = RoleStatistics(scaled.network, roles) if engine_name != "deepspeed" else None
-        self.mixtures = mixtures_of(scaled.network)
+        self.mixtures = find_mixtures(scaled.network)
         self.loads: list[Tensor] = []  # of each step since the last measurement
         self.result: StepResult | None = None  # of the last step
 

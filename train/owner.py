@@ -24,7 +24,7 @@ OWNER = ("run", "identity", "shards", "code", "trunk")  # what a done marker hol
 # ---------------------------------------------------------------- whose
 
 
-def flat_identity(config: RunConfig) -> dict[str, Any]:
+def flatten_identity(config: RunConfig) -> dict[str, Any]:
     """Every field that is part of the run's identity, by dotted name, as JSON gives it back."""
     found: dict[str, Any] = json.loads(json.dumps(flat(identity(config))))
     return found
@@ -32,7 +32,7 @@ def flat_identity(config: RunConfig) -> dict[str, Any]:
 
 def describe_owner(config: RunConfig) -> dict[str, Any]:
     """What a marker holds for `check_owner`."""
-    return {"run": run_hash(config), "identity": flat_identity(config), "shards": data_fingerprint(config)}
+    return {"run": run_hash(config), "identity": flatten_identity(config), "shards": data_fingerprint(config)}
 
 
 def differences(marker: Mapping[str, Any], config: RunConfig) -> list[str]:
@@ -41,7 +41,7 @@ def differences(marker: Mapping[str, Any], config: RunConfig) -> list[str]:
     A field that only one of the two versions has, that which wrote the marker and this one, is at its default there: it
     makes another run where the hash says so. A default that has changed does, too, which the hash cannot see.
     """
-    saved, now, stated = marker["identity"], flat_identity(config), flat(identity(config, defaults=False))
+    saved, now, stated = marker["identity"], flatten_identity(config), flat(identity(config, defaults=False))
     different = [key for key in sorted(now) if (saved[key] != now[key] if key in saved else key in stated)]
     found = [f"{key}: {saved.get(key, 'not known')} there, {now[key]} here" for key in different]
     unknown = sorted(saved.keys() - now.keys()) if marker.get("run") != run_hash(config) else []
@@ -73,7 +73,7 @@ def check_directory(directory: RunDirectory, config: RunConfig) -> None:
     """Raises UserError when the directory holds the result or the newest checkpoint of another run: before anything in
     it is touched."""
     markers = [directory.path / "done.json"]
-    if steps := directory.checkpoint_steps():
+    if steps := directory.list_checkpoint_steps():
         markers.append(directory.checkpoints / f"step-{max(steps)}" / "state.json")
     for path in markers:
         try:
@@ -100,7 +100,7 @@ def result_of(done: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @cache
-def fingerprint_of_file(root: str, splits: frozenset[str], changed: int) -> str | None:
+def read_fingerprint_of_file(root: str, splits: frozenset[str], changed: int) -> str | None:
     return fingerprint(root, splits)
 
 
@@ -111,7 +111,7 @@ def data_fingerprint(config: RunConfig) -> str | None:
     if is_remote(root):
         return fingerprint(root, splits)
     file = Path(root) / INDEX_NAME
-    return fingerprint_of_file(root, splits, file.stat().st_mtime_ns) if file.exists() else None
+    return read_fingerprint_of_file(root, splits, file.stat().st_mtime_ns) if file.exists() else None
 
 
 # ---------------------------------------------------------------- code

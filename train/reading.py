@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from depthmup.data.errors import UserError
 from depthmup.data.paths import expand_path
-from depthmup.models.checked import describe_error, without_echoes
+from depthmup.models.checked import describe_error, strip_echoes
 from depthmup.models.config import AnyModelConfig
 from depthmup.train.config import RunConfig
 from depthmup.train.rundir import unreadable
@@ -82,16 +82,16 @@ def field_names(cls: Any, location: tuple[Any, ...]) -> list[str]:
     """Names of the fields that are allowed beside `location` in the dataclass `cls`, for a suggestion."""
     hints = [cls]
     for key in location[:-1]:
-        hints = [found for hint in hints for found in hints_below(hint, key)]
+        hints = [found for hint in hints for found in find_hints_below(hint, key)]
     candidates = [found for hint in hints for found in dataclasses_in(hint)]
     return sorted({f.name for candidate in candidates for f in dataclasses.fields(candidate)})
 
 
-def hints_below(hint: Any, key: Any) -> list[Any]:
+def find_hints_below(hint: Any, key: Any) -> list[Any]:
     """What may stand under `key`, of a section, or an index, of a list, in a value of the type `hint`."""
     origin = get_origin(hint)
     if origin in (Union, types.UnionType, Annotated):
-        return [found for argument in get_args(hint) for found in hints_below(argument, key)]
+        return [found for argument in get_args(hint) for found in find_hints_below(argument, key)]
     if origin is tuple and isinstance(key, int):
         return list(get_args(hint))
     if origin is dict:
@@ -175,7 +175,7 @@ def from_plain(cls: type[Config], raw: dict[str, Any], source: str) -> Config:
     try:
         return make_adapter(cls).validate_python(with_code(raw, source), context={"reading": source})
     except ValidationError as error:
-        problems = [describe_validation_error(item, cls) for item in without_echoes(error.errors(include_url=False))]
+        problems = [describe_validation_error(item, cls) for item in strip_echoes(error.errors(include_url=False))]
         raise UserError(f"{source}: " + "; ".join(problems)) from None
 
 

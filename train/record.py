@@ -99,14 +99,14 @@ class RunRecord:
             self.metrics = MetricsWriter(self.directory.metrics, step, self.log, trackers)
             self.closing.callback(self.metrics.close)
 
-    def first_bad_step(self, step: int) -> int | None:
+    def find_first_bad_step(self, step: int) -> int | None:
         """The step of the first loss since the last metrics line that is not finite, after `step` steps."""
         bad = next((i for i, loss in enumerate(self.losses) if not math.isfinite(loss)), None)
         return None if bad is None else step - len(self.losses) + 1 + bad
 
     def save(self, step: int, data: State, template: Callable[[], Any]) -> None:
         """Saves a checkpoint of what `template` gives, unless a loss is not finite: then nothing is worth keeping."""
-        if self.first_bad_step(step) is None:
+        if self.find_first_bad_step(step) is None:
             problem = self.metrics.flush() if self.metrics else None
             progress = Progress(step, data, self.losses[:], self.seconds, self.code)
             self.checkpoints.save(progress, template(), problem)

@@ -106,13 +106,13 @@ class RunDirectory:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    def checkpoint_steps(self) -> list[int]:
+    def list_checkpoint_steps(self) -> list[int]:
         """Steps of the complete checkpoints, in no order."""
         return [int(path.name.removeprefix("step-")) for path in self.checkpoints.glob("step-*")]
 
-    def newest_step(self) -> int:
+    def find_newest_step(self) -> int:
         """Of the complete checkpoints, 0 without one."""
-        return max(self.checkpoint_steps(), default=0)
+        return max(self.list_checkpoint_steps(), default=0)
 
     @property
     def weights(self) -> Path:
@@ -124,15 +124,15 @@ class RunDirectory:
 
     @property
     def log(self) -> Path:
-        return self.rank_log(0)
+        return self.locate_rank_log(0)
 
-    def rank_log(self, rank: int) -> Path:
+    def locate_rank_log(self, rank: int) -> Path:
         return self.path / f"log-{rank}.txt"
 
     def add_to_log(self, text: str, rank: int = 0) -> None:
         """A log that cannot be written, as on a full disk, does not end the run: the text goes to standard error."""
         try:
-            with open(self.rank_log(rank), "ab", buffering=0) as file:
+            with open(self.locate_rank_log(rank), "ab", buffering=0) as file:
                 file.write(f"{text}\n".encode())
         except OSError as error:
             print(f"{text}\n({error})", file=sys.stderr)
@@ -195,7 +195,7 @@ class RunDirectory:
         """Which process was the first to miss another one in the last start, and why; None where none did."""
         return self.read_marker("lost.json", "error")
 
-    def last_metrics(self) -> dict[str, Any] | None:
+    def read_last_metrics(self) -> dict[str, Any] | None:
         """The last whole line of metrics.jsonl, read from the file's end: as much as it takes, as a line of many
         experts is long."""
         try:

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from depthmup.models.init import generator_for
+from depthmup.models.init import make_generator
 
 
 def draw_uniform(seed: int, step: int, num_branches: int, global_batch_size: int, places: np.ndarray) -> Tensor:
     """(branches, images) uniform numbers of a step, on the CPU. `places`: of this process's images in the global batch,
     in the order in which they are taken."""
-    generator = generator_for(seed, f"stochastic depth, step {step}")
+    generator = make_generator(seed, f"stochastic depth, step {step}")
     return torch.rand(num_branches, global_batch_size, generator=generator)[:, torch.from_numpy(places)]
 
 

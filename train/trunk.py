@@ -36,7 +36,7 @@ def write_trunk(directory: RunDirectory, trunk: Trunk) -> None:
 def waits_for_trunk(directory: RunDirectory) -> bool:
     """Whether the checkpoint that the run would take may yet come: it has to wait, or would be trained from nothing."""
     trunk = read_trunk(directory)
-    if trunk is None or directory.checkpoint_steps() or trunk.checkpoint(directory).exists():
+    if trunk is None or directory.list_checkpoint_steps() or trunk.checkpoint(directory).exists():
         return False
     other = trunk.directory(directory)
     return other.config.exists() and not other.done() and not other.failed()

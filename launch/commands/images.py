@@ -196,7 +196,7 @@ def inspect(shards: str, sheet: Path | None, processes: int | None) -> None:
     """Decode all images of the folder SHARDS: counts, classes, sizes, bad samples. Exits with status 1 when there
     is a bad one."""
     from depthmup.data.index import Index
-    from depthmup.data.inspect import contact_sheet, inspect_split, summary
+    from depthmup.data.inspect import inspect_split, summary, write_contact_sheet
     from depthmup.launch.progress import display
 
     if sheet:
@@ -212,7 +212,7 @@ def inspect(shards: str, sheet: Path | None, processes: int | None) -> None:
             console.print(line, highlight=False, markup=False)
         bad += len(found.bad)
     if sheet:
-        contact_sheet(opened, next(iter(opened.splits)), sheet)
+        write_contact_sheet(opened, next(iter(opened.splits)), sheet)
         console.print(f"contact sheet: {sheet}", highlight=False)
     if bad:
         sys.exit(1)

@@ -162,10 +162,10 @@ def launch_command(config: Path, overrides: tuple[str, ...], dry_run: bool) -> N
 
     study, console = open_study(config, overrides), new_console()
     if dry_run:
-        from depthmup.launch.jobs.submit import dry_run_script
+        from depthmup.launch.jobs.submit import write_dry_run_script
         from depthmup.launch.runs.plan import describe_jobs
 
-        click.echo(dry_run_script(study))
+        click.echo(write_dry_run_script(study))
         click.echo("\n".join(f"# {line}" for line in describe_jobs(study)))
         return
     if not study.pending() and not grow(study)[0]:
@@ -266,7 +266,7 @@ def report(config: Path, overrides: tuple[str, ...], out: Path | None, publish: 
     from depthmup.launch.chain import show_report, watch_report
     from depthmup.launch.report.collect import check_swept
     from depthmup.launch.report.joint import publish_joint, show_joint
-    from depthmup.launch.report.place import results_folder
+    from depthmup.launch.report.place import choose_results_folder
     from depthmup.launch.runs.joint import JointStudy
 
     changes = tuple(word for word in overrides if "=" in word)
@@ -284,20 +284,20 @@ def report(config: Path, overrides: tuple[str, ...], out: Path | None, publish: 
     reports = [show_report(study, console, out) for study in studies]
     if len(reports) > 1:
         from depthmup.launch.report.overview import print_overview, write_overview
-        from depthmup.launch.report.record import told_record
+        from depthmup.launch.report.record import make_told_record
 
-        records = [told_record(report) for report in reports]
+        records = [make_told_record(report) for report in reports]
         print_overview(records, console)
-        pages = [results_folder(study, out) / "report.html" for study in studies]
+        pages = [choose_results_folder(study, out) / "report.html" for study in studies]
         page = pages[0].parent.parent / "overview.html"
         write_overview(records, pages, page)
         console.print(f"Overview: {page}")
     if publish:
         from depthmup.launch.report.page import publish as copy
 
-        copied = [path for found in joint for path in publish_joint(found, results_folder(found, out), publish)]
+        copied = [path for found in joint for path in publish_joint(found, choose_results_folder(found, out), publish)]
         for written in reports:
-            copied += copy(written, results_folder(written.study, out), publish)
+            copied += copy(written, choose_results_folder(written.study, out), publish)
         for path in copied:
             console.print(f"Published: {path}")
 

@@ -18,11 +18,11 @@ from depthmup.launch.findings.failures import (
     ERRORS,
     NO_RUNS,
     Failures,
-    dead_runs,
-    failing_values,
-    lost_runs,
+    find_dead_runs,
+    find_failing_values,
+    find_lost_runs,
     seed_noise,
-    usable_runs,
+    select_usable_runs,
 )
 from depthmup.launch.findings.intervals import CONFIDENCE, quantile, quantiles, regret_interval
 
@@ -78,7 +78,7 @@ class Curve:
     @cached_property
     def usable(self) -> np.ndarray:
         """`metric`, infinite where a value fails, NaN where a single run did."""
-        return usable_runs(self.metric, self.failed, self.fails)
+        return select_usable_runs(self.metric, self.failed, self.fails)
 
     @cached_property
     def mean(self) -> np.ndarray:
@@ -107,7 +107,7 @@ class Curve:
         """Index of the value nearest to x."""
         return int(np.abs(self.x - x).argmin())
 
-    def near_optimum(self) -> list[float]:
+    def list_values_near_optimum(self) -> list[float]:
         """The values that say most of the optimum: those within its interval, and their neighbours."""
         low, high = self.optimum.interval or (self.x[0], self.x[-1])
         first = max(int(np.searchsorted(self.x, low, side="right")) - 1, 0)
@@ -189,10 +189,10 @@ def make_curves(results: Sequence[Result], octaves: Callable[[float], float], ch
         values = np.array(sorted({value for _, value in metrics}, key=octaves))
         x = np.array([octaves(value) for value in values])
         metric = np.array([[metrics.get((seed, value), math.nan) for value in values] for seed in seeds])
-        dead = dead_runs(metric, chance)
-        lost = lost_runs(metric, chance) & ~dead
-        failed, fails = dead | lost, failing_values(metric, dead, lost)
-        usable = usable_runs(metric, failed, fails)
+        dead = find_dead_runs(metric, chance)
+        lost = find_lost_runs(metric, chance) & ~dead
+        failed, fails = dead | lost, find_failing_values(metric, dead, lost)
+        usable = select_usable_runs(metric, failed, fails)
         made.append((name, values, x, tuple(seeds), metric, failed, fails, usable, beats_chance(usable, chance)))
     distinct = {
         (size, x.tobytes(), usable.tobytes()): (x, np.log(usable)) for (_, size), _, x, _, _, _, _, usable, _ in made

@@ -63,7 +63,7 @@ class Rate:
     remark: str
 
 
-def squared_distance(values: np.ndarray, limit: np.ndarray, measure: Measure) -> tuple[float, float]:
+def measure_squared_distance(values: np.ndarray, limit: np.ndarray, measure: Measure) -> tuple[float, float]:
     """(squared distance, its part that is noise of the seeds), relative to the squared norm of the limit's mean.
 
     values, limit: (seeds, entries), row i of both with one seed, and so one order of samples: its noise cancels in the
@@ -96,7 +96,7 @@ def fit_exponent(law: Law, sizes: np.ndarray, largest: float, distance: np.ndarr
     return float(found.x), float(math.exp(residuals(found.x).mean()))
 
 
-def student_half_width(without: np.ndarray) -> float:
+def compute_student_half_width(without: np.ndarray) -> float:
     """Of Student's interval of a number, from what it is without each seed (jackknife)."""
     count = len(without)
     variance = (count - 1) / count * float(((without - without.mean()) ** 2).sum())
@@ -122,7 +122,7 @@ def fit_rate(law: Law, values: Mapping[int, np.ndarray]) -> Rate:
 
     def squared(of: Mapping[int, np.ndarray]) -> np.ndarray:
         """Of each smaller size (squared distance, its noise). (sizes, 2)"""
-        return np.array([squared_distance(of[size], of[largest], law.measure) for size in smaller])
+        return np.array([measure_squared_distance(of[size], of[largest], law.measure) for size in smaller])
 
     found = squared(values)
     clear = found[:, 0] > found[:, 1]
@@ -130,7 +130,7 @@ def fit_rate(law: Law, values: Mapping[int, np.ndarray]) -> Rate:
     rest = ({size: np.delete(rows, seed, axis=0) for size, rows in values.items()} for seed in range(count))
     again = np.array([squared(each)[:, 0] for each in rest])  # (seeds, sizes)
     again = np.sqrt(np.where(clear & (again > 0), again, np.nan))
-    error = np.array([student_half_width(column) for column in again.T])
+    error = np.array([compute_student_half_width(column) for column in again.T])
     if clear.sum() < MIN_SIZES - 1:
         return rate(f"not resolved: {int((~clear).sum())} of {len(smaller)} distances are lost in the seeds' noise")
     fitted = fit_exponent(law, sizes[clear], largest, distance[clear])
@@ -141,7 +141,7 @@ def fit_rate(law: Law, values: Mapping[int, np.ndarray]) -> Rate:
     exponents = np.array([each[0] for each in refitted if each])
     if len(exponents) < count:
         return rate("; ".join(filter(None, [lost, "interval unknown: one seed decides"])), fitted)
-    half = student_half_width(exponents)
+    half = compute_student_half_width(exponents)
     return rate(lost, fitted, (fitted[0] - half, fitted[0] + half))
 
 

@@ -44,7 +44,7 @@ LEAST_MODEL_NOISE = 1e-4  # of a log loss: runs that repeat to the last digit sa
 # ---------------------------------------------------------------- one curve
 
 
-def integrated_noise(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def compute_integrated_noise(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Covariance of white noise integrated four times from 0: int_0^min (a-u)^3 (b-u)^3 / 36 du. (len(a), len(b))"""
     low, gap = np.minimum(a[:, None], b), np.abs(a[:, None] - b)
     return np.asarray((low**7 / 7 + gap * low**6 / 2 + 3 * gap**2 * low**5 / 5 + gap**3 * low**4 / 4) / 36)
@@ -64,7 +64,7 @@ class CurveFit:
         self.cubic = (points - effects.x.mean()) ** 3 / 6  # (values + grid points,)
         self.quartic = QUARTIC_DEVIATION * (points - effects.x.mean()) ** 4 / 24
         self.basis = (points - effects.x.mean())[:, None] ** np.arange(3)
-        self.rough = integrated_noise(points - points.min(), points - points.min())
+        self.rough = compute_integrated_noise(points - points.min(), points - points.min())
         self.count = len(effects.x)
         basis = self.basis[: self.count]
         weight = np.linalg.pinv(effects.covariance + 1e-9 * np.eye(self.count))
@@ -228,7 +228,7 @@ def average_seeds(y: np.ndarray) -> np.ndarray:
     return mean
 
 
-def fitted_values(x: np.ndarray, mean: np.ndarray) -> np.ndarray:
+def select_fitted_values(x: np.ndarray, mean: np.ndarray) -> np.ndarray:
     """Indices of the values that a curve is fitted to: those about the lowest, without a gap. `mean`: inf, failed."""
     best = int(np.where(np.isfinite(mean), mean, math.inf).argmin())
     kept = [best]
@@ -251,7 +251,7 @@ def prepare_fit(x: np.ndarray, y: np.ndarray) -> CurveFit | None:
     mean = average_seeds(y)
     if not np.isfinite(mean).any():
         return None
-    kept = fitted_values(x, mean)
+    kept = select_fitted_values(x, mean)
     if len(kept) < 3:
         return None
     low, high = kept[0], kept[-1]

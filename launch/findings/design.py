@@ -120,7 +120,7 @@ def say_reasons(reasons: Mapping[str, str]) -> str:
     return "; ".join(f"{', '.join(those)}: {reason}" for reason, those in names.items())
 
 
-def expected_cost(design: Design) -> tuple[float, int]:
+def estimate_cost(design: Design) -> tuple[float, int]:
     """(FLOPs, rounds) of a study whose curves are parabolas that do not drift: 2.5 % of the loss an octave from the
     optimum, noise of 1 % between runs."""
     middle, lowest = (design.low + design.high) / 2, min(design.chance, 1.0) / 2

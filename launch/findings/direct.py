@@ -48,7 +48,7 @@ class Direct:
         )
 
 
-def tuned_loss(comparison: Comparison) -> float:
+def find_tuned_loss(comparison: Comparison) -> float:
     """The size's loss at its own optimum, from the curve that the carried value's regret is from: the best of a few
     noisy runs, which is lower or higher by luck, beside it could look like a gain. Where the carried value fails there
     is the best run value alone."""
@@ -81,7 +81,7 @@ def compare_with_direct(
                 target_flops,
                 flops[target],
                 comparison.at_base_optimum,
-                tuned_loss(comparison),
+                find_tuned_loss(comparison),
                 comparison.regret,
                 comparison.regret_interval,
             )

@@ -40,7 +40,7 @@ class Slope:
         return self.low <= value <= self.high
 
 
-def measures_of(stages: Sequence[np.ndarray]) -> dict[str, float]:
+def measure_weights(stages: Sequence[np.ndarray]) -> dict[str, float]:
     """Of the weights (blocks, entries) of every stage. Without two blocks in one stage there are no increments: NaN."""
     norms = np.concatenate([np.linalg.norm(stage, axis=1) for stage in stages])
     steps = np.concatenate([np.linalg.norm(np.diff(stage, axis=0), axis=1) for stage in stages])

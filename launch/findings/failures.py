@@ -64,7 +64,7 @@ def seed_noise(logs: np.ndarray) -> float:
     return max(float(np.median(found)), LEAST_SEED_NOISE) if len(found) else ASSUMED_NOISE
 
 
-def dead_runs(metric: np.ndarray, chance: float) -> np.ndarray:
+def find_dead_runs(metric: np.ndarray, chance: float) -> np.ndarray:
     """Which runs diverged, or end at the loss of a guess. (seeds, values)
 
     The losses of networks that learn nothing scatter less than any others, so that the smallest deviation between seeds
@@ -78,7 +78,7 @@ def dead_runs(metric: np.ndarray, chance: float) -> np.ndarray:
     return diverged | (logs > math.log(chance) - ERRORS * noise)
 
 
-def lost_runs(metric: np.ndarray, chance: float) -> np.ndarray:
+def find_lost_runs(metric: np.ndarray, chance: float) -> np.ndarray:
     """Which runs end with less than half of the progress from the loss of a guess, in log loss, of another seed at the
     same value, and by more than the curve's noise, as where units die. (seeds, values)"""
     if not math.isfinite(chance):
@@ -88,7 +88,7 @@ def lost_runs(metric: np.ndarray, chance: float) -> np.ndarray:
     return logs - best > np.maximum(LOST * (math.log(chance) - best), 2 * ERRORS * seed_noise(logs))
 
 
-def failing_values(metric: np.ndarray, dead: np.ndarray, lost: np.ndarray) -> np.ndarray:
+def find_failing_values(metric: np.ndarray, dead: np.ndarray, lost: np.ndarray) -> np.ndarray:
     """Which values fail: those at which no run trains or surely more than TOLERATED fail; and, unless most are known to
     train, those with a lost run, and those at which a run fails beside a value that fails or on the edge of the grid:
     there an edge of stability may begin, and the runs that train are the lucky ones. Elsewhere a dead run is a single
@@ -106,6 +106,6 @@ def failing_values(metric: np.ndarray, dead: np.ndarray, lost: np.ndarray) -> np
     return fails
 
 
-def usable_runs(metric: np.ndarray, failed: np.ndarray, fails: np.ndarray) -> np.ndarray:
+def select_usable_runs(metric: np.ndarray, failed: np.ndarray, fails: np.ndarray) -> np.ndarray:
     """`metric`, infinite at values that fail, NaN for single runs that failed elsewhere. (seeds, values)"""
     return np.where(failed, np.where(fails & ~np.isnan(metric), math.inf, math.nan), metric)

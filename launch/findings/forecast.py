@@ -56,7 +56,7 @@ class Forecast:
         return self.interval[0] <= self.seen <= self.interval[1]
 
 
-def losses_at(curve: Curve, x: float) -> np.ndarray:
+def read_losses_at(curve: Curve, x: float) -> np.ndarray:
     """Metric at x of every seed that ran at the nearest value, infinite where it failed: from there to x by the curve's
     model, where it reaches. (seeds,)"""
     nearest = curve.at(x)
@@ -217,7 +217,7 @@ def choose_targets(sizes: Sequence[Size], base: Size) -> list[Size]:
 
 def foretell_loss(own: Sequence[Curve], x: float, target: Size) -> Forecast:
     """Of the loss at x octaves, from the curves of one parameterization; what was seen, if the target is among them."""
-    known = {curve.size: found for curve in own if len(found := losses_at(curve, x))}
+    known = {curve.size: found for curve in own if len(found := read_losses_at(curve, x))}
     before, seen = select_smaller(known, target), known.get(target, np.array([]))
     mean = float(seen.mean()) if len(seen) else None
     law, predicted, interval, remark = predict_loss(before, target, max(len(seen), 1))

@@ -15,7 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import ndtri
 
-from depthmup.launch.findings.convergence import MIN_SEEDS, MIN_SIZES, Law, squared_distance, student_half_width
+from depthmup.launch.findings.convergence import (
+    MIN_SEEDS,
+    MIN_SIZES,
+    Law,
+    compute_student_half_width,
+    measure_squared_distance,
+)
 from depthmup.launch.findings.intervals import CONFIDENCE
 
 EXTRAPOLATED = 2  # orders of 1 / width: a first order alone leaves an error that does not fall with depth
@@ -105,7 +111,7 @@ def fit_grid(law: Law, points: Sequence[Point]) -> GridRate:
         """(points,), from some seeds and the limit's mean, or one half of it."""
         targets = (point.limit.mean(axis=0) if half is None else point.limit[half] for point in points)
         pairs = zip(points, targets, strict=True)
-        return np.array([squared_distance(p.values[seeds], t[None], law.measure)[0] for p, t in pairs])
+        return np.array([measure_squared_distance(p.values[seeds], t[None], law.measure)[0] for p, t in pairs])
 
     every = np.arange(count)
     found = squared(every)
@@ -137,7 +143,7 @@ def fit_grid(law: Law, points: Sequence[Point]) -> GridRate:
 
     best, exponents = fit(found), np.array([fit(row)[-2] for row in again])
     of_limit = float(ndtri((1 + CONFIDENCE) / 2)) * abs(fit(halves[0])[-2] - fit(halves[1])[-2]) / 2
-    half = math.hypot(student_half_width(exponents), of_limit)
+    half = math.hypot(compute_student_half_width(exponents), of_limit)
     lost = int((~clear).sum())
     return GridRate(
         law,

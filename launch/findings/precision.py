@@ -16,8 +16,8 @@ from depthmup.launch.findings.curve_model import (
     QUARTIC_DEVIATION,
     ROUGHNESS,
     SKEW_DEVIATION,
-    fitted_values,
-    integrated_noise,
+    compute_integrated_noise,
+    select_fitted_values,
 )
 from depthmup.launch.findings.failures import ASSUMED_NOISE, LEAST_SEED_NOISE
 from depthmup.launch.findings.value_effects import value_effects
@@ -28,19 +28,19 @@ STEP = 0.25  # octaves: a slope is the difference of the curve over two of them
 SURENESS = NormalDist().inv_cdf(SURE)
 
 
-def noise_of(curves: Sequence[Curve]) -> float:
+def estimate_noise(curves: Sequence[Curve]) -> float:
     """Standard deviation of a run's log loss about its curve, seeds' offsets taken off, pooled over `curves`."""
     square, freedom = 0.0, 0
     for curve in curves:
         mean = np.log(curve.mean)
         if np.isfinite(mean).any():
-            kept = fitted_values(curve.x, mean)
+            kept = select_fitted_values(curve.x, mean)
             effects = value_effects(curve.x[kept], np.log(curve.usable[:, kept]))
             square, freedom = square + effects.residual, freedom + effects.freedom
     return max(math.sqrt(square / freedom), LEAST_SEED_NOISE) if freedom else ASSUMED_NOISE
 
 
-def curvature_of(curve: Curve, x: float) -> float:
+def estimate_curvature(curve: Curve, x: float) -> float:
     """Of the log loss per squared octave about x: the median of the model's draws, over as wide a piece as there is."""
     assert curve.posterior is not None
     grid = curve.posterior.grid
@@ -50,7 +50,7 @@ def curvature_of(curve: Curve, x: float) -> float:
     return max(float(np.median(left - 2 * middle + right)) / half**2, 1e-4)
 
 
-def slope_variance(runs: Sequence[Run], x: float, noise: float, curvature: float) -> float:
+def compute_slope_variance(runs: Sequence[Run], x: float, noise: float, curvature: float) -> float:
     """Of the slope at x, by universal kriging: quadratic and seeds' offsets free. Infinite where runs
     cannot tell it."""
     octaves, seeds = np.array([run[0] for run in runs]), np.array([run[1] for run in runs])
@@ -59,7 +59,7 @@ def slope_variance(runs: Sequence[Run], x: float, noise: float, curvature: float
     contrast = np.array([-1.0, 1.0]) / (2 * STEP)
     cubic, quartic = points**3 / 6, QUARTIC_DEVIATION * points**4 / 24
     skew = MEAN_SKEW_DEVIATION**2 / 4 + np.mean(SKEW_DEVIATION**2)  # the common part is half known
-    rough = ROUGHNESS[1] ** 2 * integrated_noise(points - points.min(), points - points.min())
+    rough = ROUGHNESS[1] ** 2 * compute_integrated_noise(points - points.min(), points - points.min())
     prior = curvature**2 * (skew * np.outer(cubic, cubic) + np.outer(quartic, quartic) + rough)
     count = len(runs)
     weight = np.linalg.inv(prior[:count, :count] + noise**2 * np.eye(count))
@@ -89,14 +89,14 @@ class Aim:
     @cached_property
     def slope(self) -> float:
         """Deviation of the curve's slope, by the present runs."""
-        return math.sqrt(slope_variance(self.runs, self.x, self.noise, self.curvature))
+        return math.sqrt(compute_slope_variance(self.runs, self.x, self.noise, self.curvature))
 
     def after(self, runs: Sequence[Run]) -> float:
         """The distance's deviation with `runs` in place of the present ones: that of the slope; or, if that is less,
         what is known now times what the runs lessen the slope's by. Beside failing values the slope alone, which
         supposes the shape, can be known worse than the optimum, and would say that no run teaches anything.
         """
-        slope = math.sqrt(slope_variance(runs, self.x, self.noise, self.curvature))
+        slope = math.sqrt(compute_slope_variance(runs, self.x, self.noise, self.curvature))
         by_shape = slope / self.curvature
         if math.isinf(self.slope):
             return min(by_shape, self.deviation)
@@ -136,11 +136,11 @@ def list_moves(
     return [move for move in found if move]
 
 
-def best_move(aim: Aim, runs: Sequence[Run], options: Sequence[list[Run]]) -> list[Run]:
+def choose_best_move(aim: Aim, runs: Sequence[Run], options: Sequence[list[Run]]) -> list[Run]:
     """The one that lessens the variance most per run."""
-    before = slope_variance(runs, aim.x, aim.noise, aim.curvature)
+    before = compute_slope_variance(runs, aim.x, aim.noise, aim.curvature)
 
     def gain(move: list[Run]) -> float:
-        return (before - slope_variance([*runs, *move], aim.x, aim.noise, aim.curvature)) / len(move)
+        return (before - compute_slope_variance([*runs, *move], aim.x, aim.noise, aim.curvature)) / len(move)
 
     return max(options, key=gain)

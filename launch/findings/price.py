@@ -9,7 +9,7 @@ import numpy as np
 from depthmup.launch.config import Size
 from depthmup.launch.findings.analysis import Comparison, Curve
 from depthmup.launch.findings.points import OCTAVE, Design, list_failing_values, round_octaves, runs_of
-from depthmup.launch.findings.precision import SURENESS, Aim, Run, curvature_of, noise_of
+from depthmup.launch.findings.precision import SURENESS, Aim, Run, estimate_curvature, estimate_noise
 from depthmup.launch.findings.verdict import Analysis, judge_size
 
 NEAR = 0.5  # octaves: a value that was run so near to a wanted one takes its place
@@ -45,9 +45,11 @@ class Outlook:
         distances = curve.posterior.optima - x
         runs = tuple(sorted(run for run in runs_of(curve) if np.isfinite(curve.mean[curve.at(run[0])])))
         own = [each for each in self.analysis.curves if each.parameterization == self.name]
-        noise = noise_of(own)
+        noise = estimate_noise(own)
         base = self.find_curve(self.design.sizes[0])
-        curvature = math.sqrt(curvature_of(curve, x) * curvature_of(base or curve, x))  # one curve's own is uncertain
+        curvature = math.sqrt(
+            estimate_curvature(curve, x) * estimate_curvature(base or curve, x)
+        )  # one curve's own is uncertain
         low, high = np.quantile(distances, [0.05, 0.95])
         return Aim(runs, x, noise, curvature, float(np.median(distances)), float(high - low) / (2 * SURENESS))
 

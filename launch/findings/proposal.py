@@ -26,7 +26,7 @@ from depthmup.launch.findings.precision import (
     SURENESS,
     Aim,
     Run,
-    best_move,
+    choose_best_move,
     list_moves,
 )
 from depthmup.launch.findings.price import Outlook, show_price
@@ -100,7 +100,7 @@ class Proposal:
                 options = [move for move in options if len(move) + len(added) <= most]
                 if (row and added) or not options:
                     break
-                move = best_move(aim, runs, options)
+                move = choose_best_move(aim, runs, options)
             runs, added = runs + move, added + move
         return added
 
@@ -140,13 +140,13 @@ class Proposal:
             x = self.design.on_lattice(curve.optimum.x)
             spared = (SPARED * most) ** 2
             enough = math.sqrt(max(spared - other**2, spared / 2))
-            most_runs = self.most_to_add(curve)
+            most_runs = self.count_most_to_add(curve)
             runs = self.sharpen(curve, x, most_runs, partial(is_known, enough))
             self.want(size, runs, "a drift is known too roughly")
             self.want(size, self.grid(curve, self.list_values_beyond(curve, runs)), "a drift is known too roughly")
         return rough
 
-    def most_to_add(self, curve: Curve) -> int:
+    def count_most_to_add(self, curve: Curve) -> int:
         """Runs of a round to a size that has some."""
         return min(max(len(runs_of(curve)) // 2, LEAST), self.affordable(curve.size))
 
@@ -191,7 +191,7 @@ class Proposal:
             return f"to settle it would cost {show_price(price)} its share of the budget"
         for comparison in wanted:
             curve = comparison.curve
-            runs = self.sharpen(curve, carried, self.most_to_add(curve), self.settles)
+            runs = self.sharpen(curve, carried, self.count_most_to_add(curve), self.settles)
             self.want(curve.size, runs, "the cost is known too roughly")
             beyond = self.grid(curve, self.list_values_beyond(curve, runs))
             self.want(curve.size, beyond, "the optimum may lie beyond the values")

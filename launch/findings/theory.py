@@ -14,7 +14,7 @@ from depthmup.train.config import RunConfig
 COVERED = "a conv_resnet with norm none and convs_per_branch 1, trained by sgd without nesterov or role_lr"
 
 
-def not_covered(run: RunConfig) -> str | None:
+def explain_not_covered(run: RunConfig) -> str | None:
     """What the theory has no formula for, in a few words; None for a network that it is about."""
     model = run.model
     if not isinstance(model, ConvResNetConfig):
@@ -30,7 +30,7 @@ def not_covered(run: RunConfig) -> str | None:
     return "optimizer.nesterov" if run.optimizer.nesterov else None
 
 
-def activation_of(run: RunConfig) -> ActivationName:
+def find_activation(run: RunConfig) -> ActivationName:
     """Of a network that is covered."""
     assert isinstance(run.model, ConvResNetConfig)
     return run.model.activation
@@ -48,7 +48,7 @@ def list_drifts(
     return {size.depth: predicted_drift(resolved, base, size, activation) for size in sizes}
 
 
-def drift_sentence(
+def describe_drift(
     parameterization: ParameterizationConfig, base: Size, depths: Iterable[int], activation: ActivationName = "relu"
 ) -> str | None:
     """What finite depth does to the best rate, and what the paper's own beta would make of it; None where nothing is
@@ -77,9 +77,9 @@ def drift_sentence(
 
 def predicted_drifts(file: StudyFile) -> dict[str, dict[int, float]]:
     """By parameterization and depth, in octaves; {} for a study that is not of the learning rate, or not covered."""
-    if file.study.hyperparameter != "optimizer.lr" or not_covered(file):
+    if file.study.hyperparameter != "optimizer.lr" or explain_not_covered(file):
         return {}
-    depths, activation = [size.depth for size in file.study.sizes], activation_of(file)
+    depths, activation = [size.depth for size in file.study.sizes], find_activation(file)
     return {label(p): list_drifts(p, file.model.base_size, depths, activation) for p in file.study.parameterizations}
 
 
@@ -87,6 +87,6 @@ def expected_drifts(file: StudyFile) -> list[str]:
     """The same, as a sentence for each parameterization that has a prediction."""
     if not predicted_drifts(file):
         return []
-    depths, activation = [size.depth for size in file.study.sizes], activation_of(file)
-    found = (drift_sentence(p, file.model.base_size, depths, activation) for p in file.study.parameterizations)
+    depths, activation = [size.depth for size in file.study.sizes], find_activation(file)
+    found = (describe_drift(p, file.model.base_size, depths, activation) for p in file.study.parameterizations)
     return [sentence for sentence in found if sentence]

@@ -76,7 +76,7 @@ class Exponent:
         return said if self.is_known else f"{said}; too wide to be used"
 
 
-def why_unknown(curve: Curve) -> str | None:
+def explain_unknown(curve: Curve) -> str | None:
     """What keeps the curve's optimum from being one end of a slope."""
     if curve.optimum.x is None or curve.posterior is None:
         return "has no optimum that is known to be one"
@@ -101,7 +101,7 @@ def measure_exponent(
         return Exponent(name, axis, hyperparameter, rule, measured, interval, span, len(values), remark)
 
     if troubles := [
-        f"{axis} {value} {why}" for c, value in zip(curves, values, strict=True) if (why := why_unknown(c))
+        f"{axis} {value} {why}" for c, value in zip(curves, values, strict=True) if (why := explain_unknown(c))
     ]:
         return found(None, None, "; ".join(troubles))
     optima = np.array([curve.posterior.optima for curve in curves if curve.posterior])  # (sizes, draws)

@@ -42,7 +42,7 @@ def value_effects(x: np.ndarray, y: np.ndarray) -> ValueEffects:
     return ValueEffects(x, effects[: len(x)], of_runs @ of_runs.T, residual, freedom)
 
 
-def inverse_trigamma(value: float) -> float:
+def invert_trigamma(value: float) -> float:
     """x with trigamma(x) = value: Newton's method on 1 / trigamma, which is nearly linear (Smyth 2004, appendix)."""
     x = 0.5 + 1 / value
     for _ in range(50):
@@ -68,5 +68,5 @@ def estimate_prior(variances: np.ndarray, freedoms: np.ndarray) -> tuple[float, 
     total = float(freedoms.sum())
     if excess <= 0:
         return total, float(np.average(variances, weights=freedoms))
-    prior = min(2 * inverse_trigamma(excess), total)
+    prior = min(2 * invert_trigamma(excess), total)
     return prior, math.exp(mean + float(digamma(prior / 2)) - math.log(prior / 2))

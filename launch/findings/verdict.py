@@ -20,7 +20,7 @@ from depthmup.launch.findings.analysis import (
     carry_optimum,
     lies_beside_edge,
 )
-from depthmup.launch.findings.curve_model import AS_GOOD, REACH_LOSS, fitted_values
+from depthmup.launch.findings.curve_model import AS_GOOD, REACH_LOSS, select_fitted_values
 from depthmup.launch.findings.failures import ERRORS, TOLERATED, Failures, seed_noise
 from depthmup.launch.findings.intervals import CONFIDENCE
 from depthmup.launch.wording import show_bound, show_drift, show_interval, show_share, show_shares
@@ -81,7 +81,7 @@ def describe_rule(limits: Limits) -> str:
     )
 
 
-def without_optimum(curve: Curve) -> str:
+def explain_missing_optimum(curve: Curve) -> str:
     if math.isinf(curve.optimum.metric):
         diverged, runs = int(np.isinf(curve.metric).sum()), int((~np.isnan(curve.metric)).sum())
         how = f"{diverged} of {runs} runs diverge, the others learn nothing"
@@ -102,7 +102,7 @@ def name_way_out(curve: Curve) -> str:
 def say_unknown(comparison: Comparison) -> str:
     """Why a size has no regret although runs train at the carried value."""
     curve = comparison.curve
-    count = len(fitted_values(curve.x, np.log(curve.mean)))
+    count = len(select_fitted_values(curve.x, np.log(curve.mean)))
     if count < 3:
         train = "one value" if count == 1 else f"{count} values"
         return f"{train} about its best can be compared, and three are needed"
@@ -152,7 +152,7 @@ def judge_regret(comparison: Comparison, limits: Limits) -> Finding:
     """What the loss of one size says."""
     curve, size, failures = comparison.curve, comparison.curve.size, comparison.failures
     if curve.optimum.x is None:
-        return Finding("does not transfer", without_optimum(curve))
+        return Finding("does not transfer", explain_missing_optimum(curve))
     if math.isinf(comparison.at_base_optimum):
         if not curve.surely_fails(curve.at(comparison.carried or 0.0)):
             return leave_open(comparison)
@@ -201,7 +201,7 @@ def judge(base: Curve, comparisons: Sequence[Comparison], limits: Limits) -> Jud
     """The verdict on one parameterization, from all sizes beside the base."""
     name = base.parameterization
     if base.optimum.x is None:
-        return Judgement(name, "inconclusive", f"the base: {without_optimum(base)}; {name_way_out(base)}")
+        return Judgement(name, "inconclusive", f"the base: {explain_missing_optimum(base)}; {name_way_out(base)}")
     if not comparisons:
         return Judgement(name, "inconclusive", "no other size than the base has runs: study.sizes names them")
     if len(base.values) == 1:
@@ -295,14 +295,14 @@ def analyse(
     return Analysis(curves, comparisons, compare_with_control(judgements))
 
 
-def seeds_wanted(analysis: Analysis) -> dict[tuple[str, Size], list[float]]:
+def find_wanted_seeds(analysis: Analysis) -> dict[tuple[str, Size], list[float]]:
     """Where one more seed could settle a verdict: values near the optimum, per (parameterization, size).
 
     The value that is carried is fixed, so that only the sizes in doubt need runs. Curves on the edge of their grid are
     left out: these need values first.
     """
     return {
-        (curve.parameterization, curve.size): curve.near_optimum()
+        (curve.parameterization, curve.size): curve.list_values_near_optimum()
         for judgement in analysis.judgements
         for curve in analysis.curves
         if curve.parameterization == judgement.parameterization

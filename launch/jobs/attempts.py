@@ -34,7 +34,7 @@ def read_attempts(directory: RunDirectory) -> list[dict[str, Any]]:
     return parse_lines(directory.path / "attempts.jsonl", "event")
 
 
-def last_start(lines: Sequence[Mapping[str, Any]]) -> tuple[str | None, int]:
+def find_last_start(lines: Sequence[Mapping[str, Any]]) -> tuple[str | None, int]:
     """The job of the run's last attempt, and how often that had been requeued; `lines` are those of attempts.jsonl."""
     started = [line for line in lines if line["event"] == "started"]
     return (started[-1].get("job"), started[-1].get("restart", 0)) if started else (None, 0)
@@ -46,13 +46,13 @@ def mark_failed(directory: RunDirectory, error: str, **details: Any) -> None:
     directory.write_failed({"error": error, **details})
 
 
-def since_failure(directory: RunDirectory) -> list[dict[str, Any]]:
+def list_attempts_since_failure(directory: RunDirectory) -> list[dict[str, Any]]:
     """The attempts after the last one that failed: those were asked for by a person."""
     lines = read_attempts(directory)
     return lines[max((i for i, line in enumerate(lines) if line["event"] == "failed"), default=-1) + 1 :]
 
 
-def process_age() -> float:
+def measure_process_age() -> float:
     """Seconds since this process began."""
     with open("/proc/self/stat") as file:
         began = int(file.read().rpartition(")")[2].split()[19])  # field 22, in ticks since boot; a name may hold spaces
@@ -62,17 +62,22 @@ def process_age() -> float:
 def begin_attempt(directory: RunDirectory, lacks_gpu: bool = False) -> None:
     """Notes where and from which step the attempt begins. `lacks_gpu`: its job has a GPU that torch does not see.
     Raises RuntimeError when the last ones got no further."""
-    step = directory.newest_step()
-    lines = since_failure(directory)
+    step = directory.find_newest_step()
+    lines = list_attempts_since_failure(directory)
     begun = [line["step"] for line in lines if line["event"] == "started"]
     if begun[-MAX_ATTEMPTS:] == [step] * MAX_ATTEMPTS:
         why = [f"; the last one: {line['error']}" for line in lines if line["event"] == LOST][-1:]
         raise RuntimeError(
             f"{MAX_ATTEMPTS} attempts ended at step {step}: raise launch.timeout_min or memory_gb{''.join(why)}"
         )
-    place = {"job": job_name(), "restart": restart_count(), "host": socket.gethostname(), "pid": os.getpid()}
+    place = {"job": job_name(), "restart": read_restart_count(), "host": socket.gethostname(), "pid": os.getpid()}
     note_attempt(
-        directory, "started", step=step, age=process_age(), **place, **({"lacks_gpu": True} if lacks_gpu else {})
+        directory,
+        "started",
+        step=step,
+        age=measure_process_age(),
+        **place,
+        **({"lacks_gpu": True} if lacks_gpu else {}),
     )
     write_atomically(directory.path / "code.json", describe_own_code().encode())
 
@@ -90,6 +95,6 @@ def job_name() -> str | None:
     return f"{job}_{os.environ['SLURM_ARRAY_TASK_ID']}" if job else None
 
 
-def restart_count() -> int:
+def read_restart_count() -> int:
     """How often the job was requeued."""
     return int(os.environ.get("SLURM_RESTART_COUNT", "0"))

@@ -10,14 +10,14 @@ from typing import Any
 from depthmup.launch.jobs import slurm
 from depthmup.launch.jobs.attempts import (
     LOST,
+    find_last_start,
     is_pending,
     job_name,
-    last_start,
+    list_attempts_since_failure,
     mark_failed,
     note_attempt,
     read_attempts,
-    restart_count,
-    since_failure,
+    read_restart_count,
 )
 from depthmup.launch.jobs.hold import strip_error
 from depthmup.train.lock import find_holder
@@ -36,17 +36,21 @@ def record_end(directories: Sequence[RunDirectory], code: int, log: Path, detail
     runs had saved before it died; or one of a run's processes was lost, and not for the second time at the same step.
     """
     number = code - 128 if code > 128 else None
-    left = [directory for directory in directories if is_pending(directory) and not taken_over(directory)]
-    begun = [directory for directory in left if last_start(read_attempts(directory)) == (job_name(), restart_count())]
+    left = [directory for directory in directories if is_pending(directory) and not is_taken_over(directory)]
+    begun = [
+        directory
+        for directory in left
+        if find_last_start(read_attempts(directory)) == (job_name(), read_restart_count())
+    ]
     if not left:
         return 1 if code == EXIT_LOST_PEER else code  # whoever failed has said why
     if number == signal.SIGKILL and any(read_attempts(directory)[-1]["event"] == "interrupted" for directory in begun):
         return EXIT_REQUEUE
-    tail = said_since_start(log)[-20000:]
+    tail = read_log_since_start(log)[-20000:]
     asked = f"{details['memory_gb']} GB were" if details["memory_gb"] else "the cluster's default was"
     more_memory = f"{asked} asked for; set launch.memory_gb higher and retry"
     if int(os.environ.get("SLURM_NTASKS", "1")) > 1:
-        reason = why_lost(left[0], code, tail, more_memory)
+        reason = explain_loss_of_process(left[0], code, tail, more_memory)
         if reason is None:
             return EXIT_LOST_PEER
     elif number == signal.SIGKILL or OUT_OF_MEMORY.search(tail):
@@ -58,14 +62,14 @@ def record_end(directories: Sequence[RunDirectory], code: int, log: Path, detail
     return 1 if code == EXIT_LOST_PEER else code
 
 
-def taken_over(directory: RunDirectory) -> bool:
+def is_taken_over(directory: RunDirectory) -> bool:
     """Whether another process trains the run now: a later start of this job, while this one was frozen, or another."""
-    job, restart = last_start(read_attempts(directory))
-    is_newer = job == job_name() and restart > restart_count()
+    job, restart = find_last_start(read_attempts(directory))
+    is_newer = job == job_name() and restart > read_restart_count()
     return is_newer or find_holder(directory.lock) is not None
 
 
-def said_since_start(log: Path) -> str:
+def read_log_since_start(log: Path) -> str:
     """What the job's log holds of its present start: a requeued job goes on in the same file."""
     try:
         with open(log, "rb") as file:
@@ -75,7 +79,7 @@ def said_since_start(log: Path) -> str:
         return ""
 
 
-def why_lost(directory: RunDirectory, code: int, said: str, more_memory: str) -> str | None:
+def explain_loss_of_process(directory: RunDirectory, code: int, said: str, more_memory: str) -> str | None:
     """Why a run of several processes, which left no verdict, has failed: it ran out of memory, or was lost for the same
     reason at the same step before. None otherwise: it starts again.
 
@@ -99,13 +103,13 @@ def why_lost(directory: RunDirectory, code: int, said: str, more_memory: str) ->
     if out_of_memory:
         return reason
     began = float(os.environ.get("DEPTHMUP_BEGAN", "inf"))
-    if nodes := slurm.failed_nodes(os.environ.get("SLURM_JOB_NODELIST", ""), began):
-        note_attempt(directory, LOST, step=directory.newest_step(), error=f"node {', '.join(nodes)} failed")
+    if nodes := slurm.list_failed_nodes(os.environ.get("SLURM_JOB_NODELIST", ""), began):
+        note_attempt(directory, LOST, step=directory.find_newest_step(), error=f"node {', '.join(nodes)} failed")
         return None
     if died and died[2].startswith("Exited"):  # of itself: it could not start
         return f"{reason}; see the job's log"
-    step = directory.newest_step()
-    before = [line for line in since_failure(directory) if line["event"] == LOST and line["step"] == step]
+    step = directory.find_newest_step()
+    before = [line for line in list_attempts_since_failure(directory) if line["event"] == LOST and line["step"] == step]
     note_attempt(directory, LOST, step=step, error=reason)
     print(f"lost at step {step}: {reason}", flush=True)
     if any(strip_error(line["error"]) == strip_error(reason) for line in before):

@@ -16,7 +16,7 @@ class Postponed(UserError):
     """Slurm has place for no run now; the job that goes on after the runs tries again."""
 
 
-def path_command(study: Study, targets: Sequence[str], after: bool) -> str:
+def format_path_command(study: Study, targets: Sequence[str], after: bool) -> str:
     """What a user gives to walk the path on from here, without --detach; `after`: from a search to its study."""
     to = [word for target in targets for word in ("--target", target)]
     verb = study.verb if isinstance(study, JointStudy) and not after else "transfer"
@@ -44,7 +44,7 @@ def submit_follower(
             raise slurm.Silent(f"Slurm does not answer: {snapshot.slurm_error}. Nothing was submitted")
         if by_itself and read_last_command(study.file.directory)[0] == "cancel":
             raise UserError("cancelled; the same command continues")
-        again = path_command(study, [str(target) for target in targets], after)
+        again = format_path_command(study, [str(target) for target in targets], after)
         wanted = [[str(target.absolute()) for target in targets], after]
         goes_to = {s.name: [s.details.get("targets"), s.details.get("after", False)] for s in snapshot.submissions}
         queued = {task.job_id: goes_to[task.name] for task in snapshot.continuations if task.waits}

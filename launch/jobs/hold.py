@@ -15,9 +15,9 @@ def strip_error(error: str) -> str:
     return re.sub(r"\b[0-9a-f]{8,}\b|\d+", "#", error)
 
 
-def steps_made(directory: RunDirectory) -> int:
-    last = directory.last_metrics()
-    return max(last["step"] if last else 0, directory.newest_step())
+def count_steps_made(directory: RunDirectory) -> int:
+    last = directory.read_last_metrics()
+    return max(last["step"] if last else 0, directory.find_newest_step())
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class Hold:
             return None
         if reason := self.submission.held():
             return reason
-        if (reason := self.common_failure()) is None:
+        if (reason := self.find_common_failure()) is None:
             return None
         write_atomically(self.submission.held_file, json.dumps({"reason": reason}).encode())
         print(f"held: {reason}", flush=True)
         return reason
 
-    def common_failure(self) -> str | None:
+    def find_common_failure(self) -> str | None:
         errors, furthest = [], 0
         pending = []
         for directory in self.directories:
@@ -49,12 +49,12 @@ class Hold:
                 return None
             if failed := directory.failed():
                 errors.append(failed["error"])
-                furthest = max(furthest, steps_made(directory))
+                furthest = max(furthest, count_steps_made(directory))
             else:
                 pending.append(directory)
         if len(errors) < self.after or len(set(map(strip_error, errors))) > 1:
             return None
-        if any(steps_made(directory) > furthest for directory in pending):
+        if any(count_steps_made(directory) > furthest for directory in pending):
             return None
         return f"{len(errors)} runs failed for one reason, and none succeeded: {errors[0].splitlines()[0]}"
 
@@ -62,4 +62,4 @@ class Hold:
         """Those of `directories` that are not held: what has saved a step goes on."""
         if not self.reason():
             return list(directories)
-        return [directory for directory in directories if directory.checkpoint_steps()]
+        return [directory for directory in directories if directory.list_checkpoint_steps()]

@@ -71,7 +71,7 @@ class Share:
                     self.ended[name] = (found.run.done() or {}).get("seconds", 0.0) / self.tasks
                     self.note_start(found, self.ended[name])
             elif found.state in states.TRAINS:
-                last = found.run.directory.last_metrics()
+                last = found.run.directory.read_last_metrics()
                 share = last["step"] / found.run.config.train.num_steps if last else 0.0
                 if name not in self.starts:
                     self.note_start(found, 0.0)
@@ -94,7 +94,7 @@ class Share:
         running = {found.run.directory.path.name: found.run for found in snapshot.of("running")}
         together = Counter(self.starts[name].process for name in running if name in self.starts)
         for name, run in running.items():  # of a size of which none has ended, what its pace says
-            last = run.directory.last_metrics() if run.size not in known else None
+            last = run.directory.read_last_metrics() if run.size not in known else None
             if last and (rate := last.get("images_per_second")):
                 train, start = run.config.train, self.starts.get(name)
                 seconds = train.num_steps * train.global_batch_size / rate

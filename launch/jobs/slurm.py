@@ -253,7 +253,7 @@ def cancel(job_ids: Sequence[str]) -> None:
 UNWELL = re.compile(r"DOWN|FAIL|NOT_RESPONDING|UNKNOWN|ERROR|\*")
 
 
-def failed_nodes(nodes: str, since: float) -> list[str]:
+def list_failed_nodes(nodes: str, since: float) -> list[str]:
     """Those of `nodes`, in Slurm's short form, that are down or do not answer, or whose slurmd has begun again after
     `since` (seconds since the epoch): it kills what it finds. None where Slurm cannot be asked."""
     try:

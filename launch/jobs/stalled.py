@@ -14,16 +14,16 @@ LEAST_SECONDS = 300.0
 SECONDS_TO_FIRST_LINE = 1800.0  # compilation and a cold file system
 
 
-def seconds_without_news(directory: RunDirectory) -> float:
+def measure_seconds_without_news(directory: RunDirectory) -> float:
     """Since the run, or a process of its, wrote a metrics line, a checkpoint or the line that it has begun."""
     names = ("metrics.jsonl", "attempts.jsonl", "checkpoints")
     times = [path.stat().st_mtime for name in names if (path := Path(directory.path / name)).exists()]
     return max(0.0, time.time() - max(times, default=time.time()))
 
 
-def seconds_per_line(run: PlannedRun) -> float | None:
+def estimate_seconds_per_line(run: PlannedRun) -> float | None:
     """From one metrics line to the next at the run's own pace, without what lies between; None before the first."""
-    last, train = run.directory.last_metrics(), run.config.train
+    last, train = run.directory.read_last_metrics(), run.config.train
     rate = last.get("images_per_second") if last else None
     return train.log_every * train.global_batch_size / rate if rate else None
 
@@ -31,7 +31,7 @@ def seconds_per_line(run: PlannedRun) -> float | None:
 def measure_silence(run: PlannedRun) -> tuple[str, bool]:
     """('no news for 12 min 00 s, a metrics line takes 3 s', whether that is too long); ('', False) where there is
     nothing to say."""
-    silent, line = seconds_without_news(run.directory), seconds_per_line(run)
+    silent, line = measure_seconds_without_news(run.directory), estimate_seconds_per_line(run)
     if silent < max(3 * (line or 0), 60):
         return "", False
     if line is None:

@@ -13,14 +13,14 @@ from typing import Any, Literal, get_args
 
 from depthmup.data.files import describe_full_disk
 from depthmup.launch.jobs import slurm
-from depthmup.launch.jobs.attempts import LOST, last_start, read_attempts
+from depthmup.launch.jobs.attempts import LOST, find_last_start, read_attempts
 from depthmup.launch.jobs.slurm import QueuedTask
 from depthmup.launch.jobs.stalled import describe_stall
 from depthmup.launch.jobs.submission import (
     Slot,
     Submission,
     load_all,
-    queued_runs,
+    match_queued_runs,
     read_cancelled_runs,
     recover_ids,
     stop_causes,
@@ -78,7 +78,7 @@ class Snapshot:
         return {state: counted[state] for state in STATES if state in counted}
 
 
-def state_of(
+def find_state(
     run: PlannedRun,
     task: QueuedTask | None,
     slot: Holder | None,
@@ -92,19 +92,19 @@ def state_of(
     the last submission and element that ever had it; `asked`: whether Slurm said what has become of that; `causes`: why
     jobs ended; `cancelled`: whether the user's last command stopped it; `told`: processes that it told to stop."""
     directory = run.directory
-    if ended := state_at_end(run, task):
+    if ended := find_end_state(run, task):
         return ended
     event = begun[-1]["event"] if (begun := read_attempts(directory)) else None
     held = find_holder(directory.lock) if event == "started" else None
-    if event == "started" and held is None and (ended := state_at_end(run, task)):
+    if event == "started" and held is None and (ended := find_end_state(run, task)):
         return ended  # since we looked
     if task:
-        return state_in_job(run, task, begun, held, causes)
+        return find_state_in_job(run, task, begun, held, causes)
     frozen_elsewhere = bool(held and held.is_frozen and not held.is_here)
     if held and (cancelled or held in told) and not held.is_frozen:
         return RunState(run, "ending", f"{held} was told to stop")
     if held and not frozen_elsewhere:
-        return state_of_training(run, None, begun, held, causes)
+        return find_training_state(run, None, begun, held, causes)
     stops = list_interruptions(begun, causes)
     if slot:
         return RunState(run, "waiting", f"{FREE_SLOT} on {slot.host}")
@@ -113,7 +113,7 @@ def state_of(
             run, "waiting", f"perhaps in job {submitted[0].job_id or submitted[0].name}: Slurm does not say"
         )
     if cancelled:
-        saved = directory.newest_step()
+        saved = directory.find_newest_step()
         return RunState(run, "cancelled", f"saved at step {saved}" if saved else "")
     if submitted and (reason := submitted[0].held()):
         return RunState(run, "held", reason)
@@ -122,11 +122,11 @@ def state_of(
     if held and frozen_elsewhere:
         return RunState(run, "lost", f"{held} has not moved for {duration(held.silent)}: another may take its place")
     if event or (submitted and submitted[0].job_id):
-        return RunState(run, "lost", last_words(submitted))
+        return RunState(run, "lost", read_last_words(submitted))
     return RunState(run, "new")
 
 
-def state_at_end(run: PlannedRun, task: QueuedTask | None) -> RunState | None:
+def find_end_state(run: PlannedRun, task: QueuedTask | None) -> RunState | None:
     """Of a run that has a result, or has failed."""
     if done := run.done():
         if done["outcome"] == "completed":
@@ -139,14 +139,14 @@ def state_at_end(run: PlannedRun, task: QueuedTask | None) -> RunState | None:
     return None
 
 
-def state_in_job(
+def find_state_in_job(
     run: PlannedRun, task: QueuedTask, begun: Sequence[Mapping[str, Any]], held: Holder | None, causes: Causes
 ) -> RunState:
     """Of a run that a job has. `begun`: its attempts; `held`: who has it, where its last attempt has not said how it
     ended. That may be one of an earlier start of the job, or of an earlier job."""
-    event = begun[-1]["event"] if last_start(begun) == (task.element, task.restarts) else None  # of this start
+    event = begun[-1]["event"] if find_last_start(begun) == (task.element, task.restarts) else None  # of this start
     if task.runs and event == "started":
-        return state_of_training(run, task, begun, held, causes)
+        return find_training_state(run, task, begun, held, causes)
     if task.ends or (task.runs and event in ("interrupted", LOST)):
         return RunState(run, "ending", f"{task} is ending", task)
     stops = list_interruptions(begun, causes)
@@ -160,7 +160,7 @@ def state_in_job(
     return RunState(run, "waiting", ", ".join([f"in {task}", *requeued, *former]), task)
 
 
-def state_of_training(
+def find_training_state(
     run: PlannedRun, task: QueuedTask | None, begun: Sequence[Mapping[str, Any]], held: Holder | None, causes: Causes
 ) -> RunState:
     """Of a run whose last attempt goes on, as far as one knows."""
@@ -191,16 +191,16 @@ def count_causes(causes: Sequence[str]) -> str:
     return ", ".join(cause + often.get(count, f" {count} times") for cause, count in Counter(causes).items())
 
 
-def last_words(submitted: tuple[Submission, int] | None) -> str:
+def read_last_words(submitted: tuple[Submission, int] | None) -> str:
     """The last line that the job printed: there slurmstepd says why it ended it. On a full disk it has printed none."""
-    said = last_line(submitted[0].log(submitted[1])) if submitted else None
+    said = read_last_line(submitted[0].log(submitted[1])) if submitted else None
     if submitted and not said and shutil.disk_usage(submitted[0].path).free < LITTLE_ROOM:
         full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(submitted[0].path))
         return f"its job ended without a word; {describe_full_disk(full, '')}"
     return said or "its job ended without a word"
 
 
-def last_line(log: Path) -> str | None:
+def read_last_line(log: Path) -> str | None:
     """The last line of a job's log that says something: srun reports every step that ends."""
     lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
     lines = [line for line in lines if not line.startswith("srun: ")]
@@ -230,7 +230,7 @@ def take_snapshot(study: Study, ended: Mapping[str, RunState] = MappingProxyType
     root = study.file.directory
     submissions, local = load_all(root / "jobs"), load_all(root / "local")
     queue, unsaid, error = ask_slurm(study, submissions)
-    tasks = queued_runs(submissions, queue)
+    tasks = match_queued_runs(submissions, queue)
     causes, stopped = stop_causes(submissions), read_cancelled_runs(root)
     everything = sorted([*submissions, *local], key=lambda submission: submission.created)
     last = {name: (s, index) for s in everything for index, names in enumerate(s.tasks) for name in names}
@@ -252,7 +252,7 @@ def take_snapshot(study: Study, ended: Mapping[str, RunState] = MappingProxyType
             continue
         submitted = last.get(name)
         asked = not (submitted and submitted[0].name in unsaid)
-        state = state_of(run, tasks.get(name), listed.get(name), submitted, asked, causes, name in stopped, told)
+        state = find_state(run, tasks.get(name), listed.get(name), submitted, asked, causes, name in stopped, told)
         found.append(state)
     return Snapshot(show_starting(found, working), submissions, continuations, slots, error, queue)
 

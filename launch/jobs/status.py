@@ -10,10 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from depthmup.launch.jobs import states
-from depthmup.launch.jobs.follower import path_command
+from depthmup.launch.jobs.follower import format_path_command
 from depthmup.launch.jobs.hold import strip_error
 from depthmup.launch.jobs.reasons import explain
-from depthmup.launch.jobs.states import RunState, Snapshot, State, last_line
+from depthmup.launch.jobs.states import RunState, Snapshot, State, read_last_line
 from depthmup.launch.jobs.submission import read_last_command
 from depthmup.launch.runs.opened import open_planned, path_of
 from depthmup.launch.runs.study import Study
@@ -46,7 +46,7 @@ def format_duration(seconds: float) -> str:
 
 def format_progress(found: RunState) -> tuple[str, str, str, str]:
     """(step, loss, images per second, time left) of a run, as text."""
-    last = found.run.directory.last_metrics()
+    last = found.run.directory.read_last_metrics()
     if last is None:
         return "", "", "", ""
     train = found.run.config.train
@@ -125,7 +125,7 @@ def describe_followers(snapshot: Snapshot, study: Study) -> list[str]:
     ended by another, as with scancel."""
     there = {task.name for task in snapshot.continuations}
     ended = [submission for submission in snapshot.submissions if submission.goes_on and submission.name not in there]
-    said = last_line(ended[-1].log(0)) if ended else None
+    said = read_last_line(ended[-1].log(0)) if ended else None
     if snapshot.continuations:
         targets = {s.name: s.details.get("targets", []) for s in snapshot.submissions if s.goes_on}
         lines = [
@@ -143,7 +143,7 @@ def describe_followers(snapshot: Snapshot, study: Study) -> list[str]:
     if not ours or snapshot.slurm_error or read_last_command(study.file.directory)[0] == "cancel":
         return []
     gone = ours[-1]
-    again = path_command(study, gone.details.get("targets", []), gone.details.get("after", False))
+    again = format_path_command(study, gone.details.get("targets", []), gone.details.get("after", False))
     return [f"after the runs: nothing goes on by itself, job {gone.job_id} has gone without a word: {again} --detach"]
 
 
@@ -153,7 +153,7 @@ def describe_next_command(study: Study) -> str:
     return f"held runs: mend that, then {again}; to try them as they are: {again} launch.hold_after=0"
 
 
-def parts_of(snapshot: Snapshot, study: Study, everything: bool) -> list[Table | Text]:
+def list_parts(snapshot: Snapshot, study: Study, everything: bool) -> list[Table | Text]:
     shown = draw_table(snapshot, study.file.study.hyperparameter, everything)
     parts: list[Table | Text] = [shown] if shown.row_count else []
     said = list_remarks(snapshot, everything)
@@ -178,10 +178,10 @@ def take_path(study: Study) -> list[tuple[Study, Snapshot]]:
 def render_status(path: Sequence[tuple[Study, Snapshot]], everything: bool) -> Group:
     """The study, and under it each target, which is always shown: that is what all of it is for."""
     (study, snapshot), *targets = path
-    parts = parts_of(snapshot, study, everything)
+    parts = list_parts(snapshot, study, everything)
     for target, of_target in targets:
         kind = "Study" if is_over_sizes(target.file) else "Target"
-        parts += [Text(f"\n{kind}: {target.file.directory}"), *parts_of(of_target, target, kind == "Target")]
+        parts += [Text(f"\n{kind}: {target.file.directory}"), *list_parts(of_target, target, kind == "Target")]
     return Group(*parts)
 
 

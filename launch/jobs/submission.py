@@ -181,7 +181,7 @@ def recover_ids(submissions: Sequence[Submission], queue: Sequence[QueuedTask]) 
             submission.write_job_id(by_name[submission.name])
 
 
-def queued_runs(submissions: Sequence[Submission], queue: Sequence[QueuedTask]) -> dict[str, QueuedTask]:
+def match_queued_runs(submissions: Sequence[Submission], queue: Sequence[QueuedTask]) -> dict[str, QueuedTask]:
     """Run -> the array element that will train it or does, for all that have not ended."""
     by_name = {submission.name: submission for submission in submissions}
     found = {}

@@ -131,7 +131,7 @@ class Executor(submitit.SlurmExecutor):
         return 1
 
 
-def script_text(submission: Submission, config: LaunchConfig, code: Path, max_running: int) -> str:
+def write_script_text(submission: Submission, config: LaunchConfig, code: Path, max_running: int) -> str:
     """The sbatch script for all tasks of `submission`, which runs the worker from the copy `code`."""
     python = config.python or shlex.quote(sys.executable)
     worker = f"{python} -m depthmup.launch.jobs.worker {shlex.quote(str(submission.file))}"
@@ -145,7 +145,7 @@ def script_text(submission: Submission, config: LaunchConfig, code: Path, max_ru
     late = max(60 * (config.timeout_min - 1) - config.signal_delay_s, 0)  # Slurm may warn a minute early
     stopped = shlex.quote(str(submission.stopped))
     teardown = [line.format(worker=one, late=late, stopped=stopped) for line in TEARDOWN]
-    return sbatch_text(submission, config, code, worker, teardown, max_running, [imports, *hold])
+    return write_sbatch_text(submission, config, code, worker, teardown, max_running, [imports, *hold])
 
 
 def list_container_options(config: LaunchConfig) -> list[str]:
@@ -154,7 +154,7 @@ def list_container_options(config: LaunchConfig) -> list[str]:
     return [f"{key}={value}" for key, value in options.items() if value]
 
 
-def sbatch_text(
+def write_sbatch_text(
     submission: Submission,
     config: LaunchConfig,
     folder: Path,
@@ -245,12 +245,14 @@ def prepare_arrays(
     for number, tasks in enumerate(arrays):
         details = {**{key: getattr(config, key) for key in keys}, "throttle": turns.throttle(number)}
         submission = Submission.create(jobs.absolute(), name, tasks, details)
-        write_atomically(submission.script, script_text(submission, config, code, turns.throttle(number)).encode())
+        write_atomically(
+            submission.script, write_script_text(submission, config, code, turns.throttle(number)).encode()
+        )
         submissions.append(submission)
     return submissions
 
 
-def dry_run_script(study: Study) -> str:
+def write_dry_run_script(study: Study) -> str:
     """The script of the first array that a launch now would submit; touches nothing. Raises UserError."""
     config, jobs = study.file.launch, study.file.directory.absolute() / "jobs"
     if config.cluster != "slurm":
@@ -263,7 +265,7 @@ def dry_run_script(study: Study) -> str:
         raise UserError("every run is done: there is nothing to submit")
     submission = Submission(jobs / f"depthmup-{study.file.study.name}-DRYRUN", tasks, {})
     code = study.file.directory / "code" / hash_sources(list_sources())
-    return script_text(submission, config, code, config.max_running)
+    return write_script_text(submission, config, code, config.max_running)
 
 
 PATIENCE_MINUTES = 10  # for its launcher, of a job that is told later when to begin: then it begins by itself
@@ -327,7 +329,7 @@ def submit_continuation(study: Study, targets: Sequence[Path], after: bool, lock
     arguments = [sys.executable, "-c", START, str(code), str(root), *files, *(["--after"] if after else [])]
     details = {"targets": files, "after": after}
     submission = Submission.create(root / "jobs", f"depthmup-{study.file.study.name}-then", [[]], details)
-    script = sbatch_text(submission, small, Path.cwd(), shlex.join(arguments), [])
+    script = write_sbatch_text(submission, small, Path.cwd(), shlex.join(arguments), [])
     write_atomically(submission.script, script.encode())
     try:
         submit_arrays([submission], Turns([1], []), small, lock)

@@ -130,7 +130,7 @@ def train_some(directories: Sequence[RunDirectory], interrupt: Interrupt) -> boo
                 print(f"a pack of {len(begun)} failed, its runs go on one by one: {reason}", flush=True)
             for directory in filter(is_pending, begun):
                 if len(begun) > 1:
-                    note_attempt(directory, UNPACKED, error=one_line(error))
+                    note_attempt(directory, UNPACKED, error=join_to_one_line(error))
                 else:
                     record_failure(directory, error)
     return bool(claimed) or any(directory.failed() for directory in left)
@@ -162,8 +162,8 @@ def claim_pack(directories: Sequence[RunDirectory], held: ExitStack) -> dict[Run
                     if not claimed:
                         break  # the others may be held now
                     continue
-                if not claimed and len(directories) > 1 and not failed_in_a_pack(directory):
-                    size = size_that_fits(config, device, len(directories))
+                if not claimed and len(directories) > 1 and not has_failed_in_a_pack(directory):
+                    size = measure_pack_size(config, device, len(directories))
                 if claimed and not can_join(directory, config, claimed):
                     continue
                 held.enter_context(candidate.pop_all())
@@ -171,7 +171,7 @@ def claim_pack(directories: Sequence[RunDirectory], held: ExitStack) -> dict[Run
     return claimed
 
 
-def size_that_fits(config: RunConfig, device: "torch.device", most: int) -> int:
+def measure_pack_size(config: RunConfig, device: "torch.device", most: int) -> int:
     """How many of `most` runs like `config` to train together; 1 where that cannot be measured, as for a network that
     does not batch."""
     from depthmup.train.packs.memory import pack_size
@@ -179,7 +179,7 @@ def size_that_fits(config: RunConfig, device: "torch.device", most: int) -> int:
     try:
         size = pack_size(config, device)
     except Exception as error:
-        print(f"no packs: {one_line(error)}", flush=True)
+        print(f"no packs: {join_to_one_line(error)}", flush=True)
         return 1
     if size < min(config.train.pack or 1, most):
         print(f"train.pack is {config.train.pack}, but at most {size} fit into memory", flush=True)
@@ -189,12 +189,12 @@ def size_that_fits(config: RunConfig, device: "torch.device", most: int) -> int:
 def can_join(directory: RunDirectory, config: RunConfig, pack: dict[RunDirectory, RunConfig]) -> bool:
     """Whether the run can be trained together with those of `pack`, which are not empty."""
     first = next(iter(pack.values()))
-    if list_obstacles(first, config) or failed_in_a_pack(directory):
+    if list_obstacles(first, config) or has_failed_in_a_pack(directory):
         return False
     return stand_at_one_step([*pack, directory])
 
 
-def failed_in_a_pack(directory: RunDirectory) -> bool:
+def has_failed_in_a_pack(directory: RunDirectory) -> bool:
     return any(line["event"] == UNPACKED for line in read_attempts(directory))
 
 
@@ -210,13 +210,13 @@ def lock_claims(directories: Sequence[RunDirectory]) -> Iterator[None]:
         yield
 
 
-def one_line(error: Exception) -> str:
+def join_to_one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
 def record_failure(directory: RunDirectory, error: Exception) -> None:
     """For use where `error` is being handled."""
-    mark_failed(directory, one_line(error), traceback=traceback.format_exc())
+    mark_failed(directory, join_to_one_line(error), traceback=traceback.format_exc())
 
 
 def lacks_gpu(config: RunConfig) -> bool:
@@ -245,7 +245,7 @@ def run_distributed(directory: RunDirectory) -> int:
     if directory.done() or directory.failed():
         return 0
     import_uncollected(*TRAINING)  # torch, which takes seconds
-    from depthmup.train.distributed import world_from_environment
+    from depthmup.train.distributed import read_world_from_environment
 
     config, first = read_config(directory), os.environ["SLURM_PROCID"] == "0"
     if first:
@@ -257,7 +257,7 @@ def run_distributed(directory: RunDirectory) -> int:
         except RuntimeError as error:
             mark_failed(directory, str(error))
             return 1
-    code = train_locked(config, directory, world_from_environment())
+    code = train_locked(config, directory, read_world_from_environment())
     if code == EXIT_REQUEUE and first:
         note_attempt(directory, "interrupted")
     return 0 if code == EXIT_REQUEUE and not first else code

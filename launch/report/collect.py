@@ -20,7 +20,7 @@ from depthmup.launch.findings.training_exponents import Exponent, judge_along, m
 from depthmup.launch.findings.verdict import Analysis, Judgement, analyse, describe_rule
 from depthmup.launch.reading import read_study_or_run
 from depthmup.launch.runs.cost import count_flops
-from depthmup.launch.runs.design import design_of, limits_of
+from depthmup.launch.runs.design import build_design, find_limits
 from depthmup.launch.runs.foretold import read_foretold
 from depthmup.launch.runs.grouping import processes_per_gpu
 from depthmup.launch.runs.planned import PlannedRun
@@ -28,7 +28,7 @@ from depthmup.launch.runs.pool import describe_mixtures, refuse_mixture
 from depthmup.launch.runs.study import Study
 from depthmup.launch.runs.written import refuse_other_study
 from depthmup.launch.wording import quantity, show_seeds, show_times
-from depthmup.models.training_scale import lr_exponents
+from depthmup.models.training_scale import list_lr_exponents
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Report:
 
     @property
     def rule(self) -> str:
-        return describe_rule(limits_of(self.study))
+        return describe_rule(find_limits(self.study))
 
     @cached_property
     def planned(self) -> dict[str, Judgement]:
@@ -63,7 +63,7 @@ class Report:
     @cached_property
     def next_round(self) -> Round:
         """Of an adaptive design: what it asks for after these runs, or why it has ended."""
-        return next_round(design_of(self.study), self.results)
+        return next_round(build_design(self.study), self.results)
 
     @property
     def has_next_round(self) -> bool:
@@ -82,7 +82,7 @@ class Report:
         """Of an adaptive design: how many there were, and what comes next; '' for a grid."""
         if not self.study.file.study.adaptive:
             return ""
-        budget = design_of(self.study).budget
+        budget = build_design(self.study).budget
         spent = f"{counted(len(self.study.rounds()), 'round')}, {self.total_flops / budget:.0%} of the budget"
         if self.unfinished:
             return f"Adaptive design: {spent}; the last round is not finished."
@@ -99,13 +99,13 @@ class Report:
         rules = {}
         if settings.hyperparameter == "optimizer.lr":
             for each in settings.parameterizations:
-                rules[label(each)] = dict(zip(TRAINING_AXES, lr_exponents(each.resolve(), optimizer), strict=True))
+                rules[label(each)] = dict(zip(TRAINING_AXES, list_lr_exponents(each.resolve(), optimizer), strict=True))
                 if settings.ladder:
                     rules[label(each)]["samples"] = 0.0  # one trunk has one rate
         name = ("1 - " if settings.complement else "") + settings.hyperparameter
         return measure_exponents(self.analysis, self.base, name, rules)
 
-    def known_exponents(self, parameterization: str) -> list[Exponent]:
+    def list_known_exponents(self, parameterization: str) -> list[Exponent]:
         """Those that are measured well enough to carry a value along."""
         return [each for each in self.exponents if each.is_known and each.parameterization == parameterization]
 
@@ -115,8 +115,8 @@ class Report:
         found = {}
         for base in (each for each in self.analysis.comparisons if each.curve.size == self.base):
             name = base.curve.parameterization
-            if (known := self.known_exponents(name)) and base.carried is not None:
-                found[name] = judge_along(self.analysis, name, self.base, base.carried, known, limits_of(self.study))
+            if (known := self.list_known_exponents(name)) and base.carried is not None:
+                found[name] = judge_along(self.analysis, name, self.base, base.carried, known, find_limits(self.study))
         return found
 
     @property
@@ -124,7 +124,7 @@ class Report:
         """Sentences on the exponents, and on what a value costs that is carried along them."""
         said = [f"{each}." for each in self.exponents]
         return said + [
-            f"{name}, carried along {' and '.join(e.power for e in self.known_exponents(name))}: {found.verdict} "
+            f"{name}, carried along {' and '.join(e.power for e in self.list_known_exponents(name))}: {found.verdict} "
             f"({found.reason}); the exponent is fitted to these same runs."
             for name, found in self.along_exponents.items()
         ]
@@ -180,7 +180,7 @@ class Report:
             f"({show_times(self.total_flops / max(self.flops.values()))} times one run of the costliest size), "
             f"{self.hours:.2f} hours of training processes."
             f"{''.join(f' Results of {mixture}.' for mixture in describe_mixtures(self.study))}"
-            f"{' ' + target if (target := target_line(self.study)) else ''}"
+            f"{' ' + target if (target := describe_targets(self.study)) else ''}"
         )
 
     @property
@@ -200,7 +200,7 @@ class Report:
         return self.study.command("retry" if 0 < self.num_failed == len(self.unfinished) else "transfer")
 
 
-def target_line(study: Study) -> str | None:
+def describe_targets(study: Study) -> str | None:
     """How the runs of the targets ended that were scaled from this study; None when there is no target."""
     lines = []
     for path in study.written_targets():
@@ -225,8 +225,10 @@ def analyse_results(study: Study, results: Sequence[Result]) -> Analysis:
     settings = study.file.study
     carry: Carry = carry_optimum
     if settings.adaptive:
-        carry = carry_run(min(settings.octaves(end) for end in (settings.grid[0], settings.grid[-1])), limits_of(study))
-    return analyse(results, settings.sizes[0], limits_of(study), settings.octaves, study.chance, carry)
+        carry = carry_run(
+            min(settings.octaves(end) for end in (settings.grid[0], settings.grid[-1])), find_limits(study)
+        )
+    return analyse(results, settings.sizes[0], find_limits(study), settings.octaves, study.chance, carry)
 
 
 def check_swept(study: Study) -> None:

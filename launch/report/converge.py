@@ -24,7 +24,7 @@ from depthmup.launch.report import plots
 from depthmup.launch.report.collect import collect
 from depthmup.launch.report.page import CONVERGENCE_FILES
 from depthmup.launch.report.place import open_results
-from depthmup.launch.report.record import dump, rate_record
+from depthmup.launch.report.record import dump, make_rate_record
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.study import Study
 from depthmup.models.build import build_meta
@@ -95,7 +95,7 @@ def collect_lines(study: Study, analysis: Analysis) -> Iterator[Line]:
             yield collect_line(study, name, axis, value, shown, images)
 
 
-def runs_along(
+def find_runs_along(
     study: Study, parameterization: str, axis: str, shown: list[Comparison], value_of: Callable[[Comparison], float]
 ) -> tuple[dict[int, dict[int, PlannedRun]], list[str]]:
     """(size along the axis -> seed -> run, what is left out and why): the runs of `shown` at the value that `value_of`
@@ -126,7 +126,7 @@ def collect_line(
     study: Study, parameterization: str, axis: str, value: float, shown: list[Comparison], images: Tensor
 ) -> Line:
     """The runs of `shown` at `value`."""
-    runs, left_out = runs_along(study, parameterization, axis, shown, lambda comparison: value)
+    runs, left_out = find_runs_along(study, parameterization, axis, shown, lambda comparison: value)
     seeds = tuple(sorted(set.intersection(*map(set, runs.values())))) if runs else ()
     curves: dict[int, np.ndarray] = {}
     kernels: dict[int, np.ndarray] = {}
@@ -143,7 +143,7 @@ def collect_line(
 # ---------------------------------------------------------------- what is shown
 
 
-def as_record(found: Line, quantity: str, rate: Rate) -> dict[str, Any]:
+def make_record(found: Line, quantity: str, rate: Rate) -> dict[str, Any]:
     return {
         "parameterization": found.parameterization,
         "quantity": quantity,
@@ -151,7 +151,7 @@ def as_record(found: Line, quantity: str, rate: Rate) -> dict[str, Any]:
         "value": found.value,
         "seeds": list(found.seeds),
         "largest": rate.largest,
-        **rate_record(rate),
+        **make_rate_record(rate),
         "left_out": found.left_out,
     }
 
@@ -189,7 +189,7 @@ def converge(study: Study, out: Path | None, console: Console) -> list[Path]:
     for each in all_rates:
         console.print("\n".join(describe_rate(*each)), highlight=False, markup=False)
     console.print(NO_LIMIT, highlight=False)
-    record = {"study": study.file.study.name, "images": IMAGES, "rates": [as_record(*each) for each in all_rates]}
+    record = {"study": study.file.study.name, "images": IMAGES, "rates": [make_record(*each) for each in all_rates]}
     with open_results(study, out, "converge") as root:
         paths = [root / name for name in CONVERGENCE_FILES]
         write_atomically(paths[0], dump(record).encode())

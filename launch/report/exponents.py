@@ -18,10 +18,10 @@ from depthmup.data.errors import UserError
 from depthmup.data.files import write_atomically
 from depthmup.launch.findings.analysis import Comparison
 from depthmup.launch.findings.convergence import select_along_axis
-from depthmup.launch.findings.exponents import MEASURES, MIN_DEPTHS, Slope, fit_slope, measures_of, name_regime
+from depthmup.launch.findings.exponents import MEASURES, MIN_DEPTHS, Slope, fit_slope, measure_weights, name_regime
 from depthmup.launch.report import plots
 from depthmup.launch.report.collect import collect
-from depthmup.launch.report.converge import runs_along
+from depthmup.launch.report.converge import find_runs_along
 from depthmup.launch.report.page import EXPONENTS_FILES
 from depthmup.launch.report.place import open_results
 from depthmup.launch.report.record import dump
@@ -87,7 +87,7 @@ def run_measures(run: PlannedRun) -> dict[tuple[str, str], dict[str, float]]:
         before, after = ([rows(names, of) for names in stages] for of in (start, trained))
         change = [b - a for a, b in zip(before, after, strict=True)]
         for subject, weights_of in zip(SUBJECTS, (before, after, change), strict=True):
-            found[tensor, subject] = measures_of(weights_of)
+            found[tensor, subject] = measure_weights(weights_of)
     return found
 
 
@@ -137,7 +137,7 @@ def collect_growths(study: Study, own: bool) -> Iterator[Growth]:
         def value(comparison: Comparison, best: dict[Any, float] = best, at_base: float = at_base) -> float:
             return best[comparison.curve.size] if own else at_base
 
-        runs, left_out = runs_along(study, name, "depth", shown, value)
+        runs, left_out = find_runs_along(study, name, "depth", shown, value)
         measured = {depth: [run_measures(run) for run in by_seed.values()] for depth, by_seed in runs.items()}
         keys = dict.fromkeys(key for of in measured.values() for each in of for key in each)
         for tensor, subject in keys:

@@ -8,7 +8,7 @@ from depthmup.launch.report.place import copy_results
 from depthmup.launch.runs.joint import JointStudy
 from depthmup.launch.runs.search import Search
 from depthmup.launch.runs.study import Study
-from depthmup.launch.runs.tuned import after_file, study_after
+from depthmup.launch.runs.tuned import locate_following_study, write_following_study
 from depthmup.launch.runs.verification import Verification
 
 RECORDS: dict[type[JointStudy], str] = {Search: "search.json", Verification: "verify.json"}
@@ -26,7 +26,7 @@ def show_joint(study: JointStudy, console: Console, out: Path | None = None) -> 
 
     assert isinstance(study, Search)
     found = show_search(study, console, out)
-    return study_after(study, found.winners[0].values) if after_file(study).exists() else None
+    return write_following_study(study, found.winners[0].values) if locate_following_study(study).exists() else None
 
 
 def publish_joint(study: JointStudy, root: Path, folder: Path) -> list[Path]:

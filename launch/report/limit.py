@@ -18,11 +18,11 @@ from rich.console import Console
 
 from depthmup.data.errors import UserError
 from depthmup.data.files import write_atomically
-from depthmup.data.scan import parallel_map
+from depthmup.data.scan import map_in_processes
 from depthmup.launch.config import StudyFile, label
 from depthmup.launch.findings.convergence import LAWS
 from depthmup.launch.findings.grid import GridRate, fit_grid, points_of
-from depthmup.launch.findings.theory import COVERED, activation_of, not_covered
+from depthmup.launch.findings.theory import COVERED, explain_not_covered, find_activation
 from depthmup.launch.progress import display
 from depthmup.launch.report import plots
 from depthmup.launch.report.limit_plots import draw_distances, draw_loss_curves
@@ -44,9 +44,9 @@ from depthmup.launch.report.tables import print_sentence, print_table
 from depthmup.launch.runs.study import Study
 from depthmup.launch.runs.written import check_writable
 from depthmup.models.config import Size
-from depthmup.models.limit.drift import has_limit, kernel_at, kernel_in_limit, predicted_drift
+from depthmup.models.limit.drift import compute_kernel_at, compute_kernel_in_limit, has_limit, predicted_drift
 from depthmup.models.limit.finite import train_finite
-from depthmup.models.limit.kernels import largest_rate
+from depthmup.models.limit.kernels import find_largest_rate
 from depthmup.models.limit.network import ActivationName
 from depthmup.models.optimizer_config import OptimizerConfig
 from depthmup.models.parameterization_config import ParameterizationConfig
@@ -94,7 +94,9 @@ def train_sizes(
     seeds = {name: SEEDS if has_limit(p.resolve()) else FEW_SEEDS for name, (p, _) in optimizers.items()}
     arguments = [(*optimizers[name], size, base, activation, task, seeds[name]) for name, size in jobs]
     trained = dict[tuple[str, tuple[int, int]], dict[str, np.ndarray] | None]()
-    for (name, size), found in zip(jobs, parallel_map(train_size, None, *zip(*arguments, strict=True)), strict=True):
+    for (name, size), found in zip(
+        jobs, map_in_processes(train_size, None, *zip(*arguments, strict=True)), strict=True
+    ):
         progress(f"{name}: {size.width} x {size.depth}")
         trained[name, (size.width, size.depth)] = found
     grids = []
@@ -175,9 +177,9 @@ def fit_rates(grid: Grid, limit: Limit) -> list[Found]:
 # ---------------------------------------------------------------- what is shown
 
 
-def kernel_rows(file: StudyFile) -> list[dict[str, str]]:
+def list_kernel_rows(file: StudyFile) -> list[dict[str, str]]:
     """Of every parameterization at every size of the study, and in the limit: what one input of norm 1 gives."""
-    base, activation = Size(width=file.model.base_width, depth=file.model.base_depth), activation_of(file)
+    base, activation = Size(width=file.model.base_width, depth=file.model.base_depth), find_activation(file)
     rows = []
     for p in file.study.parameterizations:
         resolved = p.resolve()
@@ -185,23 +187,23 @@ def kernel_rows(file: StudyFile) -> list[dict[str, str]]:
         sizes: list[Size | None] = [Size(width=width, depth=depth) for width, depth in shapes]
         for size in [*sizes, None] if has_limit(resolved) else sizes:
             if size:
-                kernel = kernel_at(resolved, size, base, base.width, activation=activation)
+                kernel = compute_kernel_at(resolved, size, base, base.width, activation=activation)
             else:
-                kernel = kernel_in_limit(resolved, base, base.width, activation=activation)
+                kernel = compute_kernel_in_limit(resolved, base, base.width, activation=activation)
             rows.append(
                 {
                     "parameterization": label(p),
                     "width": str(size.width) if size else "limit",
                     "depth": str(size.depth) if size else "limit",
                     "kernel": f"{kernel[0, 0]:.4g}",
-                    "largest rate": f"{largest_rate(kernel, file.optimizer.momentum):.3g}",
+                    "largest rate": f"{find_largest_rate(kernel, file.optimizer.momentum):.3g}",
                     "predicted drift": f"{predicted_drift(resolved, base, size, activation):+.2f}",
                 }
             )
     return rows
 
 
-def distance_rows(found: list[Found]) -> list[dict[str, str]]:
+def list_distance_rows(found: list[Found]) -> list[dict[str, str]]:
     """Of the outputs: a row for every parameterization, measure and depth, a column for every width ("-" where networks
     diverge); of means, the last column is that of networks extrapolated to infinite width, to the limit of both."""
     shown = {
@@ -257,9 +259,9 @@ def learning_rate(
     """`given`, or a share of the largest stable one. Raises UserError for one that is past it at some depth."""
     resolved, inputs = p.resolve(), task.inputs.shape[1]
     sizes = [Size(width=base.width, depth=depth) for depth in DEPTHS]
-    kernels = [kernel_at(resolved, size, base, inputs, task.kernel, activation) for size in sizes]
-    kernels.append(kernel_in_limit(resolved, base, inputs, task.kernel, activation))
-    edge = min(largest_rate(kernel, momentum) for kernel in kernels)
+    kernels = [compute_kernel_at(resolved, size, base, inputs, task.kernel, activation) for size in sizes]
+    kernels.append(compute_kernel_in_limit(resolved, base, inputs, task.kernel, activation))
+    edge = min(find_largest_rate(kernel, momentum) for kernel in kernels)
     if given is not None and given >= edge:
         raise UserError(
             f"--lr {given:g} is past the edge of stability of {label(p)} on {task.name}: the infinite network "
@@ -271,7 +273,7 @@ def learning_rate(
 def refuse_not_covered(study: Study) -> list[ParameterizationConfig]:
     """The study's parameterizations that have a limit. Raises UserError where the theory does not cover it."""
     file = study.file
-    if reason := not_covered(file):
+    if reason := explain_not_covered(file):
         raise UserError(f"{study.path}: the theory's limit does not cover {reason}; it is for {COVERED}")
     limited = [p for p in file.study.parameterizations if has_limit(p.resolve())]
     if not limited:
@@ -284,7 +286,7 @@ def run_task(
 ) -> tuple[list[Found], Limit]:
     """Every parameterization beside its limit; one that has none beside that of the first which has, at its rate."""
     base, momentum = Size(width=file.model.base_width, depth=file.model.base_depth), file.optimizer.momentum
-    activation = activation_of(file)
+    activation = find_activation(file)
     found, limits = list[Found](), dict[str, Limit]()
     total = len(file.study.parameterizations) * len(WIDTHS) * len(DEPTHS) + len(limited)
     started = 0
@@ -319,7 +321,7 @@ def limit_command(study: Study, lr: float | None, console: Console) -> list[Path
     limited, file = refuse_not_covered(study), study.file
     check_writable(study.file.directory)
     file.directory.mkdir(parents=True, exist_ok=True)
-    kernels = kernel_rows(file)
+    kernels = list_kernel_rows(file)
     print_sentence(
         console, "The tangent kernel of one input at the start, and the largest stable rate on the squared loss:"
     )
@@ -330,7 +332,7 @@ def limit_command(study: Study, lr: float | None, console: Console) -> list[Path
         own, limits[task.name] = run_task(file, limited, task, lr, console)
         found += own
         print_sentence(console, f"\n{task.name}: distances of outputs to the limit, by width, relative (-: diverges)")
-        print_table(distance_rows(own), ("rules", "of"), console)
+        print_table(list_distance_rows(own), ("rules", "of"), console)
         print_sentence(console, f"\n{task.name}: fitted exponents, with the next order")
         print_table([each.row for each in own], ("rules", "of", "axis"), console)
     said = describe_verdicts(found)

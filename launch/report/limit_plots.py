@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from depthmup.launch.findings.grid import GridRate
 from depthmup.launch.report.limit_task import Grid, Limit
-from depthmup.launch.report.plots import colours_of, finish_distances, finish_losses, make_panels, mark_log_axis
+from depthmup.launch.report.plots import choose_colours, finish_distances, finish_losses, make_panels, mark_log_axis
 
 OTHER_AXIS = {"width": "depth", "depth": "width"}
 
@@ -18,7 +18,7 @@ OTHER_AXIS = {"width": "depth", "depth": "width"}
 def draw_lines(axis: Axes, grid: Grid, rate: GridRate) -> None:
     """One colour a line of points, its fit solid; the theory's slope through the last line, dashed."""
     lines = sorted(set(rate.lines))
-    colours = dict(zip(lines, colours_of(len(lines)), strict=True))
+    colours = dict(zip(lines, choose_colours(len(lines)), strict=True))
     for line in lines:
         own = rate.lines == line
         sizes, distance = rate.sizes[own], rate.distance[own]
@@ -68,7 +68,7 @@ def draw_loss_curves(grids: Sequence[Grid], limits: Mapping[str, Limit]) -> Figu
             index = ("width", "depth").index(over)
             largest = max((sizes[1 - index] for sizes in curves), default=0)
             own = {sizes[index]: of for sizes, of in sorted(curves.items()) if sizes[1 - index] == largest}
-            for colour, (number, losses) in zip(colours_of(len(own)), own.items(), strict=True):
+            for colour, (number, losses) in zip(choose_colours(len(own)), own.items(), strict=True):
                 axis.plot(range(1, losses.shape[1] + 1), losses.mean(axis=0), color=colour, label=f"{over} {number}")
             known = limit[largest if over == "width" and largest else math.inf].mean(axis=0)
             axis.plot(range(1, len(known) + 1), known, "k--", label="limit")

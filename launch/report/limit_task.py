@@ -11,7 +11,7 @@ from torch import Tensor
 from depthmup.data.errors import UserError
 from depthmup.launch.config import StudyFile
 from depthmup.models.config import Size
-from depthmup.models.limit.drift import network_under_rules
+from depthmup.models.limit.drift import build_network_under_rules
 from depthmup.models.limit.network import ActivationName, Training, to_infinite_depth
 from depthmup.models.limit.rich import train_rich
 from depthmup.models.optimizer_config import OptimizerConfig
@@ -102,7 +102,7 @@ def solve_limit(
     targets, limit = task.targets.double().numpy(), Limit((quantity, {}) for quantity in QUANTITIES)
     for depth in SOLVED_DEPTHS:
         size = Size(width=base.width, depth=depth)
-        network, unit = network_under_rules(p.resolve(), size, base, task.inputs.shape[1], activation)
+        network, unit = build_network_under_rules(p.resolve(), size, base, task.inputs.shape[1], activation)
         training = Training(task.kernel, targets, optimizer.lr * unit, STEPS, optimizer.momentum)
         runs = [train_rich(network, training, SITES, seed) for seed in (0, 1)]
         found = [quantities(run.outputs, run.forward[-1][-SAMPLES:, -SAMPLES:], targets) for run in runs]

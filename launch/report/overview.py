@@ -56,7 +56,7 @@ def print_overview(records: Sequence[Mapping[str, Any]], console: Console) -> No
 
 def write_overview(records: Sequence[Mapping[str, Any]], pages: Sequence[Path], path: Path) -> None:
     """One page with a row per study and parameterization, and links to the studies' own `pages`. `records`: of
-    `told_record`."""
+    `make_told_record`."""
     page = (
         environment()
         .get_template("overview.html.j2")

@@ -19,7 +19,7 @@ from depthmup.launch.findings.theory import predicted_drifts
 from depthmup.launch.report import plots
 from depthmup.launch.report.collect import Report
 from depthmup.launch.report.place import copy_results
-from depthmup.launch.report.record import as_record, closed, dump
+from depthmup.launch.report.record import closed, dump, make_record
 from depthmup.launch.report.tables import forecast_row, planned_sentence, rows
 from depthmup.launch.wording import show_drift, show_interval, show_number
 
@@ -43,7 +43,7 @@ def run_rows(record: Mapping[str, Any]) -> list[dict[str, str]]:
     ]
 
 
-def markdown_table(table: list[dict[str, str]]) -> list[str]:
+def format_markdown_table(table: list[dict[str, str]]) -> list[str]:
     """Lines of a Markdown table with the columns of the first row."""
     if not table:
         return []
@@ -59,12 +59,12 @@ def markdown(record: Mapping[str, Any]) -> str:
         lines.append(f"- **{found['parameterization']}: {found['verdict']}.** {found['reason']}.")
         lines += [f"  {planned_sentence(**found['at_planned_seeds'])}"] if found["at_planned_seeds"] else []
     lines += [f"- {sentence}" for sentence in (*said["scaling"], *said["direct"], *said["expected_drifts"])]
-    if theory := theory_rows(record):
-        lines += ["", "Drift with depth, in theory and seen:", "", *markdown_table(theory)]
+    if theory := list_theory_rows(record):
+        lines += ["", "Drift with depth, in theory and seen:", "", *format_markdown_table(theory)]
     lines += ["", said["rounds"]] if said["rounds"] else []
-    lines += ["", f"Rule: {record['rule']}", "", "![curves](curves.png)", "", *markdown_table(rows(record))]
+    lines += ["", f"Rule: {record['rule']}", "", "![curves](curves.png)", "", *format_markdown_table(rows(record))]
     if record["forecasts"]:
-        lines += ["", *markdown_table([forecast_row(f) for f in record["forecasts"]]), "", said["calibration"]]
+        lines += ["", *format_markdown_table([forecast_row(f) for f in record["forecasts"]]), "", said["calibration"]]
     lines += ["", *(f"- not in this report: {line}" for line in record["unfinished"])]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -87,13 +87,13 @@ def inline(name: str) -> jinja2.utils.markupsafe.Markup:
     return jinja2.utils.markupsafe.Markup((Path(__file__).parent / name).read_text(encoding="utf-8"))
 
 
-def inline_json(record: Mapping[str, Any]) -> jinja2.utils.markupsafe.Markup:
+def format_inline_json(record: Mapping[str, Any]) -> jinja2.utils.markupsafe.Markup:
     """JSON that cannot end the script element that holds it."""
     text = json.dumps(record, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     return jinja2.utils.markupsafe.Markup(text)
 
 
-def theory_rows(record: Mapping[str, Any]) -> list[dict[str, str]]:
+def list_theory_rows(record: Mapping[str, Any]) -> list[dict[str, str]]:
     """The predicted drifts with depth beside those seen, with their intervals."""
     seen = {
         (size["parameterization"], size["depth"]): size
@@ -115,7 +115,7 @@ def theory_rows(record: Mapping[str, Any]) -> list[dict[str, str]]:
     return [row(drift) for drift in record["predicted_drifts"]]
 
 
-def cost_rows(record: Mapping[str, Any]) -> list[dict[str, str]]:
+def list_cost_rows(record: Mapping[str, Any]) -> list[dict[str, str]]:
     cost = record["cost"]
     row = {
         "runs": str(record["num_runs"]),
@@ -126,7 +126,7 @@ def cost_rows(record: Mapping[str, Any]) -> list[dict[str, str]]:
     return [row if cost["money"] is None else row | {"money": f"{cost['money']:.2f}"}]
 
 
-def origin_rows(record: Mapping[str, Any]) -> list[dict[str, str]]:
+def list_origin_rows(record: Mapping[str, Any]) -> list[dict[str, str]]:
     """Which code and which shards the runs come from."""
     return [
         {"of": what, "fingerprint": fingerprint, "runs": str(count)}
@@ -150,7 +150,7 @@ def as_csv(table: list[dict[str, str]]) -> str:
 
 
 def render(record: Mapping[str, Any], svg: Mapping[str, str], reload_seconds: int | None = None) -> str:
-    """The page. All that it says is of `record` (record.page_record); `svg`: the figures of a page without scripts;
+    """The page. All that it says is of `record` (record.make_page_record); `svg`: figures of a page without scripts;
     `reload_seconds`: how often a browser loads it again, None for never."""
     scripts = {"tables": "tables.js", "plotly": "plotly-basic.min.js", "page": "page.js", "sizes": "sizes.js"}
     return (
@@ -160,12 +160,12 @@ def render(record: Mapping[str, Any], svg: Mapping[str, str], reload_seconds: in
             record=record,
             said=record["said"],
             rows=rows(record),
-            theory=theory_rows(record),
-            costs=cost_rows(record),
-            origins=origin_rows(record),
+            theory=list_theory_rows(record),
+            costs=list_cost_rows(record),
+            origins=list_origin_rows(record),
             has_effective=record["hyperparameter"] == "optimizer.lr",
             has_others=len(record["sizes"]) > len(record["verdicts"]),
-            scripts={"record": inline_json(record)} | {name: inline(file) for name, file in scripts.items()},
+            scripts={"record": format_inline_json(record)} | {name: inline(file) for name, file in scripts.items()},
             forecasts=[forecast_row(forecast) for forecast in record["forecasts"]],
             runs=run_rows(record),
             confidence=f"{CONFIDENCE:.0%}",
@@ -180,7 +180,7 @@ def render(record: Mapping[str, Any], svg: Mapping[str, str], reload_seconds: in
 
 def write_report(report: Report, record: Mapping[str, Any], root: Path, reload_seconds: int | None = None) -> None:
     """Writes report.html, .md, .csv and .json and the figures into the folder `root`. `record`: that of the report, of
-    `page_record`; `reload_seconds`: how often an open page loads itself again."""
+    `make_page_record`; `reload_seconds`: how often an open page loads itself again."""
     svg = {name: plots.save_figure(figure, root / f"{name}.png") for name, figure in figures(report).items()}
     write_atomically(root / "report.csv", as_csv(rows(record)).encode())
     write_atomically(root / "report.json", dump(record).encode())
@@ -195,5 +195,5 @@ def publish(report: Report, root: Path, folder: Path) -> list[Path]:
     swept = ("curves.png", "drift.png") if len(report.study.file.study.grid) > 1 else ()  # one value has no optimum
     files = (*swept, *CONVERGENCE_FILES, *EXPONENTS_FILES)
     copies = copy_results(root, folder, {file: f"{name}-{file}" for file in files})
-    write_atomically(folder / f"{name}.json", dump(as_record(report)).encode())
+    write_atomically(folder / f"{name}.json", dump(make_record(report)).encode())
     return [folder / f"{name}.json", *copies]

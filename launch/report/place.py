@@ -12,16 +12,16 @@ from depthmup.launch.runs.study import Study
 NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT)  # the last: a folder that cannot be made, as in /proc
 
 
-def results_folder(study: Study, out: Path | None) -> Path:
+def choose_results_folder(study: Study, out: Path | None) -> Path:
     """The study's own, or that of its name in `out`."""
     return out / study.file.study.name if out else study.file.directory
 
 
 @contextmanager
 def open_results(study: Study, out: Path | None, verb: str = "report") -> Iterator[Path]:
-    """`results_folder`, which is made. Raises UserError where the block may not write there, with the command that
-    writes elsewhere."""
-    folder = results_folder(study, out)
+    """`choose_results_folder`, which is made. Raises UserError where the block may not write there, with the command
+    that writes elsewhere."""
+    folder = choose_results_folder(study, out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield folder

@@ -37,7 +37,7 @@ def make_row(count: int) -> tuple[Figure, list[Axes]]:
     return figure, list(axes[0])
 
 
-def colours_of(count: int) -> np.ndarray:
+def choose_colours(count: int) -> np.ndarray:
     """A colour for each of an ordered series of lines."""
     return plt.get_cmap("viridis")(np.linspace(0, 0.85, count))
 
@@ -85,7 +85,7 @@ def draw_curves(analysis: Analysis, study: StudyConfig) -> Figure:
     margin = max(ceiling / floor, 1.01) ** 0.08
     top = ceiling * margin  # where diverged runs are shown
     diverged = any(np.isinf(curve.metric).any() for curve in analysis.curves)
-    colours = colours_of(len(study.sizes))
+    colours = choose_colours(len(study.sizes))
     for axis, name in zip(axes, names, strict=True):
         for colour, size in zip(colours, study.sizes, strict=True):
             for curve in (c for c in analysis.curves if c.parameterization == name and c.size == size):
@@ -208,7 +208,7 @@ def draw_loss_curves(lines: list[Line]) -> Figure:
     figure, axes = make_row(len(lines))
     for axis, line in zip(axes, lines, strict=True):
         curves = line.values["loss curve"]
-        colours = colours_of(len(curves))
+        colours = choose_colours(len(curves))
         for colour, (size, losses) in zip(colours, sorted(curves.items()), strict=True):
             axis.plot(line.steps, losses.mean(axis=0), color=colour, label=f"{line.axis} {size}", linewidth=1.4)
         finish_losses(axis, f"{line.parameterization} over {line.axis}")

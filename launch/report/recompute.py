@@ -17,7 +17,7 @@ from depthmup.launch.findings.analysis import Result
 from depthmup.launch.reading import read_raw, read_study
 from depthmup.launch.report.collect import collect
 from depthmup.launch.report.page import publish, write_report
-from depthmup.launch.report.record import dump, page_record, read_record
+from depthmup.launch.report.record import dump, make_page_record, read_record
 from depthmup.launch.runs.rounds import (
     AddedRound,
     AddedRun,
@@ -32,7 +32,7 @@ from depthmup.train.rundir import PRUNED
 CONFIGS = Path("configs")
 
 
-def points_beyond(study: Study, points: list[dict[str, Any]]) -> tuple[list[AddedValues], list[AddedSeed]]:
+def find_points_beyond(study: Study, points: list[dict[str, Any]]) -> tuple[list[AddedValues], list[AddedSeed]]:
     """(values, seeds) beyond the file's grid, all as of one round of growth: a record does not tell them apart."""
     grid, planned = study.file.study.grid, study.file.study.seeds
     values: dict[tuple[Any, ...], set[float]] = defaultdict(set)
@@ -55,7 +55,7 @@ def points_beyond(study: Study, points: list[dict[str, Any]]) -> tuple[list[Adde
     )
 
 
-def rounds_of(study: Study, record: dict[str, Any]) -> list[AddedRound]:
+def rebuild_rounds(study: Study, record: dict[str, Any]) -> list[AddedRound]:
     """Of an adaptive design, from the round that each point names."""
     found = [AddedRound(reason=each["reason"], runs=[]) for each in record["rounds"]]
     for point in record["points"]:
@@ -71,9 +71,9 @@ def restore(record: dict[str, Any], config: Path, folder: Path) -> Study:
     study = Study(config, read_study(config, (f"study.directory={folder}",)))
     study.file.directory.mkdir(parents=True)
     if study.file.study.adaptive:
-        write_added_rounds(study.rounds_file, rounds_of(study, record))
+        write_added_rounds(study.rounds_file, rebuild_rounds(study, record))
     else:
-        values, seeds = points_beyond(study, record["points"])
+        values, seeds = find_points_beyond(study, record["points"])
         write_rounds(study.added_values_file, [values])
         write_rounds(study.added_seeds_file, [seeds])
     points = {(p["parameterization"], Size.of(p), p["value"], p["seed"]): p for p in record["points"]}
@@ -90,7 +90,7 @@ def restore(record: dict[str, Any], config: Path, folder: Path) -> Study:
     return study
 
 
-def results_of(record: dict[str, Any]) -> list[Result]:
+def rebuild_results(record: dict[str, Any]) -> list[Result]:
     """The runs of a record; infinite where one diverged."""
     return [
         Result(
@@ -114,7 +114,7 @@ def recompute_record(path: Path, config: Path) -> None:
         assert (len(report.finished), report.num_diverged) == (record["num_runs"], record["num_diverged"])
         assert len(report.unfinished) == record["num_unfinished"]
         root = report.study.file.directory
-        write_report(report, page_record(report), root)
+        write_report(report, make_page_record(report), root)
         publish(report, root, path.parent)
     write_atomically(path, dump(read_record(path) | {"origins": record["origins"]}).encode())
 

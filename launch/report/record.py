@@ -13,8 +13,8 @@ from depthmup.launch.findings.analysis import Result
 from depthmup.launch.findings.convergence import Rate
 from depthmup.launch.findings.forecast import Forecast, describe_calibration
 from depthmup.launch.findings.theory import expected_drifts, predicted_drifts
-from depthmup.launch.report.collect import Report, analyse_results, target_line
-from depthmup.launch.runs.planned import PlannedRun, scaling_of
+from depthmup.launch.report.collect import Report, analyse_results, describe_targets
+from depthmup.launch.runs.planned import PlannedRun, compute_scaling
 from depthmup.launch.runs.pool import count_origins
 from depthmup.launch.runs.study import Run, Study
 from depthmup.launch.wording import show_number
@@ -39,7 +39,7 @@ def closed(bounds: Sequence[float | None]) -> tuple[float, float]:
     return (float("-inf") if low is None else low), (float("inf") if high is None else high)
 
 
-def rate_record(rate: Rate) -> dict[str, Any]:
+def make_rate_record(rate: Rate) -> dict[str, Any]:
     """What `converge` and `limit` keep of a fitted rate."""
     return {
         "measure": rate.law.measure,
@@ -59,7 +59,7 @@ def ended_hopeless(report: Report) -> set[Run]:
     return {report.study.owned(run) for run, _ in report.finished if run.ended_hopeless()}
 
 
-def size_records(report: Report) -> list[dict[str, Any]]:
+def make_size_records(report: Report) -> list[dict[str, Any]]:
     owners = report.study.owners
     hopeless = Counter(run[:2] for run in ended_hopeless(report))
     return [
@@ -90,10 +90,10 @@ def size_records(report: Report) -> list[dict[str, Any]]:
     ]
 
 
-def point_records(report: Report) -> list[dict[str, Any]]:
+def make_point_records(report: Report) -> list[dict[str, Any]]:
     """Every finished point, and of an adaptive design the first round that asked for it."""
     study = report.study
-    asked = [*enumerate(study.asked_runs(), start=1)] if study.file.study.adaptive else []
+    asked = [*enumerate(study.list_asked_runs(), start=1)] if study.file.study.adaptive else []
     rounds = {run: number for number, runs in reversed(asked) for run in runs}
     hopeless = ended_hopeless(report)
     return [
@@ -110,7 +110,7 @@ def point_records(report: Report) -> list[dict[str, Any]]:
     ]
 
 
-def round_records(report: Report) -> list[dict[str, Any]]:
+def make_round_records(report: Report) -> list[dict[str, Any]]:
     """Of an adaptive design: what each round asked for and why, how many of its runs are done, their FLOPs, and the
     verdicts on all runs up to it. Empty for a grid."""
     study = report.study
@@ -118,7 +118,7 @@ def round_records(report: Report) -> list[dict[str, Any]]:
         return []
     owned = [(study.owned(each), each) for each in report.results]
     found, known = [], list[Result]()
-    for number, (added, asked) in enumerate(zip(study.rounds(), study.asked_runs(), strict=True), start=1):
+    for number, (added, asked) in enumerate(zip(study.rounds(), study.list_asked_runs(), strict=True), start=1):
         known += [each for run, each in owned if run in asked]
         finished = {run for run, _ in owned} & asked  # points of several parameterizations may share one
         found.append(
@@ -134,7 +134,7 @@ def round_records(report: Report) -> list[dict[str, Any]]:
     return found
 
 
-def task_record(study: Study) -> dict[str, Any]:
+def make_task_record(study: Study) -> dict[str, Any]:
     """What the runs of a study have in common."""
     path, file = study.path, study.file
     return {
@@ -153,12 +153,12 @@ def task_record(study: Study) -> dict[str, Any]:
     }
 
 
-def as_record(report: Report) -> dict[str, Any]:
+def make_record(report: Report) -> dict[str, Any]:
     """What a report says of a study; infinite numbers (a run that diverged, an open interval) are null."""
     file, study = report.study.file, report.study.file.study
     price = file.launch.price_per_gpu_hour
     return {
-        **task_record(report.study),
+        **make_task_record(report.study),
         "hyperparameter": study.hyperparameter,
         "octaves_of": study.axis,
         "warmup": file.schedule.warmup,
@@ -193,9 +193,9 @@ def as_record(report: Report) -> dict[str, Any]:
             }
             for j in report.analysis.judgements
         ],
-        "rounds": round_records(report),
+        "rounds": make_round_records(report),
         "rounds_ended": report.ended,
-        "sizes": size_records(report),
+        "sizes": make_size_records(report),
         "forecasts": [
             {
                 "parameterization": f.parameterization,
@@ -237,7 +237,7 @@ def as_record(report: Report) -> dict[str, Any]:
             }
             for d in report.direct
         ],
-        "points": point_records(report),
+        "points": make_point_records(report),
         "unfinished": report.unfinished,
     }
 
@@ -245,7 +245,7 @@ def as_record(report: Report) -> dict[str, Any]:
 def effective_rate(run: PlannedRun) -> float:
     """The learning rate of the weights in residual branches, with the factors of the rules at the run's size, batch and
     samples."""
-    optimizer, (scale, training) = run.config.optimizer, scaling_of(run.config)
+    optimizer, (scale, training) = run.config.optimizer, compute_scaling(run.config)
     return optimizer.lr * scale.factors(Role.BRANCH_HIDDEN, optimizer.name).lr * training.lr
 
 
@@ -276,7 +276,7 @@ def sentences(report: Report) -> dict[str, Any]:
         "expected_drifts": [f"{each}." for each in expected_drifts(report.study.file)],
         "forecasts": forecast_sentences(report.forecasts),
         "calibration": describe_calibration(report.forecasts),
-        "target": target_line(report.study),
+        "target": describe_targets(report.study),
     }
 
 
@@ -293,14 +293,14 @@ def forecast_sentences(forecasts: Sequence[Forecast]) -> list[str]:
     return [f"{', '.join(names)}: {said}" for said, names in found.items()]
 
 
-def told_record(report: Report) -> dict[str, Any]:
+def make_told_record(report: Report) -> dict[str, Any]:
     """The record with `said`, for tables and pages of a study whose runs are here."""
-    return as_record(report) | {"said": sentences(report)}
+    return make_record(report) | {"said": sentences(report)}
 
 
-def page_record(report: Report) -> dict[str, Any]:
-    """`told_record` with every run, for the page: its folder, its training curve and its address on W&B if it has one.
-    One entry of `runs` per point; points may share a folder."""
+def make_page_record(report: Report) -> dict[str, Any]:
+    """`make_told_record` with every run, for the page: its folder, its training curve and its address on W&B if it has
+    one. One entry of `runs` per point; points may share a folder."""
     study = report.study.file.study
     runs = []
     for point in report.study.points:
@@ -323,7 +323,7 @@ def page_record(report: Report) -> dict[str, Any]:
                 }
             )
     curves = {run.directory.path.name: training_curve(run) for run, _ in report.finished}
-    return told_record(report) | {"runs": runs, "training_curves": {name: c for name, c in curves.items() if c}}
+    return make_told_record(report) | {"runs": runs, "training_curves": {name: c for name, c in curves.items() if c}}
 
 
 def dump(record: Mapping[str, Any]) -> str:

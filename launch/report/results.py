@@ -13,11 +13,11 @@ from typing import Any
 
 from depthmup.launch.report.exponents import growth_row
 from depthmup.launch.report.overview import overview
-from depthmup.launch.report.page import markdown_table
+from depthmup.launch.report.page import format_markdown_table
 from depthmup.launch.report.record import closed, read_record
 from depthmup.launch.report.search import search_rows
 from depthmup.launch.report.tables import planned_sentence
-from depthmup.launch.report.verification import verification_rows
+from depthmup.launch.report.verification import list_verification_rows
 from depthmup.launch.wording import (
     quantity,
     show_cost,
@@ -115,7 +115,7 @@ def rounds(record: dict[str, Any]) -> str:
     return f" In {len(record['rounds'])} rounds{ended}."
 
 
-def size_rows(record: dict[str, Any]) -> list[dict[str, str]]:
+def list_size_rows(record: dict[str, Any]) -> list[dict[str, str]]:
     return [
         {
             "parameterization": s["parameterization"],
@@ -188,7 +188,7 @@ def forecast_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     ]
 
 
-def direct_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+def list_direct_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     return [
         {
             "study": record["study"],
@@ -206,7 +206,7 @@ def direct_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     ]
 
 
-def rate_rows(record: dict[str, Any]) -> list[dict[str, str]]:
+def list_rate_rows(record: dict[str, Any]) -> list[dict[str, str]]:
     """Of `depthmup converge`."""
     return [
         {
@@ -243,7 +243,7 @@ def convergence(study: dict[str, Any], folder: Path) -> list[str]:
         "",
         *figure(folder, f"{name}-convergence"),
         *figure(folder, f"{name}-convergence-loss"),
-        *markdown_table(rate_rows(record)),
+        *format_markdown_table(list_rate_rows(record)),
         "",
     ]
 
@@ -265,7 +265,7 @@ def exponents(study: dict[str, Any], folder: Path) -> list[str]:
         + " ".join(f"`{rules}`: depths {', '.join(of)}." for rules, of in depths.items()),
         "",
         *figure(folder, f"{name}-exponents"),
-        *markdown_table([growth_row(each) for each in record["growths"]]),
+        *format_markdown_table([growth_row(each) for each in record["growths"]]),
         "",
         *(line for rules, said in left_out.items() for line in (f"Left out of `{rules}`: {said}.", "")),
     ]
@@ -280,12 +280,12 @@ def swept(record: dict[str, Any]) -> bool:
     return len({point["value"] for point in record["points"]}) > 1
 
 
-def study_section(record: dict[str, Any], folder: Path) -> list[str]:
+def write_study_section(record: dict[str, Any], folder: Path) -> list[str]:
     name = record["study"]
     of_theory = [*convergence(record, folder), *exponents(record, folder)]
     lines = [f"## {name}", "", *settings(record), ""]
     if not swept(record):
-        foretold = markdown_table([dict(list(row.items())[1:]) for row in forecast_rows([record])])
+        foretold = format_markdown_table([dict(list(row.items())[1:]) for row in forecast_rows([record])])
         return [*lines, *foretold, "", *of_theory]
     lines += [verdict(found) for found in record["verdicts"]]
     lines += [f"- {found['said']}." for found in record.get("exponents", ())]
@@ -293,18 +293,25 @@ def study_section(record: dict[str, Any], folder: Path) -> list[str]:
         "",
         *figure(folder, f"{name}-curves"),
         *figure(folder, f"{name}-drift"),
-        *markdown_table(size_rows(record)),
+        *format_markdown_table(list_size_rows(record)),
     ]
     return [*lines, "", *of_theory]
 
 
-def joint_sections(searches: Sequence[dict[str, Any]], verifications: Sequence[dict[str, Any]]) -> list[str]:
+def write_joint_sections(searches: Sequence[dict[str, Any]], verifications: Sequence[dict[str, Any]]) -> list[str]:
     """Of searches and verifications, a table each."""
     lines = []
     if searches:
-        lines += ["## Several hyperparameters at once", "", TUNED, "", *markdown_table(search_rows(searches)), ""]
+        lines += [
+            "## Several hyperparameters at once",
+            "",
+            TUNED,
+            "",
+            *format_markdown_table(search_rows(searches)),
+            "",
+        ]
     if verifications:
-        lines += ["## Verified", "", VERIFIED, "", *markdown_table(verification_rows(verifications)), ""]
+        lines += ["## Verified", "", VERIFIED, "", *format_markdown_table(list_verification_rows(verifications)), ""]
     return lines
 
 
@@ -314,10 +321,10 @@ def results(records: Sequence[dict[str, Any]], folder: Path) -> str:
     verifications = [record for record in records if "perturbed" in record]
     records = [record for record in records if "verdicts" in record]
     judged = [record for record in records if swept(record)]
-    forecasts, direct = forecast_rows(records), direct_rows(judged)
-    lines = [INTRODUCTION, *markdown_table(overview(judged)), ""]
+    forecasts, direct = forecast_rows(records), list_direct_rows(judged)
+    lines = [INTRODUCTION, *format_markdown_table(overview(judged)), ""]
     lines += [f"Rule of the verdicts: {rule}" for rule in dict.fromkeys(record["rule"] for record in judged)]
-    lines += ["", "## Transfer beside tuning directly", "", *markdown_table(direct), ""]
+    lines += ["", "## Transfer beside tuning directly", "", *format_markdown_table(direct), ""]
     lines += [
         "## Forecasts",
         "",
@@ -325,10 +332,10 @@ def results(records: Sequence[dict[str, Any]], folder: Path) -> str:
         "parameterizations that is made of the same runs counts once; a variant of `depth_mup` counts among all alone.",
         "",
     ]
-    lines += [*markdown_table(forecasts), ""]
-    lines += joint_sections(searches, verifications)
+    lines += [*format_markdown_table(forecasts), ""]
+    lines += write_joint_sections(searches, verifications)
     for record in records:
-        lines += study_section(record, folder)
+        lines += write_study_section(record, folder)
     return "\n".join(lines).rstrip() + "\n"
 
 

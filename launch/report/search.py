@@ -19,7 +19,7 @@ from depthmup.data.index import counted
 from depthmup.launch.findings.intervals import CONFIDENCE
 from depthmup.launch.paths import command
 from depthmup.launch.report.place import open_results
-from depthmup.launch.report.record import dump, plain, task_record
+from depthmup.launch.report.record import dump, make_task_record, plain
 from depthmup.launch.runs.search import Search
 from depthmup.launch.runs.space import fraction_at
 from depthmup.launch.values import Range
@@ -120,7 +120,7 @@ def collect_search(search: Search) -> Found:
     """Reads what has finished. Raises UserError before the winners' runs are done."""
     trials, failed, pruned = [], 0, 0
     for trial in search.trials():
-        runs = search.runs_tried(trial)
+        runs = search.plan_trial_runs(trial)
         loss = search.loss(runs)
         failed += not runs
         pruned += any(run.is_pruned() for run in runs)
@@ -128,7 +128,7 @@ def collect_search(search: Search) -> Found:
             trials.append((trial.number, trial.params, loss))
     losses, winners = {number: loss for number, _, loss in trials}, []
     for number in search.winners():
-        runs = search.reruns_of(number)
+        runs = search.plan_reruns(number)
         again = [loss for run in runs if (loss := search.loss([run])) is not None]
         if len(again) < len(runs):
             break
@@ -239,7 +239,7 @@ def search_record(found: Found) -> dict[str, Any]:
     """What search.json holds."""
     search = found.search
     return {
-        **task_record(search),
+        **make_task_record(search),
         **search.examples[0].size.axes,
         "flops": sum(run.share_trained() for run in search.runs) * search.flops,
         "sampler": search.settings.sampler,

@@ -113,7 +113,7 @@ def fit_to_terminal(row: Mapping[str, str]) -> dict[str, str]:
 
 
 def print_report(record: Mapping[str, Any], console: Console) -> None:
-    """The table, fitted to 80 columns, the verdicts, forecasts and what is missing. `record`: of `told_record`."""
+    """The table, fitted to 80 columns, the verdicts, forecasts and what is missing. `record`: of `make_told_record`."""
     said, table = record["said"], rows(record)
     print_sentence(
         console,

@@ -13,7 +13,7 @@ from depthmup.train.metrics import Recorder, Tracker, open_board, start_wandb
 Record = Mapping[str, Any]
 
 
-def summary_of(record: Record) -> dict[str, Any]:
+def make_summary(record: Record) -> dict[str, Any]:
     """The numbers and verdicts that runs of several studies are compared by."""
     found: dict[str, Any] = {
         "runs": record["num_runs"],
@@ -47,7 +47,7 @@ class WandbStudy:
         cells = wandb.Table(columns=list(table[0]), data=[list(row.values()) for row in table]) if table else None
         page = wandb.Html((self.root / "report.html").read_text(), inject=False)
         self.run.log({"page": page} | ({"sizes": cells} if cells else {}))
-        self.run.summary.update(summary_of(record))
+        self.run.summary.update(make_summary(record))
 
     def finish(self) -> None:
         self.run.finish()
@@ -71,7 +71,7 @@ class TensorBoardStudy:
         self.writer.close()
 
 
-def track_study(track: TrackConfig, record: Record, root: Path, warn: Callable[[str], None]) -> None:
+def log_study(track: TrackConfig, record: Record, root: Path, warn: Callable[[str], None]) -> None:
     """Writes the study to what `track` asks for, once report.html is in `root`. What fails there is a warning. Raises
     UserError when it is not installed."""
     starts: dict[str, Callable[[], Tracker]] = {}

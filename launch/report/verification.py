@@ -17,7 +17,7 @@ from depthmup.data.files import write_atomically
 from depthmup.data.index import counted
 from depthmup.launch.findings.share import SURE, Share
 from depthmup.launch.report.place import open_results
-from depthmup.launch.report.record import dump, plain, task_record
+from depthmup.launch.report.record import dump, make_task_record, plain
 from depthmup.launch.report.search import show_value
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.pool import refuse_mixture
@@ -75,12 +75,12 @@ class Verified:
         """Share of the loss that a value may cost and still transfer."""
         return self.verification.file.study.regret_limit
 
-    def better_by(self, margin: float) -> Share:
+    def count_better_by(self, margin: float) -> Share:
         limit = self.mean * (1 - margin) if math.isfinite(self.mean) else math.inf
         return Share(sum(loss < limit for loss in self.losses), len(self.losses))
 
 
-def losses_of(runs: list[PlannedRun], metric: str) -> list[float]:
+def list_losses(runs: list[PlannedRun], metric: str) -> list[float]:
     """Of those that are done."""
     return [loss for run in runs if (loss := run.loss(metric)) is not None]
 
@@ -90,9 +90,9 @@ def collect_verification(verification: Verification) -> Verified:
     and where they come from different code or images."""
     refuse_mixture(verification)
     metric = verification.file.study.metric
-    own = losses_of(verification.transferred, metric)
+    own = list_losses(verification.transferred, metric)
     perturbed = [run for _, run in verification.perturbed]
-    losses = losses_of(perturbed, metric)
+    losses = list_losses(perturbed, metric)
     if missing := len(verification.transferred) + len(perturbed) - len(own) - len(losses):
         raise UserError(
             f"the verification {verification.path} has not ended ({missing} of {len(own) + len(losses) + missing} runs "
@@ -105,7 +105,7 @@ def collect_verification(verification: Verification) -> Verified:
 
 
 def measure_shift(verification: Verification, key: str, best: list[dict[str, Any]]) -> Shift:
-    own = verification.own_value(key)
+    own = verification.read_own_value(key)
     offsets = [offset for values in best if (offset := verification.offset(key, values[key])) is not None]
     if len(offsets) < 3:
         return Shift(key, own, None, None, None)
@@ -120,7 +120,7 @@ def sentences(found: Verified) -> list[str]:
     """What the numbers mean, in words."""
     settings, metric = found.verification.settings, found.verification.file.study.metric
     count, at = len(found.losses), found.verification.size
-    share, any_better = found.better_by(found.margin), found.better_by(0.0)
+    share, any_better = found.count_better_by(found.margin), found.count_better_by(0.0)
     verdict, top = share.judge(settings.top), show_share(settings.top)
     said = [
         f"{verdict.capitalize()} {top}" + {
@@ -195,15 +195,15 @@ def show_dimension(verification: Verification, key: str) -> str:
 
 def write_verification(found: Verified, root: Path) -> Path:
     """Writes verify.json into the verification's folder; returns its path."""
-    settings, share = found.verification.settings, found.better_by(found.margin)
+    settings, share = found.verification.settings, found.count_better_by(found.margin)
     record = {
-        **task_record(found.verification),
+        **make_task_record(found.verification),
         **found.verification.size.axes,
         "cost": found.verification.cost,  # in runs of the file
         "top": settings.top,
         "margin": found.margin,
         "better": share.better,
-        "better_at_all": found.better_by(0.0).better,
+        "better_at_all": found.count_better_by(0.0).better,
         "runs": share.runs,
         "share": [share.low, share.high],  # each bound with SURE
         "verdict": share.judge(settings.top),
@@ -219,7 +219,7 @@ def write_verification(found: Verified, root: Path) -> Path:
     return path
 
 
-def verification_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+def list_verification_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     """A row per record of a verification."""
     return [
         {

@@ -10,8 +10,8 @@ from typing import Any
 
 from depthmup.data.files import write_atomically
 from depthmup.launch.config import Size
-from depthmup.launch.paths import PACKAGE, user_folder
-from depthmup.launch.runs.flops import by_formula
+from depthmup.launch.paths import PACKAGE, find_user_folder
+from depthmup.launch.runs.flops import count_by_formula
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.train.config import RunConfig, identity
 
@@ -21,7 +21,7 @@ def cache_file() -> Path | None:
     hashed = hashlib.sha256("".join(version(name) for name in ("torch", "timm")).encode())
     for file in sorted((PACKAGE / "models").rglob("*.py")):
         hashed.update(file.read_bytes())
-    folder = user_folder("XDG_CACHE_HOME", ".cache")
+    folder = find_user_folder("XDG_CACHE_HOME", ".cache")
     return folder / f"flops-{hashed.hexdigest()[:12]}.json" if folder else None
 
 
@@ -39,15 +39,15 @@ def read_cache(file: Path | None) -> dict[str, list[int]]:
 def count_network(config: RunConfig) -> list[int]:
     """[parameters, FLOPs of one image in training]."""
     model = config.model
-    if counted := by_formula(model):
+    if counted := count_by_formula(model):
         parameters, forward = counted
         return [parameters, 3 * forward]  # twice the forward pass for the gradients of inputs and of weights
     from depthmup.models.build import build_meta  # torch, which most commands do not need
-    from depthmup.models.flops import num_parameters, training_flops
+    from depthmup.models.flops import count_training_flops, num_parameters
 
     network = build_meta(model, config.parameterization).network
     shape = (model.in_channels, model.image_size, model.image_size)
-    return [num_parameters(network), training_flops(network, shape)]
+    return [num_parameters(network), count_training_flops(network, shape)]
 
 
 def cache_key(model: Any) -> str:

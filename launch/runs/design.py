@@ -10,11 +10,11 @@ from depthmup.launch.runs.cost import count_flops
 from depthmup.launch.runs.study import Study
 
 
-def limits_of(study: Study) -> Limits:
+def find_limits(study: Study) -> Limits:
     return Limits(study.file.study.regret_limit, study.file.study.cost_limit)
 
 
-def design_of(study: Study) -> Design:
+def build_design(study: Study) -> Design:
     """What the study fixes beforehand; counts FLOPs. The budget is `study.budget` of what its grid would cost."""
     settings = study.file.study
     flops = {size: float(each) for size, (_, each) in count_flops(study.examples).items()}
@@ -29,7 +29,7 @@ def design_of(study: Study) -> Design:
         high=max(ends),
         seeds=settings.seeds,
         budget=settings.budget * grid,
-        limits=limits_of(study),
+        limits=find_limits(study),
         octaves=settings.octaves,
         chance=study.chance,
         alike=study.owners,

@@ -3,12 +3,12 @@
 import math
 from collections.abc import Iterator
 
-from depthmup.data.config import OTHER_DECODER, DataConfig, window_misfit
+from depthmup.data.config import OTHER_DECODER, DataConfig, find_window_misfit
 from depthmup.data.errors import UserError
 from depthmup.data.index import counted
-from depthmup.data.order import streams_of
+from depthmup.data.order import list_streams
 from depthmup.launch.config import LaunchConfig
-from depthmup.launch.runs.design import design_of
+from depthmup.launch.runs.design import build_design
 from depthmup.launch.runs.grouping import check_packable
 from depthmup.launch.runs.joint import JointStudy
 from depthmup.launch.runs.study import Study
@@ -32,10 +32,10 @@ def find_misfits(run: RunConfig, config: LaunchConfig) -> Iterator[str]:
     except (ValueError, UserError) as error:
         yield str(error)
     try:
-        streams_of(0, processes, run.data.num_streams)
+        list_streams(0, processes, run.data.num_streams)
     except UserError as error:
         yield f"{error}: use {mend_streams(run.data, run.train.global_batch_size, processes)}"
-    if misfit := window_misfit(run.data, run.data.root):
+    if misfit := find_window_misfit(run.data, run.data.root):
         yield misfit
     if run.data.backend == "nvjpeg" and (missing := find_missing_gpu(run, config)):
         yield f"data.backend nvjpeg decodes on a GPU, and {missing}, or {OTHER_DECODER}"
@@ -64,7 +64,7 @@ def find_missing_gpu(run: RunConfig, config: LaunchConfig) -> str | None:
     return None if torch.cuda.is_available() else "torch sees none here: use a machine with one"
 
 
-def idle_roles(run: RunConfig) -> Iterator[str]:
+def find_idle_roles(run: RunConfig) -> Iterator[str]:
     """What is wrong with rates of roles, where the network has no parameter of one."""
     if run.optimizer.role_lr == RoleRates():
         return
@@ -93,7 +93,7 @@ def check_first_round(study: Study) -> None:
     settings = study.file.study
     if not settings.adaptive or isinstance(study, JointStudy):
         return
-    design = design_of(study)
+    design = build_design(study)
     first = len(settings.coarse) * design.flops[settings.sizes[0]]
     if first > design.budget * (1 + 1e-9):
         enough = math.ceil(100 * settings.budget * first / design.budget) / 100
@@ -113,7 +113,7 @@ def check_fits(study: Study) -> None:
         dict.fromkeys(
             [
                 *(words for run in runs for words in find_misfits(run, config)),
-                *(words for run in by_rates.values() for words in idle_roles(run)),
+                *(words for run in by_rates.values() for words in find_idle_roles(run)),
             ]
         )
     )

@@ -7,7 +7,7 @@ from depthmup.models.config import AnyModelConfig, ConvResNetConfig, VisionTrans
 PLAIN_VIT = re.compile(r"(vit|deit)_(tiny|small|base|large)_patch(?P<patch_size>\d+)_\d+")
 
 
-def by_formula(model: AnyModelConfig) -> tuple[int, int] | None:
+def count_by_formula(model: AnyModelConfig) -> tuple[int, int] | None:
     """(parameters, FLOPs of one image forward, a multiply-add being 2), or None where there is no formula."""
     if isinstance(model, ConvResNetConfig):
         return conv_resnet(model)

@@ -9,7 +9,7 @@ from pathlib import Path
 from depthmup.data.errors import UserError
 from depthmup.launch.config import LaunchConfig, StudyFile
 from depthmup.launch.runs.planned import PlannedRun
-from depthmup.train.packs.packing import group_alike, list_obstacles, pack_limit, unknown_to_packs
+from depthmup.train.packs.packing import group_alike, list_obstacles, list_unknown_to_packs, pack_limit
 
 GPU_NAME = re.compile(r"\d+|(GPU|MIG)-\S+")  # a number, or a name that may be cut short
 
@@ -51,7 +51,7 @@ def pack_alike(runs: Sequence[PlannedRun], config: LaunchConfig, on_gpu: bool, s
 def check_packable(runs: Sequence[PlannedRun]) -> None:
     """Raises UserError when train.pack asks for packs of a study no two runs of which can share one, and says why."""
     configs = [run.config for run in runs]
-    if len(configs) < 2 or (configs[0].train.pack or 0) <= 1 or unknown_to_packs(configs[0]):
+    if len(configs) < 2 or (configs[0].train.pack or 0) <= 1 or list_unknown_to_packs(configs[0]):
         return  # of what packs do not know, `packs_of` says so
     if len(group_alike(configs)) == len(configs):
         names = sorted({name for config in configs[1:] for name in list_obstacles(configs[0], config)})
@@ -72,7 +72,7 @@ def find_obstacle(run: PlannedRun, config: LaunchConfig) -> str | None:
         return f"a job of {config.tasks} tasks trains one run"
     if config.runs_per_gpu > 1:
         return f"launch.runs_per_gpu is {config.runs_per_gpu}, the other way to fill a GPU"
-    if names := sorted(unknown_to_packs(run.config)):
+    if names := sorted(list_unknown_to_packs(run.config)):
         return f"packs do not know {', '.join(names)} as set here"
     return None
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from depthmup.launch.config import Size, label
 from depthmup.launch.runs.planned import PlannedRun
-from depthmup.launch.runs.space import with_values
+from depthmup.launch.runs.space import apply_values
 from depthmup.launch.runs.study import Study
 from depthmup.train.config import RunConfig
 from depthmup.train.reading import from_plain
@@ -35,6 +35,6 @@ class JointStudy(Study):
     def runs_of(self, values: Mapping[str, Any], seeds: Sequence[int]) -> list[PlannedRun]:
         """The file's run with `values` by dotted key, trained with `seeds`. Raises UserError where they do not go
         together."""
-        config = from_plain(RunConfig, with_values(self._base, values), f"{self.path} (values of its space)")
+        config = from_plain(RunConfig, apply_values(self._base, values), f"{self.path} (values of its space)")
         name, size = label(config.parameterization), Size(width=config.model.width, depth=config.model.depth)
         return [self.plan_run(name, size, config.optimizer.lr, replace(config, seed=seed)) for seed in seeds]

@@ -22,7 +22,7 @@ def stretch_schedule(schedule: dict[str, Any], train: dict[str, Any], samples: i
     return {**schedule, "warmup": warmup_steps / (samples // batch)}
 
 
-def at_length(config: RunConfig, samples: int) -> RunConfig:
+def stretch_run(config: RunConfig, samples: int) -> RunConfig:
     """The run with another length and the same steps of warm-up."""
     train: TrainConfig = replace(config.train, samples=samples)
     warmup_steps = round(config.schedule.warmup * config.train.num_steps)
@@ -38,19 +38,19 @@ def is_longest(point: PlannedRun, sizes: Sequence[Size]) -> bool:
     return point.size.samples == find_longest_samples(point, sizes)
 
 
-def trunk_key(point: PlannedRun, samples: int) -> str:
+def make_trunk_key(point: PlannedRun, samples: int) -> str:
     """The same for all runs that are one until they decay."""
-    return run_hash(at_length(point.config, samples))
+    return run_hash(stretch_run(point.config, samples))
 
 
-def with_trunks(points: Sequence[PlannedRun], sizes: Sequence[Size]) -> list[PlannedRun]:
+def attach_trunks(points: Sequence[PlannedRun], sizes: Sequence[Size]) -> list[PlannedRun]:
     """`points`, each branch with its trunk and each trunk told which checkpoints to keep."""
     trunks = {
-        trunk_key(point, find_longest_samples(point, sizes)): point for point in points if is_longest(point, sizes)
+        make_trunk_key(point, find_longest_samples(point, sizes)): point for point in points if is_longest(point, sizes)
     }
     branches, kept = dict[str, Trunk](), dict[str, set[int]]()
     for point in points:
-        trunk = trunks.get(trunk_key(point, find_longest_samples(point, sizes)))
+        trunk = trunks.get(make_trunk_key(point, find_longest_samples(point, sizes)))
         step = point.config.schedule.decay_step(point.config.train.num_steps)
         if trunk and step and not is_longest(point, sizes):
             name = trunk.directory.path.name

@@ -11,7 +11,7 @@ from depthmup.launch.config import Size
 from depthmup.launch.findings.share import SURE, Share
 from depthmup.launch.findings.theory import expected_drifts
 from depthmup.launch.runs.cost import count_flops
-from depthmup.launch.runs.design import design_of
+from depthmup.launch.runs.design import build_design
 from depthmup.launch.runs.fits import check_fits
 from depthmup.launch.runs.grouping import (
     find_obstacle,
@@ -72,10 +72,10 @@ def describe_growth(study: Study) -> list[str]:
     grid."""
     settings = study.file.study
     if settings.adaptive:
-        from depthmup.launch.findings.design import expected_cost
+        from depthmup.launch.findings.design import estimate_cost
 
-        design = design_of(study)
-        cost, rounds = expected_cost(design)
+        design = build_design(study)
+        cost, rounds = estimate_cost(design)
         return [
             f"adaptive: these are the runs of {counted(len(study.rounds()), 'round')} so far. All rounds:",
             f"about {quantity(cost)}FLOPs in {rounds} rounds where nothing drifts and runs differ by 1 %,",
@@ -205,7 +205,7 @@ def describe_runs(study: Study, flops: Flops) -> list[str]:
     return lines
 
 
-def flops_of_runs(study: Study, flops: Flops, size: Size) -> float:
+def sum_flops_of_runs(study: Study, flops: Flops, size: Size) -> float:
     """All runs of `size` together, without what branches of a ladder take over from their trunks."""
     return sum(run.share * flops[size][1] for run in study.runs if run.size == size)
 
@@ -215,14 +215,17 @@ def tabulate_sizes(study: Study, flops: Flops) -> Table:
     for heading in ("size", "parameters", "runs", "FLOPs a run", "FLOPs"):
         totals.add_column(heading, justify="left" if heading == "size" else "right")
     for size, (parameters, each) in flops.items():
-        count, of_all = sum(run.size == size for run in study.runs), flops_of_runs(study, flops, size)
+        count, of_all = sum(run.size == size for run in study.runs), sum_flops_of_runs(study, flops, size)
         totals.add_row(str(size), f"{parameters:,}", str(count), quantity(each), quantity(of_all))
     return totals
 
 
 def describe_cost(study: Study, flops: Flops) -> list[str]:
     """In FLOPs, in runs of the largest size, and in hours where runs are done."""
-    total, largest = sum(flops_of_runs(study, flops, size) for size in flops), max(each for _, each in flops.values())
+    total, largest = (
+        sum(sum_flops_of_runs(study, flops, size) for size in flops),
+        max(each for _, each in flops.values()),
+    )
     finished = [(run, done) for run in study.runs if (done := run.done())]
     lines = [
         f"{counted(len(study.runs), 'run')} ({len(finished)} done), {quantity(total)}FLOPs in all",

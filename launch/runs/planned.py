@@ -11,7 +11,7 @@ from depthmup.launch.config import Size
 from depthmup.launch.findings.failures import ERRORS, MOST_GUESS_NOISE
 from depthmup.models.parameterization import Scale
 from depthmup.models.parameterization_config import scale_of
-from depthmup.models.training_scale import TrainingFactors, training_factors
+from depthmup.models.training_scale import TrainingFactors, compute_training_factors
 from depthmup.train.config import RunConfig
 from depthmup.train.owner import check_owner, data_fingerprint
 from depthmup.train.rundir import PRUNED, RunDirectory
@@ -106,21 +106,21 @@ class PlannedRun:
         return failed if failed and failed.get("run", name) == name else None
 
 
-def with_value(config: Any, key: str, value: Any) -> Any:
+def set_value(config: Any, key: str, value: Any) -> Any:
     """`config` with the dotted `key` set to a value that was checked before."""
     name, dot, rest = key.partition(".")
-    return replace(config, **{name: with_value(getattr(config, name), rest, value) if dot else value})
+    return replace(config, **{name: set_value(getattr(config, name), rest, value) if dot else value})
 
 
-def scaling_of(config: RunConfig) -> tuple[Scale, TrainingFactors]:
+def compute_scaling(config: RunConfig) -> tuple[Scale, TrainingFactors]:
     """The run's size over the base's, and the factors of its batch and samples over the base's."""
     scale = scale_of(config.model.size, config.model.base_size, config.parameterization)
     optimizer = config.optimizer
     ratios = optimizer.batch_ratio, optimizer.samples_ratio
-    return scale, training_factors(scale.parameterization, optimizer.name, *ratios)
+    return scale, compute_training_factors(scale.parameterization, optimizer.name, *ratios)
 
 
 def list_size_factors(config: RunConfig) -> tuple[Any, ...]:
     """What the parameterization makes of this run's size: at the base size, for one, all of them make the same."""
-    scale, training = scaling_of(config)
+    scale, training = compute_scaling(config)
     return *scale.all_factors(config.optimizer.name), training

@@ -25,7 +25,7 @@ class Added:
     def size(self) -> Size:
         return Size.of(vars(self))
 
-    def as_record(self) -> dict[str, Any]:
+    def make_record(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if value is not None}
 
 
@@ -46,11 +46,11 @@ class AddedRound:
 
 
 def write_added_rounds(file: Path, rounds: Sequence[AddedRound]) -> None:
-    plain = [{"reason": each.reason, "runs": [run.as_record() for run in each.runs]} for each in rounds]
+    plain = [{"reason": each.reason, "runs": [run.make_record() for run in each.runs]} for each in rounds]
     write_atomically(file, json.dumps(plain, indent=1).encode())
 
 
-def coarse_round(parameterizations: Sequence[str], base: Size, values: Sequence[float], seed: int) -> AddedRound:
+def plan_coarse_round(parameterizations: Sequence[str], base: Size, values: Sequence[float], seed: int) -> AddedRound:
     """The coarse pass at the base."""
     runs = [
         AddedRun(parameterization=name, **base.axes, value=value, seed=seed)
@@ -75,4 +75,6 @@ class AddedSeed(AddedValues):
 
 
 def write_rounds(file: Path, rounds: Sequence[Sequence[AddedValues]]) -> None:
-    write_atomically(file, json.dumps([[entry.as_record() for entry in added] for added in rounds], indent=1).encode())
+    write_atomically(
+        file, json.dumps([[entry.make_record() for entry in added] for added in rounds], indent=1).encode()
+    )

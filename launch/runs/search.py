@@ -26,7 +26,7 @@ from depthmup.launch.runs.grouping import trains_one_by_one
 from depthmup.launch.runs.joint import JointStudy
 from depthmup.launch.runs.journal import SIDE_BY_SIDE, Journal
 from depthmup.launch.runs.planned import PlannedRun
-from depthmup.launch.runs.space import check_space, default_values
+from depthmup.launch.runs.space import check_space, choose_default_values
 from depthmup.launch.values import Range
 from depthmup.train.reading import to_plain
 from depthmup.train.rundir import Limits, parse_lines, read_object
@@ -74,12 +74,12 @@ class Search(JointStudy):
     @cached_property
     def points(self) -> list[PlannedRun]:
         """The runs of all valid suggestions, and those of the winners."""
-        tried = [run for trial in self.trials() for run in self.runs_tried(trial)]
-        return [*tried, *(run for number in self.winners() for run in self.reruns_of(number))]
+        tried = [run for trial in self.trials() for run in self.plan_trial_runs(trial)]
+        return [*tried, *(run for number in self.winners() for run in self.plan_reruns(number))]
 
     def own_values(self) -> dict[str, Any] | None:
         """The file's own values where the space holds all of them: the first suggestion."""
-        return default_values(self._base, self.settings.space)
+        return choose_default_values(self._base, self.settings.space)
 
     @property
     def new_seeds(self) -> tuple[int, ...]:
@@ -87,7 +87,7 @@ class Search(JointStudy):
         first = max(self.settings.seeds) + 1
         return tuple(range(first, first + self.settings.rerun_seeds))
 
-    def runs_tried(self, trial: "FrozenTrial") -> list[PlannedRun]:
+    def plan_trial_runs(self, trial: "FrozenTrial") -> list[PlannedRun]:
         """The runs of one suggestion, read and checked once; none where its values do not go together."""
         if trial.number not in self._runs_tried:
             runs: list[PlannedRun] = []
@@ -100,7 +100,7 @@ class Search(JointStudy):
     def _runs_tried(self) -> dict[int, list[PlannedRun]]:
         return {}
 
-    def reruns_of(self, number: int) -> list[PlannedRun]:
+    def plan_reruns(self, number: int) -> list[PlannedRun]:
         """The runs with new seeds of trial `number`."""
         return self.runs_of(self.trials()[number].params, self.new_seeds)
 
@@ -171,7 +171,7 @@ class Search(JointStudy):
         trials = self.trials()
         if self.settings.flops is None:
             return max(self.settings.most_trials - len(trials), 0)
-        shares = [run.share_trained() for trial in trials[:begun] for run in self.runs_tried(trial)]
+        shares = [run.share_trained() for trial in trials[:begun] for run in self.plan_trial_runs(trial)]
         seeds = len(self.settings.seeds)
         spent = (sum(shares) + seeds * (len(trials) - min(begun, len(trials)))) * self.flops + self.rerun_flops
         return max(math.floor((self.settings.flops - spent) / (seeds * self.flops) + 1e-9), 0)
@@ -191,14 +191,14 @@ class Search(JointStudy):
 
     # ------------------------------------------------------------ early ends
 
-    def limits_of(self, number: int) -> dict[int, float | None]:
+    def find_limits(self, number: int) -> dict[int, float | None]:
         """Step -> the loss above which the runs of suggestion `number` end there, None where none do: the median of the
         runs to their end of the batches before its own, as of Optuna's MedianPruner. It hangs on nothing else: a
         search that was stopped ends the same runs."""
         begin = number - number % self.batch
         if begin not in self._limits:
             steps = prune_steps(self.settings.prune, self.file.train.num_steps)
-            ended = [self.runs_tried(trial) for trial in self.trials()[:begin]]
+            ended = [self.plan_trial_runs(trial) for trial in self.trials()[:begin]]
             whole = [runs for runs in ended if self.loss(runs) is not None]
             losses = [self._losses_on_the_way(run) for runs in whole for run in runs]
             self._limits[begin] = {
@@ -229,8 +229,8 @@ class Search(JointStudy):
         """Where the suggestions' runs end early."""
         if self.settings.prune:
             for trial in self.trials():
-                for run in self.runs_tried(trial):
-                    yield run, Limits(self.limits_of(trial.number))
+                for run in self.plan_trial_runs(trial):
+                    yield run, Limits(self.find_limits(trial.number))
 
     # ------------------------------------------------------------ going on
 
@@ -277,7 +277,7 @@ class Search(JointStudy):
         from optuna.trial import TrialState
 
         for trial in journal.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            runs = self.runs_tried(trial)
+            runs = self.plan_trial_runs(trial)
             if trial.number >= begin:
                 continue
             if not runs:  # its values do not go together

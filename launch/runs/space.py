@@ -49,7 +49,7 @@ NO_RESULT = {
 }
 
 
-def with_values(plain: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+def apply_values(plain: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """Plain data of a run with each dotted key set."""
     changed = copy.deepcopy(plain)
     for key, value in values.items():
@@ -86,7 +86,7 @@ def check_space(plain: dict[str, Any], space: Mapping[str, Dimension], source: s
         runs, idle = [], None
         for value in (values := list_examples(dimension)):
             try:
-                runs.append(from_plain(RunConfig, with_values(plain, {key: value}), f"{where}: {value!r}"))
+                runs.append(from_plain(RunConfig, apply_values(plain, {key: value}), f"{where}: {value!r}"))
             except UserError as error:
                 if "would do nothing" not in str(error):
                     raise
@@ -138,7 +138,7 @@ def check_together(plain: dict[str, Any], space: Mapping[str, Dimension], source
     for _ in range(DRAWS):
         drawn = {key: value_at(dimension, random.random()) for key, dimension in space.items()}
         try:
-            from_plain(RunConfig, with_values(plain, drawn), source)
+            from_plain(RunConfig, apply_values(plain, drawn), source)
         except UserError as error:
             refused = error
         else:
@@ -180,17 +180,17 @@ def value_at(dimension: Dimension, fraction: float) -> Any:
     return dimension.first + (dimension.last - dimension.first) * fraction
 
 
-def own_value(plain: dict[str, Any], key: str) -> Any:
+def read_own_value(plain: dict[str, Any], key: str) -> Any:
     """What the file itself has for the dotted `key`."""
     section, _, name = key.partition(".")
     return hashable(plain.get(section, {}).get(name))
 
 
-def default_values(plain: dict[str, Any], space: Mapping[str, Dimension]) -> dict[str, Any] | None:
+def choose_default_values(plain: dict[str, Any], space: Mapping[str, Dimension]) -> dict[str, Any] | None:
     """The file's own values where the space holds all of them: the first suggestion, and what the search is to beat."""
     values = {}
     for key, dimension in space.items():
-        value = own_value(plain, key)
+        value = read_own_value(plain, key)
         if isinstance(dimension, Range):
             if not isinstance(value, int | float) or not dimension.first <= value <= dimension.last:
                 return None

@@ -14,20 +14,20 @@ from depthmup.launch.axes import MODEL_AXES, TRAINING_AXES
 from depthmup.launch.config import Size, StudyFile, label
 from depthmup.launch.paths import command
 from depthmup.launch.runs.hopeless import limit_hopeless
-from depthmup.launch.runs.ladder import stretch_schedule, with_trunks
-from depthmup.launch.runs.planned import PlannedRun, list_size_factors, with_value
+from depthmup.launch.runs.ladder import attach_trunks, stretch_schedule
+from depthmup.launch.runs.planned import PlannedRun, list_size_factors, set_value
 from depthmup.launch.runs.rounds import (
     Added,
     AddedRound,
     AddedRun,
     AddedSeed,
     AddedValues,
-    coarse_round,
+    plan_coarse_round,
     write_added_rounds,
     write_rounds,
 )
 from depthmup.launch.runs.space import check_sweep
-from depthmup.launch.runs.written import with_absolute_paths, write_study
+from depthmup.launch.runs.written import make_paths_absolute, write_study
 from depthmup.models.config import OF_SEVERAL_EXPERTS
 from depthmup.models.parameterization_config import ParameterizationConfig
 from depthmup.train.config import RunConfig, run_hash
@@ -64,7 +64,7 @@ class Study:
     def points(self) -> list[PlannedRun]:
         """The points of all curves. Raises UserError when a size or value is impossible for the model."""
         points = list(self._grid())
-        return with_trunks(points, self.file.study.sizes) if self.file.study.ladder else points
+        return attach_trunks(points, self.file.study.sizes) if self.file.study.ladder else points
 
     @cached_property
     def runs(self) -> list[PlannedRun]:
@@ -102,7 +102,7 @@ class Study:
                         valid = getattr(valid, part)
                     checked[value] = valid
             for value, seed in points:
-                one = replace(with_value(config, study.hyperparameter, checked[value]), seed=seed)
+                one = replace(set_value(config, study.hyperparameter, checked[value]), seed=seed)
                 yield self.plan_run(name, size, value, one)
 
     def plan_run(self, parameterization: str, size: Size, value: float, config: RunConfig) -> PlannedRun:
@@ -205,7 +205,7 @@ class Study:
     def _base(self) -> dict[str, Any]:
         """The file without its study, as plain data, with absolute paths: jobs run in another folder. All runs of a
         study are one group on wandb unless the file says otherwise."""
-        base: dict[str, Any] = to_plain(with_absolute_paths(self.file))
+        base: dict[str, Any] = to_plain(make_paths_absolute(self.file))
         for section in STUDY_SECTIONS:
             del base[section]
         base["track"]["group"] = self.file.track.group or self.file.study.name
@@ -242,14 +242,14 @@ class Study:
         """All rounds so far. The first follows from the file; before the second none is written down."""
         study = self.file.study
         names = [label(each) for each in study.parameterizations]
-        coarse = coarse_round(names, study.sizes[0], study.coarse, study.seeds[0])
+        coarse = plan_coarse_round(names, study.sizes[0], study.coarse, study.seeds[0])
         return read_json(list[AddedRound], self.rounds_file, missing=[coarse])
 
     def owned(self, run: "AddedRun | PlannedRun | Result") -> Run:
         size = self.file.complete(run.size)
         return self.owners[run.parameterization, size], size, run.value, run.seed
 
-    def asked_runs(self) -> list[set[Run]]:
+    def list_asked_runs(self) -> list[set[Run]]:
         """Per round its runs, those of several parameterizations once."""
         return [set(map(self.owned, each.runs)) for each in self.rounds()]
 
@@ -330,7 +330,7 @@ class Study:
         study = self.file.study
         if not study.adaptive or study.hyperparameter != "optimizer.lr":
             return
-        last = self.asked_runs()[-1]
+        last = self.list_asked_runs()[-1]
         earlier = [run for run in self.points if self.owned(run) not in last]
         later = [run for run in self.runs if self.owned(run) in last]
         yield from limit_hopeless(earlier, later, study.metric)

@@ -13,9 +13,9 @@ from depthmup.data.errors import UserError
 from depthmup.data.files import write_atomically
 from depthmup.launch.config import StudyConfig, StudyFile
 from depthmup.launch.reading import read_study
-from depthmup.launch.runs.space import list_examples, with_values
+from depthmup.launch.runs.space import apply_values, list_examples
 from depthmup.launch.runs.study import Study
-from depthmup.launch.runs.written import check_writable, portable_settings
+from depthmup.launch.runs.written import check_writable, list_portable_settings
 from depthmup.train.reading import from_plain, to_plain
 from depthmup.train.yaml_text import dump_yaml
 
@@ -49,20 +49,20 @@ def search_of(file: StudyFile) -> StudyFile:
     )
 
 
-def with_tuned(file: StudyFile, values: Mapping[str, Any], source: str) -> StudyFile:
+def apply_tuned(file: StudyFile, values: Mapping[str, Any], source: str) -> StudyFile:
     """The study with the tuned `values`, by dotted key; what the parameterization has of them, all that are compared
     have. Raises UserError where one of these has no such key."""
     plain: dict[str, Any] = to_plain(file)
     del plain["tune"], plain["parameterization"]
     of_all = {key: value for key, value in values.items() if key.startswith("parameterization.")}
-    plain = with_values(plain, {key: value for key, value in values.items() if key not in of_all})
+    plain = apply_values(plain, {key: value for key, value in values.items() if key not in of_all})
     for preset in plain["study"]["parameterizations"]:
         preset |= {key.removeprefix("parameterization."): value for key, value in of_all.items()}
     found: StudyFile = from_plain(StudyFile, plain, source)
     return found
 
 
-def after_file(search: "Search") -> Path:
+def locate_following_study(search: "Search") -> Path:
     """The study that is to come, as the user wrote it."""
     return search.file.directory / "after.yaml"
 
@@ -74,7 +74,7 @@ def tuned_file(search: "Search", study: StudyFile) -> Path:
 def keep_study(search: "Search", file: StudyFile) -> None:
     """Writes the study that is to come after `search`, read from the same file. Raises UserError for a file without
     one, and where the tuned values would be none for it: before anything is trained."""
-    path = after_file(search)
+    path = locate_following_study(search)
     if not is_over_sizes(file):
         if path.exists():  # the search's own folder was given, and its study is there
             return
@@ -82,18 +82,18 @@ def keep_study(search: "Search", file: StudyFile) -> None:
             f"{search.path} has no sizes to transfer over: add study.sizes and study.values, the base first; to tune "
             f"alone: {search.command('tune')}"
         )
-    with_tuned(file, {key: list_examples(each)[0] for key, each in search.settings.space.items()}, str(search.path))
+    apply_tuned(file, {key: list_examples(each)[0] for key, each in search.settings.space.items()}, str(search.path))
     check_writable(search.file.directory)
     search.file.directory.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, dump_yaml(portable_settings(search.path, file)).encode())
+    write_atomically(path, dump_yaml(list_portable_settings(search.path, file)).encode())
 
 
-def study_after(search: "Search", values: Mapping[str, Any]) -> Study:
+def write_following_study(search: "Search", values: Mapping[str, Any]) -> Study:
     """The kept study with the tuned `values`, written beside it."""
-    file = read_study(after_file(search))
+    file = read_study(locate_following_study(search))
     path = tuned_file(search, file)
-    tuned = with_tuned(file, values, str(path))
-    content = dump_yaml(portable_settings(after_file(search), tuned)).encode()
+    tuned = apply_tuned(file, values, str(path))
+    content = dump_yaml(list_portable_settings(locate_following_study(search), tuned)).encode()
     if not path.exists() or path.read_bytes() != content:  # a colleague, who may not write there, finds it
         write_atomically(path, content)
     return Study(path, tuned)
@@ -101,7 +101,7 @@ def study_after(search: "Search", values: Mapping[str, Any]) -> Study:
 
 def find_study_after(search: "Search") -> Study | None:
     """The study that follows, once its file is written."""
-    if not after_file(search).exists():
+    if not locate_following_study(search).exists():
         return None
-    path = tuned_file(search, read_study(after_file(search)))
+    path = tuned_file(search, read_study(locate_following_study(search)))
     return Study(path, read_study(path)) if path.exists() else None

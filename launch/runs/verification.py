@@ -13,7 +13,7 @@ from depthmup.launch.joint_config import VerifyConfig
 from depthmup.launch.runs.cost import count_flops
 from depthmup.launch.runs.joint import JointStudy
 from depthmup.launch.runs.planned import PlannedRun
-from depthmup.launch.runs.space import check_key, check_space, fraction_at, own_value, value_at
+from depthmup.launch.runs.space import check_key, check_space, fraction_at, read_own_value, value_at
 from depthmup.launch.values import Dimension, Range
 from depthmup.launch.wording import quantity, show_times
 
@@ -51,7 +51,7 @@ class Verification(JointStudy):
                 found[key] = around
                 continue
             check_key(key, f"{self.path}: verify.space.{key}")
-            own = self.own_value(key)
+            own = self.read_own_value(key)
             if isinstance(own, bool) or not isinstance(own, int | float) or own <= 0:
                 why = "the run states no value of its own" if own is None else f"{own} has no values a factor away"
                 raise UserError(
@@ -107,9 +107,9 @@ class Verification(JointStudy):
             drawn = zip(self.space.items(), fractions.tolist(), strict=True)
             yield {key: value_at(dimension, fraction) for (key, dimension), fraction in drawn}
 
-    def own_value(self, key: str) -> Any:
+    def read_own_value(self, key: str) -> Any:
         """What the file itself has for the dotted `key`."""
-        return own_value(self._base, key)
+        return read_own_value(self._base, key)
 
     def offset(self, key: str, value: Any) -> float | None:
         """How far `value` is from the file's own: in octaves, or on a linear scale in the range's width; None for a
@@ -117,7 +117,7 @@ class Verification(JointStudy):
         dimension = self.space[key]
         if not isinstance(dimension, Range):
             return None
-        own = self.own_value(key)
+        own = self.read_own_value(key)
         if isinstance(own, bool) or not isinstance(own, int | float):
             return None
         width = np.log2(dimension.last / dimension.first) if dimension.scale == "log" else 1.0

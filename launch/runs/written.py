@@ -9,7 +9,7 @@ from depthmup.data.errors import UserError
 from depthmup.data.files import refuse_locked, write_atomically
 from depthmup.data.storage import is_remote
 from depthmup.launch.config import StudyFile
-from depthmup.launch.reading import CONFIGURATION_FOLDER, configuration_folders, settings_of
+from depthmup.launch.reading import CONFIGURATION_FOLDER, list_configuration_folders, settings_of
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.train.config import flat, identity
 from depthmup.train.reading import from_plain, read_yaml, to_yaml
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 COMPARED = ("model", "optimizer", "schedule", "data", "train")
 
 
-def with_absolute_paths(file: StudyFile) -> StudyFile:
+def make_paths_absolute(file: StudyFile) -> StudyFile:
     """The file as it can be read in another folder."""
     root = file.data.root if is_remote(file.data.root) else str(Path(file.data.root).absolute())
     study = replace(file.study, directory=str(Path(file.study.directory).absolute()))
     return replace(file, data=replace(file.data, root=root), study=study)
 
 
-def portable_settings(path: Path, file: StudyFile) -> dict[str, Any]:
+def list_portable_settings(path: Path, file: StudyFile) -> dict[str, Any]:
     """The file read from `path` as it can be read in another folder, with where it was written from."""
-    written_from = {CONFIGURATION_FOLDER: str(configuration_folders(path)[0].absolute())}
-    return written_from | settings_of(with_absolute_paths(file))
+    written_from = {CONFIGURATION_FOLDER: str(list_configuration_folders(path)[0].absolute())}
+    return written_from | settings_of(make_paths_absolute(file))
 
 
 def refuse_other_study(file: StudyFile) -> None:
@@ -41,10 +41,10 @@ def refuse_other_study(file: StudyFile) -> None:
     if not written.exists():
         return
     try:
-        old = comparable_settings(from_plain(StudyFile, read_yaml(written), str(written)))
+        old = list_comparable_settings(from_plain(StudyFile, read_yaml(written), str(written)))
     except UserError as error:
         raise UserError(f"{error} (written by another version? choose another study.name, or delete it)") from None
-    new = comparable_settings(file)
+    new = list_comparable_settings(file)
     different = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
     if different:
         key = different[0]
@@ -60,8 +60,8 @@ def refuse_overridden(path: Path, file: StudyFile) -> None:
     written = file.directory / "study.yaml"
     if not written.exists():
         return
-    old = settings_by_key(from_plain(StudyFile, read_yaml(written), str(written)))
-    new = settings_by_key(with_absolute_paths(file))
+    old = list_settings_by_key(from_plain(StudyFile, read_yaml(written), str(written)))
+    new = list_settings_by_key(make_paths_absolute(file))
     if different := sorted(key for key in {*old, *new} if old.get(key) != new.get(key)):
         key = different[0]
         raise UserError(
@@ -70,14 +70,14 @@ def refuse_overridden(path: Path, file: StudyFile) -> None:
         )
 
 
-def settings_by_key(file: StudyFile) -> dict[str, Any]:
+def list_settings_by_key(file: StudyFile) -> dict[str, Any]:
     """What changes a result, by dotted key; what is no run's or study's setting is left out."""
     return flat({name: section for name, section in identity(file).items() if name in (*COMPARED, "study")})
 
 
-def comparable_settings(file: StudyFile) -> dict[str, Any]:
+def list_comparable_settings(file: StudyFile) -> dict[str, Any]:
     """What must be the same in all runs of a study, by dotted key: all but grid, hardware and logging."""
-    found = {key: value for key, value in settings_by_key(file).items() if key.split(".")[0] in COMPARED}
+    found = {key: value for key, value in list_settings_by_key(file).items() if key.split(".")[0] in COMPARED}
     for key in ("model.width", "model.depth", file.study.hyperparameter):
         found.pop(key, None)
     return {**found, "study.hyperparameter": file.study.hyperparameter}
@@ -96,7 +96,7 @@ def write_study(study: "Study") -> None:
     root = study.file.directory
     try:
         root.mkdir(parents=True, exist_ok=True)
-        write_atomically(root / "study.yaml", dump_yaml(portable_settings(study.path, study.file)).encode())
+        write_atomically(root / "study.yaml", dump_yaml(list_portable_settings(study.path, study.file)).encode())
         for run in study.pending():
             write_run(run)
         for run, limits in study.early_ends():

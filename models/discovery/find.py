@@ -64,7 +64,7 @@ def find_roles(build: Builder, inputs: Any, width: int, depth: int) -> Discovery
             f"{type(growth.base).__name__} has no residual stream: nothing adds a branch to what it reads. Without one "
             f"there are rules for width alone (mup): {BY_HAND}"
         )
-    used = users_of(nodes)
+    used = find_users(nodes)
     names = [name for name, _ in growth.deep.named_parameters()]
     if idle := [name for name in names if name not in used]:
         raise ModelError(f"the forward pass does not use {', '.join(idle[:3])}: remove it, or {BY_HAND}")
@@ -83,14 +83,14 @@ def find_roles(build: Builder, inputs: Any, width: int, depth: int) -> Discovery
         more_readouts=tuple(more),
     )
     refuse_missing(growth.base, found)
-    return Discovery(found, readout_features(growth.base, found), head_dim)
+    return Discovery(found, find_readout_features(growth.base, found), head_dim)
 
 
 def weights_of(network: nn.Module) -> Weights:
     return {name: parameter.detach() for name, parameter in network.named_parameters()}
 
 
-def users_of(nodes: list[Node]) -> dict[str, list[Node]]:
+def find_users(nodes: list[Node]) -> dict[str, list[Node]]:
     """Parameter name -> the operations that take it. What is first made of parameters alone, as in a convolution whose
     weight is standardised, is taken by the operation that gets it. Results that nothing reads do not count."""
     found = defaultdict(list)
@@ -109,7 +109,7 @@ def users_of(nodes: list[Node]) -> dict[str, list[Node]]:
 # ---------------------------------------------------------------- modules
 
 
-def last_weight(node: Node) -> str | None:
+def find_last_weight(node: Node) -> str | None:
     """The module whose weights were the last to act on a tensor; None where a function comes after them that does not
     carry a factor through."""
     while True:
@@ -129,11 +129,11 @@ def branch_slots(branch: Branch, network: nn.Module) -> list[tuple[str, str]]:
     ends = [branch.end]
     while sums := [end for end in ends if not end.emitted_by and end.operation in SUMS and end.readers == 1]:
         ends = [end for end in ends if end not in sums] + [node for end in sums for node in end.inputs if node.data]
-    return [slot_at(end, branch, network) for end in ends]
+    return [find_slot(end, branch, network) for end in ends]
 
 
-def slot_at(end: Node, branch: Branch, network: nn.Module) -> tuple[str, str]:
-    last = last_weight(end)
+def find_slot(end: Node, branch: Branch, network: nn.Module) -> tuple[str, str]:
+    last = find_last_weight(end)
     if end.readers > 1:
         raise ModelError(f"the branch that ends in {end.module} is read in two places: {BY_HAND}")
     if end.emitted_by:
@@ -274,7 +274,7 @@ def are_added(nodes: list[Node], last: Node) -> bool:
     return all(node in seen and node.shape == last.shape for node in nodes)
 
 
-def readout_features(network: nn.Module, roles: Roles) -> int:
+def find_readout_features(network: nn.Module, roles: Roles) -> int:
     """How many features the readout reads."""
     return network.get_parameter(f"{roles.readout}.weight").shape[1]
 
@@ -282,7 +282,7 @@ def readout_features(network: nn.Module, roles: Roles) -> int:
 # ---------------------------------------------------------------- attention
 
 
-def attention_products(nodes: list[Node]) -> list[tuple[Node, int]]:
+def find_attention_products(nodes: list[Node]) -> list[tuple[Node, int]]:
     """(queries, size of the dimension that queries and keys are multiplied over) of each attention, in order. Torch's
     own hides its queries: of it (what it puts out, head dim)."""
     found = []
@@ -300,7 +300,7 @@ def find_queries(nodes: list[Node], wide: list[Node]) -> tuple[list[tuple[str, s
 
     Raises ModelError where it grows and no module puts out the queries."""
     slots, head_dim = [], None
-    for (queries, size), (_, wider) in zip(attention_products(nodes), attention_products(wide), strict=True):
+    for (queries, size), (_, wider) in zip(find_attention_products(nodes), find_attention_products(wide), strict=True):
         if wider == size:
             continue
         node = queries

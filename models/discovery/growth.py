@@ -84,7 +84,7 @@ def build_network(build: Builder, width: int, depth: int, device: str) -> nn.Mod
     return network
 
 
-def shapes_of(network: nn.Module) -> dict[str, torch.Size]:
+def list_shapes(network: nn.Module) -> dict[str, torch.Size]:
     """Raises ModelError for a parameter that has two names: two roles in one tensor."""
     names: dict[int, str] = {}
     for name, parameter in network.named_parameters(remove_duplicate=False):
@@ -117,7 +117,7 @@ def refuse_without_rule(network: nn.Module) -> None:
             )
 
 
-def repeating_modules(shallow: nn.Module, deep: nn.Module) -> tuple[str, ...]:
+def find_repeating_modules(shallow: nn.Module, deep: nn.Module) -> tuple[str, ...]:
     """Names, up to the number, of modules that are more in the deeper network."""
     counts = [
         Counter(re.sub(r"\d+$", "", name) for name, _ in network.named_modules() if re.search(r"\d$", name))
@@ -136,7 +136,7 @@ def compare_sizes(build: Builder, width: int, depth: int) -> Growth:
     refuse_without_rule(base)
     wide = build_network(build, 2 * width, depth, "meta")
     deep = build_network(build, width, 2 * depth, "cpu")
-    shapes, wider, deeper = shapes_of(base), shapes_of(wide), shapes_of(deep)
+    shapes, wider, deeper = list_shapes(base), list_shapes(wide), list_shapes(deep)
     kind = type(base).__name__
     if odd := sorted(set(shapes) ^ set(wider)):
         raise ModelError(
@@ -144,7 +144,7 @@ def compare_sizes(build: Builder, width: int, depth: int) -> Growth:
             "changes shapes alone, and a builder takes (width, depth) in this order"
         )
     grows: dict[str, tuple[bool, ...]] = {}
-    growth = Growth(base, wide, deep, grows, repeating_modules(base, deep))
+    growth = Growth(base, wide, deep, grows, find_repeating_modules(base, deep))
     # A block of a deeper network may be what another one was in the base: the last, or the first of a stage.
     by_pattern = defaultdict(set)
     for name, shape in shapes.items():

@@ -24,7 +24,7 @@ def is_uniform(tensor: Tensor) -> bool:
     return tensor.numel() >= 30 and float(tensor.abs().max()) <= 1.05 * math.sqrt(3) * deviation(tensor)
 
 
-def known_inits(uniform: bool, fans: bool) -> Iterator[Init]:
+def list_known_inits(uniform: bool, fans: bool) -> Iterator[Init]:
     """Inits in common use; with `fans`, those that go by the fan of a weight (out, in, *kernel) as well."""
     yield from (Init("uniform" if uniform else "normal", std) for std in DEVIATIONS)
     if fans:
@@ -32,7 +32,7 @@ def known_inits(uniform: bool, fans: bool) -> Iterator[Init]:
         yield from (Init("normal_fan_out", gain) for gain in GAINS if not uniform)
 
 
-def glorots_inits(uniform: bool) -> Iterator[Init]:
+def list_glorot_inits(uniform: bool) -> Iterator[Init]:
     """They go by the mean of both fans, and lie near others where the two are alike: they count where no other fits."""
     yield from (Init("uniform_fan_avg" if uniform else "normal_fan_avg", gain) for gain in GAINS)
 
@@ -47,8 +47,8 @@ def measure_init(name: str, base: Sequence[Tensor], deeper: Sequence[Tensor], fa
     """The init of parameters that are drawn alike, one tensor a block of the base and of a deeper network: constant,
     uniform or normal.
 
-    fans: the tensors are weights (out, in, *kernel). One of `known_inits` where it explains the standard deviation of
-    every tensor within noise; otherwise, as where an init depends on the depth, the one measured in the base. Raises
+    fans: the tensors are weights (out, in, *kernel). One of `list_known_inits` where it explains the standard deviation
+    of every tensor within noise; otherwise, as where an init depends on the depth, the one measured in the base. Raises
     ModelError where the base's tensors are then of several shapes.
     """
     tensors = [tensor.detach() for tensor in (*base, *deeper)]
@@ -67,12 +67,14 @@ def measure_init(name: str, base: Sequence[Tensor], deeper: Sequence[Tensor], fa
         found = zip(map(deviation, tensors), expected, error, strict=True)
         return max(abs(math.log(measured / std)) / each if measured else math.inf for measured, std, each in found)
 
-    for known in (known_inits(uniform, fans), glorots_inits(uniform) if fans else ()):
+    for known in (list_known_inits(uniform, fans), list_glorot_inits(uniform) if fans else ()):
         best = min(known, key=misfit, default=None)
         if best and misfit(best) <= STANDARD_ERRORS:
             return best
     if len({tensor.shape for tensor in base}) > 1 and fans:
-        laws = [Init(law.kind, fit(law, tensors)) for law in known_inits(uniform, fans)]  # with a gain of their own
+        laws = [
+            Init(law.kind, fit(law, tensors)) for law in list_known_inits(uniform, fans)
+        ]  # with a gain of their own
         best = min(laws, key=misfit)
         if misfit(best) <= STANDARD_ERRORS:
             return best

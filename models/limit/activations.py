@@ -33,7 +33,7 @@ class Activation:
     averages: Averages
 
 
-def relu_averages(
+def average_relu(
     rho: np.ndarray, q: np.ndarray, first: np.ndarray, second: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     norm, supplement = np.sqrt(q[first] * q[second]), np.pi - np.arccos(rho)
@@ -41,14 +41,14 @@ def relu_averages(
     return norm * (np.sqrt(1 - rho**2) + supplement * rho) / (2 * np.pi), supplement / (2 * np.pi)
 
 
-def linear_averages(
+def average_linear(
     rho: np.ndarray, q: np.ndarray, first: np.ndarray, second: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     return np.sqrt(q[first] * q[second]) * rho, np.ones_like(rho)
 
 
 @cache
-def hermite_basis() -> tuple[np.ndarray, np.ndarray]:
+def build_hermite_basis() -> tuple[np.ndarray, np.ndarray]:
     """(nodes (NODES,), He_k / sqrt(k!) times the weights of N(0, 1) (TERMS, NODES))."""
     nodes, weights = roots_hermitenorm(NODES)
     basis = [np.ones(NODES), nodes]
@@ -61,13 +61,13 @@ def tanh_slope(x: np.ndarray) -> np.ndarray:
     return 1 - np.tanh(x) ** 2
 
 
-def tanh_averages(
+def average_tanh(
     rho: np.ndarray, q: np.ndarray, first: np.ndarray, second: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """With S = sum_m a_(2m+1)(q1) a_(2m+1)(q2) x^m and x = rho^2: Phi = rho S, and as Phidot is Phi's slope along the
     covariance, (S + 2 x S') / sqrt(q1 q2). S and S' by Horner's rule: few terms where x is small, and blocks that stay
     in the processor's cache."""
-    nodes, basis = hermite_basis()
+    nodes, basis = build_hermite_basis()
     odd = (np.tanh(np.sqrt(q)[:, None] * nodes) @ basis.T)[:, 1::2].T  # (terms, P); the others are 0
     m, squares = np.arange(len(odd)), rho**2
     weights = (2 * m + 1) * (odd**2).max(axis=1)  # of x^m in Phidot, at most
@@ -95,16 +95,14 @@ def erf_slope(x: np.ndarray) -> np.ndarray:
     return 2 / math.sqrt(math.pi) * np.exp(-(x**2))
 
 
-def erf_averages(
-    rho: np.ndarray, q: np.ndarray, first: np.ndarray, second: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def average_erf(rho: np.ndarray, q: np.ndarray, first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     k, scale = rho * np.sqrt(q[first] * q[second]), (1 + 2 * q[first]) * (1 + 2 * q[second])
     return 2 / np.pi * np.arcsin(2 * k / np.sqrt(scale)), 4 / np.pi / np.sqrt(scale - 4 * k**2)
 
 
 ACTIVATIONS: dict[str, Activation] = {
-    "relu": Activation(lambda x: np.maximum(x, 0.0), lambda x: (x > 0).astype(x.dtype), relu_averages),
-    "linear": Activation(lambda x: x, np.ones_like, linear_averages),
-    "erf": Activation(erf, erf_slope, erf_averages),
-    "tanh": Activation(np.tanh, tanh_slope, tanh_averages),
+    "relu": Activation(lambda x: np.maximum(x, 0.0), lambda x: (x > 0).astype(x.dtype), average_relu),
+    "linear": Activation(lambda x: x, np.ones_like, average_linear),
+    "erf": Activation(erf, erf_slope, average_erf),
+    "tanh": Activation(np.tanh, tanh_slope, average_tanh),
 }

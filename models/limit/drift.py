@@ -11,14 +11,14 @@ import numpy as np
 
 from depthmup.models.config import Size
 from depthmup.models.errors import ModelError
-from depthmup.models.limit.kernels import finite_depth_kernel, infinite_depth_kernel
+from depthmup.models.limit.kernels import compute_finite_depth_kernel, compute_infinite_depth_kernel
 from depthmup.models.limit.network import ActivationName, InfiniteNetwork
 from depthmup.models.parameterization import Parameterization, Role, Scale
 
 ONE_INPUT = np.ones((1, 1))
 
 
-def network_under_rules(
+def build_network_under_rules(
     parameterization: Parameterization, size: Size, base: Size, inputs: int, activation: ActivationName = "relu"
 ) -> tuple[InfiniteNetwork, float]:
     """(the network, eta0 over the base's learning rate) of a residual network of this package with one layer a branch:
@@ -51,7 +51,7 @@ def has_limit(parameterization: Parameterization) -> bool:
     return parameterization.width_rules and parameterization.depth_rules and parameterization.alpha >= 0.5
 
 
-def kernel_at(
+def compute_kernel_at(
     parameterization: Parameterization,
     size: Size,
     base: Size,
@@ -60,11 +60,11 @@ def kernel_at(
     activation: ActivationName = "relu",
 ) -> np.ndarray:
     """(P, P): the tangent kernel at the start for a unit of the base's learning rate, free of the noise of a width."""
-    network, unit = network_under_rules(parameterization, size, base, inputs, activation)
-    return unit * finite_depth_kernel(network, input_kernel).total
+    network, unit = build_network_under_rules(parameterization, size, base, inputs, activation)
+    return unit * compute_finite_depth_kernel(network, input_kernel).total
 
 
-def kernel_in_limit(
+def compute_kernel_in_limit(
     parameterization: Parameterization,
     base: Size,
     inputs: int,
@@ -77,10 +77,10 @@ def kernel_in_limit(
             f"{parameterization.name} with alpha {parameterization.alpha:g} has no limit: it needs width and depth "
             "rules and an alpha of at least 1/2, as depth_mup and completep"
         )
-    network, unit = network_under_rules(parameterization, base, base, inputs, activation)
+    network, unit = build_network_under_rules(parameterization, base, base, inputs, activation)
     s = base.depth * network.branch_variance if parameterization.alpha == 0.5 else 0.0
     rho = base.depth * network.hidden_rate
-    return unit * infinite_depth_kernel(activation, input_kernel, s, rho, network.input_rate).total
+    return unit * compute_infinite_depth_kernel(activation, input_kernel, s, rho, network.input_rate).total
 
 
 def predicted_drift(
@@ -89,9 +89,9 @@ def predicted_drift(
     """Octaves by which the largest stable rate of `size`, or of the limit where it is None, lies above the base's. The
     input layer counts as in the paper's form, where its rate is the readout's. Raises ModelError for no limit."""
     inputs = base.width
-    at_base = kernel_at(parameterization, base, base, inputs, activation=activation)
+    at_base = compute_kernel_at(parameterization, base, base, inputs, activation=activation)
     if size is None:
-        at_size = kernel_in_limit(parameterization, base, inputs, activation=activation)
+        at_size = compute_kernel_in_limit(parameterization, base, inputs, activation=activation)
     else:
-        at_size = kernel_at(parameterization, size, base, inputs, activation=activation)
+        at_size = compute_kernel_at(parameterization, size, base, inputs, activation=activation)
     return float(np.log2(at_base / at_size)[0, 0])

@@ -60,7 +60,7 @@ class Pairs:
         return full
 
 
-def finite_depth_kernel(network: InfiniteNetwork, input_kernel: np.ndarray) -> TangentKernel:
+def compute_finite_depth_kernel(network: InfiniteNetwork, input_kernel: np.ndarray) -> TangentKernel:
     """The tangent kernel at the start of an infinitely wide network of this depth. input_kernel: (P, P)."""
     pairs = Pairs(network.activation, len(input_kernel))
     inputs = h = pairs.pack(input_kernel)
@@ -77,7 +77,7 @@ def finite_depth_kernel(network: InfiniteNetwork, input_kernel: np.ndarray) -> T
     return TangentKernel(*map(pairs.unpack, (readout, hidden, network.input_rate * g * inputs)))
 
 
-def infinite_depth_kernel(
+def compute_infinite_depth_kernel(
     activation: ActivationName, input_kernel: np.ndarray, s: float = 1.0, rho: float | None = None, c: float = 1.0
 ) -> TangentKernel:
     """The same at infinite depth. s: L times a branch's variance, beta^2 in the paper's form; rho: L times its rate, s
@@ -108,7 +108,7 @@ def infinite_depth_kernel(
     return TangentKernel(*map(pairs.unpack, (phi, rho * g0 * integral, c * g0 * inputs)))
 
 
-def largest_rate(kernel: np.ndarray, momentum: float = 0.0) -> float:
+def find_largest_rate(kernel: np.ndarray, momentum: float = 0.0) -> float:
     """The edge of stability at the start: the largest stable rate for the mean over P samples of (f - y)^2 / 2,
     2 (1 + momentum) / lambda_max(NTK / P). kernel: (P, P)."""
     return 2 * (1 + momentum) * len(kernel) / float(np.linalg.eigvalsh(kernel)[-1])
@@ -116,7 +116,7 @@ def largest_rate(kernel: np.ndarray, momentum: float = 0.0) -> float:
 
 def refuse_unstable(network: InfiniteNetwork, training: Training) -> None:
     """Raises ModelError for a rate at which training diverges from the start."""
-    edge = largest_rate(finite_depth_kernel(network, training.input_kernel).total, training.momentum)
+    edge = find_largest_rate(compute_finite_depth_kernel(network, training.input_kernel).total, training.momentum)
     if training.rate >= edge:
         raise ModelError(
             f"the rate {training.rate:.3g} is past the edge of stability, 2 (1 + momentum) / lambda_max = {edge:.3g}: "

@@ -38,7 +38,7 @@ class InfiniteNetwork:
             raise ModelError("the limit needs a depth of at least 1, and no negative variance or rate")
 
 
-def paper_network(
+def build_paper_network(
     activation: ActivationName, depth: int, beta: float = 1.0, gamma0: float = 1.0, input_rate: float = 1.0
 ) -> InfiniteNetwork:
     """The absolute form of 2309.16620: branches beta / sqrt(L). `input_rate` 0 freezes the input layer."""

@@ -71,7 +71,7 @@ def count_bytes(config: RunConfig, num_replicas: int, device: torch.device) -> i
     return memory.peak
 
 
-def free_bytes(device: torch.device) -> int:
+def measure_free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
@@ -84,7 +84,7 @@ def free_bytes(device: torch.device) -> int:
 
 def largest_pack(config: RunConfig, device: torch.device) -> int:
     """Most replicas of `config` that fit into the memory that is free on `device`; 0 when not even one does."""
-    free = free_bytes(device) * MEMORY_SHARE
+    free = measure_free_bytes(device) * MEMORY_SHARE
     one, two = (pack_bytes(config, number, device) for number in (1, 2))
     return 1 + int((free - one) / (two - one)) if free >= one else 0
 

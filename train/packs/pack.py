@@ -36,7 +36,7 @@ def check_pack(configs: Sequence[RunConfig]) -> None:
             )
 
 
-def newest_whole_step(directory: RunDirectory) -> int:
+def find_newest_whole_step(directory: RunDirectory) -> int:
     """The step of the newest checkpoint that is whole, else 0."""
     whole = (path for path in complete(directory.checkpoints) if not find_fault(path, 0, 1))
     return max((int(path.name.removeprefix("step-")) for path in islice(whole, 1)), default=0)
@@ -58,7 +58,7 @@ def run_pack(
     if len(configs) > 1:
         check_pack(configs)
     interrupt = interrupt or Interrupt()
-    while standing := standing_alike(configs, paths):
+    while standing := group_by_saved_step(configs, paths):
         runs = standing[max(standing)]
         if len(runs) == 1:
             [(config, path)] = runs
@@ -68,13 +68,13 @@ def run_pack(
     return [result_of(RunDirectory(path).done() or {}) for path in paths]
 
 
-def standing_alike(configs: Sequence[RunConfig], paths: Sequence[Path]) -> dict[int, list[tuple[RunConfig, Path]]]:
+def group_by_saved_step(configs: Sequence[RunConfig], paths: Sequence[Path]) -> dict[int, list[tuple[RunConfig, Path]]]:
     """The runs that are not done, by the step that they stand at."""
     standing: dict[int, list[tuple[RunConfig, Path]]] = {}
     for config, path in zip(configs, paths, strict=True):
         if not read_finished(directory := RunDirectory(path), config):
             begin_branch(directory, config)
-            standing.setdefault(newest_whole_step(directory), []).append((config, path))
+            standing.setdefault(find_newest_whole_step(directory), []).append((config, path))
     return standing
 
 

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from depthmup.train.config import RunConfig, default_of
+from depthmup.train.config import RunConfig, find_default
 from depthmup.train.rundir import RunDirectory
 
 # What may differ between the replicas of a pack: numbers that meet the stacked weights one replica at a time.
@@ -70,14 +70,14 @@ def list_fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]
         if dataclasses.is_dataclass(value):
             yield from list_fields(value, f"{name}.")
         else:
-            yield name, value, default_of(field)
+            yield name, value, find_default(field)
 
 
 def may_differ(name: str) -> bool:
     return name in PACKABLE_FIELDS or name.startswith(PACKABLE_SECTIONS)
 
 
-def unknown_to_packs(config: RunConfig) -> set[str]:
+def list_unknown_to_packs(config: RunConfig) -> set[str]:
     """Names of the fields that the packed step does not honour and that are not at their default."""
     unknown = {
         name
@@ -106,14 +106,14 @@ def list_obstacles(a: RunConfig, b: RunConfig) -> list[str]:
     """
     of_a, of_b = list_common(a), list_common(b)
     different = {name for name in of_a.keys() | of_b.keys() if of_a.get(name) != of_b.get(name)}
-    return sorted(different | unknown_to_packs(a) | unknown_to_packs(b))
+    return sorted(different | list_unknown_to_packs(a) | list_unknown_to_packs(b))
 
 
 def group_alike(configs: Sequence[RunConfig]) -> list[list[int]]:
     """The numbers of `configs` in groups whose members can share a pack, in the order of each group's first member."""
     groups: dict[Any, list[int]] = {}
     for number, config in enumerate(configs):
-        key = number if unknown_to_packs(config) else repr(list_common(config))
+        key = number if list_unknown_to_packs(config) else repr(list_common(config))
         groups.setdefault(key, []).append(number)
     return list(groups.values())
 
@@ -131,4 +131,4 @@ def pack_limit(config: RunConfig, on_gpu: bool) -> int:
 
 def stand_at_one_step(directories: Sequence[RunDirectory]) -> bool:
     """Whether the runs stand at one step: a pack goes on from there, and none gives up a checkpoint for the others."""
-    return len({directory.newest_step() for directory in directories}) == 1
+    return len({directory.find_newest_step() for directory in directories}) == 1

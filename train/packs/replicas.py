@@ -18,7 +18,7 @@ from depthmup.data.errors import UserError
 from depthmup.models.build import build, build_meta
 from depthmup.models.optimizer import parameter_groups
 from depthmup.train.average import WeightAverage
-from depthmup.train.batch_norm import BatchStatistics, batch_norms, grouping, momentum_of, move
+from depthmup.train.batch_norm import BatchStatistics, batch_norms, grouping, move, read_momentum
 from depthmup.train.config import RunConfig
 from depthmup.train.engines.base import TensorState
 from depthmup.train.networks import describe
@@ -263,7 +263,7 @@ class Replicas:
     def list_batch_norms(self) -> list[tuple[float, dict[str, Tensor]]]:
         """(momentum, buffers (K, channels) by their own names) of each."""
         return [
-            (momentum_of(module), {key: self.buffers[f"{name}.{key}"] for key, _ in module.named_buffers()})
+            (read_momentum(module), {key: self.buffers[f"{name}.{key}"] for key, _ in module.named_buffers()})
             for name, module in batch_norms(self.network).items()
         ]
 
