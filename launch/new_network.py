@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 from depthmup.data.errors import UserError
 from depthmup.data.look import Look
@@ -58,8 +58,7 @@ PROXIES = {
         "2**1",
     ),
 }
-# Networks whose roles are found by looking: of an unknown kind, most with several layers in a branch.
-FOUND: dict[str, Any] = {"preset": "completep", **ADAMW}
+FOUND: Final = "completep"  # of networks whose roles are found by looking: most have several layers in a branch
 HEAD_DIM = 16  # of a network of timm's that has attention
 LEAST_WIDTH = 32  # of the first stage of a network of timm's
 OWN_BASE = Size(width=64, depth=3)  # of a network of the user's own, where none is given
@@ -92,20 +91,31 @@ def shape_of(look: Look, size: Size) -> dict[str, Any]:
 
 def describe_own(network: str, look: Look, base: Size) -> Proxy:
     """Of FILE.py:FUNCTION. A builder that takes no in_channels sees colours. Raises ModelError, UserError."""
-    from depthmup.models.own import OWN, builder_arguments
+    from depthmup.models.own import builder_arguments
 
     model = {"family": "own", "builder": network}
     given = with_code({"model": {**model, **shape_of(look, base), "image_size": find_side(look)}}, "--network")["model"]
     config = OwnConfig(**given)
     channels = look.channels if "in_channels" in builder_arguments(config) else 3
-    OWN.roles(replace(config, in_channels=channels))
-    return Proxy(config.builder, base, model, **FOUND, channels=channels)
+    preset = choose_absolute_form(replace(config, in_channels=channels))
+    return Proxy(config.builder, base, model, preset, **ADAMW, channels=channels)
+
+
+def choose_absolute_form(base: OwnConfig | TimmConfig) -> str:
+    """The preset in which branches are divided by the number of the network's blocks, not of the base's: where a base
+    has several blocks to a unit of depth, beta = 1 is far from the limit. Raises ModelError, as where roles are not
+    found."""
+    from depthmup.models.build import build_meta
+    from depthmup.models.parameterization_config import ParameterizationConfig
+
+    blocks = len(build_meta(base, ParameterizationConfig(name=FOUND)).blocks)
+    return f"{{name: {FOUND}, beta: {1 / blocks:.3g}}}" if blocks > 1 else FOUND
 
 
 def describe_timm(name: str, look: Look, base: Size | None) -> Proxy:
     """Of timm's network `name`: of two blocks a stage where one does not show all that a deeper network has, and of
     larger images where it shrinks those of `look` to nothing. Raises ModelError."""
-    from depthmup.models.timm_family import TIMM, stated_arguments
+    from depthmup.models.timm_family import stated_arguments
     from depthmup.models.timm_sizes import find_least_width, has_heads
 
     stated = stated_arguments(name)
@@ -119,10 +129,10 @@ def describe_timm(name: str, look: Look, base: Size | None) -> Proxy:
         for size in sizes:
             shape = shape_of(look, size) | {"image_size": pixels, "in_channels": look.channels}
             try:
-                TIMM.roles(TimmConfig(**model, **shape))
+                preset = choose_absolute_form(TimmConfig(**model, **shape))
             except ModelError as error:
                 problem = error
             else:
-                return Proxy(name, size, model, **FOUND, pixels=pixels)
+                return Proxy(name, size, model, preset, **ADAMW, pixels=pixels)
     assert problem
     raise problem

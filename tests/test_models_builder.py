@@ -179,8 +179,10 @@ def test_a_new_study_takes_any_name_of_timms_and_a_file_of_ones_own(
     assert f"does the learning rate of a small {title}" in Path("mine.yaml").read_text()
     file = read_study(Path("mine.yaml"))
     assert vars(file.model).items() >= expected.items()
-    assert [each.name for each in file.study.parameterizations] == ["completep", "sp"]
-    build_meta(file.model, COMPLETEP)
+    found, control = file.study.parameterizations
+    assert (found.name, control.name) == ("completep", "sp")
+    blocks = len(build_meta(file.model, COMPLETEP).blocks)
+    assert found.beta == pytest.approx(1 / blocks, rel=0.01)  # branches are divided by the number of all blocks
     planned = invoke("plan", "mine.yaml")
     assert planned.exit_code == 0, planned.exception
 
