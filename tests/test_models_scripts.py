@@ -78,6 +78,7 @@ def test_ddp_and_fsdp_train_alike_in_two_processes(tmp_path: Path) -> None:
         assert ddp < 2.2
 
 
+@pytest.mark.filterwarnings("ignore")  # xdist's main process imports the library that has a warning's class
 @pytest.mark.parametrize("library", ["transformers", "lightning"])
 def test_a_trainer_of_another_library_takes_the_optimizer(
     library: str, names: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
