@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     import optuna
     from optuna.trial import FrozenTrial
 
+MOST_ONE_BY_ONE = (
+    600  # suggestions: of more, launching each by itself takes over 0.2 CPU seconds a run (docs/tuning.md)
+)
 WHOLE_BEFORE_PRUNING = 5  # suggestions trained to their end, as of Optuna's MedianPruner
 
 
@@ -115,8 +118,10 @@ class Search(JointStudy):
 
     @cached_property
     def journal(self) -> Journal:
+        budget = self.settings.flops / self.flops if self.settings.flops else self.settings.most_trials
+        alone = trains_one_by_one(self.file) and budget <= MOST_ONE_BY_ONE
         path = self.file.directory / "search.journal"
-        return Journal(path, self._space, self.settings, 1 if trains_one_by_one(self.file) else SIDE_BY_SIDE)
+        return Journal(path, self._space, self.settings, 1 if alone else SIDE_BY_SIDE)
 
     @property
     def batch(self) -> int:
