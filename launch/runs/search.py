@@ -35,9 +35,7 @@ if TYPE_CHECKING:
     import optuna
     from optuna.trial import FrozenTrial
 
-MOST_ONE_BY_ONE = (
-    600  # suggestions: of more, launching each by itself takes over 0.2 CPU seconds a run (docs/tuning.md)
-)
+MOST_ONE_BY_ONE = 600  # suggestions: of more, to launch each by itself takes over 0.2 CPU seconds a run
 WHOLE_BEFORE_PRUNING = 5  # suggestions trained to their end, as of Optuna's MedianPruner
 
 
