@@ -659,7 +659,7 @@ class Pooled(Stranger):
         super().__init__(width, depth)
         self.scores = scores
         self.hidden = nn.Linear(width, width)
-        shape = (width,) if scores == "vector" else (1, 1, width)
+        shape = (1, 1, width) if scores == "query" else (width,)
         self.score = nn.Linear(width, 1) if scores == "layer" else nn.Parameter(torch.randn(shape) * width**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -672,12 +672,21 @@ class Pooled(Stranger):
             scores = self.score(read)
         elif self.scores == "query":
             scores = (self.score @ read.mT).mT
+        elif self.scores == "sum":
+            scores = (read * self.score).sum(-1, keepdim=True)
+        elif self.scores == "mean":
+            scores = (read * self.score).mean(dim=-1, keepdim=True)
         else:
             scores = torch.einsum("btd,d->bt", read, self.score)[..., None]
         return self.head((scores.softmax(1) * x).sum(1))
 
 
-@pytest.mark.parametrize("scores", ["layer", "query", "vector"])
+def test_a_mean_of_a_weighted_width_is_refused_by_name() -> None:
+    with pytest.raises(ModelError, match="score weighs the width, and the mean over it is taken: take the sum"):
+        find_roles(lambda width, depth: Pooled(width, depth, "mean"), TOKENS, 16, 2)
+
+
+@pytest.mark.parametrize("scores", ["layer", "query", "vector", "sum"])
 def test_the_scores_of_attention_pooling_are_a_gate_and_pass_the_check(scores: str) -> None:
     def build(width: int, depth: int) -> nn.Module:
         return Pooled(width, depth, scores)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from depthmup.models.discovery.branches import PRODUCTS, TRANSPOSED, Branch
+from depthmup.models.discovery.branches import PRODUCTS, SCALINGS, TRANSPOSED, Branch
 from depthmup.models.discovery.growth import Growth
 from depthmup.models.discovery.initial import measure_init
 from depthmup.models.discovery.trace import Node
@@ -53,6 +53,10 @@ def role_of(name: str, growth: Growth, users: list[Node], branches: list[Branch]
 def reads_width(name: str, user: Node, grows: tuple[bool, ...]) -> bool:
     """Whether the one dimension of a parameter that grows is what its operation sums over. Raises ModelError where the
     operation does not tell."""
+    if user.operation in SCALINGS and grows[-1] and user.reduced and user.readers == 1:  # as (x * q).sum(-1)
+        if user.reduced == "mean":
+            raise ModelError(f"{name} weighs the width, and the mean over it is taken: take the sum, or {BY_HAND}")
+        return True
     if len(grows) == 1:
         return user.operation in MATRIX_PRODUCTS | {"mv"} or (user.operation == "einsum" and (user.summed or 1) > 1)
     if user.operation in PRODUCTS:

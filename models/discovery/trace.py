@@ -35,6 +35,7 @@ class Node:
     summed: int | None = None  # of an einsum or torch's attention: the size of what it sums over, or one head's
     emitted_by: list[str] = field(default_factory=list)  # modules whose (first) output it is, inner ones first
     readers: int = 0  # operations that take it
+    reduced: str = ""  # "sum" or "mean", where one takes its last dimension away
 
 
 def summed_size(operation: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
@@ -51,6 +52,17 @@ def summed_size(operation: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             sizes = dict(zip(reversed(first), reversed(operands[0].shape), strict=False))  # "..." may stand before
             return prod(size for letter, size in sizes.items() if letter in second and letter not in result)
     return None
+
+
+def reduces_last(operation: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether it sums or averages over the last dimension of what it is given, that one among others."""
+    if operation not in ("sum", "mean"):
+        return False
+    given = args[0] if args else kwargs["input"]
+    dims = kwargs.get("dim", args[1] if len(args) > 1 else None)
+    if dims is None or dims == ():
+        return True
+    return any(dim % given.dim() == given.dim() - 1 for dim in (dims if isinstance(dims, tuple | list) else [dims]))
 
 
 class Recorder(TorchFunctionMode):
@@ -96,6 +108,8 @@ class Recorder(TorchFunctionMode):
             name = getattr(func, "__name__", str(func))
             groups = kwargs.get("groups", args[6] if name.startswith("conv") and len(args) > 6 else 1)
             changed = [args[0]] if name == "__setitem__" else tree_leaves(result)
+            if inputs and reduces_last(name, args, kwargs):
+                inputs[0].reduced = name
             is_last, summed = id(given[-1]) in self.names, summed_size(name, args, kwargs)
             for leaf in changed:
                 if isinstance(leaf, Tensor) and id(leaf) not in self.names:
