@@ -716,6 +716,46 @@ def test_the_scores_of_attention_pooling_are_a_gate_and_pass_the_check(scores: s
     assert [line for line in lines if line.verdict != "ok"] == []
 
 
+class Attention(nn.Module):
+    """Two heads, whose size grows with the width."""
+
+    def __init__(self, width: int, scaling: str) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.scaling, self.scale = scaling, (width // 2) ** -0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (2, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        if self.scaling.startswith("torch"):
+            scale = self.scale**2 if self.scaling == "torch's, by 1 / d" else None
+            mixed = F.scaled_dot_product_attention(q, k, v, scale=scale)
+        elif self.scaling == "before":
+            mixed = ((self.scale * q) @ k.mT).softmax(-1) @ v
+        elif self.scaling == "after":
+            mixed = (q @ k.mT / (1 / self.scale)).softmax(-1) @ v
+        else:
+            mixed = (q @ k.mT).softmax(-1) @ v
+        return x + self.out(mixed.transpose(1, 2).flatten(2))
+
+
+class Attending(Stranger):
+    def __init__(self, width: int, depth: int, scaling: str) -> None:
+        super().__init__(width, depth, lambda width: Attention(width, scaling))
+
+
+@pytest.mark.parametrize("scaling", ["before", "after", "torch's"])
+def test_attention_that_divides_by_the_root_of_its_growing_head_dim_is_scaled_at_its_queries(scaling: str) -> None:
+    found = find_roles(lambda width, depth: Attending(width, depth, scaling), TOKENS, 16, 2)
+    assert count(found.roles.queries, Attending(32, 5, scaling)) == 5
+
+
+@pytest.mark.parametrize(("scaling", "numbers"), [("none", "1 and 1"), ("torch's, by 1 / d", "0.125 and 0.0625")])
+def test_attention_that_divides_otherwise_is_refused_where_its_head_dim_grows(scaling: str, numbers: str) -> None:
+    said = rf"head dim grows with width \(8 to 16\) in body.layers.0, .* multiplied by {numbers}, not by 1 / sqrt"
+    with pytest.raises(ModelError, match=said):
+        find_roles(lambda width, depth: Attending(width, depth, scaling), TOKENS, 16, 2)
+
+
 @pytest.mark.parametrize("join", ["sum", "mean"])
 def test_readouts_whose_outputs_are_added_are_scaled_as_one(join: str) -> None:
     def build_at(width: int, depth: int) -> nn.Module:

@@ -1,5 +1,6 @@
 """The Roles of a network, found by looking: which dimensions grow, where branches end, which module is the readout."""
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Collection
@@ -282,17 +283,37 @@ def find_readout_features(network: nn.Module, roles: Roles) -> int:
 # ---------------------------------------------------------------- attention
 
 
-def find_attention_products(nodes: list[Node]) -> list[tuple[Node, int]]:
-    """(queries, size of the dimension that queries and keys are multiplied over) of each attention, in order. Torch's
-    own hides its queries: of it (what it puts out, head dim)."""
+def find_attention_products(nodes: list[Node]) -> list[tuple[Node, Node, int]]:
+    """(product, queries, size of the dimension that queries and keys are multiplied over) of each attention, in order.
+    Torch's own hides its queries: of it what it puts out, and the head dim."""
     found = []
     for node in nodes:
         data = [each for each in node.inputs if each.data]
         if node.summed and (len(data) >= 2 or node.operation == ATTENTION):
-            found.append((node if node.operation == ATTENTION else data[0], node.summed))
+            found.append((node, node if node.operation == ATTENTION else data[0], node.summed))
         elif node.operation == "scaled_dot_product_attention" or (node.operation in MATRIX_PRODUCTS and len(data) >= 2):
-            found.append((data[0], data[0].shape[-1]))
+            found.append((node, data[0], data[0].shape[-1]))
     return found
+
+
+def find_logit_factor(product: Node, nodes: list[Node]) -> float | None:
+    """The number by which attention itself multiplies products of queries and keys, before or after; None where it is
+    not known, as of torch's own attention, or is a tensor."""
+    if product.operation == ATTENTION:
+        return None
+    factors = [product.factor]
+    for node in product.inputs:
+        while node.operation in MOVES | SCALINGS and len(before := [each for each in node.inputs if each.data]) == 1:
+            factors.append(node.factor)
+            node = before[0]
+    node = product
+    while node.readers == 1 and product.operation != "scaled_dot_product_attention":  # which puts out no logits
+        node = next(each for each in nodes[node.number + 1 :] if node in each.inputs)
+        if node.operation not in MOVES | SCALINGS or sum(each.data for each in node.inputs) != 1:
+            break
+        factors.append(node.factor)
+    known = [factor for factor in factors if factor is not None]
+    return math.prod(known) if len(known) == len(factors) else None
 
 
 def find_queries(nodes: list[Node], wide: list[Node]) -> tuple[list[tuple[str, str]], int | None]:
@@ -300,7 +321,8 @@ def find_queries(nodes: list[Node], wide: list[Node]) -> tuple[list[tuple[str, s
 
     Raises ModelError where it grows and no module puts out the queries."""
     slots, head_dim = [], None
-    for (queries, size), (_, wider) in zip(find_attention_products(nodes), find_attention_products(wide), strict=True):
+    pairs = zip(find_attention_products(nodes), find_attention_products(wide), strict=True)
+    for (product, queries, size), (wider_product, _, wider) in pairs:
         if wider == size:
             continue
         node = queries
@@ -313,6 +335,12 @@ def find_queries(nodes: list[Node], wide: list[Node]) -> tuple[list[tuple[str, s
                     "torch.nn.Identity"
                 )
             node = before[0]
+        own, of_wider = find_logit_factor(product, nodes), find_logit_factor(wider_product, wide)
+        if own and of_wider and not math.isclose(own / of_wider, math.sqrt(wider / size), rel_tol=1e-3):
+            raise ModelError(
+                f"head dim grows with width ({size} to {wider}) in {product.module}, and products of queries and keys "
+                f"are multiplied by {own:.3g} and {of_wider:.3g}, not by 1 / sqrt(head dim): do that, or {BY_HAND}"
+            )
         slots.append((node.emitted_by[-1], node.emitted_by[-1]))
         head_dim = size
     return slots, head_dim

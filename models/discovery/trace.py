@@ -36,6 +36,7 @@ class Node:
     emitted_by: list[str] = field(default_factory=list)  # modules whose (first) output it is, inner ones first
     readers: int = 0  # operations that take it
     reduced: str = ""  # "sum" or "mean", where one takes its last dimension away
+    factor: float | None = 1.0  # the number that the operation multiplies by; None where it is a tensor
 
 
 def summed_size(operation: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
@@ -52,6 +53,18 @@ def summed_size(operation: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             sizes = dict(zip(reversed(first), reversed(operands[0].shape), strict=False))  # "..." may stand before
             return prod(size for letter, size in sizes.items() if letter in second and letter not in result)
     return None
+
+
+def find_factor(operation: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
+    """What the operation multiplies its result by; None where that is a tensor."""
+    if operation == "scaled_dot_product_attention":
+        scale: float | None = kwargs.get("scale")
+        return (kwargs["query"] if "query" in kwargs else args[0]).shape[-1] ** -0.5 if scale is None else scale
+    kind = operation.strip("_").removeprefix("i").removeprefix("r").removeprefix("true")
+    numbers = [number for number in (*args, *kwargs.values()) if isinstance(number, int | float)]
+    if kind not in ("mul", "div") or not numbers:
+        return None if kind in ("mul", "div") else 1.0
+    return float(numbers[0]) if kind == "mul" else 1 / numbers[0]
 
 
 def reduces_last(operation: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -113,7 +126,8 @@ class Recorder(TorchFunctionMode):
             is_last, summed = id(given[-1]) in self.names, summed_size(name, args, kwargs)
             for leaf in changed:
                 if isinstance(leaf, Tensor) and id(leaf) not in self.names:
-                    self.add(leaf, name, inputs, parameters, groups != 1, is_last, summed)
+                    node = self.add(leaf, name, inputs, parameters, groups != 1, is_last, summed)
+                    node.factor = find_factor(name, args, kwargs)
         return result
 
     @contextmanager
