@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -28,7 +29,7 @@ from depthmup.launch.runs.study import Study
 from depthmup.train.config import RunConfig
 from depthmup.train.interrupt import Interrupt, Interrupted
 from depthmup.train.loop import run
-from depthmup.train.packs.pack import run_pack
+from depthmup.train.packs.pack import find_newest_whole_step, run_pack
 from depthmup.train.reading import from_plain, to_yaml
 from depthmup.train.rundir import EXIT_REQUEUE, RunDirectory
 from train_configs import After
@@ -71,9 +72,13 @@ def test_a_packed_study_has_the_table_of_an_unpacked_one_also_after_a_kill(study
     os.kill(json.loads((saved[0].parents[1] / "lock").read_text())["pid"], signal.SIGKILL)
     process.communicate(timeout=300)
     assert process.returncode == 2  # runs are left over
+    begun = [RunDirectory(log.parent) for log in (runs / "packed" / "runs").glob("*/log-0.txt")]
+    steps = Counter(find_newest_whole_step(directory) for directory in begun)
+    assert steps.total() == 4
     again = depthmup(*packed, "launch.cluster=debug")
     assert again.returncode == 0, again.stderr
-    assert packs_in_logs(runs / "packed" / "runs") == [4] * 8
+    together = sorted(steps.elements(), key=steps.get)  # one step, unless the kill fell between two replicas' saves
+    assert packs_in_logs(runs / "packed" / "runs") == [steps[step] for step in together] + [4] * 4
     assert any("resumed from" in log.read_text() for log in (runs / "packed" / "runs").glob("*/log-0.txt"))
 
     for one, other in zip(table(study_file, "alone"), table(study_file, "packed"), strict=True):
