@@ -228,21 +228,24 @@ def list_rate_rows(record: dict[str, Any]) -> list[dict[str, str]]:
     ]
 
 
+def read_finding(name: str, command: str, folder: Path) -> dict[str, Any] | None:
+    """What another command than `transfer` found of the study `name`; None where it was not asked."""
+    path = folder / f"{name}-{command}.json"
+    return read_record(path) if path.exists() else None
+
+
 def convergence(study: dict[str, Any], folder: Path) -> list[str]:
     """What `depthmup converge` found of the study, where it was asked."""
-    name = study["study"]
-    path = folder / f"{name}-convergence.json"
-    if not path.exists():
+    if not (record := read_finding(study["study"], "convergence", folder)):
         return []
-    record = read_record(path)
     return [
         f"`depthmup converge {study['config']}`: distances to the largest size at {study['hyperparameter']} "
         f"{record['rates'][0]['value']:g}, relative, of training "
         f"loss curves and of last-layer feature kernels between {record['images']} images; "
         f"means over {len(record['rates'][0]['seeds'])} seeds, and the scatter of single runs.",
         "",
-        *figure(folder, f"{name}-convergence"),
-        *figure(folder, f"{name}-convergence-loss"),
+        *figure(folder, f"{study['study']}-convergence"),
+        *figure(folder, f"{study['study']}-convergence-loss"),
         *format_markdown_table(list_rate_rows(record)),
         "",
     ]
@@ -250,11 +253,8 @@ def convergence(study: dict[str, Any], folder: Path) -> list[str]:
 
 def exponents(study: dict[str, Any], folder: Path) -> list[str]:
     """What `depthmup exponents` found of the study, where it was asked."""
-    name = study["study"]
-    path = folder / f"{name}-exponents.json"
-    if not path.exists():
+    if not (record := read_finding(study["study"], "exponents", folder)):
         return []
-    record = read_record(path)
     flag, value = (" --own", "each size's") if record["own_values"] else ("", "the base's")
     depths = {each["parameterization"]: each["values"]["max norm"] for each in record["growths"]}
     left_out = {each["parameterization"]: each["left_out"] for each in record["growths"] if each["left_out"]}
@@ -264,7 +264,7 @@ def exponents(study: dict[str, Any], folder: Path) -> list[str]:
         "(theory.md#exponents-of-trained-weights)). "
         + " ".join(f"`{rules}`: depths {', '.join(of)}." for rules, of in depths.items()),
         "",
-        *figure(folder, f"{name}-exponents"),
+        *figure(folder, f"{study['study']}-exponents"),
         *format_markdown_table([growth_row(each) for each in record["growths"]]),
         "",
         *(line for rules, said in left_out.items() for line in (f"Left out of `{rules}`: {said}.", "")),

@@ -296,6 +296,12 @@ def find_attention_products(nodes: list[Node]) -> list[tuple[Node, Node, int]]:
     return found
 
 
+def find_source(node: Node) -> Node | None:
+    """The one tensor of the network's data that `node` moves or multiplies; None where it does something else."""
+    before = [each for each in node.inputs if each.data]
+    return before[0] if node.operation in MOVES | SCALINGS and len(before) == 1 else None
+
+
 def find_logit_factor(product: Node, nodes: list[Node]) -> float | None:
     """The number by which attention itself multiplies products of queries and keys, before or after; None where it is
     not known, as of torch's own attention, or is a tensor."""
@@ -303,13 +309,13 @@ def find_logit_factor(product: Node, nodes: list[Node]) -> float | None:
         return None
     factors = [product.factor]
     for node in product.inputs:
-        while node.operation in MOVES | SCALINGS and len(before := [each for each in node.inputs if each.data]) == 1:
+        while before := find_source(node):
             factors.append(node.factor)
-            node = before[0]
+            node = before
     node = product
     while node.readers == 1 and product.operation != "scaled_dot_product_attention":  # which puts out no logits
         node = next(each for each in nodes[node.number + 1 :] if node in each.inputs)
-        if node.operation not in MOVES | SCALINGS or sum(each.data for each in node.inputs) != 1:
+        if find_source(node) is None:
             break
         factors.append(node.factor)
     known = [factor for factor in factors if factor is not None]
@@ -327,14 +333,14 @@ def find_queries(nodes: list[Node], wide: list[Node]) -> tuple[list[tuple[str, s
             continue
         node = queries
         while not node.emitted_by or node.operation == ATTENTION:
-            before = [each for each in node.inputs if each.data]
-            if node.operation not in MOVES | SCALINGS or len(before) != 1:
+            before = find_source(node)
+            if before is None:
                 raise ModelError(
                     f"head dim grows with width ({size} to {wider}) in {queries.module}, and no module puts out the "
                     "queries alone: keep the head dim and let the number of heads grow, or send them through a "
                     "torch.nn.Identity"
                 )
-            node = before[0]
+            node = before
         own, of_wider = find_logit_factor(product, nodes), find_logit_factor(wider_product, wide)
         if own and of_wider and not math.isclose(own / of_wider, math.sqrt(wider / size), rel_tol=1e-3):
             raise ModelError(
