@@ -108,6 +108,10 @@ class Cluster:
         lines = self.call("squeue", "-h", "-r", "-o", "%i %T %j").splitlines()
         return [line.rsplit(" ", 1)[0] for line in lines if name in line.rsplit(" ", 1)[1]]
 
+    def describe(self) -> str:
+        """The queue and the nodes, each with Slurm's reason."""
+        return self.call("squeue", "-r", "-o", "%i %j %T %R") + "\n" + self.call("sinfo", "-N", "-o", "%N %T %E")
+
     def empty_the_queue(self) -> None:
         self.call("scancel", "--user", self.call("id", "-un"))
         wait_for(lambda: not self.queued())
@@ -121,12 +125,12 @@ class Cluster:
         return train_processes.depthmup(*arguments, env=environment, **settings)
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 300) -> Any:
-    """Waits until `condition()` is true and returns it."""
+def wait_for(condition: Callable[[], Any], seconds: float = 300, explain: Callable[[], str] = str) -> Any:
+    """Waits until `condition()` is true and returns it. TimeoutError, with what `explain()` says, after `seconds`."""
     end = time.monotonic() + seconds
     while not (found := condition()):
         if time.monotonic() > end:
-            raise TimeoutError(f"not true within {seconds} s: {condition}")
+            raise TimeoutError(f"not true within {seconds} s: {condition}\n{explain()}")
         time.sleep(0.2)
     return found
 

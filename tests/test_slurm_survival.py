@@ -62,6 +62,9 @@ class Job:
         wide = {"COLUMNS": "200"}
         return self.cluster.depthmup(verb, self.file, *arguments, cwd=self.file.parent, env=wide)
 
+    def describe(self) -> str:
+        return f"{self.depthmup('status').stdout}\n{self.cluster.describe()}"
+
     def element(self, index: int) -> str:
         return f"{self.job_id}_{index}"
 
@@ -222,8 +225,9 @@ def wave(cluster: Cluster, digits: Path, tmp_path_factory: pytest.TempPathFactor
     wait_for(lambda: len(events(two_tasks.runs[0])["started"]) > 2)
     slow.unlink()
     found = Wave(study, cancelled, limited, two_tasks, hung, of_hung, hungry, after_kill, folder / "sacct-was-called")
-    for path in all_runs(found):
-        wait_for(lambda path=path: done(path), 900)
+    for job in (study, *found.others):
+        for path in job.runs:
+            wait_for(lambda path=path: done(path), 900, job.describe)
     return found
 
 
