@@ -52,6 +52,11 @@ def show_bound(share: float) -> str:
     return show_share(max(share, 0.001) if share > 0 else share)
 
 
+def show_close_bound(share: float) -> str:
+    """With two digits, as it may lie close to a limit that decides: '0.54 %'."""
+    return show_share(share) if share >= 0.1 else f"{100 * share:.2g} %"
+
+
 def show_times(factor: float) -> str:
     """Of a cost: '0.35', '4.5', '15', '1500' with 'times one run' behind it."""
     return f"{factor:.3g}" if factor < 1000 else f"{float(f'{factor:.3g}'):.0f}"

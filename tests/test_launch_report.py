@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from depthmup.launch.cli import cli
 from depthmup.launch.reading import read_study
 from depthmup.launch.report.collect import collect
+from depthmup.launch.report.overview import overview
 from depthmup.launch.report.recompute import recompute_record, restore
 from depthmup.launch.report.record import dump, make_record, read_record
 from depthmup.launch.report.results import results
@@ -147,6 +148,12 @@ def test_several_studies_stand_side_by_side_and_are_published(study_file: Path, 
     assert sum(path.stat().st_size for path in folder.iterdir()) < 400_000
 
     records = [read_record(path) for path in sorted(folder.glob("*.json"))]
+    for record in records:
+        for row in overview([record]):
+            others = [size for size in record["sizes"] if size["parameterization"] == row["parameterization"]][1:]
+            highest = max(size["regret_bound"] for size in others)
+            assert float(row["below (95 %)"].removesuffix(" %")) == pytest.approx(100 * highest, rel=0.05)
+            assert highest < record["regret_limit"] or row["verdict"] != "transfers"
     text = results(records, folder)
     assert "sp: does not transfer" in text  # a negative result stays in
     assert "**6 runs are not finished.**" in text

@@ -12,7 +12,7 @@ from depthmup.data.files import write_atomically
 from depthmup.launch.report.page import environment, inline
 from depthmup.launch.report.record import closed
 from depthmup.launch.report.tables import print_sentence, print_table
-from depthmup.launch.wording import show_drift, show_interval, show_share, show_size
+from depthmup.launch.wording import show_close_bound, show_drift, show_interval, show_share, show_size
 
 
 def format_cells(record: Mapping[str, Any], verdict: Mapping[str, str]) -> dict[str, str]:
@@ -29,6 +29,8 @@ def format_cells(record: Mapping[str, Any], verdict: Mapping[str, str]) -> dict[
     lost = [size["regret"] for size in others if size["regret"] is not None]
     fails = any(size["fails_at_base_optimum"] for size in others)
     regret = "fails" if fails else show_share(max(lost)) if lost else ""
+    highest = [size["regret_bound"] for size in others]
+    is_bounded = bool(highest) and not fails and None not in highest
     optimum = "none" if base["optimum_log2"] is None else f"{base['optimum_log2']:.1f}"
     return {
         "study": record["study"],
@@ -37,6 +39,7 @@ def format_cells(record: Mapping[str, Any], verdict: Mapping[str, str]) -> dict[
         "largest drift": drift,
         "interval": interval,
         "largest regret": regret,
+        "below (95 %)": show_close_bound(max(highest)) if is_bounded else "",
         "censored": str(sum(size["censored"] is not None for size in sizes)),
         "verdict": verdict["verdict"] + (" so far" if record["num_unfinished"] else ""),
     }
@@ -49,8 +52,8 @@ def overview(records: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 def print_overview(records: Sequence[Mapping[str, Any]], console: Console) -> None:
     """The rows that a terminal has room for; the page has all."""
     table = overview(records)
-    shown = ("study", "parameterization", "largest drift", "interval", "verdict")
-    print_sentence(console, "\nAll studies, with the size (width x depth) that drifted most:")
+    shown = ("study", "parameterization", "largest regret", "below (95 %)", "verdict")
+    print_sentence(console, "\nAll studies, with what the carried value costs at most (octaves stand in the page):")
     print_table([{column: row[column] for column in shown} for row in table], ("study", "parameterization"), console)
 
 

@@ -37,7 +37,8 @@ The answers in short, question by question: [findings](findings.md). Here every 
 Widths and depths are written width x depth; optima and drifts are octaves (log2); losses are geometric means over
 seeds of the study's metric; regrets are shares of a size's lowest loss. Intervals are 90 %, from one model of all
 curves of a study ([verdict.md](verdict.md)). `at base optimum` is what the fitted curve says where this very value did
-not run: below `best`, the mean of the best value that was run, it is noise, and no gain.
+not run: below `best`, the mean of the best value that was run, it is noise, and no gain. `below (95 %)`: with a
+probability of 95 % the largest regret is below this, which decides whether a value transfers.
 Nothing is learned at a size whose best loss is within noise of a guess's.
 Parameterizations that make the same of a size (at the base all do) share its runs, and the seeds that were added there.
 To a grid, seeds are added while a verdict is open (`study.more_seeds`), which flatters one that is then settled just
