@@ -8,6 +8,7 @@ from typing import Any
 
 from depthmup.data.errors import UserError
 
+PACKAGE = Path(__file__).parent.parent  # the folder `depthmup`, which holds the packages
 VARIABLE = re.compile(r"\$(?:(?P<dollar>\$)|\{(?P<braced>\w+)\}|(?P<name>[A-Za-z_]\w*))")
 
 

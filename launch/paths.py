@@ -8,9 +8,7 @@ from typing import Any
 import click
 
 from depthmup.data.errors import UserError
-from depthmup.data.paths import expand_path, home
-
-PACKAGE = Path(__file__).parent.parent  # the folder `depthmup`, which holds the packages
+from depthmup.data.paths import PACKAGE, expand_path, home
 
 
 def refuse_empty(text: str) -> str:

@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from depthmup.data.errors import UserError
+from depthmup.data.paths import PACKAGE
 from depthmup.launch import chain, progress, transfer
 from depthmup.launch.chain import advance_study
 from depthmup.launch.cli import cli
@@ -31,7 +32,6 @@ from depthmup.launch.jobs.states import RunState, Snapshot
 from depthmup.launch.jobs.status import goes_on, print_status
 from depthmup.launch.jobs.submission import Submission, load_all, note_command, places_taken, read_cancelled_runs
 from depthmup.launch.jobs.submit import Turns, deal_tasks, submit_continuation, take_turns, write_dry_run_script
-from depthmup.launch.paths import PACKAGE
 from depthmup.launch.reading import read_study
 from depthmup.launch.runs.opened import path_of
 from depthmup.launch.runs.planned import PlannedRun

@@ -13,11 +13,11 @@ from PIL import Image
 
 from depthmup.data import lock
 from depthmup.data.errors import UserError
+from depthmup.data.paths import PACKAGE
 from depthmup.launch import doctor
 from depthmup.launch.cli import cli
 from depthmup.launch.new import FEWEST_STEPS
 from depthmup.launch.path_cost import PathCost, count_path
-from depthmup.launch.paths import PACKAGE
 from depthmup.launch.reading import read_study
 from depthmup.launch.scale import read_changes
 from depthmup.launch.wording import quantity, show_share

@@ -10,13 +10,13 @@ from typing import Any
 
 from depthmup.data.errors import UserError
 from depthmup.data.fingerprint import INDEX_NAME, fingerprint
+from depthmup.data.paths import PACKAGE
 from depthmup.data.storage import is_remote
 from depthmup.models.source_code import strip_syntax
 from depthmup.train.config import RunConfig, flat, identity, run_hash
 from depthmup.train.rundir import RunDirectory
 
 PACKAGES = ("models", "data", "train")  # what a result depends on
-PACKAGE = Path(__file__).parent.parent
 COPY_DESCRIPTION = "code.json"  # beside a copy of PACKAGE that jobs run: see launch.jobs.code_copy
 OWNER = ("run", "identity", "shards", "code", "trunk")  # what a done marker holds beside the result
 

@@ -9,8 +9,8 @@ from functools import cache
 from typing import Any
 
 from depthmup.data.files import write_atomically
+from depthmup.data.paths import PACKAGE
 from depthmup.launch.jobs.code_copy import describe_code
-from depthmup.launch.paths import PACKAGE
 from depthmup.train.owner import COPY_DESCRIPTION
 from depthmup.train.rundir import RunDirectory, add_line, parse_lines
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from depthmup.data.files import write_atomically
-from depthmup.launch.paths import PACKAGE
+from depthmup.data.paths import PACKAGE
 from depthmup.train.owner import COPY_DESCRIPTION, code_fingerprint
 
 PACKAGES = ("models", "data", "train", "launch")
