@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from benchmarks.verdict import CHANCE, GRID, ROUNDS, SHAPES, SIZES, Simulated, holds
 
-from depthmup.launch.findings.design import next_round
+from depthmup.launch.findings.design import plan_round
 from depthmup.launch.findings.points import Design
 from depthmup.launch.findings.verdict import Analysis, Limits
 from depthmup.launch.report.page import format_markdown_table
@@ -59,7 +59,7 @@ def run_grid(study: Simulated) -> Ended:
 def run_adaptive(study: Simulated, talk: bool = False) -> Ended:
     design = Design(("p",), SIZES, FLOPS, GRID[0], GRID[-1], (0, 1, 2), GRID_COST, Limits(), CHANCE)
     rounds = 0
-    while (batch := next_round(design, study.results)).points:
+    while (batch := plan_round(design, study.results)).points:
         rounds += 1
         if talk:
             print(rounds, batch.reason, [(p.size.depth, p.x, p.seed) for p in batch.points])

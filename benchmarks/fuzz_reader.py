@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from depthmup.data.config import DataConfig
-from depthmup.data.decode import decode, scratch
+from depthmup.data.decode import decode, reuse_memory
 from depthmup.data.errors import UserError
 from depthmup.data.images import BadImage
 from depthmup.data.index import INDEX_NAME, Index, load_members
@@ -73,7 +73,7 @@ def damaged(draw: st.DrawFn, contents: list[bytes]) -> bytes:
 
 
 def decode_one(content: bytes) -> None:
-    for backend, buffer in (("fast", scratch()), ("pil", None)):
+    for backend, buffer in (("fast", reuse_memory()), ("pil", None)):
         try:
             channels, height, width = decode(content, 3, backend, buffer).shape
             assert channels == 3

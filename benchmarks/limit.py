@@ -33,14 +33,14 @@ def show_time(what: str, solve: Callable[[], object]) -> None:
 def time_solvers() -> None:
     from depthmup.models.limit.kernels import compute_finite_depth_kernel, compute_infinite_depth_kernel
     from depthmup.models.limit.linear import train_linear
-    from depthmup.models.limit.network import Training, build_paper_network, to_infinite_depth
+    from depthmup.models.limit.network import Training, build_paper_network, extrapolate_depth
     from depthmup.models.limit.rich import train_rich
 
     one = Training(np.ones((1, 1)), np.ones(1), rate=0.05, steps=20)
     kernel = inputs(1000) @ inputs(1000).T / 64
 
     def extrapolate() -> object:
-        return to_infinite_depth(
+        return extrapolate_depth(
             {L: train_linear(build_paper_network("linear", L), one).outputs for L in (8, 16, 32, 64)}, 3
         )
 

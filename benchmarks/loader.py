@@ -32,7 +32,7 @@ from PIL import Image
 from depthmup.data.augment import NUM_DRAWS, prepare
 from depthmup.data.batch import Batch, to_float
 from depthmup.data.config import DataConfig
-from depthmup.data.decode import decode, scratch
+from depthmup.data.decode import decode, reuse_memory
 from depthmup.data.index import Index, Span
 from depthmup.data.loader import TrainingLoader, TrainingStream
 from depthmup.data.order import State
@@ -73,7 +73,7 @@ def own(index: Index, backend: str, workers: int) -> Iterator[object]:
 def bare(index: Index) -> Iterator[object]:
     """Decodes and crops the same bytes with the same library; nothing is read, ordered or flipped."""
     samples = [read_sample(index, Span(s, 0, s.samples), n).image for s in index.shards for n in range(s.samples)]
-    random, config, buffer = np.random.default_rng(0), DataConfig(name="photos", root=index.root), scratch()
+    random, config, buffer = np.random.default_rng(0), DataConfig(name="photos", root=index.root), reuse_memory()
     while True:
         images = torch.from_numpy(np.empty((BATCH, 3, SIZE, SIZE), np.uint8))
         for image, number in zip(images, random.integers(len(samples), size=BATCH), strict=True):

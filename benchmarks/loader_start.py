@@ -19,7 +19,7 @@ import psutil
 import torch
 
 from depthmup.data.config import DataConfig
-from depthmup.data.index import Index, Shard, Span, sidecar
+from depthmup.data.index import Index, Shard, Span, locate_sidecar
 from depthmup.data.loader import TrainingLoader, TrainingStream
 from depthmup.data.order import EpochOrder, State
 from depthmup.data.pack import pack
@@ -39,7 +39,7 @@ def make_shards(photos: str, folder: Path, samples: int) -> Index:
     shards = [replace(shard, name=f"train-{number:06d}.tar") for number in range(SHARDS)]
     for copy in shards[1:]:
         os.link(index.location(shard), index.location(copy))
-        os.link(sidecar(index.root, shard.name), sidecar(index.root, copy.name))
+        os.link(locate_sidecar(index.root, shard.name), locate_sidecar(index.root, copy.name))
     index = Index(index.root, index.classes, {"train": tuple(shards)})
     index.save()
     return index

@@ -79,7 +79,7 @@ def serve(folder: Path, delay: float, ports: "multiprocessing.Queue[int]") -> No
 def read_all(url: str, images: int, cache: Path) -> float:
     """Reads one epoch; MB/s."""
     storage.environment.cache = cache
-    ahead.of_process.cache_clear()
+    ahead.open_ahead_of.cache_clear()
     index = Index.load(url)
     config = DataConfig(name="remote", root=url, num_streams=4, minival=0)
     loader = TrainingLoader(TrainingStream(config, index, State(0), BATCH, 16, 3))

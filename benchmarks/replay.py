@@ -21,7 +21,7 @@ from scipy.interpolate import PchipInterpolator
 
 from depthmup.launch.config import Size
 from depthmup.launch.findings.analysis import Curve, Result
-from depthmup.launch.findings.design import next_round
+from depthmup.launch.findings.design import plan_round
 from depthmup.launch.findings.points import Design, Point
 from depthmup.launch.findings.verdict import Analysis, analyse
 from depthmup.launch.reading import read_study
@@ -70,7 +70,7 @@ def walk(design: Design, grid: Analysis, number: int) -> tuple[Analysis, float, 
     generator = np.random.default_rng(number)
     sources = {(curve.parameterization, curve.size): Replay(curve, generator) for curve in grid.curves}
     results, asked, rounds = list[Result](), list[Point](), 0
-    while (batch := next_round(design, results)).points:
+    while (batch := plan_round(design, results)).points:
         rounds, asked = rounds + 1, [*asked, *batch.points]
         for point in batch.points:
             metric = sources[point.parameterization, point.size].run(point.x, point.seed)

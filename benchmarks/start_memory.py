@@ -19,7 +19,7 @@ import torch.distributed.fsdp  # before memory is measured
 from depthmup.data.config import DataConfig
 from depthmup.models.build import build_meta
 from depthmup.models.config import VisionTransformerConfig
-from depthmup.models.flops import num_parameters
+from depthmup.models.flops import count_parameters
 from depthmup.models.optimizer_config import OptimizerConfig
 from depthmup.train.config import ParallelConfig, RunConfig, TrainConfig
 from depthmup.train.distributed import World, process_group
@@ -54,7 +54,7 @@ def measure(config: RunConfig, rank: int, world_size: int, port: int, steps: boo
         reset_peak()
         network = OneNetwork(config, engine, 1, world, device)
         started = held("VmHWM") - before
-        weights = num_parameters(whole) * 4 / 2**20
+        weights = count_parameters(whole) * 4 / 2**20
         if not steps:
             return weights, started, 0.0
         reset_peak()

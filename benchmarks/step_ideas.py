@@ -35,8 +35,8 @@ from depthmup.models.flops import count_training_flops
 from depthmup.train.config import RunConfig
 from depthmup.train.distributed import World, process_group
 from depthmup.train.one_network import OneNetwork
-from depthmup.train.prepare import autocast_dtype
-from depthmup.train.telemetry import peak_flops
+from depthmup.train.prepare import choose_autocast_dtype
+from depthmup.train.telemetry import find_peak_flops
 
 WARM = 3  # steps that compile, and search algorithms
 
@@ -185,7 +185,7 @@ def measure(
             after.append(seconds(other, arguments.steps, device))
     network = build_meta(other_config.model, other_config.parameterization).network
     flops = count_training_flops(network, (3, IMAGE_SIZE, IMAGE_SIZE)) * config.train.global_batch_size
-    peak = peak_flops(device, autocast_dtype(config.train, device))
+    peak = find_peak_flops(device, choose_autocast_dtype(config.train, device))
     mfu = f"{flops / statistics.median(after) / peak:.1%}" if peak else "n/a"
     ratios = sorted(theirs / ours for ours, theirs in zip(before, after, strict=True))
     milliseconds = " ".join(f"{statistics.median(times) * 1000:9.1f}" for times in (before, after))

@@ -31,7 +31,7 @@ from depthmup.models.family import ZEROS
 from depthmup.models.optimizer_config import OptimizerConfig
 from depthmup.models.parameterization import Role
 from depthmup.models.parameterization_config import ParameterizationConfig
-from depthmup.models.timm_family import TIMM, stated_arguments
+from depthmup.models.timm_family import TIMM, list_stated_arguments
 from depthmup.models.timm_sizes import find_least_width, has_heads
 
 # Modules without residual blocks, as a trace of timm's own networks shows (tests/test_models_timm.py).
@@ -140,7 +140,7 @@ def small(module: str, name: str) -> TimmConfig:
 
 
 def sized(module: str, name: str, depth: int) -> TimmConfig:
-    stated = stated_arguments(name)
+    stated = list_stated_arguments(name)
     head_dim = HEAD_DIM if has_heads(stated) else None
     step = math.lcm(find_least_width(stated), STEP)
     width = WIDTHS.get(module, step * math.ceil(WIDTH / step))

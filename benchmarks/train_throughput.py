@@ -35,10 +35,10 @@ from depthmup.models.build import build_meta
 from depthmup.models.flops import count_training_flops
 from depthmup.train.config import RunConfig
 from depthmup.train.loop import run
-from depthmup.train.prepare import autocast_dtype
+from depthmup.train.prepare import choose_autocast_dtype
 from depthmup.train.reading import from_plain
 from depthmup.train.step import autocast
-from depthmup.train.telemetry import memory_gb, peak_flops
+from depthmup.train.telemetry import find_peak_flops, measure_memory
 
 NUM_CLASSES, IMAGES_PER_CLASS, IMAGE_SIZE = 1000, 4, 224
 
@@ -98,7 +98,7 @@ def configuration(case: Case, shards: Path, arguments: argparse.Namespace) -> Ru
 
 
 def bare_step(case: Case, config: RunConfig, device: torch.device) -> Callable[[int], None]:
-    size, dtype = config.train.global_batch_size, autocast_dtype(config.train, device)
+    size, dtype = config.train.global_batch_size, choose_autocast_dtype(config.train, device)
     pixels = torch.randint(256, (size, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8, device=device)
     labels = torch.randint(NUM_CLASSES, (size,), device=device)
     is_vit = config.model.family == "vit"
@@ -161,13 +161,13 @@ def measure(name: str, case: Case, shards: Path, out: Path, arguments: argparse.
     turns = Turns(arguments.steps, device, None if arguments.no_bare else bare_step(case, config, device))
     run(config, out, watch=turns)
     batch, seconds = config.train.global_batch_size, statistics.median(turns.ours)
-    peak = peak_flops(device, autocast_dtype(config.train, device))
+    peak = find_peak_flops(device, choose_autocast_dtype(config.train, device))
     mfu = f"{flops * batch / seconds / peak:6.1%}" if peak else "   n/a"
     ratios = [ours / bare for ours, bare in zip(turns.ours, turns.theirs, strict=False)]
     overhead = f"{statistics.median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f})" if ratios else "n/a"
     return (
         f"{name:10} {batch:6} {seconds * 1000:9.1f} {batch / seconds:10.0f} {flops / 1e9:10.2f} {mfu} "
-        f"{overhead:>22} {memory_gb(device):8.1f}"
+        f"{overhead:>22} {measure_memory(device):8.1f}"
     )
 
 

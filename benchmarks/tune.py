@@ -34,10 +34,10 @@ from depthmup.data.pack import pack
 from depthmup.launch.reading import read_study_or_run
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.search import Search
-from depthmup.launch.runs.space import distributions
+from depthmup.launch.runs.space import make_distributions
 from depthmup.launch.transfer import launch
 from depthmup.train import loop
-from depthmup.train.owner import code_fingerprint, describe_owner
+from depthmup.train.owner import describe_owner, fingerprint_code
 
 NOISE = 0.02  # of a run's loss
 CONFIG = {
@@ -70,7 +70,7 @@ def finish(run: PlannedRun, noise: np.random.Generator) -> None:
     """Writes what a run leaves behind."""
     run.directory.path.mkdir(parents=True, exist_ok=True)
     loss = min(loss_without_noise(run) * (1 + NOISE * noise.standard_normal()), math.log(10))
-    done = {"outcome": "completed", "step": 1000, "minival_loss": loss, "seconds": 1.0, "code": code_fingerprint()}
+    done = {"outcome": "completed", "step": 1000, "minival_loss": loss, "seconds": 1.0, "code": fingerprint_code()}
     run.directory.write_done(done | describe_owner(run.config))
 
 
@@ -128,7 +128,7 @@ def train_one_by_one(folder: Path, trials: int, seed: int) -> tuple[list[Reached
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
     started, reached, runs, trained = time.process_time(), list[Reached](), 0.0, list[dict[str, Any]]()
     for number in range(trials):
-        trial = study.ask(distributions(search.settings.space))
+        trial = study.ask(make_distributions(search.settings.space))
         (planned,) = search.runs_of(trial.params, (0,))
         result = loop.run(planned.config, folder / f"alone-{seed}" / str(number))
         study.tell(trial, result.get("minival_loss", math.inf))

@@ -52,10 +52,10 @@ class Ahead:
 
 
 @lru_cache(maxsize=1)
-def of_process(pid: int) -> Ahead:
+def open_ahead_of(pid: int) -> Ahead:
     return Ahead()
 
 
-def ahead() -> Ahead:
+def open_ahead() -> Ahead:
     """This process's own: a fork inherits no threads."""
-    return of_process(os.getpid())
+    return open_ahead_of(os.getpid())

@@ -1,7 +1,7 @@
 """Random augmentation as a pure function of uniform numbers, which the order draws for each sample.
 
 `prepare` is done an image at a time, where it is decoded (random resized crops are flipped there, too: a tenth of the
-time at 224 pixels, see data.distort.training_image); `crop_flip` a batch at a time, on any device.
+time at 224 pixels, see data.distort.prepare_training_image); `crop_flip` a batch at a time, on any device.
 """
 
 import math

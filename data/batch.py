@@ -29,7 +29,7 @@ class Batch:
 
     def copy(self) -> "Batch":
         """In memory of its own, on the CPU."""
-        images, labels = (new_like(tensor).copy_(tensor) for tensor in (self.images, self.labels))
+        images, labels = (allocate_like(tensor).copy_(tensor) for tensor in (self.images, self.labels))
         return replace(self, images=images, labels=labels)
 
     def to(self, device: torch.device | str, stream: torch.cuda.Stream | None = None) -> "Batch":
@@ -63,7 +63,7 @@ def decode_sample(
         raise BadSample(sample.shard, sample.key, str(error)) from None
 
 
-def new_like(tensor: Tensor, dtype: npt.DTypeLike | None = None) -> Tensor:
+def allocate_like(tensor: Tensor, dtype: npt.DTypeLike | None = None) -> Tensor:
     """Uninitialised memory of the CPU for a tensor of the same shape and strides, by numpy: it asks Linux for huge
     pages, whose first touch costs far less."""
     return torch.from_numpy(np.empty_like(tensor.numpy(), dtype))
@@ -76,7 +76,7 @@ def on_device(array: np.ndarray, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def normalization(
+def make_normalization(
     mean: float | tuple[float, ...], std: float | tuple[float, ...], device: torch.device
 ) -> tuple[float | Tensor, float | Tensor]:
     """(scale, shift): bytes x become x * scale - shift, which is (x / 255 - mean) / std. Numbers, or (channels, 1, 1)
@@ -92,6 +92,6 @@ def to_float(batch: Batch, config: DataConfig, device: Any, channels_last: bool 
     batch = batch.to(device)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     pixels = batch.images.contiguous(memory_format=memory_format)  # now, while they are bytes
-    images = new_like(pixels, np.float32).copy_(pixels) if pixels.device.type == "cpu" else pixels.float()
-    scale, shift = normalization(config.mean, config.std, images.device)
+    images = allocate_like(pixels, np.float32).copy_(pixels) if pixels.device.type == "cpu" else pixels.float()
+    scale, shift = make_normalization(config.mean, config.std, images.device)
     return images.mul_(scale).sub_(shift), batch.labels

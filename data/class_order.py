@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from depthmup.data.keys import random_generator
+from depthmup.data.keys import make_generator
 
 WINDOW = 64  # consecutive samples, as many as data.window shuffles together
 BLOCKS = 1000  # most windows that are looked at, spread over all samples
@@ -26,7 +26,7 @@ def describe_class_order(labels: np.ndarray) -> str | None:
         return None
     starts = np.linspace(0, len(labels) - length, min(BLOCKS, len(labels) // length)).astype(np.int64)
     windows = labels[starts[:, None] + np.arange(length)]
-    random = random_generator("class order")
+    random = make_generator("class order")
     shuffled = [
         count_classes_in_windows(random.permutation(windows.ravel()).reshape(windows.shape)) for _ in range(SHUFFLES)
     ]

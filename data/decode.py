@@ -33,7 +33,7 @@ def decode_pil(content: bytes, channels: int) -> Tensor:
         return from_array(np.array(image if image.mode == mode else image.convert(mode)))  # PIL converts by a copy
 
 
-def scratch() -> np.ndarray:
+def reuse_memory() -> np.ndarray:
     """Memory for `decode` to use again and again: to touch new memory for each image takes 15 % of a JPEG's time."""
     return np.empty(SCRATCH_BYTES, np.uint8)
 

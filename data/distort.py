@@ -43,7 +43,7 @@ def posterize(picture: Image.Image, bits: int, **fill: Any) -> Image.Image:
 
 
 @lru_cache(maxsize=4)
-def rand_augment(recipe: str, size: int, mean: float | tuple[float, ...]) -> Callable[[Image.Image], Image.Image]:
+def make_rand_augment(recipe: str, size: int, mean: float | tuple[float, ...]) -> Callable[[Image.Image], Image.Image]:
     """timm's RandAugment of `size` x `size` RGB images, with timm's translations (at most 45 %) and fill (the mean)."""
     from timm.data import auto_augment  # slow to import: for those who use it
 
@@ -85,13 +85,13 @@ def distort(image: Tensor, config: DataConfig, draws: np.ndarray) -> Tensor:
     picture = original.convert("RGB")  # timm's fill value has three channels
     if config.rand_augment:
         with seeded(int(draws[0] * 2**32)):
-            picture = rand_augment(config.rand_augment, image.shape[1], config.mean)(picture)
+            picture = make_rand_augment(config.rand_augment, image.shape[1], config.mean)(picture)
     if config.color_jitter:
         picture = color_jitter(picture, config.color_jitter, draws[-JITTER_DRAWS:])
     return from_array(np.array(picture.convert(original.mode)))
 
 
-def training_image(image: Tensor, config: DataConfig, size: int, draws: np.ndarray) -> Tensor:
+def prepare_training_image(image: Tensor, config: DataConfig, size: int, draws: np.ndarray) -> Tensor:
     """A decoded image -> its (channels, size, size) uint8 of training, but for what data.augment.crop_flip does.
 
     `draws`: (count_draws(config),).

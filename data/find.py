@@ -12,13 +12,13 @@ from braceexpand import braceexpand
 
 from depthmup.data import storage
 from depthmup.data.errors import UserError
-from depthmup.data.index import counted
+from depthmup.data.index import show_count
 from depthmup.data.splits import (
     HOW_TO_SAY,
     assign_splits_by_word,
     assign_stated_splits,
     is_hidden,
-    listed,
+    join_names,
     names_split,
     split_word,
     split_words,
@@ -89,18 +89,18 @@ def locate(source: str, everywhere: bool) -> tuple[list[str], list[str]]:
     if not storage.is_remote(source) and Path(source).is_dir():
         shards, others = find_tars_of_splits(Path(source), everywhere)
         if others:
-            left_out.append(f"the shards in {listed(others)}, whose names say no split ({HOW_TO_SAY})")
+            left_out.append(f"the shards in {join_names(others)}, whose names say no split ({HOW_TO_SAY})")
         if not shards and others:
             raise UserError(
-                f"{source}: no .tar files in it, but in {listed(others)}: index each of these, or {HOW_TO_SAY}"
+                f"{source}: no .tar files in it, but in {join_names(others)}: index each of these, or {HOW_TO_SAY}"
             )
         packed = find_other_archives(Path(source))
         if not shards:
-            unpack = f" ({listed(packed)}: unpack them to .tar files first)" if packed else ""
+            unpack = f" ({join_names(packed)}: unpack them to .tar files first)" if packed else ""
             make = f"Make some with: depthmup pack IMAGES {quote(source)}"
             raise UserError(f"{source}: no .tar files in it{unpack}. {make}")
         if packed:
-            left_out.append(f"{listed(packed)}, no plain tars: unpack them to .tar files, or fetch the rest")
+            left_out.append(f"{join_names(packed)}, no plain tars: unpack them to .tar files, or fetch the rest")
     else:
         shards = expand_pattern(source)
     if missing := [shard for shard in shards if not storage.is_remote(shard) and not Path(shard).is_file()]:
@@ -116,7 +116,7 @@ def name_in(folder: Path, location: str) -> str:
     return os.path.relpath(path.parent.resolve() / path.name, folder.resolve())
 
 
-def path_of(name: str) -> str:
+def strip_host(name: str) -> str:
     """The part of a shard's name that may say its split: of a URL what follows the host or the bucket, without the
     query, which may hold a signature."""
     return name.partition("://")[2].partition("/")[2].partition("?")[0] if storage.is_remote(name) else name
@@ -131,18 +131,20 @@ def find_shards(source: str, folder: Path, train: Sequence[str] = (), val: Seque
     locations, left_out = locate(source, everywhere=bool(train or val))
     told: list[str] = []
     names = [name_in(folder, location) for location in locations]
-    paths = {name: path_of(name) for name in names}
+    paths = {name: strip_host(name) for name in names}
     if train or val:
         by_path = assign_stated_splits([*paths.values()], train, val)
         splits = {name: by_path[path] for name, path in paths.items()}
         if unnamed := [name for name, split in splits.items() if split is None]:
-            left_out.append(f"{counted(len(unnamed), 'shard')} that neither --train nor --val names: {listed(unnamed)}")
+            left_out.append(
+                f"{show_count(len(unnamed), 'shard')} that neither --train nor --val names: {join_names(unnamed)}"
+            )
     else:
         splits, reasons = assign_splits_by_word({name: split_word(path) for name, path in paths.items()})
-        left_out += [f"{counted(count, 'shard')} {reason}" for reason, count in reasons.items()]
+        left_out += [f"{show_count(count, 'shard')} {reason}" for reason, count in reasons.items()]
     kinds = {" ".join(split_words(PurePosixPath(path).stem)) for path in paths.values()}
     if not (train or val) and len(kinds) > 1 and not any(map(split_word, paths.values())):
-        told.append(f"shards of different names are all train: {listed(sorted(kinds))} ({HOW_TO_SAY})")
+        told.append(f"shards of different names are all train: {join_names(sorted(kinds))} ({HOW_TO_SAY})")
     if not any(splits.values()):
         raise UserError(f"{source}: no shard is in a split; {HOW_TO_SAY}")
     kept = [(at, name, split) for at, name in zip(locations, names, strict=True) if (split := splits[name])]

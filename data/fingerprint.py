@@ -10,7 +10,7 @@ from depthmup.data.errors import UserError
 INDEX_NAME = "index.json"
 
 
-def fingerprint(root: str, splits: Collection[str]) -> str | None:
+def fingerprint_shards(root: str, splits: Collection[str]) -> str | None:
     """12 hexadecimal digits of the classes and of the shards of `splits`: their SHA-256 and counts, in their order.
 
     Neither where the shards lie nor how they are called enters. None where there is no index. Raises UserError for one

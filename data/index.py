@@ -47,7 +47,7 @@ Name = Annotated[str, PlainValidator(check_name)]
 Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 
 
-def counted(number: int, noun: str) -> str:
+def show_count(number: int, noun: str) -> str:
     """'1 shard', '2 shards', '3 classes'."""
     return f"{number} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")
 
@@ -142,7 +142,7 @@ class Index:
     def describe(self, split: str | None = None, noun: str = "sample") -> str:
         """'7 samples in 2 shards' of one split, or of all."""
         shards = self.splits[split] if split else self.shards
-        return f"{counted(sum(shard.samples for shard in shards), noun)} in {counted(len(shards), 'shard')}"
+        return f"{show_count(sum(shard.samples for shard in shards), noun)} in {show_count(len(shards), 'shard')}"
 
     def keep_members(self, split: str) -> None:
         """Keeps what all sidecars of a split say, for this process and those that it forks: samples are then read from
@@ -164,7 +164,7 @@ class Index:
         counts = np.bincount(labels[(labels >= 0) & (labels < len(self.classes))], minlength=len(self.classes))
         each = [f"{name} {count}" for name, count in zip(self.classes, counts, strict=True)]
         if len(each) <= SHOWN_CLASSES:
-            return f"{counted(len(each), 'class')}: {', '.join(each)}"
+            return f"{show_count(len(each), 'class')}: {', '.join(each)}"
         of_all = f"{len(each)} classes of {counts.min()} to {counts.max()}"
         return f"{of_all}: {', '.join(each[: SHOWN_CLASSES // 2])}, ..., {each[-1]}"
 
@@ -201,7 +201,7 @@ class Index:
             if storage.is_remote(location):
                 continue
             path = Path(location)
-            for needed in (path, Path(sidecar(self.root, shard.name))):
+            for needed in (path, Path(locate_sidecar(self.root, shard.name))):
                 if not needed.exists():
                     raise UserError(f"{needed}: missing, though {INDEX_NAME} lists it. Restore it, or {AGAIN}")
             if path.stat().st_size != shard.size:
@@ -243,7 +243,7 @@ class Members:
         write_atomically(path, content.getvalue())
 
 
-def sidecar(root: str, shard_name: str) -> str:
+def locate_sidecar(root: str, shard_name: str) -> str:
     """Where a shard's sidecar lies: beside index.json for a remote shard, named after its URL, else beside the tar."""
     name = re.sub(r"[^\w.-]+", "_", shard_name.partition("://")[2]) if "://" in shard_name else shard_name
     return storage.join(root, name.removesuffix(".tar") + ".index.npz")
@@ -252,7 +252,7 @@ def sidecar(root: str, shard_name: str) -> str:
 @lru_cache(maxsize=256)
 def load_members(root: str, shard: Shard) -> Members:
     """The sidecar of one shard. Raises UserError when it is missing, broken, or does not fit the shard."""
-    location = sidecar(root, shard.name)
+    location = locate_sidecar(root, shard.name)
     try:
         content = storage.read_whole(location)
     except OSError as error:
@@ -274,7 +274,9 @@ def load_members(root: str, shard: Shard) -> Members:
     except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds for damaged bytes
         raise UserError(f"{location}: not the index of {shard.name} ({error}); {AGAIN}") from None
     if len(names) != shard.samples:
-        raise UserError(f"{location}: {counted(len(names), 'sample')}, but {INDEX_NAME} says {shard.samples}; {AGAIN}")
+        raise UserError(
+            f"{location}: {show_count(len(names), 'sample')}, but {INDEX_NAME} says {shard.samples}; {AGAIN}"
+        )
     return Members(offsets, sizes, labels, names)
 
 

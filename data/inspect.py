@@ -13,8 +13,8 @@ from depthmup.data.decode import decode, to_pil
 from depthmup.data.errors import UserError
 from depthmup.data.files import write_atomically
 from depthmup.data.images import FORMATS, BadImage
-from depthmup.data.index import Index, Shard, Span, counted
-from depthmup.data.keys import random_generator
+from depthmup.data.index import Index, Shard, Span, show_count
+from depthmup.data.keys import make_generator
 from depthmup.data.reader import BadSample, read_sample
 from depthmup.data.scan import map_in_processes
 
@@ -75,7 +75,7 @@ def write_contact_sheet(index: Index, split: str, path: Path) -> None:
     places = [(shard, number) for shard in shards for number in range(shard.samples)]
     sheet = Image.new("RGB", (SHEET_COLUMNS * SHEET_PIXELS, SHEET_ROWS * SHEET_PIXELS), "white")
     shown = 0
-    for place in random_generator("contact sheet").permutation(len(places)):
+    for place in make_generator("contact sheet").permutation(len(places)):
         shard, number = places[place]
         try:
             image = to_pil(decode(read_sample(index, Span(shard, 0, shard.samples), number).image, 3, "fast"))
@@ -95,7 +95,7 @@ def write_contact_sheet(index: Index, split: str, path: Path) -> None:
     write_atomically(path, drawn.getvalue())
 
 
-def summary(index: Index, split: str, found: Findings) -> list[str]:
+def summarize_split(index: Index, split: str, found: Findings) -> list[str]:
     """Lines of text: counts, class balance, sizes, EXIF."""
     counts = np.array([found.labels[label] for label in range(len(index.classes))])
     lines = [
@@ -106,13 +106,13 @@ def summary(index: Index, split: str, found: Findings) -> list[str]:
         widths, heights = np.array(found.sizes).T
         low, high = int(counts.argmin()), int(counts.argmax())
         lines += [
-            f"  {counted(len(index.classes), 'class')}, {counts.min()} ({index.classes[low]}) to {counts.max()} "
+            f"  {show_count(len(index.classes), 'class')}, {counts.min()} ({index.classes[low]}) to {counts.max()} "
             f"({index.classes[high]}) images each, {np.count_nonzero(counts == 0)} empty",
             f"  width {widths.min()} to {widths.max()}, median {int(np.median(widths))}; "
             f"height {heights.min()} to {heights.max()}, median {int(np.median(heights))} pixels",
         ]
     if found.rotated:
-        lines.append(f"  {counted(found.rotated, 'image')} with an EXIF rotation, which training does not apply")
+        lines.append(f"  {show_count(found.rotated, 'image')} with an EXIF rotation, which training does not apply")
     if split == "train" and (order := index.class_order()):
         lines.append(order)
     return lines + [f"  bad: {sample}" for sample in found.bad]

@@ -15,5 +15,5 @@ def seed_for(purpose: str, *key: int) -> int:
     return int.from_bytes(hashlib.sha256(json.dumps((purpose, *key)).encode()).digest(), "big")
 
 
-def random_generator(purpose: str, *key: int) -> np.random.Generator:
+def make_generator(purpose: str, *key: int) -> np.random.Generator:
     return np.random.default_rng(seed_for(purpose, *key))

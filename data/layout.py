@@ -12,7 +12,7 @@ from depthmup.data.splits import (
     assign_splits_by_word,
     assign_stated_splits,
     is_hidden,
-    listed,
+    join_names,
     split_and_rest,
     split_folder,
     split_words,
@@ -117,8 +117,8 @@ def describe_alike(folders: Collection[Folder]) -> str | None:
     if len(inside) < 2 or len(first) < 2 or any(below != first for below in inside.values()):
         return None
     return (
-        f"{listed(sorted(inside))} are packed as classes, and hold folders of the same names "
-        f"({listed(sorted(first))}): where they are splits, {HOW_TO_SAY}"
+        f"{join_names(sorted(inside))} are packed as classes, and hold folders of the same names "
+        f"({join_names(sorted(first))}): where they are splits, {HOW_TO_SAY}"
     )
 
 

@@ -13,14 +13,14 @@ from depthmup.data.augment import crop_flip
 from depthmup.data.bad import BadCount, StandIns
 from depthmup.data.batch import Batch, decode_sample
 from depthmup.data.config import DataConfig, find_window_misfit
-from depthmup.data.decode import center_crop, scratch
-from depthmup.data.distort import count_draws, rand_augment, training_image
+from depthmup.data.decode import center_crop, reuse_memory
+from depthmup.data.distort import count_draws, make_rand_augment, prepare_training_image
 from depthmup.data.errors import UserError
 from depthmup.data.index import NO_LABEL, Index, Span
 from depthmup.data.nvjpeg import Jpeg, cut, decode_batches, open_sample
 from depthmup.data.order import EpochOrder, State, list_rows, list_streams
 from depthmup.data.reader import BadSample, prefetch
-from depthmup.data.workers import Slots, Work, batches
+from depthmup.data.workers import Slots, Work, make_batches
 
 CPU = torch.device("cpu")
 Place = tuple[Span, int]  # a sample's number in a span
@@ -43,7 +43,7 @@ def prepare_training(image: Jpeg | Tensor, config: DataConfig, size: int, draws:
     if config.backend == "nvjpeg":
         return cut(image, config.augment, size, draws)
     assert isinstance(image, Tensor)
-    return training_image(image, config, size, draws)
+    return prepare_training_image(image, config, size, draws)
 
 
 def start_reading(
@@ -53,7 +53,7 @@ def start_reading(
     if config.backend == "nvjpeg":
         augment = None if isinstance(work, Evaluation) else config.augment
         return decode_batches(work, shape, num_workers, device, augment)
-    return batches(work, shape, num_workers, device)
+    return make_batches(work, shape, num_workers, device)
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class TrainingStream:
         """See data.workers.Work."""
         mine = list_streams(self.rank, self.world_size, self.config.num_streams)
         epoch, position = self.state.epoch, self.state.position
-        buffer, numbers = scratch(), count()
+        buffer, numbers = reuse_memory(), count()
         while True:
             order = self.order(epoch)
             samples = self.stand_ins(order, buffer)
@@ -166,7 +166,7 @@ class TrainingStream:
         epoch, position = self.state.epoch, self.state.position
         while True:
             step = position // self.global_batch_size
-            yield from memory.training_steps(store, self.config, self.order(epoch), mine, step, self.image_size)
+            yield from memory.make_training_batches(store, self.config, self.order(epoch), mine, step, self.image_size)
             epoch, position = epoch + 1, 0
 
 
@@ -184,7 +184,7 @@ class TrainingLoader:
         list_streams(stream.rank, stream.world_size, config.num_streams)  # refuse early
         check_window(config, stream.index)
         if config.rand_augment:
-            rand_augment(config.rand_augment, stream.image_size, config.mean)  # one import of timm for all workers
+            make_rand_augment(config.rand_augment, stream.image_size, config.mean)  # one import of timm for all workers
 
     def iterate_local_batches(self) -> Iterator[Batch]:
         stream, config = self.stream, self.stream.config
@@ -214,7 +214,7 @@ def check_window(config: DataConfig, index: Index) -> None:
             raise UserError(misfit)
 
 
-def share(spans: Sequence[Span], rank: int, world_size: int) -> list[Span]:
+def share_spans(spans: Sequence[Span], rank: int, world_size: int) -> list[Span]:
     """The part of `spans` that one rank evaluates: contiguous, and every sample belongs to exactly one rank."""
     total = sum(span.samples for span in spans)
     start, stop = total * rank // world_size, total * (rank + 1) // world_size
@@ -246,8 +246,8 @@ def iterate_evaluation_batches(
     """
     spans = index.spans(split, config.minival)
     count = bad or BadCount(config.max_bad_fraction, sum(span.samples for span in spans))
-    mine = share(spans, rank, world_size)
-    for batch in evaluated(config, index, split, mine, batch_size, image_size, channels, device):
+    mine = share_spans(spans, rank, world_size)
+    for batch in read_evaluation_batches(config, index, split, mine, batch_size, image_size, channels, device):
         count.add(batch.bad)
         if bad is None:
             count.check()
@@ -255,7 +255,7 @@ def iterate_evaluation_batches(
             yield batch
 
 
-def evaluated(
+def read_evaluation_batches(
     config: DataConfig,
     index: Index,
     split: str,
@@ -290,7 +290,7 @@ class Evaluation:
 
     def fill(self, slots: Slots, worker: int, num_workers: int) -> Iterator[tuple[BadSample, ...]]:
         """See data.workers.Work."""
-        buffer = scratch()
+        buffer = reuse_memory()
         for step, first in enumerate(range(0, len(self.places), self.batch_size)):
             places = self.places[first : first + self.batch_size]
             labels = slots.of(step)[1]

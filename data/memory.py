@@ -13,7 +13,7 @@ from depthmup.data.bad import StandIns
 from depthmup.data.batch import Batch, decode_sample, on_device
 from depthmup.data.config import DataConfig
 from depthmup.data.decode import center_crop
-from depthmup.data.distort import count_draws, distorts, training_image
+from depthmup.data.distort import count_draws, distorts, prepare_training_image
 from depthmup.data.errors import UserError
 from depthmup.data.index import Index, Shard, Span
 from depthmup.data.order import EpochOrder
@@ -113,7 +113,7 @@ def open_store(
     return decode_all(Source(index), spans, size, channels, config.backend, device)
 
 
-def training_steps(
+def make_training_batches(
     store: PixelStore, config: DataConfig, order: EpochOrder, streams: Sequence[int], first_step: int, image_size: int
 ) -> Iterator[Batch]:
     """The batches of one epoch from `first_step` on, for the rank that serves `streams`."""
@@ -153,7 +153,7 @@ def training_steps(
             if config.augment == "resized_crop_flip" or distorts(config):
                 images = torch.stack(
                     [
-                        training_image(image, config, image_size, drawn)
+                        prepare_training_image(image, config, image_size, drawn)
                         for image, drawn in zip(images.cpu(), taken_draws, strict=True)
                     ]
                 ).to(images.device)

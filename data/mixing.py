@@ -9,12 +9,12 @@ from depthmup.data.errors import UserError
 from depthmup.data.keys import seed_for
 
 
-def pairs(places: np.ndarray, num_streams: int, global_batch_size: int) -> np.ndarray:
+def order_pairs(places: np.ndarray, num_streams: int, global_batch_size: int) -> np.ndarray:
     """The order of images in which `mix`, which pairs the first with the last, pairs the same ones whatever the number
     of processes: int64.
 
-    places: those of this process in the global batch (data.order.places). An image's partner is of its own stream or,
-    where a batch has an odd number of each stream, half of all streams away: in the same process, as `mix` needs it.
+    places: those of this process in the global batch (data.order.list_places). An image's partner is of its own stream
+    or, where a batch has an odd number of each stream, half of all streams away: in the same process, as `mix` needs.
     """
     length = global_batch_size // num_streams
     number, stream = np.divmod(places, num_streams)

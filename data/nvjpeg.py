@@ -29,7 +29,7 @@ from depthmup.data.errors import UserError
 from depthmup.data.images import BadImage, check_pixels
 from depthmup.data.index import NO_LABEL, Index, Span
 from depthmup.data.reader import BadSample, read_sample
-from depthmup.data.workers import PREFETCHED, Slots, Work, shared, start, yield_in_order
+from depthmup.data.workers import PREFETCHED, Slots, Work, share_zeros, start, yield_in_order
 
 FILE_BYTES = 1 << 20  # of the largest file that is handed over. Memory is taken for what there is, not for this.
 NAME_BYTES = 4096  # more of a shard's and a member's names are cut
@@ -83,10 +83,12 @@ class JpegSlots(Slots):
         super().__init__(count, shape, num_workers)
         rows = shape[0]
         self.room = -(-rows // num_workers) * (FILE_BYTES + NAME_BYTES)  # of one worker
-        self.files = shared((count, num_workers * self.room), torch.uint8)
-        self.places = shared((count, rows, 3), torch.int64)  # start, bytes of the file (0: there are pixels), of names
-        self.boxes = shared((count, rows, 4), torch.int64)
-        self.draws = shared((count, rows, 3), torch.float64)  # of shift and flip
+        self.files = share_zeros((count, num_workers * self.room), torch.uint8)
+        self.places = share_zeros(
+            (count, rows, 3), torch.int64
+        )  # start, bytes of the file (0: there are pixels), of names
+        self.boxes = share_zeros((count, rows, 4), torch.int64)
+        self.draws = share_zeros((count, rows, 3), torch.float64)  # of shift and flip
         self.free = 0  # where the next file of this worker begins
 
     def begin(self, number: int, worker: int) -> None:
@@ -231,7 +233,7 @@ class Decoder:
 def decode_batches(
     work: Work, shape: tuple[int, int, int, int], num_workers: int, device: torch.device, augment: str | None
 ) -> Iterator[Batch]:
-    """As data.workers.batches, of files. Batch n is decoded while n - 1 is in use, for which there is one slot more."""
+    """As data.workers.make_batches, of files. Batch n is decoded while n - 1 is in use: there is one more slot."""
     slots = JpegSlots(PREFETCHED + 2 if num_workers else 2, shape, max(num_workers, 1))
     parts = start(work, slots, num_workers)
     decoder = Decoder(slots, augment, device)

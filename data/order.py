@@ -18,7 +18,7 @@ import numpy as np
 from depthmup.data.config import find_stream_misfit
 from depthmup.data.errors import UserError
 from depthmup.data.index import Span
-from depthmup.data.keys import random_generator
+from depthmup.data.keys import make_generator
 
 SERVED_TOGETHER = 64  # of a stream of a shuffled epoch: random numbers are drawn for so many samples at once
 
@@ -62,7 +62,7 @@ class EpochOrder:
             )
         self.stream_length = self.num_steps * self.per_stream_batch
         self.num_windows = -(-self.stream_length // self.window)
-        generator = random_generator("epoch", seed, epoch)
+        generator = make_generator("epoch", seed, epoch)
         of_shards = [list(of_shard) for _, of_shard in groupby(spans, key=lambda span: span.shard)]
         self.spans = [span for i in generator.permutation(len(of_shards)) for span in of_shards[i]]
         self.start = int(generator.integers(total))
@@ -73,7 +73,7 @@ class EpochOrder:
     def shuffled_ring(self) -> np.ndarray:
         """Every place of the ring once, in the order of a shuffled epoch, of the smallest integers that hold them."""
         places = np.arange(self.total, dtype=np.min_scalar_type(self.total))
-        random_generator("shuffled epoch", self.seed, self.epoch).shuffle(places)
+        make_generator("shuffled epoch", self.seed, self.epoch).shuffle(places)
         return places
 
     def stream_start(self, stream: int) -> int:
@@ -107,7 +107,7 @@ class EpochOrder:
     def permutation(self, stream: int, window: int) -> np.ndarray:
         """Order in which the window's samples are served, int64 of the window's length."""
         first, last = self.window_bounds(window)
-        return random_generator("window", self.seed, self.epoch, stream, window).permutation(last - first)
+        return make_generator("window", self.seed, self.epoch, stream, window).permutation(last - first)
 
     def compute_ring_places(self, stream: int, window: int) -> np.ndarray:
         """Where in the ring a window's samples stand, in the order served: int64 of the window's length."""
@@ -138,10 +138,10 @@ class EpochOrder:
     def draws(self, stream: int, window: int, count: int) -> np.ndarray:
         """`count` uniform numbers in [0, 1) for each sample of the window, in the order served: float64."""
         first, last = self.window_bounds(window)
-        return random_generator("draws", self.seed, self.epoch, stream, window).random((last - first, count))
+        return make_generator("draws", self.seed, self.epoch, stream, window).random((last - first, count))
 
 
-def places(rank: int, world_size: int, num_streams: int, global_batch_size: int) -> np.ndarray:
+def list_places(rank: int, world_size: int, num_streams: int, global_batch_size: int) -> np.ndarray:
     """Where the samples of one rank's share of a global batch stand in the whole batch, in the order in which they are
     served (one stream's after the other's): int64 of the share's length. The batch itself is counted across streams,
     so that a rank has every `world_size`-th place."""

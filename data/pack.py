@@ -15,8 +15,8 @@ from pathlib import Path
 from depthmup.data.errors import UserError
 from depthmup.data.files import write_atomically, writing
 from depthmup.data.images import BadImage, convert_image
-from depthmup.data.index import INDEX_NAME, Index, Shard, counted, sidecar
-from depthmup.data.keys import random_generator
+from depthmup.data.index import INDEX_NAME, Index, Shard, locate_sidecar, show_count
+from depthmup.data.keys import make_generator
 from depthmup.data.lock import NoLocks, flock
 from depthmup.data.plan import check_plan, read_plan
 from depthmup.data.scan import process_pool
@@ -73,7 +73,7 @@ def write_shard(
     shard = None
     if keys:
         scanned = scan(str(temporary))
-        scanned.members.save(Path(sidecar(str(path.parent), path.name)))
+        scanned.members.save(Path(locate_sidecar(str(path.parent), path.name)))
         os.replace(temporary, path)
         shard = Shard(path.name, len(keys), scanned.size, scanned.sha256)
     else:
@@ -99,14 +99,14 @@ def split_images(images: Sequence[SourceImage], validation_share: float, seed: i
     named = any(image.split for image in images)
     if named and validation_share:
         raise UserError("the source has train and val images of its own: leave validation_share at 0")
-    shuffled = [images[i] for i in random_generator("pack", seed).permutation(len(images))]
+    shuffled = [images[i] for i in make_generator("pack", seed).permutation(len(images))]
     if named:
         return {split: chosen for split in ("train", "val") if (chosen := [i for i in shuffled if i.split == split])}
     held_out = round(len(shuffled) * validation_share)
     if validation_share and not 0 < held_out < len(shuffled):
         raise UserError(
-            f"validation_share {validation_share:g} holds out {held_out} of {counted(len(shuffled), 'image')}: state a "
-            "share that leaves some to each split"
+            f"validation_share {validation_share:g} holds out {held_out} of {show_count(len(shuffled), 'image')}: "
+            "state a share that leaves some to each split"
         )
     splits = {"train": shuffled[: len(shuffled) - held_out]}
     if held_out:
@@ -175,7 +175,7 @@ def read_archive_stamp(source: str) -> list[int] | None:
     return [status.st_size, status.st_mtime_ns]
 
 
-def packed_before(out: Path) -> Index:
+def read_packed(out: Path) -> Index:
     """The index of a pack that is done. Raises UserError when a shard of it is missing."""
     index = Index.load(out)
     index.check_files()
@@ -266,7 +266,7 @@ def pack(
         recorded = read_plan(out)
         same = recorded and (recorded["archive"], recorded["options"]) == (stamp, options)
         if recorded and same and stamp and not validation_list and done.exists():
-            return packed_before(out), recorded["left_out"]
+            return read_packed(out), recorded["left_out"]
         opened = open_source(source, out, validation_list, train, val, processes)
         images = opened.images
         splits = split_images(images, validation_share, seed)
@@ -283,7 +283,7 @@ def pack(
         }
         check_plan(out, plan)
         if done.exists():
-            return packed_before(out), opened.lines()
+            return read_packed(out), opened.lines()
 
         tasks = {
             out / f"{split}-{number:06d}.tar": part

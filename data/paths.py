@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent  # the folder `depthmup`, which holds the
 VARIABLE = re.compile(r"\$(?:(?P<dollar>\$)|\{(?P<braced>\w+)\}|(?P<name>[A-Za-z_]\w*))")
 
 
-def home() -> Path | None:
+def find_own_home() -> Path | None:
     """The user's home; None where neither HOME nor the list of users knows one, as in a container."""
     if given := os.environ.get("HOME"):
         return Path(given)
@@ -25,7 +25,7 @@ def home() -> Path | None:
 def find_home(user: str) -> str:
     """Raises ValueError for one that is not known."""
     if not user:
-        if own := home():
+        if own := find_own_home():
             return str(own)
         raise ValueError("~: HOME is not set")
     try:

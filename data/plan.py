@@ -12,7 +12,7 @@ PLAN_NAME = "pack.json"  # stays beside index.json: what was packed, and how
 KEYS = {"source", "archive", "images", "listing", "left_out", "options"}
 
 
-def differences(recorded: dict[str, Any], plan: dict[str, Any]) -> list[str]:
+def list_differences(recorded: dict[str, Any], plan: dict[str, Any]) -> list[str]:
     """What another plan does otherwise, in words; of the same images under another path nothing."""
     found = []
     if recorded["listing"] != plan["listing"]:
@@ -62,7 +62,7 @@ def check_source(root: Path, source: str | None, validation_share: float) -> Non
 def check_plan(out: Path, plan: dict[str, Any]) -> None:
     """Raises UserError when `out` holds anything but shards of `plan`; else records the plan there."""
     if recorded := read_plan(out):
-        if found := differences(recorded, plan):
+        if found := list_differences(recorded, plan):
             raise UserError(
                 f"{out}: holds another pack ({'; '.join(found)}). Pack into another folder, or delete this one first"
             )

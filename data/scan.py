@@ -17,7 +17,7 @@ from depthmup.data import storage
 from depthmup.data.errors import UserError
 from depthmup.data.files import refuse_locked
 from depthmup.data.find import FoundShards, find_shards
-from depthmup.data.index import INDEX_NAME, NO_LABEL, Index, Shard, counted, load_members, sidecar
+from depthmup.data.index import INDEX_NAME, NO_LABEL, Index, Shard, load_members, locate_sidecar, show_count
 from depthmup.data.tar_samples import describe_first_sample, scan
 
 MOST_CLASSES = 1_000_000  # where their number is that of the highest label, which a single bad one makes huge
@@ -27,7 +27,7 @@ Progress = Callable[[int, int], None]  # (shards done, shards in all)
 
 def scan_and_save(location: str, name: str, out: Path, first_label: int) -> Shard:
     scanned = scan(location, first_label)
-    scanned.members.save(Path(sidecar(str(out), name)))
+    scanned.members.save(Path(locate_sidecar(str(out), name)))
     return Shard(name, len(scanned.members.names), scanned.size, scanned.sha256)
 
 
@@ -74,7 +74,7 @@ def reuse_index(index: Index, splits: Mapping[str, str], classes: tuple[str, ...
     elif moved := next((name for name in splits if splits[name] != listed[name]), None):
         difference = f"lists {moved} in {listed[moved]}, not in {splits[moved]}"
     elif classes and classes != index.classes:
-        difference = f"has {counted(len(index.classes), 'class')}, other than those given"
+        difference = f"has {show_count(len(index.classes), 'class')}, other than those given"
     elif first_label != index.first_label:
         difference = f"counts labels from {index.first_label}"
     else:
@@ -85,7 +85,7 @@ def reuse_index(index: Index, splits: Mapping[str, str], classes: tuple[str, ...
 
 def check_writable(folder: Path, found: FoundShards) -> None:
     """Raises UserError unless `folder` and those of local shards, beside which their sidecars lie, can be written."""
-    for place in dict.fromkeys([folder, *(Path(sidecar(str(folder), name)).parent for name in found.names)]):
+    for place in dict.fromkeys([folder, *(Path(locate_sidecar(str(folder), name)).parent for name in found.names)]):
         links = f"cp -rs {quote(str(folder.resolve()))} links && depthmup index links"
         refuse_locked(
             folder, f"the index of a shard lies beside it. Make a folder of links and index that: {links}", place
@@ -101,7 +101,7 @@ def find_first_unlabelled(root: str, shards: Sequence[Shard]) -> str:
     raise ValueError("every sample has a label")
 
 
-def class_names(source: str, classes: Sequence[str], labels: np.ndarray, first_label: int) -> tuple[str, ...]:
+def name_classes(source: str, classes: Sequence[str], labels: np.ndarray, first_label: int) -> tuple[str, ...]:
     """`classes`, or where none are given the labels' numbers. Raises UserError where they do not fit.
 
     labels: (samples,), counted from 0. A label beyond the names that is as frequent as others is a class that has no
@@ -115,20 +115,20 @@ def class_names(source: str, classes: Sequence[str], labels: np.ndarray, first_l
         return tuple(str(number + first_label) for number in range(highest + 1))
     if not first_label and highest == len(classes) and values[0] == 1:
         raise UserError(
-            f"{source}: its labels are 1 to {highest}, but those of {counted(highest, 'class')} count from 0. "
+            f"{source}: its labels are 1 to {highest}, but those of {show_count(highest, 'class')} count from 0. "
             "Index with --first-label 1"
         )
     named, nameless = counts[values < len(classes)], counts[values >= len(classes)]
     if len(nameless) and (not len(named) or 2 * nameless.max() >= np.median(named)):
         raise UserError(
-            f"{source}: {counted(int(nameless.sum()), 'sample')} with labels up to {highest + first_label}, but "
-            f"{counted(len(classes), 'name')} of classes, for labels {first_label} to "
+            f"{source}: {show_count(int(nameless.sum()), 'sample')} with labels up to {highest + first_label}, but "
+            f"{show_count(len(classes), 'name')} of classes, for labels {first_label} to "
             f"{len(classes) + first_label - 1}. Name all classes, or correct these labels"
         )
     return tuple(classes)
 
 
-def folder_of_index(source: str, out: str | Path | None) -> Path:
+def choose_index_folder(source: str, out: str | Path | None) -> Path:
     """Raises UserError where none is named and `source` is no folder of this machine."""
     if out is not None or (not storage.is_remote(source) and Path(source).is_dir()):
         return Path(out or source)
@@ -145,7 +145,7 @@ def check_places(source: str, folder: Path, found: FoundShards) -> None:
             f"{first}: not in {folder}, the folder for the index, as shards must be. Leave out --out, name a folder "
             f"above the shards, or link to them there (ln -s) and index that: depthmup index {quote(str(folder))}"
         )
-    if len({sidecar(str(folder), name) for name in found.names}) < len(found.names):
+    if len({locate_sidecar(str(folder), name) for name in found.names}) < len(found.names):
         raise UserError(f"{source}: two shards have the same name; index them into folders of their own")
 
 
@@ -170,7 +170,7 @@ def index_shards(
     """
     if empty := next((number for number, name in enumerate(classes, 1) if not name.strip()), None):
         raise UserError(f"{source}: the name of class {empty} is empty: give each class a line of its own")
-    folder = folder_of_index(source, out)
+    folder = choose_index_folder(source, out)
     found = find_shards(source, folder, train, val)
     check_places(source, folder, found)
     for line in found.left_out:
@@ -195,15 +195,16 @@ def index_shards(
         )
     if unlabelled := int((labels == NO_LABEL).sum()):
         say(
-            f"{unlabelled} of {counted(len(labels), 'sample')} without a label (a whole number in a member .cls), the "
-            f"first {find_first_unlabelled(str(folder), shards)}: training counts them as bad (data.max_bad_fraction)"
+            f"{unlabelled} of {show_count(len(labels), 'sample')} without a label (a whole number in a member .cls), "
+            f"the first {find_first_unlabelled(str(folder), shards)}: training counts them as bad "
+            "(data.max_bad_fraction)"
         )
     if not classes and len(known := labels[labels != NO_LABEL]) and known.min() > 0:
         lowest = int(known.min()) + first_label
         say(f"no sample has a label below {lowest}: where labels count from {lowest}, --first-label {lowest} says so")
     index = Index(
         str(folder),
-        class_names(source, classes, labels, first_label),
+        name_classes(source, classes, labels, first_label),
         {
             split: tuple(shard for shard, of in zip(shards, found.splits, strict=True) if of == split)
             for split in dict.fromkeys(found.splits)

@@ -20,7 +20,7 @@ from PIL import Image
 from depthmup.data.errors import UserError
 from depthmup.data.files import describe_full_disk, naming
 from depthmup.data.find import find_shards, find_tars_of_splits
-from depthmup.data.index import INDEX_NAME, NO_LABEL, Index, counted
+from depthmup.data.index import INDEX_NAME, NO_LABEL, Index, show_count
 from depthmup.data.layout import SourceImage, place_images
 from depthmup.data.scan import map_in_processes
 from depthmup.data.tar_samples import (
@@ -57,7 +57,7 @@ class Source:
     def lines(self) -> list[str]:
         """'2 files left out: .gif, where jpg, ... are packed'."""
         counts = self.left_out.most_common()
-        return [*self.notes, *(f"{counted(count, 'file')} left out: {reason}" for reason, count in counts)]
+        return [*self.notes, *(f"{show_count(count, 'file')} left out: {reason}" for reason, count in counts)]
 
 
 def explain_no_image(path: str) -> str:
@@ -65,7 +65,7 @@ def explain_no_image(path: str) -> str:
     return f"{PurePosixPath(path).suffix.lower() or 'no extension'}, where {', '.join(IMAGE_EXTENSIONS)} are packed"
 
 
-def printable(path: str) -> str:
+def escape_path(path: str) -> str:
     """`path` in which bytes that are no UTF-8 stand as \\xe9, so that it can be printed."""
     return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
@@ -76,7 +76,7 @@ def read_folder_images(root: str, left_out: Counter[str]) -> Iterator[SourceImag
     def walk(folder: str, above: tuple[str, ...]) -> Iterator[SourceImage]:
         real = os.path.realpath(folder)
         if real in above:
-            left_out[f"{printable(folder)}, a link to a folder above it"] += 1
+            left_out[f"{escape_path(folder)}, a link to a folder above it"] += 1
             return
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
             if entry.is_dir():
@@ -84,9 +84,9 @@ def read_folder_images(root: str, left_out: Counter[str]) -> Iterator[SourceImag
             elif not is_image(entry.name):
                 left_out[explain_no_image(entry.name)] += 1
             elif not entry.is_file():
-                left_out[f"{printable(entry.path)}, a broken link or no plain file"] += 1
+                left_out[f"{escape_path(entry.path)}, a broken link or no plain file"] += 1
             else:
-                name = printable(os.path.relpath(entry.path, root))
+                name = escape_path(os.path.relpath(entry.path, root))
                 yield SourceImage(name, "", None, entry.stat().st_size, entry.path)
 
     return walk(root, ())
@@ -99,7 +99,7 @@ def read_tar_images(path: Path, left_out: Counter[str]) -> Iterator[SourceImage]
             if member.issparse():
                 raise tarfile.ReadError(f"{member.name} is stored with holes: {MAKE_ANEW}, without -S (--sparse)")
             if member.isreg() and is_image(member.name):
-                yield SourceImage(printable(member.name), "", None, member.size, str(path), member.offset_data)
+                yield SourceImage(escape_path(member.name), "", None, member.size, str(path), member.offset_data)
             elif not member.isdir():
                 left_out[explain_no_image(member.name) if member.isreg() else "links and the like in the tar"] += 1
         end = archive.offset
@@ -162,7 +162,7 @@ def open_shards_as_source(source: str, train: Sequence[str], val: Sequence[str],
         highest = max(highest, int(members.labels.max()))
         rows = zip(members.names.tolist(), members.labels, members.sizes, members.offsets, strict=True)
         for name, label, size, offset in rows:
-            path = printable(name.decode("utf-8", "surrogateescape"))
+            path = escape_path(name.decode("utf-8", "surrogateescape"))
             if label == NO_LABEL:
                 left_out["with no whole number in a member .cls"] += 1
                 continue

@@ -94,7 +94,7 @@ def assign_stated_splits(paths: Collection[str], train: Sequence[str], val: Sequ
     for option, patterns in (("--train", train), ("--val", val)):
         for pattern in patterns:
             if not any(matches(path, [pattern]) for path in paths):
-                raise UserError(f"{option} {pattern}: no name matches it, only {listed(sorted(paths))}")
+                raise UserError(f"{option} {pattern}: no name matches it, only {join_names(sorted(paths))}")
     splits: dict[str, str | None] = {}
     for path in paths:
         in_train, in_val = matches(path, train) if train else not matches(path, val), matches(path, val)
@@ -104,7 +104,7 @@ def assign_stated_splits(paths: Collection[str], train: Sequence[str], val: Sequ
     return splits
 
 
-def listed(names: Sequence[str], most: int = 6) -> str:
+def join_names(names: Sequence[str], most: int = 6) -> str:
     return ", ".join(names if len(names) <= most else [*names[: most - 1], f"and {len(names) - most + 1} more"])
 
 
@@ -128,7 +128,7 @@ def assign_splits_by_word(words: Mapping[str, str | None]) -> tuple[dict[str, st
     left_out = Counter[str]()
     nameless = [path for path, word in words.items() if word is None and splits[path] is None]
     if nameless:
-        left_out[f"with no word for a split in the name: {listed(nameless)} ({HOW_TO_SAY})"] += len(nameless)
+        left_out[f"with no word for a split in the name: {join_names(nameless)} ({HOW_TO_SAY})"] += len(nameless)
     for path, word in words.items():
         if word and splits[path] is None:
             left_out[f"of {word}, where {validation} is the validation split ({HOW_TO_SAY})"] += 1

@@ -17,7 +17,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
-from depthmup.data.ahead import ahead
+from depthmup.data.ahead import open_ahead
 from depthmup.data.environment import environment
 from depthmup.data.errors import UserError
 from depthmup.data.files import write_atomically
@@ -48,7 +48,7 @@ def join(root: str, name: str) -> str:
     return name if "://" in name else root.rstrip("/") + "/" + name if "://" in root else os.path.join(root, name)
 
 
-def file_system(url: str) -> Any:
+def open_file_system(url: str) -> Any:
     import fsspec
 
     # aiohttp, unlike all other clients, leaves the proxies of the environment and ~/.netrc aside unless it is told
@@ -60,7 +60,7 @@ def file_system(url: str) -> Any:
         raise UserError(f"{url}: a package for this kind of URL is missing: pip install {package}") from None
 
 
-def http_status(error: BaseException | None) -> int | None:
+def read_http_status(error: BaseException | None) -> int | None:
     """What an HTTP server answered, where that is what went wrong."""
     return getattr(error, "status", None)
 
@@ -82,7 +82,7 @@ def retry(url: str, attempt: Callable[[], Result]) -> Result:
             raise UserError(f"{url}: no permission ({error})") from None
         except Exception as error:  # each backend has its own family of network errors
             reason = " ".join(f"{type(error).__name__} {error}".split())
-            status, wait = http_status(error), read_asked_wait(error)
+            status, wait = read_http_status(error), read_asked_wait(error)
         if status in (401, 403):
             raise UserError(f"{url}: no permission (the server answered {status})")
         if number + 1 < TRIES:
@@ -95,9 +95,9 @@ def build_timeout(system: Any) -> dict[str, float]:
     return {"timeout": environment.timeout} if system.async_impl else {}
 
 
-def request(url: str, **arguments: int) -> bytes:
+def send_request(url: str, **arguments: int) -> bytes:
     """One request for a file, or for the range [start, end) of it."""
-    system, path = file_system(url)
+    system, path = open_file_system(url)
     return system.cat_file(path, **arguments, **build_timeout(system))
 
 
@@ -105,7 +105,7 @@ def fetch(url: str, start: int, stop: int) -> bytes:
     """Bytes [start, stop) of a remote file. Raises as `retry` does."""
 
     def attempt() -> bytes:
-        content = request(url, start=start, end=stop)
+        content = send_request(url, start=start, end=stop)
         if len(content) != stop - start:
             raise OSError(f"{len(content)} bytes came for {stop - start} (does the server know ranges?)")
         return content
@@ -113,15 +113,15 @@ def fetch(url: str, start: int, stop: int) -> bytes:
     return retry(url, attempt)
 
 
-def remote_size(url: str) -> int:
+def ask_size(url: str) -> int:
     """Bytes of a remote file. Raises as `retry` does."""
 
     def attempt() -> int:
-        system, path = file_system(url)
+        system, path = open_file_system(url)
         try:
             size = system.info(path, **build_timeout(system))["size"]
         except FileNotFoundError as error:  # fsspec's HTTP raises it from whatever went wrong
-            if url.startswith("http") and http_status(error.__cause__) not in (404, 410):
+            if url.startswith("http") and read_http_status(error.__cause__) not in (404, 410):
                 raise error.__cause__ or OSError(f"{error}") from None
             raise
         if size is None:
@@ -261,7 +261,7 @@ def read_block(url: str, version: str, number: int, file_size: int, start: int, 
     if not cache_is_safe(environment.cache):
         return fetch(url, first + start, first + stop)
     cached = locate_cached_file(url, version, first, end)
-    if (block := ahead().result(cached.name)) is not None:  # asked first: what is done lies in the cache
+    if (block := open_ahead().result(cached.name)) is not None:  # asked first: what is done lies in the cache
         return block[start:stop]
     content = read_cached(cached, end - first, start, stop)
     if content is not None:
@@ -301,7 +301,7 @@ def read_range(location: str, version: str, file_size: int, offset: int, size: i
 def read_whole(location: str) -> bytes:
     """All bytes of a small file. Raises FileNotFoundError, or UserError when it cannot be read."""
     if is_remote(location):
-        return retry(location, lambda: request(location))
+        return retry(location, lambda: send_request(location))
     return Path(location).read_bytes()
 
 
@@ -315,4 +315,4 @@ def prefetch(location: str, version: str, file_size: int, offset: int, size: int
             first, end = find_block_bounds(number, file_size)
             cached = locate_cached_file(location, version, first, end)
             if not cached.exists():
-                ahead().ask(cached.name, partial(fetch_ahead, location, first, end, cached))
+                open_ahead().ask(cached.name, partial(fetch_ahead, location, first, end, cached))

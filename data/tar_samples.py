@@ -79,7 +79,7 @@ class RemoteFile:
     """A remote file that is read once from front to end. A range that fails is tried again by itself."""
 
     def __init__(self, url: str) -> None:
-        self.url, self.position, self.size = url, 0, storage.remote_size(url)
+        self.url, self.position, self.size = url, 0, storage.ask_size(url)
 
     def __enter__(self) -> "RemoteFile":
         return self

@@ -48,7 +48,7 @@ CURES = {
 }
 
 
-def shared(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def share_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Zeros that this process and those forked from it share. Not in /dev/shm, which containers keep small."""
     count = int(np.prod(shape))
     return torch.frombuffer(mmap.mmap(-1, max(count * dtype.itemsize, 1)), dtype=dtype, count=count).view(shape)
@@ -114,12 +114,14 @@ class Slots:
 
     def __init__(self, count: int, shape: tuple[int, int, int, int], num_workers: int) -> None:
         batch_size, channels, height, width = shape
-        pixels = shared((count, batch_size, height, width, channels), torch.uint8)
+        pixels = share_zeros((count, batch_size, height, width, channels), torch.uint8)
         # One channel is first and last; convolutions then go by the strides, and shall see the usual ones.
         self.images = pixels.view(count, *shape) if channels == 1 else pixels.permute(0, 1, 4, 2, 3)
-        self.labels = shared((count, batch_size), torch.int64)
-        self.done = shared((count, num_workers), torch.int64).fill_(-1)  # which batch's part a worker has filled last
-        self.in_use = shared((1,), torch.int64)  # the first batch that its reader has not gone on from
+        self.labels = share_zeros((count, batch_size), torch.int64)
+        self.done = share_zeros((count, num_workers), torch.int64).fill_(
+            -1
+        )  # which batch's part a worker has filled last
+        self.in_use = share_zeros((1,), torch.int64)  # the first batch that its reader has not gone on from
 
     def of(self, number: int) -> tuple[Tensor, Tensor]:
         """Images and labels of batch `number`, to be filled or read."""
@@ -262,7 +264,9 @@ def yield_in_order(parts: Iterator[tuple[BadSample, ...]], num_parts: int) -> It
         raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
 
 
-def batches(work: Work, shape: tuple[int, int, int, int], num_workers: int, device: torch.device) -> Iterator[Batch]:
+def make_batches(
+    work: Work, shape: tuple[int, int, int, int], num_workers: int, device: torch.device
+) -> Iterator[Batch]:
     """The batches that `num_workers` processes (0: this one) fill, on `device`. `shape`: of a batch's images.
 
     A worker is asked for its part of batch n + PREFETCHED when that of batch n is taken. With one slot more than that,

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, TypeVar
 from rich.console import Console
 
 from depthmup.data.errors import UserError
-from depthmup.data.index import counted
+from depthmup.data.index import show_count
 from depthmup.launch.jobs import slurm, states
 from depthmup.launch.jobs.follower import Postponed, submit_follower
 from depthmup.launch.jobs.submission import read_last_command
-from depthmup.launch.paths import command
+from depthmup.launch.paths import quote_command
 from depthmup.launch.prepare import prepare_data
 from depthmup.launch.reading import read_study, read_study_or_run
 from depthmup.launch.runs.joint import JointStudy
@@ -30,13 +30,13 @@ from depthmup.launch.transfer import (
     UNFINISHED,
     Launched,
     Unfinished,
+    count_unfinished,
+    describe_interrupted,
     grow,
-    interrupted,
     launch,
-    unfinished,
     wait,
 )
-from depthmup.launch.wording import duration
+from depthmup.launch.wording import show_duration
 from depthmup.models.errors import ModelError
 
 if TYPE_CHECKING:
@@ -135,20 +135,20 @@ def finish_study(study: Study, console: Console, begun: bool = False) -> None:
             place = study.file.launch.cluster
             others = place == "slurm" or (place == "local" and not launched.slots)  # an earlier launch's
             go_on = f" Its jobs go on; to stop them: {study.command('cancel')}" if others else ""
-            raise type(told)(f"{interrupted(study)}{go_on}") from None
+            raise type(told)(f"{describe_interrupted(study)}{go_on}") from None
 
 
 def describe_round(study: Study) -> str:
     """What the present round of an adaptive design settles, and by how many runs."""
     rounds = study.rounds()
-    return f"Round {len(rounds)}: {counted(len(study.pending()), 'run')} for: {rounds[-1].reason}"
+    return f"Round {len(rounds)}: {show_count(len(study.pending()), 'run')} for: {rounds[-1].reason}"
 
 
 def grow_and_print(study: Study, console: Console) -> int:
     """`grow`, and says so; returns the number of runs added."""
     added, why = grow(study)
     if added:
-        line = describe_round(study) if study.file.study.adaptive else f"{counted(added, 'run')} more: {why}"
+        line = describe_round(study) if study.file.study.adaptive else f"{show_count(added, 'run')} more: {why}"
         console.print(line, highlight=False, markup=False)
     return added
 
@@ -184,7 +184,7 @@ def write_scaled(
     write_forecast(scaled, path)
     for fact in scaled.facts:
         console.print(fact, highlight=False)
-    console.print(f"Written: {path}. Start it with: {command('launch', path)}", highlight=False, soft_wrap=True)
+    console.print(f"Written: {path}. Start it with: {quote_command('launch', path)}", highlight=False, soft_wrap=True)
 
 
 def make_target_studies(study: Study, targets: Sequence[Path], console: Console) -> list[Study]:
@@ -203,7 +203,9 @@ def say_next_step(report: "Report", console: Console) -> None:
         file = report.study.file
         size = (f"model.width={4 * file.model.base_width}", f"model.depth={4 * file.model.base_depth}")
         words = (file.directory, *size, f"train.samples={10 * file.train.samples}")
-        console.print(f"Next, for a target of your size: {command('scale', *words)}", markup=False, soft_wrap=True)
+        console.print(
+            f"Next, for a target of your size: {quote_command('scale', *words)}", markup=False, soft_wrap=True
+        )
 
 
 def transfer(study: Study, targets: Sequence[Path], console: Console) -> None:
@@ -282,7 +284,7 @@ def advance_study(
             )
             job_ids |= set(queued[: math.ceil(len(queued) / 2)] if launched.left else queued)
         if not job_ids:
-            raise unfinished(current[0])
+            raise count_unfinished(current[0])
         attach(sorted(job_ids))
     then = f"Job {job_id} goes on after {', '.join(sorted(job_ids))}"
     console.print(f"{then}: see {study.command('status', '--watch')}", highlight=False, soft_wrap=True)
@@ -311,9 +313,9 @@ def repeat_while_silent(step: Callable[[], Value], console: Console, patience: f
         except (slurm.Silent, slurm.Full) as error:
             left = end - time.monotonic()
             if left <= 0:
-                raise UserError(f"{error} (waited {duration(patience)} for it)") from None
+                raise UserError(f"{error} (waited {show_duration(patience)} for it)") from None
             pause = min(pause, left)
-            console.print(f"{error}. Next try in {duration(pause)}", markup=False, highlight=False)
+            console.print(f"{error}. Next try in {show_duration(pause)}", markup=False, highlight=False)
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 

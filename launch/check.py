@@ -40,7 +40,7 @@ def parse_factors(text: str) -> tuple[int, ...]:
     return factors
 
 
-def table(axis: Axis, lines: list[Line]) -> list[str]:
+def format_table(axis: Axis, lines: list[Line]) -> list[str]:
     """Text of at most 80 columns: a row per quantity; each slope with its standard error, beside what is demanded."""
     cells: dict[str, dict[int, Line]] = defaultdict(dict)
     for line in lines:
@@ -96,7 +96,7 @@ def write_plot(lines: list[Line], title: str, path: Path) -> None:
     write_atomically(path, drawn.getvalue())
 
 
-def default_plot(config: Path, raw: dict[str, Any], parameterization: str) -> Path:
+def locate_plot(config: Path, raw: dict[str, Any], parameterization: str) -> Path:
     """The plot's file in the study's directory; a run's configuration has a study's name by its own. `raw`: what is in
     the file `config`."""
     study: Any = raw.get("study")
@@ -105,7 +105,7 @@ def default_plot(config: Path, raw: dict[str, Any], parameterization: str) -> Pa
     return directory / f"check_{parameterization}.png"
 
 
-def verdict(lines: list[Line], num_seeds: int) -> str:
+def describe_verdict(lines: list[Line], num_seeds: int) -> str:
     off = [line for line in lines if line.verdict == "off"]
     unclear = [line for line in lines if line.verdict == "unclear"]
     if not off and not unclear:
@@ -118,7 +118,7 @@ def verdict(lines: list[Line], num_seeds: int) -> str:
     return "failed: " + ", ".join(parts)
 
 
-def hint(
+def suggest_remedy(
     lines: list[Line], count_base_blocks: Callable[[], int], parameterization: ParameterizationConfig
 ) -> str | None:
     """What to try when it is depth that fails, with branches of unit strength in a base of many blocks."""
@@ -135,7 +135,7 @@ def hint(
     )
 
 
-def freezing(lines: list[Line], alpha: float) -> str | None:
+def explain_freezing(lines: list[Line], alpha: float) -> str | None:
     """What it means when the inner layers of branches are off over depth, and alpha says why."""
     off = [each for each in lines if each.axis == "depth" and each.quantity.startswith("inner layer, own")]
     if alpha == 1 or not any(each.verdict == "off" for each in off):
@@ -146,7 +146,7 @@ def freezing(lines: list[Line], alpha: float) -> str | None:
     )
 
 
-def with_parameterization(raw: dict[str, Any]) -> dict[str, Any]:
+def add_parameterization(raw: dict[str, Any]) -> dict[str, Any]:
     """Plain data; where a study's names no parameterization of its own, with the one that the study is about: the first
     with rules of depth, else of width."""
     study, stated = raw.get("study"), raw.get("parameterization", {})
@@ -174,10 +174,10 @@ def run_check(
     """Prints the table, writes the plot, and says whether every slope is inside its band. Raises UserError."""
     if min(steps, batch_size) < 1 or seeds < 2:
         raise UserError("--steps and --batch-size must be at least 1, --seeds at least 2")
-    raw = with_parameterization(read_raw(config, overrides))
+    raw = add_parameterization(read_raw(config, overrides))
     run = run_in(raw, str(config))
     p = run.parameterization
-    plot = plot or default_plot(config, raw, p.name)
+    plot = plot or locate_plot(config, raw, p.name)
     if plot.suffix not in (".png", ".pdf", ".svg"):
         raise UserError(f"--plot {plot}: the name must end in .png, .pdf or .svg")
     settings = Settings(parse_factors(factors), steps=steps, batch_size=batch_size, num_seeds=seeds, inside=inside)
@@ -200,16 +200,16 @@ def run_check(
     title = f"{run.model.title}, {p.name} (alpha {alpha:g}, beta {p.beta:g}), {run.optimizer.name}, "
     title += f"lr {run.optimizer.lr:g}"
     for one in axes:
-        console.print("\n".join(table(one, [line for line in lines if line.axis == one])), "", highlight=False)
-    console.print(title, verdict(lines, seeds), sep="\n", highlight=False)
+        console.print("\n".join(format_table(one, [line for line in lines if line.axis == one])), "", highlight=False)
+    console.print(title, describe_verdict(lines, seeds), sep="\n", highlight=False)
     if not explain_not_covered(run):
         depths = [factor * run.model.base_depth for factor in settings.factors]
         if sentence := describe_drift(p, run.model.base_size, depths, find_activation(run)):
             console.print(sentence, highlight=False)
     base = replace(run.model, width=run.model.base_width, depth=run.model.base_depth)
-    if advice := hint(lines, lambda: len(build_meta(base, p).blocks), p):
+    if advice := suggest_remedy(lines, lambda: len(build_meta(base, p).blocks), p):
         console.print(advice, highlight=False)
-    if advice := freezing(lines, alpha):
+    if advice := explain_freezing(lines, alpha):
         console.print(advice, highlight=False)
     plot.parent.mkdir(parents=True, exist_ok=True)
     write_plot(lines, title, plot)

@@ -14,7 +14,7 @@ from depthmup.data.config import NOT_IDENTITY, PathText, Positive, Whole
 from depthmup.data.paths import expand_all_read, expand_read, protect
 from depthmup.launch.axes import AXES, TRAINING_AXES, find_axes_misfit, find_ladder_misfit
 from depthmup.launch.joint_config import TuneConfig, VerifyConfig
-from depthmup.launch.values import Octaves, Seeds, Values, ascending, listed
+from depthmup.launch.values import Octaves, Seeds, Values, make_list, sort_values
 from depthmup.models.checked import STRICT
 from depthmup.models.number import Number
 from depthmup.models.parameterization_config import ParameterizationConfig
@@ -74,7 +74,7 @@ class Size:
         return ", ".join(f"{axis} {value}" for axis, value in self.axes.items())
 
 
-def folder_name(name: str) -> str:
+def check_folder_name(name: str) -> str:
     """It names a folder and jobs: what is no plain word would lead elsewhere, or not be found in the queue again."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise ValueError("must be letters, digits, '.', '_' and '-', with a letter or digit first")
@@ -91,10 +91,10 @@ class StudyConfig:
     """Every parameterization x size x value x seed is a point, of which an adaptive design runs those that tell most.
     The first size is the base that others compare with."""
 
-    name: Annotated[str, AfterValidator(folder_name)]  # of its folder and its jobs
+    name: Annotated[str, AfterValidator(check_folder_name)]  # of its folder and its jobs
     directory: PathText = field(default="runs", metadata=NOT_IDENTITY)  # folder of the study's folder
     # names, or names with changed keys, as {name: depth_mup, beta: 0.5}
-    parameterizations: Annotated[tuple[Preset, ...], BeforeValidator(listed), Field(min_length=1)]
+    parameterizations: Annotated[tuple[Preset, ...], BeforeValidator(make_list), Field(min_length=1)]
     sizes: Annotated[tuple[Size, ...], Field(min_length=1)]  # the base first
     hyperparameter: str = "optimizer.lr"  # the key that is swept
     values: Values  # of it: a range, or a list
@@ -133,7 +133,7 @@ class StudyConfig:
     @property
     def grid(self) -> tuple[float, ...]:
         """The swept values in ascending order."""
-        return ascending(self.values)
+        return sort_values(self.values)
 
     @property
     def adaptive(self) -> bool:
@@ -246,8 +246,8 @@ class StudyFile(RunConfig):
         object.__setattr__(self, "study", replace(self.study, parameterizations=tuple(dict.fromkeys(chosen))))
         if self.parameterization not in (ParameterizationConfig(), *self.study.parameterizations):
             raise ValueError(
-                f"parameterization: {label(self.parameterization)} would do nothing: study.parameterizations says what "
-                "a study compares; state it there, as in study.parameterizations=[{name: depth_mup, beta: 0.5}]"
+                f"parameterization: {show_label(self.parameterization)} would do nothing: study.parameterizations says "
+                "what a study compares; state it there, as in study.parameterizations=[{name: depth_mup, beta: 0.5}]"
             )
         if self.study.metric == "minival_loss" and ("minival" not in self.train.evaluate or not self.data.minival):
             mend = "use study.metric=train_loss, or add minival to train.evaluate"
@@ -291,7 +291,7 @@ class StudyFile(RunConfig):
         return Path(self.study.directory) / self.study.name
 
 
-def label(parameterization: ParameterizationConfig) -> str:
+def show_label(parameterization: ParameterizationConfig) -> str:
     """'depth_mup', or 'depth_mup alpha=1' where a field overrides the preset."""
     defaults = ParameterizationConfig()
     overrides = [

@@ -19,7 +19,7 @@ from rich.text import Text
 from depthmup.data.lock import NoLocks, flock
 from depthmup.launch.jobs import probe
 from depthmup.launch.jobs.slurm import SlurmError
-from depthmup.launch.paths import command
+from depthmup.launch.paths import quote_command
 
 PACKAGES = ("torch", "timm", "webdataset", "submitit")
 EXTRAS = {  # package: extra
@@ -44,11 +44,11 @@ class Finding:
     is_wrong: bool = False
 
 
-def gigabytes(number: float) -> str:
+def show_gigabytes(number: float) -> str:
     return f"{number / 1e9:.3g} GB"
 
 
-def versions(names: tuple[str, ...]) -> dict[str, str | None]:
+def list_versions(names: tuple[str, ...]) -> dict[str, str | None]:
     """Of each package; None where it is not installed."""
     found: dict[str, str | None] = {}
     for name in names:
@@ -60,13 +60,13 @@ def versions(names: tuple[str, ...]) -> dict[str, str | None]:
 
 
 def look_at_packages(folder: Path) -> list[Finding]:
-    needed = versions(PACKAGES)
+    needed = list_versions(PACKAGES)
     missing = [name for name, number in needed.items() if number is None]
     listed = ", ".join(f"{name} {number}" for name, number in needed.items() if number)
     findings = [Finding("Python", sys.version.split()[0]), Finding("packages", listed)]
     if missing:
         findings[-1] = Finding("packages", listed, f"install {', '.join(missing)}", is_wrong=True)
-    for name, number in versions(tuple(EXTRAS)).items():
+    for name, number in list_versions(tuple(EXTRAS)).items():
         advice = "" if number else f"pip install 'depthmup[{EXTRAS[name]}]'"
         findings.append(Finding(name, number or "not installed", advice))
     return findings
@@ -75,7 +75,7 @@ def look_at_packages(folder: Path) -> list[Finding]:
 def look_at_devices(folder: Path) -> list[Finding]:
     cores = len(os.sched_getaffinity(0))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    findings = [Finding("CPU", f"{cores} cores, {gigabytes(memory)}")]
+    findings = [Finding("CPU", f"{cores} cores, {show_gigabytes(memory)}")]
     if importlib.util.find_spec("torch") is None:
         return findings
     import torch
@@ -83,7 +83,7 @@ def look_at_devices(folder: Path) -> list[Finding]:
     if torch.cuda.is_available():
         for number in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(number)
-            findings.append(Finding(f"GPU {number}", f"{properties.name}, {gigabytes(properties.total_memory)}"))
+            findings.append(Finding(f"GPU {number}", f"{properties.name}, {show_gigabytes(properties.total_memory)}"))
     elif shutil.which("nvidia-smi"):
         why = "a torch for CPUs" if torch.version.cuda is None else f"a torch for CUDA {torch.version.cuda}"
         advice = "install a torch for the CUDA of this machine's driver (nvidia-smi says which)"
@@ -100,7 +100,7 @@ def look_at_shared_memory(folder: Path) -> list[Finding]:
         return [Finding("/dev/shm", "not there", "mount it, or set data.num_workers=0", is_wrong=True)]
     free = shutil.disk_usage(shared).free
     advice = "" if free >= LEAST_SHARED_GB * 1e9 else "make it larger (docker: --shm-size=8g), or data.num_workers=0"
-    return [Finding("/dev/shm", f"{gigabytes(free)} free", advice)]
+    return [Finding("/dev/shm", f"{show_gigabytes(free)} free", advice)]
 
 
 def look_at_folder(folder: Path) -> list[Finding]:
@@ -121,7 +121,7 @@ def look_at_folder(folder: Path) -> list[Finding]:
             probe_file.unlink()
     free = shutil.disk_usage(place).free
     advice = "" if free >= LEAST_FREE_GB * 1e9 else "checkpoints and shards may not fit: free some"
-    return [Finding(str(folder), f"can be written to, {gigabytes(free)} free", advice), locks]
+    return [Finding(str(folder), f"can be written to, {show_gigabytes(free)} free", advice), locks]
 
 
 def look_at_slurm(folder: Path) -> list[Finding]:
@@ -134,7 +134,7 @@ def look_at_slurm(folder: Path) -> list[Finding]:
     if not partitions:
         return [Finding("Slurm", "no partition is up", "ask those who run the cluster")]
     listed = ", ".join(f"{each.name} ({each.nodes} nodes, {each.gpus} GPUs each)" for each in partitions)
-    return [Finding("Slurm", listed, f"{command('cluster', 'probe')} proposes a profile")]
+    return [Finding("Slurm", listed, f"{quote_command('cluster', 'probe')} proposes a profile")]
 
 
 def has_wandb_key() -> bool:

@@ -14,8 +14,8 @@ from depthmup.data.files import write_atomically
 from depthmup.models.build import build_meta
 from depthmup.models.config import OwnConfig
 from depthmup.models.export import folded_state
-from depthmup.models.own import builder_arguments
-from depthmup.models.timm_registry import timm_call
+from depthmup.models.own import list_builder_arguments
+from depthmup.models.timm_registry import find_timm_call
 from depthmup.train.config import RunConfig
 from depthmup.train.owner import check_owner
 from depthmup.train.reading import from_plain, read_yaml, to_plain
@@ -23,7 +23,7 @@ from depthmup.train.record import save_weights
 from depthmup.train.rundir import RunDirectory
 
 
-def best_runs(study: Path) -> str:
+def list_best_runs(study: Path) -> str:
     """The completed runs with the lowest metric of a study's folder, as text."""
     metric = read_yaml(study / "study.yaml")["study"]["metric"]
     finished = ((RunDirectory(path), RunDirectory(path).done()) for path in sorted((study / "runs").glob("*")))
@@ -66,14 +66,14 @@ class PlainNetwork:
         )
 
 
-def plain_network(config: RunConfig, out: Path) -> PlainNetwork:
+def describe_plain_network(config: RunConfig, out: Path) -> PlainNetwork:
     """What makes the network of a run for an export to `out`. Raises UserError, or ModelError for one without any."""
     if isinstance(model := config.model, OwnConfig):
         if is_folder(out):
             raise UserError(f"{out}: a folder is for networks of timm's: give a file, as {out}.safetensors")
         size = {"width": model.width, "depth": model.depth}
-        return PlainNetwork(model.builder, size | builder_arguments(model), is_own=True)
-    name, arguments = timm_call(model)
+        return PlainNetwork(model.builder, size | list_builder_arguments(model), is_own=True)
+    name, arguments = find_timm_call(model)
     return PlainNetwork(name, arguments, is_own=False)
 
 
@@ -95,11 +95,11 @@ def make_hugging_face_config(
         "num_classes": config.model.num_classes,
         "num_features": num_features,
         "model_args": arguments,
-        "pretrained_cfg": preprocessing(config),
+        "pretrained_cfg": describe_preprocessing(config),
     }
 
 
-def preprocessing(config: RunConfig) -> dict[str, Any]:
+def describe_preprocessing(config: RunConfig) -> dict[str, Any]:
     """How timm makes a picture the network's input as an evaluation here does (data.decode.center_crop,
     data.batch.to_float), in the words of timm's pretrained_cfg."""
     model, data = config.model, config.data
@@ -122,7 +122,7 @@ def export_run(run: Path, out: Path) -> PlainNetwork:
     """
     directory = RunDirectory(run)
     if (run / "study.yaml").exists():
-        raise UserError(f"{run} is a study's folder: export one of its runs, {best_runs(run)}")
+        raise UserError(f"{run} is a study's folder: export one of its runs, {list_best_runs(run)}")
     if not directory.weights.exists():
         raise UserError(f"{run}: no {directory.weights.name} there; a run writes it when it is completed")
     config = from_plain(RunConfig, read_yaml(directory.config), str(directory.config))
@@ -134,13 +134,13 @@ def export_run(run: Path, out: Path) -> PlainNetwork:
         scaled.network.load_state_dict(load_file(directory.weights), strict=True, assign=True)
     except (RuntimeError, SafetensorError) as error:
         raise UserError(f"{directory.weights}: not the weights of this run's model: {error}") from None
-    plain = plain_network(config, out)
-    overlay = {} if plain.is_own else {"pretrained_cfg_overlay": preprocessing(config)}
+    plain = describe_plain_network(config, out)
+    overlay = {} if plain.is_own else {"pretrained_cfg_overlay": describe_preprocessing(config)}
     of_file = replace(plain, arguments=plain.arguments | overlay)
     metadata = {
         "format": "pt",
         "builder" if plain.is_own else "timm": json.dumps({"model_name": plain.name, "arguments": of_file.arguments}),
-        "pretrained_cfg": json.dumps(preprocessing(config)),
+        "pretrained_cfg": json.dumps(describe_preprocessing(config)),
         "model": json.dumps(to_plain(config.model)),
         "parameterization": json.dumps(to_plain(config.parameterization)),
     }

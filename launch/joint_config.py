@@ -6,7 +6,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag
 from pydantic.dataclasses import dataclass
 
 from depthmup.data.config import Positive, Whole
-from depthmup.launch.values import Dimension, Range, Seeds, listed
+from depthmup.launch.values import Dimension, Range, Seeds, make_list
 from depthmup.models.checked import STRICT
 from depthmup.models.number import Number
 from depthmup.train.config import checked_setting
@@ -30,7 +30,7 @@ class TuneConfig:
     rerun: Positive = 3  # the best suggestions, which train again
     rerun_seeds: Annotated[Whole, Field(ge=2)] = 3  # new ones, of each of them
     # shares of the steps at which a run whose loss is above the median of the suggestions before its batch is ended
-    prune: Annotated[tuple[Annotated[Number, Field(gt=0, lt=1)], ...], BeforeValidator(listed)] = ()
+    prune: Annotated[tuple[Annotated[Number, Field(gt=0, lt=1)], ...], BeforeValidator(make_list)] = ()
 
     def __post_init__(self) -> None:
         if self.trials and self.flops:

@@ -13,10 +13,10 @@ from depthmup.data.files import write_atomically
 from depthmup.data.look import look_at_images
 from depthmup.data.paths import protect
 from depthmup.data.sources import PACKAGED
-from depthmup.launch.config import Size, folder_name
+from depthmup.launch.config import Size, check_folder_name
 from depthmup.launch.new_network import describe_proxy, find_side
 from depthmup.launch.path_cost import PathCost, count_path
-from depthmup.launch.paths import command
+from depthmup.launch.paths import quote_command
 from depthmup.launch.reading import parse_study
 from depthmup.launch.wording import show_share
 from depthmup.train.reading import from_plain, set_dotted
@@ -96,7 +96,7 @@ class Template:
         self.values: dict[str, Any] = {
             **vars(proxy),
             **{"name": name, "file": file, "target": self.target},
-            **{"target_file": target_file(name), "look": look, "pixels": pixels, "mean": mean, "std": std},
+            **{"target_file": locate_target_file(name), "look": look, "pixels": pixels, "mean": mean, "std": std},
             "sizes": choose_sizes(proxy.base, target),
             "channels": proxy.channels or look.channels,
             "source": None if look.is_indexed else where,
@@ -134,11 +134,11 @@ class Template:
 
     def count(self, text: str) -> PathCost:
         """What the path that `text` begins costs."""
-        changes = load_yaml(self.render_target(), target_file(self.name).name)
+        changes = load_yaml(self.render_target(), locate_target_file(self.name).name)
         return count_path(self.file, parse_study(load_yaml(text, str(self.file)), self.file), changes)
 
 
-def target_file(name: str) -> Path:
+def locate_target_file(name: str) -> Path:
     return Path(f"{name}_target.yaml")
 
 
@@ -183,12 +183,12 @@ def write_new_study(
     UserError."""
     file = Path(f"{name}.yaml")
     try:
-        folder_name(name)
+        check_folder_name(name)
     except ValueError as error:
         raise UserError(f"{name}: a study's name {error}") from None
     if target is None and share != SHARE:
         raise UserError(f"--share {share:g} would do nothing without a target: add --target")
-    for each in (file, *([target_file(name)] if target is not None else [])):
+    for each in (file, *([locate_target_file(name)] if target is not None else [])):
         if each.exists():
             raise UserError(f"{each} exists already: give another name, or delete it first")
     of_target = None if target is None else read_size("--target", target)
@@ -197,12 +197,12 @@ def write_new_study(
     parse_study(load_yaml(found.text, str(file)), file)  # what is written is a study that can be launched
     write_atomically(file, found.text.encode())
     if not found.cost:
-        return [f"{file} is written. Next:", "", *(f"  {command(verb, file)}" for verb in ("plan", "transfer"))]
-    write_atomically(target_file(name), found.target.encode())
-    words = (file, "--target", target_file(name))
-    next_commands = (command("plan", *words), command("transfer", file, "--tune", *words[1:]))
+        return [f"{file} is written. Next:", "", *(f"  {quote_command(verb, file)}" for verb in ("plan", "transfer"))]
+    write_atomically(locate_target_file(name), found.target.encode())
+    words = (file, "--target", locate_target_file(name))
+    next_commands = (quote_command("plan", *words), quote_command("transfer", file, "--tune", *words[1:]))
     return [
-        f"{file} and {target_file(name)} are written. {found.cost}",
+        f"{file} and {locate_target_file(name)} are written. {found.cost}",
         "Next:",
         "",
         *(f"  {each}" for each in next_commands),

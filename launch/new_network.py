@@ -9,7 +9,7 @@ from depthmup.data.look import Look
 from depthmup.launch.config import Size
 from depthmup.models.config import OwnConfig, TimmConfig
 from depthmup.models.errors import ModelError
-from depthmup.train.reading import with_code
+from depthmup.train.reading import insert_code
 
 SIDES = (8, 16, 32, 64, 128, 224)  # pixels of the square that a proxy sees
 PATCHES = 8  # of a ViT along a side, where that gives patches of 2 to 16 pixels
@@ -83,7 +83,7 @@ def describe_proxy(network: str, look: Look, base: Size | None) -> Proxy:
         raise UserError(f"--network {network}: {error}{known}") from None
 
 
-def shape_of(look: Look, size: Size) -> dict[str, Any]:
+def describe_shape(look: Look, size: Size) -> dict[str, Any]:
     """What a configuration of the proxy states beside its kind."""
     width, depth = {"width": size.width, "base_width": size.width}, {"depth": size.depth, "base_depth": size.depth}
     return {**width, **depth, "num_classes": look.classes}
@@ -91,12 +91,14 @@ def shape_of(look: Look, size: Size) -> dict[str, Any]:
 
 def describe_own(network: str, look: Look, base: Size) -> Proxy:
     """Of FILE.py:FUNCTION. A builder that takes no in_channels sees colours. Raises ModelError, UserError."""
-    from depthmup.models.own import builder_arguments
+    from depthmup.models.own import list_builder_arguments
 
     model = {"family": "own", "builder": network}
-    given = with_code({"model": {**model, **shape_of(look, base), "image_size": find_side(look)}}, "--network")["model"]
+    given = insert_code({"model": {**model, **describe_shape(look, base), "image_size": find_side(look)}}, "--network")[
+        "model"
+    ]
     config = OwnConfig(**given)
-    channels = look.channels if "in_channels" in builder_arguments(config) else 3
+    channels = look.channels if "in_channels" in list_builder_arguments(config) else 3
     preset = choose_absolute_form(replace(config, in_channels=channels))
     return Proxy(config.builder, base, model, preset, **ADAMW, channels=channels)
 
@@ -115,10 +117,10 @@ def choose_absolute_form(base: OwnConfig | TimmConfig) -> str:
 def describe_timm(name: str, look: Look, base: Size | None) -> Proxy:
     """Of timm's network `name`: of two blocks a stage where one does not show all that a deeper network has, and of
     larger images where it shrinks those of `look` to nothing. Raises ModelError."""
-    from depthmup.models.timm_family import stated_arguments
+    from depthmup.models.timm_family import list_stated_arguments
     from depthmup.models.timm_sizes import find_least_width, has_heads
 
-    stated = stated_arguments(name)
+    stated = list_stated_arguments(name)
     step = math.lcm(find_least_width(stated), HEAD_DIM)
     width = step * math.ceil(LEAST_WIDTH / step)
     model: dict[str, Any] = {"family": "timm", "timm_name": name}
@@ -127,7 +129,7 @@ def describe_timm(name: str, look: Look, base: Size | None) -> Proxy:
     problem: ModelError | None = None
     for pixels in SIDES[SIDES.index(find_side(look)) :][:4]:
         for size in sizes:
-            shape = shape_of(look, size) | {"image_size": pixels, "in_channels": look.channels}
+            shape = describe_shape(look, size) | {"image_size": pixels, "in_channels": look.channels}
             try:
                 preset = choose_absolute_form(TimmConfig(**model, **shape))
             except ModelError as error:

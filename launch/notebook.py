@@ -85,6 +85,6 @@ def report(config: str | Path, *overrides: str) -> Record:
 def figures(config: str | Path, *overrides: str) -> "dict[str, Figure]":
     """The report's figures by name (curves, drift, loss); a notebook shows one that is the last value of a cell."""
     from depthmup.launch.report.collect import collect
-    from depthmup.launch.report.page import figures as draw
+    from depthmup.launch.report.page import draw_figures as draw
 
     return draw(collect(open_study(config, overrides)))

@@ -11,7 +11,7 @@ from depthmup.launch.runs.search import Search
 from depthmup.launch.runs.study import Study
 from depthmup.launch.runs.tuned import search_of
 from depthmup.launch.scale import merge, run_of, run_settings
-from depthmup.launch.wording import quantity, show_share
+from depthmup.launch.wording import show_quantity, show_share
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class PathCost:
         return (self.search + self.study) / self.target
 
     def __str__(self) -> str:
-        parts = [f"{quantity(self.search)}FLOPs for the search"] if self.search else []
-        parts.append(f"at most {quantity(self.study)}FLOPs for the study over sizes")
+        parts = [f"{show_quantity(self.search)}FLOPs for the search"] if self.search else []
+        parts.append(f"at most {show_quantity(self.study)}FLOPs for the study over sizes")
         return (
-            f"Tuning costs at most {show_share(self.share)} of the target's {quantity(self.target)}FLOPs: "
+            f"Tuning costs at most {show_share(self.share)} of the target's {show_quantity(self.target)}FLOPs: "
             f"{', '.join(parts)}."
         )
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from depthmup.data.errors import UserError
-from depthmup.data.paths import PACKAGE, expand_path, home
+from depthmup.data.paths import PACKAGE, expand_path, find_own_home
 
 
 def refuse_empty(text: str) -> str:
@@ -55,7 +55,7 @@ class ConfigPath(FilePath):
         return find_configuration(os.fspath(value))
 
 
-def command(verb: str, *words: str | Path) -> str:
+def quote_command(verb: str, *words: str | Path) -> str:
     """A command that a shell takes as it stands: `depthmup VERB WORD ...`, quoted where it must be."""
     return shlex.join(["depthmup", verb, *map(str, words)])
 
@@ -66,5 +66,5 @@ def find_user_folder(variable: str, otherwise: str) -> Path | None:
     given = os.environ.get(variable, "")
     if os.path.isabs(given):  # others are to be ignored, says the XDG specification
         return Path(given) / "depthmup"
-    own = home()
+    own = find_own_home()
     return own / otherwise / "depthmup" if own else None

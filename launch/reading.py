@@ -8,7 +8,7 @@ from depthmup.data.errors import UserError
 from depthmup.data.paths import expand_path, protect
 from depthmup.launch.axes import TRAINING_AXES
 from depthmup.launch.config import LaunchConfig, StudyFile
-from depthmup.launch.paths import PACKAGE, command, find_user_folder
+from depthmup.launch.paths import PACKAGE, find_user_folder, quote_command
 from depthmup.train.config import RunConfig
 from depthmup.train.reading import from_plain, read_yaml, run_in, set_dotted, to_plain
 from depthmup.train.yaml_text import load_yaml
@@ -58,7 +58,7 @@ def apply_profile(raw: dict[str, Any], path: Path) -> None:
     raw["launch"] = {**profile, **launch, "cluster": profile.get("cluster", "slurm")}
 
 
-def settings_of(file: StudyFile) -> dict[str, Any]:
+def read_settings(file: StudyFile) -> dict[str, Any]:
     """The file as plain data to be written. Of launch only what is not the default: a file's keys win over a profile's,
     and nobody chose these."""
     plain: dict[str, Any] = to_plain(file)
@@ -143,7 +143,7 @@ def read_study(path: Path, overrides: tuple[str, ...] = ()) -> StudyFile:
 def parse_study(raw: dict[str, Any], path: Path) -> StudyFile:
     """The study in the plain data of the file `path`, which may be a pipe: nothing is read twice. Raises UserError."""
     if "study" not in raw:
-        raise UserError(f"{path}: no section study:, for a study; for this one run: {command('train', path)}")
+        raise UserError(f"{path}: no section study:, for a study; for this one run: {quote_command('train', path)}")
     file = from_plain(StudyFile, raw, str(path))
     base = file.study.sizes[0]
     if len(file.study.sizes) == len(file.study.grid) == 1:

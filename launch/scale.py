@@ -8,22 +8,22 @@ from typing import Any
 
 from depthmup.data.errors import UserError
 from depthmup.data.files import refuse_locked, write_atomically
-from depthmup.data.index import counted
+from depthmup.data.index import show_count
 from depthmup.data.paths import protect
 from depthmup.launch.axes import MODEL_AXES, TRAINING_AXES
-from depthmup.launch.config import Size, StudyFile, label
+from depthmup.launch.config import Size, StudyFile, show_label
 from depthmup.launch.findings.analysis import Curve
 from depthmup.launch.findings.forecast import Forecast, foretell_loss
 from depthmup.launch.findings.verdict import CARRIED, explain_missing_optimum
-from depthmup.launch.paths import command
-from depthmup.launch.reading import apply_profile, read_named_cluster, read_study_or_run, settings_of
+from depthmup.launch.paths import quote_command
+from depthmup.launch.reading import apply_profile, read_named_cluster, read_settings, read_study_or_run
 from depthmup.launch.report.collect import Report
 from depthmup.launch.runs.foretold import Foretold, write_foretold
 from depthmup.launch.runs.study import Study
 from depthmup.models.config import MixtureVitConfig, VisionTransformerConfig
 from depthmup.models.parameterization_config import ParameterizationConfig
 from depthmup.models.training_scale import list_lr_exponents
-from depthmup.train.config import RunConfig, identity
+from depthmup.train.config import RunConfig, find_identity
 from depthmup.train.reading import from_plain, read_yaml, set_dotted
 from depthmup.train.yaml_text import dump_yaml, load_yaml
 
@@ -117,7 +117,7 @@ def choose_curve(report: Report, parameterization: str | None, force: bool) -> t
         f"Transferred from study {study.name} with {curve.parameterization}: {judgement.verdict} ({judgement.reason}).",
         f"{study.hyperparameter} {study.show(study.octaves(carried))}{interval}"
         + (f", censored on the {curve.optimum.censored} edge of the grid" if curve.optimum.censored else "")
-        + f", from {counted(curve.num_seeds, 'seed')} at {curve.size}.",
+        + f", from {show_count(curve.num_seeds, 'seed')} at {curve.size}.",
         f"Horizon of the proxy: {train.samples} samples in batches of {train.global_batch_size} "
         f"({train.num_steps} steps).",
     ]
@@ -135,7 +135,7 @@ def list_task_values(run: RunConfig) -> dict[str, Any]:
     """Dotted key -> value of what the optimum of `run` belongs to."""
     mixture = isinstance(run.model, MixtureVitConfig)
     with_rules = WITH_RULES + (WITH_RULES_OF_EXPERTS if mixture else ())
-    found = {f"model.{key}": value for key, value in identity(run.model).items() if key not in with_rules}
+    found = {f"model.{key}": value for key, value in find_identity(run.model).items() if key not in with_rules}
     if isinstance(run.model, VisionTransformerConfig):
         found["model.head_dim at base_width"] = run.model.heads(run.model.base_width)[1]
     if run.model.family == "timm":  # a fixed size of the network there, as num_classes is
@@ -166,7 +166,7 @@ def list_movable_values(run: RunConfig) -> dict[str, Any]:
 
 def run_settings(file: StudyFile) -> dict[str, Any]:
     """The sections of a study's file that a run of its own has, as plain data."""
-    plain = settings_of(file)
+    plain = read_settings(file)
     return {key: plain[key] for key in SECTIONS if key in plain}
 
 
@@ -194,7 +194,7 @@ def scale(
     """
     file: StudyFile = report.study.file
     curve, carried, facts = choose_curve(report, parameterization, force)
-    chosen = next(p for p in file.study.parameterizations if label(p) == curve.parameterization)
+    chosen = next(p for p in file.study.parameterizations if show_label(p) == curve.parameterization)
     config = run_settings(file)
     config["parameterization"] = {key: value for key, value in vars(chosen).items() if value is not None}
     set_dotted(config, f"{file.study.hyperparameter}={carried!r}")
@@ -313,7 +313,7 @@ def write_target(transferred: Transferred, path: Path) -> None:
     if path.exists() and {**read_yaml(path), "launch": None} != {**ours, "launch": None}:
         raise UserError(
             f"{path} exists and differs: delete it to have it written again, choose another --out, or start it as it "
-            f"is: {command('launch', path)}"
+            f"is: {quote_command('launch', path)}"
         )
     write_atomically(path, transferred.text().encode())
 

@@ -13,14 +13,14 @@ from rich.console import Console
 
 from depthmup.data.errors import UserError
 from depthmup.data.files import write_atomically
-from depthmup.data.index import counted
+from depthmup.data.index import show_count
 from depthmup.launch.jobs import slurm, states
 from depthmup.launch.jobs.code_copy import copy_code
 from depthmup.launch.jobs.reasons import explain
 from depthmup.launch.jobs.share import Share
 from depthmup.launch.jobs.states import State
 from depthmup.launch.jobs.status import describe_next_command
-from depthmup.launch.jobs.submission import lock_launch, note_command, places_taken, read_last_command
+from depthmup.launch.jobs.submission import count_taken, lock_launch, note_command, read_last_command
 from depthmup.launch.progress import display
 from depthmup.launch.runs.cost import count_flops
 from depthmup.launch.runs.fits import check_fits
@@ -31,7 +31,7 @@ from depthmup.launch.runs.pool import refuse_mixture
 from depthmup.launch.runs.rounds import AddedRound, AddedRun
 from depthmup.launch.runs.study import Study
 from depthmup.launch.runs.written import refuse_other_study
-from depthmup.launch.wording import duration
+from depthmup.launch.wording import show_duration
 
 POLL_SECONDS = 0.5
 SLURM_POLL_SECONDS = 10.0
@@ -58,7 +58,7 @@ class Launched:
     def describe_jobs(self) -> str:
         """'8 runs submitted: jobs 4711, 4712'."""
         rest = f"; {self.left} more when Slurm has place for them" if self.left else ""
-        return f"{counted(len(self.runs), 'run')} submitted: jobs {', '.join(self.job_ids)}{rest}"
+        return f"{show_count(len(self.runs), 'run')} submitted: jobs {', '.join(self.job_ids)}{rest}"
 
     def stop(self) -> None:
         """Tells the slots to save and end, and waits for it; a second Ctrl-C meanwhile kills them."""
@@ -107,7 +107,7 @@ def launch(study: Study, only: Sequence[State] = UNFINISHED, by_itself: bool = F
     try:
         run_here(packs, config, study.file.directory / "local")
     except KeyboardInterrupt as told:
-        raise type(told)(interrupted(study)) from None
+        raise type(told)(describe_interrupted(study)) from None
     return Launched(runs, [], [])
 
 
@@ -115,7 +115,7 @@ def launch_wave(study: Study, packs: Sequence[Sequence[PlannedRun]], snapshot: s
     """Submits to Slurm as many of `packs` as it has place for, to a factor of 2, the first ones first. Raises as
     `launch_arrays` does, Full only where nothing of the study waits or runs."""
     try:
-        limit = slurm.max_array_size()  # first: without Slurm nothing is written
+        limit = slurm.ask_max_array_size()  # first: without Slurm nothing is written
     except slurm.SlurmError as error:
         raise slurm.Silent(f"Slurm does not answer: {error}. Nothing was submitted") from None
     from depthmup.launch.jobs.submit import deal_tasks
@@ -158,7 +158,7 @@ def launch_arrays(
     root, config = study.file.directory, study.file.launch
     name = f"depthmup-{study.file.study.name}"
     tasks = [task for array in arrays for task in array]
-    turns = take_turns(len(arrays), len(tasks), config.max_running, *places_taken(snapshot.submissions, snapshot.queue))
+    turns = take_turns(len(arrays), len(tasks), config.max_running, *count_taken(snapshot.submissions, snapshot.queue))
     submissions = prepare_arrays(arrays, turns, config, root / "jobs", name, code)
     forgotten = forget_failures(runs)
     try:
@@ -246,10 +246,10 @@ def wait(study: Study, launched: Launched, console: Console) -> None:
             pause = (time.process_time() - looked) * (1 / LOOKING_SHARE - 1)
             time.sleep(max(pause, SLURM_POLL_SECONDS if on_slurm else POLL_SECONDS))
     if len(known) < len(study.runs):
-        raise unfinished(study)
+        raise count_unfinished(study)
 
 
-def interrupted(study: Study) -> str:
+def describe_interrupted(study: Study) -> str:
     """What to say after Ctrl-C: where the runs stand, and how to go on."""
     left = study.pending()
     saved = [
@@ -264,7 +264,7 @@ class Unfinished(UserError):
     """Runs are left over that no process has."""
 
 
-def unfinished(study: Study) -> Unfinished:
+def count_unfinished(study: Study) -> Unfinished:
     """How many runs are left over, what the first of them says, and what to type."""
     left = [found for found in states.take_snapshot(study).runs if found.state not in states.ENDED]
     number = f"{len(left)} of {len(study.runs)} runs"
@@ -284,7 +284,7 @@ def describe_progress(snapshot: states.Snapshot, of_all: int, left_seconds: floa
     """'3 of 12 done, 2 running, ETA 5 min 10 s, 1 failed, 6 waiting (Priority)'."""
     counts = snapshot.counts()
     text = f"{len(snapshot.of(*states.ENDED))} of {of_all} done, {counts.get('running', 0)} running"
-    text += "" if left_seconds is None else f", ETA {duration(left_seconds)}"
+    text += "" if left_seconds is None else f", ETA {show_duration(left_seconds)}"
     shown = ("stalled", "starting", "ending", "failed", "held")
     text += "".join(f", {counts[state]} {state}" for state in shown if state in counts)
     return text + describe_waiting(snapshot) + (", Slurm does not answer" if snapshot.slurm_error else "")

@@ -12,7 +12,7 @@ from depthmup.models.number import Number
 from depthmup.train.config import checked_setting
 
 
-def listed(given: Any) -> Any:
+def make_list(given: Any) -> Any:
     """'2**-6,2**-4', as one types on a command line, and a single value are lists."""
     if isinstance(given, str):
         return [part.strip() for part in given.split(",")]
@@ -25,7 +25,7 @@ def count_up(given: Any) -> Any:
         given = int(given)
     if isinstance(given, bool) or (isinstance(given, int) and given < 1):
         raise ValueError("state how many seeds, at least 1, or a list of them")
-    return tuple(range(given)) if isinstance(given, int) else listed(given)
+    return tuple(range(given)) if isinstance(given, int) else make_list(given)
 
 
 def refuse_twice(given: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -61,13 +61,13 @@ class Octaves:
         return tuple(self.first * 2 ** (i / self.per_octave) for i in range(count))
 
 
-def ascending(values: Octaves | tuple[float, ...]) -> tuple[float, ...]:
+def sort_values(values: Octaves | tuple[float, ...]) -> tuple[float, ...]:
     return values.values() if isinstance(values, Octaves) else tuple(sorted(set(values)))
 
 
-def enough(values: Octaves | tuple[float, ...]) -> Octaves | tuple[float, ...]:
+def require_several(values: Octaves | tuple[float, ...]) -> Octaves | tuple[float, ...]:
     """One value is for `depthmup converge`."""
-    if (count := len(ascending(values))) in (0, 2):
+    if (count := len(sort_values(values))) in (0, 2):
         raise ValueError(f"needs at least 3 values, or one where no optimum is asked for, found {count}")
     return values
 
@@ -75,9 +75,9 @@ def enough(values: Octaves | tuple[float, ...]) -> Octaves | tuple[float, ...]:
 # The tags are no keys: messages leave out what is in angle brackets.
 Values = Annotated[
     Annotated[Octaves, Tag("<octaves>")]
-    | Annotated[tuple[Annotated[Number, Field(gt=0)], ...], BeforeValidator(listed), Tag("<list>")],
+    | Annotated[tuple[Annotated[Number, Field(gt=0)], ...], BeforeValidator(make_list), Tag("<list>")],
     Discriminator(lambda given: "<octaves>" if isinstance(given, dict | Octaves) else "<list>"),
-    AfterValidator(enough),
+    AfterValidator(require_several),
 ]
 
 

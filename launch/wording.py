@@ -85,7 +85,7 @@ def show_number(value: float | None) -> str:
     return "fails" if math.isinf(value) else f"{value:.3g}"
 
 
-def quantity(value: float) -> str:
+def show_quantity(value: float) -> str:
     """1234567 -> '1.23 M'."""
     for limit, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= limit:
@@ -93,13 +93,13 @@ def quantity(value: float) -> str:
     return f"{value:.3g}"
 
 
-def power_of_two(value: float) -> str:
+def show_power(value: float) -> str:
     """0.015625 -> '2^-6', as the report writes it; '0.01' where the exponent is not round."""
     exponent = math.log2(value)
     return f"2^{exponent:.4g}" if abs(exponent * 4 - round(exponent * 4)) < 1e-9 else f"{value:.4g}"
 
 
-def duration(seconds: float) -> str:
+def show_duration(seconds: float) -> str:
     """'42 s', '3 min 05 s' or '2 h 10 min'."""
     seconds = round(seconds)
     if seconds < 60:

@@ -72,7 +72,7 @@ def assign_rules(network: nn.Module, roles: Roles, scale: Scale) -> dict[str, Pa
     return rules
 
 
-def scaled_model(network: nn.Module, roles: Roles, scale: Scale) -> ScaledModel:
+def scale_model(network: nn.Module, roles: Roles, scale: Scale) -> ScaledModel:
     """Gives every parameter its role and puts the multipliers on `network`. All is checked before any change.
 
     Raises UnmatchedParameterError, or ModelError for a pattern that no module matches, an init that does not fit, or
@@ -121,7 +121,7 @@ def build_on(device: str, config: AnyModelConfig, parameterization: Parameteriza
         at_base = features * config.base_width // config.width
         size, base = (Size(width=width, depth=config.depth) for width in (features, at_base))
         check_growth(network, assign_rules(network, roles, scale), roles, size, base)
-    return scaled_model(network, roles, scale)
+    return scale_model(network, roles, scale)
 
 
 def build(
@@ -233,7 +233,7 @@ def apply(
     check_own(network, roles)
     scale = scale_of(size, base, parameterization)
     check_growth(network, assign_rules(network, roles, scale), roles, size, base)
-    scaled = scaled_model(network, roles, scale)
+    scaled = scale_model(network, roles, scale)
     initialize(network, scaled.rules, scaled.scale, seed)
     return scaled
 

@@ -32,7 +32,7 @@ Values = dict[str, dict[Position, Tensor]]  # quantity -> position -> what flows
 ONLY = Position()  # the position of what there is one of
 
 
-def kind_of(block: nn.Module) -> str:
+def describe_kind(block: nn.Module) -> str:
     """What blocks of one kind have in common at every size: names of parameters and numbers of their dimensions."""
     return " ".join(f"{name}:{parameter.ndim}" for name, parameter in block.named_parameters())
 
@@ -87,7 +87,7 @@ def recording(scaled: ScaledModel, inputs: Tensor) -> Iterator[Values]:
         watched["router logits"] = find_matching_modules(scaled.network, scaled.roles.routers)
     if scaled.roles.keys:
         watched["keys"] = find_matching_modules(scaled.network, scaled.roles.keys)
-    kinds = {name: kind_of(modules[name]) for name in blocks}
+    kinds = {name: describe_kind(modules[name]) for name in blocks}
     handles = [modules[blocks[0]].register_forward_pre_hook(record_input)]
     handles += [
         modules[name].register_forward_pre_hook(follow(at))
@@ -147,7 +147,7 @@ class Layer:
         return f"{place} layer, {part} {self.branch}.{self.number}"
 
 
-def branch_layers(scaled: ScaledModel, inputs: Tensor) -> list[Layer]:
+def list_branch_layers(scaled: ScaledModel, inputs: Tensor) -> list[Layer]:
     """The layers inside the branches of `scaled`, in the order in which they run: those that hold a matrix or a
     convolution that `roles` puts inside a branch, from one branch's end to the next.
 

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from depthmup.models.build import ScaledModel, build
-from depthmup.models.check_record import ONLY, Inside, Position, Values, branch_layers, observe, recording
+from depthmup.models.check_record import ONLY, Inside, Position, Values, list_branch_layers, observe, recording
 from depthmup.models.check_targets import INSIDE, Span, Target, find_target, list_targets
 from depthmup.models.config import AnyModelConfig, MixtureVitConfig, Size
 from depthmup.models.errors import ModelError
@@ -90,14 +90,14 @@ def rms(tensor: Tensor) -> float:
     return float(tensor.float().square().mean().sqrt())
 
 
-def sizes(target: Target, at: dict[Position, Tensor]) -> dict[Position, float]:
+def measure_sizes(target: Target, at: dict[Position, Tensor]) -> dict[Position, float]:
     """RMS at each position, or the one RMS of matrices' spectral norms."""
     if target.spectral:
         return {ONLY: rms(torch.stack([torch.linalg.matrix_norm(matrix, ord=2) for matrix in at.values()]))}
     return {position: rms(tensor) for position, tensor in at.items()}
 
 
-def without_bias(logits: Tensor, scaled: ScaledModel) -> Tensor:
+def subtract_bias(logits: Tensor, scaled: ScaledModel) -> Tensor:
     """Logits at step 0 less the readout's bias, which some networks draw: a constant, whatever the width."""
     biases = [getattr(scaled.network.get_submodule(name), "bias", None) for name in scaled.roles.readouts]
     bias = biases[0] if len(biases) == 1 else None  # how several are weighted in their sum is not known
@@ -136,18 +136,20 @@ def measure(
     names = {name for name, parameter in scaled.network.named_parameters() if id(parameter) in by_muon}
     measured: Measured = {}
     initial: Values = {}
-    layers = Inside(scaled, branch_layers(scaled, inputs) if targets.keys() >= INSIDE.keys() else [])
+    layers = Inside(scaled, list_branch_layers(scaled, inputs) if targets.keys() >= INSIDE.keys() else [])
     with recording(scaled, inputs) as values, closing(layers):
         for step in range(steps + 1):
             logits = scaled.network(inputs)
             if step == 0:
                 initial = observe(scaled, values, names)
-                logits_at = {ONLY: without_bias(initial["logits"][ONLY], scaled)}
-                measured |= {(q, 0): sizes(targets[q], at) for q, at in {**initial, "logits": logits_at}.items()}
+                logits_at = {ONLY: subtract_bias(initial["logits"][ONLY], scaled)}
+                measured |= {
+                    (q, 0): measure_sizes(targets[q], at) for q, at in {**initial, "logits": logits_at}.items()
+                }
             elif step in (1, steps):
                 now = observe(scaled, values, names)
                 changes = {q: {i: at[i] - initial[q][i] for i in at} for q, at in now.items()} | layers.changes()
-                measured |= {(q, step): sizes(find_target(q, targets), at) for q, at in changes.items()}
+                measured |= {(q, step): measure_sizes(find_target(q, targets), at) for q, at in changes.items()}
             optimizer.zero_grad()
             F.cross_entropy(logits - initial["logits"][ONLY], labels).backward()
             optimizer.step()

@@ -167,7 +167,7 @@ def list_stated_blocks(model: nn.Module, roles: Roles, branches: Iterable[str]) 
     return tuple(blocks)
 
 
-def base_shape(shape: torch.Size, role: Role, width_ratio: float) -> tuple[int, ...]:
+def compute_base_shape(shape: torch.Size, role: Role, width_ratio: float) -> tuple[int, ...]:
     """The weight's shape in the model of base width: dimensions that grow with width are divided by N."""
     grows = {
         Role.INPUT: (True, False),

@@ -5,7 +5,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 
-def forward_flops(network: nn.Module, image_shape: tuple[int, int, int]) -> int:
+def count_forward_flops(network: nn.Module, image_shape: tuple[int, int, int]) -> int:
     """FLOPs (a multiply-add is 2) of one image (channels, height, width) through a network on the meta device."""
     image = torch.empty((1, *image_shape), device="meta")
     training = network.training
@@ -18,8 +18,8 @@ def forward_flops(network: nn.Module, image_shape: tuple[int, int, int]) -> int:
 
 def count_training_flops(network: nn.Module, image_shape: tuple[int, int, int]) -> int:
     """FLOPs of one image in training: forward, and twice that for the gradients of inputs and of weights."""
-    return 3 * forward_flops(network, image_shape)
+    return 3 * count_forward_flops(network, image_shape)
 
 
-def num_parameters(network: nn.Module) -> int:
+def count_parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())

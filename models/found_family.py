@@ -14,7 +14,7 @@ from depthmup.models.errors import ModelError
 from depthmup.models.family import Family, Roles
 
 
-def found_family(
+def make_found_family(
     name: str, kind: type[Any], build: Callable[[Any], nn.Module], check: Callable[[Any], None] | None = None
 ) -> Family:
     """The family `name` of the configurations of class `kind`. `build` gives the network at a configuration's size;

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from depthmup.models.errors import ModelError
-from depthmup.models.family import ParameterRule, base_shape
+from depthmup.models.family import ParameterRule, compute_base_shape
 from depthmup.models.parameterization import Scale
 
 
@@ -20,7 +20,7 @@ def make_generator(seed: int, name: str) -> torch.Generator:
 
 def init_std(shape: torch.Size, rule: ParameterRule, scale: Scale) -> float:
     """The base model's standard deviation times sqrt(init variance factor). Raises ModelError where there is no fan."""
-    at_base = base_shape(shape, rule.role, scale.width_ratio)
+    at_base = compute_base_shape(shape, rule.role, scale.width_ratio)
     if "fan" in rule.init.kind and (len(shape) < 2 or 0 in at_base):
         raise ModelError(
             f"{rule.pattern}: a {rule.role.value} of shape {tuple(shape)} has no fan at base size, which Init "

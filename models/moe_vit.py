@@ -123,7 +123,7 @@ def load_metrics(mixtures: dict[str, MixtureOfExperts], counts: Tensor) -> dict[
     return line
 
 
-def unbalanced(metrics: dict[str, float]) -> str | None:
+def describe_imbalance(metrics: dict[str, float]) -> str | None:
     """Which mixture's loads are beyond what lets every expert learn, in words."""
     limits = {"mean": MEAN_DEVIATION, "largest": LARGEST_DEVIATION}
     for key, value in metrics.items():

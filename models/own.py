@@ -15,7 +15,7 @@ from torch import nn
 from depthmup.models.config import OwnConfig
 from depthmup.models.discovery.growth import build_network
 from depthmup.models.errors import ModelError
-from depthmup.models.found_family import found_family
+from depthmup.models.found_family import make_found_family
 from depthmup.models.source_code import fingerprint_source
 
 SHAPE = ("num_classes", "image_size", "in_channels")  # that a builder may take, beside width and depth
@@ -49,7 +49,7 @@ def load_code(code: str) -> ModuleType:
     return module
 
 
-def builder_arguments(config: OwnConfig) -> dict[str, Any]:
+def list_builder_arguments(config: OwnConfig) -> dict[str, Any]:
     """What the builder is given beside width and depth: of SHAPE what it has arguments for."""
     parameters = inspect.signature(find_builder(config)).parameters.values()
     takes_all = any(each.kind is each.VAR_KEYWORD for each in parameters)
@@ -69,7 +69,7 @@ def find_builder(config: OwnConfig) -> Callable[..., nn.Module]:
 def build(config: OwnConfig) -> nn.Module:
     """The builder's network at this size. Raises ModelError for one that it cannot build, with the line."""
     builder = find_builder(config)
-    arguments = builder_arguments(config)
+    arguments = list_builder_arguments(config)
     try:
         inspect.signature(builder).bind(config.width, config.depth, **arguments)
     except TypeError as error:
@@ -103,4 +103,4 @@ def check_logits(base: OwnConfig) -> None:
         )
 
 
-OWN = found_family("own", OwnConfig, build, check_logits)
+OWN = make_found_family("own", OwnConfig, build, check_logits)

@@ -13,7 +13,7 @@ from depthmup.models.number import Number
 from depthmup.models.parameterization import AUTO, PRESETS, Parameterization, Scale
 
 
-def kind_of(model: AnyModelConfig) -> str:
+def find_kind(model: AnyModelConfig) -> str:
     """The kind of network, as rows of parameterization.AUTO name it."""
     if not isinstance(model, ConvResNetConfig):
         return model.family
@@ -59,7 +59,7 @@ class ParameterizationConfig:
         """This one, or what `auto` means for the model and the optimizer. Raises ModelError where no study tells."""
         if self.name != "auto":
             return self
-        kind = kind_of(model)
+        kind = find_kind(model)
         choice = AUTO.get((kind, optimizer))
         if choice is None:
             known = "; ".join(f"{kind} under {name}" for kind, name in AUTO)

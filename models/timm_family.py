@@ -12,8 +12,8 @@ from torch import nn
 
 from depthmup.models.config import TimmConfig
 from depthmup.models.errors import ModelError
-from depthmup.models.found_family import found_family
-from depthmup.models.timm_sizes import Wanted, find_sizes, has_heads, signature
+from depthmup.models.found_family import make_found_family
+from depthmup.models.timm_sizes import Wanted, find_sizes, has_heads, read_signature
 
 
 def load_timm() -> Any:
@@ -80,12 +80,12 @@ class Stated(Exception):
         self.arguments = arguments
 
 
-def stated_arguments(name: str) -> dict[str, Any]:
+def list_stated_arguments(name: str) -> dict[str, Any]:
     """Of the network called `name`: the arguments of its class with their defaults, and those of its entry point."""
     timm = load_timm()
 
     def stop(original: Any, kind: Any, variant: str, pretrained: bool, **stated: Any) -> nn.Module:
-        raise Stated(signature(kind) | stated)
+        raise Stated(read_signature(kind) | stated)
 
     try:
         with building(name, stop):
@@ -100,7 +100,7 @@ def build(config: TimmConfig) -> nn.Module:
     arguments: dict[str, Any] = {}
 
     def build_model(original: Any, kind: Any, variant: str, pretrained: bool, **stated: Any) -> nn.Module:
-        arguments.update(find_size_arguments(config, signature(kind) | stated))
+        arguments.update(find_size_arguments(config, read_signature(kind) | stated))
         network: nn.Module = original(kind, variant, pretrained, **stated | arguments)
         return network
 
@@ -115,11 +115,11 @@ def build(config: TimmConfig) -> nn.Module:
     return network
 
 
-def plain_call(config: TimmConfig) -> tuple[str, dict[str, Any]]:
+def find_plain_call(config: TimmConfig) -> tuple[str, dict[str, Any]]:
     """Name and arguments with which timm.create_model makes the plain network. Raises ModelError where timm's entry
     point states a size itself, so that no call does."""
     timm = load_timm()
-    arguments = find_size_arguments(config, stated_arguments(config.timm_name))
+    arguments = find_size_arguments(config, list_stated_arguments(config.timm_name))
     with torch.device("meta"):
         wanted = {key: tensor.shape for key, tensor in build(config).state_dict().items()}
         try:
@@ -134,4 +134,4 @@ def plain_call(config: TimmConfig) -> tuple[str, dict[str, Any]]:
     return config.timm_name, arguments
 
 
-TIMM = found_family("timm", TimmConfig, build)
+TIMM = make_found_family("timm", TimmConfig, build)

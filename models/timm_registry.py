@@ -21,40 +21,40 @@ from depthmup.models.errors import ModelError
 from depthmup.models.moe_vit import build as build_moe_vit
 from depthmup.models.moe_vit import find_mixtures
 from depthmup.models.resnet import build as build_resnet
-from depthmup.models.timm_family import plain_call
-from depthmup.models.vit import timm_arguments
+from depthmup.models.timm_family import find_plain_call
+from depthmup.models.vit import list_timm_arguments
 
 
 @register_model
 def depthmup_conv_resnet(pretrained: bool = False, **arguments: Any) -> nn.Module:
     """The paper's net. `arguments` are ConvResNetConfig's, those of the base size left out."""
-    network = ConvResNet(ConvResNetConfig(**arguments_with_base(arguments)))
-    return as_timm_makes_it(network, pretrained, arguments)
+    network = ConvResNet(ConvResNetConfig(**add_base_arguments(arguments)))
+    return finish_as_timm(network, pretrained, arguments)
 
 
 @register_model
 def depthmup_resnet(pretrained: bool = False, **arguments: Any) -> nn.Module:
     """timm's ResNet or ResNetV2 at any width. `arguments` are ResNetConfig's, those of the base size left out."""
-    network = build_resnet(ResNetConfig(**arguments_with_base(arguments)))
-    return as_timm_makes_it(network, pretrained, arguments)
+    network = build_resnet(ResNetConfig(**add_base_arguments(arguments)))
+    return finish_as_timm(network, pretrained, arguments)
 
 
 @register_model
 def depthmup_moe_vit(pretrained: bool = False, **arguments: Any) -> nn.Module:
     """timm's ViT with mixtures of experts. `arguments` are MixtureVitConfig's, those of the base size left out."""
-    network = build_moe_vit(MixtureVitConfig(**arguments_with_base(arguments)))
+    network = build_moe_vit(MixtureVitConfig(**add_base_arguments(arguments)))
     for module in find_mixtures(network).values():
         module.reset_running_stats()
-    return as_timm_makes_it(network, pretrained, arguments)
+    return finish_as_timm(network, pretrained, arguments)
 
 
-def arguments_with_base(arguments: dict[str, Any]) -> dict[str, Any]:
+def add_base_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     """timm adds arguments of its own, about pretrained weights; a plain network is its own base."""
     own = {key: value for key, value in arguments.items() if not key.startswith(("pretrained", "cache_dir"))}
     return own | {"base_width": own["width"], "base_depth": own["depth"]}
 
 
-def as_timm_makes_it(network: nn.Module, pretrained: bool, arguments: dict[str, Any]) -> nn.Module:
+def finish_as_timm(network: nn.Module, pretrained: bool, arguments: dict[str, Any]) -> nn.Module:
     """The network with the pretrained_cfg from which timm.data.resolve_model_data_config takes its preprocessing, and,
     if `pretrained`, with the weights that it names: those of 'local-dir:' or of the hub."""
     given = arguments.get("pretrained_cfg") or {}
@@ -68,15 +68,15 @@ def as_timm_makes_it(network: nn.Module, pretrained: bool, arguments: dict[str, 
     return network
 
 
-def timm_call(config: AnyModelConfig) -> tuple[str, dict[str, Any]]:
+def find_timm_call(config: AnyModelConfig) -> tuple[str, dict[str, Any]]:
     """Name and arguments with which timm.create_model makes the plain network of `config`. Raises ModelError for one
     that has no plain network."""
     if type(config) is VisionTransformerConfig:
-        return config.timm_name, timm_arguments(config)
+        return config.timm_name, list_timm_arguments(config)
     if isinstance(config, ProbabilisticConfig):
         raise ModelError("cannot export: the factor N on probabilities has no weight to go into (family probabilistic)")
     if isinstance(config, TimmConfig):
-        return plain_call(config)
+        return find_plain_call(config)
     if isinstance(config, ResNetConfig) and config.width == 64 and config.norm == "batch" and not config.preactivation:
         arguments = {"num_classes": config.num_classes, "in_chans": config.in_channels}
         name = "resnet50" if config.block == "bottleneck" else "resnet18"

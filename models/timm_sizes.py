@@ -53,7 +53,7 @@ class Wanted:
 # ---------------------------------------------------------------- by name
 
 
-def signature(kind: type) -> Arguments:
+def read_signature(kind: type) -> Arguments:
     """The arguments of a network's class with their defaults; its parents' as well, where it passes them on."""
     found: Arguments = {}
     for each in inspect.getmro(kind):
@@ -89,16 +89,16 @@ def walk_sizes(arguments: Any, inside: bool = False) -> Iterator[tuple[str, Any]
             yield from walk_sizes(value, inside=True)
 
 
-def first_number(value: Any) -> int:
+def take_first(value: Any) -> int:
     """Of a size, or of the first stage's."""
-    number: int = first_number(value[0]) if isinstance(value, tuple | list) else value
+    number: int = take_first(value[0]) if isinstance(value, tuple | list) else value
     return number
 
 
 def find_size(arguments: Arguments, names: tuple[str, ...]) -> int | None:
     """The size that has the first of `names` which is there."""
     sizes = dict(reversed(list(walk_sizes(arguments))))  # of one name, the first
-    return next((first_number(sizes[name]) for name in names if name in sizes), None)
+    return next((take_first(sizes[name]) for name in names if name in sizes), None)
 
 
 def list_numbers(value: Any) -> list[int]:
@@ -119,7 +119,7 @@ def constant(value: int, number: int) -> int:
     return value
 
 
-def scaled(ratio: Fraction, name: str, value: Any) -> Any:
+def scale_value(ratio: Fraction, name: str, value: Any) -> Any:
     """`value` times `ratio`. Raises ModelError where that is no whole number."""
 
     def number(each: int) -> int:
@@ -132,17 +132,17 @@ def scaled(ratio: Fraction, name: str, value: Any) -> Any:
     return change_numbers(value, number)
 
 
-def by_name(arguments: Any, wanted: Wanted, ratios: dict[str, Fraction], inside: bool = False) -> Arguments:
+def scale_by_name(arguments: Any, wanted: Wanted, ratios: dict[str, Fraction], inside: bool = False) -> Arguments:
     """Those of the arguments that change with size, changed. ratios: of each name, what its sizes are multiplied by."""
     changed: Arguments = {}
     for name, value in list_items(arguments):
         if is_configuration(name, value, inside):
-            new = by_name(value, wanted, ratios, inside=True)
+            new = scale_by_name(value, wanted, ratios, inside=True)
             changed[name] = value | new if isinstance(value, dict) else replace(value, **new)
         elif not is_size(value):
             continue
         elif name in ratios:
-            changed[name] = scaled(ratios[name], name, value)
+            changed[name] = scale_value(ratios[name], name, value)
         elif name in DEPTHS:
             changed[name] = change_numbers(value, lambda blocks: wanted.depth if blocks else 0)
         elif name in HEAD_DIMS and wanted.head_dim:
@@ -150,7 +150,7 @@ def by_name(arguments: Any, wanted: Wanted, ratios: dict[str, Fraction], inside:
     return changed
 
 
-def named_sizes(stated: Arguments, wanted: Wanted) -> Arguments:
+def scale_named_sizes(stated: Arguments, wanted: Wanted) -> Arguments:
     """Width, depth and number of heads go into the arguments that have their names. Raises ModelError."""
     width, heads = find_size(stated, WIDTHS), find_size(stated, HEADS)
     if width is None or find_size(stated, DEPTHS) is None:
@@ -159,7 +159,7 @@ def named_sizes(stated: Arguments, wanted: Wanted) -> Arguments:
     ratios = dict.fromkeys((*WIDTHS, *WITH_WIDTH), Fraction(wanted.width, width))
     if heads:
         ratios |= dict.fromkeys(HEADS, Fraction(wanted.heads, heads))
-    return by_name(stated, wanted, ratios)
+    return scale_by_name(stated, wanted, ratios)
 
 
 # ---------------------------------------------------------------- what names do not tell
@@ -233,21 +233,21 @@ def gpu_net(stated: Arguments, wanted: Wanted) -> Arguments:
     config = stated["model_cfg"]
     ratio = Fraction(wanted.width, config["stage1"][0])
     stages = {
-        name: [*scaled(ratio, name, stage[:3]), wanted.depth, *stage[4:]]
+        name: [*scale_value(ratio, name, stage[:3]), wanted.depth, *stage[4:]]
         for name, stage in config.items()
         if name.startswith("stage")
     }
-    return {"model_cfg": config | stages | {"stem_chs": scaled(ratio, "stem_chs", config["stem_chs"])}}
+    return {"model_cfg": config | stages | {"stem_chs": scale_value(ratio, "stem_chs", config["stem_chs"])}}
 
 
 def xception(stated: Arguments, wanted: Wanted) -> Arguments:
     """The width is what the first block puts out; its stem has 64 channels at any. `depth` blocks follow each of the
     blocks that shrink the image. The last block has a shortcut here, so that every block has a branch of one kind."""
-    blocks, ratio = stated["block_cfg"], Fraction(wanted.width, first_number(stated["block_cfg"][0]["out_chs"]))
+    blocks, ratio = stated["block_cfg"], Fraction(wanted.width, take_first(stated["block_cfg"][0]["out_chs"]))
     made: list[Arguments] = []
     for block in (each for each in blocks if each["stride"] > 1 or each.get("no_skip")):
-        before = first_number(made[-1]["out_chs"][-1]) if made else block["in_chs"]
-        outs = scaled(ratio, "out_chs", block["out_chs"])
+        before = take_first(made[-1]["out_chs"][-1]) if made else block["in_chs"]
+        outs = scale_value(ratio, "out_chs", block["out_chs"])
         outs = (outs,) * 3 if isinstance(outs, int) else outs
         made.append(block | {"in_chs": before, "out_chs": outs, "no_skip": False})
         if not block.get("no_skip"):
@@ -264,10 +264,10 @@ def of_heads(width: str, heads: str) -> Callable[[Arguments, Wanted], Arguments]
     def sizes(stated: Arguments, wanted: Wanted) -> Arguments:
         assert wanted.head_dim
         ratios = {
-            width: Fraction(wanted.head_dim, first_number(stated[width])),
-            heads: Fraction(wanted.heads, first_number(stated[heads])),
+            width: Fraction(wanted.head_dim, take_first(stated[width])),
+            heads: Fraction(wanted.heads, take_first(stated[heads])),
         }
-        return by_name(stated, wanted, ratios)
+        return scale_by_name(stated, wanted, ratios)
 
     return sizes
 
@@ -276,7 +276,7 @@ def attention_groups(stated: Arguments, wanted: Wanted) -> Arguments:
     """iFormer's groups of three blocks, of which stages with attention consist."""
     groups = change_numbers(stated["attn_groups"], lambda count: wanted.depth if count else 0)
     depths = tuple(3 * wanted.depth if count else wanted.depth for count in groups)
-    return named_sizes(stated, wanted) | {"attn_groups": groups, "depths": depths}
+    return scale_named_sizes(stated, wanted) | {"attn_groups": groups, "depths": depths}
 
 
 def floating(width: str, at: int) -> Callable[[Arguments, Wanted], Arguments]:
@@ -284,7 +284,7 @@ def floating(width: str, at: int) -> Callable[[Arguments, Wanted], Arguments]:
 
     def sizes(stated: Arguments, wanted: Wanted) -> Arguments:
         ratios = dict.fromkeys(WITH_WIDTH, Fraction(wanted.width, at))
-        return {width: wanted.width / at} | by_name(stated, wanted, ratios)
+        return {width: wanted.width / at} | scale_by_name(stated, wanted, ratios)
 
     return sizes
 
@@ -322,7 +322,7 @@ def find_sizes(module: str, stated: Arguments, wanted: Wanted) -> Arguments:
     stated: those of its class with their defaults, and of its entry point. Raises ModelError for a network without
     arguments that state its size, and for one that has no such width.
     """
-    return RULES.get(module, named_sizes)(stated, wanted)
+    return RULES.get(module, scale_named_sizes)(stated, wanted)
 
 
 def find_least_width(stated: Arguments) -> int:

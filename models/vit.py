@@ -11,7 +11,7 @@ from depthmup.models.family import ONES, ZEROS, Family, Init, ParameterRule, Rol
 from depthmup.models.parameterization import Role
 
 
-def timm_arguments(config: VisionTransformerConfig) -> dict[str, Any]:
+def list_timm_arguments(config: VisionTransformerConfig) -> dict[str, Any]:
     """What timm.create_model is told beside the name: the size, and what else the config states."""
     arguments = {
         "img_size": config.image_size,
@@ -51,10 +51,10 @@ def build(config: VisionTransformerConfig) -> nn.Module:
         raise ModelError(f"model.timm_name: {name!r} is {what}; nearest: {nearest}")
     try:
         # weight_init: every parameter is initialised by models.init, so timm need not
-        network: Any = timm.create_model(name, weight_init="skip", **timm_arguments(config))
+        network: Any = timm.create_model(name, weight_init="skip", **list_timm_arguments(config))
     except AssertionError as error:
         raise ModelError(f"model: timm cannot build {name} with these keys: {error}") from None
-    if why := without_rules(network):
+    if why := find_uncovered(network):
         raise ModelError(f"model.timm_name: {name} has {why}")
     if config.layer_scale is None and hasattr(network.blocks[0].ls1, "gamma"):
         raise ModelError(
@@ -67,7 +67,7 @@ def build(config: VisionTransformerConfig) -> nn.Module:
     return network
 
 
-def without_rules(network: Any) -> str | None:
+def find_uncovered(network: Any) -> str | None:
     """What of timm's network the rules do not cover, and what to do instead."""
     from timm.layers import Attention
     from timm.models.vision_transformer import Block, VisionTransformer

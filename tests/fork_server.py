@@ -50,9 +50,9 @@ def preload() -> None:
         with suppress(ImportError):
             import_module(name)
     from depthmup.data.errors import UserError
-    from depthmup.train.owner import code_fingerprint
+    from depthmup.train.owner import fingerprint_code
 
-    code_fingerprint()
+    fingerprint_code()
     from train_configs import packed_digits
 
     for validation_share, shard_samples in ((0.05, 128), (0.2, 128), (0.2, 300)):

@@ -10,7 +10,7 @@ from depthmup.launch.reading import read_study, read_study_or_run
 from depthmup.launch.runs.opened import open_planned
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.study import Study
-from depthmup.train.owner import code_fingerprint, describe_owner
+from depthmup.train.owner import describe_owner, fingerprint_code
 
 Kind = TypeVar("Kind", bound=Study)
 
@@ -28,7 +28,7 @@ def finish(run: PlannedRun, loss: float) -> None:
     step = run.config.train.num_steps
     outcome = {"outcome": "completed" if math.isfinite(loss) else "diverged", "step": step, "seconds": 1.0}
     metric = {"minival_loss": loss} if math.isfinite(loss) else {}
-    run.directory.write_done(outcome | metric | describe_owner(run.config) | {"code": code_fingerprint()})
+    run.directory.write_done(outcome | metric | describe_owner(run.config) | {"code": fingerprint_code()})
 
 
 def train_depths(settings: dict[str, Any], folder: Path, lr: float, seeds: int) -> Path:

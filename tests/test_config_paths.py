@@ -12,11 +12,11 @@ import yaml
 from click.testing import CliRunner
 
 from depthmup.data.errors import UserError
-from depthmup.data.paths import expand, expand_all, home, protect
+from depthmup.data.paths import expand, expand_all, find_own_home, protect
 from depthmup.launch.cli import cli
 from depthmup.launch.paths import ConfigPath
 from depthmup.launch.reading import find_profile, read_run, read_study, read_study_or_run
-from depthmup.launch.runs.cost import cache_file
+from depthmup.launch.runs.cost import locate_cache
 from depthmup.launch.runs.study import Study
 from depthmup.train import __main__ as train_command
 from depthmup.train.config import RunConfig
@@ -133,8 +133,8 @@ def test_without_a_home_nothing_ends_in_a_traceback(
 
     monkeypatch.setattr("pwd.getpwuid", unknown)
     monkeypatch.delenv("HOME")
-    assert home() is None
-    assert cache_file() is None
+    assert find_own_home() is None
+    assert locate_cache() is None
     assert CliRunner().invoke(cli, ["plan", str(study_file)]).exit_code == 0
     with pytest.raises(UserError, match="HOME is not set"):
         read_study(study_file, ("study.directory=~/runs",))

@@ -23,7 +23,7 @@ from torchvision.transforms import functional
 from depthmup.data.augment import crop_flip
 from depthmup.data.config import DataConfig
 from depthmup.data.decode import to_pil
-from depthmup.data.distort import color_jitter, distort, seeded, training_image
+from depthmup.data.distort import color_jitter, distort, prepare_training_image, seeded
 from depthmup.data.errors import UserError
 from depthmup.data.keys import seed_for
 from depthmup.data.loader import TrainingLoader, TrainingStream
@@ -62,7 +62,7 @@ def test_a_draw_below_one_half_mirrors_left_and_right():
     mirrored, kept = crop_flip(images[:1].expand(2, -1, -1, -1), torch.from_numpy(draws))
     assert torch.equal(mirrored, kept.flip(2))
     settings = DataConfig(name="x", root="x", augment="resized_crop_flip")
-    mirrored, kept = (training_image(images[0], settings, 8, drawn) for drawn in draws)
+    mirrored, kept = (prepare_training_image(images[0], settings, 8, drawn) for drawn in draws)
     assert torch.equal(mirrored, kept.flip(2))
 
 

@@ -16,7 +16,7 @@ from depthmup.data.batch import Batch, to_float
 from depthmup.data.config import DataConfig
 from depthmup.data.decode import center_crop, from_array, to_pil
 from depthmup.data.distort import distort
-from depthmup.launch.export import preprocessing
+from depthmup.launch.export import describe_preprocessing
 from depthmup.train.config import RunConfig, run_hash
 from depthmup.train.reading import from_plain, read_yaml, to_plain, to_yaml
 
@@ -95,7 +95,7 @@ def test_timm_makes_of_a_picture_what_an_evaluation_here_does(shape):
     image = from_array((wave % 256).astype(np.uint8))
     ours = center_crop(image, size, "pil")[None]
     ours, _ = to_float(Batch(ours, torch.zeros(1)), config.data, "cpu")
-    arguments = {key: value for key, value in preprocessing(config).items() if key != "num_classes"}
+    arguments = {key: value for key, value in describe_preprocessing(config).items() if key != "num_classes"}
     theirs = create_transform(**arguments)(to_pil(image))
     assert ours.shape[1:] == theirs.shape
     assert (ours[0] - theirs).abs().mean() < 0.2 * theirs.std()  # an odd margin is cut before or after the resize

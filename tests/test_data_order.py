@@ -12,7 +12,7 @@ import depthmup.data.index
 from depthmup.data.errors import UserError
 from depthmup.data.index import Index, Shard, Span
 from depthmup.data.keys import seed_for
-from depthmup.data.loader import TrainingLoader, TrainingStream, iterate_evaluation_batches, share
+from depthmup.data.loader import TrainingLoader, TrainingStream, iterate_evaluation_batches, share_spans
 from depthmup.data.order import EpochOrder, State, list_rows, list_streams
 from image_sets import config, make_shards
 
@@ -90,7 +90,7 @@ def test_any_number_of_workers_fills_each_row_once_and_all_do_the_same(num_worke
 @settings(max_examples=150, deadline=None)
 def test_evaluation_gives_each_sample_to_exactly_one_rank(sizes, world_size):
     spans = [Span(Shard(f"{number}.tar", size, 0, ""), 3, size) for number, size in enumerate(sizes)]
-    parts = [share(spans, rank, world_size) for rank in range(world_size)]
+    parts = [share_spans(spans, rank, world_size) for rank in range(world_size)]
     read = [(s.shard.name, s.first + n) for part in parts for s in part for n in range(s.samples)]
     assert read == [(s.shard.name, s.first + n) for s in spans for n in range(s.samples)]
 

@@ -27,7 +27,7 @@ from depthmup.data.ahead import THREADS
 from depthmup.data.environment import Environment
 from depthmup.data.errors import UserError
 from depthmup.data.files import write_atomically
-from depthmup.data.find import path_of
+from depthmup.data.find import strip_host
 from depthmup.data.index import Index, load_members
 from depthmup.data.loader import TrainingLoader, TrainingStream
 from depthmup.data.order import State
@@ -165,14 +165,14 @@ def test_one_reader_has_several_requests_in_flight_and_fetches_nothing_twice(sha
 
     slow = Slow(Path(shards.root))
     answered = []
-    request = storage.request
+    request = storage.send_request
 
     def note(*what, **of):
         content = request(*what, **of)  # one that failed is asked for again
         answered.append((*what, *of.values()))
         return content
 
-    monkeypatch.setattr(storage, "request", note)
+    monkeypatch.setattr(storage, "send_request", note)
     got = epoch(Index.load(slow.url))
     slow.shutdown()
     slow.server_close()
@@ -373,7 +373,7 @@ def test_what_a_server_refuses_is_asked_for_once(shards, server, status):
     assert len(server.requests) == 1
     server.faults = [status] * 9
     with pytest.raises(UserError, match=rf"no permission \(the server answered {status}\)"):
-        storage.remote_size(f"{server.url}/{shards.shards[0].name}")
+        storage.ask_size(f"{server.url}/{shards.shards[0].name}")
 
 
 def test_a_server_that_asks_for_patience_gets_it(shards, server, monkeypatch):
@@ -400,7 +400,7 @@ def test_a_proxy_of_the_environment_is_used(shards, monkeypatch):
 
 
 def test_the_query_of_an_address_says_no_split():
-    assert path_of("https://host/set/train-0.tar?type=a/test&sign=val") == "set/train-0.tar"
+    assert strip_host("https://host/set/train-0.tar?type=a/test&sign=val") == "set/train-0.tar"
 
 
 @pytest.mark.parametrize("value", ["x", "nan", "-1", "0"])

@@ -297,10 +297,10 @@ def test_shards_that_cannot_be_written_beside_are_refused_with_the_cure_which_wo
 
 def test_sidecars_of_remote_shards_with_one_name_in_two_folders_do_not_meet():
     names = [f"https://host/{split}/00000.tar" for split in ("train", "val")]
-    from depthmup.data.index import sidecar
+    from depthmup.data.index import locate_sidecar
 
-    assert len({sidecar("shards", name) for name in names}) == 2
-    assert all(Path(sidecar("shards", name)).parent == Path("shards") for name in names)
+    assert len({locate_sidecar("shards", name) for name in names}) == 2
+    assert all(Path(locate_sidecar("shards", name)).parent == Path("shards") for name in names)
 
 
 # ---------------------------------------------------------------- folders of images

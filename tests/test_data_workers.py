@@ -18,7 +18,7 @@ from depthmup.data import workers
 from depthmup.data.errors import UserError
 from depthmup.data.index import NO_LABEL
 from depthmup.data.reader import BadSample
-from depthmup.data.workers import Slots, batches, explained_deaths
+from depthmup.data.workers import Slots, explained_deaths, make_batches
 
 CPU = torch.device("cpu")
 SHAPE = (6, 1, 2, 2)  # of a batch
@@ -40,7 +40,7 @@ class Numbered:
 @pytest.mark.parametrize("num_workers", [0, 1, 3])
 def test_a_batch_is_whole_and_stays_what_it_is_when_its_slot_is_filled_again(num_workers: int) -> None:
     got = []
-    for number, batch in enumerate(batches(Numbered(), SHAPE, num_workers, CPU)):
+    for number, batch in enumerate(make_batches(Numbered(), SHAPE, num_workers, CPU)):
         if number % 4 == 0:
             time.sleep(0.02)  # workers run ahead as far as they may
         got.append(batch)
@@ -67,7 +67,7 @@ def test_a_torch_that_asks_its_workers_otherwise_is_refused_and_tears_no_batch(
     taken = list[list[int]]()
 
     def take_all() -> None:
-        for batch in batches(Numbered(), SHAPE, 3, CPU):
+        for batch in make_batches(Numbered(), SHAPE, 3, CPU):
             taken.append(batch.labels.unique().tolist())
             time.sleep(0.05)
 
@@ -92,7 +92,7 @@ class Sparse:
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_rows_without_a_sample_are_left_out(num_workers: int) -> None:
-    got = list(batches(Sparse(), SHAPE, num_workers, CPU))
+    got = list(make_batches(Sparse(), SHAPE, num_workers, CPU))
     assert [batch.labels.tolist() for batch in got] == [[0, 2, 4], [1, 3, 5], [0, 2, 4]]
     assert [batch.images[:, 0, 0, 0].tolist() for batch in got] == [[0, 2, 4], [1, 3, 5], [0, 2, 4]]
 
@@ -111,7 +111,7 @@ class Collecting:
 
 def test_a_garbage_collection_in_a_worker_copies_nothing_of_what_it_inherited() -> None:
     inherited = [[number] for number in range(500_000)]  # over 40 MB of lists
-    [batch] = islice(batches(Collecting(), SHAPE, 1, CPU), 1)
+    [batch] = islice(make_batches(Collecting(), SHAPE, 1, CPU), 1)
     before, after = batch.labels[:2].tolist()
     assert after - before < 8 << 10
     assert len(inherited) == 500_000
@@ -119,7 +119,7 @@ def test_a_garbage_collection_in_a_worker_copies_nothing_of_what_it_inherited() 
 
 def test_nothing_goes_through_dev_shm() -> None:
     """Containers give it 64 MB, and who writes more dies of a bus error."""
-    filled = batches(Numbered(), (64, 3, 224, 224), 2, CPU)
+    filled = make_batches(Numbered(), (64, 3, 224, 224), 2, CPU)
     next(filled)
     assert "/dev/shm/torch" not in Path("/proc/self/maps").read_text()
 
@@ -127,10 +127,10 @@ def test_nothing_goes_through_dev_shm() -> None:
 def test_a_full_dev_shm_is_said_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100 << 10))
     with pytest.raises(UserError, match=r"^/dev/shm has 100 KiB free, and 2 data workers need 112: remove .*=0$"):
-        next(batches(Numbered(), SHAPE, 2, CPU))
-    next(batches(Numbered(), SHAPE, 1, CPU))
+        next(make_batches(Numbered(), SHAPE, 2, CPU))
+    next(make_batches(Numbered(), SHAPE, 1, CPU))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
-    next(batches(Numbered(), SHAPE, 0, CPU))
+    next(make_batches(Numbered(), SHAPE, 0, CPU))
 
 
 class Dying:
@@ -162,7 +162,7 @@ def test_why_a_worker_was_killed_and_the_cure_are_said(number: signal.Signals, s
 
     def train() -> None:
         with explained_deaths():
-            filled = batches(Dying(number), SHAPE, 1, CPU)
+            filled = make_batches(Dying(number), SHAPE, 1, CPU)
             next(filled)
             if not waiting:
                 time.sleep(30)
@@ -174,4 +174,4 @@ def test_why_a_worker_was_killed_and_the_cure_are_said(number: signal.Signals, s
 
 def test_other_ends_of_a_worker_keep_their_words() -> None:
     with pytest.raises(RuntimeError, match="DataLoader worker"), explained_deaths():
-        list(batches(Dying(signal.SIGSEGV), SHAPE, 1, CPU))
+        list(make_batches(Dying(signal.SIGSEGV), SHAPE, 1, CPU))

@@ -15,9 +15,9 @@ from command_line import invoke, output_of
 from conftest import settings_on
 from depthmup.launch.findings.convergence import LAWS, Law, Rate, fit_rate, measure_squared_distance
 from depthmup.launch.reading import read_study
-from depthmup.launch.report.converge import feature_kernel, loss_curve, probe_images
+from depthmup.launch.report.converge import compute_kernel, probe_images, read_losses
 from depthmup.launch.report.record import read_record
-from depthmup.launch.report.results import results
+from depthmup.launch.report.results import format_document
 from depthmup.launch.runs.study import Study
 from planned_runs import train_depths
 
@@ -142,7 +142,7 @@ def test_a_study_gives_rates_figures_and_a_section_of_the_results(grown: Path) -
     folder = grown.parent / "docs"
     output_of("report", grown, "--publish", folder)
     assert (folder / "grown-convergence.png").read_bytes().startswith(b"\x89PNG")
-    text = results([read_record(folder / "grown.json")], folder)
+    text = format_document([read_record(folder / "grown.json")], folder)
     assert "| depth_mup | feature kernel | mean | depth |" in text
     assert "![grown-convergence-loss](results/grown-convergence-loss.png)" in text
     assert "inconclusive" not in text  # one value has no optimum, and is no failed transfer
@@ -153,20 +153,20 @@ def test_a_kernel_is_that_of_what_the_readout_gets_before_multipliers(grown: Pat
     study = Study(grown, read_study(grown))
     images = probe_images(study.runs[0].config)
     planned = study.runs[-1]
-    kernel = feature_kernel(planned, images)
+    kernel = compute_kernel(planned, images)
     assert kernel.shape == (len(images), len(images))
     assert np.allclose(kernel, kernel.T)
     assert np.linalg.eigvalsh(kernel).min() > -1e-6
     scaled = replace(planned.config, parameterization=replace(planned.config.parameterization, gamma0=2.0))
-    assert np.array_equal(feature_kernel(replace(planned, config=scaled), images), kernel)  # readout multiplier 1/2
+    assert np.array_equal(compute_kernel(replace(planned, config=scaled), images), kernel)  # readout multiplier 1/2
     weights = load_file(planned.directory.weights)
     weights["fc.weight"] = weights["fc.weight"] * 3
     weights["fc.bias"] = weights["fc.bias"] + 1
     save_file(weights, planned.directory.weights)
-    assert np.array_equal(feature_kernel(planned, images), kernel)  # the readout itself is no part of it
+    assert np.array_equal(compute_kernel(planned, images), kernel)  # the readout itself is no part of it
     name = next(name for name in weights if name != "fc.weight" and name.endswith("weight"))
     save_file(weights | {name: torch.zeros_like(weights[name])}, planned.directory.weights)
-    assert not np.allclose(feature_kernel(planned, images), kernel)
+    assert not np.allclose(compute_kernel(planned, images), kernel)
 
 
 def test_a_size_that_diverges_is_left_out_and_said(grown: Path) -> None:
@@ -177,7 +177,7 @@ def test_a_size_that_diverges_is_left_out_and_said(grown: Path) -> None:
 
 
 def test_lost_files_and_unfit_studies_are_refused_with_the_remedy(grown: Path, study_file: Path) -> None:
-    steps, losses = loss_curve(Study(grown, read_study(grown)).runs[0].directory)
+    steps, losses = read_losses(Study(grown, read_study(grown)).runs[0].directory)
     assert list(steps) == list(range(1, 41))
     assert np.isfinite(losses).all()
     Study(grown, read_study(grown)).runs[0].directory.weights.unlink()

@@ -18,8 +18,8 @@ from depthmup.launch.findings.curve_model import (
     fit_curves,
     select_fitted_values,
 )
-from depthmup.launch.findings.intervals import quantiles, regret_interval
-from depthmup.launch.findings.value_effects import estimate_prior, invert_trigamma, value_effects
+from depthmup.launch.findings.intervals import bound_regret, compute_interval
+from depthmup.launch.findings.value_effects import estimate_effects, estimate_prior, invert_trigamma
 
 GRID = np.arange(-9.0, 0.0)
 CURVATURE = 0.1
@@ -67,7 +67,7 @@ def test_variances_that_scatter_are_moderated_as_smyth_has_it() -> None:
 
 def test_value_effects_of_a_balanced_design_are_plain_means() -> None:
     y = log_losses(-4.3, np.random.default_rng(0))
-    effects = value_effects(GRID, y)
+    effects = estimate_effects(GRID, y)
     assert effects.mean == pytest.approx(y.mean(axis=0))
     assert effects.covariance == pytest.approx(np.eye(len(GRID)) / 3, abs=1e-9)
     assert effects.freedom == 2 * 8  # (seeds - 1) (values - 1)
@@ -79,7 +79,7 @@ def test_value_effects_of_an_unbalanced_design_are_free_of_the_seeds_offsets() -
     curve, offsets = CURVATURE * (GRID + 4.3) ** 2 / 2, np.array([[0.3], [-0.1], [-0.2]])
     y = curve + offsets
     y[0, :4] = y[2, 6:] = math.nan  # the seeds of the highest and the lowest offset ran on one side only
-    effects = value_effects(GRID, y)
+    effects = estimate_effects(GRID, y)
     assert effects.mean == pytest.approx(curve)
     assert effects.residual == pytest.approx(0, abs=1e-12)
     assert np.abs(np.nanmean(y, axis=0) - curve).max() > 0.1  # plain means are not
@@ -91,7 +91,7 @@ def test_seeds_that_ran_at_no_common_value_say_nothing_of_the_difference_between
     inner, outer = np.array([3, 4, 5]), np.array([1, 2, 6, 7])
     y[:3, np.setdiff1d(np.arange(9), inner)] = math.nan
     y[3:, np.setdiff1d(np.arange(9), outer)] = math.nan
-    effects = value_effects(GRID, y + 0.1 * np.array([[1, 1, 1, -1, -1, -1]]).T)
+    effects = estimate_effects(GRID, y + 0.1 * np.array([[1, 1, 1, -1, -1, -1]]).T)
     within = effects.covariance[4, 4] + effects.covariance[3, 3] - 2 * effects.covariance[3, 4]
     across = effects.covariance[4, 4] + effects.covariance[2, 2] - 2 * effects.covariance[2, 4]
     assert within == pytest.approx(2 / 3)
@@ -123,7 +123,7 @@ def test_an_optimum_between_grid_points_is_found_also_where_one_side_is_steeper(
     generator = np.random.default_rng(0)
     (found,) = fit_curves([(GRID, log_losses(optimum, generator, noise=0.001, skew=skew))])
     assert found
-    low, high = quantiles(found.optima)
+    low, high = compute_interval(found.optima)
     assert np.median(found.optima) == pytest.approx(optimum, abs=0.05)
     assert low - 0.02 < optimum < high + 0.02
 
@@ -141,7 +141,7 @@ def test_an_interval_is_not_far_narrower_than_that_of_a_parabola_whose_noise_is_
         _, slope, bend = np.linalg.lstsq(design, y[:, kept].mean(axis=0), rcond=None)[0]
         gradient = np.array([0.0, -1 / (2 * bend), slope / (2 * bend**2)])  # of the lowest point, -slope / (2 bend)
         variance = gradient @ np.linalg.inv(design.T @ design) @ gradient * noise**2 / seeds
-        low, high = quantiles(found.optima)
+        low, high = compute_interval(found.optima)
         assert high - low > 2 * 1.645 * math.sqrt(variance) / 2
 
 
@@ -149,7 +149,7 @@ def test_more_noise_and_fewer_seeds_widen_an_interval() -> None:
     def width(seeds: int, noise: float) -> float:
         (found,) = fit_curves([(GRID, log_losses(-4.3, np.random.default_rng(0), seeds, noise))])
         assert found
-        low, high = quantiles(found.optima)
+        low, high = compute_interval(found.optima)
         return high - low
 
     assert width(16, 0.01) < width(16, 0.04)
@@ -162,7 +162,7 @@ def test_the_optimum_may_lie_anywhere_up_to_a_value_that_fails() -> None:
     (found,) = fit_curves([(GRID, y)])
     assert found
     assert found.grid[-1] == -3.0
-    low, high = quantiles(found.optima)
+    low, high = compute_interval(found.optima)
     assert low < -3.2 <= high
     assert high - low > 0.1  # no run beyond the optimum says where it is
 
@@ -172,10 +172,10 @@ def test_a_regret_is_zero_at_the_optimum_and_its_interval_starts_there() -> None
     assert found
     middle = float(np.median(found.optima))
     assert (found.regrets(middle) >= 0).all()
-    low, high = regret_interval(found.optima, found.regrets(middle), middle)
+    low, high = bound_regret(found.optima, found.regrets(middle), middle)
     assert low == 0.0
     assert 0 < high < 0.02
-    low, high = regret_interval(found.optima, found.regrets(-5.8), -5.8)
+    low, high = bound_regret(found.optima, found.regrets(-5.8), -5.8)
     assert low < CURVATURE * 1.5**2 / 2 < high
     assert np.isnan(found.regrets(-9.5)).all()  # beyond what was run nothing is known
 
@@ -188,7 +188,7 @@ def test_without_two_seeds_the_misfit_of_parabolas_stands_for_the_noise() -> Non
             fit_curves([(GRID, log_losses(x, generator, seeds=1)) for x in optima]), optima, strict=True
         ):
             assert found
-            low, high = quantiles(found.optima)
+            low, high = compute_interval(found.optima)
             held += low < true < high
     assert 50 <= held <= 59  # of 60
     few = (GRID[4:7], log_losses(-4.0, generator, seeds=1)[:, 4:7])

@@ -13,7 +13,7 @@ from depthmup.data.errors import UserError
 from depthmup.launch.chain import transfer
 from depthmup.launch.config import Size
 from depthmup.launch.findings.analysis import Result
-from depthmup.launch.findings.design import estimate_cost, next_round, say_reasons
+from depthmup.launch.findings.design import estimate_cost, plan_round, say_reasons
 from depthmup.launch.findings.points import Design, Point, Round
 from depthmup.launch.findings.precision import Aim
 from depthmup.launch.findings.price import Outlook
@@ -53,7 +53,7 @@ def walk(loss: Loss, design: Design = DESIGN) -> tuple[list[Round], list[Result]
     rounds, results = [], list[Result]()
     while not rounds or rounds[-1].points:
         assert len(rounds) < 40
-        rounds.append(next_round(design, results))
+        rounds.append(plan_round(design, results))
         results += train(rounds[-1], loss)
     return rounds, results
 
@@ -111,7 +111,7 @@ def test_what_stays_put_transfers_for_less_than_two_fifths_of_the_grid() -> None
     assert verdict(results) == "transfers"
     assert "settled" in rounds[-1].reason
     assert cost(results) <= 0.4 * GRID_COST
-    assert not next_round(DESIGN, results).points
+    assert not plan_round(DESIGN, results).points
 
 
 def test_what_moves_does_not_transfer_for_less_than_two_fifths_of_the_grid() -> None:
@@ -134,12 +134,12 @@ def test_rounds_are_the_same_when_resumed_at_any_of_them_and_in_whatever_order_r
     rounds, _ = walk(NOISY)
     results: list[Result] = []
     for expected in rounds:
-        assert next_round(DESIGN, results[::-1]) == expected
+        assert plan_round(DESIGN, results[::-1]) == expected
         results += train(expected, NOISY)
 
 
 def test_the_first_round_is_a_coarse_pass_at_the_base() -> None:
-    first = next_round(DESIGN, [])
+    first = plan_round(DESIGN, [])
     assert [(point.size, point.x, point.seed) for point in first.points] == [(SIZES[0], x, 0) for x in range(-9, 0, 2)]
 
 
@@ -164,7 +164,7 @@ def test_parameterizations_with_the_same_runs_share_them() -> None:
     owners = {(name, size): "a" if size == SIZES[0] else name for name in ("a", "b") for size in SIZES}
     design = replace(DESIGN, parameterizations=("a", "b"), alike=owners, budget=2 * GRID_COST)
     results: list[Result] = []
-    while (wanted := next_round(design, results)).points:
+    while (wanted := plan_round(design, results)).points:
         assert {p.parameterization for p in wanted.points if p.size == SIZES[0]} <= {"a"}
         for result in train(wanted, STAYS):
             shared = ("a", "b") if result.size == SIZES[0] else (result.parameterization,)
@@ -185,7 +185,7 @@ def test_every_parameterization_has_runs_at_every_size_before_the_budget_is_spen
         return valley(*optima, noise=0.03)(point.size, point.x, 100 * number + point.seed)
 
     results: list[Result] = []
-    while (wanted := next_round(design, results)).points:
+    while (wanted := plan_round(design, results)).points:
         results += [Result(p.parameterization, p.size, 2.0**p.x, p.seed, loss(p)) for p in wanted.points]
         assert cost(results) <= design.budget
     runs = {

@@ -14,10 +14,10 @@ from command_line import invoke, output_of
 from conftest import settings_on
 from depthmup.launch.findings.exponents import Slope, fit_slope, measure_weights, name_regime
 from depthmup.launch.reading import read_study
-from depthmup.launch.report.exponents import block_tensors, branch_factors, run_measures
+from depthmup.launch.report.exponents import group_block_tensors, map_branch_factors, run_measures
 from depthmup.launch.report.page import EXPONENTS_FILES
 from depthmup.launch.report.record import read_record
-from depthmup.launch.report.results import results
+from depthmup.launch.report.results import format_document
 from depthmup.launch.runs.study import Study
 from depthmup.models.build import build, build_meta
 from depthmup.models.config import ConvResNetConfig
@@ -119,11 +119,11 @@ def network(**changes: object) -> ConvResNetConfig:
 
 def test_the_branch_multiplier_belongs_to_the_last_weight_of_a_branch() -> None:
     scaled = build_meta(network(convs_per_branch=2), ParameterizationConfig(name="completep", beta=0.5))
-    factors = branch_factors(scaled)
+    factors = map_branch_factors(scaled)
     assert set(factors.values()) == {0.25}  # beta times 2^-1
     assert len(factors) == 6
     assert all(name.endswith("convs.1") for name in factors)
-    stages = block_tensors(scaled)
+    stages = group_block_tensors(scaled)
     assert set(stages) == {"convs.0.weight", "convs.1.weight"}
     assert [len(stage) for stage in stages["convs.1.weight"]] == [2, 2, 2]
 
@@ -180,11 +180,11 @@ def test_a_studys_runs_give_exponents_a_table_and_a_figure(trained: Path) -> Non
 def test_a_published_study_has_its_exponents_in_the_results(trained: Path, tmp_path: Path) -> None:
     folder = tmp_path / "docs"
     output_of("report", trained, "--publish", folder)
-    assert "exponents" not in results([read_record(folder / "grown.json")], folder).split("## grown")[1]
+    assert "exponents" not in format_document([read_record(folder / "grown.json")], folder).split("## grown")[1]
     for flag in ([], ["--own"]):
         output_of("exponents", trained, *flag)
         output_of("report", trained, "--publish", folder)
-        text = results([read_record(folder / "grown.json")], folder).split("## grown")[1]
+        text = format_document([read_record(folder / "grown.json")], folder).split("## grown")[1]
         assert f"`depthmup {' '.join(['exponents', 'grown', *flag])}`" in text
         (slope,) = (
             growth["slopes"]["max norm"]

@@ -23,9 +23,9 @@ from depthmup.launch.jobs.slurm import QueuedTask
 from depthmup.launch.jobs.states import read_last_words
 from depthmup.launch.jobs.submission import Submission, recover_ids, stop_causes
 from depthmup.launch.reading import read_study
-from depthmup.launch.report.converge import loss_curve
+from depthmup.launch.report.converge import read_losses
 from depthmup.launch.runs.study import Study
-from depthmup.train.metrics import mean_loss, truncate_after
+from depthmup.train.metrics import average_loss, truncate_after
 from depthmup.train.rundir import RunDirectory
 from test_launch_scale import finish, two_seeds
 
@@ -95,10 +95,10 @@ HALF, WHOLE = '{"step": 4, "lo', '{"step": 2, "loss": 1.5}\n'
 def test_half_a_line_at_the_end_of_metrics_is_read_over_and_one_before_it_is_named(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path)
     readers: list[Callable[[], Any]] = [
-        lambda: loss_curve(directory)[1].tolist(),
-        lambda: [mean_loss(directory.metrics, 0)],
+        lambda: read_losses(directory)[1].tolist(),
+        lambda: [average_loss(directory.metrics, 0)],
         lambda: [directory.read_last_metrics()["loss"]],  # type: ignore[index]
-        lambda: truncate_after(directory.metrics, 10) or loss_curve(directory)[1].tolist(),
+        lambda: truncate_after(directory.metrics, 10) or read_losses(directory)[1].tolist(),
     ]
     for read in readers:
         directory.metrics.write_text(WHOLE + HALF)

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 
 from depthmup.launch.reading import read_study
-from depthmup.launch.runs.cost import cache_file, count_flops
+from depthmup.launch.runs.cost import count_flops, locate_cache
 from depthmup.launch.runs.flops import count_by_formula
 from depthmup.launch.runs.study import Study
 from depthmup.models.build import build_meta
 from depthmup.models.config import AnyModelConfig, ConvResNetConfig, ResNetConfig, VisionTransformerConfig
-from depthmup.models.flops import forward_flops, num_parameters
+from depthmup.models.flops import count_forward_flops, count_parameters
 from depthmup.models.parameterization_config import ParameterizationConfig
 
 SMALL = {"width": 64, "depth": 6, "base_width": 64, "base_depth": 3, "num_classes": 10, "image_size": 32}
@@ -35,7 +35,7 @@ VIT = {**SMALL, "patch_size": 4}
 def test_the_formula_equals_the_count(model: AnyModelConfig) -> None:
     network = build_meta(model, ParameterizationConfig()).network
     shape = (model.in_channels, model.image_size, model.image_size)
-    assert count_by_formula(model) == (num_parameters(network), forward_flops(network, shape))
+    assert count_by_formula(model) == (count_parameters(network), count_forward_flops(network, shape))
 
 
 def test_other_networks_are_left_to_torch() -> None:
@@ -50,10 +50,10 @@ def test_counts_are_kept_on_disk_and_a_damaged_file_of_them_only_costs_time(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     runs = Study(study_file, read_study(study_file)).runs
     counted = count_flops(runs)
-    kept = cache_file().read_text()
+    kept = locate_cache().read_text()
     for damaged in ("", "[]", kept[:-9]):
-        cache_file().write_text(damaged)
+        locate_cache().write_text(damaged)
         assert count_flops(runs) == counted
-        assert cache_file().read_text() == kept
+        assert locate_cache().read_text() == kept
     monkeypatch.setattr("depthmup.launch.runs.cost.count_network", None)  # not asked again
     assert count_flops(runs) == counted

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from depthmup.launch.findings.convergence import Law
-from depthmup.launch.findings.grid import GridRate, fit_grid, points_of, to_infinite_width
+from depthmup.launch.findings.grid import GridRate, extrapolate_width, fit_grid, list_points
 
 WIDTHS, DEPTHS = (32, 64, 128, 256, 512), (3, 4, 6, 8, 12, 24)
 OVER_WIDTH, SCATTER, OVER_DEPTH = Law("width", "mean", 1.0), Law("width", "scatter", 0.5), Law("depth", "mean", 1.0)
@@ -40,7 +40,7 @@ def planted(
 
 
 def rate(law: Law, **planting: float) -> GridRate:
-    return fit_grid(law, points_of(law, *planted(**planting)))
+    return fit_grid(law, list_points(law, *planted(**planting)))
 
 
 def holds(found: GridRate, exponent: float) -> bool:
@@ -87,7 +87,7 @@ def test_what_is_lost_in_the_noise_is_said() -> None:
     values, limits = planted()
     rng = np.random.default_rng(1)
     pure_noise = {size: limits[size[1]][:1] + rng.standard_normal((48, 30)) for size in values}
-    found = fit_grid(OVER_WIDTH, points_of(OVER_WIDTH, pure_noise, limits))
+    found = fit_grid(OVER_WIDTH, list_points(OVER_WIDTH, pure_noise, limits))
     assert (found.exponent, found.interval) == (None, None)
     assert "not resolved" in found.remark
     assert "lost in the noise" in found.remark
@@ -102,5 +102,5 @@ def test_too_few_seeds_are_said() -> None:
 def test_extrapolation_takes_an_error_of_one_over_width_away() -> None:
     rng = np.random.default_rng(0)
     limit, bias = rng.standard_normal((2, 5, 3))
-    found = to_infinite_width({width: limit + bias / width for width in WIDTHS})
+    found = extrapolate_width({width: limit + bias / width for width in WIDTHS})
     assert found == pytest.approx(limit)

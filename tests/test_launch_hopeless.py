@@ -14,7 +14,7 @@ from depthmup.launch.report.collect import collect
 from depthmup.launch.report.page import run_rows
 from depthmup.launch.report.recompute import restore
 from depthmup.launch.report.record import make_page_record, make_record
-from depthmup.launch.report.tables import rows
+from depthmup.launch.report.tables import tabulate_sizes
 from depthmup.launch.runs.hopeless import LEARNERS, has_learned_early, limit_step
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.rounds import AddedRound, AddedRun
@@ -88,7 +88,7 @@ def test_a_hopeless_run_ends_early_and_is_shown_as_such(study: Study) -> None:
     assert [row[METRIC] for row in run_rows(record) if row["run"] in {h.directory.path.name for h in hopeless}] == [
         "ended early"
     ] * len(hopeless)
-    of_depth = next(row for row in rows(record) if row["depth"] == "6")
+    of_depth = next(row for row in tabulate_sizes(record) if row["depth"] == "6")
     assert f"{len(hopeless)} ended early" in of_depth["notes"]
     curve = next(each for each in report.analysis.curves if each.size == Size(width=8, depth=6))
     assert curve.fails[curve.at(8.0)]  # the value is one at which runs fail, and no loss is fitted there

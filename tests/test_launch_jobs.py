@@ -30,15 +30,15 @@ from depthmup.launch.jobs.reasons import explain
 from depthmup.launch.jobs.slurm import QueuedTask, SlurmError
 from depthmup.launch.jobs.states import RunState, Snapshot
 from depthmup.launch.jobs.status import goes_on, print_status
-from depthmup.launch.jobs.submission import Submission, load_all, note_command, places_taken, read_cancelled_runs
+from depthmup.launch.jobs.submission import Submission, count_taken, load_all, note_command, read_cancelled_runs
 from depthmup.launch.jobs.submit import Turns, deal_tasks, submit_continuation, take_turns, write_dry_run_script
 from depthmup.launch.reading import read_study
-from depthmup.launch.runs.opened import path_of
+from depthmup.launch.runs.opened import list_studies
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.study import Study
-from depthmup.launch.transfer import IDLE, describe_waiting, launch, unfinished, wait
+from depthmup.launch.transfer import IDLE, count_unfinished, describe_waiting, launch, wait
 from depthmup.train.lock import take_lock
-from depthmup.train.owner import COPY_DESCRIPTION, code_fingerprint
+from depthmup.train.owner import COPY_DESCRIPTION, fingerprint_code
 from depthmup.train.rundir import EXIT_LOST_PEER
 from slurm_stand_ins import in_queue, submitted
 from test_launch_scale import finish
@@ -154,13 +154,13 @@ def test_arrays_are_as_large_as_both_of_slurms_limits_allow(
     monkeypatch: pytest.MonkeyPatch, settings: dict[str, str], size: int
 ) -> None:
     monkeypatch.setattr(slurm, "read_configuration", lambda: settings)
-    assert slurm.max_array_size() == size
+    assert slurm.ask_max_array_size() == size
 
 
 def test_a_cluster_without_arrays_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slurm, "read_configuration", lambda: {"MaxArraySize": "0"})
     with pytest.raises(UserError, match="takes no job arrays"):
-        slurm.max_array_size()
+        slurm.ask_max_array_size()
 
 
 def test_slurms_commands_are_told_nothing_of_a_users_own_formats_or_of_the_job_that_this_runs_in(
@@ -494,9 +494,9 @@ def test_costly_jobs_are_dealt_to_all_arrays() -> None:
 def test_places_are_counted_as_far_as_elements_are_left(tmp_path: Path) -> None:
     job = Submission.create(tmp_path, "a", [["x"]] * 5, {"throttle": 3})
     queue = [QueuedTask("1", index, "RUNNING", "None", job.name) for index in range(5)]
-    assert places_taken([job], queue) == (3, ["1"])
-    assert places_taken([job], queue[:2]) == (2, ["1"])
-    assert places_taken([job], []) == (0, [])
+    assert count_taken([job], queue) == (3, ["1"])
+    assert count_taken([job], queue[:2]) == (2, ["1"])
+    assert count_taken([job], []) == (0, [])
 
 
 # ---------------------------------------------------------------- what is said
@@ -569,7 +569,7 @@ def test_a_job_that_loads_its_libraries_is_starting_and_what_one_has_cancelled_i
     assert states.take_snapshot(study).counts() == {"cancelled": 12}
     assert CliRunner().invoke(cli, ["cancel", str(root)]).output.startswith("Nothing waits")
     assert states.take_snapshot(study).counts() == {"cancelled": 12}  # a second cancel changes nothing
-    assert "cancelled: 12 of 12" in str(unfinished(study))
+    assert "cancelled: 12 of 12" in str(count_unfinished(study))
     assert len(launch(study).runs) == 12
     assert read_cancelled_runs(root) == set()
 
@@ -630,7 +630,7 @@ def with_target(study: Study) -> Study:
     content["study"] = {"name": "tiny_target", "directory": str(study.file.directory.parent)}
     content["launch"] = {"cluster": "slurm"}
     study.target_file.write_text(yaml.safe_dump(content))
-    _, target = path_of(study)
+    _, target = list_studies(study)
     return target
 
 
@@ -882,7 +882,7 @@ def test_slurms_refusal_of_a_later_array_takes_back_the_earlier_ones(
         return "1"
 
     taken_back: list[str] = []
-    monkeypatch.setattr(slurm, "sbatch", sbatch)
+    monkeypatch.setattr(slurm, "call_sbatch", sbatch)
     monkeypatch.setattr(slurm, "cancel", taken_back.extend)
     with pytest.raises(slurm.Full, match="QOSMaxSubmitJobPerUserLimit"):
         launch(study_of())
@@ -895,14 +895,15 @@ def test_the_job_after_the_runs_is_no_part_of_the_limit(fake: Path, study_of: Ca
     submit_continuation(study, [], after=False, lock=0)
     snapshot = states.take_snapshot(study)
     assert len(snapshot.continuations) == 1
-    assert places_taken(snapshot.submissions, snapshot.queue) == (1, ["1"])
+    assert count_taken(snapshot.submissions, snapshot.queue) == (1, ["1"])
     assert LaunchConfig().max_running == 64
 
 
 def test_a_job_imports_from_a_copy_that_has_every_file_which_the_code_opens(tmp_path: Path) -> None:
     copied = copy_code(tmp_path)
-    page = "from depthmup.launch.report.page import environment, inline\nfrom depthmup.launch.new import NewStudy\n"
-    page += "environment().get_template('report.html.j2')\nprint(len(inline('page.js')), len(inline('tables.js')))"
+    page = "from depthmup.launch.report.page import make_environment, read_script\n"
+    page += "from depthmup.launch.new import NewStudy\nmake_environment().get_template('report.html.j2')\n"
+    page += "print(len(read_script('page.js')), len(read_script('tables.js')))"
     done = subprocess.run(
         [sys.executable, "-c", page],
         env={**os.environ, "PYTHONPATH": str(copied), "PYTHONSAFEPATH": "1"},
@@ -916,10 +917,10 @@ def test_a_job_imports_from_a_copy_that_has_every_file_which_the_code_opens(tmp_
     assert here == {file.name for file in (copied / "depthmup" / "launch" / "report").iterdir() if file.is_file()}
 
     # and it states the sources' fingerprint, so that no process of a job reads them all
-    assert code_fingerprint(copied / "depthmup") == code_fingerprint()
+    assert fingerprint_code(copied / "depthmup") == fingerprint_code()
     (copied / "depthmup" / "train" / "step.py").write_text("another = 1")
-    code_fingerprint.cache_clear()
-    assert code_fingerprint(copied / "depthmup") == code_fingerprint()
+    fingerprint_code.cache_clear()
+    assert fingerprint_code(copied / "depthmup") == fingerprint_code()
     (copied / COPY_DESCRIPTION).unlink()
-    code_fingerprint.cache_clear()
-    assert code_fingerprint(copied / "depthmup") != code_fingerprint()
+    fingerprint_code.cache_clear()
+    assert fingerprint_code(copied / "depthmup") != fingerprint_code()

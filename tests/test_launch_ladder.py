@@ -14,7 +14,7 @@ from depthmup.data.errors import UserError
 from depthmup.launch.cli import cli
 from depthmup.launch.jobs.worker import train_packs
 from depthmup.launch.reading import read_study
-from depthmup.launch.runs.grouping import packs_of
+from depthmup.launch.runs.grouping import group_runs
 from depthmup.launch.runs.study import Study
 from depthmup.train.branch import begin_branch
 from depthmup.train.config import RunConfig
@@ -97,7 +97,7 @@ def test_the_plan_counts_of_a_branch_its_decay_alone(study_file: Path) -> None:
 def test_packs_hold_the_trunks_and_then_the_branches_of_one_horizon(study_file: Path) -> None:
     study = ladder(study_file, values=3, train={"pack": 4})
     study.write()
-    (pack,) = packs_of(study.runs, study.file.launch, on_gpu=False, slots=1)
+    (pack,) = group_runs(study.runs, study.file.launch, on_gpu=False, slots=1)
     assert [run.config.train.num_steps for run in pack] == [40] * 3 + [12] * 3 + [20] * 3
     branches = [run.directory for run in pack if run.trunk]
     assert all(map(waits_for_trunk, branches))  # none begins from nothing while its trunk may come

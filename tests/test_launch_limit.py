@@ -75,14 +75,14 @@ def test_what_the_limit_does_not_cover_is_refused(arguments: list[str], said: st
 def test_repeated_and_empty_images_are_no_inputs(study_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their kernel is singular. What is left are different images, and too few of them are refused."""
     file = read_study(study_file)
-    first = limit_task.image_task(file).inputs
+    first = limit_task.load_task(file).inputs
     images = torch.cat([torch.zeros_like(first[:1]), first[:1], 2 * first[:1], first]).reshape(-1, 1, 8, 8)
     batch = images, torch.arange(len(images))
-    monkeypatch.setattr(limit_task, "held_out_images", lambda *arguments: batch)
-    assert torch.allclose(limit_task.image_task(file).inputs, first)
+    monkeypatch.setattr(limit_task, "read_held_out", lambda *arguments: batch)
+    assert torch.allclose(limit_task.load_task(file).inputs, first)
     batch = images[:5], torch.arange(5)
     with pytest.raises(UserError, match="fewer than 6 different images among its first 5, and repeated inputs make"):
-        limit_task.image_task(file)
+        limit_task.load_task(file)
 
 
 def test_the_command_shows_networks_nearing_the_limit(study_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

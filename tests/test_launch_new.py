@@ -20,9 +20,9 @@ from depthmup.launch.new import FEWEST_STEPS
 from depthmup.launch.path_cost import PathCost, count_path
 from depthmup.launch.reading import read_study
 from depthmup.launch.scale import read_changes
-from depthmup.launch.wording import quantity, show_share
+from depthmup.launch.wording import show_quantity, show_share
 from depthmup.models.parameterization import AUTO, PRESETS
-from depthmup.models.parameterization_config import kind_of
+from depthmup.models.parameterization_config import find_kind
 
 
 def invoke(*words: str | Path) -> Result:
@@ -57,7 +57,7 @@ def test_a_new_study_fits_its_images_and_can_be_planned(
     assert Path(str(file.data.source)) == source
     assert file.data.validation_share > 0
     chosen, control = file.study.parameterizations
-    tells = AUTO.get((kind_of(file.model), file.optimizer.name))  # what published studies say of this kind
+    tells = AUTO.get((find_kind(file.model), file.optimizer.name))  # what published studies say of this kind
     assert (chosen.name, control.name) == (tells.preset if tells else "depth_mup", "sp")
     assert chosen.beta == (file.model.base_depth ** -PRESETS[chosen.name].alpha if tells and tells.absolute else 1)
     planned = invoke("plan", "flowers.yaml")
@@ -92,8 +92,10 @@ def test_tuning_a_proxy_that_is_sized_for_a_target_costs_the_share_that_was_give
     planned = invoke("plan", "large.yaml", "--target", "large_target.yaml")
     assert planned.exit_code == 0, planned.output
     assert f"Tuning costs at most {show_share(cost.share)} of the target's" in planned.output
-    assert f"{quantity(cost.search)}FLOPs in all" in planned.output  # of the search's own plan
-    assert f"at most {quantity(cost.study)}FLOPs (study.budget)" in invoke("plan", "large.yaml", "tune=null").output
+    assert f"{show_quantity(cost.search)}FLOPs in all" in planned.output  # of the search's own plan
+    assert (
+        f"at most {show_quantity(cost.study)}FLOPs (study.budget)" in invoke("plan", "large.yaml", "tune=null").output
+    )
 
 
 def test_runs_of_a_proxy_are_no_longer_than_the_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from depthmup.launch.jobs.submission import Submission
 from depthmup.launch.jobs.worker import main as work_in_a_job
 from depthmup.launch.jobs.worker import train_packs
 from depthmup.launch.reading import read_study
-from depthmup.launch.runs.grouping import check_packable, group_packs, packs_of
+from depthmup.launch.runs.grouping import check_packable, group_packs, group_runs
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.study import Study
 from depthmup.train.config import RunConfig
@@ -107,13 +107,13 @@ def sizes(packs: list[list[PlannedRun]]) -> list[int]:
 
 def test_packs_are_as_large_as_allowed_while_every_process_has_one(runs: Callable[..., list[PlannedRun]]) -> None:
     local, large = LaunchConfig(), runs("train.pack=16")
-    assert sizes(packs_of(large, local, on_gpu=False, slots=1)) == [8, 16]
-    assert sizes(packs_of(large, local, on_gpu=False, slots=3)) == [8, 8, 8]
-    assert sizes(packs_of(large, local, on_gpu=False, slots=99)) == [1] * 24
-    assert sizes(packs_of(runs("train.pack=5"), local, on_gpu=False, slots=1)) == [4] * 6
-    for found in packs_of(large, local, on_gpu=False, slots=3):
+    assert sizes(group_runs(large, local, on_gpu=False, slots=1)) == [8, 16]
+    assert sizes(group_runs(large, local, on_gpu=False, slots=3)) == [8, 8, 8]
+    assert sizes(group_runs(large, local, on_gpu=False, slots=99)) == [1] * 24
+    assert sizes(group_runs(runs("train.pack=5"), local, on_gpu=False, slots=1)) == [4] * 6
+    for found in group_runs(large, local, on_gpu=False, slots=3):
         assert len({run.config.model.depth for run in found}) == 1
-    together = [{run.seed for run in found} for found in packs_of(large, local, on_gpu=False, slots=3)]
+    together = [{run.seed for run in found} for found in group_runs(large, local, on_gpu=False, slots=3)]
     assert together[1:] == [{0}, {1}]  # runs of one seed share their images
     for overrides, on_gpu, expected in (
         (["train.pack=null"], False, [8, 8, 8]),
@@ -123,12 +123,12 @@ def test_packs_are_as_large_as_allowed_while_every_process_has_one(runs: Callabl
         (["train.pack=0"], True, [1] * 24),
         (["train.pack=null", "train.compile=block"], True, [1] * 24),
     ):
-        assert sizes(packs_of(runs(*overrides), local, on_gpu, slots=1)) == expected
-    assert packs_of([], local, on_gpu=True, slots=1) == []
+        assert sizes(group_runs(runs(*overrides), local, on_gpu, slots=1)) == expected
+    assert group_runs([], local, on_gpu=True, slots=1) == []
 
 
 def test_a_job_of_slurm_is_a_pack_or_as_many_as_runs_per_job_holds(runs: Callable[..., list[PlannedRun]]) -> None:
-    packs = packs_of(runs("train.pack=8"), LaunchConfig(cluster="slurm"), on_gpu=True, slots=1)
+    packs = group_runs(runs("train.pack=8"), LaunchConfig(cluster="slurm"), on_gpu=True, slots=1)
     assert [len(names) for names in group_packs(packs, 1)] == [8, 8, 8]
     assert [len(names) for names in group_packs(packs, 16)] == [16, 8]
     assert [len(names) for names in group_packs([[run] for run in runs()], 5)] == [5, 5, 5, 5, 4]
@@ -146,13 +146,13 @@ def test_packs_that_are_asked_for_but_cannot_be_are_refused_with_the_reason(
     runs: Callable[..., list[PlannedRun]], override: str, launch: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(UserError, match=f"train.pack is 4, but {words}"):
-        packs_of(runs("train.pack=4", override), LaunchConfig(**launch), on_gpu=True, slots=1)
+        group_runs(runs("train.pack=4", override), LaunchConfig(**launch), on_gpu=True, slots=1)
 
 
 def test_what_jobs_ask_for_keeps_no_runs_of_this_machine_out_of_packs(
     runs: Callable[..., list[PlannedRun]],
 ) -> None:
-    packs = packs_of(runs("train.pack=4"), LaunchConfig(nodes=2), on_gpu=True, slots=1)
+    packs = group_runs(runs("train.pack=4"), LaunchConfig(nodes=2), on_gpu=True, slots=1)
     assert max(map(len, packs)) == 4
 
 

@@ -19,7 +19,7 @@ from depthmup.launch.cli import cli
 from depthmup.launch.jobs import status
 from depthmup.launch.reading import read_study
 from depthmup.launch.report import tracked
-from depthmup.launch.report.page import environment, format_inline_json, inline
+from depthmup.launch.report.page import format_inline_json, make_environment, read_script
 from depthmup.launch.report.record import CURVE_POINTS, read_record
 from depthmup.launch.runs.study import Study
 from planned_runs import finish
@@ -108,12 +108,12 @@ def contrast(one: str, other: str) -> float:
 
 @pytest.mark.parametrize(("number", "scheme"), [(0, "light"), (1, "dark")])
 def test_text_and_curves_stand_out_from_the_page(number: int, scheme: str) -> None:
-    style = re.findall(r":root \{(.*?)\}", inline("style.html.j2"), re.DOTALL)[number]
+    style = re.findall(r":root \{(.*?)\}", read_script("style.html.j2"), re.DOTALL)[number]
     colours = dict(re.findall(r"--(\w+): (#\w{6})", style))
     for text in ("text", "quiet", "link"):
         assert contrast(colours[text], colours["page"]) >= 4.5
     assert contrast(colours["text"], colours["panel"]) >= 4.5
-    drawn = re.search(rf"{scheme}: \[(.*?)\]", inline("page.js"))
+    drawn = re.search(rf"{scheme}: \[(.*?)\]", read_script("page.js"))
     assert drawn
     assert all(contrast(colour, colours["page"]) >= 3 for colour in re.findall(r"#\w{6}", drawn[1]))
 
@@ -196,7 +196,7 @@ def test_a_study_whose_every_run_failed_has_a_page_with_a_verdict(study_file: Pa
 
 def test_only_the_rows_of_bases_begin_a_group() -> None:
     row = {"parameterization": "sp", "notes": "censored (low edge), at the base's optimum 1 of 2"}
-    template = environment().from_string(
+    template = make_environment().from_string(
         '{% from "style.html.j2" import table %}{{ table(rows, "name", mark="base") }}'
     )
     page = template.render(rows=[{**row, "notes": "base, one seed"}, row])

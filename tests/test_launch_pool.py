@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from depthmup.data.errors import UserError
-from depthmup.launch.commands.group import new_console
+from depthmup.launch.commands.group import open_console
 from depthmup.launch.jobs import states
 from depthmup.launch.reading import read_study
 from depthmup.launch.report.collect import collect
@@ -18,7 +18,7 @@ from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.pool import refuse_mixture
 from depthmup.launch.runs.study import Study
 from depthmup.train.config import run_hash
-from depthmup.train.owner import code_fingerprint, describe_owner
+from depthmup.train.owner import describe_owner, fingerprint_code
 
 
 def open_study(file: Path, *overrides: str) -> Study:
@@ -30,7 +30,7 @@ def finish(runs: Sequence[PlannedRun], **changes: Any) -> None:
     for number, run in enumerate(runs):
         run.directory.path.mkdir(parents=True, exist_ok=True)
         done = {"outcome": "completed", "step": 12, "minival_loss": 1.0 + 0.01 * number, "seconds": 1.0}
-        run.directory.write_done(done | describe_owner(run.config) | {"code": code_fingerprint()} | changes)
+        run.directory.write_done(done | describe_owner(run.config) | {"code": fingerprint_code()} | changes)
 
 
 def test_results_of_several_versions_of_the_code_are_refused_or_pooled_when_asked_for_and_then_shown(
@@ -45,7 +45,7 @@ def test_results_of_several_versions_of_the_code_are_refused_or_pooled_when_aske
     pooled = open_study(study_file, "study.pool_different=[code]")
     report = collect(pooled)
     assert "Results of 2 versions of the code: 9 runs of" in report.facts
-    assert make_record(report)["origins"]["code"] == {code_fingerprint(): 9, "0123456789ab": 3}
+    assert make_record(report)["origins"]["code"] == {fingerprint_code(): 9, "0123456789ab": 3}
     assert [run.directory.path for run in pooled.runs] == [run.directory.path for run in study.runs]  # no identity
     json.dumps(make_record(report))
 
@@ -65,7 +65,7 @@ def test_runs_on_other_shards_under_the_same_name_do_not_count(study_file: Path)
     for ask in (
         lambda: study.pending(),
         lambda: states.take_snapshot(study),
-        lambda: print_plan(study, new_console()),
+        lambda: print_plan(study, open_console()),
         lambda: collect(study),
     ):
         with pytest.raises(UserError, match=r"trained on other images \(shards 0123456789ab\) than .*digits holds"):

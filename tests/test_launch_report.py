@@ -13,10 +13,10 @@ from click.testing import CliRunner
 from depthmup.launch.cli import cli
 from depthmup.launch.reading import read_study
 from depthmup.launch.report.collect import collect
-from depthmup.launch.report.overview import overview
+from depthmup.launch.report.overview import tabulate_studies
 from depthmup.launch.report.recompute import recompute_record, restore
 from depthmup.launch.report.record import dump, make_record, read_record
-from depthmup.launch.report.results import results
+from depthmup.launch.report.results import format_document
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.study import Study
 from depthmup.launch.transfer import grow
@@ -151,17 +151,17 @@ def test_several_studies_stand_side_by_side_and_are_published(study_file: Path, 
 
     records = [read_record(path) for path in sorted(folder.glob("*.json"))]
     for record in (*records, read_record(PUBLISHED / "paper_vit.json")):  # of three sizes and more, too
-        for row in overview([record]):
+        for row in tabulate_studies([record]):
             others = [size for size in record["sizes"] if size["parameterization"] == row["parameterization"]][1:]
             highest = max(size["regret_bound"] for size in others)
             assert float(row["below (95 %)"].removesuffix(" %")) == pytest.approx(100 * highest, rel=0.05)
             assert highest < record["regret_limit"] or row["verdict"] != "transfers"
-    text = results(records, folder)
+    text = format_document(records, folder)
     assert "sp: does not transfer" in text  # a negative result stays in
     assert "**6 runs are not finished.**" in text
     assert "![moving-curves](results/moving-curves.png)" in text
     assert str(tmp_path) not in text
-    assert text == results(records, folder)
+    assert text == format_document(records, folder)
 
 
 def test_a_study_of_momentum_is_reported_in_octaves_of_one_minus_it(study_file: Path) -> None:

@@ -14,7 +14,7 @@ from depthmup.launch.jobs.states import RunState, Snapshot
 from depthmup.launch.reading import read_study
 from depthmup.launch.runs.cost import count_flops
 from depthmup.launch.runs.planned import PlannedRun
-from depthmup.launch.runs.seconds import expected_seconds
+from depthmup.launch.runs.seconds import estimate_seconds
 from depthmup.launch.runs.study import Study
 
 START, BETWEEN = 3.0, 0.4  # seconds of a process's start, and between two runs of one
@@ -89,12 +89,12 @@ def test_the_share_shown_is_the_share_of_the_time(study: Study, together: int) -
 def test_a_size_that_ran_takes_what_it_took_and_others_what_their_flops_say() -> None:
     small, middle, large = (Size(width=8, depth=depth) for depth in (3, 6, 12))
     flops = {small: 1e9, middle: 2e9, large: 4e9}
-    assert expected_seconds(flops, {}, 100) == {}
-    found = expected_seconds(flops, {small: [2.0, 4.0], large: [9.0]}, 100)
+    assert estimate_seconds(flops, {}, 100) == {}
+    found = estimate_seconds(flops, {small: [2.0, 4.0], large: [9.0]}, 100)
     assert found[small] == 3.0
     assert found[large] == 9.0
     assert found[middle] == pytest.approx(5.0, rel=0.15)  # 1 + 2 a GFLOP
-    alone = expected_seconds(flops, {large: [9.0]}, 100)
+    alone = estimate_seconds(flops, {large: [9.0]}, 100)
     assert 9.0 / 4 < alone[small] < alone[middle] < 9.0  # a run's steps cost something whatever the network is
 
 

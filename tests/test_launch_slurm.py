@@ -45,13 +45,13 @@ def test_a_command_that_does_not_answer_is_given_up(fake: Path, monkeypatch: pyt
     stand_in(fake, name, "exec sleep 60")
     began = time.monotonic()
     with pytest.raises(slurm.SlurmError, match=rf"{name} gave no answer in 0\.3 s"):
-        slurm.sbatch(fake / "x.sh") if name == "sbatch" else slurm.read_queue(["1"])
+        slurm.call_sbatch(fake / "x.sh") if name == "sbatch" else slurm.read_queue(["1"])
     assert time.monotonic() - began < 30
 
 
 def test_of_a_federation_the_job_is_taken_without_its_clusters_name(fake: Path) -> None:
     stand_in(fake, "sbatch", "echo '4711;north'")
-    assert slurm.sbatch(fake / "x.sh") == "4711"
+    assert slurm.call_sbatch(fake / "x.sh") == "4711"
 
 
 def test_nothing_is_cancelled_where_there_is_nothing_to_cancel(fake: Path) -> None:

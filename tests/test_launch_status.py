@@ -26,7 +26,7 @@ from depthmup.launch.jobs.worker import lacks_gpu
 from depthmup.launch.reading import read_study, read_study_or_run
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.study import Study
-from depthmup.launch.wording import duration
+from depthmup.launch.wording import show_duration
 from depthmup.train.lock import Lock, take_lock, write_holder
 from depthmup.train.rundir import RunDirectory
 
@@ -256,7 +256,7 @@ def test_the_first_steps_may_take_longer(
     hold(begun.run.directory)
     found = judged(begun, QueuedTask("7", 0, "RUNNING", "None", "tiny"))
     assert found.state == state
-    assert f"no news for {duration(seconds)}, since it began" in found.remark
+    assert f"no news for {show_duration(seconds)}, since it began" in found.remark
 
 
 @pytest.mark.parametrize(

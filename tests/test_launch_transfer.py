@@ -21,7 +21,7 @@ from depthmup.launch.jobs.states import RunState, Snapshot
 from depthmup.launch.jobs.submission import Submission, load_all, note_command
 from depthmup.launch.jobs.submit import submit_continuation, write_dry_run_script
 from depthmup.launch.reading import read_study
-from depthmup.launch.runs.grouping import slot_gpus
+from depthmup.launch.runs.grouping import assign_gpus
 from depthmup.launch.runs.study import Study
 from depthmup.launch.transfer import select_resubmittable
 from test_launch_scale import finish
@@ -394,4 +394,4 @@ def test_every_slot_has_its_own_gpu_or_core(
     monkeypatch: pytest.MonkeyPatch, visible: str, slots: int, expected: list[str | None]
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert slot_gpus(LaunchConfig(slots=slots)) == expected
+    assert assign_gpus(LaunchConfig(slots=slots)) == expected

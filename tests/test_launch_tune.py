@@ -20,14 +20,14 @@ from depthmup.data.errors import UserError
 from depthmup.launch.jobs import states
 from depthmup.launch.reading import read_run
 from depthmup.launch.report.record import read_record
-from depthmup.launch.report.results import results
-from depthmup.launch.report.search import collect_search, sentences
+from depthmup.launch.report.results import format_document
+from depthmup.launch.report.search import collect_search, describe_search
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.search import Search
-from depthmup.launch.runs.space import fraction_at
+from depthmup.launch.runs.space import find_fraction
 from depthmup.launch.transfer import Launched, wait
 from depthmup.launch.values import Range
-from depthmup.train.owner import code_fingerprint, describe_owner
+from depthmup.train.owner import describe_owner, fingerprint_code
 from depthmup.train.rundir import PRUNED
 from planned_runs import finish, open_as
 
@@ -100,7 +100,7 @@ def test_one_launcher_suggests_what_launchers_of_one_batch_each_do(
         if run.config.schedule.warmup > 0.4:
             run.directory.path.mkdir(parents=True, exist_ok=True)
             run.directory.write_done(
-                {"outcome": PRUNED, "step": 1, "seconds": 1.0, "code": code_fingerprint(), **describe_owner(run.config)}
+                {"outcome": PRUNED, "step": 1, "seconds": 1.0, "code": fingerprint_code(), **describe_owner(run.config)}
             )
         else:
             finish(run, bowl(run))
@@ -144,7 +144,7 @@ def test_the_first_suggestions_are_spread_evenly_over_the_space(tune_file: Calla
     for key in ("optimizer.lr", "schedule.warmup"):
         dimension = search.settings.space[key]
         assert isinstance(dimension, Range)
-        quarters = sorted(int(4 * fraction_at(dimension, params[key])) for params in tried[1:])
+        quarters = sorted(int(4 * find_fraction(dimension, params[key])) for params in tried[1:])
         most = batch // 4
         assert all(most - 1 <= quarters.count(quarter) <= most for quarter in range(4)), (key, quarters)
 
@@ -296,7 +296,7 @@ def train_with_limits(run: PlannedRun) -> bool:
         with open(directory.metrics, "a") as file:
             file.write(json.dumps({"step": step, "minival_loss": loss}) + "\n")
         if limit is not None and loss > limit:
-            result = {"outcome": PRUNED, "step": step, "seconds": 1.0, "code": code_fingerprint()}
+            result = {"outcome": PRUNED, "step": step, "seconds": 1.0, "code": fingerprint_code()}
             directory.write_done(result | describe_owner(run.config))
             return True
     finish(run, bowl(run))
@@ -334,7 +334,7 @@ def test_runs_that_are_ended_early_are_neither_winners_nor_averaged_nor_failures
     assert not of_pruned & {trial for trial, _, _ in found.trials}
     assert not of_pruned & set(search.winners())
     assert all(number >= 8 for number in of_pruned)  # the first batches have nothing to be worse than
-    assert any(f"{len(pruned)} suggestions were ended early" in said for said in sentences(found))
+    assert any(f"{len(pruned)} suggestions were ended early" in said for said in describe_search(found))
     counts = states.take_snapshot(search).counts()
     assert (counts["pruned"], counts["done"]) == (
         len(pruned),
@@ -387,7 +387,7 @@ def test_what_optuna_cannot_say_of_importance_is_said_in_the_report(tune_file: C
     walk(file)
     found = collect_search(open_search(file))
     assert found.no_importance
-    assert any(said == f"No importance: {found.no_importance}" for said in sentences(found))
+    assert any(said == f"No importance: {found.no_importance}" for said in describe_search(found))
 
 
 def test_a_plan_names_what_keeps_suggestions_out_of_one_pack(tune_file: Callable[..., Path]) -> None:
@@ -415,7 +415,7 @@ def test_the_sampler_learns_and_the_winners_are_judged_by_new_seeds_alone(tune_f
     assert known["optimizer.lr"].identified
     assert known["optimizer.lr"].importance == max(each.importance or 0 for each in found.dimensions)
     assert not known["train.label_smoothing"].identified
-    assert any("Not identified: " in said and "train.label_smoothing" in said for said in sentences(found))
+    assert any("Not identified: " in said and "train.label_smoothing" in said for said in describe_search(found))
 
 
 def test_a_finished_search_is_reported_published_and_a_row_of_the_results(
@@ -430,7 +430,7 @@ def test_a_finished_search_is_reported_published_and_a_row_of_the_results(
     record = read_record(folder / "found.json")
     search = open_search(file)
     assert record["flops"] == (8 + 2 * 2) * search.flops
-    text, best = results([record], folder), record["winners"][0]
+    text, best = format_document([record], folder), record["winners"][0]
     (row,) = [line for line in text.splitlines() if line.startswith("| found |")]
     cells = [cell.strip() for cell in row.split("|")]
     assert cells[2:4] == ["conv_resnet 8 x 3", "8 (tpe)"]
@@ -469,7 +469,7 @@ def test_where_all_are_ended_early_the_line_says_so_and_how_to_go_on(tune_file: 
     search.plan_next_batch()
     for run in search.pending():
         run.directory.path.mkdir(parents=True)
-        ended = {"outcome": PRUNED, "step": 3, "seconds": 1.0, "loss": 2.0, "limit": 1.0, "code": code_fingerprint()}
+        ended = {"outcome": PRUNED, "step": 3, "seconds": 1.0, "loss": 2.0, "limit": 1.0, "code": fingerprint_code()}
         run.directory.write_done(ended | describe_owner(run.config))
     with pytest.raises(
         UserError, match=r"\(0 finished, 4 ended early\): leave tune.prune out, or give it later shares"
@@ -533,7 +533,7 @@ def test_values_that_do_not_go_together_are_left_out_and_counted(tune_file: Call
     found = collect_search(open_search(file))
     assert found.failed > 0  # wsd with a warm-up that leaves no room for its decay
     assert found.failed + len(found.trials) == 24
-    assert any("were refused: their values do not go together" in said for said in sentences(found))
+    assert any("were refused: their values do not go together" in said for said in describe_search(found))
 
 
 def test_a_search_is_trained_by_the_real_launcher_and_its_best_file_is_a_run(

@@ -15,8 +15,8 @@ from depthmup.data.errors import UserError
 from depthmup.launch.findings.share import Share
 from depthmup.launch.reading import read_study_or_run
 from depthmup.launch.report.record import read_record
-from depthmup.launch.report.results import results
-from depthmup.launch.report.verification import Verified, collect_verification, sentences
+from depthmup.launch.report.results import format_document
+from depthmup.launch.report.verification import Verified, collect_verification, describe_verification
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.verification import Verification
 from planned_runs import finish, open_as
@@ -98,7 +98,7 @@ def test_values_at_the_optimum_are_among_the_best(verify_file: Callable[..., Pat
     found = judge(verify_file(), bowl(-6))
     assert len(found.losses) == 59
     assert found.count_better_by(found.margin).better == 0
-    said = " ".join(sentences(found))
+    said = " ".join(describe_verification(found))
     assert said.startswith("Among the best 5.0 %: with 95% confidence, at most 5.0 % of the space is better")
     assert not any(shift.moved for shift in found.shifts)
 
@@ -110,7 +110,7 @@ def test_a_value_that_is_not_at_the_optimum_is_seen_and_named_with_its_side(veri
     assert share.judge(0.05) == "not among the best"
     assert share.low < share.better / 59 < share.high
     assert [shift.key for shift in found.shifts if shift.moved] == ["optimizer.lr"]
-    assert "optimizer.lr: the best quarter lies above the transferred value." in sentences(found)
+    assert "optimizer.lr: the best quarter lies above the transferred value." in describe_verification(found)
 
 
 def test_where_the_values_do_not_matter_none_is_called_better_and_none_moved(verify_file: Callable[..., Path]) -> None:
@@ -132,7 +132,7 @@ def test_transferred_values_that_diverge_are_the_worst_and_perturbed_ones_that_d
 
 def test_noise_between_seeds_above_the_margin_is_said(verify_file: Callable[..., Path]) -> None:
     found = judge(verify_file(), lambda run: bowl(-6)(run) + 0.02 * run.seed)
-    assert any("Seeds differ by" in sentence for sentence in sentences(found))
+    assert any("Seeds differ by" in sentence for sentence in describe_verification(found))
 
 
 def test_there_is_no_bound_before_all_runs_are_done(verify_file: Callable[..., Path]) -> None:
@@ -271,7 +271,7 @@ def test_a_verification_is_trained_by_the_real_launcher_and_given_again_trains_n
     assert told.exit_code == 0, told.exception
     assert told.output.splitlines()[:4] == again.output.splitlines()[:4]
     published = read_record(tmp_path / "results" / "checked.json")
-    row = next(line for line in results([published], tmp_path).splitlines() if line.startswith("| checked |"))
+    row = next(line for line in format_document([published], tmp_path).splitlines() if line.startswith("| checked |"))
     assert f"| {record['better']} of 3 by 0.5 % |" in row
     assert f"{record['verdict']} " in row
     assert row.endswith(" 5 % |")

@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 
 from depthmup.data.errors import UserError
-from depthmup.launch.config import label
+from depthmup.launch.config import show_label
 from depthmup.launch.reading import read_study
 from depthmup.launch.report.record import read_record
 from depthmup.models.build import build_meta
 from depthmup.models.config import AnyModelConfig, ConvResNetConfig, VisionTransformerConfig
 from depthmup.models.errors import ModelError
 from depthmup.models.parameterization import AUTO
-from depthmup.models.parameterization_config import ParameterizationConfig, kind_of
-from depthmup.train.config import RunConfig, identity
+from depthmup.models.parameterization_config import ParameterizationConfig, find_kind
+from depthmup.train.config import RunConfig, find_identity
 from depthmup.train.reading import from_plain, to_yaml
 
 RESULTS = Path(__file__).parents[1] / "docs/results"
@@ -31,7 +31,7 @@ NETWORKS: list[tuple[AnyModelConfig, str]] = [
 def named(choice: ParameterizationConfig) -> list[str]:
     """Its labels in the published studies, where beta has five digits."""
     beta = float(f"{choice.beta:.5f}")
-    return [label(ParameterizationConfig(name=choice.name, beta=beta, eps_scaling=eps)) for eps in (None, "table")]
+    return [show_label(ParameterizationConfig(name=choice.name, beta=beta, eps_scaling=eps)) for eps in (None, "table")]
 
 
 def worst_bound(record: dict[str, Any], name: str) -> float:
@@ -44,7 +44,7 @@ def worst_bound(record: dict[str, Any], name: str) -> float:
 
 @pytest.mark.parametrize(("model", "optimizer"), NETWORKS)
 def test_every_choice_is_what_its_studies_know_to_cost_least(model: AnyModelConfig, optimizer: str) -> None:
-    choice, row = AUTOMATIC.choose(model, optimizer), AUTO[kind_of(model), optimizer]
+    choice, row = AUTOMATIC.choose(model, optimizer), AUTO[find_kind(model), optimizer]
     assert row.studies
     for study in row.studies:
         record = read_record(RESULTS / f"{study}.json")
@@ -58,7 +58,7 @@ def test_every_choice_is_what_its_studies_know_to_cost_least(model: AnyModelConf
 
 
 def test_every_row_has_a_network_here() -> None:
-    assert {(kind_of(model), optimizer) for model, optimizer in NETWORKS} == AUTO.keys()
+    assert {(find_kind(model), optimizer) for model, optimizer in NETWORKS} == AUTO.keys()
 
 
 def test_a_run_is_what_auto_meant_and_not_its_name(run_settings: dict[str, Any]) -> None:
@@ -66,7 +66,7 @@ def test_a_run_is_what_auto_meant_and_not_its_name(run_settings: dict[str, Any])
     chosen = AUTOMATIC.choose(automatic.model, automatic.optimizer.name)
     stated = from_plain(RunConfig, run_settings | {"parameterization": {**vars(chosen)}}, "stated")
     assert chosen.name != "auto"
-    assert identity(automatic) == identity(stated)
+    assert find_identity(automatic) == find_identity(stated)
     assert "name: auto" not in to_yaml(automatic)
 
 

@@ -20,7 +20,7 @@ from depthmup.models.errors import ModelError
 from depthmup.models.own import OWN
 from depthmup.train.config import RunConfig, run_hash
 from depthmup.train.loop import run as train
-from depthmup.train.owner import describe_owner, differences
+from depthmup.train.owner import describe_owner, list_differences
 from depthmup.train.packs.pack import run_pack
 from depthmup.train.reading import from_plain, to_yaml
 from depthmup.train.yaml_text import load_yaml
@@ -117,8 +117,8 @@ def test_what_the_file_does_is_part_of_the_runs_identity_and_stays_with_it(tmp_p
     file.write_text(CODE.replace("* 0.02", "* 0.03"))
     other = from_plain(RunConfig, own_run(file), "test")
     assert run_hash(other) != run_hash(run)
-    assert [text.partition(":")[0] for text in differences(describe_owner(run), other)] == ["model.code"]
-    assert len(differences(describe_owner(run), other)[0]) < 100  # fingerprints, not the text
+    assert [text.partition(":")[0] for text in list_differences(describe_owner(run), other)] == ["model.code"]
+    assert len(list_differences(describe_owner(run), other)[0]) < 100  # fingerprints, not the text
 
     file.unlink()
     assert from_plain(RunConfig, load_yaml(written, "written"), "test") == run

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from depthmup.launch.check import hint, table, with_parameterization
+from depthmup.launch.check import add_parameterization, format_table, suggest_remedy
 from depthmup.launch.cli import cli
 from depthmup.models import coordinate_check
 from depthmup.models import parameterization as rules
@@ -210,8 +210,8 @@ def test_a_studys_check_is_of_the_parameterization_that_it_is_about(
     listed: list[Any], stated: dict[str, Any], checked: dict[str, Any]
 ) -> None:
     raw = {"study": {"parameterizations": listed}, "parameterization": stated}
-    assert with_parameterization(raw)["parameterization"] == checked
-    assert with_parameterization({"model": {}}) == {"model": {}}  # one run's
+    assert add_parameterization(raw)["parameterization"] == checked
+    assert add_parameterization({"model": {}}) == {"model": {}}  # one run's
 
 
 def line(slope: float, error: float) -> Line:
@@ -235,7 +235,7 @@ def test_positions_of_a_deeper_network_lie_at_the_same_relative_depth() -> None:
 
 def test_unit_branches_in_a_deep_base_are_told_to_try_the_papers_beta() -> None:
     def advice(slope: float, blocks: int, parameterization: ParameterizationConfig) -> str | None:
-        return hint([line(slope, 0.1)], lambda: blocks, parameterization)
+        return suggest_remedy([line(slope, 0.1)], lambda: blocks, parameterization)
 
     def build_nothing() -> int:
         raise AssertionError("no network is built for what is not said")
@@ -245,9 +245,9 @@ def test_unit_branches_in_a_deep_base_are_told_to_try_the_papers_beta() -> None:
     assert advice(1.0, 16, replace(depth_mup, beta=0.25)) is None
     assert "parameterization.beta=0.111" in str(advice(1.0, 9, ParameterizationConfig(name="completep")))
     for slope, parameterization in ((1.0, sp), (0.0, depth_mup)):
-        assert hint([line(slope, 0.1)], build_nothing, parameterization) is None
+        assert suggest_remedy([line(slope, 0.1)], build_nothing, parameterization) is None
 
 
 def test_the_table_keeps_its_columns_apart_when_a_run_explodes() -> None:
     exploded = Line("depth", "stream", 1, (1, 4), (1.0, 1.0), 13.21, 1.43, (-0.0, -0.0))
-    assert table("depth", [exploded])[1].split() == ["stream", "+13±1.43!", "0"]
+    assert format_table("depth", [exploded])[1].split() == ["stream", "+13±1.43!", "0"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from depthmup import models
 from depthmup.launch.cli import cli
 from depthmup.models.build import build
-from depthmup.models.check_record import Inside, Layer, Position, branch_layers
+from depthmup.models.check_record import Inside, Layer, Position, list_branch_layers
 from depthmup.models.config import AnyModelConfig, ConvResNetConfig, ResNetConfig, VisionTransformerConfig
 from depthmup.models.coordinate_check import Line, Settings, check
 from depthmup.models.errors import ModelError
@@ -58,7 +58,7 @@ def test_in_branches_of_one_layer_alpha_one_half_is_right_and_of_two_it_is_not()
 def test_layers_are_found_in_the_order_in_which_they_run() -> None:
     """Blocks and branches come from the roles: attention and MLP of a ViT, one branch of a ResNet's block."""
     vit = build(VIT, ParameterizationConfig(), seed=0)
-    found = branch_layers(vit, torch.zeros(2, 1, 8, 8))
+    found = list_branch_layers(vit, torch.zeros(2, 1, 8, 8))
     assert found[:4] == [
         Layer("blocks.0.attn.qkv", 0, 1, 1, 2),
         Layer("blocks.0.attn.proj", 0, 1, 2, 2),
@@ -71,7 +71,7 @@ def test_layers_are_found_in_the_order_in_which_they_run() -> None:
         **{"num_classes": 10, "image_size": 32, "in_channels": 1},
     )
     resnet = build(config, ParameterizationConfig(), seed=0)
-    layers = branch_layers(resnet, torch.zeros(2, 1, 32, 32))
+    layers = list_branch_layers(resnet, torch.zeros(2, 1, 32, 32))
     assert {layer.count for layer in layers} == {3}  # the shortcut's convolution is no part of the branch
     assert [layer.name.rpartition(".")[2] for layer in layers] == ["conv1", "conv2", "conv3"] * 4
 
@@ -79,7 +79,7 @@ def test_layers_are_found_in_the_order_in_which_they_run() -> None:
 def test_the_two_parts_are_the_whole_change_of_a_layers_output() -> None:
     scaled = build(VIT, ParameterizationConfig(beta=0.3), seed=0)
     images = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    watched = Inside(scaled, branch_layers(scaled, images))
+    watched = Inside(scaled, list_branch_layers(scaled, images))
     fc2 = scaled.network.get_submodule("blocks.1.mlp.fc2")
     outputs: list[Tensor] = []
     fc2.register_forward_hook(lambda module, inputs, output: outputs.append(module.forward(inputs[0]).detach()))
@@ -143,7 +143,7 @@ def test_a_branch_of_other_modules_is_refused_by_name() -> None:
     size = models.Size(width=8, depth=1)
     scaled = models.apply(ParameterizationConfig(), Net(8), size=size, base=size, roles=roles, seed=0)
     with pytest.raises(ModelError, match=r"^block\.branch is a Opaque: the check sees inside a branch of linear"):
-        branch_layers(scaled, torch.zeros(2, 4))
+        list_branch_layers(scaled, torch.zeros(2, 4))
 
 
 def test_the_command_says_that_inner_layers_freeze(study_file: Path, tmp_path: Path) -> None:

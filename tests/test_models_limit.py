@@ -12,11 +12,11 @@ from depthmup.models import OptimizerConfig, ParameterizationConfig, Role, Size
 from depthmup.models import parameterization as rules
 from depthmup.models.errors import ModelError
 from depthmup.models.limit.activations import ACTIVATIONS
-from depthmup.models.limit.drift import compute_kernel_at, compute_kernel_in_limit, predicted_drift
-from depthmup.models.limit.finite import scaled_network, train_finite
+from depthmup.models.limit.drift import compute_kernel_at, compute_kernel_in_limit, predict_drift
+from depthmup.models.limit.finite import build_scaled_network, train_finite
 from depthmup.models.limit.kernels import compute_finite_depth_kernel, compute_infinite_depth_kernel, find_largest_rate
 from depthmup.models.limit.linear import train_linear
-from depthmup.models.limit.network import ActivationName, Training, Trajectory, build_paper_network, to_infinite_depth
+from depthmup.models.limit.network import ActivationName, Training, Trajectory, build_paper_network, extrapolate_depth
 from depthmup.models.limit.rich import train_rich
 from depthmup.models.parameterization import Scale
 
@@ -74,16 +74,16 @@ def test_one_step_of_the_linear_network_in_the_limit(input_rate: float) -> None:
     """H_1(tau) = e^tau (1 + e a^2 q(tau)) and f_1 = (2 + c) e eta0 Delta."""
     runs = {depth: one_step(depth, input_rate) for depth in (16, 32, 64)}
     for tau in (0.25, 0.5, 1.0):
-        kernel = to_infinite_depth({depth: run.forward[int(tau * depth), 1, 1] for depth, run in runs.items()}, 2)
+        kernel = extrapolate_depth({depth: run.forward[int(tau * depth), 1, 1] for depth, run in runs.items()}, 2)
         polynomial = input_rate * (1 + 4 * tau + 2 * tau**2) + tau**2 + 2 / 3 * tau**3
         assert kernel == pytest.approx(math.exp(tau) * (1 + math.e * 0.25 * polynomial), rel=1e-3)
-    output = to_infinite_depth({depth: run.outputs[1, 0] for depth, run in runs.items()}, 2)
+    output = extrapolate_depth({depth: run.outputs[1, 0] for depth, run in runs.items()}, 2)
     assert output == pytest.approx((2 + input_rate) * math.e * 0.05, rel=1e-4)
 
 
 def test_one_step_of_the_linear_network_is_the_stated_number_in_the_limit() -> None:
     kernels = {depth: one_step(depth, 1.0).forward[-1, 1, 1] for depth in (8, 16, 32, 64)}
-    assert f"{to_infinite_depth(kernels, 3):.2f}" == "18.73"
+    assert f"{extrapolate_depth(kernels, 3):.2f}" == "18.73"
 
 
 def test_tangent_kernel_of_the_linear_network() -> None:
@@ -98,7 +98,7 @@ def test_kernels_at_the_start_of_the_linear_network() -> None:
     """H(tau) = e^tau and G(tau) = e^(1 - tau) in the limit."""
     runs = {depth: train_linear(build_paper_network("linear", depth), one_sample(0)) for depth in (16, 32, 64)}
     middle = {depth: (run.forward[depth // 2, 0, 0], run.backward[depth // 2, 0, 0]) for depth, run in runs.items()}
-    assert to_infinite_depth({d: np.array(v) for d, v in middle.items()}, 2) == pytest.approx(math.exp(0.5), rel=1e-4)
+    assert extrapolate_depth({d: np.array(v) for d, v in middle.items()}, 2) == pytest.approx(math.exp(0.5), rel=1e-4)
 
 
 # ---------------------------------------------------------------- the lazy limit
@@ -165,7 +165,7 @@ def test_depth_ode_is_the_limit_of_the_recursion_for_every_activation() -> None:
             depth: compute_finite_depth_kernel(build_paper_network(name, depth), inputs).total
             for depth in (50, 100, 200)
         }
-        assert to_infinite_depth(depths, 2) == pytest.approx(
+        assert extrapolate_depth(depths, 2) == pytest.approx(
             compute_infinite_depth_kernel(name, inputs).total, rel=1e-5
         )
 
@@ -241,7 +241,7 @@ def test_what_has_no_limit_is_refused_with_what_to_do() -> None:
         train_linear(build_paper_network("relu", 4), one_sample(3))
     sp = ParameterizationConfig(name="sp").resolve()
     with pytest.raises(ModelError, match="sp with alpha 0 has no limit"):
-        predicted_drift(sp, Size(width=8, depth=3), None)
+        predict_drift(sp, Size(width=8, depth=3), None)
 
 
 def test_the_largest_stable_rate_is_where_lazy_training_turns() -> None:
@@ -269,14 +269,14 @@ def test_the_largest_stable_rate_is_where_lazy_training_turns() -> None:
 def test_predicted_drift_over_depth(base_depth: int, beta: float, drifts: list[str]) -> None:
     p, base = ParameterizationConfig(beta=beta).resolve(), Size(width=16, depth=base_depth)
     sizes = [Size(width=16, depth=factor * base_depth) for factor in (2, 4, 8)]
-    assert [f"{predicted_drift(p, base, size):.2f}" for size in [*sizes, None]] == drifts
+    assert [f"{predict_drift(p, base, size):.2f}" for size in [*sizes, None]] == drifts
 
 
 def test_width_moves_the_largest_rate_of_sp_alone() -> None:
     """Under sp the readout's and the branches' terms grow with width, here by 4, and the input's third does not."""
     base, wide = Size(width=16, depth=3), Size(width=64, depth=3)
     for name, drift in (("depth_mup", 0.0), ("mup", 0.0), ("completep", 0.0), ("sp", -math.log2(3))):
-        found = predicted_drift(ParameterizationConfig(name=name).resolve(), base, wide)
+        found = predict_drift(ParameterizationConfig(name=name).resolve(), base, wide)
         assert found == pytest.approx(drift, abs=1e-9)
 
 
@@ -292,7 +292,7 @@ def tangent_kernel_of_network(
     p: ParameterizationConfig, size: Size, base: Size, inputs: torch.Tensor, activation: ActivationName
 ) -> np.ndarray:
     """By differentiating one network, every parameter at its learning rate factor."""
-    scaled = scaled_network(p, size, base, inputs.shape[1], 0, activation)
+    scaled = build_scaled_network(p, size, base, inputs.shape[1], 0, activation)
     parameters = dict(scaled.network.named_parameters())
     roots = [math.sqrt(scaled.scale.factors(scaled.rules[name].role, "sgd").lr) for name in parameters]
     rows = []

@@ -31,11 +31,11 @@ from depthmup.models.coordinate_check import (
 )
 from depthmup.models.errors import ModelError
 from depthmup.models.export import folded_state
-from depthmup.models.flops import forward_flops
-from depthmup.models.moe_vit import GroupedLinear, MixtureOfExperts, balance_experts, load_metrics, unbalanced
+from depthmup.models.flops import count_forward_flops
+from depthmup.models.moe_vit import GroupedLinear, MixtureOfExperts, balance_experts, describe_imbalance, load_metrics
 from depthmup.models.optimizer_config import OptimizerConfig
 from depthmup.models.parameterization import Role
-from depthmup.models.timm_registry import timm_call
+from depthmup.models.timm_registry import find_timm_call
 from depthmup.train.loop import run
 from depthmup.train.packs.packing import list_obstacles
 from train_configs import losses, pack_digits, run_config
@@ -62,7 +62,7 @@ def mixture(experts: int = 4, active: int = 2, rate: float = 0.02) -> MixtureOfE
 
 def test_one_expert_is_timms_dense_vit() -> None:
     scaled = build(DENSE, COMPLETEP, seed=0)
-    name, arguments = timm_call(VisionTransformerConfig(**SIZE, **SHAPE, class_token=False, global_pool="avg"))
+    name, arguments = find_timm_call(VisionTransformerConfig(**SIZE, **SHAPE, class_token=False, global_pool="avg"))
     plain = timm.create_model(name, **arguments)
     state = {key: tensor for key, tensor in scaled.network.state_dict().items() if ".mlp." not in key}
     for number, block in enumerate(scaled.network.blocks):
@@ -108,7 +108,7 @@ def test_torchs_grouped_product_gives_the_same() -> None:
 
 
 def test_the_cost_is_that_of_the_active_experts() -> None:
-    dense, sparse = (forward_flops(build_meta(c, COMPLETEP).network, (1, 8, 8)) for c in (DENSE, MOE))
+    dense, sparse = (count_forward_flops(build_meta(c, COMPLETEP).network, (1, 8, 8)) for c in (DENSE, MOE))
     router = 2 * 3 * 4 * 32 * 4  # blocks, tokens, width, experts
     assert sparse == dense + router
 
@@ -255,9 +255,9 @@ def loads_after(rate: float, steps: int) -> dict[str, float]:
 
 
 def test_biases_balance_the_load_and_the_gate_sees_where_they_do_not() -> None:
-    assert unbalanced(loads_after(rate=0.02, steps=400)) is None
-    assert unbalanced(loads_after(rate=0.0, steps=400)) is not None
-    assert unbalanced(loads_after(rate=-0.02, steps=400)) is not None
+    assert describe_imbalance(loads_after(rate=0.02, steps=400)) is None
+    assert describe_imbalance(loads_after(rate=0.0, steps=400)) is not None
+    assert describe_imbalance(loads_after(rate=-0.02, steps=400)) is not None
 
 
 def test_a_step_takes_the_rate_times_the_load_above_the_active_share_off_an_experts_balance() -> None:
@@ -329,7 +329,7 @@ def test_a_dense_proxys_optimum_may_be_carried_to_experts() -> None:
 def test_exported_weights_give_the_plain_network_the_same_outputs() -> None:
     larger = replace(MOE, width=64, depth=6, num_experts=8)
     scaled = build(larger, COMPLETEP, seed=0)
-    name, arguments = timm_call(larger)
+    name, arguments = find_timm_call(larger)
     plain = timm.create_model(name, **arguments)
     plain.load_state_dict(folded_state(scaled))
     images = seeded(2, 1, 8, 8)

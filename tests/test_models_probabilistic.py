@@ -19,7 +19,7 @@ from depthmup.models.optimizer import parameter_groups
 from depthmup.models.optimizer_config import OptimizerConfig
 from depthmup.models.parameterization import Role, Scale
 from depthmup.models.probabilistic import ProbabilisticTransformer
-from depthmup.models.timm_registry import timm_call
+from depthmup.models.timm_registry import find_timm_call
 from depthmup.train.loop import run
 from train_configs import losses, pack_digits, run_config
 
@@ -222,4 +222,4 @@ def test_what_does_not_fit_is_refused(
 
 def test_an_export_is_refused_by_reason() -> None:
     with pytest.raises(ModelError, match="factor N on probabilities has no weight to go into"):
-        timm_call(BASE)
+        find_timm_call(BASE)

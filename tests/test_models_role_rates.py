@@ -22,7 +22,7 @@ from depthmup.models.parameterization_config import ParameterizationConfig
 from depthmup.train.config import run_hash
 from depthmup.train.loop import run
 from depthmup.train.packs.packing import group_alike, list_obstacles
-from depthmup.train.packs.stacking import parameter_settings
+from depthmup.train.packs.stacking import list_parameter_settings
 from depthmup.train.reading import from_plain, to_plain
 from train_configs import metrics, pack_digits, run_config
 
@@ -92,8 +92,8 @@ def test_rates_are_part_of_a_runs_identity_and_of_a_pack() -> None:
     assert list_obstacles(plain, faster) == []
     assert group_alike([plain, faster]) == [[0, 1]]
     scaled = build(faster.model, faster.parameterization, seed=0)
-    for name, settings in parameter_settings(scaled, faster).items():
-        rates = dict(settings)["lr"] / dict(parameter_settings(scaled, plain)[name])["lr"]
+    for name, settings in list_parameter_settings(scaled, faster).items():
+        rates = dict(settings)["lr"] / dict(list_parameter_settings(scaled, plain)[name])["lr"]
         assert rates == pytest.approx(4 if scaled.rules[name].role is Role.INPUT else 1)
 
 

@@ -23,7 +23,7 @@ from depthmup.models.config import (
 from depthmup.models.coordinate_check import rms
 from depthmup.models.errors import ModelError
 from depthmup.models.family import ONES, Init, ParameterRule, UnmatchedParameterError, match_rules
-from depthmup.models.flops import count_training_flops, forward_flops
+from depthmup.models.flops import count_forward_flops, count_training_flops
 from depthmup.models.init import init_std
 from depthmup.models.named_sizes import NAMED_SIZES
 from depthmup.models.optimizer import build_optimizer, parameter_groups
@@ -528,7 +528,7 @@ def test_flops_are_the_published_multiply_adds_of_vit_b16_and_resnet50() -> None
         row = {key: tuple(value) if isinstance(value, list) else value for key, value in NAMED_SIZES[named].items()}
         config = classes[row["family"]](**row, base_width=64, base_depth=4)
         network = build_meta(config, ParameterizationConfig()).network
-        assert forward_flops(network, (3, 224, 224)) == 2 * by_hand, named
+        assert count_forward_flops(network, (3, 224, 224)) == 2 * by_hand, named
         assert by_hand == pytest.approx(published, rel=0.01)
         assert count_training_flops(network, (3, 224, 224)) == 6 * by_hand
 

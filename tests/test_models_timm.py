@@ -16,14 +16,14 @@ from depthmup.models import parameterization as rules
 from depthmup.models.build import build, build_meta
 from depthmup.models.check_record import Position, list_positions
 from depthmup.models.config import TimmConfig
-from depthmup.models.coordinate_check import Line, Settings, align, check, select_positions, without_bias
+from depthmup.models.coordinate_check import Line, Settings, align, check, select_positions, subtract_bias
 from depthmup.models.discovery.branches import find_branches
 from depthmup.models.discovery.trace import trace
 from depthmup.models.errors import ModelError
 from depthmup.models.export import folded_state
 from depthmup.models.optimizer_config import OptimizerConfig
 from depthmup.models.parameterization import Role, Scale
-from depthmup.models.timm_registry import timm_call
+from depthmup.models.timm_registry import find_timm_call
 from depthmup.train.loop import run
 from train_configs import losses, pack_digits, run_config
 
@@ -75,7 +75,7 @@ def test_a_fault_in_the_rate_of_hidden_weights_is_caught(monkeypatch: pytest.Mon
 
 def test_buffers_that_timm_computes_are_kept() -> None:
     scaled = build(SWIN, COMPLETEP, seed=0)
-    plain = timm.create_model(timm_call(SWIN)[0], **timm_call(SWIN)[1])
+    plain = timm.create_model(find_timm_call(SWIN)[0], **find_timm_call(SWIN)[1])
     buffers = dict(plain.named_buffers(remove_duplicate=False))
     assert buffers
     for name, buffer in scaled.network.named_buffers(remove_duplicate=False):
@@ -101,7 +101,7 @@ def test_exported_weights_give_the_plain_network_the_same_outputs() -> None:
     larger = replace(CONVNEXT, width=32, depth=2)
     scaled = build(larger, COMPLETEP, seed=0)
     assert scaled.multipliers
-    name, arguments = timm_call(larger)
+    name, arguments = find_timm_call(larger)
     plain = timm.create_model(name, **arguments)
     plain.load_state_dict(folded_state(scaled))
     images = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -114,7 +114,7 @@ def test_an_export_that_timm_has_no_call_for_is_refused() -> None:
     )
     build_meta(mixer, COMPLETEP)
     with pytest.raises(ModelError, match=r"cannot export: timm.create_model\('resmlp_12_224'\) takes no size"):
-        timm_call(mixer)
+        find_timm_call(mixer)
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_a_readouts_bias_that_is_drawn_is_no_mean_over_the_width() -> None:
     scaled = build(drawn, COMPLETEP, seed=0)
     torch.nn.init.ones_(scaled.network.head.fc.bias)
     logits = torch.randn(2, 10)
-    torch.testing.assert_close(without_bias(logits, scaled), logits - 1)
+    torch.testing.assert_close(subtract_bias(logits, scaled), logits - 1)
 
 
 @pytest.mark.parametrize(

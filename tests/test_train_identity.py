@@ -12,7 +12,7 @@ import pydantic.dataclasses
 import pytest
 
 from depthmup.data.errors import UserError
-from depthmup.data.fingerprint import fingerprint
+from depthmup.data.fingerprint import fingerprint_shards
 from depthmup.data.pack import pack
 from depthmup.launch.config import LaunchConfig, Size, StudyConfig
 from depthmup.launch.values import Octaves
@@ -25,12 +25,12 @@ from depthmup.train.config import (
     ScheduleConfig,
     TrackConfig,
     TrainConfig,
-    identity,
+    find_identity,
     run_hash,
 )
 from depthmup.train.interrupt import Interrupt, Interrupted
 from depthmup.train.loop import run
-from depthmup.train.owner import code_fingerprint, differences
+from depthmup.train.owner import fingerprint_code, list_differences
 from depthmup.train.packs.pack import run_pack
 from depthmup.train.rundir import EXIT_DONE, EXIT_USER_ERROR, RunDirectory
 from train_configs import CONV_RESNET, VIT, pack_digits, run_config
@@ -119,16 +119,16 @@ def test_a_new_field_of_any_section_at_its_default_leaves_the_hash(shards: Path,
         return run_hash(replace(config, **{section: Later(**vars(getattr(config, section)), **stated)}))
 
     assert later() == run_hash(config)
-    assert (later(new=0.6) != run_hash(config)) == (section in identity(config))
+    assert (later(new=0.6) != run_hash(config)) == (section in find_identity(config))
 
 
 def test_a_default_that_changed_makes_another_run(shards: Path) -> None:
     """The hash cannot see it, so the markers do."""
     config = run_config(shards)
     marker = owner.describe_owner(config)
-    assert differences(marker, config) == []
+    assert list_differences(marker, config) == []
     marker["identity"]["train.label_smoothing"] = 0.1
-    assert differences(marker, config) == ["train.label_smoothing: 0.1 there, 0.0 here"]
+    assert list_differences(marker, config) == ["train.label_smoothing: 0.1 there, 0.0 here"]
 
 
 def test_a_model_family_is_never_left_out_of_the_hash(shards: Path) -> None:
@@ -243,12 +243,12 @@ def test_a_fingerprint_of_shards_is_of_the_splits_that_a_run_uses(shards: Path, 
     raw = json.loads((moved / "index.json").read_text())
     raw["splits"]["val"][0]["sha256"] = "0" * 64
     (moved / "index.json").write_text(json.dumps(raw))
-    assert fingerprint(str(moved), {"train"}) == fingerprint(str(shards), {"train"})
-    assert fingerprint(str(moved), {"train", "val"}) != fingerprint(str(shards), {"train", "val"})
-    assert fingerprint(str(tmp_path / "nowhere"), {"train"}) is None
+    assert fingerprint_shards(str(moved), {"train"}) == fingerprint_shards(str(shards), {"train"})
+    assert fingerprint_shards(str(moved), {"train", "val"}) != fingerprint_shards(str(shards), {"train", "val"})
+    assert fingerprint_shards(str(tmp_path / "nowhere"), {"train"}) is None
     (moved / "index.json").write_text("{")
     with pytest.raises(UserError, match=r"index.json: not an index of shards"):
-        fingerprint(str(moved), {"train"})
+        fingerprint_shards(str(moved), {"train"})
 
 
 # ---------------------------------------------------------------- code
@@ -284,17 +284,17 @@ def test_code_is_known_by_what_it_does_and_not_by_how_it_is_written(tmp_path: Pa
         for package in owner.PACKAGES:
             (tmp_path / name / package).mkdir(parents=True)
         (tmp_path / name / "models" / "file.py").write_text(text)
-        found.append(code_fingerprint(tmp_path / name))
+        found.append(fingerprint_code(tmp_path / name))
     assert (found[0] == found[1]) == same
 
 
 def test_a_result_names_all_the_code_that_it_was_trained_by(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, now = short(shards), code_fingerprint()
+    config, now = short(shards), fingerprint_code()
     stopped(config, tmp_path / "run")
     run(config, tmp_path / "whole")
-    monkeypatch.setattr(owner, "code_fingerprint", lambda: "0123456789ab")
+    monkeypatch.setattr(owner, "fingerprint_code", lambda: "0123456789ab")
     run(config, tmp_path / "run")
     names = [json.loads((tmp_path / name / "done.json").read_text())["code"] for name in ("whole", "run")]
     assert names == [now, f"{now}+0123456789ab"]

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from depthmup.data.errors import UserError
-from depthmup.data.mixing import pairs
-from depthmup.data.order import places
-from depthmup.train.batch_norm import BatchStatistics, Grouping, grouping
+from depthmup.data.mixing import order_pairs
+from depthmup.data.order import list_places
+from depthmup.train.batch_norm import BatchStatistics, Grouping, choose_grouping
 from depthmup.train.config import ParallelConfig, run_hash
 from depthmup.train.loop import run
 from depthmup.train.packs.pack import run_pack
@@ -174,13 +174,13 @@ def test_the_images_of_a_statistic_and_of_a_pair_are_the_same_in_every_layout(wo
     seen: dict[int, set[int]] = {}
     partners = set()
     for rank in range(world_size):
-        mine = places(rank, world_size, 8, 64)
+        mine = list_places(rank, world_size, 8, 64)
         assert set(mine % world_size) == {rank}
         ordered = mine[groups.order(mine)]
         for group in np.split(ordered, len(np.unique(ordered % groups.num_groups))):
             assert len(set(group % groups.num_groups)) == 1
             seen.setdefault(int(group[0]) % groups.num_groups, set()).update(group.tolist())
-        paired = mine[pairs(mine, 8, 64)]
+        paired = mine[order_pairs(mine, 8, 64)]
         partners |= {frozenset(pair) for pair in zip(paired.tolist(), paired[::-1].tolist(), strict=True)}
     assert {len(group) for group in seen.values()} == {images}
     assert partners == {frozenset({8 * i + c, 8 * (7 - i) + c}) for i in range(8) for c in range(8)}
@@ -188,5 +188,5 @@ def test_the_images_of_a_statistic_and_of_a_pair_are_the_same_in_every_layout(wo
 
 def test_processes_share_a_statistic_only_where_it_cannot_be_one_processs_own(shards: Path) -> None:
     config = run_config(shards, "train.batch_norm_images=8", model=BATCH_NORM)  # four groups in a batch of 32
-    shared = {size: grouping(config, size, 1).processes for size in (1, 2, 4, 8)}
+    shared = {size: choose_grouping(config, size, 1).processes for size in (1, 2, 4, 8)}
     assert shared == {1: 1, 2: 1, 4: 1, 8: 2}

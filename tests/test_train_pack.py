@@ -32,7 +32,7 @@ from depthmup.train.engines.base import Engine
 from depthmup.train.interrupt import Interrupt, Interrupted
 from depthmup.train.loop import run
 from depthmup.train.packs.batched import CONVOLUTIONS
-from depthmup.train.packs.memory import MEMORY_SHARE, largest_pack, pack_bytes, pack_size
+from depthmup.train.packs.memory import MEMORY_SHARE, find_largest_pack, pack_bytes, pack_size
 from depthmup.train.packs.pack import run_pack
 from depthmup.train.packs.packing import list_obstacles
 from depthmup.train.packs.replicas import Replicas
@@ -580,13 +580,13 @@ def test_a_pack_larger_than_memory_says_how_many_fit(
     monkeypatch.setattr(
         "depthmup.train.packs.memory.measure_free_bytes", lambda device: round(three * 0.98 / MEMORY_SHARE)
     )
-    assert largest_pack(config, CPU) == 2
+    assert find_largest_pack(config, CPU) == 2
     sizes = {k: pack_size(replace(config, train=replace(config.train, pack=k)), CPU) for k in (None, 0, 1, 2, 8)}
     assert sizes == {None: 2, 0: 1, 1: 1, 2: 2, 8: 2}
     with pytest.raises(UserError, match=r"a pack of 3 .* at most 2 fit, set train.pack=2"):
         run_pack([make("vit", seed=seed) for seed in range(3)], [tmp_path / str(n) for n in range(3)])
     monkeypatch.setattr("depthmup.train.packs.memory.measure_free_bytes", lambda device: 1000)
-    assert largest_pack(config, CPU) == 0
+    assert find_largest_pack(config, CPU) == 0
 
 
 @pytest.mark.parametrize("network", ["vit", "conv_resnet, no norm", "conv_resnet, BatchNorm"])

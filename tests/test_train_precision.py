@@ -13,7 +13,7 @@ from depthmup.models.build import ScaledModel, build, build_meta
 from depthmup.models.parameterization_config import ParameterizationConfig
 from depthmup.train.config import RunConfig, TrainConfig
 from depthmup.train.packs.replicas import Replicas
-from depthmup.train.prepare import autocast_dtype, set_stream_type, set_tf32
+from depthmup.train.prepare import choose_autocast_dtype, set_stream_type, set_tf32
 from depthmup.train.reading import from_plain
 from depthmup.train.step import autocast
 
@@ -126,19 +126,19 @@ def test_precisions_are_what_is_stated_on_every_device(monkeypatch: pytest.Monke
 
     assert TrainConfig(samples=8, global_batch_size=8).precision == "fp32"
     for device in (CPU, torch.device("cuda")):
-        assert autocast_dtype(stated("fp32"), device) is None
-    assert autocast_dtype(stated("bf16"), CPU) == torch.bfloat16
+        assert choose_autocast_dtype(stated("fp32"), device) is None
+    assert choose_autocast_dtype(stated("bf16"), CPU) == torch.bfloat16
     with pytest.raises(UserError, match="precision is tf32, which a CPU lacks: use fp32"):
-        autocast_dtype(stated("tf32"), CPU)
+        choose_autocast_dtype(stated("tf32"), CPU)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Old GPU")
     for has_bf16 in (True, False):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has_bf16=has_bf16, **_: has_bf16)
         for precision, dtype in (("bf16", torch.bfloat16), ("tf32", None)):
             if has_bf16:
-                assert autocast_dtype(stated(precision), torch.device("cuda")) == dtype
+                assert choose_autocast_dtype(stated(precision), torch.device("cuda")) == dtype
             else:
                 with pytest.raises(UserError, match=f"precision is {precision}, which Old GPU lacks: use fp32"):
-                    autocast_dtype(stated(precision), torch.device("cuda"))
+                    choose_autocast_dtype(stated(precision), torch.device("cuda"))
 
 
 def test_fp32_is_fp32_and_tf32_is_asked_for() -> None:

@@ -444,7 +444,7 @@ class AttributeAttack:
 def update_checksums(step: Path) -> None:
     state = json.loads((step / "state.json").read_text())
     names = (path.name for path in step.iterdir() if path.name != "state.json")
-    state["files"] = {name: checkpoint.checksum(step / name) for name in names}
+    state["files"] = {name: checkpoint.compute_checksum(step / name) for name in names}
     (step / "state.json").write_text(json.dumps(state))
 
 
@@ -532,7 +532,7 @@ def test_what_the_user_may_not_read_is_no_damage(whole: Path, monkeypatch: pytes
     def refuse(path: Path) -> list[int]:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(checkpoint, "checksum", refuse)
+    monkeypatch.setattr(checkpoint, "compute_checksum", refuse)
     found = checkpoint.find_fault(checkpoint.complete(whole / "checkpoints")[0], 0, 1)
     assert found is not None
     assert not found.damaged

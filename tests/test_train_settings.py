@@ -26,7 +26,7 @@ from depthmup.train.metrics import TensorBoardTracker
 from depthmup.train.prepare import cuts_patches, patch_product, prepare
 from depthmup.train.record import RunRecord
 from depthmup.train.stochastic_depth import install_stochastic_depth
-from depthmup.train.telemetry import peak_row
+from depthmup.train.telemetry import find_peak_row
 from train_configs import VIT, pack_digits, run_config
 
 
@@ -299,5 +299,5 @@ def test_no_checkpoint_is_made_of_a_step_whose_loss_is_not_finite(shards: Path, 
     ],
 )
 def test_a_device_gets_its_own_peak_and_not_that_of_a_like_name(device: str, row: str | None) -> None:
-    found = peak_row(device)
+    found = find_peak_row(device)
     assert (found and found[0]) == row

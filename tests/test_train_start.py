@@ -15,7 +15,7 @@ from depthmup.models.build import build
 from depthmup.train.config import RunConfig
 from depthmup.train.distributed import World, process_group, read_world_from_environment
 from depthmup.train.one_network import OneNetwork
-from depthmup.train.tensors import full_tensor, local_tensor
+from depthmup.train.tensors import gather_full, take_local
 from train_configs import CONV_RESNET, VIT, run_config
 from train_processes import run_function
 
@@ -52,7 +52,7 @@ def draw_all(out: str) -> None:
         for name, model in MODELS.items():
             network = sharded(config_of("seed=7", "model.in_channels=3", model=model), world).engine.network
             tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-            whole = {key: full_tensor(tensor.detach()) for key, tensor in tensors.items()}
+            whole = {key: gather_full(tensor.detach()) for key, tensor in tensors.items()}
             if world.is_main:
                 torch.save(whole, Path(out) / f"{name}.pt")
 
@@ -85,7 +85,7 @@ def look_at_copies(out: str) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             trained.engine.module(torch.zeros(2, 1, 8, 8))
         weight = dict(trained.engine.network.named_parameters())["blocks.0.mlp.fc1.weight"]
-        found = {"gathered": gathered, "shard": len(local_tensor(weight)), "rows": len(weight)}
+        found = {"gathered": gathered, "shard": len(take_local(weight)), "rows": len(weight)}
         (Path(out) / f"{world.rank}.json").write_text(json.dumps(found))
 
 

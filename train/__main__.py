@@ -83,7 +83,7 @@ def train_locked(config: RunConfig, directory: RunDirectory, world: "World") -> 
     """As `train`, for a caller that holds the run's lock."""
     from depthmup.train.branch import begin_branch
     from depthmup.train.checkpoint import complete
-    from depthmup.train.display import summary, watch_terminal
+    from depthmup.train.display import summarize_run, watch_terminal
     from depthmup.train.distributed import LostPeer
     from depthmup.train.loop import run
 
@@ -133,7 +133,7 @@ def train_locked(config: RunConfig, directory: RunDirectory, world: "World") -> 
         traceback.print_exc()
         return EXIT_FAILED
     if world.is_main:
-        print(summary(config, result, directory.path))
+        print(summarize_run(config, result, directory.path))
     return EXIT_DIVERGED if result["outcome"] == "diverged" else EXIT_DONE
 
 

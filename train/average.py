@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from depthmup.train.tensors import local_tensor
+from depthmup.train.tensors import take_local
 
 
 def average_tensors(network: nn.Module) -> dict[str, Tensor]:
@@ -28,8 +28,8 @@ class WeightAverage:
 
     def pairs(self) -> tuple[list[Tensor], list[Tensor]]:
         """(averages, tensors): this process's shards, in the same order."""
-        tensors = [local_tensor(tensor.detach()) for tensor in self.tensors.values()]
-        return [local_tensor(average) for average in self.weights.values()], tensors
+        tensors = [take_local(tensor.detach()) for tensor in self.tensors.values()]
+        return [take_local(average) for average in self.weights.values()], tensors
 
     @torch.no_grad()
     def update(self, step: int) -> None:

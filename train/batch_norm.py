@@ -35,7 +35,7 @@ class Grouping:
         return np.lexsort((places, places % self.num_groups))
 
 
-def grouping(config: RunConfig, world_size: int, micro_batches: int) -> Grouping:
+def choose_grouping(config: RunConfig, world_size: int, micro_batches: int) -> Grouping:
     """Raises UserError when a process would need more images for a statistic than it has at once."""
     global_batch_size = config.train.global_batch_size
     images = config.train.batch_norm_images or global_batch_size
@@ -88,21 +88,21 @@ class SharedBatchNorm(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         x, weight, mean, variance = ctx.saved_tensors
         gradient, scale = gradients[0].to(weight.dtype), (variance + ctx.eps).rsqrt()
-        normal = (x.to(weight.dtype) - over_channels(mean)) * over_channels(scale)
+        normal = (x.to(weight.dtype) - broadcast_channels(mean)) * broadcast_channels(scale)
         to_bias, to_weight = gradient.sum((0, 2, 3)), (gradient * normal).sum((0, 2, 3))
         sums = torch.stack([to_bias, to_weight])
         dist.all_reduce(sums, group=ctx.group)
-        through_statistics = (over_channels(sums[0]) + normal * over_channels(sums[1])) / ctx.count
-        to_x = over_channels(weight * scale) * (gradient - through_statistics)
+        through_statistics = (broadcast_channels(sums[0]) + normal * broadcast_channels(sums[1])) / ctx.count
+        to_x = broadcast_channels(weight * scale) * (gradient - through_statistics)
         return to_x.to(x.dtype), to_weight, to_bias, None, None
 
 
-def over_channels(values: Tensor) -> Tensor:
+def broadcast_channels(values: Tensor) -> Tensor:
     """(channels,) -> a shape that broadcasts over (images, channels, height, width)."""
     return values[None, :, None, None]
 
 
-def grouped_forward(module: Any, images: int | None, group: Any) -> Callable[[Tensor], Tensor]:
+def make_grouped_forward(module: Any, images: int | None, group: Any) -> Callable[[Tensor], Tensor]:
     """The forward pass of a BatchNorm2d, or timm's BatchNormAct2d, with a statistic for each `images` images in a row
     (None: for all that it is given).
 
@@ -138,7 +138,7 @@ def grouped_forward(module: Any, images: int | None, group: Any) -> Callable[[Te
     return forward
 
 
-def batch_norms(network: nn.Module) -> dict[str, nn.BatchNorm2d]:
+def find_batch_norms(network: nn.Module) -> dict[str, nn.BatchNorm2d]:
     return {name: module for name, module in network.named_modules() if isinstance(module, nn.BatchNorm2d)}
 
 
@@ -148,12 +148,12 @@ class BatchStatistics:
     def __init__(self, network: nn.Module, images: int | None, group: Any = None) -> None:
         """Installs forward passes with statistics over `images` images (None: all that are passed at once) of each
         process in `group` (None: this one)."""
-        self.modules = batch_norms(network)
+        self.modules = find_batch_norms(network)
         for module in self.modules.values():
             for name, like in (("batch_mean", module.running_mean), ("batch_variance", module.running_var)):
                 assert like is not None
                 module.register_buffer(name, torch.zeros_like(like), persistent=False)
-            module.forward = grouped_forward(module, images, group)  # type: ignore[method-assign, assignment]
+            module.forward = make_grouped_forward(module, images, group)  # type: ignore[method-assign, assignment]
 
     @torch.no_grad()
     def move(self, number: int, micro_batches: int) -> None:

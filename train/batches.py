@@ -8,9 +8,9 @@ from torch import Tensor
 from depthmup.data.batch import to_float
 from depthmup.data.index import Index
 from depthmup.data.loader import TrainingLoader, TrainingStream
-from depthmup.data.mixing import mix, mixes, pairs
+from depthmup.data.mixing import mix, mixes, order_pairs
 from depthmup.data.nvjpeg import check_decoder
-from depthmup.data.order import State, places
+from depthmup.data.order import State, list_places
 from depthmup.train.config import RunConfig
 from depthmup.train.distributed import World
 from depthmup.train.networks import Networks
@@ -45,11 +45,11 @@ class Batches:
             check_decoder(networks.device)
         self.config, self.seed, self.first_step, self.networks = config, state.seed, first_step, networks
         batch = config.data.num_streams, config.train.global_batch_size
-        self.places = places(world.rank, world.size, *batch)
+        self.places = list_places(world.rank, world.size, *batch)
         self.paired: Tensor | None = None
         self.grouped: Tensor | None = None
         if mixes(config.data):
-            order = pairs(self.places, *batch)
+            order = order_pairs(self.places, *batch)
             self.places, self.paired = self.places[order], torch.from_numpy(order).to(networks.device)
         if networks.grouping and networks.grouping.num_groups > 1:
             order = networks.grouping.order(self.places)

@@ -10,10 +10,10 @@ import json
 import shutil
 
 from depthmup.data.errors import UserError
-from depthmup.train.checkpoint import find_fault, fsync
+from depthmup.train.checkpoint import find_fault, flush_to_disk
 from depthmup.train.config import RunConfig
 from depthmup.train.metrics import truncate_after
-from depthmup.train.owner import describe_owner, differences
+from depthmup.train.owner import describe_owner, list_differences
 from depthmup.train.rundir import RunDirectory
 from depthmup.train.trunk import Trunk, read_trunk, write_trunk
 
@@ -35,7 +35,7 @@ def begin_branch(directory: RunDirectory, config: RunConfig) -> None:
         return
     state = json.loads((source / "state.json").read_text())
     mine = describe_owner(config)
-    different = [each for each in differences(state, config) if not each.startswith(MAY_DIFFER)]
+    different = [each for each in list_differences(state, config) if not each.startswith(MAY_DIFFER)]
     if different or state.get("shards") != mine["shards"]:
         reason = "; ".join(different) or "it was trained on other images"
         raise UserError(f"{directory.path}: {source} is not of the same run at another length ({reason})")
@@ -49,8 +49,8 @@ def begin_branch(directory: RunDirectory, config: RunConfig) -> None:
     content = {**state, **mine, "seconds": 0.0}  # the trunk's time is the trunk's
     (temporary / "state.json").write_text(json.dumps(content))
     for path in (*temporary.iterdir(), temporary):
-        fsync(path)
+        flush_to_disk(path)
     write_trunk(directory, Trunk(run=trunk.run, step=trunk.step, taken=True))
     temporary.rename(directory.checkpoints / source.name)
-    fsync(directory.checkpoints)
+    flush_to_disk(directory.checkpoints)
     directory.add_to_log(f"branches off {trunk.run} after step {trunk.step}")

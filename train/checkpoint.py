@@ -64,7 +64,7 @@ def complete(checkpoints: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def checksum(path: Path) -> list[int]:
+def compute_checksum(path: Path) -> list[int]:
     """[size in bytes, CRC-32]."""
     size, crc = 0, 0
     with open(path, "rb") as file:
@@ -73,7 +73,7 @@ def checksum(path: Path) -> list[int]:
     return [size, crc]
 
 
-def fsync(path: Path) -> None:
+def flush_to_disk(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -103,7 +103,7 @@ def find_fault(path: Path, rank: int, world_size: int) -> Fault | None:
         read_progress(content)  # raises, like the next line, where the file does not hold what load_newest reads
         content["identity"].items()
         for number, (name, expected) in enumerate(sorted(content["files"].items())):
-            if number % world_size == rank and checksum(path / name) != expected:
+            if number % world_size == rank and compute_checksum(path / name) != expected:
                 return Fault(f"{name} is not what was written", damaged=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         damaged = isinstance(error, OSError | ValueError) and not isinstance(error, PermissionError)
@@ -111,7 +111,7 @@ def find_fault(path: Path, rank: int, world_size: int) -> Fault | None:
     return None
 
 
-def reasons(error: CheckpointException) -> list[str]:
+def list_reasons(error: CheckpointException) -> list[str]:
     """What went wrong in each process that failed, in one line each; torch's own text begins with ranks."""
     return [describe(inner) for inner, _ in error.failures.values()]
 
@@ -193,9 +193,9 @@ class Checkpoints:
             writer = Writer(temporary)
             dcp.save(tensors, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
             mine = [*temporary.glob(f"__{self.rank}_*"), *([temporary / CONTENTS] if self.rank == 0 else [])]
-            return None, {path.name: checksum(path) for path in mine}
+            return None, {path.name: compute_checksum(path) for path in mine}
         except CheckpointException as raised:
-            return reasons(raised)[0], {}
+            return list_reasons(raised)[0], {}
         except (OSError, RuntimeError) as raised:  # torch's writer raises RuntimeError on a full disk
             return str(raised).strip().splitlines()[0], {}
 
@@ -207,11 +207,11 @@ class Checkpoints:
             with naming(temporary):
                 (temporary / "state.json").write_text(json.dumps(content))
             for path in (*temporary.iterdir(), temporary):
-                fsync(path)
+                flush_to_disk(path)
             if final.exists():  # a corrupt one that was passed over, or that of a replica which was ahead of its pack
                 os.rename(final, aside)
             os.rename(temporary, final)
-            fsync(self.directory)
+            flush_to_disk(self.directory)
         except OSError as error:
             return describe_full_disk(error, str(temporary)) or str(error)
         steps = [(int(path.name.removeprefix("step-")), path) for path in complete(self.directory)]
@@ -253,7 +253,7 @@ class Checkpoints:
                         no_dist=self.group is None,
                     )
                 except CheckpointException as error:  # the same for every process
-                    said = [describe(reader.fault)] if reader.fault else reasons(error)
+                    said = [describe(reader.fault)] if reader.fault else list_reasons(error)
                     problems = [Fault(reason, damaged=False) for reason in said]
                 else:
                     self.log(f"resumed from {path.name}")

@@ -311,7 +311,7 @@ def find_default(f: "dataclasses.Field[Any]") -> Any:
     return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
 
 
-def identity(config: Any, defaults: bool = True) -> Any:
+def find_identity(config: Any, defaults: bool = True) -> Any:
     """The configuration as plain data, without the fields that do not change a result.
 
     Without `defaults` also without what equals its default, so that a field that is new, and has a default under which
@@ -319,25 +319,25 @@ def identity(config: Any, defaults: bool = True) -> Any:
     a text that has other ways to say the same, its fingerprint stands for it.
     """
     if isinstance(config, tuple):
-        return [identity(item, defaults) for item in config]
+        return [find_identity(item, defaults) for item in config]
     if not dataclasses.is_dataclass(config):
         return config
     found = {}
     for f in dataclasses.fields(config):
         value, part = getattr(config, f.name), f.metadata.get("identity", "unless default")
         if part and (defaults or part == "always" or value != find_default(f)):
-            found[f.name] = part(value) if callable(part) else identity(value, defaults)
+            found[f.name] = part(value) if callable(part) else find_identity(value, defaults)
     return found
 
 
 def run_hash(config: RunConfig) -> str:
     """12 hexadecimal digits, the same for every way of writing the same run."""
-    return hashlib.sha256(json.dumps(identity(config, defaults=False), sort_keys=True).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps(find_identity(config, defaults=False), sort_keys=True).encode()).hexdigest()[:12]
 
 
-def flat(sections: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(sections: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"model": {"depth": 3}} -> {"model.depth": 3}"""
     found: dict[str, Any] = {}
     for key, value in sections.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        found |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return found

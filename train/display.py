@@ -32,7 +32,7 @@ def watch_terminal(config: RunConfig, world: World) -> Iterator[Callable[[dict[s
         yield show
 
 
-def summary(config: RunConfig, result: dict[str, Any], directory: Path) -> str:
+def summarize_run(config: RunConfig, result: dict[str, Any], directory: Path) -> str:
     """The content of done.json for a person: what came out, where it lies, and whether anything was learnt."""
     if result["outcome"] == "diverged":
         return f"diverged: the loss of step {result['step']} is not finite ({directory}); lower optimizer.lr"

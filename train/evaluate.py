@@ -60,7 +60,7 @@ def evaluate(
     ]
 
 
-def held_out_images(config: RunConfig, count: int, image_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def read_held_out(config: RunConfig, count: int, image_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The first images of the minival split, or of val where nothing is held out, at most `count`, and their classes:
     (images, channels, image_size, image_size), (images,)."""
     split = "minival" if config.data.minival else "val"

@@ -16,7 +16,7 @@ from depthmup.data.index import Index
 from depthmup.data.workers import describe_too_few_cpus, explained_deaths
 from depthmup.models.build import build_meta
 from depthmup.models.flops import count_training_flops
-from depthmup.models.moe_vit import unbalanced
+from depthmup.models.moe_vit import describe_imbalance
 from depthmup.train.batches import Batches, open_data, stack_seeds
 from depthmup.train.config import RunConfig
 from depthmup.train.distributed import (
@@ -33,10 +33,10 @@ from depthmup.train.evaluate import evaluate_splits
 from depthmup.train.interrupt import Interrupt, Interrupted
 from depthmup.train.networks import Networks
 from depthmup.train.one_network import OneNetwork
-from depthmup.train.owner import read_finished, result_of
+from depthmup.train.owner import read_finished, strip_owner
 from depthmup.train.record import RunRecord, Watch
 from depthmup.train.rundir import RunDirectory
-from depthmup.train.telemetry import Clock, memory_gb, peak_flops
+from depthmup.train.telemetry import Clock, find_peak_flops, measure_memory
 
 
 def run(
@@ -46,14 +46,14 @@ def run(
     interrupt: Interrupt | None = None,
     watch: Watch | None = None,
 ) -> dict[str, Any]:
-    """Trains `config` in directory `path`, resuming what is there; returns what it came to (train.owner.result_of).
+    """Trains `config` in directory `path`, resuming what is there; returns what it came to (train.owner.strip_owner).
 
     Every process of a distributed run calls it with its own `world`. `interrupt` is looked at after every step: when
     any process has it set, all save and raise Interrupted. `watch` gets every metrics line. A loss that is not finite
     ends the run with `outcome: diverged`; anything else that goes wrong is raised, a user's mistake as UserError.
     """
     if done := read_finished(RunDirectory(path), config):
-        return result_of(done)
+        return strip_owner(done)
     try:
         engine_name = choose(config.parallel, world.size)
         micro_batches = config.parallel.micro_batches(config.train.global_batch_size, world.size)
@@ -91,7 +91,7 @@ class Loop:
         """Resumes what is there. Raises UserError when the runs do not all stand at one step."""
         self.networks, self.records, self.index, self.world = networks, list(records), index, world
         self.config = config = records[0].config  # what follows reads of it is the same for all
-        self.peak, self.flops = peak_flops(networks.device, networks.dtype), 0
+        self.peak, self.flops = find_peak_flops(networks.device, networks.dtype), 0
         if self.peak:
             shape = (config.model.in_channels, config.model.image_size, config.model.image_size)
             self.flops = count_training_flops(build_meta(config.model, config.parameterization).network, shape)
@@ -213,7 +213,11 @@ class Loop:
         bad = {seed: batches.loader.bad for seed, batches in self.batches.items()}
         bad = {seed: mine.merge_ranks(others[seed] for others in gather_objects(bad)) for seed, mine in bad.items()}
         images_per_second, data_wait = self.clock.lap(self.step, config.train.global_batch_size)
-        speed = {"images_per_second": images_per_second, "data_wait": data_wait, "memory": memory_gb(networks.device)}
+        speed = {
+            "images_per_second": images_per_second,
+            "data_wait": data_wait,
+            "memory": measure_memory(networks.device),
+        }
         if self.peak:
             speed["mfu"] = self.flops * images_per_second / (self.peak * self.world.size)
         measured = networks.measurements()
@@ -272,5 +276,5 @@ class Loop:
                 averages = {number: self.copy_weights(number) for number, _ in active}
         self.count_seconds()
         for number, record in active:
-            problem = unbalanced(self.measured[number]) if self.measured else None
+            problem = describe_imbalance(self.measured[number]) if self.measured else None
             record.complete(self.step, found[number], weights[number], averages.get(number), problem)

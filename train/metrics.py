@@ -30,7 +30,7 @@ def truncate_after(path: Path, step: int) -> None:
         write_atomically(path, "".join(f"{json.dumps(line)}\n" for line in kept).encode())
 
 
-def mean_loss(path: Path, after_step: int) -> float:
+def average_loss(path: Path, after_step: int) -> float:
     """Mean training loss over the steps after `after_step`, as far as whole lines lie there, else the last line's."""
     lines = parse_lines(path, "step", "loss")
     steps, losses, before = 0, 0.0, 0

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from depthmup.models.build import ScaledModel
-from depthmup.models.flops import num_parameters
+from depthmup.models.flops import count_parameters
 from depthmup.train.average import WeightAverage
 from depthmup.train.batch_norm import Grouping
 from depthmup.train.config import RunConfig, run_hash
@@ -69,7 +69,7 @@ def describe(config: RunConfig, scaled: ScaledModel, groups: list[dict[str, Any]
     larger = " (larger than this model)" if model.base_width > model.width or model.base_depth > model.depth else ""
     lines = [
         f"run {run_hash(config)}: {model.title} width {model.width} depth {model.depth}, "
-        f"{num_parameters(scaled.network):,} parameters, {place}",
+        f"{count_parameters(scaled.network):,} parameters, {place}",
         f"parameterization {p.name}, base width {model.base_width} depth {model.base_depth}{larger}, "
         f"branch multiplier {scaled.scale.branch_multiplier():.4g}, "
         f"readout multiplier {scaled.scale.readout_multiplier():.4g}",

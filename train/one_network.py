@@ -12,7 +12,7 @@ from depthmup.models.build import build, build_unfilled, fill
 from depthmup.models.moe_vit import balance_experts, find_mixtures, load_metrics
 from depthmup.models.optimizer import build_optimizer, parameter_groups
 from depthmup.train.average import WeightAverage, average_tensors
-from depthmup.train.batch_norm import BatchStatistics, batch_norms, find_process_group, grouping
+from depthmup.train.batch_norm import BatchStatistics, choose_grouping, find_batch_norms, find_process_group
 from depthmup.train.config import RunConfig
 from depthmup.train.distributed import World, sum_over_ranks
 from depthmup.train.engines.base import Fill, TensorState, average_buffers
@@ -75,8 +75,8 @@ class OneNetwork:
             micro_batch_size=config.train.global_batch_size // world.size // micro_batches,
         )
         self.grouping, self.statistics = None, None
-        if batch_norms(scaled.network):  # it adds buffers, and so comes once the network is on the device
-            self.grouping = grouping(config, world.size, micro_batches)
+        if find_batch_norms(scaled.network):  # it adds buffers, and so comes once the network is on the device
+            self.grouping = choose_grouping(config, world.size, micro_batches)
             shared = find_process_group(self.grouping)
             self.statistics = BatchStatistics(scaled.network, self.grouping.images, shared)
         self.average: WeightAverage | None = None

@@ -16,7 +16,7 @@ from depthmup.train.config import TrainConfig
 RECOMPILE_LIMIT = 64
 
 
-def autocast_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:
+def choose_autocast_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:
     """bfloat16 or None for float32. Raises UserError when the device lacks train.precision."""
     on_gpu, wanted = device.type == "cuda", config.precision
     has_it = wanted == "fp32" or (wanted == "bf16" and not on_gpu)
@@ -43,7 +43,7 @@ def prepare_device(config: TrainConfig, device: torch.device) -> torch.dtype | N
     """Sets how the device computes; returns what autocast computes in, None for float32. Raises UserError."""
     set_tf32(config)
     set_backends(device)
-    return autocast_dtype(config, device)
+    return choose_autocast_dtype(config, device)
 
 
 def set_stream_type(network: nn.Module, blocks: Iterable[str], branches: Iterable[str], dtype: torch.dtype) -> None:
@@ -69,7 +69,7 @@ def is_convolutional(network: nn.Module) -> bool:
     return convs > sum(isinstance(module, nn.Linear) for module in network.modules())
 
 
-def recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def recompute_in_backward(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`forward`, recomputed in the backward pass. A function of ours, since torch.compile skips a bare `checkpoint`."""
 
     def recomputing(*inputs: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ def prepare(
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     for block in map(network.get_submodule, blocks):
         if config.activation_checkpointing:
-            block.forward = recomputed(block.forward)
+            block.forward = recompute_in_backward(block.forward)
         if config.compile == "block":  # the method, not the module: FSDP's hooks stay outside
             block.forward = torch.compile(block.forward)
     if config.compile == "model":

@@ -14,7 +14,7 @@ from depthmup.data.paths import expand_path
 from depthmup.models.checked import describe_error, strip_echoes
 from depthmup.models.config import AnyModelConfig
 from depthmup.train.config import RunConfig
-from depthmup.train.rundir import unreadable
+from depthmup.train.rundir import explain_unreadable
 from depthmup.train.yaml_text import dump_yaml, load_yaml
 
 Config = TypeVar("Config")
@@ -58,32 +58,32 @@ def run_in(raw: dict[str, Any], source: str) -> RunConfig:
     return from_plain(RunConfig, {key: raw[key] for key in raw if key not in STUDY_SECTIONS}, source)
 
 
-def dotted_names(cls: Any, prefix: str = "") -> list[str]:
+def list_keys(cls: Any, prefix: str = "") -> list[str]:
     """Every key of the dataclass `cls`: model, model.width, ..."""
     found: list[str] = []
     for name, hint in get_type_hints(cls, include_extras=True).items():
         found.append(prefix + name)
-        found += [inner for section in dataclasses_in(hint) for inner in dotted_names(section, f"{prefix}{name}.")]
+        found += [inner for section in list_dataclasses(hint) for inner in list_keys(section, f"{prefix}{name}.")]
     return list(dict.fromkeys(found))
 
 
 def suggest_key(cls: Any, location: tuple[Any, ...]) -> str:
     """What may have been meant by the unknown key at `location`: the same key of another section, or one like it."""
     *sections, key = (str(part) for part in location if part not in FAMILIES)
-    here = field_names(cls, location)
-    elsewhere = [name for name in dotted_names(cls) if name.endswith(f".{key}")]
+    here = list_field_names(cls, location)
+    elsewhere = [name for name in list_keys(cls) if name.endswith(f".{key}")]
     if ".".join((*sections, key)) in elsewhere:
         return f"another family has it; known in this one: {', '.join(here)}"
     nearest = elsewhere[:3] or [".".join((*sections, n)) for n in difflib.get_close_matches(key, here, 1, cutoff=0.5)]
     return f"did you mean {' or '.join(map(repr, nearest))}?" if nearest else f"known: {', '.join(here)}"
 
 
-def field_names(cls: Any, location: tuple[Any, ...]) -> list[str]:
+def list_field_names(cls: Any, location: tuple[Any, ...]) -> list[str]:
     """Names of the fields that are allowed beside `location` in the dataclass `cls`, for a suggestion."""
     hints = [cls]
     for key in location[:-1]:
         hints = [found for hint in hints for found in find_hints_below(hint, key)]
-    candidates = [found for hint in hints for found in dataclasses_in(hint)]
+    candidates = [found for hint in hints for found in list_dataclasses(hint)]
     return sorted({f.name for candidate in candidates for f in dataclasses.fields(candidate)})
 
 
@@ -107,12 +107,12 @@ def find_hints_below(hint: Any, key: Any) -> list[Any]:
 FAMILIES = tuple(family.family for family in get_args(get_args(AnyModelConfig)[0]))
 
 
-def dataclasses_in(hint: Any) -> list[Any]:
+def list_dataclasses(hint: Any) -> list[Any]:
     """The sections that a field may hold. Annotations' pydantic validators are dataclasses, too, but no classes."""
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return [hint]
     if get_origin(hint) in (Union, types.UnionType, Annotated, tuple):
-        return [found for argument in get_args(hint) for found in dataclasses_in(argument)]
+        return [found for argument in get_args(hint) for found in list_dataclasses(argument)]
     return []
 
 
@@ -144,7 +144,7 @@ def make_adapter(cls: Any) -> Any:
     return ADAPTERS[cls]
 
 
-def with_code(raw: dict[str, Any], source: str) -> dict[str, Any]:
+def insert_code(raw: dict[str, Any], source: str) -> dict[str, Any]:
     """Plain data in which the text of a builder's file stands for the file. Raises UserError."""
     model = raw.get("model")
     if not isinstance(model, dict) or ":" not in str(builder := model.get("builder", "")):
@@ -166,14 +166,14 @@ def read_json(kind: type[Config], file: Path, missing: Missing) -> Config | Miss
     except FileNotFoundError:
         return missing
     except ValidationError:
-        raise unreadable(file) from None
+        raise explain_unreadable(file) from None
     return found
 
 
 def from_plain(cls: type[Config], raw: dict[str, Any], source: str) -> Config:
     """Plain data -> `cls`. Raises UserError that names `source`, every bad key and the nearest valid name."""
     try:
-        return make_adapter(cls).validate_python(with_code(raw, source), context={"reading": source})
+        return make_adapter(cls).validate_python(insert_code(raw, source), context={"reading": source})
     except ValidationError as error:
         problems = [describe_validation_error(item, cls) for item in strip_echoes(error.errors(include_url=False))]
         raise UserError(f"{source}: " + "; ".join(problems)) from None

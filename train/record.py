@@ -15,10 +15,10 @@ from torch import Tensor
 
 from depthmup.data.files import write_atomically
 from depthmup.data.order import State
-from depthmup.train.checkpoint import Checkpoints, Progress, fsync
+from depthmup.train.checkpoint import Checkpoints, Progress, flush_to_disk
 from depthmup.train.config import RunConfig
 from depthmup.train.distributed import World
-from depthmup.train.metrics import MetricsWriter, mean_loss, open_trackers
+from depthmup.train.metrics import MetricsWriter, average_loss, open_trackers
 from depthmup.train.owner import join_fingerprints
 from depthmup.train.reading import to_yaml
 from depthmup.train.rundir import PRUNED, RunDirectory
@@ -37,7 +37,7 @@ def save_weights(path: Path, weights: dict[str, Tensor], metadata: dict[str, str
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary, metadata)
         mode = path.parent.stat().st_mode & 0o666  # safetensors lets nobody else read it: whoever may see the run
         temporary.chmod(mode)
-        fsync(temporary)
+        flush_to_disk(temporary)
         os.replace(temporary, path)
     except SafetensorError as error:
         number = OS_ERROR.search(str(error))
@@ -145,7 +145,7 @@ class RunRecord:
         if self.metrics:
             if problem := self.metrics.flush():
                 raise problem
-            result["train_loss"] = mean_loss(self.directory.metrics, math.ceil(step * (1 - FINAL_SHARE)))
+            result["train_loss"] = average_loss(self.directory.metrics, math.ceil(step * (1 - FINAL_SHARE)))
             save_weights(self.directory.weights, weights)
             if averages is not None:
                 save_weights(self.directory.average, averages)

@@ -25,7 +25,7 @@ EXIT_REQUEUE = 75  # stopped by a signal, checkpoint saved: start it again (EX_T
 EXIT_LOST_PEER = 76  # another process of the run is gone or answers no more: start all of them again
 
 
-def unreadable(path: Path) -> UserError:
+def explain_unreadable(path: Path) -> UserError:
     return UserError(
         f"{path}: damaged, or written by another version of depthmup: move this file away, or choose another study.name"
     )
@@ -39,7 +39,7 @@ def parse(text: str, path: Path, *keys: str) -> dict[str, Any]:
     except ValueError:
         content = None
     if not isinstance(content, dict) or not content.keys() >= {*keys}:
-        raise unreadable(path)
+        raise explain_unreadable(path)
     return content
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from depthmup.train.distributed import sum_over_ranks
-from depthmup.train.tensors import local_tensor
+from depthmup.train.tensors import take_local
 
 # Dense peak, FLOP/s: (bf16, TF32 or fp32 on tensor cores), from the makers' data sheets, without sparsity. The
 # first name that stands as whole words in the device's name counts.
@@ -44,20 +44,20 @@ PEAK_FLOPS: tuple[tuple[str, float, float], ...] = (
 )
 
 
-def peak_row(device_name: str) -> tuple[str, float, float] | None:
+def find_peak_row(device_name: str) -> tuple[str, float, float] | None:
     """'NVIDIA L40' is no L4, and no L40S."""
     return next((row for row in PEAK_FLOPS if re.search(rf"\b{row[0]}\b", device_name)), None)
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype | None) -> float | None:
+def find_peak_flops(device: torch.device, dtype: torch.dtype | None) -> float | None:
     """The device's dense peak in FLOP/s for `dtype` (None: float32), or None for a device that is not in the table."""
     if device.type != "cuda":
         return None
-    row = peak_row(torch.cuda.get_device_name(device))
+    row = find_peak_row(torch.cuda.get_device_name(device))
     return None if row is None else row[1] if dtype == torch.bfloat16 else row[2]
 
 
-def memory_gb(device: torch.device) -> float:
+def measure_memory(device: torch.device) -> float:
     """Most memory that was ever held, in GB: the allocator's on a GPU, the process's on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
@@ -115,7 +115,7 @@ class RoleStatistics:
 
     @torch.no_grad()
     def before_step(self) -> None:
-        self.before = {role: [local_tensor(p).clone() for p in parameters] for role, parameters in self.by_role.items()}
+        self.before = {role: [take_local(p).clone() for p in parameters] for role, parameters in self.by_role.items()}
 
     @torch.no_grad()
     def after_step(self) -> dict[str, float]:
@@ -123,11 +123,11 @@ class RoleStatistics:
         is left out where the weights were all zero. Waits for the device."""
         squares: list[Tensor] = []
         for role, parameters in self.by_role.items():
-            updates = torch._foreach_sub([local_tensor(p) for p in parameters], self.before[role])
+            updates = torch._foreach_sub([take_local(p) for p in parameters], self.before[role])
             squares += [
-                square_sum([local_tensor(p.grad) for p in parameters if p.grad is not None]),
-                square_sum(updates),
-                square_sum(self.before[role]),
+                sum_squares([take_local(p.grad) for p in parameters if p.grad is not None]),
+                sum_squares(updates),
+                sum_squares(self.before[role]),
             ]
         self.before = {}
         totals = torch.stack(squares)
@@ -142,5 +142,5 @@ class RoleStatistics:
         return line
 
 
-def square_sum(tensors: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
+def sum_squares(tensors: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
     return torch.stack([norm.float() ** 2 for norm in torch._foreach_norm(tensors)]).sum()

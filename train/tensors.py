@@ -4,12 +4,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def full_tensor(tensor: Tensor) -> Tensor:
+def gather_full(tensor: Tensor) -> Tensor:
     """All of it, gathered from the processes where it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def local_tensor(tensor: Tensor) -> Tensor:
+def take_local(tensor: Tensor) -> Tensor:
     """This process's shard; the tensor itself where it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 

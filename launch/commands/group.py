@@ -70,7 +70,7 @@ def command(name: str, example: str, short_help: str | None = None) -> Callable[
     return click.command(name, epilog=show_example(example), short_help=short_help)
 
 
-def with_config(function: Callable[..., None]) -> Callable[..., None]:
+def add_config_arguments(function: Callable[..., None]) -> Callable[..., None]:
     """The arguments CONFIG [KEY=VALUE]... and the option --cluster, which is a short form of launch.cluster=..."""
 
     @click.argument("config", type=ConfigPath())
@@ -120,7 +120,7 @@ def open_study(config: Path, overrides: tuple[str, ...]) -> "Study":
     return open_planned(config, read_file(config, overrides), overrides)
 
 
-def new_console() -> "Console":
+def open_console() -> "Console":
     from rich.console import Console
 
     return Console(soft_wrap=not sys.stdout.isatty())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from depthmup.data.files import refuse_locked
-from depthmup.launch.commands.group import command, new_console
+from depthmup.launch.commands.group import command, open_console
 from depthmup.launch.paths import FilePath, Location
 
 if TYPE_CHECKING:
@@ -22,9 +22,9 @@ COUNT = click.IntRange(min=1)
 FILE = FilePath(exists=True, dir_okay=False)
 
 
-def reporter(shown: "Display", unit: str) -> Callable[[int, int], None]:
+def make_reporter(shown: "Display", unit: str) -> Callable[[int, int], None]:
     """Shows (done, total) with the rate and the time that is left."""
-    from depthmup.launch.wording import duration
+    from depthmup.launch.wording import show_duration
 
     started = time.monotonic()
 
@@ -32,7 +32,7 @@ def reporter(shown: "Display", unit: str) -> Callable[[int, int], None]:
         rate = done / max(time.monotonic() - started, 1e-9)
         text = f"{done} of {total} {unit}"
         if done:
-            text += f", {rate:.0f}/s, {duration((total - done) / rate)} left"
+            text += f", {rate:.0f}/s, {show_duration((total - done) / rate)} left"
         shown.update(done / total, text, final=done == total)
 
     return report
@@ -106,7 +106,7 @@ def pack(
     from depthmup.data.pack import pack as pack_images
     from depthmup.launch.progress import display
 
-    console = new_console()
+    console = open_console()
     packed_before = (out / INDEX_NAME).exists()
     with display(console, f"packing {source}") as shown:
         index, left_out = pack_images(
@@ -124,7 +124,7 @@ def pack(
             seed=seed,
             max_bad=max_bad,
             processes=processes,
-            progress=reporter(shown, "images"),
+            progress=make_reporter(shown, "images"),
         )
     print_index(index, console, left_out, "packed" if packed_before else None)
 
@@ -163,7 +163,7 @@ def index(
     from depthmup.data.sources import read_lines
     from depthmup.launch.progress import display
 
-    console = new_console()
+    console = open_console()
     indexed_before = ((out or Path(shards)) / INDEX_NAME).exists()
     names = read_lines(classes) if classes else ()
     left_out: list[str] = []
@@ -176,7 +176,7 @@ def index(
             val=val,
             first_label=first_label,
             processes=processes,
-            progress=reporter(shown, "shards"),
+            progress=make_reporter(shown, "shards"),
             say=left_out.append,
         )
     print_index(made, console, left_out, "indexed" if indexed_before else None)
@@ -196,19 +196,19 @@ def inspect(shards: str, sheet: Path | None, processes: int | None) -> None:
     """Decode all images of the folder SHARDS: counts, classes, sizes, bad samples. Exits with status 1 when there
     is a bad one."""
     from depthmup.data.index import Index
-    from depthmup.data.inspect import inspect_split, summary, write_contact_sheet
+    from depthmup.data.inspect import inspect_split, summarize_split, write_contact_sheet
     from depthmup.launch.progress import display
 
     if sheet:
         refuse_locked(sheet, "name another file")  # before all images are decoded
-    console = new_console()
+    console = open_console()
     opened = Index.load(shards)
     opened.check_files()
     bad = 0
     for split in opened.splits:
         with display(console, f"reading {split}") as shown:
-            found = inspect_split(opened, split, reporter(shown, "shards"), processes)
-        for line in summary(opened, split, found):
+            found = inspect_split(opened, split, make_reporter(shown, "shards"), processes)
+        for line in summarize_split(opened, split, found):
             console.print(line, highlight=False, markup=False)
         bad += len(found.bad)
     if sheet:

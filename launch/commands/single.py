@@ -6,12 +6,12 @@ from typing import Any
 
 import click
 
-from depthmup.launch.commands.group import command, new_console, with_config
+from depthmup.launch.commands.group import add_config_arguments, command, open_console
 from depthmup.launch.paths import FilePath
 
 
 @command("train", example="depthmup train configs/digits_resnet.yaml optimizer.lr=2**-5 model.depth=27")
-@with_config
+@add_config_arguments
 @click.option("--directory", type=FilePath(), help="The run's directory [default: runs/HASH].")
 def train(config: Path, overrides: tuple[str, ...], directory: Path | None) -> None:
     """Train one run in this process, or continue it.
@@ -26,12 +26,12 @@ def train(config: Path, overrides: tuple[str, ...], directory: Path | None) -> N
     from depthmup.train.rundir import RunDirectory
 
     run_config = read_run(config, overrides)
-    pack_source(run_config.data, new_console())
+    pack_source(run_config.data, open_console())
     sys.exit(train_run(run_config, RunDirectory(directory or Path("runs") / run_hash(run_config))))
 
 
 @command("check", example="depthmup check configs/digits_vit.yaml parameterization.name=completep")
-@with_config
+@add_config_arguments
 @click.option("--factors", default="1,2,4,8", show_default=True, help="Sizes, as multiples of base width and depth.")
 @click.option("--steps", default=8, show_default=True, help="Training steps; slopes are judged after 1 and after all.")
 @click.option("--seeds", default=4, show_default=True, help="Seeds; a slope's standard error comes from them.")
@@ -49,7 +49,7 @@ def check(**options: Any) -> None:
     """
     from depthmup.launch.check import run_check
 
-    if not run_check(**options, console=new_console()):
+    if not run_check(**options, console=open_console()):
         sys.exit(1)
 
 
@@ -108,5 +108,5 @@ def doctor(directory: Path) -> None:
     """
     from depthmup.launch.doctor import examine
 
-    if not examine(directory, new_console()):
+    if not examine(directory, open_console()):
         sys.exit(1)

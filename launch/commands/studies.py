@@ -9,14 +9,14 @@ from click.shell_completion import CompletionItem
 from depthmup.data.errors import UserError
 from depthmup.data.paths import expand_path
 from depthmup.launch.commands.group import (
+    add_config_arguments,
     command,
     detachable,
-    new_console,
+    open_console,
     open_study,
     read_file,
     refuse_detached_elsewhere,
     results_out,
-    with_config,
 )
 from depthmup.launch.paths import FilePath, Location
 
@@ -78,7 +78,7 @@ def new(name: str, network: str, source: str, target: str | None, share: float, 
 
 
 @command("transfer", example="depthmup transfer configs/digits_resnet.yaml study.directory=/scratch/runs")
-@with_config
+@add_config_arguments
 @click.option(
     "--target",
     "targets",
@@ -100,7 +100,7 @@ def transfer(config: Path, overrides: tuple[str, ...], targets: tuple[Path, ...]
     from depthmup.launch.runs.search import Search
     from depthmup.launch.runs.tuned import is_over_sizes, keep_study
 
-    file, console = read_file(config, overrides), new_console()
+    file, console = read_file(config, overrides), open_console()
     study = open_planned(config, file, overrides)
     if file.tune and is_over_sizes(file) and not tune:
         raise UserError(f"{config} has a section tune: add --tune, which tunes the base first, or take it out")
@@ -142,15 +142,15 @@ def print_launched(study: "Study", launched: "Launched", console: "Console") -> 
         counts = ", ".join(f"{count} {state}" for state, count in take_snapshot(study).counts().items())
         console.print(f"Nothing to submit: {counts}.", highlight=False)
     else:  # they were trained in this process
-        from depthmup.launch.transfer import unfinished
+        from depthmup.launch.transfer import count_unfinished
 
         if not all(run.done() for run in launched.runs):
-            raise unfinished(study)
+            raise count_unfinished(study)
         console.print(f"{len(launched.runs)} runs trained.", highlight=False)
 
 
 @command("launch", example="depthmup launch configs/digits_resnet.yaml --cluster slurm launch.partition=gpu")
-@with_config
+@add_config_arguments
 @click.option("--dry-run", is_flag=True, help="Print the sbatch script and submit nothing.")
 def launch_command(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
     """Submit the runs that are not done, and return.
@@ -160,7 +160,7 @@ def launch_command(config: Path, overrides: tuple[str, ...], dry_run: bool) -> N
     from depthmup.launch.prepare import prepare_data
     from depthmup.launch.transfer import grow, launch
 
-    study, console = open_study(config, overrides), new_console()
+    study, console = open_study(config, overrides), open_console()
     if dry_run:
         from depthmup.launch.jobs.submit import write_dry_run_script
         from depthmup.launch.runs.plan import describe_jobs
@@ -176,7 +176,7 @@ def launch_command(config: Path, overrides: tuple[str, ...], dry_run: bool) -> N
 
 
 @command("retry", example="depthmup retry configs/digits_resnet.yaml launch.memory_gb=32")
-@with_config
+@add_config_arguments
 def retry(config: Path, overrides: tuple[str, ...]) -> None:
     """Submit failed and lost runs again, and say why they failed.
 
@@ -187,7 +187,7 @@ def retry(config: Path, overrides: tuple[str, ...]) -> None:
     from depthmup.launch.prepare import prepare_data
     from depthmup.launch.transfer import STOPPED, Launched, launch
 
-    study, console = open_study(config, overrides), new_console()
+    study, console = open_study(config, overrides), open_console()
     snapshot, launched = take_snapshot(study), Launched([], [], [])
     print_troubles(snapshot, console)
     if snapshot.of(*STOPPED):
@@ -197,7 +197,7 @@ def retry(config: Path, overrides: tuple[str, ...]) -> None:
 
 
 @command("cancel", example="depthmup cancel configs/digits_resnet.yaml")
-@with_config
+@add_config_arguments
 def cancel_command(config: Path, overrides: tuple[str, ...]) -> None:
     """Stop all jobs of a study and of its targets.
 
@@ -205,7 +205,7 @@ def cancel_command(config: Path, overrides: tuple[str, ...]) -> None:
     """
     from depthmup.launch.jobs.cancel import cancel_path
 
-    study, console = open_study(config, overrides), new_console()
+    study, console = open_study(config, overrides), open_console()
     nothing, elsewhere = True, set[str]()
     for stopped in cancel_path(study):
         of_what = "" if stopped.study is study else f", of the target {stopped.study.file.directory}"
@@ -221,7 +221,7 @@ def cancel_command(config: Path, overrides: tuple[str, ...]) -> None:
 
 
 @command("plan", example="depthmup plan configs/digits_resnet.yaml")
-@with_config
+@add_config_arguments
 @click.option("--target", "targets", type=FilePath(), multiple=True, help="Compare with the cost of this target.")
 def plan(config: Path, overrides: tuple[str, ...], targets: tuple[Path, ...]) -> None:
     """Print every run and its cost; launches nothing."""
@@ -230,7 +230,7 @@ def plan(config: Path, overrides: tuple[str, ...], targets: tuple[Path, ...]) ->
     from depthmup.launch.runs.plan import print_plan
     from depthmup.launch.scale import read_changes
 
-    file, console = read_file(config, overrides), new_console()
+    file, console = read_file(config, overrides), open_console()
     print_plan(open_planned(config, file, overrides), console)
     for target in targets:
         cost = count_path(config, file, read_changes(target, ()))
@@ -238,14 +238,14 @@ def plan(config: Path, overrides: tuple[str, ...], targets: tuple[Path, ...]) ->
 
 
 @command("status", example="depthmup status configs/digits_resnet.yaml")
-@with_config
+@add_config_arguments
 @click.option("--watch", is_flag=True, help="Show it again every 10 seconds until nothing waits or runs.")
 @click.option("--all", "everything", is_flag=True, help="Show every run, not only those that need attention.")
 def status(config: Path, overrides: tuple[str, ...], watch: bool, everything: bool) -> None:
     """Show which runs are done, running, waiting or failed, and why."""
     from depthmup.launch.jobs.status import print_status, watch_status
 
-    study, console = open_study(config, overrides), new_console()
+    study, console = open_study(config, overrides), open_console()
     if watch:
         watch_status(study, console, everything)
     else:
@@ -253,7 +253,7 @@ def status(config: Path, overrides: tuple[str, ...], watch: bool, everything: bo
 
 
 @command("report", example="depthmup report configs/digits_resnet.yaml configs/digits_vit.yaml --publish docs/results")
-@with_config
+@add_config_arguments
 @results_out
 @click.option("--publish", type=FilePath(), help="Also copy JSON and figures to this folder.")
 @click.option("--watch", is_flag=True, help="Write it again every 10 seconds until nothing waits or runs.")
@@ -271,7 +271,7 @@ def report(config: Path, overrides: tuple[str, ...], out: Path | None, publish: 
 
     changes = tuple(word for word in overrides if "=" in word)
     configs = [config, *(Path(expand_path(word)) for word in overrides if "=" not in word)]
-    studies, console = [open_study(path, changes) for path in configs], new_console()
+    studies, console = [open_study(path, changes) for path in configs], open_console()
     joint = [] if watch else [study for study in studies if isinstance(study, JointStudy)]
     studies = [study for study in studies if study not in joint]
     for study in studies:
@@ -303,7 +303,7 @@ def report(config: Path, overrides: tuple[str, ...], out: Path | None, publish: 
 
 
 @command("scale", example="depthmup scale runs/digits_resnet model.width=128 model.depth=27 train.samples=51200")
-@with_config
+@add_config_arguments
 @click.option("--target", type=FilePath(), help="YAML with the target's sections, as model and train.")
 @click.option("--out", type=FilePath(), help="File to write [default: NAME_target.yaml in the study's folder].")
 @click.option("--parameterization", help="Parameterization to transfer [default: the best one that transfers].")
@@ -333,4 +333,4 @@ def scale_command(
     study = Study(config, read_study(config, of_study), of_study)
     refuse_overridden(study.path, study.file)
     path = out or study.target_file
-    write_scaled(study, path, target, changes, new_console(), parameterization, scale_batch, force)
+    write_scaled(study, path, target, changes, open_console(), parameterization, scale_batch, force)

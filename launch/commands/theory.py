@@ -5,11 +5,11 @@ from pathlib import Path
 import click
 
 from depthmup.data.errors import UserError
-from depthmup.launch.commands.group import command, new_console, open_study, results_out, with_config
+from depthmup.launch.commands.group import add_config_arguments, command, open_console, open_study, results_out
 
 
 @command("converge", example="depthmup converge configs/paper/convergence_depth.yaml")
-@with_config
+@add_config_arguments
 @results_out
 def converge_command(config: Path, overrides: tuple[str, ...], out: Path | None) -> None:
     """Fit how fast a finished study approaches its limit.
@@ -20,13 +20,13 @@ def converge_command(config: Path, overrides: tuple[str, ...], out: Path | None)
     """
     from depthmup.launch.report.converge import converge
 
-    console = new_console()
+    console = open_console()
     for path in converge(open_study(config, overrides), out, console):
         console.print(f"Written: {path}", highlight=False)
 
 
 @command("exponents", example="depthmup exponents configs/paper/exponents.yaml --own")
-@with_config
+@add_config_arguments
 @click.option("--own", is_flag=True, help="Use each size's own best value that ran [default: the base's].")
 @results_out
 def exponents_command(config: Path, overrides: tuple[str, ...], own: bool, out: Path | None) -> None:
@@ -38,13 +38,13 @@ def exponents_command(config: Path, overrides: tuple[str, ...], own: bool, out: 
     """
     from depthmup.launch.report.exponents import show_exponents
 
-    console = new_console()
+    console = open_console()
     for path in show_exponents(open_study(config, overrides), own, out, console):
         console.print(f"Written: {path}", highlight=False)
 
 
 @command("limit", example="depthmup limit configs/digits_resnet.yaml")
-@with_config
+@add_config_arguments
 @click.option("--lr", type=float, help="The base's learning rate [default: an eighth of the largest stable one].")
 def limit(config: Path, overrides: tuple[str, ...], lr: float | None) -> None:
     """Show the limit of a study's rules, and how networks approach it.
@@ -57,7 +57,7 @@ def limit(config: Path, overrides: tuple[str, ...], lr: float | None) -> None:
     from depthmup.launch.prepare import pack_source
     from depthmup.launch.report.limit import limit_command, refuse_not_covered
 
-    study, console = open_study(config, overrides), new_console()
+    study, console = open_study(config, overrides), open_console()
     refuse_not_covered(study)  # before the images are packed
     if lr is not None and not 0 < lr < float("inf"):
         raise UserError(f"--lr {lr:g}: give a learning rate above 0")

@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING
 
 from depthmup.data.errors import UserError
 from depthmup.launch.commands.group import (
+    add_config_arguments,
     command,
     detachable,
-    new_console,
+    open_console,
     open_study,
     refuse_detached_elsewhere,
-    with_config,
 )
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def walk(study: "JointStudy", detach: bool) -> None:
     """Trains what is left and prints the result; `detach` leaves that to a job."""
     from depthmup.launch import chain
 
-    console = new_console()
+    console = open_console()
     if detach:
         refuse_detached_elsewhere(study)
         chain.advance_study(study, (), console)
@@ -30,7 +30,7 @@ def walk(study: "JointStudy", detach: bool) -> None:
 
 
 @command("tune", example="depthmup tune configs/digits_tune.yaml tune.trials=64 --cluster mine")
-@with_config
+@add_config_arguments
 @detachable
 def tune(config: Path, overrides: tuple[str, ...], detach: bool) -> None:
     """Tune several hyperparameters of the proxy at once.
@@ -53,7 +53,7 @@ def tune(config: Path, overrides: tuple[str, ...], detach: bool) -> None:
     example="depthmup verify large.yaml 'verify.space={optimizer.lr: 4, optimizer.weight_decay: 8}' "
     "verify.width=128 verify.depth=6",
 )
-@with_config
+@add_config_arguments
 @detachable
 def verify(config: Path, overrides: tuple[str, ...], detach: bool) -> None:
     """Verify that transferred hyperparameters are good at large sizes.

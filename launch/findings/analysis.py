@@ -24,7 +24,7 @@ from depthmup.launch.findings.failures import (
     seed_noise,
     select_usable_runs,
 )
-from depthmup.launch.findings.intervals import CONFIDENCE, quantile, quantiles, regret_interval
+from depthmup.launch.findings.intervals import CONFIDENCE, bound_regret, compute_interval, compute_quantile
 
 Side = Literal["low", "high"]
 LEAST_LOSS = 1e-7  # what single precision can tell from a loss of 0, which has no logarithm
@@ -165,7 +165,7 @@ def find_optimum(x: np.ndarray, usable: np.ndarray, learns: bool, posterior: Pos
         low = -math.inf if best == 0 else float(x[best - 1])
         high = math.inf if best == len(x) - 1 else float(x[best + 1])
         return Optimum(float(x[best]), float(mean[best]), side, (low, high) if len(x) > 1 else None)
-    optima, (low, high) = posterior.optima, quantiles(posterior.optima)
+    optima, (low, high) = posterior.optima, compute_interval(posterior.optima)
     trained = x[finite]
     beyond = (1 - CONFIDENCE) / 2  # share of draws whose lowest point is the last value that was fitted, and trained
     if posterior.grid[0] in trained and (optima <= posterior.grid[0]).mean() > beyond:  # up to the next one that trains
@@ -221,7 +221,7 @@ def compare_optima(base: Curve, curve: Curve) -> tuple[float | None, tuple[float
     (base_low, base_high), (low, high) = base.optimum.interval, curve.optimum.interval
     if base.posterior is None or curve.posterior is None:
         return drift, (low - base_high, high - base_low)
-    found = quantiles(curve.posterior.optima - base.posterior.optima)
+    found = compute_interval(curve.posterior.optima - base.posterior.optima)
     is_open = math.isinf(low) or math.isinf(base_high), math.isinf(high) or math.isinf(base_low)
     return drift, (-math.inf if is_open[0] else found[0], math.inf if is_open[1] else found[1])
 
@@ -270,7 +270,7 @@ def compare(base: Curve, curve: Curve, carried: float | None) -> Comparison:
         regret = at_nearest / lowest - 1
         return Comparison(curve, drift, interval, at_nearest, measured, regret, None, math.inf, carried, failures)
     assert curve.posterior is not None
-    low, high = regret_interval(curve.posterior.optima, regrets, carried)
+    low, high = bound_regret(curve.posterior.optima, regrets, carried)
     regret = math.expm1(float(np.median(regrets)))
     expected = math.exp(float(np.median(curve.posterior.lowest))) * (1 + regret)
     return Comparison(
@@ -281,7 +281,7 @@ def compare(base: Curve, curve: Curve, carried: float | None) -> Comparison:
         measured,
         regret,
         (math.expm1(low), math.expm1(high)),
-        math.expm1(quantile(regrets, (1 + CONFIDENCE) / 2)),
+        math.expm1(compute_quantile(regrets, (1 + CONFIDENCE) / 2)),
         carried,
         failures,
     )

@@ -21,7 +21,7 @@ from functools import cached_property
 
 import numpy as np
 
-from depthmup.launch.findings.value_effects import ValueEffects, estimate_prior, value_effects
+from depthmup.launch.findings.value_effects import ValueEffects, estimate_effects, estimate_prior
 
 DRAWS = 2000  # of every curve; among them a bound's place is known to one per cent
 LEAST_DRAWS = 20  # that bend upwards, beside a failing value, or the runs themselves deny that the curve does
@@ -224,7 +224,7 @@ def average_seeds(y: np.ndarray) -> np.ndarray:
     mean = np.where(failed, math.inf, math.nan)
     kept = np.flatnonzero(ran & ~failed)
     if len(kept):
-        mean[kept] = value_effects(kept, y[:, kept]).mean
+        mean[kept] = estimate_effects(kept, y[:, kept]).mean
     return mean
 
 
@@ -257,7 +257,7 @@ def prepare_fit(x: np.ndarray, y: np.ndarray) -> CurveFit | None:
     low, high = kept[0], kept[-1]
     low -= low > 0 and np.isinf(mean[low - 1])
     high += high + 1 < len(x) and np.isinf(mean[high + 1])
-    return CurveFit(value_effects(x[kept], y[:, kept]), float(x[low]), float(x[high]))
+    return CurveFit(estimate_effects(x[kept], y[:, kept]), float(x[low]), float(x[high]))
 
 
 def fit_curves(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[Posterior | None]:

@@ -91,7 +91,7 @@ def reserve(design: Design, analysis: Analysis) -> float:
     return FIRST_RUNS * sum(design.flops[size] for _, size in waiting)
 
 
-def next_round(design: Design, results: Sequence[Result]) -> Round:
+def plan_round(design: Design, results: Sequence[Result]) -> Round:
     """The next runs of all parameterizations, each once and none that is there, within the budget. Before seeds are
     added to one, the others have their first runs at every size: these are reserved."""
     basket, analysis = Basket(design, results), design.analyse(results)
@@ -128,7 +128,7 @@ def estimate_cost(design: Design) -> tuple[float, int]:
     generator = np.random.default_rng(0)
     results: list[Result] = []
     rounds, cost = 0, 0.0
-    while (wanted := next_round(nominal, results)).points:
+    while (wanted := plan_round(nominal, results)).points:
         rounds, cost = rounds + 1, cost + design.cost(wanted.points)
         for point in wanted.points:
             loss = lowest * math.exp(0.025 * (point.x - middle) ** 2 + 0.01 * generator.standard_normal())

@@ -17,7 +17,7 @@ from scipy.special import fdtri
 
 from depthmup.launch.config import Size
 from depthmup.launch.findings.analysis import Curve
-from depthmup.launch.findings.intervals import CONFIDENCE, quantiles
+from depthmup.launch.findings.intervals import CONFIDENCE, compute_interval
 from depthmup.launch.findings.verdict import Analysis
 
 AXES = ("width", "depth")
@@ -199,7 +199,7 @@ def predict_loss(
         return law, None, None, "no law fits within the seeds' noise"
     if refused := backtest_laws(known):
         return law, None, None, refused
-    return law, float(np.median(found.draws)), quantiles(found.draws), ""
+    return law, float(np.median(found.draws)), compute_interval(found.draws), ""
 
 
 def choose_targets(sizes: Sequence[Size], base: Size) -> list[Size]:

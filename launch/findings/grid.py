@@ -61,7 +61,7 @@ class GridRate:
         return found
 
 
-def to_infinite_width(values: Mapping[int, np.ndarray]) -> np.ndarray:
+def extrapolate_width(values: Mapping[int, np.ndarray]) -> np.ndarray:
     """What networks of one depth would be at infinite width, by seed: width -> (seeds, entries) to (seeds, entries).
 
     A parabola in 1 / width, of least squares with weights that are the widths, as variances fall with these.
@@ -73,7 +73,7 @@ def to_infinite_width(values: Mapping[int, np.ndarray]) -> np.ndarray:
     return found
 
 
-def points_of(
+def list_points(
     law: Law, values: Mapping[tuple[int, int], np.ndarray], limits: Mapping[float, np.ndarray]
 ) -> list[Point]:
     """values: (width, depth) -> (seeds, entries); limits: depth -> (2, entries).
@@ -88,7 +88,7 @@ def points_of(
     for (width, depth), found in sorted(values.items()):
         by_depth.setdefault(depth, {})[width] = found
     several = {depth: of for depth, of in by_depth.items() if len(of) > EXTRAPOLATED}
-    return [Point(math.inf, depth, to_infinite_width(of), limits[math.inf]) for depth, of in sorted(several.items())]
+    return [Point(math.inf, depth, extrapolate_width(of), limits[math.inf]) for depth, of in sorted(several.items())]
 
 
 def fit_grid(law: Law, points: Sequence[Point]) -> GridRate:

@@ -60,7 +60,7 @@ class Design:
         return self.low - MOST_BEYOND <= x <= self.high + MOST_BEYOND and self.is_valid(x)
 
     def on_lattice(self, x: float) -> float:
-        return on_lattice(x, self.low)
+        return round_to_lattice(x, self.low)
 
     def seed(self, index: int) -> int:
         extra = index - len(self.seeds)
@@ -73,7 +73,7 @@ class Design:
         return sum(self.flops[point.size] for point in points)
 
 
-def on_lattice(x: float, origin: float) -> float:
+def round_to_lattice(x: float, origin: float) -> float:
     return origin + round((x - origin) * LATTICE) / LATTICE
 
 
@@ -96,7 +96,7 @@ def carry_run(origin: float, limits: Limits) -> Carry:
             float(x) for x in base.x if abs(x - best) <= reach and all(has_value(curve, x) for curve in curves)
         ]
         good = [x for x in everywhere if is_as_good(base, x)]
-        return min(good, key=lambda x: abs(x - best), default=on_lattice(best, origin))
+        return min(good, key=lambda x: abs(x - best), default=round_to_lattice(best, origin))
 
     return carry
 
@@ -110,7 +110,7 @@ def has_value(curve: Curve, x: float) -> bool:
     return bool((np.abs(curve.x - x) < 1e-6).any())
 
 
-def runs_of(curve: Curve) -> set[Run]:
+def list_runs(curve: Curve) -> set[Run]:
     """All runs, failed ones included."""
     return {(round_octaves(curve.x[value]), curve.seeds[seed]) for seed, value in np.argwhere(~np.isnan(curve.metric))}
 

@@ -20,7 +20,7 @@ from depthmup.launch.findings.curve_model import (
     select_fitted_values,
 )
 from depthmup.launch.findings.failures import ASSUMED_NOISE, LEAST_SEED_NOISE
-from depthmup.launch.findings.value_effects import value_effects
+from depthmup.launch.findings.value_effects import estimate_effects
 from depthmup.launch.findings.verdict import SURE, Limits
 
 Run = tuple[float, int]  # octaves, seed
@@ -35,7 +35,7 @@ def estimate_noise(curves: Sequence[Curve]) -> float:
         mean = np.log(curve.mean)
         if np.isfinite(mean).any():
             kept = select_fitted_values(curve.x, mean)
-            effects = value_effects(curve.x[kept], np.log(curve.usable[:, kept]))
+            effects = estimate_effects(curve.x[kept], np.log(curve.usable[:, kept]))
             square, freedom = square + effects.residual, freedom + effects.freedom
     return max(math.sqrt(square / freedom), LEAST_SEED_NOISE) if freedom else ASSUMED_NOISE
 

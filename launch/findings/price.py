@@ -8,7 +8,7 @@ import numpy as np
 
 from depthmup.launch.config import Size
 from depthmup.launch.findings.analysis import Comparison, Curve
-from depthmup.launch.findings.points import OCTAVE, Design, list_failing_values, round_octaves, runs_of
+from depthmup.launch.findings.points import OCTAVE, Design, list_failing_values, list_runs, round_octaves
 from depthmup.launch.findings.precision import SURENESS, Aim, Run, estimate_curvature, estimate_noise
 from depthmup.launch.findings.verdict import Analysis, judge_size
 
@@ -43,7 +43,7 @@ class Outlook:
     def aim_at(self, curve: Curve, x: float) -> Aim:
         assert curve.posterior is not None
         distances = curve.posterior.optima - x
-        runs = tuple(sorted(run for run in runs_of(curve) if np.isfinite(curve.mean[curve.at(run[0])])))
+        runs = tuple(sorted(run for run in list_runs(curve) if np.isfinite(curve.mean[curve.at(run[0])])))
         own = [each for each in self.analysis.curves if each.parameterization == self.name]
         noise = estimate_noise(own)
         base = self.find_curve(self.design.sizes[0])
@@ -131,7 +131,7 @@ class Outlook:
         all of them. What was spent counts, as a cost about the limit promises an answer in every round anew."""
         whole = self.design.budget / len(self.design.parameterizations)
         own = (each for each in self.analysis.curves if each.parameterization == self.name)
-        before = sum(self.design.flops[curve.size] * len(runs_of(curve)) for curve in own)
+        before = sum(self.design.flops[curve.size] * len(list_runs(curve)) for curve in own)
         found = []
         for part in SPENDINGS:
             spent = part * self.share

@@ -11,16 +11,16 @@ import numpy as np
 from depthmup.launch.config import COARSE, Size
 from depthmup.launch.findings.analysis import Comparison, Curve
 from depthmup.launch.findings.failures import Failures
-from depthmup.launch.findings.intervals import quantile
+from depthmup.launch.findings.intervals import compute_quantile
 from depthmup.launch.findings.points import (
     OCTAVE,
     Design,
     Point,
     bracket_best,
     list_failing_values,
+    list_runs,
     list_values_about_best,
     round_octaves,
-    runs_of,
 )
 from depthmup.launch.findings.precision import (
     SURENESS,
@@ -47,7 +47,7 @@ def is_known(half: float, aim: Aim, deviation: float) -> bool:
     return SURENESS * deviation <= half
 
 
-def half_width(interval: tuple[float, float] | None) -> float:
+def find_half_width(interval: tuple[float, float] | None) -> float:
     """Octaves, infinite where an end is open or nothing is known."""
     return (interval[1] - interval[0]) / 2 if interval else math.inf
 
@@ -81,7 +81,7 @@ class Proposal:
 
     def grid(self, curve: Curve | None, values: Sequence[float], seeds: int = FIRST_SEEDS) -> list[Run]:
         """Runs of `values` with the first `seeds` seeds that are not there, but where runs fail."""
-        done = runs_of(curve) if curve else set()
+        done = list_runs(curve) if curve else set()
         bad = {round_octaves(x) for x in list_failing_values(curve)} if curve else set()
         good = [round_octaves(x) for x in values if round_octaves(x) not in bad]
         return [(x, seed) for x in good for seed in map(self.design.seed, range(seeds)) if (x, seed) not in done]
@@ -127,10 +127,10 @@ class Proposal:
         curves: dict[Size, tuple[Curve, float]] = {}  # with the half-width of the other end of the drift
         rough = False
         for each in self.analysis.comparisons:
-            if each.curve.parameterization != self.name or each.curve is base or half_width(each.interval) <= most:
+            if each.curve.parameterization != self.name or each.curve is base or find_half_width(each.interval) <= most:
                 continue
             rough = True
-            own, of_base = half_width(each.curve.optimum.interval), half_width(base.optimum.interval)
+            own, of_base = find_half_width(each.curve.optimum.interval), find_half_width(base.optimum.interval)
             least = min(most / math.sqrt(2), max(own, of_base))  # the wider one at least
             for curve, half, other in ((each.curve, own, of_base), (base, of_base, own)):
                 if half >= least and curve.posterior is not None:
@@ -148,7 +148,7 @@ class Proposal:
 
     def count_most_to_add(self, curve: Curve) -> int:
         """Runs of a round to a size that has some."""
-        return min(max(len(runs_of(curve)) // 2, LEAST), self.affordable(curve.size))
+        return min(max(len(list_runs(curve)) // 2, LEAST), self.affordable(curve.size))
 
     def settle_verdict(self) -> str | None:
         """Fills `wants` with what the verdict needs; where that leaves none, why it needs none."""
@@ -229,13 +229,13 @@ class Proposal:
             return bool(self.wants)
         x = self.design.on_lattice(base.optimum.x)
         low, high = base.optimum.interval or (-math.inf, math.inf)
-        bound = quantile(base.posterior.regrets(x), SURE)
+        bound = compute_quantile(base.posterior.regrets(x), SURE)
         # once another size has begun, the search does not begin anew
         begun = any(self.outlook.find_curve(other) for other in self.design.sizes[1:])
         if (high - low) / 2 <= (2 * KNOWN if begun else KNOWN) or bound <= self.design.limits.transfer / 2:
             return False
         affordable = int((self.left - self.reserved) / self.design.flops[size])
-        most = min(len(runs_of(base)), affordable, MOST_AT_BASE - len(runs_of(base)))
+        most = min(len(list_runs(base)), affordable, MOST_AT_BASE - len(list_runs(base)))
         if most < 2:
             return False
         runs = self.sharpen(base, x, most, partial(is_known, SPARED * KNOWN))
@@ -259,7 +259,7 @@ class Proposal:
     def repeat_runs(self, curve: Curve, x: float, failures: Failures) -> list[Run]:
         """Up to FIRST_SEEDS runs more at x, no more than rule out that most runs fail there if no other one fails."""
         enough = next(runs for runs in count(failures.runs) if not Failures(failures.failed, runs).leave_open)
-        done = {seed for value, seed in runs_of(curve) if value == round_octaves(x)}
+        done = {seed for value, seed in list_runs(curve) if value == round_octaves(x)}
         seeds = (seed for index in count() if (seed := self.design.seed(index)) not in done)
         return [(round_octaves(x), seed) for seed in islice(seeds, min(FIRST_SEEDS, enough - failures.runs))]
 

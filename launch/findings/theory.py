@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 from dataclasses import replace
 
-from depthmup.launch.config import StudyFile, label
+from depthmup.launch.config import StudyFile, show_label
 from depthmup.models.config import ConvResNetConfig, Size
-from depthmup.models.limit.drift import has_limit, predicted_drift
+from depthmup.models.limit.drift import has_limit, predict_drift
 from depthmup.models.limit.network import ActivationName
 from depthmup.models.optimizer_config import RoleRates
 from depthmup.models.parameterization_config import ParameterizationConfig
@@ -45,7 +45,7 @@ def list_drifts(
     if not has_limit(resolved):
         return {}
     sizes = (Size(width=base.width, depth=depth) for depth in sorted(set(depths)) if depth != base.depth)
-    return {size.depth: predicted_drift(resolved, base, size, activation) for size in sizes}
+    return {size.depth: predict_drift(resolved, base, size, activation) for size in sizes}
 
 
 def describe_drift(
@@ -62,10 +62,10 @@ def describe_drift(
         return ", ".join(f"{drift:+.2f}" for drift in of.values())
 
     at, alpha = ", ".join(map(str, found)), parameterization.resolve().alpha
-    limit = predicted_drift(parameterization.resolve(), base, None, activation)
+    limit = predict_drift(parameterization.resolve(), base, None, activation)
     said = (
-        f"{label(parameterization)}: in theory the largest stable rate at the start drifts by {octaves(found)} octaves "
-        f"at depth {at} ({limit:+.2f} in the limit)"
+        f"{show_label(parameterization)}: in theory the largest stable rate at the start drifts by {octaves(found)} "
+        f"octaves at depth {at} ({limit:+.2f} in the limit)"
     )
     absolute = base.depth**-alpha  # beta of the paper's form
     if parameterization.beta > 1.01 * absolute:
@@ -75,17 +75,19 @@ def describe_drift(
     return said
 
 
-def predicted_drifts(file: StudyFile) -> dict[str, dict[int, float]]:
+def predict_drifts(file: StudyFile) -> dict[str, dict[int, float]]:
     """By parameterization and depth, in octaves; {} for a study that is not of the learning rate, or not covered."""
     if file.study.hyperparameter != "optimizer.lr" or explain_not_covered(file):
         return {}
     depths, activation = [size.depth for size in file.study.sizes], find_activation(file)
-    return {label(p): list_drifts(p, file.model.base_size, depths, activation) for p in file.study.parameterizations}
+    return {
+        show_label(p): list_drifts(p, file.model.base_size, depths, activation) for p in file.study.parameterizations
+    }
 
 
-def expected_drifts(file: StudyFile) -> list[str]:
+def describe_drifts(file: StudyFile) -> list[str]:
     """The same, as a sentence for each parameterization that has a prediction."""
-    if not predicted_drifts(file):
+    if not predict_drifts(file):
         return []
     depths, activation = [size.depth for size in file.study.sizes], find_activation(file)
     found = (describe_drift(p, file.model.base_size, depths, activation) for p in file.study.parameterizations)

@@ -17,7 +17,7 @@ from depthmup.launch.axes import TRAINING_AXES
 from depthmup.launch.config import Size
 from depthmup.launch.findings.analysis import Comparison, Curve, compare
 from depthmup.launch.findings.convergence import select_along_axis
-from depthmup.launch.findings.intervals import CONFIDENCE, quantiles
+from depthmup.launch.findings.intervals import CONFIDENCE, compute_interval
 from depthmup.launch.findings.verdict import Analysis, Judgement, Limits, judge
 
 KNOWN = 0.25  # half-width of an interval within which an exponent is used: it tells 1/2 from 0 and from 1
@@ -118,7 +118,7 @@ def measure_exponent(
     # optima that scatter more than they should about the line widen the interval as much
     slopes = centre + (slopes - centre) * max(1.0, math.sqrt(misfit / freedom) if freedom else 1.0)
     own = rule or 0.0
-    low, high = quantiles(slopes)
+    low, high = compute_interval(slopes)
     refuted = bool(freedom) and misfit > chdtri(freedom, 1 - MISFIT)
     remark = "the optima do not lie on one power law" if refuted else ""
     return found(own + centre, (own + low, own + high), remark)

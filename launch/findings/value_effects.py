@@ -20,7 +20,7 @@ class ValueEffects:
     freedom: int  # of the residual
 
 
-def value_effects(x: np.ndarray, y: np.ndarray) -> ValueEffects:
+def estimate_effects(x: np.ndarray, y: np.ndarray) -> ValueEffects:
     """x: (values,); y: (seeds, values) log losses, NaN where there is no run.
 
     Values that no chain of seeds connects cannot be compared: the covariance says so, as offsets are not quite free.

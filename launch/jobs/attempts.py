@@ -70,7 +70,7 @@ def begin_attempt(directory: RunDirectory, lacks_gpu: bool = False) -> None:
         raise RuntimeError(
             f"{MAX_ATTEMPTS} attempts ended at step {step}: raise launch.timeout_min or memory_gb{''.join(why)}"
         )
-    place = {"job": job_name(), "restart": read_restart_count(), "host": socket.gethostname(), "pid": os.getpid()}
+    place = {"job": read_job_name(), "restart": read_restart_count(), "host": socket.gethostname(), "pid": os.getpid()}
     note_attempt(
         directory,
         "started",
@@ -89,7 +89,7 @@ def describe_own_code() -> str:
     return code.read_text() if code.exists() else json.dumps(describe_code(), indent=1)
 
 
-def job_name() -> str | None:
+def read_job_name() -> str | None:
     """'4711_3' inside a Slurm array."""
     job = os.environ.get("SLURM_ARRAY_JOB_ID")
     return f"{job}_{os.environ['SLURM_ARRAY_TASK_ID']}" if job else None

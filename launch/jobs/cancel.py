@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from depthmup.data.errors import UserError
 from depthmup.launch.jobs import slurm, states
 from depthmup.launch.jobs.submission import lock_launch, note_command
-from depthmup.launch.runs.opened import path_of
+from depthmup.launch.runs.opened import list_studies
 from depthmup.launch.runs.study import Study
 from depthmup.train.lock import find_holder
 
@@ -38,7 +38,7 @@ def cancel_path(study: Study) -> Iterator[Stopped]:
         return
     first = cancel(study)
     yield first
-    for follower in path_of(study)[1:]:
+    for follower in list_studies(study)[1:]:
         # A job that was going on may be about to submit it, and then finds that it was cancelled.
         if first.going_on or follower.file.directory.exists():
             yield cancel(follower)

@@ -10,7 +10,7 @@ from typing import Any
 
 from depthmup.data.files import write_atomically
 from depthmup.data.paths import PACKAGE
-from depthmup.train.owner import COPY_DESCRIPTION, code_fingerprint
+from depthmup.train.owner import COPY_DESCRIPTION, fingerprint_code
 
 PACKAGES = ("models", "data", "train", "launch")
 
@@ -42,7 +42,7 @@ def copy_code(folder: Path) -> Path:
                 copy = temporary / PACKAGE.name / file
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(PACKAGE / file, copy)
-            described = describe_code() | {"fingerprint": code_fingerprint()}
+            described = describe_code() | {"fingerprint": fingerprint_code()}
             write_atomically(temporary / COPY_DESCRIPTION, json.dumps(described, indent=1).encode())
             os.replace(temporary, target)
         except BaseException:  # as on a full disk

@@ -12,11 +12,11 @@ from depthmup.launch.jobs.attempts import (
     LOST,
     find_last_start,
     is_pending,
-    job_name,
     list_attempts_since_failure,
     mark_failed,
     note_attempt,
     read_attempts,
+    read_job_name,
     read_restart_count,
 )
 from depthmup.launch.jobs.hold import strip_error
@@ -40,7 +40,7 @@ def record_end(directories: Sequence[RunDirectory], code: int, log: Path, detail
     begun = [
         directory
         for directory in left
-        if find_last_start(read_attempts(directory)) == (job_name(), read_restart_count())
+        if find_last_start(read_attempts(directory)) == (read_job_name(), read_restart_count())
     ]
     if not left:
         return 1 if code == EXIT_LOST_PEER else code  # whoever failed has said why
@@ -65,7 +65,7 @@ def record_end(directories: Sequence[RunDirectory], code: int, log: Path, detail
 def is_taken_over(directory: RunDirectory) -> bool:
     """Whether another process trains the run now: a later start of this job, while this one was frozen, or another."""
     job, restart = find_last_start(read_attempts(directory))
-    is_newer = job == job_name() and restart > read_restart_count()
+    is_newer = job == read_job_name() and restart > read_restart_count()
     return is_newer or find_holder(directory.lock) is not None
 
 

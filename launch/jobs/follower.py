@@ -66,7 +66,7 @@ def submit_follower(
 
     def attach(job_ids: Sequence[str]) -> None:
         try:
-            slurm.go_after(job_id, job_ids)
+            slurm.start_after(job_id, job_ids)
         except slurm.SlurmError as error:
             raise slurm.describe_silence(str(error), job_ids) from None
 

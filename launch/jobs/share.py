@@ -10,7 +10,7 @@ from depthmup.launch.config import Size
 from depthmup.launch.jobs import states
 from depthmup.launch.jobs.attempts import read_attempts
 from depthmup.launch.jobs.states import RunState, Snapshot
-from depthmup.launch.runs.seconds import expected_seconds
+from depthmup.launch.runs.seconds import estimate_seconds
 
 
 @dataclass(frozen=True, order=True)
@@ -99,7 +99,7 @@ class Share:
                 train, start = run.config.train, self.starts.get(name)
                 seconds = train.num_steps * train.global_batch_size / rate
                 known[run.size] = [seconds / together[start.process] if start else seconds]  # a pack shares them
-        return expected_seconds(self.flops, known, self.num_steps)
+        return estimate_seconds(self.flops, known, self.num_steps)
 
     def measure(self, snapshot: Snapshot, since: Mapping[str, float]) -> tuple[float, float]:
         """(the share of the study's seconds that is over, the share that was over where `since` is what `look` found

@@ -191,7 +191,7 @@ def has_private_jobs() -> bool:
     return "jobs" in read_configuration().get("PrivateData", "").split(",")
 
 
-def max_array_size() -> int:
+def ask_max_array_size() -> int:
     """Elements that one array may have. Raises SlurmError, and UserError where there may be no arrays."""
     known = read_configuration()
     size = int(known.get("MaxArraySize", 1001))  # Slurm's default
@@ -204,7 +204,7 @@ def max_array_size() -> int:
     return size
 
 
-def sbatch(script: Path, options: Sequence[str] = (), pass_fds: Sequence[int] = ()) -> str:
+def call_sbatch(script: Path, options: Sequence[str] = (), pass_fds: Sequence[int] = ()) -> str:
     """Submits `script`; returns the job id. Raises SlurmError, at once where the queue is full: sbatch itself would try
     again for two minutes."""
     if problem := describe_missing("sbatch"):
@@ -235,7 +235,7 @@ def sbatch(script: Path, options: Sequence[str] = (), pass_fds: Sequence[int] = 
     return answer.strip().split(";")[0]
 
 
-def go_after(job_id: str, others: Sequence[str]) -> None:
+def start_after(job_id: str, others: Sequence[str]) -> None:
     """Lets a job that waits begin once `others` have ended, however they end. Raises SlurmError."""
     call_slurm("scontrol", "update", f"JobId={job_id}", f"Dependency=afterany:{':'.join(others)}", "StartTime=now")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from depthmup.launch.jobs.slurm import QueuedTask
 from depthmup.launch.runs.planned import PlannedRun
-from depthmup.launch.wording import duration
+from depthmup.launch.wording import show_duration
 from depthmup.train.lock import Holder
 from depthmup.train.rundir import RunDirectory
 
@@ -35,8 +35,8 @@ def measure_silence(run: PlannedRun) -> tuple[str, bool]:
     if silent < max(3 * (line or 0), 60):
         return "", False
     if line is None:
-        return f"no news for {duration(silent)}, since it began", silent > SECONDS_TO_FIRST_LINE
-    text = f"no news for {duration(silent)}, a metrics line takes {duration(line)}"
+        return f"no news for {show_duration(silent)}, since it began", silent > SECONDS_TO_FIRST_LINE
+    text = f"no news for {show_duration(silent)}, a metrics line takes {show_duration(line)}"
     return text, silent > max(LINES * line, LEAST_SECONDS)
 
 
@@ -47,7 +47,7 @@ def describe_stall(run: PlannedRun, holder: Holder | None, task: QueuedTask | No
         said = "no process has it: it was killed, or its node has failed, and Slurm does not know yet"
         too_long = True
     if holder and holder.is_frozen:
-        said = f"{holder} has not moved for {duration(holder.silent)}: it is stopped, or its host is"
+        said = f"{holder} has not moved for {show_duration(holder.silent)}: it is stopped, or its host is"
         too_long = True
     if not too_long:
         return said, False

@@ -27,7 +27,7 @@ from depthmup.launch.jobs.submission import (
 )
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.study import Study
-from depthmup.launch.wording import duration
+from depthmup.launch.wording import show_duration
 from depthmup.train.lock import Holder, find_holder
 from depthmup.train.rundir import PRUNED
 
@@ -120,7 +120,9 @@ def find_state(
     if event == "interrupted":
         return RunState(run, "interrupted", f"{count_causes(stops)}, and saved; 'transfer' or 'launch' resumes it")
     if held and frozen_elsewhere:
-        return RunState(run, "lost", f"{held} has not moved for {duration(held.silent)}: another may take its place")
+        return RunState(
+            run, "lost", f"{held} has not moved for {show_duration(held.silent)}: another may take its place"
+        )
     if event or (submitted and submitted[0].job_id):
         return RunState(run, "lost", read_last_words(submitted))
     return RunState(run, "new")

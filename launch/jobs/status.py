@@ -15,10 +15,10 @@ from depthmup.launch.jobs.hold import strip_error
 from depthmup.launch.jobs.reasons import explain
 from depthmup.launch.jobs.states import RunState, Snapshot, State, read_last_line
 from depthmup.launch.jobs.submission import read_last_command
-from depthmup.launch.runs.opened import open_planned, path_of
+from depthmup.launch.runs.opened import list_studies, open_planned
 from depthmup.launch.runs.study import Study
 from depthmup.launch.runs.tuned import is_over_sizes
-from depthmup.launch.wording import duration, power_of_two
+from depthmup.launch.wording import show_duration, show_power
 
 WATCH_SECONDS = 10.0
 MAX_ROWS = 40  # more of one state are counted, not listed
@@ -40,7 +40,7 @@ def find_hint(remark: str) -> str | None:
 
 def format_duration(seconds: float) -> str:
     """For a narrow column: '42s', '3m05' or '2h10'."""
-    words = duration(seconds).replace(" min ", "m").replace(" h ", "h").removesuffix(" min")
+    words = show_duration(seconds).replace(" min ", "m").replace(" h ", "h").removesuffix(" min")
     return words.replace(" s", "" if "m" in words else "s")
 
 
@@ -87,7 +87,7 @@ def draw_table(snapshot: Snapshot, hyperparameter: str, everything: bool) -> Tab
         shown.add_column(heading, justify="right" if right else "left", no_wrap=True)
     for found in select_listed(snapshot, everything):
         run = found.run
-        cells = (*map(str, run.size.axes.values()), power_of_two(run.value), str(run.seed))
+        cells = (*map(str, run.size.axes.values()), show_power(run.value), str(run.seed))
         shown.add_row(run.directory.path.name, run.parameterization[:14], *cells, found.state, *format_progress(found))
     return shown
 
@@ -172,7 +172,7 @@ def list_parts(snapshot: Snapshot, study: Study, everything: bool) -> list[Table
 
 def take_path(study: Study) -> list[tuple[Study, Snapshot]]:
     """Where the study stands, after a search its study, and then each target that was scaled from it."""
-    return [(one, states.take_snapshot(one)) for one in path_of(study)]
+    return [(one, states.take_snapshot(one)) for one in list_studies(study)]
 
 
 def render_status(path: Sequence[tuple[Study, Snapshot]], everything: bool) -> Group:

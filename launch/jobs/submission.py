@@ -191,7 +191,7 @@ def match_queued_runs(submissions: Sequence[Submission], queue: Sequence[QueuedT
     return found
 
 
-def places_taken(submissions: Sequence[Submission], queue: Sequence[QueuedTask]) -> tuple[int, list[str]]:
+def count_taken(submissions: Sequence[Submission], queue: Sequence[QueuedTask]) -> tuple[int, list[str]]:
     """How many jobs of the study may run at once as it is now, and the ids of their arrays. Of arrays that wait for
     each other both are counted: then it is more than will run."""
     by_name = {submission.name: submission for submission in submissions if not submission.goes_on}

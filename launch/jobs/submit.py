@@ -28,7 +28,7 @@ from depthmup.launch.jobs.hold import Hold
 from depthmup.launch.jobs.submission import Submission
 from depthmup.launch.jobs.worker import train_packs
 from depthmup.launch.runs.fits import check_fits
-from depthmup.launch.runs.grouping import group_packs, make_packs, slot_gpus
+from depthmup.launch.runs.grouping import assign_gpus, group_packs, make_packs
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.study import Study
 from depthmup.train.lock import write_holder
@@ -45,7 +45,7 @@ def submit_local(
     tasks = group_packs(packs, 1)
     submission = Submission.create(folder.absolute(), "local", tasks, {"hold_after": config.hold_after})
     slots = []
-    for number, gpu in enumerate(slot_gpus(config)[: len(tasks)]):
+    for number, gpu in enumerate(assign_gpus(config)[: len(tasks)]):
         environment = slurm.clean_environment()
         environment["OMP_NUM_THREADS"] = "1"  # two threads a process on busy cores were 3 to 6 times slower than one
         if gpu is not None:
@@ -220,7 +220,7 @@ class Turns:
 
 
 def take_turns(num_arrays: int, num_tasks: int, max_running: int, places_taken: int, queued: Sequence[str]) -> Turns:
-    """`places_taken` by the arrays `queued`. What is left is used at once where it is half of what could be used, and
+    """`count_taken` by the arrays `queued`. What is left is used at once where it is half of what could be used, and
     otherwise all of it once those have ended."""
     left = max_running - places_taken
     waits = 2 * left < min(num_tasks, max_running)
@@ -284,7 +284,7 @@ def submit_arrays(submissions: Sequence[Submission], turns: Turns, config: Launc
         options = [f"--dependency={both}"] if before else []
         options += [f"--begin=now+{PATIENCE_MINUTES}minutes"] if waits else []
         try:
-            job_id = slurm.sbatch(submission.script, options, pass_fds=(lock,))
+            job_id = slurm.call_sbatch(submission.script, options, pass_fds=(lock,))
         except slurm.SlurmError as error:
             # a time-out may hide that the job was taken
             ids = {task.name: task.job_id for task in slurm.read_queue((), [submission.name])}
@@ -309,7 +309,7 @@ START += "from depthmup.launch.chain import main; sys.exit(main())"
 
 def submit_continuation(study: Study, targets: Sequence[Path], after: bool, lock: int) -> Submission:
     """Submits the small job that goes on with the study, in this folder; `after`: from a search to its study. It is to
-    be told after which jobs (slurm.go_after); if that does not happen it begins by itself. `lock` is that of
+    be told after which jobs (slurm.start_after); if that does not happen it begins by itself. `lock` is that of
     `lock_launch`. Raises UserError; when Slurm stops answering, the job may be there, and is found later."""
     config, root = study.file.launch, study.file.directory.absolute()
     small = replace(

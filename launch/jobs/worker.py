@@ -25,10 +25,10 @@ from depthmup.launch.jobs.attempts import (
     UNPACKED,
     begin_attempt,
     is_pending,
-    job_name,
     mark_failed,
     note_attempt,
     read_attempts,
+    read_job_name,
 )
 from depthmup.launch.jobs.ended import record_end
 from depthmup.launch.jobs.hold import Hold
@@ -294,7 +294,7 @@ def main() -> int:
     if arguments.held:
         return 1 if hold.select_startable(directories) else 0
     if arguments.ended is not None:
-        log = submission.path / f"{job_name()}_0_log.out"
+        log = submission.path / f"{read_job_name()}_0_log.out"
         return record_end(directories, arguments.ended, log, details)
     if int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         leave(run_distributed(directories[0]))

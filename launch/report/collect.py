@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from depthmup.data.errors import UserError
-from depthmup.data.index import counted
+from depthmup.data.index import show_count
 from depthmup.launch.axes import TRAINING_AXES
-from depthmup.launch.config import Size, label
+from depthmup.launch.config import Size, show_label
 from depthmup.launch.findings.analysis import Carry, Result, carry_optimum
-from depthmup.launch.findings.design import next_round
+from depthmup.launch.findings.design import plan_round
 from depthmup.launch.findings.direct import Direct, compare_with_direct
 from depthmup.launch.findings.forecast import Forecast, make_forecasts
 from depthmup.launch.findings.points import Round, carry_run
@@ -22,12 +22,12 @@ from depthmup.launch.reading import read_study_or_run
 from depthmup.launch.runs.cost import count_flops
 from depthmup.launch.runs.design import build_design, find_limits
 from depthmup.launch.runs.foretold import read_foretold
-from depthmup.launch.runs.grouping import processes_per_gpu
+from depthmup.launch.runs.grouping import count_processes_per_gpu
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.pool import describe_mixtures, refuse_mixture
 from depthmup.launch.runs.study import Study
 from depthmup.launch.runs.written import refuse_other_study
-from depthmup.launch.wording import quantity, show_seeds, show_times
+from depthmup.launch.wording import show_quantity, show_seeds, show_times
 from depthmup.models.training_scale import list_lr_exponents
 
 
@@ -63,7 +63,7 @@ class Report:
     @cached_property
     def next_round(self) -> Round:
         """Of an adaptive design: what it asks for after these runs, or why it has ended."""
-        return next_round(build_design(self.study), self.results)
+        return plan_round(build_design(self.study), self.results)
 
     @property
     def has_next_round(self) -> bool:
@@ -83,7 +83,7 @@ class Report:
         if not self.study.file.study.adaptive:
             return ""
         budget = build_design(self.study).budget
-        spent = f"{counted(len(self.study.rounds()), 'round')}, {self.total_flops / budget:.0%} of the budget"
+        spent = f"{show_count(len(self.study.rounds()), 'round')}, {self.total_flops / budget:.0%} of the budget"
         if self.unfinished:
             return f"Adaptive design: {spent}; the last round is not finished."
         return f"Adaptive design: {spent}; " + (f"ended: {self.ended}." if self.ended else "it goes on.")
@@ -99,9 +99,11 @@ class Report:
         rules = {}
         if settings.hyperparameter == "optimizer.lr":
             for each in settings.parameterizations:
-                rules[label(each)] = dict(zip(TRAINING_AXES, list_lr_exponents(each.resolve(), optimizer), strict=True))
+                rules[show_label(each)] = dict(
+                    zip(TRAINING_AXES, list_lr_exponents(each.resolve(), optimizer), strict=True)
+                )
                 if settings.ladder:
-                    rules[label(each)]["samples"] = 0.0  # one trunk has one rate
+                    rules[show_label(each)]["samples"] = 0.0  # one trunk has one rate
         name = ("1 - " if settings.complement else "") + settings.hyperparameter
         return measure_exponents(self.analysis, self.base, name, rules)
 
@@ -162,7 +164,7 @@ class Report:
     def gpu_hours(self) -> float:
         """The same, divided by the processes that share a GPU as the study is launched now. Without a GPU each process
         counts as one that has one to itself."""
-        return self.hours / processes_per_gpu(self.study.file.launch)
+        return self.hours / count_processes_per_gpu(self.study.file.launch)
 
     @property
     def facts(self) -> str:
@@ -176,7 +178,7 @@ class Report:
             f"{file.train.global_batch_size} ({file.train.num_steps} steps), data set {file.data.name}, "
             f"{100 * file.data.minival:g} % of the training set held out as minival, seeds "
             f"{show_seeds(result.seed for result in self.results)}. {len(self.finished)} runs, "
-            f"{self.num_diverged} of them diverged{early}; {quantity(self.total_flops)}FLOPs "
+            f"{self.num_diverged} of them diverged{early}; {show_quantity(self.total_flops)}FLOPs "
             f"({show_times(self.total_flops / max(self.flops.values()))} times one run of the costliest size), "
             f"{self.hours:.2f} hours of training processes."
             f"{''.join(f' Results of {mixture}.' for mixture in describe_mixtures(self.study))}"

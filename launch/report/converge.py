@@ -29,7 +29,7 @@ from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.study import Study
 from depthmup.models.build import build_meta
 from depthmup.train.config import RunConfig
-from depthmup.train.evaluate import held_out_images
+from depthmup.train.evaluate import read_held_out
 from depthmup.train.rundir import RunDirectory, parse_lines
 
 IMAGES = 128
@@ -43,7 +43,7 @@ NO_LIMIT = (
 # ---------------------------------------------------------------- what a run gives
 
 
-def loss_curve(directory: RunDirectory) -> tuple[np.ndarray, np.ndarray]:
+def read_losses(directory: RunDirectory) -> tuple[np.ndarray, np.ndarray]:
     """(steps, training losses) of the metrics file's lines."""
     lines = parse_lines(directory.metrics, "step", "loss")
     return np.array([line["step"] for line in lines]), np.array([line["loss"] for line in lines])
@@ -51,10 +51,10 @@ def loss_curve(directory: RunDirectory) -> tuple[np.ndarray, np.ndarray]:
 
 def probe_images(config: RunConfig) -> Tensor:
     """The first IMAGES that are held out. (images, channels, size, size)"""
-    return held_out_images(config, IMAGES, config.model.image_size)[0]
+    return read_held_out(config, IMAGES, config.model.image_size)[0]
 
 
-def feature_kernel(run: PlannedRun, images: Tensor) -> np.ndarray:
+def compute_kernel(run: PlannedRun, images: Tensor) -> np.ndarray:
     """The final weights' kernel between `images`: (images, images). Raises UserError where there are no weights."""
     directory = run.directory
     if not directory.weights.exists():
@@ -132,10 +132,10 @@ def collect_line(
     kernels: dict[int, np.ndarray] = {}
     steps = np.array([])
     for number, by_seed in runs.items():
-        of_seeds = [loss_curve(by_seed[seed].directory) for seed in seeds]
+        of_seeds = [read_losses(by_seed[seed].directory) for seed in seeds]
         steps = of_seeds[0][0] if of_seeds else steps
         curves[number] = np.array([losses for _, losses in of_seeds])
-        kernels[number] = np.array([feature_kernel(by_seed[seed], images).ravel() for seed in seeds])
+        kernels[number] = np.array([compute_kernel(by_seed[seed], images).ravel() for seed in seeds])
     values = dict(zip(QUANTITIES, (curves, kernels), strict=True))
     return Line(parameterization, axis, value, seeds, steps, values, ", ".join(left_out))
 

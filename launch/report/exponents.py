@@ -37,7 +37,7 @@ SUBJECTS = ("start", "trained", "change")  # the weights at the start, after tra
 # ---------------------------------------------------------------- a run's weights
 
 
-def branch_factors(scaled: ScaledModel) -> dict[str, float]:
+def map_branch_factors(scaled: ScaledModel) -> dict[str, float]:
     """Module -> the multiplier of the branch that it is the last one of."""
     slots = find_slots(scaled.network, scaled.roles.branches)
     return {
@@ -47,7 +47,7 @@ def branch_factors(scaled: ScaledModel) -> dict[str, float]:
     }
 
 
-def block_tensors(scaled: ScaledModel) -> dict[str, list[list[str]]]:
+def group_block_tensors(scaled: ScaledModel) -> dict[str, list[list[str]]]:
     """Name of a tensor within its block -> stages -> names of that parameter in the blocks that follow each other.
 
     A stage ends where the weight's shape changes. Raises UserError for a network whose blocks are not known.
@@ -73,7 +73,7 @@ def run_measures(run: PlannedRun) -> dict[tuple[str, str], dict[str, float]]:
     if not weights.exists():
         raise UserError(f"{run.directory.path}: no {weights.name} there: delete the folder to train it again")
     scaled = build(run.config.model, run.config.parameterization, run.config.seed)
-    factors = branch_factors(scaled)
+    factors = map_branch_factors(scaled)
     start: Mapping[str, Tensor] = dict(scaled.network.named_parameters())
     trained: Mapping[str, Tensor] = load_file(weights)
 
@@ -83,7 +83,7 @@ def run_measures(run: PlannedRun) -> dict[tuple[str, str], dict[str, float]]:
         return np.array([f * of[name].detach().double().numpy().ravel() for f, name in zip(factor, names, strict=True)])
 
     found = {}
-    for tensor, stages in block_tensors(scaled).items():
+    for tensor, stages in group_block_tensors(scaled).items():
         before, after = ([rows(names, of) for names in stages] for of in (start, trained))
         change = [b - a for a, b in zip(before, after, strict=True)]
         for subject, weights_of in zip(SUBJECTS, (before, after, change), strict=True):
@@ -114,7 +114,7 @@ class Growth:
         return {**vars(self), "slopes": slopes, "regime": name_regime(self.slopes)}
 
 
-def growth_row(record: Mapping[str, Any]) -> dict[str, str]:
+def format_growth(record: Mapping[str, Any]) -> dict[str, str]:
     """A table's row of a growth's `record`: exponents with their intervals, and the regime."""
 
     def show(slope: Mapping[str, float] | None) -> str:
@@ -196,7 +196,7 @@ def show_exponents(study: Study, own: bool, out: Path | None, console: Console) 
     print_sentence(console, "Exponents of depth, of weights with the branch multiplier in them:")
     growths = [each.record for each in found]
     record = {"study": study.file.study.name, "own_values": own, "growths": growths}
-    rows = [growth_row(growth) for growth in growths]
+    rows = [format_growth(growth) for growth in growths]
     for measure in MEASURES:
         print_sentence(console, f"\n{measure}")
         kept = [{key: row[key] for key in ("rules", "tensor", "of")} | {"exponent": row[measure]} for row in rows]

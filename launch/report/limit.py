@@ -19,9 +19,9 @@ from rich.console import Console
 from depthmup.data.errors import UserError
 from depthmup.data.files import write_atomically
 from depthmup.data.scan import map_in_processes
-from depthmup.launch.config import StudyFile, label
+from depthmup.launch.config import StudyFile, show_label
 from depthmup.launch.findings.convergence import LAWS
-from depthmup.launch.findings.grid import GridRate, fit_grid, points_of
+from depthmup.launch.findings.grid import GridRate, fit_grid, list_points
 from depthmup.launch.findings.theory import COVERED, explain_not_covered, find_activation
 from depthmup.launch.progress import display
 from depthmup.launch.report import plots
@@ -34,17 +34,17 @@ from depthmup.launch.report.limit_task import (
     Grid,
     Limit,
     Task,
-    gaussian_task,
-    image_task,
-    quantities,
+    draw_task,
+    flatten_quantities,
+    load_task,
     solve_limit,
 )
-from depthmup.launch.report.record import bounds, dump, plain
+from depthmup.launch.report.record import convert_interval, convert_number, dump
 from depthmup.launch.report.tables import print_sentence, print_table
 from depthmup.launch.runs.study import Study
 from depthmup.launch.runs.written import check_writable
 from depthmup.models.config import Size
-from depthmup.models.limit.drift import compute_kernel_at, compute_kernel_in_limit, has_limit, predicted_drift
+from depthmup.models.limit.drift import compute_kernel_at, compute_kernel_in_limit, has_limit, predict_drift
 from depthmup.models.limit.finite import train_finite
 from depthmup.models.limit.kernels import find_largest_rate
 from depthmup.models.limit.network import ActivationName
@@ -78,7 +78,7 @@ def train_size(
     outputs, features = np.array([run.outputs for run in runs]), np.array([run.features for run in runs])
     if not (np.isfinite(outputs).all() and np.abs(outputs).max() < DIVERGED):
         return None
-    return quantities(outputs, features, task.targets.double().numpy())
+    return flatten_quantities(outputs, features, task.targets.double().numpy())
 
 
 def train_sizes(
@@ -152,13 +152,13 @@ class Found:
             "measure": rate.law.measure,
             "lr": self.grid.lr,
             "seeds": self.grid.seeds,
-            "lines": [plain(line) for line in rate.lines.tolist()],
+            "lines": [convert_number(line) for line in rate.lines.tolist()],
             "sizes": rate.sizes.tolist(),
-            "distance": [plain(d) for d in rate.distance.tolist()],
-            "error": [plain(e) for e in rate.error.tolist()],
-            "exponent": plain(rate.exponent),
-            "interval": bounds(rate.interval),
-            "next_order": plain(rate.next_order),
+            "distance": [convert_number(d) for d in rate.distance.tolist()],
+            "error": [convert_number(e) for e in rate.error.tolist()],
+            "exponent": convert_number(rate.exponent),
+            "interval": convert_interval(rate.interval),
+            "next_order": convert_number(rate.next_order),
             "theory": rate.law.exponent,
             "remark": rate.remark,
             "diverged": self.grid.diverged,
@@ -169,7 +169,7 @@ def fit_rates(grid: Grid, limit: Limit) -> list[Found]:
     """Rules without a limit stand beside that of others, over width alone: at no width do they near it."""
     laws = [law for law in LAWS if grid.has_limit or law.axis == "width"]
     return [
-        Found(grid, quantity, fit_grid(law, points_of(law, grid.values[quantity], limit[quantity])))
+        Found(grid, quantity, fit_grid(law, list_points(law, grid.values[quantity], limit[quantity])))
         for quantity, law in product(QUANTITIES, laws)
     ]
 
@@ -192,12 +192,12 @@ def list_kernel_rows(file: StudyFile) -> list[dict[str, str]]:
                 kernel = compute_kernel_in_limit(resolved, base, base.width, activation=activation)
             rows.append(
                 {
-                    "parameterization": label(p),
+                    "parameterization": show_label(p),
                     "width": str(size.width) if size else "limit",
                     "depth": str(size.depth) if size else "limit",
                     "kernel": f"{kernel[0, 0]:.4g}",
                     "largest rate": f"{find_largest_rate(kernel, file.optimizer.momentum):.3g}",
-                    "predicted drift": f"{predicted_drift(resolved, base, size, activation):+.2f}",
+                    "predicted drift": f"{predict_drift(resolved, base, size, activation):+.2f}",
                 }
             )
     return rows
@@ -248,7 +248,7 @@ def describe_verdicts(found: list[Found]) -> list[str]:
     return said
 
 
-def learning_rate(
+def choose_learning_rate(
     p: ParameterizationConfig,
     base: Size,
     activation: ActivationName,
@@ -264,7 +264,7 @@ def learning_rate(
     edge = min(find_largest_rate(kernel, momentum) for kernel in kernels)
     if given is not None and given >= edge:
         raise UserError(
-            f"--lr {given:g} is past the edge of stability of {label(p)} on {task.name}: the infinite network "
+            f"--lr {given:g} is past the edge of stability of {show_label(p)} on {task.name}: the infinite network "
             f"diverges; use a rate below {edge:.3g}"
         )
     return RATE * edge if given is None else given
@@ -299,14 +299,14 @@ def run_task(
 
         optimizers = {}
         for p in limited:
-            rate = learning_rate(p, base, activation, task, momentum, lr)
+            rate = choose_learning_rate(p, base, activation, task, momentum, lr)
             optimizer = OptimizerConfig(name="sgd", lr=rate, momentum=momentum)
-            progress(f"{label(p)}: infinite width")
-            limits[label(p)] = solve_limit(p, base, activation, task, optimizer)
-            optimizers[label(p)] = p, optimizer
+            progress(f"{show_label(p)}: infinite width")
+            limits[show_label(p)] = solve_limit(p, base, activation, task, optimizer)
+            optimizers[show_label(p)] = p, optimizer
         first = next(iter(limits))
         for p in file.study.parameterizations:
-            optimizers.setdefault(label(p), (p, optimizers[first][1]))
+            optimizers.setdefault(show_label(p), (p, optimizers[first][1]))
         for grid in train_sizes(optimizers, base, activation, task, progress):
             found += fit_rates(grid, limits.get(grid.parameterization, limits[first]))
         shown.update(1, "done", final=True)
@@ -328,7 +328,7 @@ def limit_command(study: Study, lr: float | None, console: Console) -> list[Path
     print_table(kernels, ("parameterization",), console)
     found: list[Found] = []
     limits: dict[str, Limit] = {}
-    for task in (gaussian_task(file.model.base_width), image_task(file)):
+    for task in (draw_task(file.model.base_width), load_task(file)):
         own, limits[task.name] = run_task(file, limited, task, lr, console)
         found += own
         print_sentence(console, f"\n{task.name}: distances of outputs to the limit, by width, relative (-: diverges)")

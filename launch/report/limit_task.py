@@ -12,11 +12,11 @@ from depthmup.data.errors import UserError
 from depthmup.launch.config import StudyFile
 from depthmup.models.config import Size
 from depthmup.models.limit.drift import build_network_under_rules
-from depthmup.models.limit.network import ActivationName, Training, to_infinite_depth
+from depthmup.models.limit.network import ActivationName, Training, extrapolate_depth
 from depthmup.models.limit.rich import train_rich
 from depthmup.models.optimizer_config import OptimizerConfig
 from depthmup.models.parameterization_config import ParameterizationConfig
-from depthmup.train.evaluate import held_out_images
+from depthmup.train.evaluate import read_held_out
 
 SAMPLES, STEPS, PIXELS = 6, 8, 8  # inputs; steps; images are shrunk to PIXELS x PIXELS
 SAME = 0.99  # images whose cosine is above it count as one: the kernel of two would be nearly singular
@@ -63,16 +63,16 @@ def normalize_inputs(inputs: Tensor) -> Tensor:
     return F.normalize(inputs.flatten(1).double()).float() * math.sqrt(inputs[0].numel())
 
 
-def gaussian_task(inputs: int) -> Task:
+def draw_task(inputs: int) -> Task:
     generator = torch.Generator().manual_seed(0)
     drawn = normalize_inputs(torch.randn((SAMPLES, inputs), generator=generator))
     return Task("Gaussian inputs", drawn, torch.tensor([1.0, -1.0] * (SAMPLES // 2)))
 
 
-def image_task(file: StudyFile) -> Task:
+def load_task(file: StudyFile) -> Task:
     """The first SAMPLES different images that are held out; one half of the classes against the other. An image that is
     0 everywhere has no direction and does not count. Raises UserError where there are too few."""
-    images, labels = held_out_images(file, 4 * SAMPLES, PIXELS)
+    images, labels = read_held_out(file, 4 * SAMPLES, PIXELS)
     inputs, kept = normalize_inputs(images), list[int]()
     for index in range(len(inputs)):
         cosines = inputs[kept] @ inputs[index] / inputs.shape[1]
@@ -87,7 +87,7 @@ def image_task(file: StudyFile) -> Task:
     return Task("images", inputs[kept], (labels[kept] >= file.model.num_classes / 2).float() * 2 - 1)
 
 
-def quantities(outputs: np.ndarray, features: np.ndarray, targets: np.ndarray) -> dict[str, np.ndarray]:
+def flatten_quantities(outputs: np.ndarray, features: np.ndarray, targets: np.ndarray) -> dict[str, np.ndarray]:
     """What is compared, as vectors: outputs (..., T + 1, P), features (..., P, P)."""
     lead = outputs.shape[:-2]
     loss = ((outputs - targets) ** 2).mean(axis=-1)[..., 1:] / 2
@@ -105,9 +105,9 @@ def solve_limit(
         network, unit = build_network_under_rules(p.resolve(), size, base, task.inputs.shape[1], activation)
         training = Training(task.kernel, targets, optimizer.lr * unit, STEPS, optimizer.momentum)
         runs = [train_rich(network, training, SITES, seed) for seed in (0, 1)]
-        found = [quantities(run.outputs, run.forward[-1][-SAMPLES:, -SAMPLES:], targets) for run in runs]
+        found = [flatten_quantities(run.outputs, run.forward[-1][-SAMPLES:, -SAMPLES:], targets) for run in runs]
         for quantity in QUANTITIES:
             limit[quantity][depth] = np.array([each[quantity] for each in found])
     for by_depth in limit.values():
-        by_depth[math.inf] = to_infinite_depth(by_depth, 2)
+        by_depth[math.inf] = extrapolate_depth(by_depth, 2)
     return limit

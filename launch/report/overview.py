@@ -9,8 +9,8 @@ from urllib.parse import quote
 from rich.console import Console
 
 from depthmup.data.files import write_atomically
-from depthmup.launch.report.page import environment, inline
-from depthmup.launch.report.record import closed
+from depthmup.launch.report.page import make_environment, read_script
+from depthmup.launch.report.record import restore_interval
 from depthmup.launch.report.tables import print_sentence, print_table
 from depthmup.launch.wording import show_close_bound, show_drift, show_interval, show_share, show_size
 
@@ -25,7 +25,7 @@ def format_cells(record: Mapping[str, Any], verdict: Mapping[str, str]) -> dict[
     if largest:
         drift = f"{show_drift(largest['drift_octaves'])} at {show_size(largest)}"
         bounds = largest["drift_interval_octaves"]
-        interval = show_interval(closed(bounds)) if bounds else "one seed"
+        interval = show_interval(restore_interval(bounds)) if bounds else "one seed"
     lost = [size["regret"] for size in others if size["regret"] is not None]
     fails = any(size["fails_at_base_optimum"] for size in others)
     regret = "fails" if fails else show_share(max(lost)) if lost else ""
@@ -45,13 +45,13 @@ def format_cells(record: Mapping[str, Any], verdict: Mapping[str, str]) -> dict[
     }
 
 
-def overview(records: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+def tabulate_studies(records: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     return [format_cells(record, verdict) for record in records for verdict in record["verdicts"]]
 
 
 def print_overview(records: Sequence[Mapping[str, Any]], console: Console) -> None:
     """The rows that a terminal has room for; the page has all."""
-    table = overview(records)
+    table = tabulate_studies(records)
     shown = ("study", "parameterization", "largest regret", "below (95 %)", "verdict")
     print_sentence(console, "\nAll studies, with what the carried value costs at most (octaves stand in the page):")
     print_table([{column: row[column] for column in shown} for row in table], ("study", "parameterization"), console)
@@ -61,13 +61,13 @@ def write_overview(records: Sequence[Mapping[str, Any]], pages: Sequence[Path], 
     """One page with a row per study and parameterization, and links to the studies' own `pages`. `records`: of
     `make_told_record`."""
     page = (
-        environment()
+        make_environment()
         .get_template("overview.html.j2")
         .render(
-            rows=overview(records),
+            rows=tabulate_studies(records),
             links=[quote(os.path.relpath(page, path.parent)) for page in pages],
             records=records,
-            scripts={"tables": inline("tables.js")},
+            scripts={"tables": read_script("tables.js")},
         )
     )
     write_atomically(path, page.encode())

@@ -15,12 +15,12 @@ from matplotlib.figure import Figure
 from depthmup.data.files import write_atomically
 from depthmup.launch.config import Size
 from depthmup.launch.findings.intervals import CONFIDENCE
-from depthmup.launch.findings.theory import predicted_drifts
+from depthmup.launch.findings.theory import predict_drifts
 from depthmup.launch.report import plots
 from depthmup.launch.report.collect import Report
 from depthmup.launch.report.place import copy_results
-from depthmup.launch.report.record import closed, dump, make_record
-from depthmup.launch.report.tables import forecast_row, planned_sentence, rows
+from depthmup.launch.report.record import dump, make_record, restore_interval
+from depthmup.launch.report.tables import describe_planned, forecast_row, tabulate_sizes
 from depthmup.launch.wording import show_drift, show_interval, show_number
 
 CONVERGENCE_FILES = ("convergence.json", "convergence.png", "convergence-loss.png")  # of `depthmup converge`
@@ -51,30 +51,37 @@ def format_markdown_table(table: list[dict[str, str]]) -> list[str]:
     return [*lines, *(f"| {' | '.join(row.values())} |" for row in table)]
 
 
-def markdown(record: Mapping[str, Any]) -> str:
+def format_markdown(record: Mapping[str, Any]) -> str:
     """The report for a paper's appendix."""
     said = record["said"]
     lines = [f"# {record['study']}", "", said["facts"], ""]
     for found in record["verdicts"]:
         lines.append(f"- **{found['parameterization']}: {found['verdict']}.** {found['reason']}.")
-        lines += [f"  {planned_sentence(**found['at_planned_seeds'])}"] if found["at_planned_seeds"] else []
+        lines += [f"  {describe_planned(**found['at_planned_seeds'])}"] if found["at_planned_seeds"] else []
     lines += [f"- {sentence}" for sentence in (*said["scaling"], *said["direct"], *said["expected_drifts"])]
     if theory := list_theory_rows(record):
         lines += ["", "Drift with depth, in theory and seen:", "", *format_markdown_table(theory)]
     lines += ["", said["rounds"]] if said["rounds"] else []
-    lines += ["", f"Rule: {record['rule']}", "", "![curves](curves.png)", "", *format_markdown_table(rows(record))]
+    lines += [
+        "",
+        f"Rule: {record['rule']}",
+        "",
+        "![curves](curves.png)",
+        "",
+        *format_markdown_table(tabulate_sizes(record)),
+    ]
     if record["forecasts"]:
         lines += ["", *format_markdown_table([forecast_row(f) for f in record["forecasts"]]), "", said["calibration"]]
     lines += ["", *(f"- not in this report: {line}" for line in record["unfinished"])]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def figures(report: Report) -> dict[str, Figure]:
+def draw_figures(report: Report) -> dict[str, Figure]:
     """By the name of their PNG; those that there is something to show in."""
     study = report.study.file.study
     found = {
         "curves": plots.draw_curves(report.analysis, study) if report.analysis.judgements else None,
-        "drift": plots.draw_against_size(report.analysis, study, "drift", predicted_drifts(report.study.file)),
+        "drift": plots.draw_against_size(report.analysis, study, "drift", predict_drifts(report.study.file)),
         "loss": plots.draw_against_size(report.analysis, study, "loss"),
     }
     return {name: figure for name, figure in found.items() if figure}
@@ -82,7 +89,7 @@ def figures(report: Report) -> dict[str, Figure]:
 
 # plotly-basic.min.js is plotly.js-basic-dist-min 4.1.1 of npm (MIT), chosen over lighter libraries because hover,
 # clicks, logarithmic axes and upkeep come with it, and 1.2 MB leave room for 500 runs. pip's plotly brings 4.5 MB.
-def inline(name: str) -> jinja2.utils.markupsafe.Markup:
+def read_script(name: str) -> jinja2.utils.markupsafe.Markup:
     """A script of this folder, to stand in a page."""
     return jinja2.utils.markupsafe.Markup((Path(__file__).parent / name).read_text(encoding="utf-8"))
 
@@ -109,7 +116,7 @@ def list_theory_rows(record: Mapping[str, Any]) -> list[dict[str, str]]:
             "depth": str(drift["depth"]),
             "in theory": f"{drift['octaves']:+.2f}",
             "seen": "" if found is None else show_drift(found),
-            "interval": show_interval(closed(interval)) if interval else "",
+            "interval": show_interval(restore_interval(interval)) if interval else "",
         }
 
     return [row(drift) for drift in record["predicted_drifts"]]
@@ -135,12 +142,12 @@ def list_origin_rows(record: Mapping[str, Any]) -> list[dict[str, str]]:
     ]
 
 
-def environment() -> jinja2.Environment:
+def make_environment() -> jinja2.Environment:
     loader = jinja2.PackageLoader("depthmup.launch.report", ".")
     return jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
 
-def as_csv(table: list[dict[str, str]]) -> str:
+def format_csv(table: list[dict[str, str]]) -> str:
     text = io.StringIO()
     if table:
         writer = csv.DictWriter(text, list(table[0]))
@@ -154,22 +161,23 @@ def render(record: Mapping[str, Any], svg: Mapping[str, str], reload_seconds: in
     `reload_seconds`: how often a browser loads it again, None for never."""
     scripts = {"tables": "tables.js", "plotly": "plotly-basic.min.js", "page": "page.js", "sizes": "sizes.js"}
     return (
-        environment()
+        make_environment()
         .get_template("report.html.j2")
         .render(
             record=record,
             said=record["said"],
-            rows=rows(record),
+            rows=tabulate_sizes(record),
             theory=list_theory_rows(record),
             costs=list_cost_rows(record),
             origins=list_origin_rows(record),
             has_effective=record["hyperparameter"] == "optimizer.lr",
             has_others=len(record["sizes"]) > len(record["verdicts"]),
-            scripts={"record": format_inline_json(record)} | {name: inline(file) for name, file in scripts.items()},
+            scripts={"record": format_inline_json(record)}
+            | {name: read_script(file) for name, file in scripts.items()},
             forecasts=[forecast_row(forecast) for forecast in record["forecasts"]],
             runs=run_rows(record),
             confidence=f"{CONFIDENCE:.0%}",
-            planned_sentence=planned_sentence,
+            planned_sentence=describe_planned,
             reload_seconds=reload_seconds,
             written=f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
             version=version("depthmup"),
@@ -181,10 +189,10 @@ def render(record: Mapping[str, Any], svg: Mapping[str, str], reload_seconds: in
 def write_report(report: Report, record: Mapping[str, Any], root: Path, reload_seconds: int | None = None) -> None:
     """Writes report.html, .md, .csv and .json and the figures into the folder `root`. `record`: that of the report, of
     `make_page_record`; `reload_seconds`: how often an open page loads itself again."""
-    svg = {name: plots.save_figure(figure, root / f"{name}.png") for name, figure in figures(report).items()}
-    write_atomically(root / "report.csv", as_csv(rows(record)).encode())
+    svg = {name: plots.save_figure(figure, root / f"{name}.png") for name, figure in draw_figures(report).items()}
+    write_atomically(root / "report.csv", format_csv(tabulate_sizes(record)).encode())
     write_atomically(root / "report.json", dump(record).encode())
-    write_atomically(root / "report.md", markdown(record).encode())
+    write_atomically(root / "report.md", format_markdown(record).encode())
     write_atomically(root / "report.html", render(record, svg, reload_seconds).encode())
 
 

@@ -111,7 +111,7 @@ def draw_curves(analysis: Analysis, study: StudyConfig) -> Figure:
     return figure
 
 
-def varied_axes(analysis: Analysis, study: StudyConfig) -> list[str]:
+def list_varied_axes(analysis: Analysis, study: StudyConfig) -> list[str]:
     """The axes along which some parameterization has a size beside the base."""
     base, judged = study.sizes[0], len(analysis.judgements)
     return [name for name in base.axes if len(select_along_axis(analysis.comparisons, base, name)) > judged]
@@ -124,7 +124,7 @@ def draw_against_size(
     the base's optimum (solid) and at the size's own (dotted).
 
     Against each axis of scale; None where none is varied alone, or where every run failed."""
-    names = varied_axes(analysis, study)
+    names = list_varied_axes(analysis, study)
     if not names or not any(math.isfinite(c.curve.optimum.metric) for c in analysis.comparisons):
         return None
     figure, axes = make_row(len(names))

@@ -12,7 +12,7 @@ import numpy as np
 from depthmup.launch.findings.analysis import Result
 from depthmup.launch.findings.convergence import Rate
 from depthmup.launch.findings.forecast import Forecast, describe_calibration
-from depthmup.launch.findings.theory import expected_drifts, predicted_drifts
+from depthmup.launch.findings.theory import describe_drifts, predict_drifts
 from depthmup.launch.report.collect import Report, analyse_results, describe_targets
 from depthmup.launch.runs.planned import PlannedRun, compute_scaling
 from depthmup.launch.runs.pool import count_origins
@@ -24,16 +24,16 @@ from depthmup.train.rundir import PRUNED, parse_lines
 CURVE_POINTS = 50  # of a training curve: 500 runs stay under 2 MB with the page's scripts
 
 
-def plain(value: float | None) -> float | None:
+def convert_number(value: float | None) -> float | None:
     """JSON knows no infinite numbers: they become null."""
     return value if value is not None and math.isfinite(value) else None
 
 
-def bounds(interval: tuple[float, float] | None) -> list[float | None] | None:
-    return [plain(bound) for bound in interval] if interval else None
+def convert_interval(interval: tuple[float, float] | None) -> list[float | None] | None:
+    return [convert_number(bound) for bound in interval] if interval else None
 
 
-def closed(bounds: Sequence[float | None]) -> tuple[float, float]:
+def restore_interval(bounds: Sequence[float | None]) -> tuple[float, float]:
     """A record's interval with infinite numbers where it is open."""
     low, high = bounds
     return (float("-inf") if low is None else low), (float("inf") if high is None else high)
@@ -44,24 +44,24 @@ def make_rate_record(rate: Rate) -> dict[str, Any]:
     return {
         "measure": rate.law.measure,
         "sizes": rate.sizes.tolist(),
-        "distance": [plain(d) for d in rate.distance.tolist()],
-        "error": [plain(e) for e in rate.error.tolist()],
-        "noise": [plain(n) for n in rate.noise.tolist()],
-        "exponent": plain(rate.exponent),
-        "interval": bounds(rate.interval),
+        "distance": [convert_number(d) for d in rate.distance.tolist()],
+        "error": [convert_number(e) for e in rate.error.tolist()],
+        "noise": [convert_number(n) for n in rate.noise.tolist()],
+        "exponent": convert_number(rate.exponent),
+        "interval": convert_interval(rate.interval),
         "theory": rate.law.exponent,
         "remark": rate.remark,
     }
 
 
-def ended_hopeless(report: Report) -> set[Run]:
+def list_hopeless(report: Report) -> set[Run]:
     """The runs that ended early at the loss of a guess."""
     return {report.study.owned(run) for run, _ in report.finished if run.ended_hopeless()}
 
 
 def make_size_records(report: Report) -> list[dict[str, Any]]:
     owners = report.study.owners
-    hopeless = Counter(run[:2] for run in ended_hopeless(report))
+    hopeless = Counter(run[:2] for run in list_hopeless(report))
     return [
         {
             "parameterization": c.curve.parameterization,
@@ -72,19 +72,19 @@ def make_size_records(report: Report) -> list[dict[str, Any]]:
             "failed_runs": int(c.curve.failed.sum()),
             "diverged_runs": int(np.isinf(c.curve.metric).sum()),
             "ended_early": hopeless[owners[c.curve.parameterization, c.curve.size], c.curve.size],
-            "optimum_log2": plain(c.curve.optimum.x),
-            "optimum_interval_log2": bounds(c.curve.optimum.interval),
+            "optimum_log2": convert_number(c.curve.optimum.x),
+            "optimum_interval_log2": convert_interval(c.curve.optimum.interval),
             "censored": c.curve.optimum.censored,
-            "drift_octaves": plain(c.drift),
-            "drift_interval_octaves": bounds(c.interval),
-            "best_metric": plain(c.curve.optimum.metric),
+            "drift_octaves": convert_number(c.drift),
+            "drift_interval_octaves": convert_interval(c.interval),
+            "best_metric": convert_number(c.curve.optimum.metric),
             "best_fails": math.isinf(c.curve.optimum.metric),
-            "metric_at_base_optimum": plain(c.at_base_optimum),
+            "metric_at_base_optimum": convert_number(c.at_base_optimum),
             "fails_at_base_optimum": math.isinf(c.at_base_optimum),
             "runs_at_base_optimum": vars(c.failures),
-            "regret": plain(c.regret),
-            "regret_interval": bounds(c.regret_interval),
-            "regret_bound": plain(c.regret_bound),
+            "regret": convert_number(c.regret),
+            "regret_interval": convert_interval(c.regret_interval),
+            "regret_bound": convert_number(c.regret_bound),
         }
         for c in report.analysis.comparisons
     ]
@@ -95,14 +95,14 @@ def make_point_records(report: Report) -> list[dict[str, Any]]:
     study = report.study
     asked = [*enumerate(study.list_asked_runs(), start=1)] if study.file.study.adaptive else []
     rounds = {run: number for number, runs in reversed(asked) for run in runs}
-    hopeless = ended_hopeless(report)
+    hopeless = list_hopeless(report)
     return [
         {
             "parameterization": each.parameterization,
             **each.size.axes,
             "value": each.value,
             "seed": each.seed,
-            "metric": plain(each.metric),
+            "metric": convert_number(each.metric),
         }
         | ({"round": rounds[study.owned(each)]} if rounds else {})
         | ({"ended_early": True} if study.owned(each) in hopeless else {})
@@ -175,11 +175,11 @@ def make_record(report: Report) -> dict[str, Any]:
             "hours": report.hours,
             "flops_of_the_costliest_run": max(report.flops.values()),
             "gpu_hours": report.gpu_hours,
-            "money": plain(None if price is None else price * report.gpu_hours),
+            "money": convert_number(None if price is None else price * report.gpu_hours),
         },
         "predicted_drifts": [
             {"parameterization": name, "depth": depth, "octaves": drift}
-            for name, drifts in predicted_drifts(file).items()
+            for name, drifts in predict_drifts(file).items()
             for depth, drift in drifts.items()
         ],
         "verdicts": [
@@ -202,9 +202,9 @@ def make_record(report: Report) -> dict[str, Any]:
                 "target": f.target.axes,
                 "fitted_sizes": f.fitted,
                 "law": f.law,
-                "predicted": plain(f.predicted),
-                "interval": bounds(f.interval),
-                "seen": plain(f.seen),
+                "predicted": convert_number(f.predicted),
+                "interval": convert_interval(f.interval),
+                "seen": convert_number(f.seen),
                 "diverged": f.seen is not None and math.isinf(f.seen),
                 "inside": f.inside,
                 "remark": f.remark,
@@ -217,7 +217,7 @@ def make_record(report: Report) -> dict[str, Any]:
                 "axis": e.axis,
                 "rule": e.rule,
                 "measured": e.measured,
-                "interval": bounds(e.interval),
+                "interval": convert_interval(e.interval),
                 "sizes": e.sizes,
                 "is_known": e.is_known,
                 "said": str(e),
@@ -230,10 +230,10 @@ def make_record(report: Report) -> dict[str, Any]:
                 "target": d.target.axes,
                 "cost_share": d.cost_share,
                 "cost_share_of_targets_sweep": d.share_of_sweep,
-                "transferred": plain(d.transferred),
-                "tuned": plain(d.tuned),
-                "regret": plain(d.regret),
-                "regret_interval": bounds(d.regret_interval),
+                "transferred": convert_number(d.transferred),
+                "tuned": convert_number(d.tuned),
+                "regret": convert_number(d.regret),
+                "regret_interval": convert_interval(d.regret_interval),
             }
             for d in report.direct
         ],
@@ -242,14 +242,14 @@ def make_record(report: Report) -> dict[str, Any]:
     }
 
 
-def effective_rate(run: PlannedRun) -> float:
+def find_effective_rate(run: PlannedRun) -> float:
     """The learning rate of the weights in residual branches, with the factors of the rules at the run's size, batch and
     samples."""
     optimizer, (scale, training) = run.config.optimizer, compute_scaling(run.config)
     return optimizer.lr * scale.factors(Role.BRANCH_HIDDEN, optimizer.name).lr * training.lr
 
 
-def training_curve(run: PlannedRun) -> dict[str, list[float | None]] | None:
+def thin_training_curve(run: PlannedRun) -> dict[str, list[float | None]] | None:
     """At most CURVE_POINTS of the run's logged losses, evenly spread, the last included; None where none is logged."""
     lines = [line for line in parse_lines(run.directory.metrics, "step") if "loss" in line]
     if not lines:
@@ -264,7 +264,7 @@ def training_curve(run: PlannedRun) -> dict[str, list[float | None]] | None:
     }
 
 
-def sentences(report: Report) -> dict[str, Any]:
+def describe_report(report: Report) -> dict[str, Any]:
     """What a report says in words. `missing` and `go_on` hold as long as the study stands as it does."""
     return {
         "facts": report.facts,
@@ -273,7 +273,7 @@ def sentences(report: Report) -> dict[str, Any]:
         "rounds": report.rounds,
         "scaling": report.scaling,
         "direct": [f"{each}." for each in report.direct],
-        "expected_drifts": [f"{each}." for each in expected_drifts(report.study.file)],
+        "expected_drifts": [f"{each}." for each in describe_drifts(report.study.file)],
         "forecasts": forecast_sentences(report.forecasts),
         "calibration": describe_calibration(report.forecasts),
         "target": describe_targets(report.study),
@@ -295,7 +295,7 @@ def forecast_sentences(forecasts: Sequence[Forecast]) -> list[str]:
 
 def make_told_record(report: Report) -> dict[str, Any]:
     """The record with `said`, for tables and pages of a study whose runs are here."""
-    return make_record(report) | {"said": sentences(report)}
+    return make_record(report) | {"said": describe_report(report)}
 
 
 def make_page_record(report: Report) -> dict[str, Any]:
@@ -313,16 +313,16 @@ def make_page_record(report: Report) -> dict[str, Any]:
                     "parameterization": point.parameterization,
                     **point.size.axes,
                     "value": point.value,
-                    "effective_value": effective_rate(point) if study.hyperparameter == "optimizer.lr" else None,
+                    "effective_value": find_effective_rate(point) if study.hyperparameter == "optimizer.lr" else None,
                     "seed": point.seed,
-                    "metric": plain(metric),
+                    "metric": convert_number(metric),
                     "failed": "ended early" if done["outcome"] == PRUNED else "diverged" if metric is None else None,
                     "seconds": done.get("seconds"),
                     "flops": report.flops[point.size],
                     "wandb": address.read_text().strip() if address.exists() else None,
                 }
             )
-    curves = {run.directory.path.name: training_curve(run) for run, _ in report.finished}
+    curves = {run.directory.path.name: thin_training_curve(run) for run, _ in report.finished}
     return make_told_record(report) | {"runs": runs, "training_curves": {name: c for name, c in curves.items() if c}}
 
 

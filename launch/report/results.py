@@ -11,19 +11,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from depthmup.launch.report.exponents import growth_row
-from depthmup.launch.report.overview import overview
+from depthmup.launch.report.exponents import format_growth
+from depthmup.launch.report.overview import tabulate_studies
 from depthmup.launch.report.page import format_markdown_table
-from depthmup.launch.report.record import closed, read_record
+from depthmup.launch.report.record import read_record, restore_interval
 from depthmup.launch.report.search import search_rows
-from depthmup.launch.report.tables import planned_sentence
+from depthmup.launch.report.tables import describe_planned
 from depthmup.launch.report.verification import list_verification_rows
 from depthmup.launch.wording import (
-    quantity,
     show_cost,
     show_drift,
     show_interval,
     show_number,
+    show_quantity,
     show_seeds,
     show_share,
     show_shares,
@@ -67,15 +67,15 @@ VERIFIED = """`depthmup verify`: runs with all hyperparameters perturbed at once
 bound on the share of the space that is better holds with 95 %."""
 
 
-def interval(bounds: Sequence[float | None] | None) -> str:
-    return show_interval(closed(bounds)) if bounds else ""
+def format_interval(bounds: Sequence[float | None] | None) -> str:
+    return show_interval(restore_interval(bounds)) if bounds else ""
 
 
-def metric(found: dict[str, Any], key: str, fails: bool) -> str:
+def format_metric(found: dict[str, Any], key: str, fails: bool) -> str:
     return "fails" if fails else show_number(found[key])
 
 
-def regret(found: dict[str, Any], fails: bool) -> str:
+def format_regret(found: dict[str, Any], fails: bool) -> str:
     """'1.3 % (0.5 to 2.1 %)'"""
     if fails or found["regret"] is None:
         return "fails" if fails else ""
@@ -83,7 +83,7 @@ def regret(found: dict[str, Any], fails: bool) -> str:
     return show_share(found["regret"]) + known
 
 
-def question(record: dict[str, Any]) -> str:
+def describe_question(record: dict[str, Any]) -> str:
     """'swept: optimizer.momentum, in octaves of 1 - momentum', or the one value that ran."""
     name, values = record["hyperparameter"], {point["value"] for point in record["points"]}
     if not swept(record):
@@ -92,7 +92,7 @@ def question(record: dict[str, Any]) -> str:
     return f"swept: {name}" + (f", in octaves of {octaves}" if octaves != name.rpartition(".")[2] else "")
 
 
-def settings(record: dict[str, Any]) -> list[str]:
+def describe_settings(record: dict[str, Any]) -> list[str]:
     cost, seeds = record["cost"], show_seeds(run["seed"] for run in record["points"])
     is_swept = record["hyperparameter"] == "schedule.warmup" and swept(record)
     warmup = "warm-up as swept" if is_swept else f"{100 * record['warmup']:g} % warm-up"
@@ -102,13 +102,14 @@ def settings(record: dict[str, Any]) -> list[str]:
         f"{record['image_size']} pixels, {record['schedule']} schedule with {warmup}, "
         f"{record['samples']} samples in batches of {record['global_batch_size']} ({record['steps']} steps), "
         f"{100 * record['minival']:g} % of the training set held out as minival, seeds {seeds}, "
-        f"{question(record)}. {record['num_runs']} runs, "
+        f"{describe_question(record)}. {record['num_runs']} runs, "
         f"{record['num_diverged']} of them diverged; "
-        f"{quantity(cost['flops'])}FLOPs, {cost['hours']:.1f} hours of training processes.{unfinished}{rounds(record)}"
+        f"{show_quantity(cost['flops'])}FLOPs, {cost['hours']:.1f} hours of training processes."
+        f"{unfinished}{describe_rounds(record)}"
     ]
 
 
-def rounds(record: dict[str, Any]) -> str:
+def describe_rounds(record: dict[str, Any]) -> str:
     """' In 5 rounds, which ended: ...', of an adaptive design."""
     if not record["rounds"]:
         return ""
@@ -126,10 +127,12 @@ def list_size_rows(record: dict[str, Any]) -> list[dict[str, str]]:
             "drift": ""
             if s["drift_octaves"] is None or show_size(s) == show_size(record["base"])
             else show_drift(s["drift_octaves"]),
-            "interval": "" if show_size(s) == show_size(record["base"]) else interval(s["drift_interval_octaves"]),
-            "best": metric(s, "best_metric", s["best_metric"] is None),
-            "at base optimum": metric(s, "metric_at_base_optimum", s["fails_at_base_optimum"]),
-            "regret": regret(s, s["fails_at_base_optimum"]),
+            "interval": ""
+            if show_size(s) == show_size(record["base"])
+            else format_interval(s["drift_interval_octaves"]),
+            "best": format_metric(s, "best_metric", s["best_metric"] is None),
+            "at base optimum": format_metric(s, "metric_at_base_optimum", s["fails_at_base_optimum"]),
+            "regret": format_regret(s, s["fails_at_base_optimum"]),
             "notes": ", ".join(
                 [f"censored ({s['censored']} edge)"] * bool(s["censored"]) + ["nothing is learned"] * (not s["learns"])
             ),
@@ -138,15 +141,15 @@ def list_size_rows(record: dict[str, Any]) -> list[dict[str, str]]:
     ]
 
 
-def verdict(found: dict[str, Any]) -> str:
+def describe_verdict(found: dict[str, Any]) -> str:
     line = f"- **{found['parameterization']}: {found['verdict']}**. {found['reason']}."
     if alone := found["at_planned_seeds"]:
         bold = f"**{alone['verdict']}**"
-        line += f" {planned_sentence(alone['seeds'], bold)}"
+        line += f" {describe_planned(alone['seeds'], bold)}"
     return line
 
 
-def held(records: Sequence[dict[str, Any]], parameterization: str | None = None) -> str:
+def count_held(records: Sequence[dict[str, Any]], parameterization: str | None = None) -> str:
     """'6 of 8': forecasts that hold what was seen, of those that can be checked. One that several parameterizations
     have in common, made of the same runs, counts once."""
     checked = {
@@ -198,9 +201,9 @@ def list_direct_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
             "target": show_size(d["target"]),
             "base's sweep / one run of the target": show_cost(d["cost_share"]),
             "/ the target's sweep": show_cost(d["cost_share_of_targets_sweep"]),
-            "transferred": metric(d, "transferred", d["transferred"] is None),
+            "transferred": format_metric(d, "transferred", d["transferred"] is None),
             "at the target's own optimum": show_number(d["tuned"]),
-            "regret": regret(d, d["transferred"] is None),
+            "regret": format_regret(d, d["transferred"] is None),
         }
         for record in records
         for d in record["direct"]
@@ -235,7 +238,7 @@ def read_finding(name: str, command: str, folder: Path) -> dict[str, Any] | None
     return read_record(path) if path.exists() else None
 
 
-def convergence(study: dict[str, Any], folder: Path) -> list[str]:
+def describe_convergence(study: dict[str, Any], folder: Path) -> list[str]:
     """What `depthmup converge` found of the study, where it was asked."""
     if not (record := read_finding(study["study"], "convergence", folder)):
         return []
@@ -245,14 +248,14 @@ def convergence(study: dict[str, Any], folder: Path) -> list[str]:
         f"loss curves and of last-layer feature kernels between {record['images']} images; "
         f"means over {len(record['rates'][0]['seeds'])} seeds, and the scatter of single runs.",
         "",
-        *figure(folder, f"{study['study']}-convergence"),
-        *figure(folder, f"{study['study']}-convergence-loss"),
+        *link_figure(folder, f"{study['study']}-convergence"),
+        *link_figure(folder, f"{study['study']}-convergence-loss"),
         *format_markdown_table(list_rate_rows(record)),
         "",
     ]
 
 
-def exponents(study: dict[str, Any], folder: Path) -> list[str]:
+def describe_exponents(study: dict[str, Any], folder: Path) -> list[str]:
     """What `depthmup exponents` found of the study, where it was asked."""
     if not (record := read_finding(study["study"], "exponents", folder)):
         return []
@@ -265,14 +268,14 @@ def exponents(study: dict[str, Any], folder: Path) -> list[str]:
         "(theory.md#exponents-of-trained-weights)). "
         + " ".join(f"`{rules}`: depths {', '.join(of)}." for rules, of in depths.items()),
         "",
-        *figure(folder, f"{study['study']}-exponents"),
-        *format_markdown_table([growth_row(each) for each in record["growths"]]),
+        *link_figure(folder, f"{study['study']}-exponents"),
+        *format_markdown_table([format_growth(each) for each in record["growths"]]),
         "",
         *(line for rules, said in left_out.items() for line in (f"Left out of `{rules}`: {said}.", "")),
     ]
 
 
-def figure(folder: Path, name: str) -> list[str]:
+def link_figure(folder: Path, name: str) -> list[str]:
     return [f"![{name}](results/{name}.png)", ""] if (folder / f"{name}.png").exists() else []
 
 
@@ -283,17 +286,17 @@ def swept(record: dict[str, Any]) -> bool:
 
 def write_study_section(record: dict[str, Any], folder: Path) -> list[str]:
     name = record["study"]
-    of_theory = [*convergence(record, folder), *exponents(record, folder)]
-    lines = [f"## {name}", "", *settings(record), ""]
+    of_theory = [*describe_convergence(record, folder), *describe_exponents(record, folder)]
+    lines = [f"## {name}", "", *describe_settings(record), ""]
     if not swept(record):
         foretold = format_markdown_table([dict(list(row.items())[1:]) for row in forecast_rows([record])])
         return [*lines, *foretold, "", *of_theory]
-    lines += [verdict(found) for found in record["verdicts"]]
+    lines += [describe_verdict(found) for found in record["verdicts"]]
     lines += [f"- {found['said']}." for found in record.get("exponents", ())]
     lines += [
         "",
-        *figure(folder, f"{name}-curves"),
-        *figure(folder, f"{name}-drift"),
+        *link_figure(folder, f"{name}-curves"),
+        *link_figure(folder, f"{name}-drift"),
         *format_markdown_table(list_size_rows(record)),
     ]
     return [*lines, "", *of_theory]
@@ -316,21 +319,22 @@ def write_joint_sections(searches: Sequence[dict[str, Any]], verifications: Sequ
     return lines
 
 
-def results(records: Sequence[dict[str, Any]], folder: Path) -> str:
+def format_document(records: Sequence[dict[str, Any]], folder: Path) -> str:
     """The whole document. `folder` has the figures and records."""
     searches = [record for record in records if "winners" in record]
     verifications = [record for record in records if "perturbed" in record]
     records = [record for record in records if "verdicts" in record]
     judged = [record for record in records if swept(record)]
     forecasts, direct = forecast_rows(records), list_direct_rows(judged)
-    lines = [INTRODUCTION, *format_markdown_table(overview(judged)), ""]
+    lines = [INTRODUCTION, *format_markdown_table(tabulate_studies(judged)), ""]
     lines += [f"Rule of the verdicts: {rule}" for rule in dict.fromkeys(record["rule"] for record in judged)]
     lines += ["", "## Transfer beside tuning directly", "", *format_markdown_table(direct), ""]
     lines += [
         "## Forecasts",
         "",
-        f"{held(records)} hold what was seen; of `depth_mup`'s {held(records, 'depth_mup')}. A forecast of several "
-        "parameterizations that is made of the same runs counts once; a variant of `depth_mup` counts among all alone.",
+        f"{count_held(records)} hold what was seen; of `depth_mup`'s {count_held(records, 'depth_mup')}. A forecast of "
+        "several parameterizations that is made of the same runs counts once; a variant of `depth_mup` counts among "
+        "all alone.",
         "",
     ]
     lines += [*format_markdown_table(forecasts), ""]
@@ -344,7 +348,7 @@ def main() -> None:
     paths = [Path(argument) for argument in sys.argv[1:]]
     if not paths:
         sys.exit(f"give the records: python -m {__spec__.name} docs/results/*.json")
-    print(results([*map(read_record, paths)], paths[0].parent), end="")
+    print(format_document([*map(read_record, paths)], paths[0].parent), end="")
 
 
 if __name__ == "__main__":

@@ -15,15 +15,15 @@ from scipy import stats
 
 from depthmup.data.errors import UserError
 from depthmup.data.files import write_atomically
-from depthmup.data.index import counted
+from depthmup.data.index import show_count
 from depthmup.launch.findings.intervals import CONFIDENCE
-from depthmup.launch.paths import command
+from depthmup.launch.paths import quote_command
 from depthmup.launch.report.place import open_results
-from depthmup.launch.report.record import dump, make_task_record, plain
+from depthmup.launch.report.record import convert_number, dump, make_task_record
 from depthmup.launch.runs.search import Search
-from depthmup.launch.runs.space import fraction_at
+from depthmup.launch.runs.space import find_fraction
 from depthmup.launch.values import Range
-from depthmup.launch.wording import quantity, show_number
+from depthmup.launch.wording import show_number, show_quantity
 from depthmup.train.reading import to_yaml
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def describe_dimension(
     if not isinstance(dimension, Range):
         return Hyperparameter(key, best, importance, None, None, len(set(values)) < len(dimension))
     low, high = min(values), max(values)
-    spread = fraction_at(dimension, high) - fraction_at(dimension, low)
+    spread = find_fraction(dimension, high) - find_fraction(dimension, low)
     return Hyperparameter(key, best, importance, low, high, spread < SPREAD_OUT)
 
 
@@ -151,14 +151,14 @@ def show_value(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def short(key: str) -> str:
+def shorten_key(key: str) -> str:
     return key.split(".")[-1]
 
 
 def print_search(found: Found, console: Console) -> None:
     """80 columns: the winners, the hyperparameters, and what follows."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    keys = [short(key).replace("_", " ") for key in found.search.settings.space]  # two lines where a name is long
+    keys = [shorten_key(key).replace("_", " ") for key in found.search.settings.space]  # two lines where a name is long
     for heading in ("trial", "search", "new seeds", "+-", *keys):
         table.add_column(heading, justify="right")
     for winner in found.winners:
@@ -175,11 +175,11 @@ def print_search(found: Found, console: Console) -> None:
         table.add_row(each.key, show_value(each.best), best_range, share, "" if each.identified else "not identified")
     console.print()
     console.print(table)
-    for sentence in sentences(found):
+    for sentence in describe_search(found):
         console.print(textwrap.fill(sentence, 80), highlight=False, markup=False)
 
 
-def sentences(found: Found) -> list[str]:
+def describe_search(found: Found) -> list[str]:
     """What the numbers mean, in words."""
     best, metric = found.winners[0], found.search.file.study.metric
     said = [
@@ -187,7 +187,7 @@ def sentences(found: Found) -> list[str]:
         f"search itself saw {show_number(best.searched)}: the lowest of many noisy losses flatters."
     ]
     if (baseline := found.baseline) is not None:
-        seeds = counted(len(found.search.settings.seeds), "seed")
+        seeds = show_count(len(found.search.settings.seeds), "seed")
         said.append(f"The file's own values had {show_number(baseline)} ({seeds}).")
     noise = best.half_width
     if close := [other.trial for other in found.winners[1:] if other.mean - best.mean < noise + other.half_width]:
@@ -221,10 +221,10 @@ def describe_pair(found: Found) -> str:
     missing = []
     for each in (by_key["optimizer.lr"], decay):
         if lies_on_edge(found.search, each):
-            missing.append(f"the best {short(each.key)} lies on an edge")
+            missing.append(f"the best {shorten_key(each.key)} lies on an edge")
         elif not each.identified:
-            missing.append(f"{short(each.key)} is not identified")
-    names = f"lr and {short(decay.key)}"
+            missing.append(f"{shorten_key(each.key)} is not identified")
+    names = f"lr and {shorten_key(decay.key)}"
     if missing:
         return f"No interior optimum of the pair {names}: {' and '.join(missing)}."
     return f"The pair {names} has an interior optimum: both lie inside of the space, and the best quarter about them."
@@ -232,7 +232,7 @@ def describe_pair(found: Found) -> str:
 
 def lies_on_edge(search: Search, each: Hyperparameter) -> bool:
     dimension = search.settings.space[each.key]
-    return isinstance(dimension, Range) and not 0.03 < fraction_at(dimension, each.best) < 0.97
+    return isinstance(dimension, Range) and not 0.03 < find_fraction(dimension, each.best) < 0.97
 
 
 def search_record(found: Found) -> dict[str, Any]:
@@ -244,11 +244,11 @@ def search_record(found: Found) -> dict[str, Any]:
         "flops": sum(run.share_trained() for run in search.runs) * search.flops,
         "sampler": search.settings.sampler,
         "seeds": list(search.settings.seeds),
-        "baseline": plain(found.baseline),
+        "baseline": convert_number(found.baseline),
         "pruned": found.pruned,
         "winners": [
             {"trial": w.trial, "values": w.values, "search": w.searched, "mean": w.mean,
-             "half_width": plain(w.half_width), "losses": w.losses}
+             "half_width": convert_number(w.half_width), "losses": w.losses}
             for w in found.winners
         ],
         "hyperparameters": [vars(each) for each in found.dimensions],
@@ -263,7 +263,7 @@ def search_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
             "search": record["study"],
             "at": f"{record['model']} {record['width']} x {record['depth']}",
             "suggestions": f"{len(record['trials']) + record['pruned']} ({record['sampler']})",
-            "FLOPs": quantity(record["flops"]),
+            "FLOPs": show_quantity(record["flops"]),
             "file's own": f"{record['baseline']:.4g}" if record["baseline"] else "",
             "best, search": f"{best['search']:.4g}",
             "new seeds": f"{best['mean']:.4g} +- {best['half_width']:.2g} ({len(best['losses'])})",
@@ -331,7 +331,8 @@ def write_search(found: Found, root: Path) -> Path:
     head = (
         f"# The tuned proxy of the search {found.search.file.study.name}: trial {found.winners[0].trial}, "
         f"{found.search.file.study.metric} {show_number(found.winners[0].mean)} over new seeds.\n"
-        f"# One run as it stands ({command('launch', best)}); with a section study: of sizes it is a transfer study.\n"
+        f"# One run as it stands ({quote_command('launch', best)}); with a section study: of sizes it is a "
+        "transfer study.\n"
     )
     write_atomically(best, (head + to_yaml(config)).encode())
     return best

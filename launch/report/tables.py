@@ -7,9 +7,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from depthmup.data.index import counted
+from depthmup.data.index import show_count
 from depthmup.launch.findings.intervals import CONFIDENCE
-from depthmup.launch.report.record import closed
+from depthmup.launch.report.record import restore_interval
 from depthmup.launch.wording import show_drift, show_interval, show_number, show_seeds, show_share, show_shares
 
 WIDTH = 80  # columns of the terminal that the text is wrapped to
@@ -27,7 +27,7 @@ def is_base(size: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
     return all(size[axis] == value for axis, value in record["base"].items())
 
 
-def notes(size: Mapping[str, Any], record: Mapping[str, Any]) -> str:
+def list_notes(size: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     found = ["base"] if is_base(size, record) else []
     if not size["learns"]:
         found.append("nothing is learned")
@@ -49,7 +49,7 @@ def show_optimum(octaves: float | None, record: Mapping[str, Any]) -> str:
     return "none" if octaves is None else f"{complement}2^{octaves:.1f}"
 
 
-def rows(record: Mapping[str, Any]) -> list[dict[str, str]]:
+def tabulate_sizes(record: Mapping[str, Any]) -> list[dict[str, str]]:
     """The table as text, one row per parameterization and size."""
     found = []
     for size in record["sizes"]:
@@ -61,14 +61,14 @@ def rows(record: Mapping[str, Any]) -> list[dict[str, str]]:
                 **{axis: str(size[axis]) for axis in record["base"]},
                 "optimum": show_optimum(size["optimum_log2"], record),
                 "drift": "" if of_base or drift is None else show_drift(drift),
-                "interval": "" if of_base or interval is None else show_interval(closed(interval)),
+                "interval": "" if of_base or interval is None else show_interval(restore_interval(interval)),
                 "loss": "fails" if size["best_fails"] else show_number(size["best_metric"]),
                 "loss at base optimum": "fails"
                 if size["fails_at_base_optimum"]
                 else show_number(size["metric_at_base_optimum"]),
                 "regret": "" if size["regret"] is None else show_share(size["regret"]),
-                "regret interval": show_shares(size["regret_interval"] and closed(size["regret_interval"])),
-                "notes": notes(size, record),
+                "regret interval": show_shares(size["regret_interval"] and restore_interval(size["regret_interval"])),
+                "notes": list_notes(size, record),
             }
         )
     return found
@@ -84,7 +84,7 @@ def forecast_row(forecast: Mapping[str, Any]) -> dict[str, str]:
         "interval": interval or "",
         "seen": "fails" if forecast["diverged"] else show_number(forecast["seen"]),
         "inside": inside,
-        "fitted on": counted(forecast["fitted_sizes"], "size"),
+        "fitted on": show_count(forecast["fitted_sizes"], "size"),
         "law": forecast["law"],
         "remark": forecast["remark"],
     }
@@ -114,7 +114,7 @@ def fit_to_terminal(row: Mapping[str, str]) -> dict[str, str]:
 
 def print_report(record: Mapping[str, Any], console: Console) -> None:
     """The table, fitted to 80 columns, the verdicts, forecasts and what is missing. `record`: of `make_told_record`."""
-    said, table = record["said"], rows(record)
+    said, table = record["said"], tabulate_sizes(record)
     print_sentence(
         console,
         f"\n{record['study']}: {record['metric']} against {record['hyperparameter']}, {record['num_runs']} runs",
@@ -129,7 +129,7 @@ def print_report(record: Mapping[str, Any], console: Console) -> None:
         verdict = Text(found["verdict"], style=f"bold {COLOURS[found['verdict']]}")
         print_sentence(console, Text.assemble(f"{found['parameterization']}: ", verdict, f" ({found['reason']})"))
         if planned := found["at_planned_seeds"]:
-            print_sentence(console, f"  {planned_sentence(**planned)}")
+            print_sentence(console, f"  {describe_planned(**planned)}")
     if said["rounds"]:
         print_sentence(console, said["rounds"])
     print_sentence(console, f"Rule: {record['rule']}", style="dim")
@@ -145,5 +145,5 @@ def print_report(record: Mapping[str, Any], console: Console) -> None:
         console.print(f"To go on: {said['go_on']}", soft_wrap=True, highlight=False, markup=False)
 
 
-def planned_sentence(seeds: Sequence[int], verdict: str) -> str:
+def describe_planned(seeds: Sequence[int], verdict: str) -> str:
     return f"Seeds were added; with the planned ones ({show_seeds(seeds)}) alone: {verdict}."

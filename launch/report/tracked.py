@@ -5,8 +5,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from depthmup.launch.report.page import markdown
-from depthmup.launch.report.tables import rows
+from depthmup.launch.report.page import format_markdown
+from depthmup.launch.report.tables import tabulate_sizes
 from depthmup.train.config import TrackConfig
 from depthmup.train.metrics import Recorder, Tracker, open_board, start_wandb
 
@@ -43,7 +43,7 @@ class WandbStudy:
     def log(self, record: dict[str, Any]) -> None:
         import wandb
 
-        table = rows(record)
+        table = tabulate_sizes(record)
         cells = wandb.Table(columns=list(table[0]), data=[list(row.values()) for row in table]) if table else None
         page = wandb.Html((self.root / "report.html").read_text(), inject=False)
         self.run.log({"page": page} | ({"sizes": cells} if cells else {}))
@@ -60,7 +60,7 @@ class TensorBoardStudy:
         self.writer = open_board(root / "tensorboard", purge_step=0)
 
     def log(self, record: dict[str, Any]) -> None:
-        self.writer.add_text("report", markdown(record), 0)
+        self.writer.add_text("report", format_markdown(record), 0)
         for name in (verdict["parameterization"] for verdict in record["verdicts"]):
             own = (size for size in record["sizes"] if size["parameterization"] == name)
             for place, size in enumerate(own):

@@ -14,14 +14,14 @@ from scipy import stats
 
 from depthmup.data.errors import UserError
 from depthmup.data.files import write_atomically
-from depthmup.data.index import counted
+from depthmup.data.index import show_count
 from depthmup.launch.findings.share import SURE, Share
 from depthmup.launch.report.place import open_results
-from depthmup.launch.report.record import dump, make_task_record, plain
+from depthmup.launch.report.record import convert_number, dump, make_task_record
 from depthmup.launch.report.search import show_value
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.pool import refuse_mixture
-from depthmup.launch.runs.space import value_at
+from depthmup.launch.runs.space import find_value
 from depthmup.launch.runs.verification import Verification
 from depthmup.launch.values import Range
 from depthmup.launch.wording import show_number, show_share, show_shares
@@ -112,11 +112,11 @@ def measure_shift(verification: Verification, key: str, best: list[dict[str, Any
     level = 1 - (1 - SURE) / 2 / len(verification.space)  # Bonferroni: for all of them at once
     quantile = float(stats.t.ppf(level, len(offsets) - 1))
     half_width = quantile * statistics.stdev(offsets) / math.sqrt(len(offsets))
-    middle = verification.offset(key, value_at(verification.space[key], 0.5))
+    middle = verification.offset(key, find_value(verification.space[key], 0.5))
     return Shift(key, own, statistics.fmean(offsets), half_width, middle)
 
 
-def sentences(found: Verified) -> list[str]:
+def describe_verification(found: Verified) -> list[str]:
     """What the numbers mean, in words."""
     settings, metric = found.verification.settings, found.verification.file.study.metric
     count, at = len(found.losses), found.verification.size
@@ -134,7 +134,7 @@ def sentences(found: Verified) -> list[str]:
         }[verdict],
         f"{share.better} of {count} perturbed runs at {at} are better by more than that, {any_better.better} are "
         f"better at all: {metric} {show_number(found.mean)} with the transferred values (mean of "
-        f"{counted(len(found.own), 'seed')}), {show_number(min(found.losses))} is the lowest of the others.",
+        f"{show_count(len(found.own), 'seed')}), {show_number(min(found.losses))} is the lowest of the others.",
     ]  # fmt: skip
     if len(found.own) > 1 and found.noise > found.margin:
         said.append(
@@ -173,7 +173,7 @@ def print_verification(found: Verified, console: Console) -> None:
             "moved" if each.moved else "",
         )
     console.print(table)
-    for sentence in sentences(found):
+    for sentence in describe_verification(found):
         console.print(textwrap.fill(sentence, 80), highlight=False, markup=False)
 
 
@@ -207,10 +207,10 @@ def write_verification(found: Verified, root: Path) -> Path:
         "runs": share.runs,
         "share": [share.low, share.high],  # each bound with SURE
         "verdict": share.judge(settings.top),
-        "transferred": [plain(loss) for loss in found.own],
+        "transferred": [convert_number(loss) for loss in found.own],
         "hyperparameters": [{**vars(each), "moved": each.moved} for each in found.shifts],
         "perturbed": [
-            {"values": values, "loss": plain(loss)}
+            {"values": values, "loss": convert_number(loss)}
             for (values, _), loss in zip(found.verification.perturbed, found.losses, strict=True)
         ],
     }

@@ -13,10 +13,10 @@ from depthmup.launch.config import Size
 from depthmup.launch.paths import PACKAGE, find_user_folder
 from depthmup.launch.runs.flops import count_by_formula
 from depthmup.launch.runs.planned import PlannedRun
-from depthmup.train.config import RunConfig, identity
+from depthmup.train.config import RunConfig, find_identity
 
 
-def cache_file() -> Path | None:
+def locate_cache() -> Path | None:
     """Counts made by this code and these libraries: another version counts anew. None where the user has no home."""
     hashed = hashlib.sha256("".join(version(name) for name in ("torch", "timm")).encode())
     for file in sorted((PACKAGE / "models").rglob("*.py")):
@@ -43,15 +43,15 @@ def count_network(config: RunConfig) -> list[int]:
         parameters, forward = counted
         return [parameters, 3 * forward]  # twice the forward pass for the gradients of inputs and of weights
     from depthmup.models.build import build_meta  # torch, which most commands do not need
-    from depthmup.models.flops import count_training_flops, num_parameters
+    from depthmup.models.flops import count_parameters, count_training_flops
 
     network = build_meta(model, config.parameterization).network
     shape = (model.in_channels, model.image_size, model.image_size)
-    return [num_parameters(network), count_training_flops(network, shape)]
+    return [count_parameters(network), count_training_flops(network, shape)]
 
 
-def cache_key(model: Any) -> str:
-    return json.dumps(identity(model), sort_keys=True)
+def make_cache_key(model: Any) -> str:
+    return json.dumps(find_identity(model), sort_keys=True)
 
 
 def count_flops(runs: Sequence[PlannedRun]) -> dict[Size, tuple[int, int]]:
@@ -63,9 +63,9 @@ def count_flops(runs: Sequence[PlannedRun]) -> dict[Size, tuple[int, int]]:
 
 def count_runs(configs: Sequence[RunConfig]) -> list[tuple[int, int]]:
     """Of each run: (parameters, FLOPs forward and backward over all its samples)."""
-    file = cache_file()
+    file = locate_cache()
     cache = read_cache(file)
-    missing = {name: config for config in configs if (name := cache_key(config.model)) not in cache}
+    missing = {name: config for config in configs if (name := make_cache_key(config.model)) not in cache}
     if missing:
         cache |= {name: count_network(config) for name, config in missing.items()}
         with suppress(OSError):  # a home that cannot be written to costs time, not correctness
@@ -74,6 +74,6 @@ def count_runs(configs: Sequence[RunConfig]) -> list[tuple[int, int]]:
                 write_atomically(file, json.dumps(cache).encode())
     counted = []
     for config in configs:
-        parameters, each = cache[cache_key(config.model)]
+        parameters, each = cache[make_cache_key(config.model)]
         counted.append((parameters, each * config.train.num_steps * config.train.global_batch_size))
     return counted

@@ -3,7 +3,7 @@
 import math
 from functools import partial
 
-from depthmup.launch.config import label
+from depthmup.launch.config import show_label
 from depthmup.launch.findings.points import Design
 from depthmup.launch.findings.verdict import Limits
 from depthmup.launch.runs.cost import count_flops
@@ -22,7 +22,7 @@ def build_design(study: Study) -> Design:
     grid = sum(flops[size] for _, size in curves) * len(settings.grid) * len(settings.seeds)
     ends = settings.octaves(settings.grid[0]), settings.octaves(settings.grid[-1])
     return Design(
-        parameterizations=tuple(map(label, settings.parameterizations)),
+        parameterizations=tuple(map(show_label, settings.parameterizations)),
         sizes=settings.sizes,
         flops=flops,
         low=min(ends),

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from depthmup.data.config import OTHER_DECODER, DataConfig, find_window_misfit
 from depthmup.data.errors import UserError
-from depthmup.data.index import counted
+from depthmup.data.index import show_count
 from depthmup.data.order import list_streams
 from depthmup.launch.config import LaunchConfig
 from depthmup.launch.runs.design import build_design
@@ -26,9 +26,9 @@ def find_misfits(run: RunConfig, config: LaunchConfig) -> Iterator[str]:
         micro_batches = parallel.micro_batches(run.train.global_batch_size, processes)
         parallel.copies(processes)
         if getattr(run.model, "norm", None) == "batch":
-            from depthmup.train.batch_norm import grouping  # with torch, which other plans do without
+            from depthmup.train.batch_norm import choose_grouping  # with torch, which other plans do without
 
-            grouping(run, processes, micro_batches)
+            choose_grouping(run, processes, micro_batches)
     except (ValueError, UserError) as error:
         yield str(error)
     try:
@@ -118,7 +118,7 @@ def check_fits(study: Study) -> None:
         )
     )
     if found:
-        processes = counted(config.tasks, "process")
+        processes = show_count(config.tasks, "process")
         raise UserError(f"{study.path}, {processes} a run: {'; '.join(found)}")
     if study.file.study.ladder and config.tasks > 1:
         raise UserError(

@@ -10,13 +10,13 @@ PLAIN_VIT = re.compile(r"(vit|deit)_(tiny|small|base|large)_patch(?P<patch_size>
 def count_by_formula(model: AnyModelConfig) -> tuple[int, int] | None:
     """(parameters, FLOPs of one image forward, a multiply-add being 2), or None where there is no formula."""
     if isinstance(model, ConvResNetConfig):
-        return conv_resnet(model)
+        return count_conv_resnet(model)
     if type(model) is VisionTransformerConfig and (name := PLAIN_VIT.fullmatch(model.timm_name)):
-        return vision_transformer(model, model.patch_size or int(name["patch_size"]))
+        return count_vision_transformer(model, model.patch_size or int(name["patch_size"]))
     return None
 
 
-def conv_resnet(model: ConvResNetConfig) -> tuple[int, int]:
+def count_conv_resnet(model: ConvResNetConfig) -> tuple[int, int]:
     width, convs = model.width, model.depth * model.convs_per_branch
     norm = 0 if model.norm == "none" else 2 * width
     stem, conv, readout = 9 * model.in_channels * width, 9 * width**2, width * model.num_classes
@@ -26,7 +26,7 @@ def conv_resnet(model: ConvResNetConfig) -> tuple[int, int]:
     return parameters, round(2 * (stem * model.image_size**2 + convs * conv * positions + readout))
 
 
-def vision_transformer(model: VisionTransformerConfig, patch_size: int) -> tuple[int, int]:
+def count_vision_transformer(model: VisionTransformerConfig, patch_size: int) -> tuple[int, int]:
     """timm's plain ViT: patch embedding, blocks of attention and MLP with norms before them, norm, readout."""
     width, hidden = model.width, int(model.width * (model.mlp_ratio or 4))
     patches = (model.image_size // patch_size) ** 2

@@ -14,7 +14,7 @@ from depthmup.train.packs.packing import group_alike, list_obstacles, list_unkno
 GPU_NAME = re.compile(r"\d+|(GPU|MIG)-\S+")  # a number, or a name that may be cut short
 
 
-def packs_of(runs: Sequence[PlannedRun], config: LaunchConfig, on_gpu: bool, slots: int) -> list[list[PlannedRun]]:
+def group_runs(runs: Sequence[PlannedRun], config: LaunchConfig, on_gpu: bool, slots: int) -> list[list[PlannedRun]]:
     """As `pack_alike`, with the branches of a ladder in the list of their trunk, after which they are trained."""
     names = {run.directory.path.name for run in runs}
     branches = [run for run in runs if run.trunk and run.trunk.run in names]
@@ -52,7 +52,7 @@ def check_packable(runs: Sequence[PlannedRun]) -> None:
     """Raises UserError when train.pack asks for packs of a study no two runs of which can share one, and says why."""
     configs = [run.config for run in runs]
     if len(configs) < 2 or (configs[0].train.pack or 0) <= 1 or list_unknown_to_packs(configs[0]):
-        return  # of what packs do not know, `packs_of` says so
+        return  # of what packs do not know, `group_runs` says so
     if len(group_alike(configs)) == len(configs):
         names = sorted({name for config in configs[1:] for name in list_obstacles(configs[0], config)})
         raise UserError(
@@ -84,7 +84,7 @@ def split_evenly(runs: Sequence[PlannedRun], limit: int) -> list[list[PlannedRun
     return [ordered[total * i // number : total * (i + 1) // number] for i in range(number)]
 
 
-def visible_gpus() -> list[str]:
+def list_visible_gpus() -> list[str]:
     """This machine's GPUs as CUDA_VISIBLE_DEVICES names them; found without torch, whose import takes seconds.
 
     As CUDA does, the list is read up to the first entry that names no GPU: -1, NoDevFiles, nothing. One that names
@@ -97,37 +97,37 @@ def visible_gpus() -> list[str]:
     return [str(number) for number in range(len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))]
 
 
-def slot_gpus(config: LaunchConfig) -> list[str | None]:
+def assign_gpus(config: LaunchConfig) -> list[str | None]:
     """The GPU of each slot, None for a slot on the CPU. As many slots as asked for, or one per GPU, or per core."""
-    gpus = visible_gpus()
+    gpus = list_visible_gpus()
     count = config.slots or len(gpus) or len(os.sched_getaffinity(0))
     return [gpus[slot % len(gpus)] if gpus else None for slot in range(count)]
 
 
-def processes_per_gpu(config: LaunchConfig) -> float:
+def count_processes_per_gpu(config: LaunchConfig) -> float:
     """How many processes train side by side on a GPU; 1 where there is none."""
     if config.cluster == "slurm":
         return config.runs_per_gpu
-    gpus = slot_gpus(config)
+    gpus = assign_gpus(config)
     return 1 if config.cluster == "debug" or gpus[0] is None else len(gpus) / len(set(gpus))
 
 
 def make_packs(runs: Sequence[PlannedRun], config: LaunchConfig) -> list[list[PlannedRun]]:
     """What each process trains at once: a pack, or a single run. Raises UserError."""
-    slots = len(slot_gpus(config)) if config.cluster == "local" else 1
-    return packs_of(runs, config, trains_on_gpu(config), slots)
+    slots = len(assign_gpus(config)) if config.cluster == "local" else 1
+    return group_runs(runs, config, trains_on_gpu(config), slots)
 
 
 def trains_on_gpu(config: LaunchConfig) -> bool:
     """Whether runs train on a GPU."""
-    return config.gpus_per_node > 0 if config.cluster == "slurm" else slot_gpus(config)[0] is not None
+    return config.gpus_per_node > 0 if config.cluster == "slurm" else assign_gpus(config)[0] is not None
 
 
 def trains_one_by_one(file: StudyFile) -> bool:
     """Whether one process of this machine trains all runs on a CPU, where a pack takes about as long as its runs alone,
     and none is asked for."""
     config = file.launch
-    slots = 1 if config.cluster == "debug" else len(slot_gpus(config))
+    slots = 1 if config.cluster == "debug" else len(assign_gpus(config))
     return config.cluster != "slurm" and slots == 1 and not trains_on_gpu(config) and (file.train.pack or 1) == 1
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from depthmup.launch.config import Size, label
+from depthmup.launch.config import Size, show_label
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.space import apply_values
 from depthmup.launch.runs.study import Study
@@ -36,5 +36,5 @@ class JointStudy(Study):
         """The file's run with `values` by dotted key, trained with `seeds`. Raises UserError where they do not go
         together."""
         config = from_plain(RunConfig, apply_values(self._base, values), f"{self.path} (values of its space)")
-        name, size = label(config.parameterization), Size(width=config.model.width, depth=config.model.depth)
+        name, size = show_label(config.parameterization), Size(width=config.model.width, depth=config.model.depth)
         return [self.plan_run(name, size, config.optimizer.lr, replace(config, seed=seed)) for seed in seeds]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from depthmup.data.errors import UserError
 from depthmup.data.files import write_atomically
 from depthmup.launch.joint_config import TuneConfig
-from depthmup.launch.runs.space import distributions, hashable, value_at
+from depthmup.launch.runs.space import find_value, make_distributions, make_hashable
 
 if TYPE_CHECKING:
     import optuna
@@ -118,7 +118,7 @@ class Journal:
 
     @cached_property
     def _distributions(self) -> "dict[str, BaseDistribution]":
-        return distributions(self.settings.space)
+        return make_distributions(self.settings.space)
 
     def _sampler(self, number: int) -> "BaseSampler":
         """The same for suggestion `number` in every launcher: one that was lost is suggested again."""
@@ -145,7 +145,7 @@ class Journal:
 
         space = dict(sorted(self.settings.space.items()))
         points = qmc.Sobol(len(space), seed=self.settings.seed).random(MOST_STARTUP)[: self.startup].tolist()
-        return [{key: value_at(space[key], at) for key, at in zip(space, point, strict=True)} for point in points]
+        return [{key: find_value(space[key], at) for key, at in zip(space, point, strict=True)} for point in points]
 
     @cached_property
     def _copy(self) -> "optuna.Study":
@@ -164,7 +164,7 @@ class Journal:
             if trial.state != known.state:
                 self._copy.tell(trial.number, trial.value, state=trial.state)
         for trial in trials[len(copied) :]:
-            params = {key: hashable(value) for key, value in trial.params.items()}
+            params = {key: make_hashable(value) for key, value in trial.params.items()}
             one = create_trial(state=trial.state, value=trial.value, params=params, distributions=self._distributions)
             self._copy.add_trial(one)
         return len(trials)

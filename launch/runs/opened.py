@@ -22,7 +22,7 @@ def open_planned(path: Path, file: StudyFile, overrides: Sequence[str] = ()) -> 
     return Study(path, file, overrides)
 
 
-def path_of(study: Study) -> list[Study]:
+def list_studies(study: Study) -> list[Study]:
     """The study, after a search the study that follows it, and each target that was scaled from that as a study of one
     run. Raises UserError."""
     from depthmup.launch.runs.search import Search

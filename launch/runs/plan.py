@@ -6,27 +6,27 @@ from collections.abc import Iterable, Mapping
 from rich.console import Console
 from rich.table import Table
 
-from depthmup.data.index import counted
+from depthmup.data.index import show_count
 from depthmup.launch.config import Size
 from depthmup.launch.findings.share import SURE, Share
-from depthmup.launch.findings.theory import expected_drifts
+from depthmup.launch.findings.theory import describe_drifts
 from depthmup.launch.runs.cost import count_flops
 from depthmup.launch.runs.design import build_design
 from depthmup.launch.runs.fits import check_fits
 from depthmup.launch.runs.grouping import (
+    assign_gpus,
     find_obstacle,
     group_packs,
     make_packs,
-    slot_gpus,
     trains_on_gpu,
     trains_one_by_one,
 )
 from depthmup.launch.runs.search import Search, prune_steps
-from depthmup.launch.runs.seconds import expected_seconds
+from depthmup.launch.runs.seconds import estimate_seconds
 from depthmup.launch.runs.study import Study
 from depthmup.launch.runs.verification import Verification
 from depthmup.launch.values import Dimension, Range
-from depthmup.launch.wording import duration, power_of_two, quantity, show_share, show_times
+from depthmup.launch.wording import show_duration, show_power, show_quantity, show_share, show_times
 from depthmup.train.packs.packing import may_differ, pack_limit
 
 
@@ -39,8 +39,8 @@ def describe_jobs(study: Study) -> list[str]:
     largest = max(sum(run.trunk is None for run in pack) for pack in packs)  # branches come after their trunks
     packed = f", in packs of up to {largest}" if largest > 1 else ""
     if config.cluster != "slurm":
-        slots = 1 if config.cluster == "debug" else min(len(slot_gpus(config)), len(packs))
-        return [f"{len(pending)} runs here, {counted(slots, 'process')} at once{packed}"]
+        slots = 1 if config.cluster == "debug" else min(len(assign_gpus(config)), len(packs))
+        return [f"{len(pending)} runs here, {show_count(slots, 'process')} at once{packed}"]
     tasks = group_packs(packs, config.runs_per_job)
     in_each = max(map(len, tasks))
     gpus = config.nodes * config.gpus_per_node
@@ -48,8 +48,8 @@ def describe_jobs(study: Study) -> list[str]:
     hardware = f"{gpus} GPU{'s' if gpus > 1 else ''}" if gpus else f"{config.tasks * config.cpus_per_task} CPUs"
     at_once = min(config.max_running, len(tasks))
     lines = [
-        f"{counted(len(tasks), 'job')} of up to {counted(in_each, 'run')}{packed}, at most {at_once} at once",
-        f"each job: {nodes}{hardware}, up to {duration(60 * config.timeout_min)}",
+        f"{show_count(len(tasks), 'job')} of up to {show_count(in_each, 'run')}{packed}, at most {at_once} at once",
+        f"each job: {nodes}{hardware}, up to {show_duration(60 * config.timeout_min)}",
     ]
     if gpus and largest > 1 and study.file.train.pack is None:
         lines.append("the packs are assumed: how many fit, a job finds on its own GPU")
@@ -77,9 +77,9 @@ def describe_growth(study: Study) -> list[str]:
         design = build_design(study)
         cost, rounds = estimate_cost(design)
         return [
-            f"adaptive: these are the runs of {counted(len(study.rounds()), 'round')} so far. All rounds:",
-            f"about {quantity(cost)}FLOPs in {rounds} rounds where nothing drifts and runs differ by 1 %,",
-            f"at most {quantity(design.budget)}FLOPs (study.budget)",
+            f"adaptive: these are the runs of {show_count(len(study.rounds()), 'round')} so far. All rounds:",
+            f"about {show_quantity(cost)}FLOPs in {rounds} rounds where nothing drifts and runs differ by 1 %,",
+            f"at most {show_quantity(design.budget)}FLOPs (study.budget)",
         ]
     lines = []
     if rounds := settings.extend:
@@ -102,8 +102,8 @@ def print_search_plan(search: Search, console: Console) -> None:
         at_once = "\none at a time" + (", since one process trains them on a CPU (tune.batch)" if because else "")
     console.print(
         f"\n{searched + again} runs of {parameters:,} parameters ({done} done), "
-        f"{quantity(search.total_flops)}FLOPs in all:\n"
-        f"{search.expected} suggestions ({known} made, {settings.sampler}) x {counted(len(settings.seeds), 'seed')},"
+        f"{show_quantity(search.total_flops)}FLOPs in all:\n"
+        f"{search.expected} suggestions ({known} made, {settings.sampler}) x {show_count(len(settings.seeds), 'seed')},"
         f"{at_once};\n"
         f"the best {settings.most_winners} again with {settings.rerun_seeds} new seeds",
         highlight=False,
@@ -123,9 +123,9 @@ def print_verification_plan(verification: Verification, console: Console) -> Non
     runs = verification.runs
     done = sum(bool(run.done()) for run in runs)
     console.print(
-        f"\n{len(runs)} runs at {verification.size} ({done} done), {quantity(len(runs) * each)}FLOPs in all, "
+        f"\n{len(runs)} runs at {verification.size} ({done} done), {show_quantity(len(runs) * each)}FLOPs in all, "
         f"{show_times(verification.cost)} times one\nrun of this file (verify.budget {settings.budget:g}): "
-        f"{settings.runs} perturbed, and the file's own values with {counted(len(settings.seeds), 'seed')}.\n"
+        f"{settings.runs} perturbed, and the file's own values with {show_count(len(settings.seeds), 'seed')}.\n"
         f"Where none is better, they are among the best {show_share(Share(0, settings.runs).high)} with {SURE:.0%} "
         "confidence",
         highlight=False,
@@ -147,7 +147,7 @@ def print_space(space: Mapping[str, Dimension], console: Console) -> None:
 
 
 def show_end(value: float) -> str:
-    return power_of_two(value) if 0 < value < 0.1 else f"{value:g}"
+    return show_power(value) if 0 < value < 0.1 else f"{value:g}"
 
 
 def print_plan(study: Study, console: Console) -> None:
@@ -176,7 +176,7 @@ def print_grid_plan(study: Study, console: Console) -> None:
         them = smaller[0] if len(smaller) == 1 else f"{len(smaller)} of these sizes"
         larger = f"base width {base.width}, depth {base.depth} is larger than {them}: factors scale down"
         console.print(f"\n{larger}", highlight=False)
-    for sentence in expected_drifts(study.file):
+    for sentence in describe_drifts(study.file):
         console.print(f"\n{textwrap.fill(sentence, 80)}", highlight=False)
     lines = [
         *describe_cost(study, flops),
@@ -199,8 +199,8 @@ def describe_runs(study: Study, flops: Flops) -> list[str]:
     lines = [f"{'run':12}  {'':{width}}  {headings}  {name:>9}  seed   FLOPs"]
     for run in runs:
         shape = "  ".join(f"{each:>{columns}}" for each, columns in zip(run.size.axes.values(), widths, strict=True))
-        cost = f"{quantity(flops[run.size][1]):>6}{'  done' if run.done() else ''}"
-        cells = f"{power_of_two(run.value):>9}  {run.seed:4}  {cost}"
+        cost = f"{show_quantity(flops[run.size][1]):>6}{'  done' if run.done() else ''}"
+        cells = f"{show_power(run.value):>9}  {run.seed:4}  {cost}"
         lines.append(f"{run.directory.path.name}  {run.parameterization:{width}}  {shape}  {cells}")
     return lines
 
@@ -216,7 +216,7 @@ def tabulate_sizes(study: Study, flops: Flops) -> Table:
         totals.add_column(heading, justify="left" if heading == "size" else "right")
     for size, (parameters, each) in flops.items():
         count, of_all = sum(run.size == size for run in study.runs), sum_flops_of_runs(study, flops, size)
-        totals.add_row(str(size), f"{parameters:,}", str(count), quantity(each), quantity(of_all))
+        totals.add_row(str(size), f"{parameters:,}", str(count), show_quantity(each), show_quantity(of_all))
     return totals
 
 
@@ -228,7 +228,7 @@ def describe_cost(study: Study, flops: Flops) -> list[str]:
     )
     finished = [(run, done) for run in study.runs if (done := run.done())]
     lines = [
-        f"{counted(len(study.runs), 'run')} ({len(finished)} done), {quantity(total)}FLOPs in all",
+        f"{show_count(len(study.runs), 'run')} ({len(finished)} done), {show_quantity(total)}FLOPs in all",
         f"{show_times(total / largest)} times the cost of one run of the largest of these sizes",
     ]
     known: dict[Size, list[float]] = {}
@@ -236,7 +236,7 @@ def describe_cost(study: Study, flops: Flops) -> list[str]:
         if done["outcome"] == "completed":
             known.setdefault(run.size, []).append(done.get("seconds", 0.0))
     of_size = {size: each for size, (_, each) in flops.items()}
-    if each_takes := expected_seconds(of_size, known, study.file.train.num_steps):
+    if each_takes := estimate_seconds(of_size, known, study.file.train.num_steps):
         hours = sum(each_takes[run.size] for run in study.runs) / 3600
         lines.append(f"about {hours:.2g} hours of training in all, as the runs that are done took")
     return lines
@@ -246,7 +246,7 @@ def describe_savings(study: Study, flops: Flops) -> list[str]:
     """What need not be trained, or not as a whole."""
     lines = []
     if branches := sum(run.trunk is not None for run in study.runs):
-        alone = quantity(sum(flops[run.size][1] for run in study.runs))
+        alone = show_quantity(sum(flops[run.size][1] for run in study.runs))
         lines.append(
             f"a ladder: {branches} of the runs branch off longer ones and train their decay alone; without it "
             f"{alone}FLOPs"

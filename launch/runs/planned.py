@@ -13,7 +13,7 @@ from depthmup.models.parameterization import Scale
 from depthmup.models.parameterization_config import scale_of
 from depthmup.models.training_scale import TrainingFactors, compute_training_factors
 from depthmup.train.config import RunConfig
-from depthmup.train.owner import check_owner, data_fingerprint
+from depthmup.train.owner import check_owner, fingerprint_data
 from depthmup.train.rundir import PRUNED, RunDirectory
 from depthmup.train.trunk import Trunk
 
@@ -49,7 +49,7 @@ class PlannedRun:
         version = (status.st_ino, status.st_mtime_ns, status.st_size)
         if version not in self._read:
             if done := self.directory.done():
-                shards = None if self.any_shards or is_remote(self.config.data.root) else data_fingerprint(self.config)
+                shards = None if self.any_shards or is_remote(self.config.data.root) else fingerprint_data(self.config)
                 check_owner(self.directory.path / "done.json", done, self.config, shards)
             self._read.clear()
             self._read[version] = done

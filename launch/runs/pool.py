@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Mapping
 
 from depthmup.data.errors import UserError
-from depthmup.data.index import counted
+from depthmup.data.index import show_count
 from depthmup.launch.runs.study import Study
-from depthmup.train.owner import code_fingerprint, data_fingerprint
+from depthmup.train.owner import fingerprint_code, fingerprint_data
 
 WHAT = {"code": "versions of the code", "shards": "sets of shards"}
 
@@ -24,7 +24,7 @@ def count_origins(study: Study) -> dict[str, Counter[str]]:
 def describe_mixture(key: str, counts: Mapping[str, int]) -> str:
     """'2 versions of the code: 12 runs of 0123..., 3 of 4567...'"""
     ordered = sorted(counts.items(), key=lambda item: -item[1])
-    shown = ", ".join(f"{counted(count, 'run')} of {value}" for value, count in ordered)
+    shown = ", ".join(f"{show_count(count, 'run')} of {value}" for value, count in ordered)
     return f"{len(counts)} {WHAT[key]}: {shown}"
 
 
@@ -40,7 +40,7 @@ def refuse_mixture(study: Study, starting: bool = False) -> None:
         if key in study.file.study.pool_different or not counts:
             continue
         if starting:
-            now = code_fingerprint() if key == "code" else data_fingerprint(study.runs[0].config)
+            now = fingerprint_code() if key == "code" else fingerprint_data(study.runs[0].config)
             counts = counts if now is None or now in counts else counts | Counter({now: len(study.pending())})
         if len(counts) > 1:
             allowed = ", ".join([*study.file.study.pool_different, key])

@@ -9,7 +9,7 @@ STEP_SECONDS = 0.003  # of a step of a network of no size: a guess that two size
 GUESS_WEIGHT = 0.3  # of that guess, where a size that ran has 1
 
 
-def expected_seconds(
+def estimate_seconds(
     flops: Mapping[Size, float], known: Mapping[Size, Sequence[float]], num_steps: int
 ) -> dict[Size, float]:
     """Seconds of one run of each size of `flops`: the mean of its own runs in `known`, or else

@@ -136,7 +136,7 @@ def check_together(plain: dict[str, Any], space: Mapping[str, Dimension], source
     """Raises UserError where no values of the space go together, as two keys that say the same thing."""
     random = np.random.default_rng(0)
     for _ in range(DRAWS):
-        drawn = {key: value_at(dimension, random.random()) for key, dimension in space.items()}
+        drawn = {key: find_value(dimension, random.random()) for key, dimension in space.items()}
         try:
             from_plain(RunConfig, apply_values(plain, drawn), source)
         except UserError as error:
@@ -146,7 +146,7 @@ def check_together(plain: dict[str, Any], space: Mapping[str, Dimension], source
     raise UserError(f"{refused} (the same for each of {DRAWS} draws from the space)")
 
 
-def distributions(space: Mapping[str, Dimension]) -> "dict[str, BaseDistribution]":
+def make_distributions(space: Mapping[str, Dimension]) -> "dict[str, BaseDistribution]":
     """The space in Optuna's words."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution
 
@@ -155,26 +155,26 @@ def distributions(space: Mapping[str, Dimension]) -> "dict[str, BaseDistribution
         if isinstance(dimension, Range):
             found[key] = FloatDistribution(dimension.first, dimension.last, log=dimension.scale == "log")
         else:
-            found[key] = CategoricalDistribution([hashable(value) for value in dimension])
+            found[key] = CategoricalDistribution([make_hashable(value) for value in dimension])
     return found
 
 
-def hashable(value: Any) -> Any:
+def make_hashable(value: Any) -> Any:
     """A choice as Optuna keeps it: a list, as of betas, is a tuple."""
-    return tuple(map(hashable, value)) if isinstance(value, list) else value
+    return tuple(map(make_hashable, value)) if isinstance(value, list) else value
 
 
-def fraction_at(dimension: Range, value: float) -> float:
+def find_fraction(dimension: Range, value: float) -> float:
     """Of `value` in the range, from 0 to 1 on its own scale."""
     ends = (dimension.first, value, dimension.last)
     low, at, high = map(math.log, ends) if dimension.scale == "log" else ends
     return (at - low) / (high - low)
 
 
-def value_at(dimension: Dimension, fraction: float) -> Any:
-    """The inverse of `fraction_at`; of a choice, the one that has this part of [0, 1)."""
+def find_value(dimension: Dimension, fraction: float) -> Any:
+    """The inverse of `find_fraction`; of a choice, the one that has this part of [0, 1)."""
     if not isinstance(dimension, Range):
-        return hashable(dimension[int(fraction * len(dimension))])
+        return make_hashable(dimension[int(fraction * len(dimension))])
     if dimension.scale == "log":
         return dimension.first * (dimension.last / dimension.first) ** fraction
     return dimension.first + (dimension.last - dimension.first) * fraction
@@ -183,7 +183,7 @@ def value_at(dimension: Dimension, fraction: float) -> Any:
 def read_own_value(plain: dict[str, Any], key: str) -> Any:
     """What the file itself has for the dotted `key`."""
     section, _, name = key.partition(".")
-    return hashable(plain.get(section, {}).get(name))
+    return make_hashable(plain.get(section, {}).get(name))
 
 
 def choose_default_values(plain: dict[str, Any], space: Mapping[str, Dimension]) -> dict[str, Any] | None:
@@ -194,7 +194,7 @@ def choose_default_values(plain: dict[str, Any], space: Mapping[str, Dimension])
         if isinstance(dimension, Range):
             if not isinstance(value, int | float) or not dimension.first <= value <= dimension.last:
                 return None
-        elif value not in [hashable(each) for each in dimension]:
+        elif value not in [make_hashable(each) for each in dimension]:
             return None
         values[key] = value
     return values

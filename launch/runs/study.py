@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from depthmup.data.errors import UserError
 from depthmup.launch.axes import MODEL_AXES, TRAINING_AXES
-from depthmup.launch.config import Size, StudyFile, label
-from depthmup.launch.paths import command
+from depthmup.launch.config import Size, StudyFile, show_label
+from depthmup.launch.paths import quote_command
 from depthmup.launch.runs.hopeless import limit_hopeless
 from depthmup.launch.runs.ladder import attach_trunks, stretch_schedule
 from depthmup.launch.runs.planned import PlannedRun, list_size_factors, set_value
@@ -57,8 +57,8 @@ class Study:
         run with, once there is one."""
         folder = self.file.directory
         if (folder / "study.yaml").exists():
-            return command(verb, folder, *words)
-        return command(verb, self.path, *self.overrides, *words)
+            return quote_command(verb, folder, *words)
+        return quote_command(verb, self.path, *self.overrides, *words)
 
     @cached_property
     def points(self) -> list[PlannedRun]:
@@ -91,7 +91,7 @@ class Study:
         check_sweep(study.hyperparameter, study.grid, at_base, str(study.sizes[0]), str(self.path))
         checked: dict[float, Any] = {}
         for parameterization, size in product(study.parameterizations, study.sizes):
-            name = label(parameterization)
+            name = show_label(parameterization)
             points = sorted(planned.get((name, size), ()))
             values = sorted({value for value, _ in points})
             config = self._checked(self._first_alike[name, size], size, values[0] if values else study.grid[0])
@@ -124,7 +124,7 @@ class Study:
             return {curve: set(points) for curve, points in self._shared(found).items()}
         added, seeds = self.added_values(), self.added_seeds()
         for parameterization, size in product(study.parameterizations, study.sizes):
-            curve = label(parameterization), size
+            curve = show_label(parameterization), size
             values = {*study.grid, *added.get(curve, ())}
             found[curve] = {*product(values, study.seeds), *seeds.get(curve, ())}
         return found
@@ -132,21 +132,23 @@ class Study:
     @property
     def owners(self) -> dict[tuple[str, Size], str]:
         """Per (label, size) the label of the parameterization under which its runs are planned."""
-        return {curve: label(first) for curve, first in self._first_alike.items()}
+        return {curve: show_label(first) for curve, first in self._first_alike.items()}
 
     @cached_property
     def examples(self) -> list[PlannedRun]:
         """A run of each size, whether the study has asked for one yet or not."""
         study, found = self.file.study, []
         for size in study.sizes:
-            name, value, seed = label(study.parameterizations[0]), study.grid[0], study.seeds[0]
+            name, value, seed = show_label(study.parameterizations[0]), study.grid[0], study.seeds[0]
             config = replace(self._checked(self._first_alike[name, size], size, value), seed=seed)
             found.append(self.plan_run(name, size, value, config))
         return found
 
     def may_have(self, size: Size, octaves: float) -> bool:
         """Whether a run of an adaptive design may have the value there."""
-        return self._is_valid(label(self.file.study.parameterizations[0]), size, self.file.study.on_lattice(octaves))
+        return self._is_valid(
+            show_label(self.file.study.parameterizations[0]), size, self.file.study.on_lattice(octaves)
+        )
 
     @cached_property
     def _first_alike(self) -> dict[tuple[str, Size], ParameterizationConfig]:
@@ -156,15 +158,15 @@ class Study:
         for size in study.sizes:
             made = [(p, list_size_factors(self._checked(p, size, study.grid[0]))) for p in study.parameterizations]
             for parameterization, own in made:
-                found[label(parameterization), size] = next(first for first, other in made if other == own)
+                found[show_label(parameterization), size] = next(first for first, other in made if other == own)
         return found
 
     def _shared(self, added: Mapping[tuple[str, Size], Collection[Point]]) -> dict[tuple[str, Size], list[Point]]:
         """For each curve, what was `added` to any curve that has the same runs."""
         pooled: dict[tuple[str, Size], list[Point]] = {}
         for (name, size), first in self._first_alike.items():
-            pooled.setdefault((label(first), size), []).extend(added.get((name, size), ()))
-        return {(name, size): pooled[label(first), size] for (name, size), first in self._first_alike.items()}
+            pooled.setdefault((show_label(first), size), []).extend(added.get((name, size), ()))
+        return {(name, size): pooled[show_label(first), size] for (name, size), first in self._first_alike.items()}
 
     def _checked(self, parameterization: Any, size: Size, value: float) -> RunConfig:
         """The run's configuration, read as if from a file. Raises UserError."""
@@ -241,7 +243,7 @@ class Study:
     def rounds(self) -> list[AddedRound]:
         """All rounds so far. The first follows from the file; before the second none is written down."""
         study = self.file.study
-        names = [label(each) for each in study.parameterizations]
+        names = [show_label(each) for each in study.parameterizations]
         coarse = plan_coarse_round(names, study.sizes[0], study.coarse, study.seeds[0])
         return read_json(list[AddedRound], self.rounds_file, missing=[coarse])
 

@@ -67,7 +67,7 @@ def locate_following_study(search: "Search") -> Path:
     return search.file.directory / "after.yaml"
 
 
-def tuned_file(search: "Search", study: StudyFile) -> Path:
+def locate_tuned_file(search: "Search", study: StudyFile) -> Path:
     return search.file.directory / f"{study.study.name}.yaml"
 
 
@@ -91,7 +91,7 @@ def keep_study(search: "Search", file: StudyFile) -> None:
 def write_following_study(search: "Search", values: Mapping[str, Any]) -> Study:
     """The kept study with the tuned `values`, written beside it."""
     file = read_study(locate_following_study(search))
-    path = tuned_file(search, file)
+    path = locate_tuned_file(search, file)
     tuned = apply_tuned(file, values, str(path))
     content = dump_yaml(list_portable_settings(locate_following_study(search), tuned)).encode()
     if not path.exists() or path.read_bytes() != content:  # a colleague, who may not write there, finds it
@@ -103,5 +103,5 @@ def find_study_after(search: "Search") -> Study | None:
     """The study that follows, once its file is written."""
     if not locate_following_study(search).exists():
         return None
-    path = tuned_file(search, read_study(locate_following_study(search)))
+    path = locate_tuned_file(search, read_study(locate_following_study(search)))
     return Study(path, read_study(path)) if path.exists() else None

@@ -13,9 +13,9 @@ from depthmup.launch.joint_config import VerifyConfig
 from depthmup.launch.runs.cost import count_flops
 from depthmup.launch.runs.joint import JointStudy
 from depthmup.launch.runs.planned import PlannedRun
-from depthmup.launch.runs.space import check_key, check_space, fraction_at, read_own_value, value_at
+from depthmup.launch.runs.space import check_key, check_space, find_fraction, find_value, read_own_value
 from depthmup.launch.values import Dimension, Range
-from depthmup.launch.wording import quantity, show_times
+from depthmup.launch.wording import show_quantity, show_times
 
 MISSES = 50  # perturbations in a row whose values do not go together: then the space is a mistake
 
@@ -105,7 +105,7 @@ class Verification(JointStudy):
         while True:
             fractions = random.random(len(self.space))
             drawn = zip(self.space.items(), fractions.tolist(), strict=True)
-            yield {key: value_at(dimension, fraction) for (key, dimension), fraction in drawn}
+            yield {key: find_value(dimension, fraction) for (key, dimension), fraction in drawn}
 
     def read_own_value(self, key: str) -> Any:
         """What the file itself has for the dotted `key`."""
@@ -121,7 +121,7 @@ class Verification(JointStudy):
         if isinstance(own, bool) or not isinstance(own, int | float):
             return None
         width = np.log2(dimension.last / dimension.first) if dimension.scale == "log" else 1.0
-        return float(width * (fraction_at(dimension, value) - fraction_at(dimension, own)))
+        return float(width * (find_fraction(dimension, value) - find_fraction(dimension, own)))
 
     @cached_property
     def points(self) -> list[PlannedRun]:
@@ -155,7 +155,7 @@ class Verification(JointStudy):
         _, own = self.flops
         raise UserError(
             f"{self.path}: {self.settings.runs + len(self.settings.seeds)} runs at {self.size} are "
-            f"{quantity(self.cost * own)}FLOPs, {show_times(self.cost)} times one run of this file, and verify.budget "
-            f"is {self.settings.budget:g}: verify at a smaller size (verify.width, verify.depth), give it fewer "
-            f"verify.runs, or set verify.budget={self.cost:.3g}"
+            f"{show_quantity(self.cost * own)}FLOPs, {show_times(self.cost)} times one run of this file, and "
+            f"verify.budget is {self.settings.budget:g}: verify at a smaller size (verify.width, verify.depth), give "
+            f"it fewer verify.runs, or set verify.budget={self.cost:.3g}"
         )

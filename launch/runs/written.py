@@ -9,9 +9,9 @@ from depthmup.data.errors import UserError
 from depthmup.data.files import refuse_locked, write_atomically
 from depthmup.data.storage import is_remote
 from depthmup.launch.config import StudyFile
-from depthmup.launch.reading import CONFIGURATION_FOLDER, list_configuration_folders, settings_of
+from depthmup.launch.reading import CONFIGURATION_FOLDER, list_configuration_folders, read_settings
 from depthmup.launch.runs.planned import PlannedRun
-from depthmup.train.config import flat, identity
+from depthmup.train.config import find_identity, flatten
 from depthmup.train.reading import from_plain, read_yaml, to_yaml
 from depthmup.train.trunk import write_trunk
 from depthmup.train.yaml_text import dump_yaml
@@ -32,7 +32,7 @@ def make_paths_absolute(file: StudyFile) -> StudyFile:
 def list_portable_settings(path: Path, file: StudyFile) -> dict[str, Any]:
     """The file read from `path` as it can be read in another folder, with where it was written from."""
     written_from = {CONFIGURATION_FOLDER: str(list_configuration_folders(path)[0].absolute())}
-    return written_from | settings_of(make_paths_absolute(file))
+    return written_from | read_settings(make_paths_absolute(file))
 
 
 def refuse_other_study(file: StudyFile) -> None:
@@ -72,7 +72,7 @@ def refuse_overridden(path: Path, file: StudyFile) -> None:
 
 def list_settings_by_key(file: StudyFile) -> dict[str, Any]:
     """What changes a result, by dotted key; what is no run's or study's setting is left out."""
-    return flat({name: section for name, section in identity(file).items() if name in (*COMPARED, "study")})
+    return flatten({name: section for name, section in find_identity(file).items() if name in (*COMPARED, "study")})
 
 
 def list_comparable_settings(file: StudyFile) -> dict[str, Any]:

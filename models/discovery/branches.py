@@ -49,7 +49,7 @@ def is_projection(nodes: set[Node]) -> bool:
     return all(node.operation in LINEAR for node in nodes if node.data)
 
 
-def branch_at(total: Node) -> Branch | None:
+def find_branch(total: Node) -> Branch | None:
     """The branch that ends at a sum; None where the sum has no two addends of one shape that depend on the input.
 
     Raises ModelError where neither addend, or both, can be the stream.
@@ -94,7 +94,7 @@ def find_branches(nodes: Sequence[Node], repeats: Callable[[str], bool]) -> list
     unclear: list[tuple[Node, ModelError]] = []
     for node in nodes:
         try:
-            branch = branch_at(node)
+            branch = find_branch(node)
         except ModelError as error:
             unclear.append((node, error))
         else:

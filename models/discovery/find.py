@@ -27,8 +27,8 @@ from depthmup.models.discovery.parameters import (
     MATRIX_PRODUCTS,
     MORE_BLOCKS,
     Weights,
-    parameter_rules,
-    role_of,
+    decide_role,
+    make_rules,
     settle_roles,
 )
 from depthmup.models.discovery.trace import ATTENTION, Node, trace
@@ -57,7 +57,7 @@ def find_roles(build: Builder, inputs: Any, width: int, depth: int) -> Discovery
     """
     growth = compare_sizes(build, width, depth)
     given = inputs if isinstance(inputs, tuple) else (inputs,)
-    drawn = weights_of(growth.base), weights_of(growth.deep)  # before they go to meta
+    drawn = list_weights(growth.base), list_weights(growth.deep)  # before they go to meta
     base, wide, nodes = (trace(network, given) for network in (growth.base, growth.wide, growth.deep))
     branches = find_branches(nodes, lambda module: growth.pattern(module) != re.escape(module))
     if not branches:
@@ -69,14 +69,14 @@ def find_roles(build: Builder, inputs: Any, width: int, depth: int) -> Discovery
     names = [name for name, _ in growth.deep.named_parameters()]
     if idle := [name for name in names if name not in used]:
         raise ModelError(f"the forward pass does not use {', '.join(idle[:3])}: remove it, or {BY_HAND}")
-    roles = settle_roles(growth, {name: role_of(name, growth, used[name], branches) for name in names})
+    roles = settle_roles(growth, {name: decide_role(name, growth, used[name], branches) for name in names})
     roles |= dict.fromkeys(find_gates(growth, roles, used), Role.GATE)
     exempt = set(getattr(growth.base, "no_weight_decay", set)())  # timm's networks say which they mean
     queries, head_dim = find_queries(base, wide)
-    slots = [slot for branch in branches for slot in branch_slots(branch, growth.deep)]
+    slots = [slot for branch in branches for slot in find_slots(branch, growth.deep)]
     readout, *more = find_readouts(roles, used, nodes[-1])
     found = Roles(
-        parameters=tuple(parameter_rules(growth, roles, used, drawn, exempt)),
+        parameters=tuple(make_rules(growth, roles, used, drawn, exempt)),
         branches=merge_slots(growth, growth.deep, slots),
         readout=readout,
         queries=merge_slots(growth, growth.base, queries),
@@ -87,7 +87,7 @@ def find_roles(build: Builder, inputs: Any, width: int, depth: int) -> Discovery
     return Discovery(found, find_readout_features(growth.base, found), head_dim)
 
 
-def weights_of(network: nn.Module) -> Weights:
+def list_weights(network: nn.Module) -> Weights:
     return {name: parameter.detach() for name, parameter in network.named_parameters()}
 
 
@@ -124,7 +124,7 @@ def find_last_weight(node: Node) -> str | None:
         node = before[0]
 
 
-def branch_slots(branch: Branch, network: nn.Module) -> list[tuple[str, str]]:
+def find_slots(branch: Branch, network: nn.Module) -> list[tuple[str, str]]:
     """(module whose output is the branch, the last module with weights before that). Of a branch that is a sum of what
     several modules put out, one for each. Raises ModelError for none."""
     ends = [branch.end]
@@ -206,7 +206,7 @@ def find_gates(growth: Growth, roles: dict[str, Role], used: dict[str, list[Node
     gates = []
     for name, node in readers.items() if len(readers) > 1 else ():
         later = [reader for reader in readers.values() if reader.number > node.number]
-        if any(node in ancestors_of(reader, node.number) for reader in later):
+        if any(node in find_ancestors(reader, node.number) for reader in later):
             gates.append(name)
     if more := [name for name in gates if growth.pattern(name) != re.escape(name)]:
         raise ModelError(
@@ -216,7 +216,7 @@ def find_gates(growth: Growth, roles: dict[str, Role], used: dict[str, list[Node
     return gates
 
 
-def ancestors_of(node: Node, least: int) -> set[Node]:
+def find_ancestors(node: Node, least: int) -> set[Node]:
     """What a tensor was computed from, down to the number `least`."""
     waiting, seen = [node], set[Node]()
     while waiting:

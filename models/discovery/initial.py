@@ -13,7 +13,7 @@ GAINS = (3**-0.5, 1.0, 2**0.5)  # on 1/sqrt(fan): torch's default for linear and
 DEVIATIONS = (0.02, 0.01, 1e-6, 1.0)  # timm's for linear layers, classifiers, class tokens; torch's for embeddings
 
 
-def deviation(tensor: Tensor) -> float:
+def compute_deviation(tensor: Tensor) -> float:
     """Root mean square of the entries, whose mean is taken to be zero."""
     return float(tensor.double().square().mean().sqrt())
 
@@ -21,7 +21,7 @@ def deviation(tensor: Tensor) -> float:
 def is_uniform(tensor: Tensor) -> bool:
     """Of a uniform distribution nothing lies beyond sqrt(3) standard deviations, of a normal one 8 %. Fewer than 30
     numbers do not tell: then it is taken to be normal."""
-    return tensor.numel() >= 30 and float(tensor.abs().max()) <= 1.05 * math.sqrt(3) * deviation(tensor)
+    return tensor.numel() >= 30 and float(tensor.abs().max()) <= 1.05 * math.sqrt(3) * compute_deviation(tensor)
 
 
 def list_known_inits(uniform: bool, fans: bool) -> Iterator[Init]:
@@ -39,7 +39,7 @@ def list_glorot_inits(uniform: bool) -> Iterator[Init]:
 
 def fit(law: Init, tensors: Sequence[Tensor]) -> float:
     """The gain with which `law` explains the tensors' deviations, in the geometric mean."""
-    logs = [math.log(deviation(tensor) / law.base_std(tuple(tensor.shape))) for tensor in tensors]
+    logs = [math.log(compute_deviation(tensor) / law.base_std(tuple(tensor.shape))) for tensor in tensors]
     return law.scale * math.exp(sum(logs) / len(logs))
 
 
@@ -64,7 +64,7 @@ def measure_init(name: str, base: Sequence[Tensor], deeper: Sequence[Tensor], fa
     def misfit(known: Init) -> float:
         """In standard errors, of the tensor that it explains least; of logarithms, as few numbers have wide errors."""
         expected = (known.base_std(tuple(tensor.shape)) for tensor in tensors)
-        found = zip(map(deviation, tensors), expected, error, strict=True)
+        found = zip(map(compute_deviation, tensors), expected, error, strict=True)
         return max(abs(math.log(measured / std)) / each if measured else math.inf for measured, std, each in found)
 
     for known in (list_known_inits(uniform, fans), list_glorot_inits(uniform) if fans else ()):
@@ -82,5 +82,5 @@ def measure_init(name: str, base: Sequence[Tensor], deeper: Sequence[Tensor], fa
             f"{name}: the weights of its blocks differ in shape, and their init is none in common use: write its "
             "ParameterRule by hand, see docs/your-model.md"
         )
-    total = sum(tensor.numel() * deviation(tensor) ** 2 for tensor in base) / sum(map(Tensor.numel, base))
+    total = sum(tensor.numel() * compute_deviation(tensor) ** 2 for tensor in base) / sum(map(Tensor.numel, base))
     return Init("uniform" if uniform else "normal", math.sqrt(total))

@@ -21,7 +21,7 @@ MATRIX_PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm"}
 CONTRACTIONS = MATRIX_PRODUCTS | {"addmm", "addbmm", "mm", "einsum", "tensordot", "lstm", "gru", "rnn_tanh", "rnn_relu"}
 
 
-def role_of(name: str, growth: Growth, users: list[Node], branches: list[Branch]) -> Role:
+def decide_role(name: str, growth: Growth, users: list[Node], branches: list[Branch]) -> Role:
     """Raises ModelError for a parameter that no rule covers."""
     places = {next((i for i, branch in enumerate(branches) if user in branch.nodes), None) for user in users}
     shared_in_block = growth.place(name) is not None and None not in places  # a block has as many uses at every depth
@@ -91,7 +91,7 @@ def settle_roles(growth: Growth, roles: dict[str, Role]) -> dict[str, Role]:
     return settled
 
 
-def parameter_rules(
+def make_rules(
     growth: Growth,
     roles: dict[str, Role],
     used: dict[str, list[Node]],

@@ -39,7 +39,7 @@ class Node:
     factor: float | None = 1.0  # the number that the operation multiplies by; None where it is a tensor
 
 
-def summed_size(operation: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+def count_summands(operation: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
     """How many numbers each entry of the result sums over, where no shape of a result tells: of an einsum of two
     tensors; of torch's attention, which computes its queries itself, a head's. None for every other operation."""
     if operation == ATTENTION:
@@ -123,7 +123,7 @@ class Recorder(TorchFunctionMode):
             changed = [args[0]] if name == "__setitem__" else tree_leaves(result)
             if inputs and reduces_last(name, args, kwargs):
                 inputs[0].reduced = name
-            is_last, summed = id(given[-1]) in self.names, summed_size(name, args, kwargs)
+            is_last, summed = id(given[-1]) in self.names, count_summands(name, args, kwargs)
             for leaf in changed:
                 if isinstance(leaf, Tensor) and id(leaf) not in self.names:
                     node = self.add(leaf, name, inputs, parameters, groups != 1, is_last, summed)

@@ -83,7 +83,7 @@ def compute_kernel_in_limit(
     return unit * compute_infinite_depth_kernel(activation, input_kernel, s, rho, network.input_rate).total
 
 
-def predicted_drift(
+def predict_drift(
     parameterization: Parameterization, base: Size, size: Size | None, activation: ActivationName = "relu"
 ) -> float:
     """Octaves by which the largest stable rate of `size`, or of the limit where it is None, lies above the base's. The

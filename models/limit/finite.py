@@ -60,7 +60,7 @@ class FiniteRun:
     features: np.ndarray  # (P, P): the last features' kernel F F^T / N after the last step
 
 
-def scaled_network(
+def build_scaled_network(
     parameterization: ParameterizationConfig, size: Size, base: Size, inputs: int, seed: int, activation: ActivationName
 ) -> ScaledModel:
     network = ResidualNet(inputs, size, activation)
@@ -83,7 +83,7 @@ def train_finite(
     The limit starts from f_0 = 0, a finite network from outputs of order N^-1/2, which would hide all else: they are
     added to the targets.
     """
-    scaled = scaled_network(parameterization, size, base, inputs.shape[1], seed, activation)
+    scaled = build_scaled_network(parameterization, size, base, inputs.shape[1], seed, activation)
     network = scaled.network
     assert isinstance(network, ResidualNet)
     algorithm = build_optimizer(parameter_groups(network, scaled.rules, scaled.scale, optimizer), optimizer)

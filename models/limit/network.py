@@ -97,7 +97,7 @@ def refuse_repeated(input_kernel: np.ndarray) -> None:
         raise ModelError(f"inputs {second} and {first} are the same, and the kernel is singular: leave one out")
 
 
-def to_infinite_depth(values: Mapping[float, np.ndarray], degree: int) -> np.ndarray:
+def extrapolate_depth(values: Mapping[float, np.ndarray], degree: int) -> np.ndarray:
     """The limit of values at several depths, all of one shape: least squares of a polynomial in 1 / depth."""
     depths = np.array(sorted(values), dtype=float)
     rows = np.array([np.ravel(values[depth]) for depth in depths])

@@ -43,7 +43,7 @@ def regress(fields: np.ndarray, sources: np.ndarray) -> np.ndarray:
     return found
 
 
-def root(covariance: np.ndarray) -> np.ndarray:
+def compute_root(covariance: np.ndarray) -> np.ndarray:
     """Symmetric square root; what noise makes negative is 0."""
     values, vectors = np.linalg.eigh(covariance)
     found: np.ndarray = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
@@ -62,8 +62,8 @@ def draw(
     noise = np.kron(rng.standard_normal((sites // len(SIGNS), samples)), np.ones((len(SIGNS), 1))) * signs[:, None]
     fixed = np.concatenate([past, known], axis=1)
     noise -= fixed @ (np.linalg.pinv(fixed.T @ fixed, rcond=1e-10, hermitian=True) @ (fixed.T @ noise))
-    noise = noise @ np.linalg.pinv(root(noise.T @ noise / sites), hermitian=True)
-    return past @ coefficients.T + noise @ root(now - coefficients @ before.T)
+    noise = noise @ np.linalg.pinv(compute_root(noise.T @ noise / sites), hermitian=True)
+    return past @ coefficients.T + noise @ compute_root(now - coefficients @ before.T)
 
 
 def train_rich(

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from depthmup.train.tensors import full_tensor
+from depthmup.train.tensors import gather_full
 
 OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
 TensorState = dict[str, dict[str, Any]]
@@ -58,13 +58,13 @@ class Engine:
         norm before that, on the device; None when there is nothing to clip."""
         norm = None
         if clip_norm:
-            norm = full_tensor(nn.utils.clip_grad_norm_(self.network.parameters(), clip_norm))
+            norm = gather_full(nn.utils.clip_grad_norm_(self.network.parameters(), clip_norm))
         self.optimizer.step()
         return norm
 
     def gradient_norm(self) -> Tensor:
         """Norm of the gradients that the last step used."""
-        return full_tensor(nn.utils.get_total_norm([p.grad for p in self.network.parameters() if p.grad is not None]))
+        return gather_full(nn.utils.get_total_norm([p.grad for p in self.network.parameters() if p.grad is not None]))
 
     def state(self) -> TensorState:
         """Tensors of the model and the optimizer by qualified name. Hyperparameters are no part of it: the

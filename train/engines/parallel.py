@@ -33,7 +33,7 @@ class DistributedDataParallel(Engine):
         self.module.require_backward_grad_sync = last
 
 
-def rounded_by_autocast(block: nn.Module) -> list[nn.Module]:
+def list_rounded_by_autocast(block: nn.Module) -> list[nn.Module]:
     """The modules whose weights autocast rounds to bf16 before each use. Not their subclasses, which others may use
     without a call, as attention's own output projection: a hook gathers the weights of what is called."""
     return [module for module in block.modules() if type(module) in (nn.Linear, nn.Conv2d)]
@@ -71,7 +71,7 @@ class FullyShardedDataParallel(Engine):
         for name in blocks:
             block = network.get_submodule(name)
             if config.gather == "bf16":
-                fully_shard(rounded_by_autocast(block), mesh=mesh, mp_policy=in_bf16)
+                fully_shard(list_rounded_by_autocast(block), mesh=mesh, mp_policy=in_bf16)
             fully_shard(block, mesh=mesh)
         sharded = fully_shard(network, mesh=mesh)
         assert isinstance(sharded, FSDPModule)

@@ -17,7 +17,7 @@ BATCH_NORM_KEYS = ("weight", "bias", "training", "momentum", "eps")
 PLAIN_POOL = {"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False}.items()
 
 
-def default_convolution(device: torch.device) -> str:
+def choose_convolution(device: torch.device) -> str:
     """The method of `convolve` that a measurement found fastest there (docs/packed.md)."""
     return "product" if device.type == "cuda" else "grouped"
 
@@ -169,7 +169,7 @@ def pool(images: Tensor, size: int, method: str) -> Tensor:
     return F.max_pool2d(as_channels(images, method), size).unflatten(1, (len(images), -1)).transpose(0, 1)
 
 
-def batched_convolution(method: str) -> type[torch.autograd.Function]:
+def make_convolution(method: str) -> type[torch.autograd.Function]:
     """What replaces a convolution inside vmap; `method` is one of CONVOLUTIONS."""
 
     class BatchedConvolution(torch.autograd.Function):
@@ -193,7 +193,7 @@ def batched_convolution(method: str) -> type[torch.autograd.Function]:
     return BatchedConvolution
 
 
-def batched_pool(method: str) -> type[torch.autograd.Function]:
+def make_pool(method: str) -> type[torch.autograd.Function]:
     """What replaces a max-pool inside vmap."""
 
     class BatchedPool(torch.autograd.Function):
@@ -212,7 +212,7 @@ def batched_pool(method: str) -> type[torch.autograd.Function]:
     return BatchedPool
 
 
-def mean_losses(logits: Tensor, targets: Tensor, smoothing: Tensor) -> Tensor:
+def compute_losses(logits: Tensor, targets: Tensor, smoothing: Tensor) -> Tensor:
     """(K, batch, classes) logits, (K, batch) classes or (K, batch, classes) probabilities -> (K,) cross entropies, each
     with its run's smoothing (K, 1): F.cross_entropy takes one number for all. In the order of its own operations."""
     likelihoods = logits.log_softmax(2)
@@ -230,7 +230,7 @@ class HandBatched(TorchFunctionMode):
 
     def __init__(self, method: str) -> None:
         super().__init__()
-        self.convolution, self.pool = batched_convolution(method), batched_pool(method)
+        self.convolution, self.pool = make_convolution(method), make_pool(method)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -252,11 +252,11 @@ class HandBatched(TorchFunctionMode):
             kernel = weight.shape[-1]
             plain = (stride, padding, dilation, groups) == ((1, 1), (kernel // 2,) * 2, (1, 1), 1)
             if plain and bias is None and weight.shape[-2] == kernel and kernel % 2:
-                return self.convolution.apply(*in_autocast_type(images, weight))
+                return self.convolution.apply(*cast_as_autocast(images, weight))
         return func(*args, **kwargs)
 
 
-def in_autocast_type(*tensors: Tensor) -> list[Tensor]:
+def cast_as_autocast(*tensors: Tensor) -> list[Tensor]:
     """What autocast would do at the call of a library's convolution."""
     device_type = tensors[0].device.type
     if not torch.is_autocast_enabled(device_type):

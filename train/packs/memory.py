@@ -14,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from depthmup.train.config import RunConfig
 from depthmup.train.packs.packing import list_common, pack_limit
 from depthmup.train.packs.replicas import Replicas
-from depthmup.train.prepare import autocast_dtype
+from depthmup.train.prepare import choose_autocast_dtype
 
 MEMORY_SHARE = 0.8  # of what is free: the rest is for libraries' workspaces and the allocator's gaps
 
@@ -65,7 +65,7 @@ def pack_bytes(config: RunConfig, num_replicas: int, device: torch.device) -> in
 def count_bytes(config: RunConfig, num_replicas: int, device: torch.device) -> int:
     model, batch = config.model, config.train.global_batch_size
     with PeakBytes() as memory:
-        replicas = Replicas([config] * num_replicas, device, autocast_dtype(config.train, device))
+        replicas = Replicas([config] * num_replicas, device, choose_autocast_dtype(config.train, device))
         images = torch.zeros(1, batch, model.in_channels, model.image_size, model.image_size, device=device)
         replicas.eager_step(images, torch.zeros(1, batch, dtype=torch.int64, device=device))
     return memory.peak
@@ -82,7 +82,7 @@ def measure_free_bytes(device: torch.device) -> int:
     return int(available.split()[1]) * 1024  # what the page cache holds counts as free
 
 
-def largest_pack(config: RunConfig, device: torch.device) -> int:
+def find_largest_pack(config: RunConfig, device: torch.device) -> int:
     """Most replicas of `config` that fit into the memory that is free on `device`; 0 when not even one does."""
     free = measure_free_bytes(device) * MEMORY_SHARE
     one, two = (pack_bytes(config, number, device) for number in (1, 2))
@@ -92,4 +92,4 @@ def largest_pack(config: RunConfig, device: torch.device) -> int:
 def pack_size(config: RunConfig, device: torch.device) -> int:
     """How many such runs to train together: train.pack or what pays, but no more than fit."""
     limit = pack_limit(config, device.type == "cuda")
-    return min(limit, max(largest_pack(config, device), 1)) if limit > 1 else 1
+    return min(limit, max(find_largest_pack(config, device), 1)) if limit > 1 else 1

@@ -15,8 +15,8 @@ from depthmup.train.config import RunConfig
 from depthmup.train.distributed import World, pick_device
 from depthmup.train.interrupt import Interrupt
 from depthmup.train.loop import Loop, run
-from depthmup.train.owner import read_finished, result_of
-from depthmup.train.packs.memory import largest_pack
+from depthmup.train.owner import read_finished, strip_owner
+from depthmup.train.packs.memory import find_largest_pack
 from depthmup.train.packs.packing import list_obstacles
 from depthmup.train.packs.replicas import Replicas
 from depthmup.train.prepare import prepare_device
@@ -65,7 +65,7 @@ def run_pack(
             run(config, path, interrupt=interrupt)
         else:
             train_together(runs, interrupt)
-    return [result_of(RunDirectory(path).done() or {}) for path in paths]
+    return [strip_owner(RunDirectory(path).done() or {}) for path in paths]
 
 
 def group_by_saved_step(configs: Sequence[RunConfig], paths: Sequence[Path]) -> dict[int, list[tuple[RunConfig, Path]]]:
@@ -84,7 +84,7 @@ def train_together(runs: Sequence[tuple[RunConfig, Path]], interrupt: Interrupt)
     first = configs[0]
     device = pick_device(first.train.device, World())
     index, dtype = open_data(first), prepare_device(first.train, device)
-    if len(configs) > (largest := largest_pack(first, device)):
+    if len(configs) > (largest := find_largest_pack(first, device)):
         raise UserError(
             f"a pack of {len(configs)} needs more memory than is free on {device}: at most {largest} fit, "
             f"set train.pack={max(largest, 1)}"

@@ -18,14 +18,14 @@ from depthmup.data.errors import UserError
 from depthmup.models.build import build, build_meta
 from depthmup.models.optimizer import parameter_groups
 from depthmup.train.average import WeightAverage
-from depthmup.train.batch_norm import BatchStatistics, batch_norms, grouping, move, read_momentum
+from depthmup.train.batch_norm import BatchStatistics, choose_grouping, find_batch_norms, move, read_momentum
 from depthmup.train.config import RunConfig
 from depthmup.train.engines.base import TensorState
 from depthmup.train.networks import describe
-from depthmup.train.packs.batched import HandBatched, default_convolution, mean_losses
+from depthmup.train.packs.batched import HandBatched, choose_convolution, compute_losses
 from depthmup.train.packs.graph import GraphedStep
-from depthmup.train.packs.stacking import column, group_parameters, stack_multipliers
-from depthmup.train.packs.telemetry import role_statistics
+from depthmup.train.packs.stacking import group_parameters, make_column, stack_multipliers
+from depthmup.train.packs.telemetry import measure_roles
 from depthmup.train.packs.updates import update_adamw, update_sgd
 from depthmup.train.prepare import set_stream_type
 from depthmup.train.schedule import schedule
@@ -64,7 +64,7 @@ class Replicas:
         # (K, branches), or (1, branches) where all runs drop alike
         keeps = [self.draws.keeps_at(rate) for rate in (rates if len(set(rates)) > 1 else rates[:1])]
         self.keeps = torch.tensor(keeps, dtype=torch.float64, device=device)
-        self.smoothing = column([c.train.label_smoothing for c in configs], device)
+        self.smoothing = make_column([c.train.label_smoothing for c in configs], device)
         if autocast_dtype:
             set_stream_type(self.network, blocks, branches, autocast_dtype if train.bf16_residual else torch.float32)
         self.multipliers = stack_multipliers(scaled, device)
@@ -73,7 +73,7 @@ class Replicas:
         self.groups = group_parameters(scaled, configs, device)
         self.seeds, self.seed_of = number_seeds(configs, device)
         self.share_images = len(self.seeds) == 1
-        self.mode = HandBatched(convolution or default_convolution(device))
+        self.mode = HandBatched(convolution or choose_convolution(device))
 
         initial = [build(c.model, c.parameterization, c.seed).network for c in configs]
         self.buffers = {
@@ -86,16 +86,16 @@ class Replicas:
                 weights[name].copy_(parameter.detach())
 
         optimizers = [c.optimizer for c in configs]
-        self.momentum = column([o.momentum for o in optimizers], device)
-        self.coupled = column([float(o.weight_decay_mode == "coupled") for o in optimizers], device)
-        self.betas = [column([o.scaled_betas[i] for o in optimizers], device) for i in (0, 1)]
+        self.momentum = make_column([o.momentum for o in optimizers], device)
+        self.coupled = make_column([float(o.weight_decay_mode == "coupled") for o in optimizers], device)
+        self.betas = [make_column([o.scaled_betas[i] for o in optimizers], device) for i in (0, 1)]
         self.descriptions = []
         for number, (s, c) in enumerate(zip(scaled, configs, strict=True)):
             place = f"replica {number} of a pack of {len(configs)} on {device.type}, {autocast_dtype}"
             groups = parameter_groups(s.network, s.rules, s.scale, c.resolved_optimizer)
             self.descriptions.append(describe(c, s, groups, place))
         clips = [c.train.clip_norm for c in configs]
-        self.clip = column([clip or float("inf") for clip in clips], device) if any(clips) else None
+        self.clip = make_column([clip or float("inf") for clip in clips], device) if any(clips) else None
         num_steps = train.num_steps
         shapes = list(dict.fromkeys(c.schedule for c in configs))  # mostly one
         factors = [[schedule(shape, step, num_steps) for shape in shapes] for step in range(num_steps)]
@@ -109,7 +109,7 @@ class Replicas:
         self.gradient_norms = torch.zeros(len(configs), device=device)  # before clipping
         self.graph = GraphedStep() if device.type == "cuda" else None
         self.check_batches()
-        self.grouping = grouping(configs[0], 1, 1) if batch_norms(self.network) else None
+        self.grouping = choose_grouping(configs[0], 1, 1) if find_batch_norms(self.network) else None
         self.install_batch_norm()
         decays = [c.train.ema or 0.0 for c in configs]  # all of them, or none
         decay = torch.tensor(decays, dtype=torch.float64, device=device) if len(set(decays)) > 1 else decays[0]
@@ -264,7 +264,7 @@ class Replicas:
         """(momentum, buffers (K, channels) by their own names) of each."""
         return [
             (read_momentum(module), {key: self.buffers[f"{name}.{key}"] for key, _ in module.named_buffers()})
-            for name, module in batch_norms(self.network).items()
+            for name, module in find_batch_norms(self.network).items()
         ]
 
     # ------------------------------------------------------------ one step
@@ -288,7 +288,7 @@ class Replicas:
         if not self.share_images:
             images, uniform = images[self.seed_of], None if uniform is None else uniform[self.seed_of]
         logits = self.forward(images, uniform)
-        losses = mean_losses(logits.float(), targets[self.seed_of], self.smoothing)
+        losses = compute_losses(logits.float(), targets[self.seed_of], self.smoothing)
         self.gradients = torch.autograd.grad(losses.sum(), [group.values for group in self.groups])
         for momentum, buffers in self.batch_norms:
             move(buffers, momentum)
@@ -298,7 +298,7 @@ class Replicas:
 
     def measurements(self) -> list[dict[str, float]]:
         norms, logits = self.gradient_norms.tolist(), self.logit_rms.tolist()
-        of_roles = role_statistics(self.groups, self.roles, self.gradients, self.before, self.alive)
+        of_roles = measure_roles(self.groups, self.roles, self.gradients, self.before, self.alive)
         return [
             {"grad_norm": norm, "logit_rms": rms, **roles}
             for norm, rms, roles in zip(norms, logits, of_roles, strict=True)

@@ -48,7 +48,7 @@ class Group:
         return {name: row[first : first + shape.numel()].view(shape) for name, (first, shape) in self.slots.items()}
 
 
-def parameter_settings(scaled: ScaledModel, config: RunConfig) -> dict[str, tuple[tuple[str, float], ...]]:
+def list_parameter_settings(scaled: ScaledModel, config: RunConfig) -> dict[str, tuple[tuple[str, float], ...]]:
     """Parameter name -> what the run's own optimizer has for it: peak lr, weight decay and, for AdamW, eps."""
     names = {id(parameter): name for name, parameter in scaled.network.named_parameters()}
     return {
@@ -61,7 +61,7 @@ def parameter_settings(scaled: ScaledModel, config: RunConfig) -> dict[str, tupl
 def group_parameters(scaled: Sequence[ScaledModel], configs: Sequence[RunConfig], device: torch.device) -> list[Group]:
     """One group for each combination of settings over the replicas: at most one per role."""
     by_settings: dict[tuple[Any, ...], dict[str, torch.Size]] = {}
-    settings_of = [parameter_settings(s, c) for s, c in zip(scaled, configs, strict=True)]
+    settings_of = [list_parameter_settings(s, c) for s, c in zip(scaled, configs, strict=True)]
     for name, parameter in scaled[0].network.named_parameters():
         by_settings.setdefault(tuple(settings[name] for settings in settings_of), {})[name] = parameter.shape
     groups = []
@@ -72,13 +72,13 @@ def group_parameters(scaled: Sequence[ScaledModel], configs: Sequence[RunConfig]
             first += shape.numel()
         values = torch.empty(len(configs), first, device=device)
         rows = [dict(row) for row in settings]
-        columns = {key: column([row[key] for row in rows], device) for key in rows[0]}
+        columns = {key: make_column([row[key] for row in rows], device) for key in rows[0]}
         moments = {name: torch.zeros_like(values) for name in MOMENTS[configs[0].optimizer.name]}
         groups.append(Group(slots, values.requires_grad_(), moments, columns))
     return groups
 
 
-def column(values: Sequence[float], device: torch.device) -> Tensor:
+def make_column(values: Sequence[float], device: torch.device) -> Tensor:
     """(K, 1), float64: rounded to float32 only where it meets a weight, as a Python number is."""
     return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
 

@@ -10,7 +10,7 @@ from depthmup.train.packs.stacking import Group
 
 
 @torch.no_grad()
-def role_statistics(
+def measure_roles(
     groups: Sequence[Group],
     roles: Mapping[str, str],
     gradients: Sequence[Tensor],
@@ -27,7 +27,7 @@ def role_statistics(
     means = {
         f"{kind}_rms/{role}": value
         for kind, matrices in (("grad", gradients), ("update", updates), ("weight", before))
-        for role, value in mean_squares(groups, roles, matrices).items()
+        for role, value in average_squares(groups, roles, matrices).items()
     }
     rows = torch.stack(list(means.values()), dim=1).sqrt().masked_fill(~alive, float("nan"))
     lines = [dict(zip(means, row, strict=True)) for row in rows.tolist()]
@@ -38,7 +38,7 @@ def role_statistics(
     return lines
 
 
-def mean_squares(groups: Sequence[Group], roles: Mapping[str, str], matrices: Sequence[Tensor]) -> dict[str, Tensor]:
+def average_squares(groups: Sequence[Group], roles: Mapping[str, str], matrices: Sequence[Tensor]) -> dict[str, Tensor]:
     """Role -> (K,), the mean square over the role's columns of `matrices`, which are laid out as the weights are."""
     sums: dict[str, Tensor] = {}
     counts: Counter[str] = Counter()
