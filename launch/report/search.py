@@ -3,7 +3,6 @@
 import math
 import statistics
 import textwrap
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,20 +16,24 @@ from depthmup.data.errors import UserError
 from depthmup.data.files import write_atomically
 from depthmup.data.index import show_count
 from depthmup.launch.findings.intervals import CONFIDENCE
+from depthmup.launch.findings.surrogate import LEAST_MEASURED
 from depthmup.launch.paths import quote_command
+from depthmup.launch.report.hyperparameters import (
+    Hyperparameter,
+    describe_hyperparameters,
+    lies_on_edge,
+    show_likely,
+    show_value,
+)
 from depthmup.launch.report.place import open_results
 from depthmup.launch.report.record import convert_number, dump, make_task_record
 from depthmup.launch.runs.search import Search
-from depthmup.launch.runs.space import find_fraction
 from depthmup.launch.values import Range
 from depthmup.launch.wording import show_number, show_quantity
 from depthmup.train.reading import to_yaml
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-BEST_SHARE = 0.25  # of the suggestions, by their loss: where their values lie shows what the loss asks for
-SPREAD_OUT = 0.7  # of a range that the best share covers: the loss does not say which value is best
 
 
 @dataclass(frozen=True)
@@ -56,18 +59,6 @@ class Winner:
 
 
 @dataclass(frozen=True)
-class Hyperparameter:
-    """What the search says of one hyperparameter. low, high: the range of the best suggestions' values, of a range."""
-
-    key: str
-    best: Any
-    importance: float | None  # share of what the values decide, by PED-ANOVA (arXiv 2304.10255)
-    low: float | None
-    high: float | None
-    identified: bool
-
-
-@dataclass(frozen=True)
 class Found:
     """A finished search."""
 
@@ -84,36 +75,6 @@ class Found:
         """The loss at the file's own values, where the search began with them."""
         values = self.search.own_values()
         return next((loss for number, tried, loss in self.trials if number == 0 and tried == values), None)
-
-
-def measure_importance(search: Search) -> tuple[dict[str, float], str]:
-    """(of each hyperparameter, in sum 1; why there is none, in Optuna's words, as where too little has finished)."""
-    from optuna.exceptions import ExperimentalWarning
-    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
-
-    journal = search.journal.read()
-    assert journal is not None  # it has winners
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        warnings.simplefilter("error", UserWarning)  # of too few trials it gives all the same importance
-        try:
-            evaluator = PedAnovaImportanceEvaluator(target_quantile=BEST_SHARE)
-            return get_param_importances(journal, evaluator=evaluator), ""
-        except (ValueError, RuntimeError, UserWarning) as error:
-            return {}, " ".join(str(error).split())
-
-
-def describe_dimension(
-    search: Search, key: str, trials: list[tuple[int, dict[str, Any], float]], best: Any, importance: float | None
-) -> Hyperparameter:
-    dimension = search.settings.space[key]
-    count = max(round(BEST_SHARE * len(trials)), 2)
-    values = [tried[key] for _, tried, _ in sorted(trials, key=lambda trial: trial[2])[:count]]
-    if not isinstance(dimension, Range):
-        return Hyperparameter(key, best, importance, None, None, len(set(values)) < len(dimension))
-    low, high = min(values), max(values)
-    spread = find_fraction(dimension, high) - find_fraction(dimension, low)
-    return Hyperparameter(key, best, importance, low, high, spread < SPREAD_OUT)
 
 
 def collect_search(search: Search) -> Found:
@@ -139,16 +100,8 @@ def collect_search(search: Search) -> Found:
             f"are trained): {search.command('tune')}"
         )
     winners.sort(key=lambda winner: winner.mean)
-    importance, no_importance = measure_importance(search)
-    dimensions = [
-        describe_dimension(search, key, trials, winners[0].values[key], importance.get(key))
-        for key in search.settings.space
-    ]
+    dimensions, no_importance = describe_hyperparameters(search, winners[0].values)
     return Found(search, trials, failed, pruned, no_importance, winners, dimensions)
-
-
-def show_value(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def shorten_key(key: str) -> str:
@@ -167,12 +120,12 @@ def print_search(found: Found, console: Console) -> None:
         table.add_row(str(winner.trial), *map(show_number, numbers), *values)
     console.print(table)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in ("hyperparameter", "best", "best quarter", "importance", ""):
+    for heading in ("hyperparameter", "best", "surrogate", f"{CONFIDENCE:.0%} interval", "importance"):
         table.add_column(heading, no_wrap=heading == "hyperparameter")
     for each in found.dimensions:
-        best_range = "" if each.low is None else f"{show_value(each.low)} to {show_value(each.high)}"
+        optimum = "" if each.optimum is None else show_value(each.optimum)
         share = "" if each.importance is None else f"{each.importance:.0%}"
-        table.add_row(each.key, show_value(each.best), best_range, share, "" if each.identified else "not identified")
+        table.add_row(each.key, show_value(each.best), optimum, show_likely(each), share)
     console.print()
     console.print(table)
     for sentence in describe_search(found):
@@ -193,10 +146,10 @@ def describe_search(found: Found) -> list[str]:
     if close := [other.trial for other in found.winners[1:] if other.mean - best.mean < noise + other.half_width]:
         said.append(f"Within noise of it: trial {', '.join(map(str, close))}.")
     if unknown := [each.key for each in found.dimensions if not each.identified]:
-        said.append(
-            f"Not identified: {', '.join(unknown)}; the best quarter of the suggestions has values from all over the "
-            "space."
-        )
+        why = f"the surrogate's optimum may lie all over {'its range' if len(unknown) == 1 else 'their ranges'}"
+        if found.dimensions[0].optimum is None:
+            why = f"a surrogate needs {LEAST_MEASURED} runs to their end that are better than a guess"
+        said.append(f"Not identified: {', '.join(unknown)}; {why}.")
     edges = [each.key for each in found.dimensions if lies_on_edge(found.search, each)]
     if edges:
         said.append(f"On the edge of the space: {', '.join(edges)}; widen tune.space there, under another study.name.")
@@ -227,12 +180,7 @@ def describe_pair(found: Found) -> str:
     names = f"lr and {shorten_key(decay.key)}"
     if missing:
         return f"No interior optimum of the pair {names}: {' and '.join(missing)}."
-    return f"The pair {names} has an interior optimum: both lie inside of the space, and the best quarter about them."
-
-
-def lies_on_edge(search: Search, each: Hyperparameter) -> bool:
-    dimension = search.settings.space[each.key]
-    return isinstance(dimension, Range) and not 0.03 < find_fraction(dimension, each.best) < 0.97
+    return f"The pair {names} has an interior optimum: both lie inside of the space, and are identified."
 
 
 def search_record(found: Found) -> dict[str, Any]:
@@ -276,13 +224,16 @@ def search_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
 
 
 def draw_slices(found: Found) -> "Figure":
-    """Loss against each hyperparameter, one dot a suggestion; the winners are ringed."""
+    """Loss against each hyperparameter, one dot a suggestion; the winners are ringed, and where the surrogate's optimum
+    may lie is shaded."""
     from depthmup.launch.report import plots
 
     space = found.search.settings.space
     figure, axes = plots.make_row(len(space))
     rings = {winner.trial for winner in found.winners}
-    for axis, (key, dimension) in zip(axes, space.items(), strict=True):
+    for axis, (key, dimension), each in zip(axes, space.items(), found.dimensions, strict=True):
+        if each.low is not None and each.high is not None:
+            axis.axvspan(each.low, each.high, color="tab:green", alpha=0.15, linewidth=0)
         names = None if isinstance(dimension, Range) else [str(value) for value in dimension]
         values = [tried[key] for _, tried, _ in found.trials]
         places = values if names is None else [names.index(str(list_again(value))) for value in values]

@@ -16,9 +16,9 @@ from depthmup.data.errors import UserError
 from depthmup.data.files import write_atomically
 from depthmup.data.index import show_count
 from depthmup.launch.findings.share import SURE, Share
+from depthmup.launch.report.hyperparameters import show_value
 from depthmup.launch.report.place import open_results
 from depthmup.launch.report.record import convert_number, dump, make_task_record
-from depthmup.launch.report.search import show_value
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.pool import refuse_mixture
 from depthmup.launch.runs.space import find_value

@@ -2,6 +2,7 @@
 
 import warnings
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,12 +51,11 @@ class Journal:
 
     @cached_property
     def _storage(self) -> "JournalStorage":
-        try:
-            import optuna
-            from optuna.storages import JournalStorage
-            from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-        except ImportError:
-            raise UserError("a search needs Optuna: pip install 'depthmup[tune]'") from None
+        if not all(map(find_spec, ("optuna", "sklearn"))):
+            raise UserError("a search needs Optuna and scikit-learn: pip install 'depthmup[tune]'")
+        import optuna
+        from optuna.storages import JournalStorage
+        from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
         class NoLock(JournalFileOpenLock):
             """Who writes holds the search's own lock, which, unlike Optuna's, no killed process leaves behind."""

@@ -180,6 +180,16 @@ def find_value(dimension: Dimension, fraction: float) -> Any:
     return dimension.first + (dimension.last - dimension.first) * fraction
 
 
+def encode_values(space: Mapping[str, Dimension], values: Mapping[str, Any]) -> list[float]:
+    """Of each dimension the fraction of its range, or the number of the choice."""
+    return [
+        find_fraction(dimension, values[key])
+        if isinstance(dimension, Range)
+        else float([make_hashable(each) for each in dimension].index(make_hashable(values[key])))
+        for key, dimension in space.items()
+    ]
+
+
 def read_own_value(plain: dict[str, Any], key: str) -> Any:
     """What the file itself has for the dotted `key`."""
     section, _, name = key.partition(".")
