@@ -335,4 +335,5 @@ def grow(study: Study) -> tuple[int, str]:
     edges = {(c.parameterization, c.size): c.optimum.censored for c in report.analysis.curves if c.optimum.censored}
     if added := study.grow(edges):
         return added, "the best is on the edge of the grid (study.extend)"
-    return study.add_seeds(find_wanted_seeds(report.analysis)), "noise decides (study.more_seeds)"
+    wanted_seeds = find_wanted_seeds(report.analysis, study.file.study.value_at)
+    return study.add_seeds(wanted_seeds), "noise decides (study.more_seeds)"

@@ -137,6 +137,9 @@ def test_a_studys_forecast_uses_the_loss_at_the_bases_optimum_and_is_compared_wi
     assert untrained.predicted == pytest.approx(found.predicted, rel=1e-3)
     assert untrained.seen is None
     assert untrained.inside is None
+    died = [replace(run, metric=math.inf) if (run.size, run.seed) == (DEPTHS[1], 1) else run for run in results]
+    (refused,) = make_forecasts(analyse(died, DEPTHS[0]), DEPTHS)  # one of three seeds there trains at no value
+    assert refused.remark == "runs at the transferred value fail at width 16, depth 6"
 
 
 def test_a_forecast_that_parameterizations_share_counts_once() -> None:

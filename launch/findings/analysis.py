@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from depthmup.launch.config import Size
+from depthmup.launch.config import LATTICE, Size
 from depthmup.launch.findings.curve_model import Posterior, average_seeds, fit_curves
 from depthmup.launch.findings.failures import (
     ERRORS,
@@ -27,6 +27,7 @@ from depthmup.launch.findings.failures import (
 from depthmup.launch.findings.intervals import CONFIDENCE, bound_regret, compute_interval, compute_quantile
 
 Side = Literal["low", "high"]
+AS_IF_RUN = 1 / (2 * LATTICE)  # octaves: what runs at a value so near say of failing holds for the carried one
 LEAST_LOSS = 1e-7  # what single precision can tell from a loss of 0, which has no logarithm
 
 
@@ -98,6 +99,20 @@ class Curve:
             return len(beside) < 2 or not np.isfinite(self.mean[beside]).all()
         return own.are_many or any(self.failures(each).are_many for each in beside)
 
+    def find_doubtful_best(self) -> int | None:
+        """Index of a value at which runs fail, perhaps by bad luck, and but for that the best may lie: the only run
+        between the best value and another that trains; or, where no edge is known as no value surely fails, a value
+        whose other runs have a lower loss than the best value has."""
+        if self.optimum.x is None:
+            return None
+        best = int(np.where(np.isfinite(self.mean), self.mean, math.inf).argmin())
+        doubtful = [int(index) for index in np.flatnonzero(self.fails) if not self.surely_fails(int(index))]
+        trained = average_losses(np.where(self.failed, math.nan, self.metric))
+        found = [index for index in doubtful if abs(index - best) == 1 and np.isnan(trained[index])]
+        if len(doubtful) == self.fails.sum():
+            found += [index for index in doubtful if trained[index] < self.optimum.metric]
+        return min(found, key=lambda index: np.nan_to_num(trained[index]), default=None)
+
     @property
     def num_seeds(self) -> int:
         """Most seeds that a value was run with."""
@@ -128,7 +143,8 @@ class Comparison:
     regret_interval: tuple[float, float] | None
     regret_bound: float  # the regret is below this with a probability of (1 + CONFIDENCE) / 2
     carried: float | None = None  # octaves of the value that is carried over
-    failures: Failures = NO_RUNS  # at the value nearest to it
+    failures: Failures = NO_RUNS  # at the value nearest to it; where runs may train, at the nearest that trains
+    needs_run: bool = False  # whether only runs at the carried value could tell: at an edge, or beyond all values run
 
 
 # ---------------------------------------------------------------- curves
@@ -226,32 +242,50 @@ def compare_optima(base: Curve, curve: Curve) -> tuple[float | None, tuple[float
     return drift, (-math.inf if is_open[0] else found[0], math.inf if is_open[1] else found[1])
 
 
+def lies_beyond(curve: Curve, x: float) -> bool:
+    """Whether x lies beyond all values that were run, but not beyond an edge: behind a failing value, seen from those
+    that train, runs fail too."""
+    trains = np.isfinite(curve.mean)
+    if curve.x[0] - AS_IF_RUN <= x <= curve.x[-1] + AS_IF_RUN:
+        return False
+    return bool(trains[curve.at(x)] or not trains.any())
+
+
+def estimate_failing_probability(curve: Curve, x: float) -> float:
+    """That runs at x fail: known where a value so near was run, and between values that both train or both fail.
+    Between the last value that trains and one that fails lies the edge, anywhere."""
+    trains = np.isfinite(curve.mean)
+    nearest, above = curve.at(x), int(np.searchsorted(curve.x, x))
+    is_near = abs(curve.x[nearest] - x) <= AS_IF_RUN
+    if is_near or above in (0, len(curve.x)) or trains[above - 1] == trains[above]:
+        return float(not trains[nearest])
+    share = float((x - curve.x[above - 1]) / (curve.x[above] - curve.x[above - 1]))
+    return share if trains[above - 1] else 1 - share
+
+
 def log_regrets(curve: Curve, x: float) -> np.ndarray | None:
-    """Draws of the log of the loss at x over the lowest, at most that of a guess; None without a posterior, or where
-    runs at x fail."""
+    """Draws of the log of the loss at x over the lowest, at most that of a guess, infinite where runs fail; None
+    without a posterior."""
     if curve.posterior is None:
         return None
     most = math.log(curve.chance) - curve.posterior.lowest
+    failing = estimate_failing_probability(curve, x)
     if curve.posterior.grid[0] <= x <= curve.posterior.grid[-1]:
-        return np.minimum(curve.posterior.regrets(x), most)
-    # beyond the values that the curve is fitted to: what was measured there, with the noise of that mean
+        regrets = np.clip(curve.posterior.at(x) - curve.posterior.lowest, 0.0, most)
+        return np.where(np.isinf(curve.posterior.regrets(x)), math.inf, regrets) if failing else regrets
+    # beyond the values that the curve is fitted to: what was measured there, with the noise of that mean; beside a
+    # value at which runs fail it is the loss of the last one that trains, which a curve's loss is no lower than there
     logs = np.log(curve.usable)
-    mean = np.interp(x, curve.x, average_seeds(logs))
-    if not np.isfinite(mean):
-        return None
-    ran = int(np.isfinite(logs[:, curve.at(x)]).sum())
+    means = average_seeds(logs)
+    trains = np.isfinite(means)
+    nearest = np.flatnonzero(trains)[np.abs(curve.x[trains] - x).argmin()]
+    mean = means[nearest] if failing else np.interp(x, curve.x[trains], means[trains])
+    ran = int(np.isfinite(logs[:, nearest]).sum())
     noise = seed_noise(np.where(np.isinf(logs), math.nan, logs)) / math.sqrt(max(ran, 1))
-    errors = noise * np.random.default_rng(0).standard_normal(len(curve.posterior.lowest))
-    return np.clip(mean + errors - curve.posterior.lowest, 0.0, most)
-
-
-def lies_beside_edge(curve: Curve, x: float) -> bool:
-    """Whether x, which was not run, lies between the last value that trains and one at which runs fail."""
-    if curve.posterior is None or np.abs(curve.x - x).min() < 1e-6:
-        return False
-    trained = curve.x[np.isfinite(curve.mean)]
-    first, last = curve.posterior.grid[[0, -1]]
-    return bool(first <= x <= last and not trained[trained >= first][0] <= x <= trained[trained <= last][-1])
+    generator = np.random.default_rng(0)
+    errors = noise * generator.standard_normal(len(curve.posterior.lowest))
+    found = np.clip(mean + errors - curve.posterior.lowest, 0.0, most)
+    return np.where(generator.random(len(found)) < failing, math.inf, found)
 
 
 def compare(base: Curve, curve: Curve, carried: float | None) -> Comparison:
@@ -261,17 +295,26 @@ def compare(base: Curve, curve: Curve, carried: float | None) -> Comparison:
         return Comparison(curve, drift, interval, math.nan, False, math.nan, None, math.nan)
     nearest = curve.at(carried)
     measured, failures = bool(abs(curve.x[nearest] - carried) < 1e-6), curve.failures(nearest)
-    if not np.isfinite(curve.mean[nearest]):
+    beyond, failing = lies_beyond(curve, carried), estimate_failing_probability(curve, carried)
+    if failing > (1 + CONFIDENCE) / 2 and not beyond:
         return Comparison(curve, drift, interval, math.inf, measured, math.inf, None, math.inf, carried, failures)
-    lowest = curve.optimum.metric
-    at_nearest = float(curve.mean[nearest])
-    regrets = log_regrets(curve, carried)
+    needs_run = beyond or 0 < failing < 1
+    trained = np.flatnonzero(np.isfinite(curve.mean))
+    regrets = log_regrets(curve, carried) if len(trained) else None
+    if beyond:  # no lower than at the last value that was run, if the curve rises up to that
+        low = math.expm1(compute_interval(regrets)[0]) if regrets is not None and not curve.optimum.censored else 0.0
+        known = math.nan, False, math.nan, (low, math.inf), math.inf
+        return Comparison(curve, drift, interval, *known, carried, needs_run=True)
+    nearest = int(trained[np.abs(curve.x[trained] - carried).argmin()])
+    at_nearest, failures = float(curve.mean[nearest]), curve.failures(nearest)
     if regrets is None:
-        regret = at_nearest / lowest - 1
-        return Comparison(curve, drift, interval, at_nearest, measured, regret, None, math.inf, carried, failures)
+        regret = at_nearest / curve.optimum.metric - 1
+        told = carried, failures, needs_run
+        return Comparison(curve, drift, interval, at_nearest, measured, regret, None, math.inf, *told)
     assert curve.posterior is not None
     low, high = bound_regret(curve.posterior.optima, regrets, carried)
-    regret = math.expm1(float(np.median(regrets)))
+    # where runs may fail, of the draws in which they train
+    regret = math.expm1(max(float(np.median(regrets[np.isfinite(regrets)])), low))
     expected = math.exp(float(np.median(curve.posterior.lowest))) * (1 + regret)
     return Comparison(
         curve,
@@ -284,6 +327,7 @@ def compare(base: Curve, curve: Curve, carried: float | None) -> Comparison:
         math.expm1(compute_quantile(regrets, (1 + CONFIDENCE) / 2)),
         carried,
         failures,
+        needs_run,
     )
 
 

@@ -92,18 +92,19 @@ def find_failing_values(metric: np.ndarray, dead: np.ndarray, lost: np.ndarray) 
     """Which values fail: those at which no run trains or surely more than TOLERATED fail; and, unless most are known to
     train, those with a lost run, and those at which a run fails beside a value that fails or on the edge of the grid:
     there an edge of stability may begin, and the runs that train are the lucky ones. Elsewhere a dead run is a single
-    one, which says nothing of the loss of those that train. Arguments: (seeds, values). (values,)
+    one, which says nothing of the loss of those that train; so is one of a seed that fails at every value, as an edge
+    has another side. Arguments: (seeds, values). (values,)
     """
     failed, ran = (dead | lost).sum(axis=0), (~np.isnan(metric)).sum(axis=0)
     counts = [Failures(int(bad), int(runs)) for bad, runs in zip(failed, ran, strict=True)]
-    fails = np.array([each.are_many or each.failed == each.runs for each in counts])
+    surely = np.array([each.are_many or each.failed == each.runs for each in counts])
     open_ones = np.array([each.leave_open for each in counts])
-    fails |= lost.any(axis=0) & open_ones
+    fails = surely | (lost.any(axis=0) & open_ones)
     fails[[0, -1]] |= open_ones[[0, -1]]
     for step, order in ((-1, range(1, len(counts))), (1, range(len(counts) - 2, -1, -1))):
         for index in order:
             fails[index] |= open_ones[index] and fails[index + step]
-    return fails
+    return surely if fails.all() else fails
 
 
 def select_usable_runs(metric: np.ndarray, failed: np.ndarray, fails: np.ndarray) -> np.ndarray:

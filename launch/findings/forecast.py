@@ -57,11 +57,13 @@ class Forecast:
 
 
 def read_losses_at(curve: Curve, x: float) -> np.ndarray:
-    """Metric at x of every seed that ran at the nearest value, infinite where it failed: from there to x by the curve's
-    model, where it reaches. (seeds,)"""
+    """Metric at x of every seed that ran at the nearest value, infinite where so many failed that most may: from there
+    to x by the curve's model, where it reaches. (seeds,)"""
     nearest = curve.at(x)
     found = curve.usable[:, nearest]
     found = found[~np.isnan(found)]
+    if curve.failures(nearest).leave_open:
+        return np.full(len(found), math.inf)
     if curve.posterior is None or abs(curve.x[nearest] - x) < 1e-6:
         return found
     shift = float(np.median(curve.posterior.at(x) - curve.posterior.at(float(curve.x[nearest]))))

@@ -223,6 +223,9 @@ class Proposal:
         if values := bracket_best(base, self.design):
             seeds = FIRST_SEEDS if np.isfinite(base.mean).any() else 1
             self.want(size, self.grid(base, values, seeds), "where the base's optimum lies", begins=True)
+        if (doubtful := base.find_doubtful_best()) is not None:
+            repeated = self.repeat_runs(base, base.x[doubtful], base.failures(doubtful))
+            self.want(size, repeated, "whether runs at the base fail by bad luck", begins=True)
         if base.learns:
             self.want(size, self.grid(base, list_values_about_best(base)), "where the base's optimum lies", begins=True)
         if self.wants or base.posterior is None or base.optimum.x is None or base.optimum.censored:

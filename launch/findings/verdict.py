@@ -18,10 +18,9 @@ from depthmup.launch.findings.analysis import (
     Result,
     analyse_sizes,
     carry_optimum,
-    lies_beside_edge,
 )
 from depthmup.launch.findings.curve_model import AS_GOOD, REACH_LOSS, select_fitted_values
-from depthmup.launch.findings.failures import ERRORS, TOLERATED, Failures, seed_noise
+from depthmup.launch.findings.failures import ERRORS, NO_RUNS, TOLERATED, Failures, seed_noise
 from depthmup.launch.findings.intervals import CONFIDENCE
 from depthmup.launch.wording import show_bound, show_drift, show_interval, show_share, show_shares
 
@@ -29,6 +28,7 @@ Verdict = Literal["transfers", "costs", "does not transfer", "not identified", "
 CONTROL = "sp"  # the parameterization under which nothing is scaled
 CARRIED: tuple[Verdict, ...] = ("transfers", "not identified", "costs")  # it is known what the value costs; best first
 SURE = (1 + CONFIDENCE) / 2
+RUN_IT = "study.more_seeds of a grid and study.design=adaptive run this very value"
 
 
 @dataclass(frozen=True)
@@ -83,17 +83,27 @@ def describe_rule(limits: Limits) -> str:
 
 def explain_missing_optimum(curve: Curve) -> str:
     if math.isinf(curve.optimum.metric):
-        diverged, runs = int(np.isinf(curve.metric).sum()), int((~np.isnan(curve.metric)).sum())
+        diverged, failed, runs = int(np.isinf(curve.metric).sum()), *count_runs(curve)
         how = f"{diverged} of {runs} runs diverge, the others learn nothing"
         if diverged in (0, runs):
             how = f"all {runs} runs {'diverge' if diverged else 'learn nothing'}"
+        if failed < runs:
+            how = f"{failed} of {runs} runs fail, too many at each value"
         return f"every value fails at {curve.size}: {how}"
     best = f"the best loss, {curve.optimum.metric:.3g}"
     return f"nothing is learned at {curve.size}: {best}, is within noise of that of a guess"
 
 
+def count_runs(curve: Curve) -> tuple[int, int]:
+    """(those that fail, all)"""
+    return int(curve.failed.sum()), int((~np.isnan(curve.metric)).sum())
+
+
 def name_way_out(curve: Curve) -> str:
     """What would train where no value does."""
+    failed, runs = count_runs(curve)
+    if 0 < failed < runs and math.isinf(curve.optimum.metric):
+        return "what trains with every seed is needed: a longer warm-up, another activation, normalization"
     if np.isinf(curve.metric[~np.isnan(curve.metric)]).all():
         return "smaller values are needed"
     return "more samples, or other values, are needed"
@@ -105,30 +115,43 @@ def say_unknown(comparison: Comparison) -> str:
     count = len(select_fitted_values(curve.x, np.log(curve.mean)))
     if count < 3:
         train = "one value" if count == 1 else f"{count} values"
-        return f"{train} about its best can be compared, and three are needed"
-    if curve.posterior is None:
-        return "nothing tells the noise of a run: two seeds are needed"
-    return "runs fail beside the carried value"
+        near = f"{curve.values[int(np.where(np.isfinite(curve.mean), curve.mean, math.inf).argmin())]:.3g}"
+        return f"{train} about its best can be compared, and three are needed: run more values about {near}"
+    return "nothing tells the noise of a run: two seeds are needed"
 
 
 def say_edge(curve: Curve) -> str:
     return f"is on the {curve.optimum.censored} edge of the grid, and values beyond it are needed"
 
 
-def say_failures(failures: Failures) -> str:
+def say_failures(failures: Failures, where: str = " there") -> str:
     """'1 of 3 runs fails there (1.7 to 86 %)'"""
     fail = "runs fails" if failures.failed == 1 else "runs fail"
-    return f"{failures.failed} of {failures.runs} {fail} there ({show_shares(failures.share)})"
+    return f"{failures.failed} of {failures.runs} {fail}{where} ({show_shares(failures.share)})"
 
 
-def say_beside_edge(curve: Curve, x: float) -> str:
-    """What to run where a failing value is the neighbour of x: seeds at other values tell nothing of it."""
-    index = int(np.searchsorted(curve.x, x))
-    failing = curve.values[index if np.isinf(curve.mean[index]) else index - 1]
-    return (
-        f", as runs fail at {failing:.3g} beside the carried value, which was not run there: "
-        "study.design=adaptive runs this very value"
-    )
+def say_failing(comparison: Comparison) -> str:
+    """'3 of 3 runs fail at the base's optimum (the nearest value run, 0.0625) at width 16, depth 27'"""
+    curve = comparison.curve
+    nearest = curve.at(comparison.carried or 0.0)
+    failures = curve.failures(nearest)
+    where = "" if comparison.measured else f" (the nearest value run, {curve.values[nearest]:.3g})"
+    return f"{failures.failed} of {failures.runs} runs fail at the base's optimum{where} at {curve.size}"
+
+
+def ask_for_run(comparison: Comparison, what: str = "") -> Finding:
+    """Only runs at the carried value would tell of this size: seeds at other values say nothing of it."""
+    curve, x = comparison.curve, comparison.carried or 0.0
+    where = f"the cost at {curve.size} is not known"
+    above = int(np.searchsorted(curve.x, x))
+    if 0 < above < len(curve.x):
+        failing = curve.values[above if np.isinf(curve.mean[above]) else above - 1]
+        why = f"as runs fail at {failing:.3g} beside the carried value, which was not run there"
+    else:
+        where, nearest = what or where, curve.values[curve.at(x)]
+        away = float(np.abs(curve.x - x).min())
+        why = f"and the nearest value run there, {nearest:.3g}, is {away:.1f} octaves from the carried one"
+    return Finding("inconclusive", f"{where}, {why}: {RUN_IT}", seeds_help=True)
 
 
 def leave_open(comparison: Comparison) -> Finding:
@@ -150,16 +173,14 @@ def judge_size(comparison: Comparison, limits: Limits) -> Finding:
 
 def judge_regret(comparison: Comparison, limits: Limits) -> Finding:
     """What the loss of one size says."""
-    curve, size, failures = comparison.curve, comparison.curve.size, comparison.failures
+    curve, size = comparison.curve, comparison.curve.size
     if curve.optimum.x is None:
-        return Finding("does not transfer", explain_missing_optimum(curve))
+        missing = explain_missing_optimum(curve)
+        return ask_for_run(comparison, missing) if comparison.needs_run else Finding("does not transfer", missing)
     if math.isinf(comparison.at_base_optimum):
         if not curve.surely_fails(curve.at(comparison.carried or 0.0)):
             return leave_open(comparison)
-        where = "the base's optimum"
-        if not comparison.measured:  # `curve.at` is its neighbour
-            where += f" (the nearest value run, {curve.values[curve.at(comparison.carried or 0.0)]:.3g})"
-        return Finding("does not transfer", f"{failures.failed} of {failures.runs} runs fail at {where} at {size}")
+        return Finding("does not transfer", say_failing(comparison))
     if comparison.regret_interval is None:
         return Finding(
             "inconclusive",
@@ -167,8 +188,11 @@ def judge_regret(comparison: Comparison, limits: Limits) -> Finding:
             seeds_help=curve.num_seeds == 1,
         )
     low, high = comparison.regret_interval
-    cost = f"{show_share(comparison.regret)} ({show_shares((low, high))}) at {size}"
     drift = f"drift {show_drift(comparison.drift or 0.0)} octaves"
+    is_beyond = math.isnan(comparison.regret)  # what the last value run costs is the least
+    cost = f"{show_share(comparison.regret)} ({show_shares((low, high))}) at {size}"
+    if is_beyond:
+        cost = f"at least {show_share(low)} at {size}, of which no run is near the carried value"
     if low > limits.cost:
         return Finding("does not transfer", f"costs {cost}, {drift}")
     if curve.optimum.censored:
@@ -177,10 +201,13 @@ def judge_regret(comparison: Comparison, limits: Limits) -> Finding:
         return Finding("transfers", f"at most {show_bound(comparison.regret_bound)} at {size}, {drift}")
     if low > limits.transfer and high <= limits.cost:
         return Finding("costs", f"costs {cost}, {drift}")
+    if comparison.needs_run:
+        nearest = curve.at(comparison.carried or 0.0)
+        if low > limits.transfer and np.isinf(curve.mean[nearest]) and curve.surely_fails(nearest):
+            least = f"where it would cost at least {show_share(low)} if runs trained"
+            return Finding("does not transfer", f"{say_failing(comparison)}, {least}")
+        return ask_for_run(comparison)
     known = f"the cost is known to {show_shares((low, high))} only at {size}"
-    if comparison.carried is not None and lies_beside_edge(curve, comparison.carried):
-        known += say_beside_edge(curve, comparison.carried)
-        return Finding("inconclusive", known, is_bounded=high <= limits.cost)
     if high <= limits.transfer:  # nine tenths lie below the limit, and what decides is `regret_bound`
         known += f", and below {100 * comparison.regret_bound:.2f} % with a probability of {SURE:.0%}"
     return Finding("inconclusive", known, True, high <= limits.cost)
@@ -207,6 +234,14 @@ def judge(base: Curve, comparisons: Sequence[Comparison], limits: Limits) -> Jud
     if len(base.values) == 1:
         return Judgement(name, "inconclusive", "the study has one value only: three or more show where its best lies")
     findings = [(comparison, judge_size(comparison, limits)) for comparison in comparisons]
+    if (doubtful_best := base.find_doubtful_best()) is not None and any(
+        found.verdict in ("costs", "does not transfer") and comparison.curve.optimum.x is not None
+        for comparison, found in findings
+    ):
+        fails = say_failures(base.failures(doubtful_best), where="")
+        value = f"{base.values[doubtful_best]:.3g}"
+        reason = f"where the base's optimum lies is not known: it may be at {value}, where {fails}"
+        return Judgement(name, "inconclusive", f"{reason}: run more seeds there", (base.size,))
 
     def reasons(verdict: Verdict) -> list[str]:
         return list(dict.fromkeys(found.reason for _, found in findings if found.verdict == verdict))
@@ -225,7 +260,7 @@ def judge(base: Curve, comparisons: Sequence[Comparison], limits: Limits) -> Jud
         return Judgement(name, "inconclusive", "; ".join(doubtful), unsure)
     if is_plateau(base, comparisons, limits):
         around = show_interval((base.optimum.x - 1, base.optimum.x + 1))
-        return Judgement(name, "not identified", f"every value between {around} octaves is as good at every size")
+        return Judgement(name, "not identified", f"every value from {around} octaves is as good at every size")
     worst = max(comparisons, key=lambda comparison: comparison.regret_bound)
     return Judgement(name, "transfers", judge_size(worst, limits).reason)
 
@@ -253,6 +288,9 @@ def note_oddities(judgement: Judgement, base: Curve, others: Sequence[Curve]) ->
         notes.append(
             "with one seed a value, noise is known from the runs' scatter about parabolas alone: run a second seed"
         )
+    at_base = base.failures(base.at(base.optimum.x)) if base.optimum.x is not None else NO_RUNS
+    if at_base.failed and judgement.verdict in CARRIED:
+        notes.append(f"at the base itself {say_failures(at_base)}")
     other = find_other_valley(base) if base.optimum.x is not None else None
     if other is not None and any(np.abs(curve.x - base.x[other]).min() > 1 for curve in others):
         share = float(base.mean[other]) / base.optimum.metric - 1
@@ -295,17 +333,25 @@ def analyse(
     return Analysis(curves, comparisons, compare_with_control(judgements))
 
 
-def find_wanted_seeds(analysis: Analysis) -> dict[tuple[str, Size], list[float]]:
-    """Where one more seed could settle a verdict: values near the optimum, per (parameterization, size).
+def find_wanted_seeds(
+    analysis: Analysis, value_at: Callable[[float], float] = lambda x: 2.0**x
+) -> dict[tuple[str, Size], list[float]]:
+    """Where one more seed could settle a verdict: values near the optimum, per (parameterization, size), and the
+    carried value itself where no other value tells of it. `value_at` takes octaves.
 
     The value that is carried is fixed, so that only the sizes in doubt need runs. Curves on the edge of their grid are
     left out: these need values first.
     """
-    return {
-        (curve.parameterization, curve.size): curve.list_values_near_optimum()
-        for judgement in analysis.judgements
-        for curve in analysis.curves
-        if curve.parameterization == judgement.parameterization
-        and curve.size in judgement.unsure
-        and not curve.optimum.censored
-    }
+    unsure = {(judgement.parameterization, size) for judgement in analysis.judgements for size in judgement.unsure}
+    wanted = {}
+    for comparison in analysis.comparisons:
+        curve = comparison.curve
+        if (name := (curve.parameterization, curve.size)) not in unsure or curve.optimum.censored:
+            continue
+        values = curve.list_values_near_optimum() if curve.optimum.x is not None else []
+        if (doubtful := curve.find_doubtful_best()) is not None:
+            values.append(float(curve.values[doubtful]))
+        if comparison.needs_run and comparison.carried is not None:
+            values.append(value_at(comparison.carried))
+        wanted[name] = list(dict.fromkeys(values))
+    return wanted

@@ -128,7 +128,7 @@ def list_cost_rows(record: Mapping[str, Any]) -> list[dict[str, str]]:
         "runs": str(record["num_runs"]),
         "FLOPs": f"{cost['flops']:.3g}",
         "seconds of training": f"{cost['hours'] * 3600:.0f}",
-        "GPU-hours": f"{cost['gpu_hours']:.3g}",
+        "hours of GPUs or processes": f"{cost['gpu_hours']:.3g}",
     }
     return [row if cost["money"] is None else row | {"money": f"{cost['money']:.2f}"}]
 

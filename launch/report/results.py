@@ -79,7 +79,8 @@ def format_regret(found: dict[str, Any], fails: bool) -> str:
     """'1.3 % (0.5 to 2.1 %)'"""
     if fails or found["regret"] is None:
         return "fails" if fails else ""
-    known = f" ({show_shares(found['regret_interval'])})" if found["regret_interval"] else ""
+    interval = found["regret_interval"]
+    known = f" ({show_shares(restore_interval(interval))})" if interval else ""
     return show_share(found["regret"]) + known
 
 
