@@ -158,7 +158,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
         for group, parameters in swapped:
             for matrix, parameter in zip(group["params"], parameters, strict=True):
                 if matrix is not parameter and matrix in self.state:
-                    parameter.copy_(matrix.view(parameter.shape))
+                    if not parameter.is_contiguous():  # channels last, of which flattening makes a copy
+                        parameter.copy_(matrix.view(parameter.shape))
                     state = self.state.pop(matrix)
                     self.state[parameter] = {key: tensor.view(parameter.shape) for key, tensor in state.items()}
             group["params"] = parameters

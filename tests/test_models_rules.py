@@ -344,15 +344,18 @@ def test_muon_trains_matrices_and_adamw_the_rest_through_a_checkpoint() -> None:
         parameter_groups(conv.network.fc, {n: conv.rules[f"fc.{n}"] for n in ("weight", "bias")}, conv.scale, config)
 
 
-def test_muon_trains_convolutions_as_matrices_through_a_checkpoint() -> None:
+@pytest.mark.parametrize(("model", "kernels"), [(CONV_RESNET, {3}), (replace(RESNET, image_size=8), {1, 3})])
+def test_muon_trains_convolutions_as_matrices_through_a_checkpoint(model: AnyModelConfig, kernels: set[int]) -> None:
+    """In channels_last, in which flattening a weight copies it, but for one of a single pixel."""
     config = OptimizerConfig(name="muon", lr=0.01, momentum=0.95)
 
     def train(steps: int, saved: tuple[Any, Any] | None = None) -> tuple[Any, Any]:
-        scaled = build(CONV_RESNET, ParameterizationConfig(), seed=0)
-        scaled.network.to(memory_format=torch.channels_last)  # in which flattening a weight copies it
+        scaled = build(model, ParameterizationConfig(), seed=0)
+        scaled.network.to(memory_format=torch.channels_last)
         optimizer = build_optimizer(parameter_groups(scaled.network, scaled.rules, scaled.scale, config), config)
-        (group,) = (group for group in optimizer.param_groups if group["algorithm"] == "muon")
-        assert {tuple(p.shape[2:]) for p in group["params"]} == {(3, 3)}
+        groups = [group for group in optimizer.param_groups if group["algorithm"] == "muon"]
+        assert {p.shape[2] for group in groups for p in group["params"]} == kernels
+        group = groups[0]
         if saved:
             scaled.network.load_state_dict(saved[0])
             optimizer.load_state_dict(saved[1])
@@ -362,7 +365,7 @@ def test_muon_trains_convolutions_as_matrices_through_a_checkpoint() -> None:
         torchs_own = torch.optim.Muon([flat], lr=group["lr"], **settings)
         for _ in range(steps):
             optimizer.zero_grad()
-            scaled.network(images(CONV_RESNET)).square().sum().backward()
+            scaled.network(images(model)).square().sum().backward()
             optimizer.step()
             flat.grad = weight.grad.flatten(1)
             torchs_own.step()

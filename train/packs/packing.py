@@ -30,7 +30,7 @@ PACKABLE_FIELDS = {
 }
 # What packs honour with one value for all replicas. A field that is in neither list is one that they know nothing of:
 # it must have its default, or a pack would quietly leave it out. These are train.compile, channels_last and
-# activation_checkpointing, everything under parallel and Muon.
+# activation_checkpointing, and everything under parallel.
 HONOURED_SECTIONS = ("model", "data")
 HONOURED_FIELDS = {
     "optimizer.name",
@@ -54,7 +54,6 @@ HONOURED_FIELDS = {
     "track.group",
     "track.tensorboard",
 }
-OPTIMIZERS = ("sgd", "adamw")
 
 # Where train.pack is null (docs/packed.md): on a CPU, packs of wider networks or larger batches are slower than run
 # after run, as a single run's tensors fit into the caches and those of a pack do not. Activations of CPU_NUMBERS are
@@ -89,7 +88,7 @@ def list_unknown_to_packs(config: RunConfig) -> set[str]:
     }
     if getattr(config.model, "num_experts", 1) > 1:  # where a token goes is the data's, and differs between replicas
         unknown.add("model.num_experts")
-    return unknown | ({"optimizer.name"} if config.optimizer.name not in OPTIMIZERS else set())
+    return unknown
 
 
 def list_common(config: RunConfig) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from depthmup.train.packs.batched import HandBatched, choose_convolution, comput
 from depthmup.train.packs.graph import GraphedStep
 from depthmup.train.packs.stacking import group_parameters, make_column, stack_multipliers
 from depthmup.train.packs.telemetry import measure_roles
-from depthmup.train.packs.updates import update_adamw, update_sgd
+from depthmup.train.packs.updates import update_adamw, update_muon, update_sgd
 from depthmup.train.prepare import set_stream_type
 from depthmup.train.schedule import schedule
 from depthmup.train.stochastic_depth import install_stochastic_depth
@@ -142,10 +142,10 @@ class Replicas:
     def state(self, number: int) -> TensorState:
         """As a run alone has it: views, but for the count of steps."""
         optimizer, moments = self.configs[number].optimizer, self.moments(number)
-        if optimizer.name == "adamw":
-            for of_parameter in moments.values():
+        for of_parameter in moments.values():
+            if "exp_avg" in of_parameter:  # AdamW's
                 of_parameter["step"] = torch.tensor(float(self.steps))
-        elif not optimizer.momentum:  # then torch's SGD keeps nothing
+        if optimizer.name == "sgd" and not optimizer.momentum:  # then torch's SGD keeps nothing
             moments = {}
         state: TensorState = {"model": self.weights(number), "optimizer": moments}
         if self.average:
@@ -310,7 +310,7 @@ class Replicas:
 
     @torch.no_grad()
     def update(self) -> None:
-        """The runs' own SGD or AdamW in all replicas at once. One whose loss is not finite stays as it is from then."""
+        """The runs' own optimizer in all replicas at once. One whose loss is not finite stays as it is from then."""
         optimizer = self.configs[0].optimizer
         self.alive &= self.losses.isfinite()[:, None]
         factors = self.schedules.index_select(0, self.steps_done)[0]
@@ -326,8 +326,10 @@ class Replicas:
                 gradient.mul_(shrink)
             gradient.masked_fill_(~self.alive, 0)  # a NaN times zero would not be zero
             lr = group.settings["lr"] * factor
-            if optimizer.name == "sgd":
+            if group.algorithm == "sgd":
                 nesterov = optimizer.nesterov
                 update_sgd(group, gradient, lr, momentum=self.momentum, coupled=self.coupled, nesterov=nesterov)
+            elif group.algorithm == "muon":
+                update_muon(group, gradient, lr, momentum=self.momentum)
             else:
                 update_adamw(group, gradient, lr, betas=self.betas, steps_done=self.steps_done)

@@ -9,10 +9,15 @@ from torch import Tensor
 
 from depthmup.models.build import ScaledModel
 from depthmup.models.multiplier import OutputMultiplier, scale_input, scale_output
-from depthmup.models.optimizer import parameter_groups
+from depthmup.models.optimizer import Algorithm, parameter_groups
 from depthmup.train.config import RunConfig
 
-MOMENTS = {"sgd": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}  # torch's names of the moments
+# torch's names of the moments, by the algorithm that trains a group
+MOMENTS: dict[Algorithm, tuple[str, ...]] = {
+    "sgd": ("momentum_buffer",),
+    "adamw": ("exp_avg", "exp_avg_sq"),
+    "muon": ("momentum_buffer",),
+}
 SETTINGS = ("lr", "weight_decay", "eps")  # of an optimizer's group, that may differ between replicas
 
 
@@ -23,6 +28,7 @@ class Group:
     values and moments: (K, number of weights); lr (peak), weight_decay, eps: (K, 1).
     """
 
+    algorithm: Algorithm
     slots: dict[str, tuple[int, torch.Size]]  # parameter name -> first column, shape
     values: Tensor
     moments: dict[str, Tensor]
@@ -48,11 +54,12 @@ class Group:
         return {name: row[first : first + shape.numel()].view(shape) for name, (first, shape) in self.slots.items()}
 
 
-def list_parameter_settings(scaled: ScaledModel, config: RunConfig) -> dict[str, tuple[tuple[str, float], ...]]:
-    """Parameter name -> what the run's own optimizer has for it: peak lr, weight decay and, for AdamW, eps."""
+def list_parameter_settings(scaled: ScaledModel, config: RunConfig) -> dict[str, tuple[tuple[str, Any], ...]]:
+    """Parameter name -> what the run's own optimizer has for it: algorithm, peak lr, weight decay and, for AdamW,
+    eps."""
     names = {id(parameter): name for name, parameter in scaled.network.named_parameters()}
     return {
-        names[id(parameter)]: tuple((key, group[key]) for key in SETTINGS if key in group)
+        names[id(parameter)]: tuple((key, group[key]) for key in ("algorithm", *SETTINGS) if key in group)
         for group in parameter_groups(scaled.network, scaled.rules, scaled.scale, config.resolved_optimizer)
         for parameter in group["params"]
     }
@@ -72,9 +79,10 @@ def group_parameters(scaled: Sequence[ScaledModel], configs: Sequence[RunConfig]
             first += shape.numel()
         values = torch.empty(len(configs), first, device=device)
         rows = [dict(row) for row in settings]
-        columns = {key: make_column([row[key] for row in rows], device) for key in rows[0]}
-        moments = {name: torch.zeros_like(values) for name in MOMENTS[configs[0].optimizer.name]}
-        groups.append(Group(slots, values.requires_grad_(), moments, columns))
+        algorithm = rows[0]["algorithm"]  # of a parameter's role, and so of all replicas
+        columns = {key: make_column([row[key] for row in rows], device) for key in SETTINGS if key in rows[0]}
+        moments = {name: torch.zeros_like(values) for name in MOMENTS[algorithm]}
+        groups.append(Group(algorithm, slots, values.requires_grad_(), moments, columns))
     return groups
 
 
