@@ -47,8 +47,8 @@ def update_adamw(group: Group, gradient: Tensor, lr: Tensor, *, betas: Sequence[
 
 
 def update_muon(group: Group, gradient: Tensor, lr: Tensor, *, momentum: Tensor) -> None:
-    """torch's Muon with Nesterov's momentum and AdamW's size of an update (2502.16982). A convolution's weight counts as
-    a matrix (out, in * kernel); matrices of one shape are orthogonalised together.
+    """torch's Muon with Nesterov's momentum and AdamW's size of an update (2502.16982). A convolution's weight is
+    a matrix (out, in * kernel) here; matrices of one shape are orthogonalised together.
 
     b <- momentum * b + (1 - momentum) * g
     w <- (1 - lr * decay) w - 0.2 sqrt(max(rows, columns)) * lr * orthogonalized((1 - momentum) * g + momentum * b)
@@ -66,8 +66,8 @@ def update_muon(group: Group, gradient: Tensor, lr: Tensor, *, momentum: Tensor)
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """(..., rows, columns) -> bf16 of the same shape, U V^T of each matrix U S V^T but for singular values of 0.5 to 1.5:
-    five Newton-Schulz steps with the coefficients of torch.optim.Muon (kellerjordan.github.io/posts/muon)."""
+    """(..., rows, columns) -> bf16 of the same shape: about U V^T of each matrix U S V^T (singular values of 0.5 to
+    1.5), by five Newton-Schulz steps with torch.optim.Muon's coefficients (kellerjordan.github.io/posts/muon)."""
     is_tall = matrices.shape[-2] > matrices.shape[-1]
     x = (matrices.mT if is_tall else matrices).bfloat16().flatten(0, -3)
     x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=1e-7)
