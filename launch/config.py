@@ -15,7 +15,7 @@ from depthmup.data.paths import expand_all_read, expand_read, protect
 from depthmup.launch.axes import AXES, TRAINING_AXES, find_axes_misfit, find_ladder_misfit
 from depthmup.launch.joint_config import TuneConfig, VerifyConfig
 from depthmup.launch.values import Octaves, Seeds, Values, make_list, sort_values
-from depthmup.models.checked import STRICT
+from depthmup.models.config_errors import STRICT
 from depthmup.models.number import Number
 from depthmup.models.parameterization_config import ParameterizationConfig
 from depthmup.train.config import RunConfig, checked_setting

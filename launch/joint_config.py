@@ -7,7 +7,7 @@ from pydantic.dataclasses import dataclass
 
 from depthmup.data.config import Positive, Whole
 from depthmup.launch.values import Dimension, Range, Seeds, make_list
-from depthmup.models.checked import STRICT
+from depthmup.models.config_errors import STRICT
 from depthmup.models.number import Number
 from depthmup.train.config import checked_setting
 

@@ -7,7 +7,7 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 from pydantic.dataclasses import dataclass
 
 from depthmup.data.config import Positive, Whole
-from depthmup.models.checked import STRICT
+from depthmup.models.config_errors import STRICT
 from depthmup.models.number import Number
 from depthmup.train.config import checked_setting
 

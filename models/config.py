@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
-from depthmup.models.checked import STRICT, checked_model
+from depthmup.models.config_errors import STRICT, checked_model
 from depthmup.models.errors import ModelError
 from depthmup.models.named_sizes import expand_named_size
 from depthmup.models.number import Number, Positive

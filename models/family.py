@@ -11,7 +11,7 @@ import torch
 from pydantic import AfterValidator, Field
 from torch import nn
 
-from depthmup.models.checked import STRICT, checked_model
+from depthmup.models.config_errors import STRICT, checked_model
 from depthmup.models.errors import ModelError
 from depthmup.models.parameterization import Role
 

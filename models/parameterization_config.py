@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from depthmup.models.checked import STRICT, checked_model
 from depthmup.models.config import AnyModelConfig, ConvResNetConfig, Size
+from depthmup.models.config_errors import STRICT, checked_model
 from depthmup.models.errors import ModelError
 from depthmup.models.number import Number
 from depthmup.models.parameterization import AUTO, PRESETS, Parameterization, Scale

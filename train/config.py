@@ -23,8 +23,8 @@ from depthmup.data.config import (
     simplify_channels,
 )
 from depthmup.data.errors import UserError
-from depthmup.models.checked import STRICT, checked
 from depthmup.models.config import OF_SEVERAL_EXPERTS, AnyModelConfig, MixtureVitConfig, ResNetConfig
+from depthmup.models.config_errors import STRICT, checked
 from depthmup.models.number import Number
 from depthmup.models.optimizer_config import OptimizerConfig, refuse_idle
 from depthmup.models.parameterization_config import ParameterizationConfig

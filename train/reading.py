@@ -11,8 +11,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from depthmup.data.errors import UserError
 from depthmup.data.paths import expand_path
-from depthmup.models.checked import describe_error, strip_echoes
 from depthmup.models.config import AnyModelConfig
+from depthmup.models.config_errors import describe_error, strip_echoes
 from depthmup.train.config import RunConfig
 from depthmup.train.rundir import explain_unreadable
 from depthmup.train.yaml_text import dump_yaml, load_yaml
