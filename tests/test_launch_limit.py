@@ -2,7 +2,10 @@
 
 import json
 import math
+import pickle
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,10 +89,15 @@ def test_repeated_and_empty_images_are_no_inputs(study_file: Path, monkeypatch: 
 
 
 def test_the_command_shows_networks_nearing_the_limit(study_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At sizes that take seconds: what has rules nears the limit, and sp does not."""
+    """At sizes that take seconds: what has rules nears the limit, and sp does not. Here, with what processes are sent."""
+
+    def map_here(function: Any, processes: None, *arguments: Any) -> Iterator[Any]:
+        return map(*pickle.loads(pickle.dumps((function, *arguments))))
+
+    monkeypatch.setattr(limit, "map_in_processes", map_here)
     for module in (limit, limit_task):
-        monkeypatch.setattr(module, "DEPTHS", (3, 6, 9))
-    monkeypatch.setattr(limit, "WIDTHS", (16, 32, 64))
+        monkeypatch.setattr(module, "DEPTHS", (3, 6))
+    monkeypatch.setattr(limit, "WIDTHS", (16, 64))
     monkeypatch.setattr(limit_task, "SOLVED_DEPTHS", (3, 6, 9))
     monkeypatch.setattr(limit_task, "SITES", 1200)
     monkeypatch.setattr(limit, "SEEDS", 4)
