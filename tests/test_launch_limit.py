@@ -89,7 +89,7 @@ def test_repeated_and_empty_images_are_no_inputs(study_file: Path, monkeypatch: 
 
 
 def test_the_command_shows_networks_nearing_the_limit(study_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At sizes that take seconds: what has rules nears the limit, and sp does not. Here, with what processes are sent."""
+    """At sizes that take seconds: what has rules nears the limit, and sp does not. Here: with what processes get."""
 
     def map_here(function: Any, processes: None, *arguments: Any) -> Iterator[Any]:
         return map(*pickle.loads(pickle.dumps((function, *arguments))))
