@@ -25,7 +25,7 @@ from depthmup.launch.report.converge import find_runs_along
 from depthmup.launch.report.page import EXPONENTS_FILES
 from depthmup.launch.report.place import open_results
 from depthmup.launch.report.record import dump
-from depthmup.launch.report.tables import print_sentence, print_table
+from depthmup.launch.report.tables import format_growth, print_sentence, print_table
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.study import Study
 from depthmup.models.build import ScaledModel, build, find_slots
@@ -112,17 +112,6 @@ class Growth:
     def record(self) -> dict[str, Any]:
         slopes = {measure: None if slope is None else vars(slope) for measure, slope in self.slopes.items()}
         return {**vars(self), "slopes": slopes, "regime": name_regime(self.slopes)}
-
-
-def format_growth(record: Mapping[str, Any]) -> dict[str, str]:
-    """A table's row of a growth's `record`: exponents with their intervals, and the regime."""
-
-    def show(slope: Mapping[str, float] | None) -> str:
-        return "" if slope is None else "{exponent:.2f} ({low:.2f} to {high:.2f})".format(**slope)
-
-    cells = {measure: show(slope) for measure, slope in record["slopes"].items()}
-    first = {"rules": record["parameterization"], "tensor": record["tensor"], "of": record["subject"]}
-    return {**first, **cells, "regime": record["regime"]}
 
 
 def collect_growths(study: Study, own: bool) -> Iterator[Growth]:

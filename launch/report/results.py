@@ -11,12 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from depthmup.launch.report.exponents import format_growth
 from depthmup.launch.report.overview import tabulate_studies
 from depthmup.launch.report.page import format_markdown_table
 from depthmup.launch.report.record import read_record, restore_interval
 from depthmup.launch.report.search import search_rows
-from depthmup.launch.report.tables import describe_planned
+from depthmup.launch.report.tables import describe_planned, format_growth
 from depthmup.launch.report.verification import list_verification_rows
 from depthmup.launch.wording import (
     show_cost,

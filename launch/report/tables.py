@@ -147,3 +147,14 @@ def print_report(record: Mapping[str, Any], console: Console) -> None:
 
 def describe_planned(seeds: Sequence[int], verdict: str) -> str:
     return f"Seeds were added; with the planned ones ({show_seeds(seeds)}) alone: {verdict}."
+
+
+def format_growth(record: Mapping[str, Any]) -> dict[str, str]:
+    """A table's row of a growth's `record`: exponents with their intervals, and the regime."""
+
+    def show(slope: Mapping[str, float] | None) -> str:
+        return "" if slope is None else "{exponent:.2f} ({low:.2f} to {high:.2f})".format(**slope)
+
+    cells = {measure: show(slope) for measure, slope in record["slopes"].items()}
+    first = {"rules": record["parameterization"], "tensor": record["tensor"], "of": record["subject"]}
+    return {**first, **cells, "regime": record["regime"]}
