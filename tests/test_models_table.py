@@ -241,6 +241,7 @@ def test_every_optimizer_has_a_row_for_batch_and_samples(name: str, lr: float, o
         assert held["hidden"]["lr"] * held["hidden"]["weight_decay"] == pytest.approx(8 / 2)
     if one_minus_beta:
         assert held["input"]["betas"] == pytest.approx((1 - 0.01 * one_minus_beta, 1 - 0.001 * one_minus_beta))
+        assert held["input"]["eps"] == pytest.approx(one_minus_beta**-0.5)
 
 
 def test_a_parameterization_states_other_exponents_of_the_rate_and_decay_keeps_its_share() -> None:
