@@ -1,7 +1,7 @@
 """From runs to curves and comparisons: which runs count, optimum, drift and regret, where the answers are known."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -18,7 +18,7 @@ from depthmup.launch.findings.analysis import (
     carry_optimum,
     find_optimum,
 )
-from depthmup.launch.findings.curve_model import average_seeds, fit_curves
+from depthmup.launch.findings.curve_model import Posterior, average_seeds, fit_curves
 from depthmup.launch.findings.direct import compare_with_direct
 from depthmup.launch.findings.failures import Failures, find_dead_runs, find_lost_runs, seed_noise
 from depthmup.launch.findings.verdict import analyse
@@ -157,6 +157,34 @@ def test_without_a_fit_the_optimum_lies_between_the_neighbours_of_the_best_value
     for losses, interval in {(1.0, 2.0): (-math.inf, 1.0), (2.0, 1.0): (0.0, math.inf), (1.0,): None}.items():
         x = np.arange(float(len(losses)))
         assert find_optimum(x, np.array([losses]), learns=True, posterior=None).interval == interval
+
+
+@pytest.mark.parametrize("side", [-1, 1])
+@pytest.mark.parametrize(
+    ("draws_at_the_end", "trains", "end"),
+    [
+        (4, range(-8, 1), -4.0),
+        (7, range(-8, 1), -7.0),  # more than a twentieth: up to the next value that trains
+        (7, range(-6, -1), -math.inf),
+        (7, [-8, -5, -4, -3, -2], -6.0),  # no run at the end of what was fitted
+    ],
+)
+def test_an_optimum_may_lie_beyond_what_was_fitted_where_more_than_a_twentieth_of_the_draws_end_there(
+    side: int, draws_at_the_end: int, trains: Sequence[int], end: float
+) -> None:
+    """Of 100 draws over -6 to -2 octaves some rise from there on, the others are lowest at -4; and the mirror image."""
+    grid = np.sort(side * np.arange(-6.0, -1.0))
+    draws = np.repeat([side * grid, (side * grid + 4) ** 2], (draws_at_the_end, 100 - draws_at_the_end), axis=0)
+    posterior = Posterior(grid, draws, np.tile([-math.inf, math.inf], (100, 1)))
+    x = np.sort(side * np.array(trains, float))
+    found = find_optimum(x, np.exp((side * x + 4) ** 2)[None], learns=True, posterior=posterior)
+    assert found.interval
+    assert sorted(side * bound for bound in found.interval) == [end, -4.0]
+
+
+def test_a_curve_that_learns_nothing_has_a_best_loss_and_no_optimum() -> None:
+    found = find_optimum(np.arange(3.0), np.array([[2.1, 2.0, 2.2]]), learns=False, posterior=None)
+    assert (found.x, found.metric, found.interval) == (None, pytest.approx(2.0), None)
 
 
 def test_the_number_of_seeds_is_the_most_that_a_value_was_run_with() -> None:
