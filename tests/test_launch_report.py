@@ -221,6 +221,15 @@ def test_a_published_record_gives_the_same_report_again_without_its_runs(study_f
     assert read_record(published) == json.loads(dump(record))
 
 
+def test_a_study_without_a_finished_run_of_its_base_says_what_its_verdicts_wait_for(study_file: Path) -> None:
+    path = make_study(study_file, STEADY, "headless", share=0.0)
+    for run in Study(path, read_study(path)).runs:
+        if run.size.depth == 6:
+            run.directory.write_done({"outcome": "completed", "step": 12, "minival_loss": STEADY(run), "seconds": 1.0})
+    said = " ".join(invoke("report", path).split())
+    assert "sp, depth_mup have no verdict before runs at width 8, depth 3 are finished" in said
+
+
 def test_a_study_that_was_stopped_between_two_rounds_is_said_to_be_unfinished(study_file: Path) -> None:
     path = make_study(study_file, STEADY, "stopped", design="adaptive")
     study = Study(path, read_study(path))

@@ -75,9 +75,9 @@ def describe_rule(limits: Limits) -> str:
         f"size it is below {transfer} of the loss with a probability of {SURE:.0%}. costs: at some size it is "
         f"above {transfer} with that probability, and at none above {cost}. does not transfer: at some size it is "
         f"above {cost} with that probability, or more than {TOLERATED:.0%} of the runs at the carried value fail with "
-        f"it, or no value trains. not identified: the value transfers, but so does that of {CONTROL}, or every value "
-        f"within an octave is as good. "
-        f"inconclusive: anything else."
+        f"it, or no value trains, or runs fail at the nearest value and it is above {transfer} even if they trained. "
+        f"not identified: the value transfers, but so does that of {CONTROL}, or every value within an octave is as "
+        f"good. inconclusive: anything else."
     )
 
 
@@ -185,7 +185,7 @@ def judge_regret(comparison: Comparison, limits: Limits) -> Finding:
         return Finding(
             "inconclusive",
             f"the regret at {size} is unknown: {say_unknown(comparison)}",
-            seeds_help=curve.num_seeds == 1,
+            seeds_help=curve.num_seeds == 1 or comparison.needs_run,
         )
     low, high = comparison.regret_interval
     drift = f"drift {show_drift(comparison.drift or 0.0)} octaves"

@@ -193,8 +193,18 @@ class Report:
         failed = f", {self.num_failed} of them because they failed" if self.num_failed else ""
         return (
             f"{len(self.unfinished)} of {len(self.study.runs)} runs are not in this report{failed}: every number "
-            f"may still change. The first: {self.unfinished[0]}"
+            f"may still change{self.unjudged}. The first: {self.unfinished[0]}"
         )
+
+    @property
+    def unjudged(self) -> str:
+        """Which parameterizations have runs, but none of the base, and so no verdict; '' where all have one."""
+        judged = {judgement.parameterization for judgement in self.analysis.judgements}
+        names = dict.fromkeys(run.parameterization for run in self.results if run.parameterization not in judged)
+        if not names:
+            return ""
+        verb, base = "have" if len(names) > 1 else "has", self.study.file.study.sizes[0]
+        return f", and {', '.join(names)} {verb} no verdict before runs at {base} are finished"
 
     @property
     def go_on(self) -> str:
