@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from depthmup.models.config import AnyModelConfig, Size
 from depthmup.models.conv_resnet import CONV_RESNET
 from depthmup.models.discovery.find import find_readout_features, find_roles
-from depthmup.models.discovery.growth import Builder, build_network
+from depthmup.models.discovery.growth import Builder, build_network, refuse_other_shapes
 from depthmup.models.errors import ModelError
 from depthmup.models.family import (
     Family,
@@ -262,6 +262,7 @@ def build_scaled(
             f"the readout has {of_base} features at width {base.width} and {features} at {size.width}: the builder's "
             "width is not what grows"
         )
+    refuse_other_shapes(found.growth, network, size.width / base.width)
     head_dim = found.head_dim or 1
     return apply(
         parameterization or ParameterizationConfig(name="depth_mup"),

@@ -76,6 +76,7 @@ TARGETS: dict[str, Target] = {
     Role.HIDDEN.value:          Target(None,         None,          slope(-1.0),     FLAT),
     Role.BRANCH_VECTOR.value:   Target(None,         None,          FLAT,            as_update),
     Role.VECTOR.value:          Target(None,         None,          FLAT,            FLAT),
+    Role.STREAM_VECTOR.value:   Target(None,         None,          FLAT,            slope(-1.0)),
     # a QK-norm gain is shared by heads that disagree at first: its SGD update starts N^-1/2 low
     Role.BRANCH_SCALAR.value:   Target(None,         None,          span(-0.5, 0.0), as_update),
     Role.SCALAR.value:          Target(None,         None,          FLAT,            FLAT),

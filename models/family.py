@@ -176,6 +176,7 @@ def compute_base_shape(shape: torch.Size, role: Role, width_ratio: float) -> tup
         Role.VECTOR: (True, False),
         Role.BRANCH_VECTOR: (True, False),
         Role.SCALAR: (False, False),
+        Role.STREAM_VECTOR: (True, False),
         Role.BRANCH_SCALAR: (False, False),
         Role.READOUT: (False, True),
         Role.ROUTER: (False, True),

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from depthmup.models.discovery.find import find_roles
+from depthmup.models.discovery.find import Discovery, find_roles
+from depthmup.models.discovery.growth import build_network, refuse_other_shapes
 from depthmup.models.errors import ModelError
 from depthmup.models.family import Family, Roles
 
@@ -21,8 +22,8 @@ def make_found_family(
     `check` raises ModelError for a base of which nothing should be found."""
 
     @lru_cache(maxsize=64)
-    def find(text: str) -> Roles:
-        """The roles of the networks whose base is the configuration of `text`, in JSON."""
+    def find(text: str) -> Discovery:
+        """What is found of the networks whose base is the configuration of `text`, in JSON."""
         base = kind(**json.loads(text))
         if check:
             check(base)
@@ -34,11 +35,15 @@ def make_found_family(
         found = find_roles(build_at, inputs, base.base_width, base.base_depth)
         if found.roles.blocks is None:
             raise ModelError(f"{type(build(base)).__name__} adds branches outside of all modules: no block is known")
-        return found.roles
+        return found
 
     def roles(config: Any) -> Roles:
-        """Of the base; the same at every size."""
+        """Of the base; the same at every size. Raises ModelError for a size that has other shapes."""
         base = replace(config, width=config.base_width, depth=config.base_depth)
-        return find(json.dumps(asdict(base), sort_keys=True))
+        found = find(json.dumps(asdict(base), sort_keys=True))
+        if config.width != config.base_width:
+            network = build_network(lambda width, depth: build(config), config.width, config.depth, "meta")
+            refuse_other_shapes(found.growth, network, config.width / config.base_width)
+        return found.roles
 
     return Family(name=name, build=build, roles=roles, finds_roles=True)

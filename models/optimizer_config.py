@@ -26,6 +26,7 @@ class RoleRates:
     branch_vector: RoleRate = 1.0
     vector: RoleRate = 1.0
     branch_scalar: RoleRate = 1.0
+    stream_vector: RoleRate = 1.0
     scalar: RoleRate = 1.0
     readout: RoleRate = 1.0
     router: RoleRate = 1.0

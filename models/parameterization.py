@@ -48,6 +48,9 @@ class Role(str, Enum):
     BRANCH_VECTOR = "branch_vector"  # norm gain, bias, depthwise conv inside a branch
     VECTOR = "vector"  # norm gain, bias, depthwise conv outside of branches
     BRANCH_SCALAR = "branch_scalar"  # in a branch, no dimension grows: QK-norm gain of a fixed head dim
+    STREAM_VECTOR = (
+        "stream_vector"  # on the stream itself in every block: the norm's gain and bias of a post-norm block
+    )
     SCALAR = "scalar"  # outside of branches, no dimension grows: the classifier's bias
     READOUT = "readout"  # the classifier's matrix
     ROUTER = "router"  # in a branch: reads the width, puts out what does not grow, as one number an expert, or a gate
@@ -148,6 +151,13 @@ TABLE: dict[Role, Row] = {
         weight_decay=lambda N, L, a: N,
     ),
 }
+TABLE[Role.STREAM_VECTOR] = Row(  # a vector; L of them, which no multiplier makes smaller, move one stream [own]
+    init_variance_sp=one, init_variance=one,
+    lr_sgd=lambda N, L, a: N / L,
+    lr_adam=lambda N, L, a: 1 / L,
+    eps_adam=lambda N, L, a: 1 / N,
+    weight_decay=zero,
+)
 TABLE[Role.GATE] = Row(  # a router at L = 1
     init_variance_sp=lambda N, L, a: 1 / N, init_variance=lambda N, L, a: N ** -2,
     lr_sgd=lambda N, L, a: 1 / N,

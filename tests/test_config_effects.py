@@ -321,7 +321,7 @@ def test_the_rate_of_every_role_acts_or_is_refused() -> None:
         assert not idle
         assert working | refused == all_of(RoleRates)
         acting |= working
-    assert acting == all_of(RoleRates) - {"branch_scalar", "gate"}  # which networks of one's own alone have
+    assert acting == all_of(RoleRates) - {"branch_scalar", "gate", "stream_vector"}  # of networks of one's own
 
 
 @pytest.mark.parametrize("norm", ["none", "batch"])

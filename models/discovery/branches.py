@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from depthmup.models.discovery.trace import Node, find_fork
+from depthmup.models.discovery.trace import SCALINGS, Node, find_fork
 from depthmup.models.errors import ModelError
 
 SUMS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
@@ -13,11 +13,11 @@ MOVES = {  # put the same numbers elsewhere, or leave some of them out
     *("dropout", "dropout1d", "dropout2d", "pad", "identity", "t", "rearrange"),
 }
 PARTS = {"__getitem__", "narrow", "select"}  # of what a module puts out
-SCALINGS = {"mul", "mul_", "__mul__", "__rmul__", "__imul__", "div", "div_", "__truediv__", "__itruediv__"}
 PRODUCTS = {"linear", "conv1d", "conv2d", "conv3d"}  # with a weight (out, in, *kernel)
 TRANSPOSED = {"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}  # with a weight (in, out, *kernel)
 NORMS = {"layer_norm", "batch_norm", "group_norm", "rms_norm", "instance_norm"}
 POOLS = {"avg_pool1d", "avg_pool2d", "adaptive_avg_pool2d", "max_pool2d", "max", "amax", "mean", "interpolate"}
+STACKS = {"stack", "sum", "mean"}
 LINEAR = SUMS | MOVES | SCALINGS | PRODUCTS | TRANSPOSED | NORMS | POOLS  # what a projection of the stream is made of
 
 
@@ -28,6 +28,12 @@ class Branch:
     end: Node  # the addend
     total: Node  # stream + branch
     nodes: frozenset[Node]  # of the branch alone
+
+
+def find_source(node: Node) -> Node | None:
+    """The one tensor of the network's data that `node` moves or multiplies; None where it does something else."""
+    before = [each for each in node.inputs if each.data]
+    return before[0] if node.operation in MOVES | SCALINGS and len(before) == 1 else None
 
 
 def carries_on(tensor: Node, common: set[Node]) -> bool:
@@ -79,6 +85,16 @@ def find_branch(total: Node) -> Branch | None:
         f"two tensors are added in {total.module or 'the network itself'} (shape {tuple(total.shape)}), and neither "
         "addend alone is the residual stream: write the network's Roles by hand, see docs/your-model.md"
     )
+
+
+def find_stream(nodes: Sequence[Node], branches: Sequence[Branch]) -> tuple[list[Node], list[Node]]:
+    """(what depends on the network's input, is read, and lies in no branch; what of branches is read outside of them
+    before they end)"""
+    ends = {branch.end: branch.total for branch in branches}
+    inside = set[Node]().union(*(branch.nodes for branch in branches))
+    outside = [node for node in nodes if node.data and node.readers and node not in inside]
+    leaks = [each for node in outside for each in node.inputs if each in inside and ends.get(each) is not node]
+    return outside, leaks
 
 
 def find_branches(nodes: Sequence[Node], repeats: Callable[[str], bool]) -> list[Branch]:

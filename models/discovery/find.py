@@ -1,6 +1,5 @@
 """The Roles of a network, found by looking: which dimensions grow, where branches end, which module is the readout."""
 
-import math
 import re
 from collections import defaultdict
 from collections.abc import Collection
@@ -9,34 +8,41 @@ from typing import Any
 
 from torch import nn
 
+from depthmup.models.discovery.attention import find_queries
 from depthmup.models.discovery.branches import (
     MOVES,
     NORMS,
     PARTS,
     PRODUCTS,
-    SCALINGS,
+    STACKS,
     SUMS,
     TRANSPOSED,
     Branch,
     find_branches,
 )  # fmt: skip
 from depthmup.models.discovery.growth import Builder, Growth, compare_sizes
+from depthmup.models.discovery.initial import refuse_structured
+from depthmup.models.discovery.own_factors import refuse_factors_of_depth, refuse_factors_of_width
 from depthmup.models.discovery.parameters import (
     BY_HAND,
     CONTRACTIONS,
-    MATRIX_PRODUCTS,
     MORE_BLOCKS,
     Weights,
     decide_role,
     make_rules,
     settle_roles,
 )
-from depthmup.models.discovery.trace import ATTENTION, Node, trace
+from depthmup.models.discovery.stream_roles import find_stream_vectors
+from depthmup.models.discovery.trace import (
+    ATTENTION,
+    SCALINGS,
+    Node,
+    compare_widths,
+    trace,
+)
 from depthmup.models.errors import ModelError
 from depthmup.models.family import Roles, Slot
 from depthmup.models.parameterization import Role
-
-STACKS = {"stack", "sum", "mean"}
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,7 @@ class Discovery:
     """What was found of a network."""
 
     roles: Roles
+    growth: Growth
     features: int  # that the base's readout reads
     head_dim: int | None  # of the base network's attention, where it grows with width
 
@@ -57,9 +64,10 @@ def find_roles(build: Builder, inputs: Any, width: int, depth: int) -> Discovery
     """
     growth = compare_sizes(build, width, depth)
     given = inputs if isinstance(inputs, tuple) else (inputs,)
+    refuse_structured(growth.base, growth.deep)
     drawn = list_weights(growth.base), list_weights(growth.deep)  # before they go to meta
-    base, wide, nodes = (trace(network, given) for network in (growth.base, growth.wide, growth.deep))
-    branches = find_branches(nodes, lambda module: growth.pattern(module) != re.escape(module))
+    base, nodes, wide = trace_in_either_mode(growth, given)
+    branches = find_branches(nodes, growth.repeats)
     if not branches:
         raise ModelError(
             f"{type(growth.base).__name__} has no residual stream: nothing adds a branch to what it reads. Without one "
@@ -67,24 +75,45 @@ def find_roles(build: Builder, inputs: Any, width: int, depth: int) -> Discovery
         )
     used = find_users(nodes)
     names = [name for name, _ in growth.deep.named_parameters()]
-    if idle := [name for name in names if name not in used]:
-        raise ModelError(f"the forward pass does not use {', '.join(idle[:3])}: remove it, or {BY_HAND}")
     roles = settle_roles(growth, {name: decide_role(name, growth, used[name], branches) for name in names})
     roles |= dict.fromkeys(find_gates(growth, roles, used), Role.GATE)
     exempt = set(getattr(growth.base, "no_weight_decay", set)())  # timm's networks say which they mean
-    queries, head_dim = find_queries(base, wide)
+    queries, head_dim, scalings = find_queries(nodes, wide)
+    roles |= find_stream_vectors(growth, (base, nodes), branches, used)
+    summing = {name for name, role in roles.items() if role in (Role.READOUT, Role.ROUTER, Role.GATE)}
     slots = [slot for branch in branches for slot in find_slots(branch, growth.deep)]
     readout, *more = find_readouts(roles, used, nodes[-1])
+    matrices = summing | {name for name, role in roles.items() if role in (Role.HIDDEN, Role.BRANCH_HIDDEN)}
+    refuse_factors_of_width(nodes, scalings, summing, matrices)
+    refuse_factors_of_depth(growth, base, nodes)
     found = Roles(
         parameters=tuple(make_rules(growth, roles, used, drawn, exempt)),
         branches=merge_slots(growth, growth.deep, slots),
         readout=readout,
-        queries=merge_slots(growth, growth.base, queries),
+        queries=merge_slots(growth, growth.deep, queries),
         blocks=find_blocks(growth, branches),
         more_readouts=tuple(more),
     )
     refuse_missing(growth.base, found)
-    return Discovery(found, find_readout_features(growth.base, found), head_dim)
+    return Discovery(found, growth, find_readout_features(growth.base, found), head_dim)
+
+
+def trace_in_either_mode(growth: Growth, given: tuple[Any, ...]) -> tuple[list[Node], list[Node], list[Node]]:
+    """The passes of the base, the deep and the wide network: in training or, where that cannot be followed, as of one
+    that leaves blocks out at random, in evaluation. Raises ModelError of the former."""
+    errors = []
+    for training in (True, False):
+        try:
+            base, nodes = (trace(network.train(training), given) for network in (growth.base, growth.deep))
+            wide = trace(growth.wide.train(training), given, growth.constants)
+            compare_widths(nodes, wide)
+            used = find_users(nodes)
+            if idle := [name for name, _ in growth.deep.named_parameters() if name not in used]:
+                raise ModelError(f"the forward pass does not use {', '.join(idle[:3])}: remove it, or {BY_HAND}")
+            return base, nodes, wide
+        except ModelError as error:
+            errors.append(error)
+    raise errors[0]
 
 
 def list_weights(network: nn.Module) -> Weights:
@@ -128,14 +157,14 @@ def find_slots(branch: Branch, network: nn.Module) -> list[tuple[str, str]]:
     """(module whose output is the branch, the last module with weights before that). Of a branch that is a sum of what
     several modules put out, one for each. Raises ModelError for none."""
     ends = [branch.end]
-    while sums := [end for end in ends if not end.emitted_by and end.operation in SUMS and end.readers == 1]:
+    while sums := [end for end in ends if not end.emitted_by and end.operation in SUMS and len(end.readers) == 1]:
         ends = [end for end in ends if end not in sums] + [node for end in sums for node in end.inputs if node.data]
     return [find_slot(end, branch, network) for end in ends]
 
 
 def find_slot(end: Node, branch: Branch, network: nn.Module) -> tuple[str, str]:
     last = find_last_weight(end)
-    if end.readers > 1:
+    if len(end.readers) > 1:
         raise ModelError(f"the branch that ends in {end.module} is read in two places: {BY_HAND}")
     if end.emitted_by:
         output = end.emitted_by[-1]
@@ -148,24 +177,26 @@ def find_slot(end: Node, branch: Branch, network: nn.Module) -> tuple[str, str]:
     return last, last
 
 
-def which_blocks(growth: Growth, network: nn.Module, name: str, among: Collection[str]) -> bool | None:
-    """What `growth.pattern` is to be told, so that it matches no module of `network` but those in `among`: all blocks,
-    the first one alone, or all others. Raises ModelError where none of these does."""
-    modules = dict(network.named_modules())
-    for first in (None, growth.is_first(name)):
-        pattern = re.compile(growth.pattern(name, first))
-        if all(each in among for each in modules if pattern.fullmatch(each)):
-            return first
-    raise ModelError(f"a branch ends in {name}, and in other blocks none ends there: {BY_HAND}")
+def which_blocks(growth: Growth, network: nn.Module, among: Collection[str]) -> dict[str, bool | None]:
+    """What `growth.pattern` is to be told of each module in `among`, so that it matches no other one of `network`: all
+    blocks, the first one alone, or all others. Raises ModelError where none of these does."""
+    others = {(growth.pattern(name), growth.is_first(name)) for name, _ in network.named_modules() if name not in among}
+    found: dict[str, bool | None] = {}
+    for name in among:
+        pattern, first = growth.pattern(name), growth.is_first(name)
+        if (pattern, first) in others:
+            raise ModelError(f"a branch ends in {name}, and in other blocks none ends there: {BY_HAND}")
+        found[name] = first if (pattern, not first) in others else None
+    return found
 
 
 def merge_slots(growth: Growth, network: nn.Module, found: list[tuple[str, str]]) -> tuple[Slot, ...]:
     """One slot for all blocks that have it in the same place; `found` in `network`. Where the last module with weights
     is not the same in all of them, the slot names its own module, and an export refuses what that cannot hold."""
     slots: dict[str, Slot] = {}
-    outputs = {output for output, _ in found}
+    which = which_blocks(growth, network, {output for output, _ in found})
     for output, last in found:
-        first = which_blocks(growth, network, output, outputs)
+        first = which[output]
         pattern = growth.pattern(output, first)
         start = next((c for c in growth.containers if output.startswith(c) and last.startswith(c)), None)
         if start is None:
@@ -195,8 +226,8 @@ def find_blocks(growth: Growth, branches: list[Branch]) -> str | None:
     modules = [branch.total.module for branch in branches]
     if not all(modules):
         return None
-    patterns = (growth.pattern(module, which_blocks(growth, growth.deep, module, modules)) for module in modules)
-    return "|".join(dict.fromkeys(patterns))
+    which = which_blocks(growth, growth.deep, set(modules))
+    return "|".join(dict.fromkeys(growth.pattern(module, which[module]) for module in modules))
 
 
 def find_gates(growth: Growth, roles: dict[str, Role], used: dict[str, list[Node]]) -> list[str]:
@@ -278,75 +309,3 @@ def are_added(nodes: list[Node], last: Node) -> bool:
 def find_readout_features(network: nn.Module, roles: Roles) -> int:
     """How many features the readout reads."""
     return network.get_parameter(f"{roles.readout}.weight").shape[1]
-
-
-# ---------------------------------------------------------------- attention
-
-
-def find_attention_products(nodes: list[Node]) -> list[tuple[Node, Node, int]]:
-    """(product, queries, size of the dimension that queries and keys are multiplied over) of each attention, in order.
-    Torch's own hides its queries: of it what it puts out, and the head dim."""
-    found = []
-    for node in nodes:
-        data = [each for each in node.inputs if each.data]
-        if node.summed and (len(data) >= 2 or node.operation == ATTENTION):
-            found.append((node, node if node.operation == ATTENTION else data[0], node.summed))
-        elif node.operation == "scaled_dot_product_attention" or (node.operation in MATRIX_PRODUCTS and len(data) >= 2):
-            found.append((node, data[0], data[0].shape[-1]))
-    return found
-
-
-def find_source(node: Node) -> Node | None:
-    """The one tensor of the network's data that `node` moves or multiplies; None where it does something else."""
-    before = [each for each in node.inputs if each.data]
-    return before[0] if node.operation in MOVES | SCALINGS and len(before) == 1 else None
-
-
-def find_logit_factor(product: Node, nodes: list[Node]) -> float | None:
-    """The number by which attention itself multiplies products of queries and keys, before or after; None where it is
-    not known, as of torch's own attention, or is a tensor."""
-    if product.operation == ATTENTION:
-        return None
-    factors = [product.factor]
-    for node in product.inputs:
-        while before := find_source(node):
-            factors.append(node.factor)
-            node = before
-    node = product
-    while node.readers == 1 and product.operation != "scaled_dot_product_attention":  # which puts out no logits
-        node = next(each for each in nodes[node.number + 1 :] if node in each.inputs)
-        if find_source(node) is None:
-            break
-        factors.append(node.factor)
-    known = [factor for factor in factors if factor is not None]
-    return math.prod(known) if len(known) == len(factors) else None
-
-
-def find_queries(nodes: list[Node], wide: list[Node]) -> tuple[list[tuple[str, str]], int | None]:
-    """(queries' slots, head dim at the base) where the head dim grows with width; ([], None) where it does not.
-
-    Raises ModelError where it grows and no module puts out the queries."""
-    slots, head_dim = [], None
-    pairs = zip(find_attention_products(nodes), find_attention_products(wide), strict=True)
-    for (product, queries, size), (wider_product, _, wider) in pairs:
-        if wider == size:
-            continue
-        node = queries
-        while not node.emitted_by or node.operation == ATTENTION:
-            before = find_source(node)
-            if before is None:
-                raise ModelError(
-                    f"head dim grows with width ({size} to {wider}) in {queries.module}, and no module puts out the "
-                    "queries alone: keep the head dim and let the number of heads grow, or send them through a "
-                    "torch.nn.Identity"
-                )
-            node = before
-        own, of_wider = find_logit_factor(product, nodes), find_logit_factor(wider_product, wide)
-        if own and of_wider and not math.isclose(own / of_wider, math.sqrt(wider / size), rel_tol=1e-3):
-            raise ModelError(
-                f"head dim grows with width ({size} to {wider}) in {product.module}, and products of queries and keys "
-                f"are multiplied by {own:.3g} and {of_wider:.3g}, not by 1 / sqrt(head dim): do that, or {BY_HAND}"
-            )
-        slots.append((node.emitted_by[-1], node.emitted_by[-1]))
-        head_dim = size
-    return slots, head_dim

@@ -5,7 +5,6 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import nn
@@ -14,6 +13,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from depthmup.models.discovery.trace import Constants
 from depthmup.models.errors import ModelError
 
 Builder = Callable[[int, int], nn.Module]  # (width, depth) -> network
@@ -21,31 +21,25 @@ Builder = Callable[[int, int], nn.Module]  # (width, depth) -> network
 
 @dataclass(frozen=True)
 class Growth:
-    """A base network, two larger ones, and what grows. The wide one is on meta, the others have weights."""
+    """A base network, two deeper ones, and what grows. The wide one is on meta, the others have weights."""
 
     base: nn.Module
-    wide: nn.Module  # at twice the base's width
-    deep: nn.Module  # at twice its depth
-    grows: dict[str, tuple[bool, ...]]  # base's parameter -> for each dimension, whether it grows with width
+    deep: nn.Module  # at twice the base's depth
+    wide: nn.Module  # at twice its depth and twice its width
+    constants: Constants  # of the wide one
+    grows: dict[str, tuple[bool, ...]]  # parameter of the deep one -> for each dimension, whether it grows with width
     containers: tuple[str, ...]  # up to the number of what a deeper network has more of: "blocks.", "stage1.b"
-
-    @cached_property
-    def grows_in_blocks(self) -> dict[tuple[str, bool], tuple[bool, ...]]:
-        """(pattern, whether of the first block of a container, which may read what does not grow) -> what grows."""
-        return {(self.pattern(name), self.is_first(name)): grows for name, grows in self.grows.items()}
-
-    def grows_of(self, name: str) -> tuple[bool, ...] | None:
-        """What grows of a parameter of a network of any depth: as in the base's block of the same name or, where the
-        base has one block alone, in that. None for what no block of the base has."""
-        pattern, first = self.pattern(name), self.is_first(name)
-        return self.grows_in_blocks.get((pattern, first), self.grows_in_blocks.get((pattern, not first)))
 
     def place(self, name: str) -> tuple[str, str, str] | None:
         """(container, number, rest) of a parameter or module in a block; None outside of blocks."""
         for container in sorted(self.containers, key=len, reverse=True):
-            if match := re.match(rf"{re.escape(container)}(\d+)(?=\.|$)", name):
+            if match := re.match(rf"{re.escape(container)}(\d+)", name):
                 return container, match[1], name[match.end() :]
         return None
+
+    def repeats(self, name: str) -> bool:
+        """Whether there are more of a module or parameter in a deeper network, or of the block that it is in."""
+        return self.place(name) is not None
 
     def is_first(self, name: str) -> bool:
         """Whether it is in the block of number 0."""
@@ -61,8 +55,8 @@ class Growth:
         return rf"{re.escape(place[0])}{numbers}{re.escape(place[2])}"
 
 
-def build_network(build: Builder, width: int, depth: int, device: str) -> nn.Module:
-    """The builder's network, with the same weights each time. What cannot be built on meta is built on the CPU and
+def build_network(build: Builder, width: int, depth: int, device: str, seed: int = 0) -> nn.Module:
+    """The builder's network, with the same weights for each seed. What cannot be built on meta is built on the CPU and
     moved. Raises ModelError."""
     try:
         inspect.signature(build).bind(width, depth)
@@ -71,7 +65,7 @@ def build_network(build: Builder, width: int, depth: int, device: str) -> nn.Mod
     except ValueError:  # written in C, which says nothing of its arguments
         pass
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         try:
             with torch.device(device):
                 network = build(width, depth)
@@ -119,37 +113,58 @@ def refuse_without_rule(network: nn.Module) -> None:
 
 def find_repeating_modules(shallow: nn.Module, deep: nn.Module) -> tuple[str, ...]:
     """Names, up to the number, of modules that are more in the deeper network."""
+    numbered = re.compile(r"(.*\D|)\d+[^.\d]*")  # "blocks.0", "stage1.b0", "layer0_attention"
     counts = [
-        Counter(re.sub(r"\d+$", "", name) for name, _ in network.named_modules() if re.search(r"\d$", name))
+        Counter(match[1] for name, _ in network.named_modules() if (match := numbered.fullmatch(name)))
         for network in (shallow, deep)
     ]
     return tuple(name for name, count in counts[1].items() if 0 < counts[0][name] < count)
 
 
+def refuse_other_shapes(growth: Growth, network: nn.Module, ratio: float) -> None:
+    """Raises ModelError for a parameter of a network of any size, `ratio` times as wide as the base, whose shape does
+    not follow from what grows from the base's width to twice that."""
+    expected = defaultdict(set)
+    for name, parameter in growth.deep.named_parameters():
+        sides = zip(parameter.shape, growth.grows[name], strict=True)
+        expected[growth.pattern(name)].add(tuple(side * ratio if grows else side for side, grows in sides))
+    for name, parameter in network.named_parameters():
+        shapes = expected.get(growth.pattern(name))
+        if shapes and tuple(parameter.shape) not in shapes:
+            raise ModelError(
+                f"{name} is of shape {tuple(parameter.shape)} at {ratio:g} times the base's width, where "
+                f"{' or '.join(str(tuple(map(int, shape))) for shape in sorted(shapes))} follows from the base and one "
+                "twice as wide, as where a size is rounded or has a least value: take a base at which it grows as the "
+                "width does"
+            )
+
+
 def compare_sizes(build: Builder, width: int, depth: int) -> Growth:
-    """Builds the network at a base size, at twice its width and at twice its depth, and compares names and shapes.
+    """Builds the network at a base size, at twice its depth, and at twice both depth and width; compares names and
+    shapes.
 
     Raises ModelError for a builder that ignores a size, for a dimension that grows in another ratio than the width
     does, and for a parameter whose shape depends on the depth.
     """
     base = build_network(build, width, depth, "cpu")
     refuse_without_rule(base)
-    wide = build_network(build, 2 * width, depth, "meta")
-    deep = build_network(build, width, 2 * depth, "cpu")
-    shapes, wider, deeper = list_shapes(base), list_shapes(wide), list_shapes(deep)
+    deep = build_network(build, width, 2 * depth, "cpu", seed=1)  # another: what is equal in both was not drawn
+    with Constants() as constants:
+        wide = build_network(build, 2 * width, 2 * depth, "meta")
+    shapes, deeper, wider = list_shapes(base), list_shapes(deep), list_shapes(wide)
     kind = type(base).__name__
-    if odd := sorted(set(shapes) ^ set(wider)):
+    if odd := sorted(set(deeper) ^ set(wider)):
         raise ModelError(
             f"{kind} has other parameters at width {2 * width} than at {width}: {', '.join(odd[:3])}. The width "
             "changes shapes alone, and a builder takes (width, depth) in this order"
         )
     grows: dict[str, tuple[bool, ...]] = {}
-    growth = Growth(base, wide, deep, grows, find_repeating_modules(base, deep))
+    growth = Growth(base, deep, wide, constants, grows, find_repeating_modules(base, deep))
     # A block of a deeper network may be what another one was in the base: the last, or the first of a stage.
     by_pattern = defaultdict(set)
     for name, shape in shapes.items():
         by_pattern[growth.pattern(name)].add(shape)
-    for name, shape in shapes.items():
+    for name, shape in deeper.items():
         ratios = [new / old if old else 1.0 for old, new in zip(shape, wider[name], strict=True)]
         if any(ratio not in (1.0, 2.0) for ratio in ratios):
             raise ModelError(
@@ -157,9 +172,9 @@ def compare_sizes(build: Builder, width: int, depth: int) -> Growth:
                 "dimension grows as the width does, or stays"
             )
         grows[name] = tuple(ratio == 2.0 for ratio in ratios)
-        if deeper.get(name, shape) not in by_pattern[growth.pattern(name)]:
+        if name in shapes and shape not in by_pattern[growth.pattern(name)]:
             raise ModelError(
-                f"{name} is of shape {tuple(shape)} at depth {depth} and {tuple(deeper[name])} at {2 * depth}: a "
+                f"{name} is of shape {tuple(shapes[name])} at depth {depth} and {tuple(shape)} at {2 * depth}: a "
                 "parameter that grows with depth has no rule. Give each block its own parameters"
             )
     if not any(map(any, grows.values())):
@@ -170,6 +185,11 @@ def compare_sizes(build: Builder, width: int, depth: int) -> Growth:
         raise ModelError(
             f"the builder ignores its depth, or shares weights over it: {kind} has the same parameters at depth "
             f"{depth} and {2 * depth}. Let it have as many blocks, each with its own weights"
+        )
+    if not growth.containers:
+        raise ModelError(
+            f"{kind} has no module of which a deeper network has more, but parameters alone: make each block a "
+            "torch.nn.Module, the sum of stream and branch included"
         )
     patterns = {growth.pattern(name) for name in deeper}
     if lost := sorted(name for name in shapes if growth.pattern(name) not in patterns):

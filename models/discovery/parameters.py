@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from depthmup.models.discovery.branches import PRODUCTS, SCALINGS, TRANSPOSED, Branch
+from depthmup.models.discovery.branches import MOVES, PRODUCTS, TRANSPOSED, Branch
 from depthmup.models.discovery.growth import Growth
 from depthmup.models.discovery.initial import measure_init
-from depthmup.models.discovery.trace import Node
+from depthmup.models.discovery.trace import SCALINGS, Node
 from depthmup.models.errors import ModelError
 from depthmup.models.family import ParameterRule
 from depthmup.models.parameterization import Role
@@ -29,12 +29,7 @@ def decide_role(name: str, growth: Growth, users: list[Node], branches: list[Bra
         raise ModelError(
             f"{name} is used in several places, branches among them: shared weights have no rule. {BY_HAND}"
         )
-    in_branch, grows = places != {None}, growth.grows_of(name)
-    if grows is None:
-        raise ModelError(
-            f"{name} is in the deeper network, and in no block of the base, so that nothing is known of its growth: "
-            f"{MORE_BLOCKS}"
-        )
+    in_branch, grows = places != {None}, growth.grows[name]
     user, growing = users[0], sum(grows)
     if growing == 0:
         return Role.BRANCH_SCALAR if in_branch else Role.SCALAR
@@ -42,7 +37,10 @@ def decide_role(name: str, growth: Growth, users: list[Node], branches: list[Bra
         raise ModelError(f"{name}: {growing} of its {len(grows)} dimensions grow, in {user.operation}: {BY_HAND}")
     if growing == 2:
         return Role.BRANCH_HIDDEN if in_branch else Role.HIDDEN
-    if reads_width(name, user, grows):
+    reads = {reads_width(name, each, grows) for each in users}
+    if len(reads) > 1:
+        raise ModelError(f"{name} reads the width in one place, and puts it out in another: {BY_HAND}")
+    if reads == {True}:
         return Role.ROUTER if in_branch else Role.READOUT
     if in_branch:
         return Role.BRANCH_VECTOR
@@ -51,21 +49,17 @@ def decide_role(name: str, growth: Growth, users: list[Node], branches: list[Bra
 
 
 def reads_width(name: str, user: Node, grows: tuple[bool, ...]) -> bool:
-    """Whether the one dimension of a parameter that grows is what its operation sums over. Raises ModelError where the
-    operation does not tell."""
-    if user.operation in SCALINGS and grows[-1] and user.reduced and user.readers == 1:  # as (x * q).sum(-1)
-        if user.reduced == "mean":
-            raise ModelError(f"{name} weighs the width, and the mean over it is taken: take the sum, or {BY_HAND}")
-        return True
-    if len(grows) == 1:
-        return user.operation in MATRIX_PRODUCTS | {"mv"} or (user.operation == "einsum" and (user.summed or 1) > 1)
-    if user.operation in PRODUCTS:
-        return grows[1]
-    if user.operation in MATRIX_PRODUCTS:
-        return grows[-2] if user.parameter_last else grows[-1]
-    if user.operation in CONTRACTIONS or (user.operation in TRANSPOSED and not user.grouped):
-        raise ModelError(f"{name} grows in one dimension, and {user.operation} does not tell which: {BY_HAND}")
-    return False
+    """Whether an operation sums over the one dimension of a parameter that grows, or the next one that is no move or
+    factor does. Raises ModelError for a mean over it, and a transposed convolution."""
+    if len(grows) > 1 and user.operation in TRANSPOSED and not user.grouped:
+        raise ModelError(f"{name} grows in one dimension, and {user.operation} has no rule for that: {BY_HAND}")
+    node = user
+    while any(node.grows) and node.operation in SCALINGS | MOVES and len(node.readers) == 1:
+        node = node.readers[0]  # as in (x * q).sum(-1)
+    if node is not user and node.operation == "mean" and any(node.inputs[0].grows[dim] for dim in node.over):
+        raise ModelError(f"{name} weighs the width, and the mean over it is taken: take the sum, or {BY_HAND}")
+    summed = node is not user and node.operation == "sum"
+    return not any((node if summed else user).grows)
 
 
 def settle_roles(growth: Growth, roles: dict[str, Role]) -> dict[str, Role]:
