@@ -16,7 +16,7 @@ from depthmup.data.paths import expand_path
 from depthmup.launch.findings.theory import describe_drift, explain_not_covered, find_activation
 from depthmup.launch.progress import display
 from depthmup.launch.reading import read_raw
-from depthmup.models.build import build_meta
+from depthmup.models.build import count_blocks
 from depthmup.models.config import MixtureVitConfig
 from depthmup.models.coordinate_check import AXES, BAND, EXPERT_AXES, Axis, Line, Settings, check
 from depthmup.models.parameterization import PRESETS
@@ -207,7 +207,7 @@ def run_check(
         if sentence := describe_drift(p, run.model.base_size, depths, find_activation(run)):
             console.print(sentence, highlight=False)
     base = replace(run.model, width=run.model.base_width, depth=run.model.base_depth)
-    if advice := suggest_remedy(lines, lambda: len(build_meta(base, p).blocks), p):
+    if advice := suggest_remedy(lines, lambda: count_blocks(base, p), p):
         console.print(advice, highlight=False)
     if advice := explain_freezing(lines, alpha):
         console.print(advice, highlight=False)

@@ -107,10 +107,10 @@ def choose_absolute_form(base: OwnConfig | TimmConfig) -> str:
     """The preset in which branches are divided by the number of the network's blocks, not of the base's: where a base
     has several blocks to a unit of depth, beta = 1 is far from the limit. Raises ModelError, as where roles are not
     found."""
-    from depthmup.models.build import build_meta
+    from depthmup.models.build import count_blocks
     from depthmup.models.parameterization_config import ParameterizationConfig
 
-    blocks = len(build_meta(base, ParameterizationConfig(name=FOUND)).blocks)
+    blocks = count_blocks(base, ParameterizationConfig(name=FOUND))
     return f"{{name: {FOUND}, beta: {1 / blocks:.3g}}}" if blocks > 1 else FOUND
 
 

@@ -108,6 +108,11 @@ def build_meta(config: AnyModelConfig, parameterization: ParameterizationConfig)
     return build_on("meta", config, parameterization)
 
 
+def count_blocks(config: AnyModelConfig, parameterization: ParameterizationConfig) -> int:
+    """How many residual blocks the network has. Raises ModelError, as where roles are not found."""
+    return len(build_meta(config, parameterization).blocks)
+
+
 def build_on(device: str, config: AnyModelConfig, parameterization: ParameterizationConfig) -> ScaledModel:
     """The family's network on `device` as its builder leaves it, with multipliers. Raises ModelError."""
     family = FAMILIES[config.family]

@@ -22,11 +22,12 @@ from depthmup.models.config import (
     VisionTransformerConfig,
 )
 from depthmup.models.errors import ModelError
-from depthmup.models.moe_vit import balance_experts, find_mixtures
+from depthmup.models.moe_vit import find_mixtures
 from depthmup.models.optimizer import build_optimizer, parameter_groups
 from depthmup.models.optimizer_config import OptimizerConfig, RoleRates
 from depthmup.models.parameterization_config import ParameterizationConfig
 from depthmup.train.config import RunConfig, ScheduleConfig, TrainConfig
+from depthmup.train.expert_load import balance_experts
 from depthmup.train.loop import run as train
 from depthmup.train.reading import from_plain
 from depthmup.train.schedule import schedule, set_learning_rate

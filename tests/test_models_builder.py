@@ -79,7 +79,7 @@ def test_a_builder_is_given_what_it_has_arguments_for() -> None:
         (CODE, {"in_channels": 1}, r"fails on images of shape \(2, 1, 8, 8\): RuntimeError: .*\(line \d+\)"),
         (CODE, {"builder": "make_netwrok"}, "nothing there is called 'make_netwrok'; nearest: make_network"),
         (CODE, {"builder": "math"}, r"math is no function \(width, depth\)"),
-        (CODE, {"width": 33}, "a ratio of 2.0625"),
+        (CODE, {"width": 33}, "at 2.0625 times the base's width"),
         (CODE + "\nx = (", {}, r"not Python, line \d+: '\(' was never closed"),
         ("import no_such_module\n" + CODE, {}, "No module named 'no_such_module': a run has the one file with it"),
         ("x = 1 / 0\n" + CODE, {}, r"ZeroDivisionError: division by zero \(line 1\)"),

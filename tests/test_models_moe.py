@@ -32,10 +32,11 @@ from depthmup.models.coordinate_check import (
 from depthmup.models.errors import ModelError
 from depthmup.models.export import folded_state
 from depthmup.models.flops import count_forward_flops
-from depthmup.models.moe_vit import GroupedLinear, MixtureOfExperts, balance_experts, describe_imbalance, load_metrics
+from depthmup.models.moe_vit import GroupedLinear, MixtureOfExperts
 from depthmup.models.optimizer_config import OptimizerConfig
 from depthmup.models.parameterization import Role
 from depthmup.models.timm_registry import find_timm_call
+from depthmup.train.expert_load import balance_experts, describe_imbalance, load_metrics
 from depthmup.train.loop import run
 from depthmup.train.packs.packing import list_obstacles
 from train_configs import losses, pack_digits, run_config

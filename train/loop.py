@@ -16,7 +16,6 @@ from depthmup.data.index import Index
 from depthmup.data.workers import describe_too_few_cpus, explained_deaths
 from depthmup.models.build import build_meta
 from depthmup.models.flops import count_training_flops
-from depthmup.models.moe_vit import describe_imbalance
 from depthmup.train.batches import Batches, open_data, stack_seeds
 from depthmup.train.config import RunConfig
 from depthmup.train.distributed import (
@@ -30,6 +29,7 @@ from depthmup.train.distributed import (
 )
 from depthmup.train.engines.choice import choose
 from depthmup.train.evaluate import evaluate_splits
+from depthmup.train.expert_load import describe_imbalance
 from depthmup.train.interrupt import Interrupt, Interrupted
 from depthmup.train.networks import Networks
 from depthmup.train.one_network import OneNetwork

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from depthmup.data.errors import UserError
 from depthmup.models.build import build, build_unfilled, fill
-from depthmup.models.moe_vit import balance_experts, find_mixtures, load_metrics
+from depthmup.models.moe_vit import find_mixtures
 from depthmup.models.optimizer import build_optimizer, parameter_groups
 from depthmup.train.average import WeightAverage, average_tensors
 from depthmup.train.batch_norm import BatchStatistics, choose_grouping, find_batch_norms, find_process_group
@@ -17,6 +17,7 @@ from depthmup.train.config import RunConfig
 from depthmup.train.distributed import World, sum_over_ranks
 from depthmup.train.engines.base import Fill, TensorState, average_buffers
 from depthmup.train.engines.choice import make_engine, starts_on_meta
+from depthmup.train.expert_load import balance_experts, load_metrics
 from depthmup.train.networks import describe
 from depthmup.train.prepare import prepare, prepare_device, set_stream_type
 from depthmup.train.schedule import schedule, set_learning_rate

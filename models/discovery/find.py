@@ -3,7 +3,7 @@
 import re
 from collections import defaultdict
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -50,9 +50,9 @@ class Discovery:
     """What was found of a network."""
 
     roles: Roles
-    growth: Growth
     features: int  # that the base's readout reads
     head_dim: int | None  # of the base network's attention, where it grows with width
+    growth: Growth = field(compare=False)
 
 
 def find_roles(build: Builder, inputs: Any, width: int, depth: int) -> Discovery:
@@ -95,7 +95,7 @@ def find_roles(build: Builder, inputs: Any, width: int, depth: int) -> Discovery
         more_readouts=tuple(more),
     )
     refuse_missing(growth.base, found)
-    return Discovery(found, growth, find_readout_features(growth.base, found), head_dim)
+    return Discovery(found, find_readout_features(growth.base, found), head_dim, growth)
 
 
 def trace_in_either_mode(growth: Growth, given: tuple[Any, ...]) -> tuple[list[Node], list[Node], list[Node]]:
