@@ -17,6 +17,7 @@ from depthmup.launch.findings.analysis import (
     beats_chance,
     carry_optimum,
     find_optimum,
+    log_regrets,
 )
 from depthmup.launch.findings.curve_model import Posterior, average_seeds, fit_curves
 from depthmup.launch.findings.direct import compare_with_direct
@@ -452,6 +453,20 @@ def test_a_regret_far_from_the_optimum_is_as_unsure_as_the_number_of_runs_there_
         low, high = deep.regret_interval
         widths.append(math.log1p(high) - math.log1p(low))
     assert widths[0] > 1.4 * widths[1]
+
+
+def test_no_regret_is_below_zero_or_above_that_of_a_guess() -> None:
+    """Within what was fitted, and beyond it: behind a ridge, a second valley is as low but for noise."""
+    found = replace(curve(valley(-8.0, noise=0.05)), chance=0.32)
+    assert found.posterior
+    assert (log_regrets(found, -6.0) == math.log(0.32) - found.posterior.lowest).all()  # the curve's is 0.366
+    noisy = valley(-8.0, noise=0.05)
+    found = curve(lambda x, seed: noisy(-8.0 if x == 0 else x, seed))
+    assert found.posterior
+    assert found.posterior.grid[-1] < 0
+    regrets = log_regrets(found, 0.0)
+    assert regrets is not None
+    assert (regrets.min(), regrets.max() > 0) == (0.0, True)
 
 
 def test_runs_that_fail_at_the_carried_value_make_the_regret_infinite() -> None:
