@@ -16,6 +16,7 @@ from depthmup.launch.findings.analysis import (
     analyse_sizes,
     beats_chance,
     carry_optimum,
+    estimate_failing_probability,
     find_optimum,
     log_regrets,
 )
@@ -282,6 +283,9 @@ def test_an_optimum_whose_neighbours_fail_is_known_to_a_grid_step_however_well_t
     assert (found.x, found.interval, found.censored) == (-4.0, (-5.0, -3.0), None)
     two = [runs(size, lambda x, seed: narrow(x, seed) if x in (-5.0, -4.0) else math.inf) for size in (BASE, DEEP)]
     assert compare(*two)[1].interval == (-2.0, 2.0)
+    beside = compare(*two, carried=-5.0)[1]  # without a fit a regret is that of the means, and without an interval
+    assert beside.regret == pytest.approx(math.expm1(CURVATURE / 2), rel=1e-3)
+    assert beside.regret_interval is None
 
 
 def test_a_falling_curve_does_not_put_the_optimum_at_or_beyond_a_value_at_which_runs_fail() -> None:
@@ -467,6 +471,16 @@ def test_no_regret_is_below_zero_or_above_that_of_a_guess() -> None:
     regrets = log_regrets(found, 0.0)
     assert regrets is not None
     assert (regrets.min(), regrets.max() > 0) == (0.0, True)
+
+
+def test_between_a_value_that_trains_and_one_that_fails_the_edge_lies_anywhere() -> None:
+    def good(x: float, seed: int) -> float:
+        return valley(-4.0)(x, seed)
+
+    above, below = curve(failing(good, -2.0)), curve(lambda x, seed: math.inf if x < -6.0 else good(x, seed))
+    for found, x in ((above, -1.75), (below, -6.25)):
+        assert estimate_failing_probability(found, x) == pytest.approx(0.25)
+    assert [estimate_failing_probability(above, x) for x in (-2.5, -0.5, -2.0, -1.0)] == [0.0, 1.0, 0.0, 1.0]
 
 
 def test_runs_that_fail_at_the_carried_value_make_the_regret_infinite() -> None:
