@@ -1,10 +1,11 @@
 """A pack of K runs gives each of them the results and the files that it would have had alone."""
 
+import ctypes
 import json
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -37,6 +38,7 @@ from depthmup.train.packs.memory import MEMORY_SHARE, find_largest_pack, pack_by
 from depthmup.train.packs.pack import run_pack
 from depthmup.train.packs.packing import list_obstacles
 from depthmup.train.packs.replicas import Replicas
+from depthmup.train.prepare import drop_idle_strides
 from depthmup.train.reading import from_plain
 from depthmup.train.rundir import RunDirectory
 from depthmup.train.schedule import schedule, set_learning_rate
@@ -509,6 +511,44 @@ def test_bf16_replicas_learn_like_bf16_runs(make: Callable[..., RunConfig], tmp_
         assert torch.allclose(low, losses, rtol=2e-2), network
         assert not torch.equal(low, losses)
         assert rounded.groups[0].values.dtype == torch.float32
+
+
+@pytest.fixture
+def large_numbers_in_fresh_memory() -> Iterator[None]:
+    """malloc fills what it gives with bytes that are 3.4e38 as a float."""
+    perturb, option = ctypes.CDLL(None).mallopt, -6  # M_PERTURB
+    perturb(option, 0x80)
+    yield
+    perturb(option, 0)
+
+
+@pytest.mark.usefixtures("large_numbers_in_fresh_memory")
+def test_in_bf16_a_stage_of_one_pixel_has_gradients_of_the_size_of_fp32s(
+    make: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """oneDNN leaves those of idle weights unwritten under a stride: any number may stand there."""
+    make = partial(make, "timm's ResNet, GroupNorm", "sgd", 4, train__log_every=1, train__clip_norm=None)
+    single, rounded = make(), make(train__precision="bf16")
+    run(single, tmp_path / "fp32")
+    run(rounded, tmp_path / "alone")
+    run_pack([rounded, make(train__precision="bf16", seed=1)], [tmp_path / "pack", tmp_path / "beside"])
+    expected = metric(tmp_path / "fp32", "grad_norm")
+    for name in ("alone", "pack"):
+        assert metric(tmp_path / name, "grad_norm") == pytest.approx(expected, rel=0.05), name
+
+
+def test_a_stride_is_left_out_over_one_pixel_alone() -> None:
+    plain = nn.Conv2d(8, 8, 3, stride=2, padding=1)
+    mended = nn.Conv2d(8, 8, 3, stride=2, padding=1)
+    mended.load_state_dict(plain.state_dict())
+    drop_idle_strides(mended)
+    for pixels in (1, 2, 5, 1):
+        images = torch.randn(2, 8, pixels, pixels)
+        torch.testing.assert_close(mended(images), plain(images))
+    assert mended.stride == (1, 1)
+    smaller = nn.Conv2d(8, 8, 3, stride=2, padding=2)  # one pixel becomes two by two
+    drop_idle_strides(smaller)
+    assert smaller(torch.zeros(1, 8, 1, 1)).shape == (1, 8, 2, 2)
 
 
 def test_all_ways_to_convolve_give_the_same_gradients(make: Callable[..., RunConfig]) -> None:

@@ -1,6 +1,7 @@
 """A device and a network made ready for training: precision, memory format, recomputation, compilation."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import cast
 
 import torch
@@ -61,6 +62,27 @@ def set_stream_type(network: nn.Module, blocks: Iterable[str], branches: Iterabl
         network.get_submodule(name).register_forward_pre_hook(cast_input)
     for name in branches:
         network.get_submodule(name).register_forward_hook(cast_output, prepend=True)
+
+
+def drop_idle_strides(network: nn.Module) -> None:
+    """Convolutions of a single pixel get no stride, which would move nothing. Where they have one, oneDNN in bf16
+    leaves the gradient of their outer weights unwritten (torch 2.13; kernels of 3 pixels and more, as in the last
+    stages of a ResNet whose images are small), and whatever is in the memory counts in its norm."""
+
+    def choose_stride(conv: nn.Conv2d, inputs: tuple[Tensor, ...], *, stride: tuple[int, ...]) -> None:
+        conv.stride = (1, 1) if inputs[0].shape[-2:] == (1, 1) else stride
+
+    for conv in network.modules():
+        if isinstance(conv, nn.Conv2d) and conv.stride != (1, 1) and keeps_size(conv):
+            conv.register_forward_pre_hook(partial(choose_stride, stride=conv.stride))
+
+
+def keeps_size(conv: nn.Conv2d) -> bool:
+    """Whether its padding makes up for its kernel, so that without a stride the image keeps its size."""
+    if isinstance(conv.padding, str):
+        return conv.padding == "same"
+    sides = zip(conv.kernel_size, conv.dilation, conv.padding, strict=True)
+    return all(dilation * (kernel - 1) == 2 * padding for kernel, dilation, padding in sides)
 
 
 def is_convolutional(network: nn.Module) -> bool:
