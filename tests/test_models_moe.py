@@ -16,7 +16,7 @@ import depthmup.models.torchvision_ops  # noqa: F401  isort: skip  (must run bef
 import timm
 
 from depthmup.launch.scale import describe_differences, list_task_values
-from depthmup.models import ParameterizationConfig, coordinate_check, moe_vit
+from depthmup.models import ParameterizationConfig, coordinate_check
 from depthmup.models import parameterization as rules
 from depthmup.models.build import build, build_meta
 from depthmup.models.config import MixtureVitConfig, VisionTransformerConfig
@@ -36,6 +36,7 @@ from depthmup.models.moe_vit import GroupedLinear, MixtureOfExperts
 from depthmup.models.optimizer_config import OptimizerConfig
 from depthmup.models.parameterization import Role
 from depthmup.models.timm_registry import find_timm_call
+from depthmup.train import expert_load
 from depthmup.train.expert_load import balance_experts, describe_imbalance, load_metrics
 from depthmup.train.loop import run
 from depthmup.train.packs.packing import list_obstacles
@@ -298,7 +299,7 @@ MODEL |= {"patch_size": 2, "class_token": False, "global_pool": "avg"}
 
 
 def test_a_run_trains_and_tells_of_its_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moe_vit, "MEAN_DEVIATION", 0.0)  # so that the gate has something to say
+    monkeypatch.setattr(expert_load, "MEAN_DEVIATION", 0.0)  # so that the gate has something to say
     overrides = ("optimizer.name=adamw", "optimizer.lr=0.01", "train.samples=1920", "train.log_every=10")
     config = run_config(pack_digits(tmp_path / "digits"), *overrides, model=MODEL)
     run(config, tmp_path / "run")
