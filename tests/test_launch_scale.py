@@ -333,6 +333,35 @@ def test_seeds_are_added_where_the_verdict_hangs_on_them_and_a_later_command_see
     assert {run.size.depth for run in study.pending()} == {6}
 
 
+@pytest.mark.parametrize(
+    ("hyperparameter", "values"),
+    [("optimizer.lr", [2.0**-x for x in range(9, 1, -1)]), ("optimizer.momentum", [1 - 2.0**-x for x in range(2, 8)])],
+)
+def test_a_grid_runs_the_carried_value_where_it_lies_beside_one_that_fails(
+    study_file: Path, hyperparameter: str, values: list[float]
+) -> None:
+    """Whole octaves, the optimum at 2^-4.4; at the larger size, which moves by nothing, 2^-4 fails."""
+    settings = yaml.safe_load(study_file.read_text())
+    settings["optimizer"] = {"name": "sgd", "lr": 0.1, "momentum": 0.5}
+    names = {"hyperparameter": hyperparameter, "values": values, "parameterizations": ["depth_mup"]}
+    settings["study"] |= {**names, "design": "grid", "seeds": 3, "more_seeds": 1}
+    study_file.write_text(yaml.safe_dump(settings))
+    study = Study(study_file, read_study(study_file))
+    study.write()
+    for run in study.pending():
+        x = study.file.study.octaves(run.value)
+        noise = 0.001 * np.random.default_rng((run.seed, run.size.depth, int(-8 * x))).standard_normal()
+        loss = {"outcome": "completed", "minival_loss": 0.3 * math.exp(0.05 * (x + 4.4) ** 2 + noise)}
+        fails = run.size.depth == 6 and x > -4.2
+        run.directory.write_done({"step": 12, "seconds": 1.0} | ({"outcome": "diverged"} if fails else loss))
+    (judgement,) = collect(study).analysis.judgements
+    assert judgement.verdict == "inconclusive"
+    assert "beside the carried value, which was not run there" in judgement.reason
+    assert grow(study)[0] > 0
+    added = {run.value for run in Study(study_file, study.file).runs if run.seed == 3} - set(values)
+    assert [study.file.study.octaves(value) for value in added] == [pytest.approx(-4.4, abs=0.1)]
+
+
 def test_no_seed_is_added_where_that_is_switched_off_or_was_done_often_enough_or_nothing_is_open(
     study_file: Path,
 ) -> None:
