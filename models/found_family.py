@@ -34,7 +34,10 @@ def make_found_family(
         inputs = torch.zeros(2, base.in_channels, base.image_size, base.image_size)
         found = find_roles(build_at, inputs, base.base_width, base.base_depth)
         if found.roles.blocks is None:
-            raise ModelError(f"{type(build(base)).__name__} adds branches outside of all modules: no block is known")
+            raise ModelError(
+                f"{type(build(base)).__name__} adds branches outside of all modules, so that no block is known: "
+                "put the sum of stream and branch into a module of each block"
+            )
         return found
 
     def roles(config: Any) -> Roles:

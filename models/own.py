@@ -21,11 +21,12 @@ from depthmup.models.source_code import fingerprint_source
 SHAPE = ("num_classes", "image_size", "in_channels")  # that a builder may take, beside width and depth
 
 
-def say_error(error: Exception, file: str) -> str:
-    """What went wrong in the code called `file`, with the last of its lines that was reached."""
+def say_error(error: BaseException, file: str) -> str:
+    """What went wrong in the code called `file`, in one line, with the last of its lines that was reached."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     place = f" (line {lines[-1]})" if lines else ""
-    return f"{type(error).__name__}: {error}{place}"
+    first, *_ = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {first}{place}"
 
 
 @lru_cache(maxsize=16)
@@ -44,7 +45,7 @@ def load_code(code: str) -> ModuleType:
             f"model.builder: {error}: a run has the one file with it, which can import what is installed: put the rest "
             "into the file, or install it as a package"
         ) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ModelError(f"model.builder: {say_error(error, file)}") from error
     return module
 
@@ -76,7 +77,7 @@ def build(config: OwnConfig) -> nn.Module:
         raise ModelError(f"model.builder: {config.builder} must take (width, depth), two numbers: {error}") from None
     try:
         network = builder(config.width, config.depth, **arguments)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if isinstance(error, RuntimeError | NotImplementedError) and torch.get_default_device().type == "meta":
             raise  # what asks a meta tensor for its numbers is built elsewhere: see discovery.growth.build_network
         said = say_error(error, str(load_code(config.code).__file__))
@@ -91,7 +92,7 @@ def check_logits(base: OwnConfig) -> None:
     try:
         with torch.no_grad():
             logits = network(torch.zeros(shape))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         said = say_error(error, str(load_code(base.code).__file__))
         raise ModelError(f"model.builder: its network fails on images of shape {shape}: {said}") from error
     wanted = (2, base.num_classes)

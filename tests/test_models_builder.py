@@ -84,6 +84,8 @@ def test_a_builder_is_given_what_it_has_arguments_for() -> None:
         ("import no_such_module\n" + CODE, {}, "No module named 'no_such_module': a run has the one file with it"),
         ("x = 1 / 0\n" + CODE, {}, r"ZeroDivisionError: division by zero \(line 1\)"),
         (CODE.replace("depth=depth))", "depht=depth))"), {}, r"make_network\(.*'depht' \(line \d+\)"),
+        ("def make_network(width, depth): raise SystemExit('no')", {}, r"SystemExit: no \(line 1\)"),
+        ("def make_network(width, depth): raise OSError('a\\nb')", {}, r"OSError: a \(line 1\)$"),
         ("def make_network(width): ...", {}, r"must take \(width, depth\), two numbers"),
         ("def make_network(width, depth): return 3", {}, "gave a int and no torch.nn.Module"),
         (CODE.replace("return self.classifier(", "return (1, self.classifier)  # "), {}, "and gives tuple"),

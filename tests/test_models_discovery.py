@@ -1,5 +1,7 @@
 """Roles are found by looking at a network: the same as those written by hand, for networks of strangers too."""
 
+import itertools
+import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -375,6 +377,10 @@ def odd(net: Net) -> None:
     net.embed.extra = nn.Parameter(torch.zeros(net.embed.out_features + 4))
 
 
+def infinite(net: Net) -> None:
+    nn.init.constant_(net.embed.bias, math.inf)
+
+
 def imaginary(net: Net) -> None:
     net.turn = nn.Parameter(torch.zeros(net.embed.out_features, dtype=torch.complex64))
 
@@ -393,6 +399,7 @@ class Transposed(nn.Module):
         return self.conv(x[:, :, None])[:, :, 0]
 
 
+COUNTER = itertools.cycle((0, 1, 1, 2))
 BAD: dict[str, tuple[Builder, str]] = {
     "ignores its width": (lambda width, depth: Net(16, depth), "ignores its width: .*Let layers have it"),
     "ignores its depth": (lambda width, depth: Net(width, 3), "ignores its depth, .*Let it have as many blocks"),
@@ -458,6 +465,20 @@ BAD: dict[str, tuple[Builder, str]] = {
         ),
         "a weight of head is computed from others",
     ),
+    "without numbers": (
+        lambda width, depth: Net(
+            width, depth, change=lambda net: setattr(net, "none", nn.Parameter(torch.empty(0, 3)))
+        ),
+        r"none has no numbers, its shape being \(0, 3\): leave it out",
+    ),
+    "not finite": (
+        lambda width, depth: Net(width, depth, change=infinite),
+        r"embed\.bias starts with numbers that are not finite: give it an init",
+    ),
+    "another network each time": (
+        lambda width, depth: Net(width, depth + next(COUNTER)),
+        "the builder gives another Net each time",
+    ),
     "lazy": (
         lambda width, depth: Net(width, depth, change=lambda net: setattr(net, "head", nn.LazyLinear(10))),
         "head.weight has no shape before the first forward pass: give its module its sizes",
@@ -486,7 +507,7 @@ def test_finding_the_roles_leaves_nothing_on_a_network_that_the_builder_gave() -
         return given[-1]
 
     find_roles(build_at, torch.zeros(2, 12), 16, 2)
-    assert len(given) == 3
+    assert len(given) == 4
     assert not any(module._forward_hooks or module._forward_pre_hooks for net in given for module in net.modules())
 
 

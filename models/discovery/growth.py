@@ -95,6 +95,12 @@ def refuse_without_rule(network: nn.Module) -> None:
     for name, parameter in network.named_parameters():
         if is_lazy(parameter):
             raise ModelError(f"{name} has no shape before the first forward pass: give its module its sizes")
+        if not parameter.numel():
+            raise ModelError(f"{name} has no numbers, its shape being {tuple(parameter.shape)}: leave it out")
+        if parameter.is_meta:
+            raise ModelError(f"{name} is on the meta device, which has no weights to measure: build it on the CPU")
+        if not parameter.isfinite().all():
+            raise ModelError(f"{name} starts with numbers that are not finite: give it an init (torch.nn.init)")
         if not parameter.requires_grad:
             raise ModelError(
                 f"{name} is frozen, and all initial weights are drawn anew: make it a buffer (register_buffer), which "
@@ -153,6 +159,8 @@ def compare_sizes(build: Builder, width: int, depth: int) -> Growth:
         wide = build_network(build, 2 * width, 2 * depth, "meta")
     shapes, deeper, wider = list_shapes(base), list_shapes(deep), list_shapes(wide)
     kind = type(base).__name__
+    if list_shapes(build_network(build, width, depth, "meta")) != shapes:
+        raise ModelError(f"the builder gives another {kind} each time: let its sizes alone decide what it builds")
     if odd := sorted(set(deeper) ^ set(wider)):
         raise ModelError(
             f"{kind} has other parameters at width {2 * width} than at {width}: {', '.join(odd[:3])}. The width "
