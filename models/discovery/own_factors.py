@@ -85,7 +85,7 @@ def refuse_factors_of_depth(growth: Growth, base: Sequence[Node], deep: Sequence
     for nodes in (base, deep):
         numbers = defaultdict(list)
         for node in nodes:
-            if node.factor:
+            if node.factor and node.data:
                 numbers[growth.pattern(node.module), node.operation].append(abs(node.factor))
         found.append(numbers)
     for key, own in found[0].items():
