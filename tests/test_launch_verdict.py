@@ -231,6 +231,29 @@ def test_there_is_no_plateau_where_an_octave_aside_is_as_good_in_most_draws_and_
     assert not is_plateau(base, [], LIMITS)
 
 
+@pytest.mark.parametrize(
+    ("second", "noise", "others", "is_said"),
+    [
+        (0.2, 0.001, -8.0, True),
+        (0.2, 0.001, -5.0, True),  # the nearest value that a larger size ran lies two octaves from there
+        (0.2, 0.001, -3.9, False),
+        (0.27, 0.001, -8.0, False),  # worse than what a fit reaches
+        (0.2, 0.05, -8.0, False),  # within noise of the ridge
+    ],
+)
+def test_a_second_valley_of_the_base_is_said_where_a_larger_size_did_not_run(
+    second: float, noise: float, others: float, is_said: bool
+) -> None:
+    """The first has its lowest value at 2^-8, the second, `second` above it in log loss, at 2^-3."""
+    generator = np.random.default_rng(0)
+    logs = dict(zip(range(-10, 1), (0.4, 0.1, 0.0, 0.1, 0.3, 0.35, 0.3, second, 0.3, 0.4, 0.5), strict=True))
+    base = runs(BASE, lambda x, seed: 0.3 * math.exp(logs[int(x)] + noise * generator.standard_normal()))
+    grid = tuple(x for x in (-10.0, -9.0, -8.0, -7.0, -6.0, -5.0, others) if x <= max(others, -7.0))
+    reason = judge(base, runs(DEEP, valley(-8.0), grid=grid)).reason
+    assert ("the base has a second valley at 0.125 (22 % above its lowest)" in reason) == is_said
+    assert ("valley" in reason) == is_said
+
+
 def test_a_control_with_constants_of_its_own_is_one() -> None:
     both = [run for name in ("sp beta=2", "p") for size in (BASE, DEEP) for run in runs(size, valley(-4.0), name)]
     control, scaled = study_of(both).judgements
