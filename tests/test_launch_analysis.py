@@ -18,6 +18,7 @@ from depthmup.launch.findings.analysis import (
     carry_optimum,
     estimate_failing_probability,
     find_optimum,
+    lies_beyond,
     log_regrets,
 )
 from depthmup.launch.findings.curve_model import Posterior, average_seeds, fit_curves
@@ -481,6 +482,20 @@ def test_between_a_value_that_trains_and_one_that_fails_the_edge_lies_anywhere()
     for found, x in ((above, -1.75), (below, -6.25)):
         assert estimate_failing_probability(found, x) == pytest.approx(0.25)
     assert [estimate_failing_probability(above, x) for x in (-2.5, -0.5, -2.0, -1.0)] == [0.0, 1.0, 0.0, 1.0]
+
+
+def test_a_value_lies_beyond_those_run_unless_the_last_of_them_fails_and_others_train() -> None:
+    trains, fails, none = (curve(failing(valley(-4.0), above)) for above in (0.0, -1.0, -99.0))
+    assert [lies_beyond(found, 2.0) for found in (trains, fails, none)] == [True, False, True]
+    assert not lies_beyond(trains, -0.5)
+
+
+def test_the_best_is_doubtful_beside_a_single_run_that_failed_and_not_elsewhere() -> None:
+    for failed, index in ((-5.0, 5), (-3.0, 7), (-8.0, None), (-1.0, None)):
+        one_seed = runs(
+            BASE, lambda x, seed, failed=failed: math.inf if x == failed else valley(-4.0)(x, seed), seeds=1
+        )
+        assert compare(one_seed)[0].curve.find_doubtful_best() == index
 
 
 def test_runs_that_fail_at_the_carried_value_make_the_regret_infinite() -> None:

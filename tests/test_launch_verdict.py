@@ -314,6 +314,18 @@ def test_seeds_are_wanted_near_the_optimum_of_the_sizes_in_doubt_and_nowhere_els
     assert not find_wanted_seeds(edge)  # it wants values
 
 
+def test_seeds_are_wanted_neither_where_too_few_values_train_nor_where_the_optimum_is_on_an_edge() -> None:
+    base, narrow = runs(BASE, valley(-4.0, noise=1e-5)), valley(-4.0, noise=1e-5)
+    few = study_of(base, runs(DEEP, lambda x, seed: narrow(x, seed) if x in (-5.0, -4.0, -3.0) else math.inf))
+    fewer = study_of(base, runs(DEEP, lambda x, seed: narrow(x, seed) if x in (-4.0, -3.0) else math.inf))
+    assert "2 values about its best can be compared" in fewer.judgements[0].reason
+    assert (few.judgements[0].verdict, fewer.judgements[0].unsure) == ("transfers", ())
+    far = valley(-12.0, curvature=0.01)
+    edge = study_of(base, runs(DEEP, lambda x, seed: math.inf if x == -4.0 else far(x, seed), seeds=1))
+    assert edge.judgements[0].unsure == (DEEP,)  # its only run at the carried value failed
+    assert not find_wanted_seeds(edge)
+
+
 def test_more_seeds_settle_what_few_leave_open() -> None:
     def verdict(seeds: int) -> str:
         noisy = [runs(size, valley(-4.0, 0.05, number), seeds=seeds) for number, size in enumerate((BASE, DEEP))]
