@@ -16,6 +16,7 @@ Hansen et al.); the 90 % interval is of a bootstrap over seeds.
 """
 
 import argparse
+import io
 import json
 import math
 import statistics
@@ -24,13 +25,16 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import optuna
 import torch
 import yaml
+from rich.console import Console
 
 from depthmup.data.pack import pack
+from depthmup.launch.chain import finish_study
 from depthmup.launch.reading import read_study_or_run
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.search import Search
@@ -40,6 +44,7 @@ from depthmup.train import loop
 from depthmup.train.owner import describe_owner, fingerprint_code
 
 NOISE = 0.02  # of a run's loss
+LAST = 50  # runs, whose CPU seconds say what a run takes when so many are known
 CONFIG = {
     "model": {"family": "conv_resnet", "width": 16, "depth": 3, "base_width": 16, "base_depth": 3, "num_classes": 10,
               "image_size": 8, "in_channels": 1},
@@ -74,29 +79,41 @@ def finish(run: PlannedRun, noise: np.random.Generator) -> None:
     run.directory.write_done(done | describe_owner(run.config))
 
 
-def walk(folder: Path, sampler: str, trials: int, seed: int, batch: int | None) -> tuple[float, float, list[float]]:
-    """(seconds a run that the search took, of them the CPU's, the true loss of the best suggestion so far after each).
-    The others are waits for the disk, and for a core."""
+@dataclass
+class Walk:
+    """What a launcher took beside its runs, from one to the next. losses: the true one of the best run so far."""
+
+    seconds: list[float]
+    cpu: list[float]
+    losses: list[float]
+
+
+def walk(folder: Path, sampler: str, trials: int, seed: int, batch: int | None) -> Walk:
+    """`depthmup tune` in this process, with runs that are written and not trained."""
     file = folder / f"{sampler}-{seed}.yaml"
-    tune = CONFIG["tune"] | {"trials": trials, "sampler": sampler, "seed": seed, "batch": batch}
+    tune = CONFIG["tune"] | {"trials": trials, "sampler": sampler, "seed": seed, "batch": batch, "rerun": 1}
     data = CONFIG["data"] | {"root": str(folder / "shards")}
-    study = {"name": file.stem, "directory": str(folder)}
-    file.write_text(yaml.safe_dump({**CONFIG, "data": data, "tune": tune, "study": study}))
-    noise, seen, best = np.random.default_rng(seed), math.inf, list[float]()
-    seconds = cpu = 0.0
-    search = Search(file, read_study_or_run(file))
-    while len(best) < trials:
-        started, started_cpu = time.perf_counter(), time.process_time()
-        search.plan_next_batch()
-        pending = search.pending()
-        seconds, cpu = seconds + time.perf_counter() - started, cpu + time.process_time() - started_cpu
-        for run in pending:
+    sections = {"study": {"name": file.stem, "directory": str(folder)}, "launch": {"cluster": "debug"}}
+    file.write_text(yaml.safe_dump({**CONFIG, **sections, "data": data, "tune": tune}))
+    noise, seen, best, found = np.random.default_rng(seed), math.inf, math.inf, Walk([], [], [])
+    left, left_cpu = time.perf_counter(), time.process_time()
+
+    def train(packs: list[list[PlannedRun]], *_: Any) -> None:
+        nonlocal seen, best, left, left_cpu
+        runs = [run for pack in packs for run in pack]
+        found.seconds.extend([(time.perf_counter() - left) / len(runs)] * len(runs))
+        found.cpu.extend([(time.process_time() - left_cpu) / len(runs)] * len(runs))
+        for run in runs:
             finish(run, noise)
             loss = run.done()["minival_loss"]  # type: ignore[index]  # it was written a moment ago
             if loss < seen:
-                seen, truth = loss, loss_without_noise(run)
-            best.append(truth)
-    return seconds / trials, cpu / trials, best
+                seen, best = loss, loss_without_noise(run)
+            found.losses.append(best)
+        left, left_cpu = time.perf_counter(), time.process_time()
+
+    with patch("depthmup.launch.jobs.submit.run_here", train), patch("depthmup.launch.transfer.time.sleep"):
+        finish_study(Search(file, read_study_or_run(file)), Console(file=io.StringIO()))
+    return found
 
 
 # ---------------------------------------------------------------- real runs
@@ -257,15 +274,19 @@ def main() -> None:
         compare(min(arguments.trials, 32), seeds, arguments.batch, arguments.traces)
         return
     marks = [count for count in (16, 32, 64, 128, 256, 512, 1024, 2048) if count <= arguments.trials]
-    print("sampler  seconds a run  of the CPU  true loss above the best possible, after " + ", ".join(map(str, marks)))
+    after = ", ".join(map(str, marks))
+    print(f"sampler  seconds a run  CPU seconds, mean and of the last {LAST}  true loss above the best, after {after}")
     with tempfile.TemporaryDirectory() as folder:
         pack("sklearn:digits", Path(folder) / "shards", validation_share=0.2)
         for sampler in ("random", "tpe"):
             settings = (Path(folder), sampler, arguments.trials)
             walks = [walk(*settings, seed, arguments.batch) for seed in range(arguments.seeds)]
-            seconds, cpu = (statistics.median(each[i] for each in walks) for i in (0, 1))
-            reached = [f"{statistics.median(each[2][mark - 1] for each in walks) - 0.5:.4f}" for mark in marks]
-            print(f"{sampler:7}  {seconds:13.3f}  {cpu:10.3f}  {'  '.join(reached)}", flush=True)
+            seconds, cpu = (
+                statistics.fmean(statistics.fmean(getattr(w, key)) for w in walks) for key in ("seconds", "cpu")
+            )
+            last = statistics.fmean(statistics.fmean(each.cpu[-LAST:]) for each in walks)
+            reached = [f"{statistics.median(each.losses[mark - 1] for each in walks) - 0.5:.4f}" for mark in marks]
+            print(f"{sampler:7}  {seconds:13.3f}  {cpu:.3f} {last:.3f}  {'  '.join(reached)}", flush=True)
 
 
 if __name__ == "__main__":

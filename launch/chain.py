@@ -29,6 +29,7 @@ from depthmup.launch.transfer import (
     IDLE,
     UNFINISHED,
     Launched,
+    Seen,
     Unfinished,
     count_unfinished,
     describe_interrupted,
@@ -117,19 +118,19 @@ def finish_study(study: Study, console: Console, begun: bool = False) -> None:
     """
     if study.file.study.adaptive and study.pending():
         console.print(describe_round(study), highlight=False, markup=False)
-    later = False
+    later, seen = False, Seen()
     while study.pending() or grow_and_print(study, console):
         prepare_data(study, console)
         launched = Launched([], [], [])
         try:
             if later:
-                launched = repeat_while_silent(lambda: launch(study, IDLE, by_itself=True), console)
+                launched = repeat_while_silent(lambda: launch(study, IDLE, by_itself=True, seen=seen), console)
             elif begun:
-                launched = repeat_while_silent(lambda: launch(study), console)
+                launched = repeat_while_silent(lambda: launch(study, seen=seen), console)
             else:
-                launched = launch(study)
+                launched = launch(study, seen=seen)
             later = True
-            wait(study, launched, console)
+            wait(study, launched, console, seen)
         except KeyboardInterrupt as told:
             launched.stop()
             place = study.file.launch.cluster

@@ -21,8 +21,8 @@ class TuneConfig:
     space: Annotated[dict[str, Dimension], Field(min_length=1)]  # the keys that are searched, each a range or a list
     trials: Positive | None = None  # null: as many as `flops` pays for, and 32 without that
     flops: Annotated[Number, Field(gt=0)] | None = None  # of all runs, the winners' too
-    # suggestions at once: one pack, or one array of jobs; null: 1 where one process of this machine trains at most 600
-    # on a CPU, 8 elsewhere, and what a search began with, it keeps
+    # suggestions at once: one pack, or one array of jobs; null: 1 where one process of this machine trains them on a
+    # CPU, 8 elsewhere, and what a search began with, it keeps
     batch: Positive | None = None
     sampler: Literal["tpe", "random"] = "tpe"  # of Optuna
     seeds: Seeds = (0,)  # of each suggestion

@@ -6,7 +6,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -17,7 +17,7 @@ from depthmup.data.index import show_count
 from depthmup.launch.jobs import slurm, states
 from depthmup.launch.jobs.code_copy import copy_code
 from depthmup.launch.jobs.reasons import explain
-from depthmup.launch.jobs.share import Share
+from depthmup.launch.jobs.share import Share, Start
 from depthmup.launch.jobs.states import State
 from depthmup.launch.jobs.status import describe_next_command
 from depthmup.launch.jobs.submission import count_taken, lock_launch, note_command, read_last_command
@@ -72,7 +72,19 @@ class Launched:
                 slot.kill()
 
 
-def launch(study: Study, only: Sequence[State] = UNFINISHED, by_itself: bool = False) -> Launched:
+@dataclass
+class Seen:
+    """What a launcher has read of the runs that have ended, which it does not read again: a search waits for a batch
+    after the other. ended, seconds, starts: by name, as `take_snapshot` and `Share` take them."""
+
+    ended: dict[str, states.RunState] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    starts: dict[str, Start] = field(default_factory=dict)
+
+
+def launch(
+    study: Study, only: Sequence[State] = UNFINISHED, by_itself: bool = False, seen: Seen | None = None
+) -> Launched:
     """Writes the study, which `prepare_data` has checked, and submits every run whose state is in `only`, the costliest
     first. Failed runs go again.
 
@@ -84,7 +96,7 @@ def launch(study: Study, only: Sequence[State] = UNFINISHED, by_itself: bool = F
     config = study.file.launch
     refuse_other_study(study.file)
     with lock_launch(study.file.directory) as lock:
-        snapshot = states.take_snapshot(study)
+        snapshot = states.take_snapshot(study, seen.ended if seen else {})
         if snapshot.slurm_error:
             raise slurm.Silent(f"Slurm does not answer: {snapshot.slurm_error}. Nothing was submitted")
         if not by_itself:
@@ -201,25 +213,26 @@ def select_resubmittable(study: Study, snapshot: states.Snapshot, only: Sequence
     return [run for run in runs if counts[run.directory.path.name] < study.file.launch.max_attempts]
 
 
-def wait(study: Study, launched: Launched, console: Console) -> None:
+def wait(study: Study, launched: Launched, console: Console, seen: Seen | None = None) -> None:
     """Shows progress until nothing waits or runs. On Slurm, runs whose job ended without a word are submitted again,
     and those that it had no place for when half of the jobs have ended that took the places. Where others fill the
     places by then, or Slurm does not answer, it says so and waits.
 
-    Raises UserError when runs are left over.
+    `seen`: of earlier waits. Raises UserError when runs are left over.
     """
     on_slurm = study.file.launch.cluster == "slurm"
     places: int | None = None  # that the study has, where Slurm has no place for more of its runs
     flops = {size: float(each) for size, (_, each) in count_flops(study.runs).items()}
-    shares = Share(flops, study.file.train.num_steps, study.file.launch.tasks, study.runs_to_come)
-    known: dict[str, states.RunState] = {}  # runs that have ended
+    seen = seen or Seen()
+    settings = study.file.train.num_steps, study.file.launch.tasks, study.runs_to_come
+    shares = Share(flops, *settings, seen.seconds, seen.starts)
     started, at_start = time.monotonic(), None
     with display(console, "runs") as shown:
         while True:
             looked = time.process_time()
             ended = all(slot.poll() is not None for slot in launched.slots)  # asked before the markers are read
-            snapshot = states.take_snapshot(study, known)
-            known = {found.run.directory.path.name: found for found in snapshot.of(*states.ENDED)}
+            snapshot = states.take_snapshot(study, seen.ended)
+            seen.ended = {found.run.directory.path.name: found for found in snapshot.of(*states.ENDED)}
             ended = ended and not snapshot.slurm_error and not snapshot.of(*states.ACTIVE)
             at_start = shares.look(snapshot) if at_start is None else at_start
             share, before = shares.measure(snapshot, at_start)
@@ -245,7 +258,7 @@ def wait(study: Study, launched: Launched, console: Console) -> None:
                 break
             pause = (time.process_time() - looked) * (1 / LOOKING_SHARE - 1)
             time.sleep(max(pause, SLURM_POLL_SECONDS if on_slurm else POLL_SECONDS))
-    if len(known) < len(study.runs):
+    if len(seen.ended) < len(study.runs):
         raise count_unfinished(study)
 
 

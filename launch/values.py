@@ -97,8 +97,16 @@ class Range:
             raise ValueError(f"first {self.first:g} must be above 0 on a logarithmic scale; use scale: linear")
 
 
+def check_listed(given: Any) -> Any:
+    """A single value is neither a range nor a choice."""
+    if not isinstance(given, list | tuple):
+        raise ValueError(f"state a range, as {{first: 2**-12, last: 2**-5}}, or a list of values (got {given!r})")
+    return given
+
+
 # One dimension of a space: a range, or the values to choose from. The tags are no keys.
 Dimension = Annotated[
-    Annotated[Range, Tag("<range>")] | Annotated[tuple[Any, ...], Field(min_length=2), Tag("<choice>")],
+    Annotated[Range, Tag("<range>")]
+    | Annotated[tuple[Any, ...], BeforeValidator(check_listed), Field(min_length=2), Tag("<choice>")],
     Discriminator(lambda given: "<range>" if isinstance(given, dict | Range) else "<choice>"),
 ]

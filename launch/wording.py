@@ -1,9 +1,17 @@
 """Numbers as tables and sentences show them."""
 
 import math
+import textwrap
 from collections.abc import Iterable, Mapping
 from itertools import groupby
 from typing import Any
+
+WIDTH = 80  # columns of the terminal that text is wrapped to
+
+
+def wrap_line(text: str) -> str:
+    """A sentence in lines of at most WIDTH columns; paths and options stay whole."""
+    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
 def show_size(record: Mapping[str, Any]) -> str:

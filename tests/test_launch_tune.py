@@ -5,6 +5,7 @@ import math
 import shutil
 import statistics
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -17,6 +18,7 @@ from rich.console import Console
 
 from command_line import invoke
 from depthmup.data.errors import UserError
+from depthmup.launch.chain import finish_study
 from depthmup.launch.jobs import states
 from depthmup.launch.reading import read_run
 from depthmup.launch.report.record import read_record
@@ -450,8 +452,11 @@ def test_a_search_begins_with_the_files_own_values_and_says_what_they_gave(tune_
 
 def test_where_nothing_learns_no_value_is_called_best(tune_file: Callable[..., Path]) -> None:
     file = tune_file(space={"optimizer.lr": {"first": "2**0", "last": "2**4"}}, trials=4)
-    with pytest.raises(UserError, match=r"none of 4 suggestions learned anything \(4 finished\): move tune.space"):
+    said = r"none of 4 suggestions learned anything \(4 finished\): move tune.space"
+    with pytest.raises(UserError, match=said):
         walk(file)
+    with pytest.raises(UserError, match=said):  # and not that it has not ended
+        collect_search(open_search(file))
 
 
 def test_of_many_guesses_the_one_that_is_best_by_noise_is_no_winner(tune_file: Callable[..., Path]) -> None:
@@ -508,6 +513,8 @@ def test_two_launchers_do_not_suggest_at_the_same_time(tune_file: Callable[..., 
         ({"optimizer.role_lr": [{"router": 2}, {"readout": 2}]}, "optimizer.role_lr.router would do nothing"),
         ({"data.backend": ["fast", "nvjpeg"]}, "data.backend nvjpeg decodes on a GPU"),
         ({"optimizer.lr": [0.1]}, "at least 2"),
+        ({"optimizer.lr": 0.1}, "state a range, as {first: 2**-12, last: 2**-5}, or a list of values (got 0.1)"),
+        ({"optimizer.nesterov": [True, "x"]}, "nesterov"),
         ({}, "at least 1"),
     ],
 )
@@ -615,3 +622,52 @@ def test_a_journal_that_is_damaged_before_its_end_is_named_with_the_mend(
     assert "\n" not in str(error.value)
     journal.unlink()
     assert sorted([*first, *walk(file)]) == sorted(first)  # as the line says
+
+
+def test_a_key_that_does_nothing_is_refused_as_that_where_a_value_is_none_too(tune_file: Callable[..., Path]) -> None:
+    """A factor of two about a momentum of 0.9 reaches 1.8, which no optimizer takes, and AdamW has none."""
+    file = tune_file(space={"optimizer.momentum": {"first": 0.45, "last": 1.8}})
+    assert "Input should be less than 1 (got 1.8)" in str(invoke("plan", file, "optimizer.name=sgd").exception)
+    assert "momentum would do nothing: adamw has none" in str(invoke("plan", file, "optimizer.name=adamw").exception)
+
+
+def test_a_key_of_the_space_is_changed_on_the_command_line(tune_file: Callable[..., Path]) -> None:
+    said = invoke(
+        "plan", tune_file(), "tune.space.optimizer.lr.first=2**-9", "tune.space.train.label_smoothing=[0, 0.3]"
+    )
+    assert said.exit_code == 0, said.exception
+    assert "2^-9 to 0.25 (log)" in said.output
+    assert "0, 0.3" in said.output
+
+
+def test_a_plan_says_where_no_sampler_will_choose(tune_file: Callable[..., Path]) -> None:
+    said = "so few are spread evenly over the space: tpe would choose from suggestion 5 on"
+    assert said in invoke("plan", tune_file("few", trials=4)).output
+    assert "so few" not in invoke("plan", tune_file("enough", trials=5)).output
+    assert "so few" not in invoke("plan", tune_file("random", trials=4, sampler="random")).output
+
+
+def test_runs_that_have_ended_are_read_once_however_many_batches_follow(
+    tune_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or else each of thousands of batches would look at all runs before it."""
+    search, looks = open_search(tune_file(trials=12, batch=1, rerun=1), "launch.cluster=debug"), Counter[str]()
+
+    def train(packs: list[list[PlannedRun]], *_: Any) -> None:
+        for pack in packs:
+            for run in pack:
+                finish(run, bowl(run))
+
+    def stat(path: Path, *arguments: Any, **options: Any) -> Any:
+        found = original(path, *arguments, **options)
+        looks[path.parent.name] += path.name == "done.json"
+        return found
+
+    original = Path.stat
+    monkeypatch.setattr("depthmup.launch.jobs.submit.run_here", train)
+    monkeypatch.setattr("depthmup.launch.transfer.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("depthmup.launch.chain.prepare_data", lambda *_: None)
+    monkeypatch.setattr(Path, "stat", stat)
+    finish_study(search, Console(quiet=True))
+    tried = [run.directory.path.name for trial in search.trials() for run in search.plan_trial_runs(trial)]
+    assert [looks[name] for name in tried] == 12 * [1]

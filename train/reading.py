@@ -25,11 +25,15 @@ STUDY_SECTIONS = ("study", "tune", "verify", "launch")  # without them a file is
 
 
 def set_dotted(raw: dict[str, Any], override: str) -> None:
-    """Applies one `section.key=value`; the value is read as YAML."""
+    """Applies one `section.key=value`; the value is read as YAML. A key of a space has a point itself:
+    `tune.space.optimizer.lr.first=2**-9`."""
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise UserError(f"{override!r}: overrides look like model.depth=48 or optimizer.lr=2**-9")
-    *sections, key = path.strip().split(".")
+    parts = path.strip().split(".")
+    if len(parts) > 3 and parts[1] == "space":
+        parts[2:4] = [".".join(parts[2:4])]
+    *sections, key = parts
     if not all((*sections, key)):
         raise UserError(f"{override!r}: a name is missing beside a point; write it like model.depth=48")
     for section in sections:

@@ -229,12 +229,13 @@ def plan(config: Path, overrides: tuple[str, ...], targets: tuple[Path, ...]) ->
     from depthmup.launch.runs.opened import open_planned
     from depthmup.launch.runs.plan import print_plan
     from depthmup.launch.scale import read_changes
+    from depthmup.launch.wording import wrap_line
 
     file, console = read_file(config, overrides), open_console()
     print_plan(open_planned(config, file, overrides), console)
     for target in targets:
         cost = count_path(config, file, read_changes(target, ()))
-        console.print(f"{target}: {cost}", highlight=False, markup=False)
+        console.print(wrap_line(f"{target}: {cost}"), highlight=False, markup=False)
 
 
 @command("status", example="depthmup status configs/digits_resnet.yaml")

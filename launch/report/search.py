@@ -2,7 +2,6 @@
 
 import math
 import statistics
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from depthmup.launch.report.place import open_results
 from depthmup.launch.report.record import convert_number, dump, make_task_record
 from depthmup.launch.runs.search import Search
 from depthmup.launch.values import Range
-from depthmup.launch.wording import show_number, show_quantity
+from depthmup.launch.wording import show_number, show_quantity, wrap_line
 from depthmup.train.reading import to_yaml
 
 if TYPE_CHECKING:
@@ -78,7 +77,7 @@ class Found:
 
 
 def collect_search(search: Search) -> Found:
-    """Reads what has finished. Raises UserError before the winners' runs are done."""
+    """Reads what has finished. Raises UserError before the winners' runs are done, and where nothing learned."""
     trials, failed, pruned = [], 0, 0
     for trial in search.trials():
         runs = search.plan_trial_runs(trial)
@@ -95,6 +94,8 @@ def collect_search(search: Search) -> Found:
             break
         winners.append(Winner(number, search.trials()[number].params, losses[number], again))
     if not winners or len(winners) < len(search.winners()):
+        if not search.affordable(len(search.trials())) and not search.pending():
+            search.rank_learned()
         raise UserError(
             f"the search {search.path} has not ended ({len(trials) + pruned} of {search.expected} suggestions "
             f"are trained): {search.command('tune')}"
@@ -129,7 +130,7 @@ def print_search(found: Found, console: Console) -> None:
     console.print()
     console.print(table)
     for sentence in describe_search(found):
-        console.print(textwrap.fill(sentence, 80), highlight=False, markup=False)
+        console.print(wrap_line(sentence), highlight=False, markup=False)
 
 
 def describe_search(found: Found) -> list[str]:

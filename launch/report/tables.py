@@ -10,9 +10,8 @@ from rich.text import Text
 from depthmup.data.index import show_count
 from depthmup.launch.findings.intervals import CONFIDENCE
 from depthmup.launch.report.record import restore_interval
-from depthmup.launch.wording import show_drift, show_interval, show_number, show_seeds, show_share, show_shares
+from depthmup.launch.wording import WIDTH, show_drift, show_interval, show_number, show_seeds, show_share, show_shares
 
-WIDTH = 80  # columns of the terminal that the text is wrapped to
 COLOURS = {
     "transfers": "green",
     "costs": "yellow",

@@ -2,7 +2,6 @@
 
 import math
 import statistics
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from depthmup.launch.runs.pool import refuse_mixture
 from depthmup.launch.runs.space import find_value
 from depthmup.launch.runs.verification import Verification
 from depthmup.launch.values import Range
-from depthmup.launch.wording import show_number, show_share, show_shares
+from depthmup.launch.wording import show_number, show_share, show_shares, wrap_line
 
 BEST_SHARE = 0.25  # of the perturbed runs: where their values lie shows where the optimum does
 
@@ -174,7 +173,7 @@ def print_verification(found: Verified, console: Console) -> None:
         )
     console.print(table)
     for sentence in describe_verification(found):
-        console.print(textwrap.fill(sentence, 80), highlight=False, markup=False)
+        console.print(wrap_line(sentence), highlight=False, markup=False)
 
 
 def show_verification(verification: Verification, console: Console, out: Path | None) -> None:

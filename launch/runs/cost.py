@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,18 @@ from depthmup.launch.runs.planned import PlannedRun
 from depthmup.train.config import RunConfig, find_identity
 
 
-def locate_cache() -> Path | None:
-    """Counts made by this code and these libraries: another version counts anew. None where the user has no home."""
+@cache
+def hash_counting_code() -> str:
     hashed = hashlib.sha256("".join(version(name) for name in ("torch", "timm")).encode())
     for file in sorted((PACKAGE / "models").rglob("*.py")):
         hashed.update(file.read_bytes())
+    return hashed.hexdigest()[:12]
+
+
+def locate_cache() -> Path | None:
+    """Counts made by this code and these libraries: another version counts anew. None where the user has no home."""
     folder = find_user_folder("XDG_CACHE_HOME", ".cache")
-    return folder / f"flops-{hashed.hexdigest()[:12]}.json" if folder else None
+    return folder / f"flops-{hash_counting_code()}.json" if folder else None
 
 
 def read_cache(file: Path | None) -> dict[str, list[int]]:
@@ -64,16 +70,16 @@ def count_flops(runs: Sequence[PlannedRun]) -> dict[Size, tuple[int, int]]:
 def count_runs(configs: Sequence[RunConfig]) -> list[tuple[int, int]]:
     """Of each run: (parameters, FLOPs forward and backward over all its samples)."""
     file = locate_cache()
-    cache = read_cache(file)
-    missing = {name: config for config in configs if (name := make_cache_key(config.model)) not in cache}
+    known = read_cache(file)
+    missing = {name: config for config in configs if (name := make_cache_key(config.model)) not in known}
     if missing:
-        cache |= {name: count_network(config) for name, config in missing.items()}
+        known |= {name: count_network(config) for name, config in missing.items()}
         with suppress(OSError):  # a home that cannot be written to costs time, not correctness
             if file:
                 file.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(file, json.dumps(cache).encode())
+                write_atomically(file, json.dumps(known).encode())
     counted = []
     for config in configs:
-        parameters, each = cache[make_cache_key(config.model)]
+        parameters, each = known[make_cache_key(config.model)]
         counted.append((parameters, each * config.train.num_steps * config.train.global_batch_size))
     return counted

@@ -37,4 +37,5 @@ class JointStudy(Study):
         together."""
         config = from_plain(RunConfig, apply_values(self._base, values), f"{self.path} (values of its space)")
         name, size = show_label(config.parameterization), Size(width=config.model.width, depth=config.model.depth)
-        return [self.plan_run(name, size, config.optimizer.lr, replace(config, seed=seed)) for seed in seeds]
+        runs = [self.plan_run(name, size, config.optimizer.lr, replace(config, seed=seed)) for seed in seeds]
+        return [replace(run, ends_for_good=True) for run in runs]

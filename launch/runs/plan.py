@@ -1,6 +1,5 @@
 """`depthmup plan`: what a study would run and cost."""
 
-import textwrap
 from collections.abc import Iterable, Mapping
 
 from rich.console import Console
@@ -26,7 +25,7 @@ from depthmup.launch.runs.seconds import estimate_seconds
 from depthmup.launch.runs.study import Study
 from depthmup.launch.runs.verification import Verification
 from depthmup.launch.values import Dimension, Range
-from depthmup.launch.wording import show_duration, show_power, show_quantity, show_share, show_times
+from depthmup.launch.wording import show_duration, show_power, show_quantity, show_share, show_times, wrap_line
 from depthmup.train.packs.packing import may_differ, pack_limit
 
 
@@ -108,12 +107,16 @@ def print_search_plan(search: Search, console: Console) -> None:
         f"the best {settings.most_winners} again with {settings.rerun_seeds} new seeds",
         highlight=False,
     )
+    lines = [*describe_packs(search, settings.space), *describe_jobs(search)]
+    if settings.sampler == "tpe" and search.expected <= search.journal.startup:
+        first = search.journal.startup + 1
+        lines.insert(0, f"so few are spread evenly over the space: tpe would choose from suggestion {first} on")
     if settings.prune:
         steps = ", ".join(map(str, prune_steps(settings.prune, search.file.train.num_steps)))
         more = ", and the budget then pays for more suggestions" if settings.flops else ""
-        console.print(f"runs above the median after step {steps} are ended early{more}", highlight=False)
-    if lines := [*describe_packs(search, settings.space), *describe_jobs(search)]:
-        console.print("\n".join(lines), highlight=False)
+        lines.insert(0, f"runs above the median after step {steps} are ended early{more}")
+    if lines:
+        console.print(*map(wrap_line, lines), sep="\n", highlight=False)
 
 
 def print_verification_plan(verification: Verification, console: Console) -> None:
@@ -122,16 +125,16 @@ def print_verification_plan(verification: Verification, console: Console) -> Non
     print_space(verification.space, console)
     runs = verification.runs
     done = sum(bool(run.done()) for run in runs)
-    console.print(
-        f"\n{len(runs)} runs at {verification.size} ({done} done), {show_quantity(len(runs) * each)}FLOPs in all, "
-        f"{show_times(verification.cost)} times one\nrun of this file (verify.budget {settings.budget:g}): "
-        f"{settings.runs} perturbed, and the file's own values with {show_count(len(settings.seeds), 'seed')}.\n"
+    lines = [
+        f"{len(runs)} runs at {verification.size} ({done} done), {show_quantity(len(runs) * each)}FLOPs in all, "
+        f"{show_times(verification.cost)} times one run of this file (verify.budget {settings.budget:g}): "
+        f"{settings.runs} perturbed, and the file's own values with {show_count(len(settings.seeds), 'seed')}.",
         f"Where none is better, they are among the best {show_share(Share(0, settings.runs).high)} with {SURE:.0%} "
         "confidence",
-        highlight=False,
-    )
-    jobs = [*describe_packs(verification, verification.space), *describe_jobs(verification)]
-    console.print("\n".join(jobs), highlight=False)
+        *describe_packs(verification, verification.space),
+        *describe_jobs(verification),
+    ]
+    console.print("", *map(wrap_line, lines), sep="\n", highlight=False)
 
 
 def print_space(space: Mapping[str, Dimension], console: Console) -> None:
@@ -175,9 +178,9 @@ def print_grid_plan(study: Study, console: Console) -> None:
     if smaller := [str(size) for size in flops if size.width < base.width or size.depth < base.depth]:
         them = smaller[0] if len(smaller) == 1 else f"{len(smaller)} of these sizes"
         larger = f"base width {base.width}, depth {base.depth} is larger than {them}: factors scale down"
-        console.print(f"\n{larger}", highlight=False)
+        console.print(f"\n{wrap_line(larger)}", highlight=False)
     for sentence in describe_drifts(study.file):
-        console.print(f"\n{textwrap.fill(sentence, 80)}", highlight=False)
+        console.print(f"\n{wrap_line(sentence)}", highlight=False)
     lines = [
         *describe_cost(study, flops),
         *describe_packs(study, [study.file.study.hyperparameter]),
@@ -185,7 +188,7 @@ def print_grid_plan(study: Study, console: Console) -> None:
         *describe_savings(study, flops),
         *describe_growth(study),
     ]
-    console.print("", *lines, sep="\n", highlight=False)
+    console.print("", *map(wrap_line, lines), sep="\n", highlight=False)
 
 
 def describe_runs(study: Study, flops: Flops) -> list[str]:

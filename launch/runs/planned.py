@@ -30,6 +30,7 @@ class PlannedRun:
     directory: RunDirectory
     any_shards: bool = False  # whether a result counts that was trained on other images
     trunk: Trunk | None = None  # the run that it branches off, of those that are planned
+    ends_for_good: bool = False  # whether it is not looked at again once it has ended: a search asks thousands, often
 
     @property
     def share(self) -> float:
@@ -40,8 +41,10 @@ class PlannedRun:
         """The done marker, None before the run's end. Raises UserError for one that is damaged, or another run's.
 
         A marker that has not changed since it was read is not read again, nor are its images looked at: whoever waits
-        asks thousands of runs, often.
+        asks thousands of runs, often. Where a run `ends_for_good`, it is not looked at either.
         """
+        if self.ends_for_good and (done := next(iter(self._read.values()), None)):
+            return done
         try:
             status = (self.directory.path / "done.json").stat()
         except FileNotFoundError:

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     import optuna
     from optuna.trial import FrozenTrial
 
-MOST_ONE_BY_ONE = 600  # suggestions: of more, to launch each by itself takes over 0.2 CPU seconds a run
 WHOLE_BEFORE_PRUNING = 5  # suggestions trained to their end, as of Optuna's MedianPruner
 
 
@@ -116,10 +115,8 @@ class Search(JointStudy):
 
     @cached_property
     def journal(self) -> Journal:
-        budget = self.settings.flops / self.flops if self.settings.flops else self.settings.most_trials
-        alone = trains_one_by_one(self.file) and budget <= MOST_ONE_BY_ONE
         path = self.file.directory / "search.journal"
-        return Journal(path, self._space, self.settings, 1 if alone else SIDE_BY_SIDE)
+        return Journal(path, self._space, self.settings, 1 if trains_one_by_one(self.file) else SIDE_BY_SIDE)
 
     @property
     def batch(self) -> int:
@@ -273,7 +270,7 @@ class Search(JointStudy):
             self.journal.suggest(journal, count, self.own_values())
             of_all = "" if self.settings.flops else f" of {self.settings.most_trials}"
             return f"suggestions {asked + 1} to {asked + count}{of_all}"
-        return None if self.winners() else self._choose_winners(journal)
+        return None if self.winners() else self._choose_winners()
 
     def _tell(self, journal: "optuna.Study", begin: int) -> None:
         """What became of the suggestions before number `begin`."""
@@ -302,25 +299,26 @@ class Search(JointStudy):
         found: list[int] = content["trials"]
         return found if content["of"] == len(self.trials()) else []  # others: the search was made longer since
 
-    def _choose_winners(self, journal: "optuna.Study") -> str:
-        from optuna.trial import TrialState
-
-        finished = journal.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        count = len(self.trials())
+    def rank_learned(self) -> list[int]:
+        """Numbers of the suggestions that learned something, the best first. Raises UserError where none did."""
+        tried = {trial.number: self.plan_trial_runs(trial) for trial in self.trials()}
+        losses = {number: loss for number, runs in tried.items() if (loss := self.loss(runs)) is not None}
         guess = self.chance * math.exp(-ERRORS * LEAST_SEED_NOISE)  # of many guesses some lie below chance by noise
-        learned = [trial for trial in finished if trial.value is not None and trial.value < guess]
-        if not learned:
-            pruned = len(journal.get_trials(deepcopy=False, states=(TrialState.PRUNED,)))
-            mend = "move tune.space, or give the runs more train.samples"
-            if pruned > len(finished):
-                mend = "leave tune.prune out, or give it later shares"
-            early = f", {pruned} ended early" if pruned else ""
-            raise UserError(
-                f"{self.path}: none of {count} suggestions learned anything ({len(finished)} finished{early}): "
-                f"{mend}, under another study.name"
-            )
-        best = sorted(learned, key=lambda trial: (trial.value, trial.number))[: self.settings.rerun]
-        chosen = {"of": count, "trials": [trial.number for trial in best]}
+        if learned := [number for number, loss in losses.items() if loss < guess]:
+            return sorted(learned, key=lambda number: (losses[number], number))
+        pruned = sum(any(run.is_pruned() for run in runs) for runs in tried.values())
+        mend = "move tune.space, or give the runs more train.samples"
+        if pruned > len(losses):
+            mend = "leave tune.prune out, or give it later shares"
+        early = f", {pruned} ended early" if pruned else ""
+        raise UserError(
+            f"{self.path}: none of {len(tried)} suggestions learned anything ({len(losses)} finished{early}): "
+            f"{mend}, under another study.name"
+        )
+
+    def _choose_winners(self) -> str:
+        best = self.rank_learned()[: self.settings.rerun]
+        chosen = {"of": len(self.trials()), "trials": best}
         write_atomically(self._winners_file, json.dumps(chosen).encode())
         return f"the best {len(best)} with {self.settings.rerun_seeds} new seeds"
 

@@ -83,17 +83,20 @@ def check_space(plain: dict[str, Any], space: Mapping[str, Dimension], source: s
     for key, dimension in space.items():
         where = f"{source}.{key}"
         check_key(key, where)
-        runs, idle = [], None
+        runs, refused, idle = list[RunConfig](), None, None
         for value in (values := list_examples(dimension)):
             try:
                 runs.append(from_plain(RunConfig, apply_values(plain, {key: value}), f"{where}: {value!r}"))
             except UserError as error:
-                if "would do nothing" not in str(error):
-                    raise
-                idle = error
+                if "would do nothing" in str(error):
+                    idle = error
+                else:
+                    refused = refused or error
         names = [run_hash(run) for run in runs]
         if idle and len(set(names)) < 2:  # the one value that is not refused is the key's default
             raise idle
+        if refused:
+            raise refused
         if len(set(names)) < len(names):
             raise UserError(f"{where}: a value occurs twice in {values}: leave one out")
         if key.startswith("parameterization.") and len({list_acting_settings(run) for run in runs}) < 2:
