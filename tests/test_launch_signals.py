@@ -92,7 +92,7 @@ def test_a_study_stops_the_processes_that_it_started_and_says_where_the_runs_sta
 ) -> None:
     slot = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
     study = Study(study_file, read_study(study_file))
-    monkeypatch.setattr(chain, "launch", lambda study: Launched(study.runs, [], [slot]))
+    monkeypatch.setattr(chain, "launch", lambda study, **_: Launched(study.runs, [], [slot]))
     monkeypatch.setattr(chain, "wait", sender(number))
     code, line = said("transfer", study_file)
     assert code == SIGNALS[number]

@@ -253,7 +253,7 @@ def test_a_round_that_comes_after_a_cancel_begins_nothing(
 ) -> None:
     study, begun = study_of("launch.runs_per_job=12"), list[int]()
 
-    def cancelled_meanwhile(study: Study, launched: transfer.Launched, console: Console) -> None:
+    def cancelled_meanwhile(study: Study, launched: transfer.Launched, *_: Any) -> None:
         begun.append(len(launched.runs))
         note_command(study.file.directory, "cancel")
         (fake / "ended").write_text("1\n")
