@@ -84,6 +84,7 @@ ARGUMENTS = {
     "deit": {"init_values": 1.0},
     "swiftformer": {"layer_scale_init_value": 1.0},
     "efficientformer": {"num_vit": 99},  # attention in as many blocks of the last stage as there are
+    "efficientformer_v2": {"distillation": False, "num_vit": 99, "layer_scale_init_value": 1.0},
     # which lets a block's init depend on its number
     "hiera": {"fix_init": False},
     # nor attention over all of the image in blocks of a fixed number

@@ -199,6 +199,9 @@ RIGHT: dict[str, Forward] = {
     "a constant factor": lambda block, x: torch.add(x, block.mlp(block.norm(x)), alpha=0.5) * 1,
     "rates of stochastic depth": stochastic,
     "a root mean square by hand": by_hand,
+    "a root mean square by its sum": lambda block, x: (
+        x + block.mlp(x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) * block.width**0.5)
+    ),
     "a root mean square by its length": lambda block, x: x + block.mlp(F.normalize(x, dim=-1) * block.width**0.5),
     "blocks left out at random": lambda block, x: x if block.training and random.random() < 0.5 else plain(block, x),
     "blocks left out by torch": lambda block, x: x if block.training and torch.rand(1) < 0.5 else plain(block, x),
