@@ -164,7 +164,7 @@ def test_a_study_of_which_no_two_runs_can_be_packed_is_refused_with_the_key(
         check_packable(runs("train.pack=4", *one_of_each_size))
     check_packable(runs(*one_of_each_size))
     check_packable(runs("train.pack=4"))
-    check_packable(runs("train.pack=4", "train.compile=block"))  # refused by packs_of, with another reason
+    check_packable(runs("train.pack=4", "train.compile=block"))  # refused where packs are formed, with another reason
 
 
 # ---------------------------------------------------------------- the worker

@@ -81,7 +81,7 @@ def losses(directory: Path) -> list[float]:
 def test_the_fork_server_has_done_what_each_of_its_processes_would_need_seconds_for() -> None:
     """It leaves out silently what is optional."""
     there = "sys.modules.keys() >= {'deepspeed', 'scipy.stats', 'hypothesis', 'optuna', 'sklearn.datasets'}"
-    known = "owner.code_fingerprint.cache_info().currsize, packed_digits.cache_info().currsize"
+    known = "owner.fingerprint_code.cache_info().currsize, packed_digits.cache_info().currsize"
     program = "import gc, sys; from depthmup.train import owner; "
     program += f"from train_configs import packed_digits; print({there}, {known}, gc.get_freeze_count() > 1e5)"
     (process,) = start(["-c", program], world_size=1)
