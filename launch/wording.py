@@ -2,7 +2,7 @@
 
 import math
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -12,6 +12,11 @@ WIDTH = 80  # columns of the terminal that text is wrapped to
 def wrap_line(text: str) -> str:
     """A sentence in lines of at most WIDTH columns; paths and options stay whole."""
     return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
+
+
+def join_with_and(parts: Sequence[str]) -> str:
+    """'7', '7 and 4', '7, 4 and 9'."""
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
 def show_size(record: Mapping[str, Any]) -> str:

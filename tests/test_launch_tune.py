@@ -7,6 +7,7 @@ import statistics
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -21,9 +22,10 @@ from depthmup.data.errors import UserError
 from depthmup.launch.chain import finish_study
 from depthmup.launch.jobs import states
 from depthmup.launch.reading import read_run
+from depthmup.launch.report.hyperparameters import Hyperparameter, describe_edge
 from depthmup.launch.report.record import read_record
 from depthmup.launch.report.results import format_document
-from depthmup.launch.report.search import collect_search, describe_search
+from depthmup.launch.report.search import Winner, collect_search, describe_search
 from depthmup.launch.runs.planned import PlannedRun
 from depthmup.launch.runs.search import Search
 from depthmup.launch.runs.space import find_fraction
@@ -155,7 +157,7 @@ def test_a_batch_of_any_size_begins_without_a_warning(tune_file: Callable[..., P
     """SciPy has one for a number of Sobol points that is no power of two."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        assert open_search(tune_file(batch=6)).plan_next_batch()[0] == 6
+        assert open_search(tune_file(batch=6)).plan_next_batch() == (6, "suggestions 1 to 6 of 16")
 
 
 def test_a_batch_of_one_is_chosen_by_the_sampler_after_four(tune_file: Callable[..., Path]) -> None:
@@ -163,9 +165,9 @@ def test_a_batch_of_one_is_chosen_by_the_sampler_after_four(tune_file: Callable[
     tried = []
     for name, sign in (("up", 1), ("down", -1)):
         file = tune_file(name, trials=6, batch=1)
-        for _ in range(5):
+        for number in range(5):
             search = open_search(file)
-            search.plan_next_batch()
+            assert search.plan_next_batch() == (1, f"suggestion {number + 1} of 6")
             for run in search.pending():
                 finish(run, 1 + sign * 0.1 * math.log2(run.config.optimizer.lr))
         tried.append([trial.params for trial in open_search(file).trials()])
@@ -331,7 +333,7 @@ def test_runs_that_are_ended_early_are_neither_winners_nor_averaged_nor_failures
     assert not of_pruned & {trial for trial, _, _ in found.trials}
     assert not of_pruned & set(search.winners())
     assert all(number >= 8 for number in of_pruned)  # the first batches have nothing to be worse than
-    assert any(f"{len(pruned)} suggestions were ended early" in said for said in describe_search(found))
+    assert any(f"Ended early by tune.prune: {len(pruned)} suggestions" in said for said in describe_search(found))
     counts = states.take_snapshot(search).counts()
     assert (counts["pruned"], counts["done"]) == (
         len(pruned),
@@ -413,6 +415,53 @@ def test_the_sampler_learns_and_the_winners_are_judged_by_new_seeds_alone(tune_f
     assert known["optimizer.lr"].importance == max(each.importance or 0 for each in found.dimensions)
     assert not known["train.label_smoothing"].identified
     assert any("Not identified: " in said and "train.label_smoothing" in said for said in describe_search(found))
+
+
+def test_the_winners_within_noise_are_listed(tune_file: Callable[..., Path]) -> None:
+    file = tune_file(trials=8)
+    walk(file)
+    found = collect_search(open_search(file))
+    winners = [Winner(trial, found.winners[0].values, 0.5, [0.5, 0.6]) for trial in (2, 7, 4, 9)]
+    for count, listed in ((2, "trial 7"), (3, "trials 7 and 4"), (4, "trials 7, 4 and 9")):
+        assert f"Within noise of it: {listed}." in describe_search(replace(found, winners=winners[:count]))
+
+
+DECAY = "optimizer.weight_decay"
+LOW, HIGH = "is on the low edge of its range", "is on the high edge of its range"
+
+
+@pytest.mark.parametrize(
+    ("best", "optimum", "identified", "said"),
+    [
+        (1e-4, 1e-6, True, f"the surrogate's optimum of weight_decay, 1e-06, {LOW}"),
+        (1e-4, 1e-6, False, ""),  # it may lie all over the range
+        (1e-2, 1e-2, True, f"the surrogate's optimum of weight_decay, 0.01, {HIGH}"),
+        (1e-2, 1e-4, True, f"the best trial's weight_decay, 0.01, {HIGH}"),
+        (1e-6, None, False, f"the best trial's weight_decay, 1e-06, {LOW}"),
+        (1e-2, 1e-6, True, f"the surrogate's optimum of weight_decay, 1e-06, {LOW} and the best trial's weight_decay, "
+         f"0.01, {HIGH}"),
+        (1e-4, 1e-4, True, ""),
+    ],
+)  # fmt: skip
+def test_the_value_on_an_edge_is_named_with_the_side(
+    tune_file: Callable[..., Path], best: float, optimum: float | None, identified: bool, said: str
+) -> None:
+    """Of the pair, too: an edge of the surrogate's optimum is none of the best trial's value."""
+    decay = Hyperparameter(DECAY, best, 0.5, optimum, identified=identified)
+    rate = Hyperparameter("optimizer.lr", 2**-6, 0.5, 2**-6, identified=True)
+    range_ = Range(first=1e-6, last=1e-2)
+    assert describe_edge(range_, decay) == said
+    file = tune_file(space={"optimizer.lr": SPACE["optimizer.lr"], DECAY: {"first": 1e-6, "last": 1e-2}}, trials=8)
+    walk(file)
+    sentences = describe_search(replace(collect_search(open_search(file)), dimensions=[rate, decay]))
+    widen = f"{said[:1].upper()}{said[1:]}: widen tune.space there, under another study.name."
+    assert (widen in sentences) is bool(said)
+    (pair,) = [sentence for sentence in sentences if "the pair" in sentence.lower()]
+    if said:
+        assert pair == f"No interior optimum of the pair lr and weight_decay: {said}."
+    else:
+        assert pair.startswith("The pair" if identified else "No interior optimum")
+        assert "edge" not in pair
 
 
 def test_a_finished_search_is_reported_published_and_a_row_of_the_results(
@@ -535,7 +584,7 @@ def test_values_that_do_not_go_together_are_left_out_and_counted(tune_file: Call
     found = collect_search(open_search(file))
     assert found.failed > 0  # wsd with a warm-up that leaves no room for its decay
     assert found.failed + len(found.trials) == 24
-    assert any("were refused: their values do not go together" in said for said in describe_search(found))
+    assert any(said.startswith("Refused, as values do not go together: ") for said in describe_search(found))
 
 
 def test_a_search_is_trained_by_the_real_launcher_and_its_best_file_is_a_run(

@@ -13,8 +13,10 @@ from depthmup.launch.findings.surrogate import Located, locate_optimum
 from depthmup.launch.runs.search import Search
 from depthmup.launch.runs.space import encode_values, find_fraction, find_value
 from depthmup.launch.values import Dimension, Range
+from depthmup.launch.wording import join_with_and
 
 BEST_SHARE = 0.25  # of the suggestions, by their loss: what PED-ANOVA compares with the others
+EDGE_SHARE = 0.03  # of a range, at each of its ends: a value there is on the edge
 SPREAD_OUT = 0.7  # of a range that the optimum's interval covers: the losses do not say which value is best
 
 
@@ -82,11 +84,28 @@ def add_optimum(each: Hyperparameter, dimension: Dimension, at: Located) -> Hype
     return replace(each, optimum=dimension[int(at.best)], likely=likely, identified=len(likely) < len(dimension))
 
 
-def lies_on_edge(search: Search, each: Hyperparameter) -> bool:
-    """Whether the best value, or the surrogate's where that is known, is at an end of its range."""
-    dimension = search.settings.space[each.key]
-    values = [each.best, each.optimum] if each.identified else [each.best]
-    return isinstance(dimension, Range) and not all(0.03 < find_fraction(dimension, value) < 0.97 for value in values)
+def shorten_key(key: str) -> str:
+    return key.split(".")[-1]
+
+
+def find_edge(dimension: Dimension, value: Any) -> str:
+    """The edge of its range that the value is on, 'low' or 'high'; '' inside of it, and for a choice."""
+    if not isinstance(dimension, Range):
+        return ""
+    fraction = find_fraction(dimension, value)
+    return "low" if fraction <= EDGE_SHARE else "high" if fraction >= 1 - EDGE_SHARE else ""
+
+
+def describe_edge(dimension: Dimension, each: Hyperparameter) -> str:
+    """Says that the surrogate's optimum, where it is identified, or the best trial's value is on an edge of its range;
+    '' where neither is. Of both on one edge it names the surrogate's optimum alone."""
+    name = shorten_key(each.key)
+    values = [(f"the surrogate's optimum of {name}", each.optimum)] if each.identified else []
+    said: dict[str, str] = {}
+    for whose, value in [*values, (f"the best trial's {name}", each.best)]:
+        if edge := find_edge(dimension, value):
+            said.setdefault(edge, f"{whose}, {show_value(value)}, is on the {edge} edge of its range")
+    return join_with_and(list(said.values()))
 
 
 def show_value(value: Any) -> str:

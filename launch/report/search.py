@@ -19,8 +19,9 @@ from depthmup.launch.findings.surrogate import LEAST_MEASURED
 from depthmup.launch.paths import quote_command
 from depthmup.launch.report.hyperparameters import (
     Hyperparameter,
+    describe_edge,
     describe_hyperparameters,
-    lies_on_edge,
+    shorten_key,
     show_likely,
     show_value,
 )
@@ -28,7 +29,7 @@ from depthmup.launch.report.place import open_results
 from depthmup.launch.report.record import convert_number, dump, make_task_record
 from depthmup.launch.runs.search import Search
 from depthmup.launch.values import Range
-from depthmup.launch.wording import show_number, show_quantity, wrap_line
+from depthmup.launch.wording import join_with_and, show_number, show_quantity, wrap_line
 from depthmup.train.reading import to_yaml
 
 if TYPE_CHECKING:
@@ -105,10 +106,6 @@ def collect_search(search: Search) -> Found:
     return Found(search, trials, failed, pruned, no_importance, winners, dimensions)
 
 
-def shorten_key(key: str) -> str:
-    return key.split(".")[-1]
-
-
 def print_search(found: Found, console: Console) -> None:
     """80 columns: the winners, the hyperparameters, and what follows."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -145,23 +142,24 @@ def describe_search(found: Found) -> list[str]:
         said.append(f"The file's own values had {show_number(baseline)} ({seeds}).")
     noise = best.half_width
     if close := [other.trial for other in found.winners[1:] if other.mean - best.mean < noise + other.half_width]:
-        said.append(f"Within noise of it: trial {', '.join(map(str, close))}.")
+        trials = "trial" if len(close) == 1 else "trials"
+        said.append(f"Within noise of it: {trials} {join_with_and([str(trial) for trial in close])}.")
     if unknown := [each.key for each in found.dimensions if not each.identified]:
         why = f"the surrogate's optimum may lie all over {'its range' if len(unknown) == 1 else 'their ranges'}"
         if found.dimensions[0].optimum is None:
             why = f"a surrogate needs {LEAST_MEASURED} runs to their end that are better than a guess"
         said.append(f"Not identified: {', '.join(unknown)}; {why}.")
-    edges = [each.key for each in found.dimensions if lies_on_edge(found.search, each)]
-    if edges:
-        said.append(f"On the edge of the space: {', '.join(edges)}; widen tune.space there, under another study.name.")
+    space = found.search.settings.space
+    if edges := "; ".join(edge for each in found.dimensions if (edge := describe_edge(space[each.key], each))):
+        said.append(f"{edges[0].upper()}{edges[1:]}: widen tune.space there, under another study.name.")
     if pair := describe_pair(found):
         said.append(pair)
     if found.no_importance:
         said.append(f"No importance: {found.no_importance}")
     if found.pruned:
-        said.append(f"{found.pruned} suggestions were ended early (tune.prune): nothing above counts them.")
+        said.append(f"Ended early by tune.prune: {show_count(found.pruned, 'suggestion')}, not counted above.")
     if found.failed:
-        said.append(f"{found.failed} suggestions were refused: their values do not go together.")
+        said.append(f"Refused, as values do not go together: {show_count(found.failed, 'suggestion')}.")
     return said
 
 
@@ -174,14 +172,14 @@ def describe_pair(found: Found) -> str:
         return ""
     missing = []
     for each in (by_key["optimizer.lr"], decay):
-        if lies_on_edge(found.search, each):
-            missing.append(f"the best {shorten_key(each.key)} lies on an edge")
+        if edge := describe_edge(found.search.settings.space[each.key], each):
+            missing.append(edge)
         elif not each.identified:
             missing.append(f"{shorten_key(each.key)} is not identified")
     names = f"lr and {shorten_key(decay.key)}"
     if missing:
-        return f"No interior optimum of the pair {names}: {' and '.join(missing)}."
-    return f"The pair {names} has an interior optimum: both lie inside of the space, and are identified."
+        return f"No interior optimum of the pair {names}: {join_with_and(missing)}."
+    return f"The pair {names} has an interior optimum: both are inside of their ranges, and identified."
 
 
 def search_record(found: Found) -> dict[str, Any]:

@@ -269,7 +269,8 @@ class Search(JointStudy):
         if count := min(left, self.affordable(begin)):
             self.journal.suggest(journal, count, self.own_values())
             of_all = "" if self.settings.flops else f" of {self.settings.most_trials}"
-            return f"suggestions {asked + 1} to {asked + count}{of_all}"
+            numbers = f"suggestion {asked + 1}" if count == 1 else f"suggestions {asked + 1} to {asked + count}"
+            return f"{numbers}{of_all}"
         return None if self.winners() else self._choose_winners()
 
     def _tell(self, journal: "optuna.Study", begin: int) -> None:
