@@ -124,7 +124,8 @@ class StudyConfig:
         needed = "design grid" if self.adaptive else "design adaptive and a range of values, {first: ..., last: ...}"
         for key in idle:
             if getattr(self, key) not in (getattr(StudyConfig, key), 0):  # 0 switches off what is not there
-                raise ValueError(f"{key} would do nothing: leave it out, or use {needed}")
+                default = "null" if getattr(StudyConfig, key) is None else f"{getattr(StudyConfig, key):g}"
+                raise ValueError(f"{key} would do nothing: leave it out, as {key}={default} does, or use {needed}")
         if self.ladder and self.adaptive:
             raise ValueError("ladder needs every value at every horizon: use design grid")
         if self.cost_limit <= self.regret_limit:

@@ -68,7 +68,7 @@ def sort_values(values: Octaves | tuple[float, ...]) -> tuple[float, ...]:
 def require_several(values: Octaves | tuple[float, ...]) -> Octaves | tuple[float, ...]:
     """One value is for `depthmup converge`."""
     if (count := len(sort_values(values))) in (0, 2):
-        raise ValueError(f"needs at least 3 values, or one where no optimum is asked for, found {count}")
+        raise ValueError(f"needs 3 values or more (1 for a study without an optimum), found {count}")
     return values
 
 

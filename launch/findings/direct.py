@@ -65,6 +65,10 @@ def compare_with_direct(
     found = []
     for comparison in analysis.comparisons:
         curve = comparison.curve
+        own_base = next(
+            each for each in analysis.curves if each.size == base and each.parameterization == curve.parameterization
+        )
+        censored = curve.optimum.censored or own_base.optimum.censored  # then nobody knows what is lost
         known = math.isfinite(curve.optimum.metric) and not math.isnan(comparison.at_base_optimum)
         if curve.size != target or target == base or not known:
             continue
@@ -83,7 +87,7 @@ def compare_with_direct(
                 comparison.at_base_optimum,
                 find_tuned_loss(comparison),
                 comparison.regret,
-                comparison.regret_interval,
+                None if censored else comparison.regret_interval,
             )
         )
     return found

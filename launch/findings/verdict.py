@@ -121,7 +121,9 @@ def say_unknown(comparison: Comparison) -> str:
 
 
 def say_edge(curve: Curve) -> str:
-    return f"is on the {curve.optimum.censored} edge of the grid, and values beyond it are needed"
+    return (
+        f"is on the {curve.optimum.censored} edge of the grid, and values beyond it are needed (study.extend adds them)"
+    )
 
 
 def say_failures(failures: Failures, where: str = " there") -> str:
@@ -260,7 +262,7 @@ def judge(base: Curve, comparisons: Sequence[Comparison], limits: Limits) -> Jud
         return Judgement(name, "inconclusive", "; ".join(doubtful), unsure)
     if is_plateau(base, comparisons, limits):
         around = show_interval((base.optimum.x - 1, base.optimum.x + 1))
-        return Judgement(name, "not identified", f"every value from {around} octaves is as good at every size")
+        return Judgement(name, "not identified", f"every value from {around} octaves (log2) is as good at every size")
     worst = max(comparisons, key=lambda comparison: comparison.regret_bound)
     return Judgement(name, "transfers", judge_size(worst, limits).reason)
 
