@@ -85,8 +85,11 @@ def test_a_bad_key_or_value_is_refused_with_its_name_and_the_mend(
         ("study.parameterizations=[{nam: sp}]", "did you mean 'study.parameterizations.0.name'?"),
         ("study.values={frist: 1, last: 8}", "study.values.frist: unknown key; did you mean 'study.values.first'?"),
         ("study.values=on", "study.values.0: Input should be a number (got True)"),
-        ("study.budget=0.5", "budget would do nothing: leave it out, as budget=1 does, or use design adaptive and a range of values"),
-        ("study={name: x, values: {first: 1, last: 8}, extend: 3}", "extend would do nothing: leave it out, as extend=2 does, or use de"),
+        ("study.budget=0.5", "budget would do nothing: leave it out, as budget=1 does, or use design adaptive"),
+        (
+            "study={name: x, values: {first: 1, last: 8}, extend: 3}",
+            "extend would do nothing: leave it out, as extend=2 does, or use de",
+        ),
         ("study.sizes={width:8, depth: 3}", "a space is missing after the colon in 'width:8': write 'width: 8'"),
         (
             "train.evaluate=[val]",
