@@ -25,7 +25,7 @@ from depthmup.data.class_order import describe_class_order
 from depthmup.data.errors import UserError
 from depthmup.data.files import write_atomically
 from depthmup.data.fingerprint import INDEX_NAME
-from depthmup.data.minival import choose_held_out, hash_names
+from depthmup.data.minival import choose_held_out, count_held_out, hash_names
 
 AGAIN = f"delete {INDEX_NAME} and pack or index again"  # what mends an index that is wrong
 NO_LABEL = -1
@@ -209,6 +209,11 @@ class Index:
                     f"{path}: {path.stat().st_size} bytes, but {INDEX_NAME} says {shard.size}. "
                     f"Restore the shard, or {AGAIN}"
                 )
+
+    def count_training_samples(self, minival: float) -> int:
+        """Those of `train` without the share `minival`. Reads no sidecar."""
+        samples = sum(shard.samples for shard in self.splits.get("train", ()))
+        return samples - int(count_held_out(samples, minival))
 
     def spans(self, split: str, minival: float) -> list[Span]:
         """The spans of `val`, of `minival` (the share `minival` of the training samples, see data.minival), or of

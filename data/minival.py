@@ -22,9 +22,14 @@ def make_distinct(hashes: np.ndarray) -> np.ndarray:
     return hashes
 
 
+def count_held_out(samples: np.ndarray | int, share: float) -> np.ndarray:
+    """How many of so many samples are held out, int64."""
+    return np.floor(np.multiply(samples, share) + 0.5).astype(np.int64)
+
+
 def choose_held_out(labels: np.ndarray, hashes: np.ndarray, share: float) -> np.ndarray:
     """Whether each sample is held out, bool (samples,): of every label its share, up to one sample; of all together
-    round(share * samples).
+    count_held_out(samples, share).
 
     labels: (samples,). hashes: (samples,) of the samples' names. The lowest of each label are held out. So neither the
     order nor the sizes of the shards matter, and a larger share holds out what a smaller one does and more (of a label
@@ -33,7 +38,7 @@ def choose_held_out(labels: np.ndarray, hashes: np.ndarray, share: float) -> np.
     order = np.lexsort((make_distinct(hashes), labels))
     _, counts = np.unique(labels, return_counts=True)
     ends = np.concatenate([[0], np.cumsum(counts)])
-    held_out = np.diff(np.floor(ends * share + 0.5)).astype(np.int64)  # of each label
+    held_out = np.diff(count_held_out(ends, share))  # of each label
     place = np.arange(len(labels)) - np.repeat(ends[:-1], counts)  # of a sample among those of its label
     chosen = np.zeros(len(labels), bool)
     chosen[order] = place < np.repeat(held_out, counts)

@@ -32,6 +32,21 @@ class State:
     position: int = 0
 
 
+def fit_batch(samples: int) -> int:
+    """The largest power of two of at most `samples` >= 1."""
+    return 1 << (samples.bit_length() - 1)
+
+
+def find_batch_misfit(samples: int, num_streams: int, global_batch_size: int) -> str | None:
+    """What is wrong where there are less training samples than one batch, and what would do; None where there are
+    enough. samples: at least 1."""
+    if global_batch_size <= samples:
+        return None
+    largest, fitting = samples // num_streams * num_streams, fit_batch(samples)
+    mend = f"use at most {largest}" if largest else f"use {fitting}, and data.num_streams={fitting}"
+    return f"train.global_batch_size {global_batch_size} is more than the {samples} training samples: {mend}"
+
+
 class EpochOrder:
     """The order of one epoch over `spans`, of which those of a shard stand together."""
 
@@ -54,12 +69,8 @@ class EpochOrder:
         self.per_stream_batch = global_batch_size // num_streams
         total = sum(span.samples for span in spans)
         self.num_steps = total // global_batch_size
-        if self.num_steps == 0:
-            largest = total // num_streams * num_streams
-            mend = f"use at most {largest}" if largest else f"lower it, and data.num_streams {num_streams}"
-            raise UserError(
-                f"train.global_batch_size {global_batch_size} is more than the {total} training samples: {mend}"
-            )
+        if misfit := find_batch_misfit(total, num_streams, global_batch_size):
+            raise UserError(misfit)
         self.stream_length = self.num_steps * self.per_stream_batch
         self.num_windows = -(-self.stream_length // self.window)
         generator = make_generator("epoch", seed, epoch)

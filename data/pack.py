@@ -92,6 +92,11 @@ def read_record(path: Path) -> PackedShard | None:
         return None
 
 
+def count_validation_images(images: int, validation_share: float) -> int:
+    """How many of so many images, which have no splits of their own, are held out for val."""
+    return round(images * validation_share)
+
+
 def split_images(images: Sequence[SourceImage], validation_share: float, seed: int) -> dict[str, list[SourceImage]]:
     """Images per split, shuffled once by `seed`. Without splits of its own the source gives its last share to val."""
     if not 0 <= validation_share < 1:  # or it is no number, which click's ranges let pass
@@ -102,7 +107,7 @@ def split_images(images: Sequence[SourceImage], validation_share: float, seed: i
     shuffled = [images[i] for i in make_generator("pack", seed).permutation(len(images))]
     if named:
         return {split: chosen for split in ("train", "val") if (chosen := [i for i in shuffled if i.split == split])}
-    held_out = round(len(shuffled) * validation_share)
+    held_out = count_validation_images(len(shuffled), validation_share)
     if validation_share and not 0 < held_out < len(shuffled):
         raise UserError(
             f"validation_share {validation_share:g} holds out {held_out} of {show_count(len(shuffled), 'image')}: "

@@ -8,9 +8,14 @@ from typing import Any
 
 import jinja2
 
+from depthmup.data.config import DataConfig
 from depthmup.data.errors import UserError
 from depthmup.data.files import write_atomically
-from depthmup.data.look import look_at_images
+from depthmup.data.index import show_count
+from depthmup.data.look import Look, look_at_images
+from depthmup.data.minival import count_held_out
+from depthmup.data.order import fit_batch
+from depthmup.data.pack import count_validation_images
 from depthmup.data.paths import protect
 from depthmup.data.sources import PACKAGED
 from depthmup.launch.config import Size, check_folder_name
@@ -24,6 +29,7 @@ from depthmup.train.yaml_text import load_yaml
 
 IMAGENET = "[0.485, 0.456, 0.406]", "[0.229, 0.224, 0.225]"  # mean and std that most recipes take for photographs
 BATCH, STEPS, EPOCHS = 64, 300, 10  # of each run: the longer of STEPS and EPOCHS, but at most MOST_STEPS
+HELD_OUT = 0.1  # of the images for val, and of the others for minival
 MOST_STEPS = 2000
 SHARE = 0.01  # of a target's FLOPs, that tuning may cost where nothing else is said
 FEWEST_STEPS = 150  # of a run whose optimum is to be told; the demo's runs have as many
@@ -76,6 +82,31 @@ def read_size(option: str, text: str) -> Size:
     return size
 
 
+def count_training_images(source: str, look: Look) -> int:
+    """Those of `source` that the study does not hold out. Raises UserError where it would hold out none."""
+    has_own_splits = look.is_indexed or look.has_validation
+    validation = 0 if has_own_splits else count_validation_images(look.images, HELD_OUT)
+    minival = int(count_held_out(look.images - validation, HELD_OUT))
+    if not minival or not (validation or has_own_splits):
+        raise UserError(
+            f"{source}: a study tunes on images that are held out, and a share of {HELD_OUT:g} of "
+            f"{show_count(look.images, 'image')} is none: give more images"
+        )
+    return look.images - validation - minival
+
+
+def choose_batch(target: Size | None, images: int) -> int:
+    """The target's, or BATCH where there are as many `images` to train on. Raises UserError."""
+    if not target or not target.batch:
+        return min(BATCH, fit_batch(images))
+    if target.batch > images:
+        raise UserError(
+            f"--target {target}: its batch of {target.batch} is more than the {images} images to train on: give "
+            f"batch={fit_batch(images)}, or more images"
+        )
+    return target.batch
+
+
 class Template:
     """What a study of `network` on the images of `source` says, but for its samples. Raises UserError."""
 
@@ -89,7 +120,7 @@ class Template:
         images = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(source.rpartition(":")[2]).name.split(".")[0]).strip("-.")
         where = source if source in PACKAGED else protect(str(Path(source).resolve()))
         self.name, self.file, self.num_images = name, file, look.images
-        self.batch = target.batch if target and target.batch else BATCH
+        self.batch = choose_batch(target, count_training_images(source, look))
         self.target = target and replace(
             target, batch=self.batch, samples=target.samples or TARGET_EPOCHS * look.images // self.batch * self.batch
         )
@@ -103,6 +134,9 @@ class Template:
             "images": images or name,
             "root": where if look.is_indexed else f"shards/{images or name}",
             "batch": self.batch,
+            "streams": math.gcd(DataConfig.num_streams, self.batch),
+            "usual_streams": DataConfig.num_streams,
+            "held_out": HELD_OUT,
         }
 
     def render(self, steps: int, longer: bool = False) -> str:
@@ -156,7 +190,7 @@ def describe_study(
     """
     template = Template(name, file, network, source, target, base)
     if not template.target:
-        return NewStudy(template.render(min(max(STEPS, EPOCHS * template.num_images // BATCH), MOST_STEPS)))
+        return NewStudy(template.render(min(max(STEPS, EPOCHS * template.num_images // template.batch), MOST_STEPS)))
     assert template.target.samples
     most = template.target.samples // template.batch
     for longer in (True, False):

@@ -10,7 +10,7 @@ from depthmup.data.index import INDEX_NAME, Index
 from depthmup.data.plan import check_source
 from depthmup.launch.jobs import slurm
 from depthmup.launch.progress import display
-from depthmup.launch.runs.fits import check_fits
+from depthmup.launch.runs.fits import check_batches, check_fits
 from depthmup.launch.runs.study import Study
 from depthmup.launch.runs.written import check_writable
 
@@ -37,7 +37,8 @@ def pack_source(data: DataConfig, console: Console) -> None:
 
 
 def prepare_data(study: Study, console: Console) -> None:
-    """Packs data.source where there are no shards yet, and checks that the images are those of the model. Raises
+    """Packs data.source where there are no shards yet, and checks that the images are those of the model, and at
+    least a batch. Raises
     UserError."""
     check_writable(study.file.directory)
     check_fits(study)  # before an hour of packing
@@ -48,3 +49,4 @@ def prepare_data(study: Study, console: Console) -> None:
     index = Index.load(data.root, data.trust)
     index.check_classes(study.file.model.num_classes)
     index.check_files()
+    check_batches(study, index)

@@ -29,13 +29,15 @@ def invoke(*words: str | Path) -> Result:
     return CliRunner().invoke(cli, [str(word) for word in words], terminal_width=200)
 
 
-def write_images(folder: Path, classes: int, pixels: int, mode: str, splits: tuple[str, ...] = ("",)) -> Path:
+def write_images(
+    folder: Path, classes: int, pixels: int, mode: str, splits: tuple[str, ...] = ("",), each: int = 4
+) -> Path:
     generator = np.random.default_rng(0)
     for split in splits:
         for label in range(classes):
             place = folder / split / f"class-{label}"
             place.mkdir(parents=True)
-            for number in range(4):
+            for number in range(each):
                 values = generator.integers(0, 255, (pixels + 3, pixels, 3), dtype=np.uint8)
                 Image.fromarray(values).convert(mode).save(place / f"{number}.png")
     return folder
@@ -63,6 +65,65 @@ def test_a_new_study_fits_its_images_and_can_be_planned(
     planned = invoke("plan", "flowers.yaml")
     assert planned.exit_code == 0, planned.output
     assert "0 done" in planned.output
+
+
+@pytest.mark.parametrize(
+    ("each", "batch"),
+    [
+        (20, 32),  # 60 images: 6 for validation, 5 of the others for minival, 49 to train on
+        (27, 64),  # 81: 8, 7, 66
+        (2, 4),  # 6: 1 and 1
+    ],
+)
+def test_the_batch_of_a_new_study_is_no_more_than_its_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, each: int, batch: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = write_images(tmp_path / "few", 3, 9, "L", each=each)
+    made = invoke("new", "mine", "--network", "vit", "--source", source)
+    assert made.exit_code == 0, made.exception
+    file = read_study(Path("mine.yaml"))
+    assert (file.train.global_batch_size, file.data.num_streams) == (batch, batch)
+    trained = invoke("train", "mine.yaml", f"train.samples={batch}", "train.device=cpu")
+    assert trained.exit_code == 0, trained.output
+    assert invoke("plan", "mine.yaml").exit_code == 0
+    small, large = f"train.global_batch_size={2 * batch}", f"data.num_streams={2 * batch}"
+    refused = str(invoke("plan", "mine.yaml", small, large).exception)
+    assert re.search(
+        rf"mine.yaml: train.global_batch_size {2 * batch} is more than the \d+ training samples: "
+        rf"use {batch}, and data.num_streams={batch}$",
+        refused,
+    )
+    (tmp_path / "shards" / "few" / "index.json").unlink()  # packed anew by the launch, which then knows
+    launched = invoke("launch", "mine.yaml", small, large)
+    assert str(launched.exception) == refused
+    assert len(list((tmp_path / "runs").iterdir())) == 1, "a run was launched"
+
+
+@pytest.mark.parametrize("splits", [("",), ("train", "val")])
+def test_images_of_which_none_can_be_held_out_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, splits: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = write_images(tmp_path / "few", 2, 9, "L", splits, each=2)
+    refused = invoke("new", "mine", "--source", source)
+    assert isinstance(refused.exception, UserError)
+    assert "a share of 0.1 of 4 images is none: give more images" in str(refused.exception)
+    assert not Path("mine.yaml").exists()
+
+
+def test_a_targets_batch_is_the_studys_and_no_more_than_its_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source, target = write_images(tmp_path / "few", 3, 9, "L", each=20), "width=768,depth=24,samples=1e8,batch="
+    refused = invoke("new", "mine", "--source", source, "--target", f"{target}50")
+    assert "batch of 50 is more than the 49 images to train on: give batch=32" in str(refused.exception)
+    assert not Path("mine.yaml").exists()
+    made = invoke("new", "mine", "--source", source, "--target", f"{target}48")
+    assert made.exit_code == 0, made.exception
+    file = read_study(Path("mine.yaml"))
+    assert (file.train.global_batch_size, file.data.num_streams) == (48, 16)  # the largest divisor of both
 
 
 def cost_of(name: str) -> PathCost:

@@ -4,10 +4,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
+from PIL import Image
 from torch import Tensor
 
+from depthmup.launch.cli import cli
 from depthmup.models import Role, ScaledModel, Size, build_scaled
 from depthmup.models.coordinate_check import Settings, check_sizes
 from depthmup.models.optimizer_config import OptimizerConfig
@@ -76,6 +80,23 @@ def test_ddp_and_fsdp_train_alike_in_two_processes(tmp_path: Path) -> None:
         ddp, fsdp = map(float, re.findall(r"'(?:ddp|fsdp)': ([\d.]+)", output))
         assert ddp == pytest.approx(fsdp, rel=1e-4)
         assert ddp < 2.2
+
+
+def test_the_network_of_the_page_is_a_studys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    block = plain_examples().partition("class Net(")[0]
+    Path("net.py").write_text(block + example("net.py"))
+    generator = np.random.default_rng(0)
+    for number in range(20):
+        place = tmp_path / "flowers" / f"class-{number % 3}"
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 255, (20, 20, 3), dtype=np.uint8)).save(place / f"{number}.png")
+    for words in (
+        ("new", "mine", "--network", "net.py:Net", "--source", "flowers"),
+        ("train", "mine.yaml", "train.samples=32", "train.device=cpu"),
+    ):
+        done = CliRunner().invoke(cli, words)
+        assert done.exit_code == 0, (done.output, done.exception)
 
 
 @pytest.mark.filterwarnings("ignore")  # xdist's main process imports the library that has a warning's class

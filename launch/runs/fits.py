@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 from depthmup.data.config import OTHER_DECODER, DataConfig, find_window_misfit
 from depthmup.data.errors import UserError
-from depthmup.data.index import show_count
-from depthmup.data.order import list_streams
+from depthmup.data.index import INDEX_NAME, Index, show_count
+from depthmup.data.order import find_batch_misfit, list_streams
 from depthmup.launch.config import LaunchConfig
 from depthmup.launch.runs.design import build_design
 from depthmup.launch.runs.grouping import check_packable
@@ -103,11 +104,26 @@ def check_first_round(study: Study) -> None:
         )
 
 
-def check_fits(study: Study) -> None:
-    """Raises UserError, with every mend, when runs cannot run where they are to run."""
-    config = study.file.launch
+def list_configs(study: Study) -> list[RunConfig]:
+    """Of the runs so far and of examples of later ones."""
     choices = study.choices if isinstance(study, JointStudy) else []
-    runs = [run.config for run in (*study.runs, *study.examples, *choices)]
+    return [run.config for run in (*study.runs, *study.examples, *choices)]
+
+
+def check_batches(study: Study, index: Index) -> None:
+    """Raises UserError where the training samples of `index` are less than a run's batch."""
+    found = {}  # in order, each once
+    for run in list_configs(study):
+        samples = index.count_training_samples(run.data.minival)
+        if samples and (misfit := find_batch_misfit(samples, run.data.num_streams, run.train.global_batch_size)):
+            found[misfit] = True
+    if found:
+        raise UserError(f"{study.path}: {'; '.join(found)}")
+
+
+def check_fits(study: Study) -> None:
+    """Raises UserError, with every mend, when runs cannot run where they are to run, or on the shards that are here."""
+    config, data, runs = study.file.launch, study.file.data, list_configs(study)
     by_rates = {run.optimizer.role_lr: run for run in runs}
     found = list(
         dict.fromkeys(
@@ -125,5 +141,7 @@ def check_fits(study: Study) -> None:
             f"{study.path}: a job of {config.tasks} processes trains one run, and study.ladder needs a trunk's "
             "branches after it in one job: use one process a run, or leave study.ladder out"
         )
+    if (Path(data.root) / INDEX_NAME).exists():  # else they are to be packed first, or are remote
+        check_batches(study, Index.load(data.root, data.trust))
     check_packable(study.runs)
     check_first_round(study)
