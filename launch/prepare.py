@@ -37,9 +37,8 @@ def pack_source(data: DataConfig, console: Console) -> None:
 
 
 def prepare_data(study: Study, console: Console) -> None:
-    """Packs data.source where there are no shards yet, and checks that the images are those of the model, and at
-    least a batch. Raises
-    UserError."""
+    """Packs data.source where there are no shards yet. Checks that the images are those of the model, and at least a
+    batch. Raises UserError."""
     check_writable(study.file.directory)
     check_fits(study)  # before an hour of packing
     if study.file.launch.cluster == "slurm":

@@ -48,9 +48,7 @@ class Role(str, Enum):
     BRANCH_VECTOR = "branch_vector"  # norm gain, bias, depthwise conv inside a branch
     VECTOR = "vector"  # norm gain, bias, depthwise conv outside of branches
     BRANCH_SCALAR = "branch_scalar"  # in a branch, no dimension grows: QK-norm gain of a fixed head dim
-    STREAM_VECTOR = (
-        "stream_vector"  # on the stream itself in every block: the norm's gain and bias of a post-norm block
-    )
+    STREAM_VECTOR = "stream_vector"  # on the stream itself, in every block: gain and bias of a post-norm
     SCALAR = "scalar"  # outside of branches, no dimension grows: the classifier's bias
     READOUT = "readout"  # the classifier's matrix
     ROUTER = "router"  # in a branch: reads the width, puts out what does not grow, as one number an expert, or a gate
