@@ -476,6 +476,8 @@ def test_the_processes_of_torchrun_and_srun_are_recognised() -> None:
     assert (
         len({world.port, *(read_world_from_environment(each).port for each in starts)}) == 4
     )  # none waits for another's
+    ports = {read_world_from_environment({**srun, "SLURM_JOB_ID": str(job)}).port for job in range(59603000, 59604000)}
+    assert 20000 <= min(ports) <= max(ports) < 32768  # Linux gives those above to any connection
     assert read_world_from_environment({**srun, "SLURM_NTASKS": "1"}) == World()
     in_a_shell = {**srun, "SLURM_STEP_ID": str(2**32 - 6), "SLURM_STEP_NUM_TASKS": "1"}  # salloc's, of a job with eight
     assert read_world_from_environment(in_a_shell) == World()

@@ -83,7 +83,8 @@ def read_world_from_environment(environment: "os._Environ[str] | dict[str, str]"
     if tasks > 1:
         nodes = e.get("SLURM_STEP_NODELIST") or e.get("SLURM_JOB_NODELIST", "localhost")
         restarts = int(e.get("SLURM_RESTART_COUNT", "0"))  # a process of the last start may still have its port
-        port = 20000 + int(e["SLURM_JOB_ID"]) * 16 % 20000 + (int(e["SLURM_STEP_ID"]) + restarts) % 16
+        # below 32768, where the ports begin that Linux gives to any program's connections
+        port = 20000 + int(e["SLURM_JOB_ID"]) * 16 % 12768 + (int(e["SLURM_STEP_ID"]) + restarts) % 16
         host, port = e.get("MASTER_ADDR", read_first_host(nodes)), int(e.get("MASTER_PORT", port))
         return World(int(e["SLURM_PROCID"]), tasks, int(e["SLURM_LOCALID"]), host, port)
     return World()

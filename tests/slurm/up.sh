@@ -160,7 +160,7 @@ ReturnToService=2
 JobRequeue=1
 # job ids never start at 1 again: a rebuilt cluster must not reuse ids whose results lie in some folder
 # and clusters side by side must have others, too: the port at which a job's processes meet is made of its id
-FirstJobId=$(( $(date +%s) / 10 % 60000000 + 1000 + PORT / 20 % 6 * 200 ))
+FirstJobId=$(( $(date +%s) / 10 % 60000000 + 1000 + PORT / 20 % 4 * 199 ))
 # partition "high" preempts "low" (requeue) and "lowcancel" (cancel); the user's --signal is sent at preemption
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
