@@ -19,7 +19,7 @@ from depthmup.train.engines.base import Fill, TensorState, average_buffers
 from depthmup.train.engines.choice import make_engine, starts_on_meta
 from depthmup.train.expert_load import balance_experts, load_metrics
 from depthmup.train.networks import describe
-from depthmup.train.prepare import drop_idle_strides, prepare, prepare_device, set_stream_type
+from depthmup.train.prepare import prepare, prepare_autocast, prepare_device
 from depthmup.train.schedule import schedule, set_learning_rate
 from depthmup.train.step import StepResult, autocast, take_step
 from depthmup.train.stochastic_depth import install_stochastic_depth
@@ -52,10 +52,7 @@ class OneNetwork:
         self.draws = install_stochastic_depth(scaled.network, branches, blocks, config.train.drop_path)
         self.num_drop_branches = self.draws.num_branches
         if self.dtype:
-            stream_dtype = self.dtype if config.train.bf16_residual else torch.float32
-            set_stream_type(scaled.network, blocks, branches, stream_dtype)
-            if device.type == "cpu":
-                drop_idle_strides(scaled.network)
+            prepare_autocast(scaled.network, blocks, branches, config.train, device, self.dtype)
         self.channels_last = prepare(scaled.network, blocks, config.train, engine_name, device)
 
         def make_optimizer(network: nn.Module) -> torch.optim.Optimizer:

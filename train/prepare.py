@@ -47,6 +47,20 @@ def prepare_device(config: TrainConfig, device: torch.device) -> torch.dtype | N
     return choose_autocast_dtype(config, device)
 
 
+def prepare_autocast(
+    network: nn.Module,
+    blocks: Iterable[str],
+    branches: Iterable[str],
+    config: TrainConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """What a network needs under autocast to `dtype`, in place. `branches`: names of their ends."""
+    set_stream_type(network, blocks, branches, dtype if config.bf16_residual else torch.float32)
+    if device.type == "cpu":
+        drop_idle_strides(network)
+
+
 def set_stream_type(network: nn.Module, blocks: Iterable[str], branches: Iterable[str], dtype: torch.dtype) -> None:
     """Keeps the residual stream in `dtype` under autocast, whose convolutions and products return bf16: what enters a
     block (from the stem, or from the layer between two stages) and what every branch adds is cast to it, the latter

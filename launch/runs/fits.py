@@ -112,12 +112,11 @@ def list_configs(study: Study) -> list[RunConfig]:
 
 def check_batches(study: Study, index: Index) -> None:
     """Raises UserError where the training samples of `index` are less than a run's batch."""
-    found = {}  # in order, each once
-    for run in list_configs(study):
-        samples = index.count_training_samples(run.data.minival)
-        if samples and (misfit := find_batch_misfit(samples, run.data.num_streams, run.train.global_batch_size)):
-            found[misfit] = True
-    if found:
+    runs = list_configs(study)
+    kinds = dict.fromkeys((run.data.minival, run.data.num_streams, run.train.global_batch_size) for run in runs)
+    counted = ((index.count_training_samples(minival), *given) for minival, *given in kinds)
+    misfits = (find_batch_misfit(samples, *given) for samples, *given in counted if samples)
+    if found := dict.fromkeys(filter(None, misfits)):
         raise UserError(f"{study.path}: {'; '.join(found)}")
 
 

@@ -27,7 +27,7 @@ from depthmup.train.packs.graph import GraphedStep
 from depthmup.train.packs.stacking import group_parameters, make_column, stack_multipliers
 from depthmup.train.packs.telemetry import measure_roles
 from depthmup.train.packs.updates import update_adamw, update_muon, update_sgd
-from depthmup.train.prepare import drop_idle_strides, set_stream_type
+from depthmup.train.prepare import prepare_autocast
 from depthmup.train.schedule import schedule
 from depthmup.train.stochastic_depth import install_stochastic_depth
 
@@ -66,9 +66,7 @@ class Replicas:
         self.keeps = torch.tensor(keeps, dtype=torch.float64, device=device)
         self.smoothing = make_column([c.train.label_smoothing for c in configs], device)
         if autocast_dtype:
-            set_stream_type(self.network, blocks, branches, autocast_dtype if train.bf16_residual else torch.float32)
-            if device.type == "cpu":
-                drop_idle_strides(self.network)
+            prepare_autocast(self.network, blocks, branches, train, device, autocast_dtype)
         self.multipliers = stack_multipliers(scaled, device)
         self.installed = scaled[0].multipliers
         self.roles = {name: rule.role.value for name, rule in scaled[0].rules.items()}
