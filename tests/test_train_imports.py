@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from depthmup.train.imports import import_uncollected
+from train_processes import run_function
 
 MODULES = {"large": "import gc\nwas_enabled, held = gc.isenabled(), [[] for _ in range(1000)]\n", "broken": "1 / 0\n"}
 
@@ -18,16 +19,23 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
 
 
-def test_garbage_is_collected_again_after_an_import_which_later_collections_pass_over() -> None:
+def test_garbage_is_collected_again_after_an_import_which_later_collections_pass_over(tmp_path: Path) -> None:
+    """In a process of its own: another thread, as a tracker's, may let go of what is frozen."""
+    run_function("test_train_imports", "import_twice", 1, str(tmp_path))
+
+
+def import_twice(folder: str) -> None:
+    sys.path.insert(0, folder)
     frozen = gc.get_freeze_count()
     import_uncollected("json", "large_to_import")
     assert not sys.modules["large_to_import"].was_enabled
     assert gc.isenabled()
     assert gc.get_freeze_count() >= frozen + 1000
     gc.collect()
-    frozen = gc.get_freeze_count()
+    frozen, garbage = gc.get_freeze_count(), [[] for _ in range(1000)]
     import_uncollected("json", "large_to_import")  # a process's own garbage is not frozen once they are there
     assert gc.get_freeze_count() == frozen
+    del garbage
 
 
 def test_an_import_that_fails_leaves_the_collection_as_it_was() -> None:
